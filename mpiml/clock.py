@@ -1,0 +1,46 @@
+"""What this rank is doing at the moment, and how long it has spent on what."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+
+# In each of these a rank may rightly stand still for as long as another rank is busy.
+BLOCKED_ON_OTHERS = frozenset({"waiting", "communication", "joining"})
+SHARES = ("compute", "waiting", "communication", "data")
+
+
+class Clock:
+    """Seconds per activity. Call it with an activity's name whenever that activity begins.
+
+    Activities: compute, waiting (for a neighbouring stage), communication (step record, gradient sum,
+    values), data, evaluation, checkpoint, log, start, joining (a collective outside the steps).
+    """
+
+    def __init__(self) -> None:
+        self.activity = "start"
+        self.within: str | None = None  # while set, time is booked under this name, whatever the activity
+        self.step = 0
+        self.moves = 0  # grows with every call: a rank whose moves stand still makes no progress
+        self.seconds: dict[str, float] = {}
+        self._since = perf_counter()
+
+    def __call__(self, activity: str) -> None:
+        now = perf_counter()
+        name = self.within or self.activity
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._since = now
+        self.activity = activity
+        self.moves += 1
+
+    @contextmanager
+    def booked(self, name: str) -> Iterator[None]:
+        """Book all time in a block under `name`: an evaluation's compute is not the training's."""
+        self(name)
+        self.within = name
+        yield
+        self(name)
+        self.within = None
+
+    def shares(self) -> list[float]:
+        """Seconds so far in each of SHARES."""
+        return [self.seconds.get(activity, 0.0) for activity in SHARES]

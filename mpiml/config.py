@@ -1,0 +1,298 @@
+"""Every setting of a run: one frozen dataclass, filled from a TOML file and from flags, which win."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import mpiml
+from mpiml.errors import ConfigError
+
+GROUPS = ("data and model", "grid", "steps and batches", "optimizer", "arithmetic", "evaluation and output")
+
+
+def setting(
+    default: Any,
+    group: str,
+    help: str,
+    *,
+    choices: Sequence[str] = (),
+    low: float | None = None,
+    below: float = math.inf,
+    on_resume: bool = False,
+    metavar: str | None = None,
+) -> Any:
+    """A field of Config: its help, what it may be, and whether a resumed run may change it."""
+    about = {"group": group, "help": help, "choices": tuple(choices), "low": low, "below": below}
+    return dataclasses.field(default=default, metadata={**about, "on_resume": on_resume, "metavar": metavar})
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of a run; each is a flag, with dashes for underscores. None means: chosen when the run starts.
+
+    Raises ConfigError for a value that cannot be.
+    """
+
+    data: str = setting("digits", GROUPS[0], "digits, or a .npz file with x_train, y_train, x_test, y_test")
+    model: str = setting("mlp", GROUPS[0], "what to train", choices=["mlp"])
+    hidden: tuple[int, ...] = setting((128, 128), GROUPS[0], "widths of the mlp's hidden layers", low=1)
+    activation: str = setting("relu", GROUPS[0], "after each hidden layer", choices=["relu", "gelu", "tanh"])
+    dropout: float = setting(0.0, GROUPS[0], "probability of zeroing a hidden value", low=0, below=1)
+    loss: str = setting(
+        "auto",
+        GROUPS[0],
+        "auto is cross_entropy for integer labels and mse for others",
+        choices=["auto", "cross_entropy", "mse"],
+    )
+    init: str | None = setting(None, GROUPS[0], "begin with the weights of this checkpoint, at step 0", metavar="FILE")
+
+    pipe: int = setting(1, GROUPS[1], "pipeline stages; ranks / stages replicas", low=1, on_resume=True)
+    cuts: tuple[int, ...] = setting(
+        (), GROUPS[1], "layers at which a stage begins (default: balanced by operations)", low=1, on_resume=True
+    )
+    schedule: str = setting("1f1b", GROUPS[1], "pipeline schedule", choices=["1f1b", "gpipe"], on_resume=True)
+
+    batch: int = setting(128, GROUPS[2], "rows of a step, over all ranks", low=1)
+    microbatches: int | None = setting(
+        None, GROUPS[2], "parts of a step, over all ranks (default: replicas, or 2 x stages x replicas)", low=1
+    )
+    epochs: int | None = setting(None, GROUPS[2], "passes over the data (default: 30)", low=1, on_resume=True)
+    steps: int | None = setting(None, GROUPS[2], "steps, instead of epochs", low=1, on_resume=True)
+
+    optimizer: str = setting(
+        "adamw", GROUPS[3], "update rule", choices=["sgd", "momentum", "nesterov", "adam", "adamw"]
+    )
+    lr: float | None = setting(None, GROUPS[3], "peak learning rate (default: the optimizer's)", low=0)
+    momentum: float = setting(0.9, GROUPS[3], "of momentum and nesterov", low=0, below=1)
+    weight_decay: float | None = setting(None, GROUPS[3], "on matrices (default: 0.01 for adamw, else 0)", low=0)
+    warmup_steps: int = setting(0, GROUPS[3], "steps in which the learning rate rises to its peak", low=0)
+    decay: str = setting("none", GROUPS[3], "how the learning rate falls", choices=["none", "cosine", "step"])
+    decay_steps: int | None = setting(None, GROUPS[3], "step at which it has fallen (default: the last)", low=1)
+    clip: float = setting(0.0, GROUPS[3], "largest norm of the gradient; 0: any", low=0)
+
+    seed: int = setting(0, GROUPS[4], "of first values, order and dropout", low=0)
+    dtype: str = setting("float32", GROUPS[4], "of all numbers", choices=["float32", "float64"])
+    allreduce: str = setting(
+        "ordered",
+        GROUPS[4],
+        "ordered: the same bits on every layout; mpi: MPI_Allreduce in the library's order",
+        choices=["ordered", "mpi"],
+    )
+    threads: int = setting(1, GROUPS[4], "BLAS threads of a rank", low=1)
+
+    eval_every: int = setting(
+        100, GROUPS[5], "steps between evaluations; 0: never, else also at the end", low=0, on_resume=True
+    )
+    eval_rows: int = setting(256, GROUPS[5], "rows of an evaluation that pass at once", low=1)
+    out: str | None = setting(None, GROUPS[5], "run directory (default: runs/NAME-NNN)", on_resume=True, metavar="DIR")
+    resume: bool = setting(False, GROUPS[5], "go on with the run in --out, on any grid", on_resume=True)
+    save_every: int = setting(
+        100, GROUPS[5], "steps between checkpoints; 0: never, else also at the end", low=0, on_resume=True
+    )
+    keep: int = setting(3, GROUPS[5], "checkpoints to keep", low=1, on_resume=True)
+    log_every: int = setting(10, GROUPS[5], "steps between lines of metrics.jsonl", low=1, on_resume=True)
+    stall_timeout: float = setting(
+        600.0, GROUPS[5], "seconds without progress of a rank that end the job; 0: off", low=0, on_resume=True
+    )
+    quiet: bool = setting(False, GROUPS[5], "print nothing but errors", on_resume=True)
+
+    given: frozenset[str] | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for field in settings():
+            _check(field, getattr(self, field.name))
+        if self.given is None:
+            changed = frozenset(f.name for f in settings() if getattr(self, f.name) != f.default)
+            object.__setattr__(self, "given", changed)
+        if self.epochs and self.steps and {"epochs", "steps"} <= (self.given or frozenset()):
+            raise ConfigError(f"--epochs {self.epochs} --steps {self.steps}: give one of the two")
+        if self.resume and not self.out:
+            raise ConfigError("--resume: say which run with --out DIR")
+        if self.resume and self.init and "init" in (self.given or ()):
+            raise ConfigError("--resume --init: give one of the two; a resumed run has its own weights")
+
+    def replace(self, **changes: Any) -> Config:
+        """A copy with other values."""
+        return dataclasses.replace(self, **changes)
+
+    def resumed(self, stored: Config) -> Config:
+        """The settings of a stored run, changed as this config asks.
+
+        Raises ConfigError for a change that would alter the run's arithmetic.
+        """
+        given = self.given or frozenset()
+        changes: dict[str, Any] = {"resume": self.resume, "out": self.out, "given": given}
+        for field in settings():
+            value, was = getattr(self, field.name), getattr(stored, field.name)
+            if field.name not in given or value == was:
+                continue
+            if not field.metadata["on_resume"]:
+                raise ConfigError(
+                    f"{flag(field.name)} {_text(value)}: the run in {self.out} has {_text(was)}, and another value "
+                    "would change its results; leave the flag out, or start a new run with --init"
+                )
+            changes[field.name] = value
+        if "epochs" in given:
+            changes["steps"] = None
+        if "pipe" in changes and "cuts" not in given:
+            changes["cuts"] = ()
+        return stored.replace(**changes)
+
+    def to_toml(self) -> str:
+        """The settings as TOML, with the flags' names; those that are None or the directory's own are left out."""
+        values = ((f.name, getattr(self, f.name)) for f in settings() if f.name not in ("out", "resume"))
+        lines = [f"{name.replace('_', '-')} = {_toml(value)}" for name, value in values if value is not None]
+        return "\n".join(lines) + "\n"
+
+
+def settings() -> list[dataclasses.Field[Any]]:
+    """The fields of Config that are settings."""
+    return [field for field in dataclasses.fields(Config) if field.metadata]
+
+
+def flag(name: str) -> str:
+    """The flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def parse(arguments: Sequence[str], program: str = "mpiml.train") -> Config:
+    """The config that a command line asks for.
+
+    Raises ConfigError for what cannot be understood. `--help` and `--version` print and raise SystemExit.
+    """
+    found, unknown = _parser(program).parse_known_args(arguments)
+    if unknown:
+        names = [flag(field.name) for field in settings()] + ["--config"]
+        raise ConfigError(f"{unknown[0]} is not a setting{_guess(unknown[0].split('=')[0], names)}; --help lists all")
+    raw = vars(found)
+    path = raw.pop("config", None)
+    values = from_toml(Path(path)) if path else {}
+    types_of = _types()
+    for name, text in raw.items():
+        values[name] = _convert(types_of[name], text, f"{flag(name)} {text}")
+    return Config(**values, given=frozenset(values))
+
+
+def from_toml(path: Path) -> dict[str, Any]:
+    """The settings in a TOML file, by name. Raises ConfigError for an unknown key or a value of another kind."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: {error}") from None
+    return typed(table, str(path))
+
+
+def typed(table: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """Settings under their flags' names as values of the right types."""
+    values, types_of = {}, _types()
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in types_of:
+            known = [known.replace("_", "-") for known in types_of]
+            raise ConfigError(f"{origin}: {key} is not a setting{_guess(key, known)}; --help lists all")
+        values[name] = _convert(types_of[name], value, f"{origin}: {key} = {value!r}")
+    return values
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.removeprefix("argument "))
+
+
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=f"python -m {program}",
+        usage=f"[mpirun -n RANKS] python -m {program} [settings]",
+        description="Train a model on the ranks of an MPI job: data-parallel, layer-split (--pipe), or both.",
+        epilog="Example: mpirun -n 16 python -m mpiml.train --pipe 4",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"mpiml {mpiml.__version__}")
+    parser.add_argument("--config", metavar="FILE", help="settings from a TOML file, under the same names; flags win")
+    types_of = _types()
+    groups = {group: parser.add_argument_group(group) for group in GROUPS}
+    for field in settings():
+        about, group = field.metadata, groups[field.metadata["group"]]
+        if field.default is False:
+            group.add_argument(flag(field.name), action="store_const", const="true", help=about["help"])
+            continue
+        shown = f" (default: {_text(field.default)})" if field.default not in (None, ()) else ""
+        choices = "|".join(about["choices"])
+        metavar = choices or about["metavar"] or _metavar(types_of[field.name])
+        group.add_argument(flag(field.name), metavar=metavar, help=about["help"] + shown)
+    return parser
+
+
+def _metavar(kind: Any) -> str:
+    text = str(kind)
+    return "N,N" if "tuple" in text else "N" if "int" in text else "X" if "float" in text else "NAME"
+
+
+def _types() -> dict[str, Any]:
+    hints = typing.get_type_hints(Config)
+    return {field.name: hints[field.name] for field in settings()}
+
+
+def _convert(kind: Any, raw: Any, what: str) -> Any:
+    """A raw value, text from a flag or something typed from TOML, as a value of type `kind`."""
+    if isinstance(kind, types.UnionType):
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is tuple:
+        items = raw.split(",") if isinstance(raw, str) else raw if isinstance(raw, list) else [raw]
+        return tuple(_convert(int, item, what) for item in items if item != "")
+    if kind is str and isinstance(raw, str):
+        return raw
+    if kind is bool and raw in (True, False, "true"):
+        return bool(raw)
+    if kind in (int, float) and not isinstance(raw, bool) and isinstance(raw, (str, int, float)):
+        try:
+            number = kind(raw)
+        except (ValueError, OverflowError):
+            number = None
+        if number is not None and (isinstance(raw, str) or number == raw):
+            return number
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    raise ConfigError(f"{what}: must be {names[kind]}")
+
+
+def _check(field: dataclasses.Field[Any], value: Any) -> None:
+    about, what = field.metadata, f"{flag(field.name)} {_text(value)}"
+    if value is None and field.default is None:
+        return
+    if about["choices"] and value not in about["choices"]:
+        raise ConfigError(f"{what}: choose from {', '.join(about['choices'])}{_guess(str(value), about['choices'])}")
+    if about["low"] is None:
+        return
+    for number in value if isinstance(value, tuple) else (value,):
+        if not (math.isfinite(number) and about["low"] <= number < about["below"]):
+            limit = f" and less than {about['below']:g}" if about["below"] < math.inf else ""
+            raise ConfigError(f"{what}: must be at least {about['low']:g}{limit}")
+
+
+def _guess(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, 1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return repr(value) if isinstance(value, float) else json.dumps(value)

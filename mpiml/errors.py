@@ -1,0 +1,51 @@
+"""The ways a run can end other than well, each with the exit code that a job script sees."""
+
+
+class RunError(Exception):
+    """A run cannot start or go on. Its message is one line that says what to do.
+
+    Attributes:
+        exit_code: what the process returns.
+        rank: whose fault it is, where one rank is to blame.
+        everywhere: whether every rank raises this error now, so that none is left waiting.
+    """
+
+    exit_code = 70
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        self.rank: int | None = None
+        self.everywhere = False
+
+
+class DataError(RunError, ValueError):
+    """The data set cannot be used as it is."""
+
+    exit_code = 65
+
+
+class NotFiniteError(RunError, ArithmeticError):
+    """A loss or a gradient is infinite or not a number."""
+
+    exit_code = 70
+
+
+class DirectoryError(RunError):
+    """The run directory belongs to another run."""
+
+    exit_code = 73
+
+
+class OutputError(RunError):
+    """Something in the run directory cannot be written or read."""
+
+    exit_code = 74
+
+
+class ConfigError(RunError, ValueError):
+    """A setting, or the way the job was launched, does not work."""
+
+    exit_code = 78
+
+
+SAVED = 75  # not an error: the state is saved, and the same command with --resume goes on

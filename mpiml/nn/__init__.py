@@ -1,0 +1,1 @@
+"""Layers, losses, models and optimizers; no MPI, and no knowledge of ranks."""

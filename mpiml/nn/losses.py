@@ -1,0 +1,95 @@
+"""Losses and metrics. Both return sums over rows, never means: the update divides once, by the whole batch's weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.floating]
+Labels = NDArray[np.generic]
+
+
+class Loss(Protocol):
+    """`loss(y, labels)` returns (sum over rows of weight x loss, sum of weights, gradient of the first by y)."""
+
+    def __call__(self, y: Array, labels: Labels) -> tuple[float, float, Array]: ...
+
+
+class Metric(Protocol):
+    """A score from sums over rows, so that it can be computed in parts.
+
+    `name` and `columns` (how many sums); `sums(y, labels)` of some rows, float64; `value(totals)` of all rows.
+    """
+
+    name: str
+    columns: int
+
+    def sums(self, y: Array, labels: Labels) -> NDArray[np.float64]: ...
+
+    def value(self, totals: Sequence[float]) -> float: ...
+
+
+def softmax_cross_entropy(y: Array, labels: Labels) -> tuple[float, float, Array]:
+    """-log softmax(y)[label]; y (rows, classes), labels (rows,) integers in 0..classes-1."""
+    rows = np.arange(len(y))
+    shifted = y - y.max(axis=1, keepdims=True, initial=-np.inf)
+    chosen = shifted[rows, labels]
+    dy = np.exp(shifted, out=shifted)
+    total = dy.sum(axis=1, keepdims=True)
+    loss = float(np.add.reduce(np.log(total[:, 0]) - chosen, dtype=np.float64))
+    dy /= total
+    dy[rows, labels] -= 1
+    return loss, float(len(y)), dy
+
+
+def mean_squared_error(y: Array, labels: Labels) -> tuple[float, float, Array]:
+    """The mean over a row's outputs of (y - label)^2; y and labels (rows, outputs)."""
+    error: Array = y - labels.reshape(y.shape).astype(y.dtype, copy=False)
+    outputs = max(math.prod(y.shape[1:]), 1)
+    loss = float(np.add.reduce(np.square(error, dtype=np.float64), axis=None)) / outputs
+    return loss, float(len(y)), error * (2 / outputs)
+
+
+class Accuracy:
+    """The fraction of rows whose largest output is the label's."""
+
+    name = "accuracy"
+    columns = 2
+
+    def sums(self, y: Array, labels: Labels) -> NDArray[np.float64]:
+        return np.array([np.count_nonzero(y.argmax(axis=1) == labels), len(y)], np.float64)
+
+    def value(self, totals: Sequence[float]) -> float:
+        return totals[0] / totals[1] if totals[1] else math.nan
+
+
+class R2:
+    """The coefficient of determination, 1 - residual / total sum of squares, averaged over the outputs.
+
+    An output that never varies counts 1 if it is met exactly and 0 otherwise.
+    """
+
+    name = "r2"
+
+    def __init__(self, outputs: int):
+        self.outputs = outputs
+        self.columns = 1 + 3 * outputs
+
+    def sums(self, y: Array, labels: Labels) -> NDArray[np.float64]:
+        truth = labels.reshape(len(y), self.outputs).astype(np.float64)
+        error = y.reshape(truth.shape) - truth
+        parts = [np.add.reduce(part, axis=0) for part in (truth, truth * truth, error * error)]
+        return np.concatenate([[len(y)], *parts])
+
+    def value(self, totals: Sequence[float]) -> float:
+        rows, sums = totals[0], np.reshape(totals[1:], (3, self.outputs))
+        if not rows:
+            return math.nan
+        spread = np.maximum(sums[1] - sums[0] ** 2 / rows, 0)
+        constant = spread <= 1e-12 * sums[1]
+        score = 1 - sums[2] / np.where(constant, 1, spread)
+        return float(np.mean(np.where(constant, sums[2] == 0, score)))

@@ -1,0 +1,120 @@
+"""Parameters, and the one flat vector of which all of them are views."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from mpiml import vectors
+from mpiml.random import generator
+from mpiml.vectors import ALIGNMENT, BLOCK, Vector
+
+Shape = tuple[int, ...]
+Init = Callable[[np.random.Generator, Shape], NDArray[np.float64]]
+
+
+class Parameter:
+    """An array that training changes. Its layer declares it; a Layout places it.
+
+    Args:
+        shape: of the array; for a linear weight (inputs, outputs).
+        init: (generator, shape) -> first values, float64.
+        decay: whether weight decay applies; by default to matrices and not to vectors.
+
+    Attributes:
+        name: "layers.3.weight", the path from the model's list of layers.
+        value: a view of the flat vector of values, once that is allocated.
+    """
+
+    def __init__(self, shape: Shape, init: Init, decay: bool | None = None):
+        self.shape = shape
+        self.size = math.prod(shape)
+        self.init = init
+        self.decay = len(shape) > 1 if decay is None else decay
+        self.name = ""
+        self.value: NDArray[np.floating]
+
+
+class Gradients:
+    """A flat vector for the gradients of one micro-batch: `gradients[parameter]` is the parameter's view of it."""
+
+    def __init__(self, layout: Layout, vector: Vector):
+        self.vector = vector
+        self._views = dict(layout.views(vector))
+
+    def __getitem__(self, parameter: Parameter) -> NDArray[np.floating]:
+        return self._views[parameter]
+
+
+@dataclass(frozen=True)
+class Block:
+    """vector[start:stop], at most BLOCK elements of one parameter; the unit of norms and of ownership."""
+
+    start: int
+    stop: int
+    decay: bool
+
+
+class Layout:
+    """Where each of a list of parameters lies in a flat vector.
+
+    Every parameter starts on a 64-byte boundary, and the padding is zero in every vector, for ever: no update
+    changes a zero whose gradient is zero. Parameters that decay come first, so that an optimizer meets long runs
+    of one kind.
+    """
+
+    def __init__(self, parameters: Sequence[Parameter], dtype: DTypeLike):
+        self.parameters = list(parameters)
+        self.dtype = np.dtype(dtype)
+        self.offsets: dict[Parameter, int] = {}
+        per_line = ALIGNMENT // self.dtype.itemsize
+        self.size = 0
+        for parameter in sorted(self.parameters, key=lambda p: not p.decay):
+            self.offsets[parameter] = self.size
+            self.size += -(-parameter.size // per_line) * per_line
+
+    def blocks(self) -> list[Block]:
+        """All blocks in the order of the vector; each parameter is cut from its own start."""
+        return [
+            Block(offset + a, offset + min(a + BLOCK, parameter.size), parameter.decay)
+            for parameter, offset in self.offsets.items()
+            for a in range(0, parameter.size, BLOCK)
+        ]
+
+    def views(self, vector: Vector) -> Iterator[tuple[Parameter, NDArray[np.floating]]]:
+        """Each parameter, in layer order, with its view of `vector`."""
+        for parameter in self.parameters:
+            offset = self.offsets[parameter]
+            yield parameter, vector[offset : offset + parameter.size].reshape(parameter.shape)
+
+    def named(self, vector: Vector) -> dict[str, NDArray[np.floating]]:
+        """The views of `vector` under the parameters' names, in layer order."""
+        return {parameter.name: view for parameter, view in self.views(vector)}
+
+    def zeros(self) -> Vector:
+        """A vector of zeros in this layout."""
+        return vectors.zeros(self.size, self.dtype)
+
+    def bind(self, values: Vector) -> None:
+        """Make every parameter's value its view of `values`."""
+        for parameter, view in self.views(values):
+            parameter.value = view
+
+    def initialise(self, values: Vector, seed: int) -> None:
+        """Write first values, each parameter's a function of (seed, its name) alone."""
+        for parameter, view in self.views(values):
+            view[...] = parameter.init(generator(seed, "init", parameter.name), parameter.shape)
+
+
+def constant(value: float) -> Init:
+    """Every element alike."""
+    return lambda _, shape: np.full(shape, value)
+
+
+def uniform(bound: float) -> Init:
+    """Uniform in [-bound, bound)."""
+    return lambda random, shape: random.uniform(-bound, bound, shape)

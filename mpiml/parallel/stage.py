@@ -1,0 +1,148 @@
+"""A stage: runs a schedule's actions on its layers and exchanges messages with its neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from mpi4py import MPI
+from numpy.typing import DTypeLike, NDArray
+
+from mpiml.clock import Clock
+from mpiml.parallel.allreduce import GradientSum
+from mpiml.parallel.schedules import Schedule, forward_only
+from mpiml.waiting import wait
+
+Array = NDArray[np.floating]
+Backward = Callable[[Array, Any], Array | None]
+Objective = Callable[[Array, NDArray[np.generic]], tuple[list[float], Array]]
+
+
+class Batch(Protocol):
+    """Rows that pass a stage at once (mpiml.data.dataset.Batch)."""
+
+    index: int
+    rows: int
+
+    def x(self) -> Array: ...
+
+    def y(self) -> NDArray[np.generic]: ...
+
+
+@dataclass
+class Part:
+    """What a stage computes; it is all that a stage knows of a model.
+
+    Attributes:
+        forward: (x, at) -> (y, backward).
+        at: (training, step, micro-batch) -> what forward takes as `at`.
+        objective: (y, labels) -> (the micro-batch's row of sums for the step record, gradient by y).
+        x_shape, y_shape: of a row that comes in and of one that goes out.
+        learns: whether this stage has parameters, or one before it: whether it needs a gradient.
+        learned: whether a stage before it has parameters, and so needs a gradient from this one.
+        gradients: what backward writes into, by slot of the gradient sum.
+    """
+
+    forward: Callable[[Array, Any], tuple[Array, Backward]]
+    at: Callable[[bool, int, int], Any]
+    objective: Objective
+    x_shape: tuple[int, ...]
+    y_shape: tuple[int, ...]
+    dtype: DTypeLike
+    learns: bool
+    learned: bool
+    gradients: Sequence[Any]
+
+
+class Stage:
+    """One rank's stage of the pipeline of its replica.
+
+    Args:
+        comm: the stages of this replica; rank is the stage.
+        part: what it computes.
+        sum_: the gradient sum that the backward passes feed.
+        schedule: of training.
+        clock: is told what the stage does.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, part: Part, sum_: GradientSum, schedule: Schedule, clock: Clock):
+        self.comm, self.part, self.sum, self.schedule, self.clock = comm, part, sum_, schedule, clock
+        self.stage, self.stages = comm.rank, comm.size
+        self.first, self.last = self.stage == 0, self.stage == self.stages - 1
+        self._sent: list[MPI.Request] = []
+
+    def train(self, step: int, batches: Sequence[Batch], record: NDArray[np.float64]) -> None:
+        """Forward and backward of this replica's micro-batches of a step.
+
+        Gradients go into the gradient sum's slots; on the last stage the sums of micro-batch m go into record[m].
+        """
+        in_flight: dict[int, tuple[Backward, Array | None]] = {}
+        for kind, index in self.schedule(self.stages, self.stage, len(batches)):
+            batch = batches[index]
+            if kind == "F" and batch.rows:
+                y, backward = self.part.forward(self._input(batch), self.part.at(True, step, batch.index))
+                in_flight[index] = backward, self._output(batch, y, record)
+            elif kind == "B":
+                self._backward(batch, index, *in_flight.pop(index, (None, None)))
+        self._finish_sends()
+
+    def evaluate(self, batches: Sequence[Batch], record: NDArray[np.float64]) -> None:
+        """Forward passes alone; on the last stage the sums of chunk c go into record[c]."""
+        for _, index in forward_only(self.stages, self.stage, len(batches)):
+            batch = batches[index]
+            y, _ = self.part.forward(self._input(batch), self.part.at(False, 0, batch.index))
+            self._output(batch, y, record)
+        self._finish_sends()
+
+    def _input(self, batch: Batch) -> Array:
+        if not self.first:
+            return self._receive(self.stage - 1, (batch.rows, *self.part.x_shape))
+        self.clock("data")
+        x = batch.x()
+        self.clock("compute")
+        return x
+
+    def _output(self, batch: Batch, y: Array, record: NDArray[np.float64]) -> Array | None:
+        """Pass y on, or score it: then the gradient by y is returned."""
+        if not self.last:
+            self._send(self.stage + 1, y)
+            return None
+        self.clock("data")
+        labels = batch.y()
+        self.clock("compute")
+        record[batch.index], dy = self.part.objective(y, labels)
+        return dy
+
+    def _backward(self, batch: Batch, index: int, backward: Backward | None, dy: Array | None) -> None:
+        if self.part.learns:
+            gradients = self.part.gradients[self.sum.plan.slots[index]]
+            if backward is None:
+                self.sum.slots[self.sum.plan.slots[index]].fill(0)
+            else:
+                if dy is None:
+                    dy = self._receive(self.stage + 1, (batch.rows, *self.part.y_shape))
+                dx = backward(dy, gradients)
+                if self.part.learned and dx is not None:
+                    self._send(self.stage - 1, dx)
+        self.sum.accumulate(index)
+
+    def _receive(self, source: int, shape: tuple[int, ...]) -> Array:
+        """A message into a fresh array: backward passes still read the arrays of earlier messages."""
+        self.clock("waiting")
+        array = np.empty(shape, self.part.dtype)
+        wait([self.comm.Irecv(array, source)])
+        self.clock("compute")
+        return array
+
+    def _send(self, target: int, array: Array) -> None:
+        """Never blocks. The request keeps the array alive, so finished ones are dropped at every send."""
+        self._sent = [request for request in self._sent if not request.Test()]
+        self._sent.append(self.comm.Isend(np.ascontiguousarray(array), target))
+
+    def _finish_sends(self) -> None:
+        self.clock("waiting")
+        wait(self._sent)
+        self._sent = []
+        self.clock("compute")

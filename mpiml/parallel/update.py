@@ -1,0 +1,95 @@
+"""The update: sum, divide, clip and optimize, piece by piece while each is in cache."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from mpi4py import MPI
+
+from mpiml import vectors
+from mpiml.parallel.allreduce import GradientSum
+from mpiml.vectors import Vector
+from mpiml.waiting import wait
+
+
+class Optimizer(Protocol):
+    """What is asked of an optimizer (mpiml.nn.optimizers)."""
+
+    @property
+    def states(self) -> tuple[str, ...]: ...
+
+    def update(
+        self, value: Vector, grad: Vector, spare: Vector, states: Sequence[Vector], rate: float, decay: bool, step: int
+    ) -> None: ...
+
+
+class Update:
+    """Changes the values of a stage by the summed gradient; collective over all ranks of the run.
+
+    Args:
+        comm: all ranks of the run, for the norm.
+        replica: of this rank.
+        sum_: of this stage.
+        clip: the largest norm that the gradient may have; 0 for any.
+
+    Attributes:
+        states: the optimizer's state for this replica's part of the vector, by name.
+        finite: whether all values that this rank computed in its last step are finite.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, replica: int, sum_: GradientSum, optimizer: Optimizer, clip: float):
+        self.comm, self.sum, self.optimizer, self.clip = comm, sum_, optimizer, clip
+        self.finite = True
+        start, stop = sum_.held
+        dtype = sum_.values.dtype
+        self.states = {name: vectors.zeros(stop - start, dtype) for name in optimizer.states}
+        self._values = [sum_.values[piece.start : piece.stop] for piece in sum_.pieces]
+        self._kept = [sum_.slots[0][piece.start : piece.stop] for piece in sum_.pieces]
+        self._states = [
+            [state[piece.start - start : piece.stop - start] for state in self.states.values()] for piece in sum_.pieces
+        ]
+        lengths = [piece.stop - piece.start for piece in sum_.pieces]
+        grad, spare = (vectors.empty(max(lengths, default=0), dtype) for _ in range(2))
+        self._scratch = [(grad[:length], spare[:length]) for length in lengths]
+        self._counts_in_norm = replica in {holder for holder, _, _ in sum_.holders}
+        squares = sum(len(piece.blocks) for piece in sum_.pieces) if self._counts_in_norm else 0
+        self._squares = comm.allgather(squares)
+
+    def step(self, rate: float, weight: float, step: int, measure: bool) -> float | None:
+        """Do step 1, 2, ... with learning rate `rate` on a batch whose weights sum to `weight`.
+
+        Returns:
+            The gradient's norm before clipping if `measure` or if there is clipping, else None. If it is not
+            finite, nothing has been changed.
+        """
+        self.sum.start()
+        scale = 1.0 / weight if weight else 0.0
+        norm = None
+        if measure or self.clip:
+            norm = self._norm() * scale
+            if not np.isfinite(norm):
+                return norm
+            if self.clip and norm > self.clip:
+                scale *= self.clip / norm
+        gradients = self._kept if norm is not None else None
+        finite = True
+        for index, piece in enumerate(self.sum.pieces):
+            gradient = gradients[index] if gradients else self.sum.total(index)
+            value, (grad, spare) = self._values[index], self._scratch[index]
+            np.multiply(gradient, scale, out=grad)
+            self.optimizer.update(value, grad, spare, self._states[index], rate, piece.decay, step)
+            finite = finite and vectors.is_finite(value)
+        self.finite = finite
+        self.sum.publish()
+        return norm
+
+    def _norm(self) -> float:
+        """The norm of the summed gradient over all stages; the sum is kept in this replica's first slot."""
+        squares: list[float] = []
+        for index, piece in enumerate(self.sum.pieces):
+            np.copyto(self._kept[index], self.sum.total(index))
+            if self._counts_in_norm:
+                squares += vectors.square_sums(self._kept[index], piece.blocks)
+        everyone = np.empty(sum(self._squares))
+        wait([self.comm.Iallgatherv(np.array(squares), [everyone, self._squares])])
+        return vectors.norm(everyone)

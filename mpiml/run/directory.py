@@ -1,0 +1,126 @@
+"""The run directory: who owns it, its files, and how they are written so that a crash leaves no half of one."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mpiml.errors import DirectoryError, OutputError
+
+RESULT = "result.json"
+FAILED = ".failed-"  # made by the first rank of a job to report a failure; the name ends in the job's token
+
+
+@contextmanager
+def named_errors(action: str, path: Path) -> Iterator[None]:
+    """Turn an OSError into an OutputError that says what could not be done to which path."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot {action} {path}: {error.strerror or error}") from error
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Put `content` at `path` so that at any moment, also after a crash, the old or the new is there whole."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with named_errors("write", path):
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames in a directory survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class RunDirectory:
+    """The directory of one run, held by rank 0 for as long as the process lives.
+
+    Raises DirectoryError if another run is, or goes on, in it, and OutputError if it cannot be written.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = path / "config.toml"
+        self.environment = path / "environment.json"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self._lock = self._take()
+
+    @classmethod
+    def create(cls, out: str | None, name: str, resume: bool) -> RunDirectory:
+        """Make the directory, or open it to resume the run in it.
+
+        Args:
+            out: where; None for the first free runs/NAME-NNN.
+            name: NAME.
+        """
+        if out is None:
+            return cls(_numbered(Path("runs"), name))
+        path = Path(out)
+        with named_errors("create the run directory", path):
+            path.mkdir(parents=True, exist_ok=True)
+        directory = cls(path)
+        if directory.config.exists() and not resume:
+            raise DirectoryError(f"{path} already holds a run: go on with it by --resume, or choose another --out")
+        return directory
+
+    def _take(self) -> int:
+        with named_errors("open the run directory", self.path):
+            self.checkpoints.mkdir(exist_ok=True)
+            for leftover in self.path.glob(f"{FAILED}*"):
+                leftover.unlink(missing_ok=True)
+            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise DirectoryError(f"{self.path} is in use by another job that is still running") from None
+        except OSError:
+            pass  # a file system without locks: nothing to rely on there
+        return descriptor
+
+    def close(self) -> None:
+        """Let others have the directory."""
+        os.close(self._lock)
+
+
+def read_result(run: Path) -> dict[str, Any]:
+    """What result.json in a run directory says; empty if there is none that can be read."""
+    try:
+        found = json.loads((run / RESULT).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_result(run: Path, result: dict[str, Any]) -> None:
+    """Replace result.json in a run directory."""
+    write_atomically(run / RESULT, json.dumps(result, indent=2) + "\n")
+
+
+def _numbered(parent: Path, name: str) -> Path:
+    """Make the first parent/name-NNN that does not exist; making is the test, so two jobs never share one."""
+    with named_errors("create the run directory in", parent.absolute()):
+        parent.mkdir(parents=True, exist_ok=True)
+        number = 1
+        while True:
+            path = parent / f"{name}-{number:03d}"
+            try:
+                path.mkdir()
+                return path
+            except FileExistsError:
+                number += 1

@@ -1,0 +1,74 @@
+"""Where a run takes place: hosts, processors, libraries, versions."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+import mpiml
+
+PACKAGES = ("numpy", "mpi4py", "threadpoolctl", "safetensors")
+
+
+def of_rank(threads: int) -> dict[str, Any]:
+    """What this rank runs on."""
+    return {
+        "host": platform.node(),
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": threads,
+        "pid": os.getpid(),
+    }
+
+
+def to_json(ranks: list[dict[str, Any]]) -> str:
+    """The content of environment.json, from what each rank runs on."""
+    job = {
+        "mpiml": mpiml.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "mpi": MPI.Get_library_version().splitlines()[0].strip("\x00 "),
+        "blas": _blas(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "ranks": ranks,
+    }
+    return json.dumps(job, indent=2) + "\n"
+
+
+def warnings(ranks: list[dict[str, Any]]) -> list[str]:
+    """What in the environment may surprise."""
+    found = []
+    models = sorted({rank["cpu"] for rank in ranks})
+    if len(models) > 1:
+        found.append(f"ranks run on different processors ({'; '.join(models)}): bits may differ from another run's")
+    return found
+
+
+def cpu_model() -> str:
+    """The processor's name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _blas() -> str:
+    built = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    return f"{built.get('name')} {built.get('version')}"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,203 @@
+"""The log of a run: metrics.jsonl, the terminal, and the summary at the end; rank 0 writes."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from mpiml.clock import SHARES, Clock
+from mpiml.run.directory import named_errors, write_atomically
+from mpiml.run.terminal import width
+from mpiml.run.verdict import on_rank_0
+
+CONSOLE_PAUSE = 5.0  # seconds between lines where nobody sits at a terminal
+WARM_UP = 10  # steps that the speed leaves out
+
+
+class Log:
+    """Collective: every rank calls every method.
+
+    Args:
+        comm: all ranks.
+        metrics: the file; only rank 0 writes it.
+        clock: of this rank.
+        rows: of a step on average, for samples per second.
+        metric: name of the metric.
+        first, last: steps of this job, for the progress bar.
+        quiet: print nothing.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        metrics: Path,
+        clock: Clock,
+        rows: float,
+        metric: str,
+        first: int,
+        last: int,
+        quiet: bool,
+    ):
+        self.comm, self.metrics, self.clock, self.rows, self.metric = comm, metrics, clock, rows, metric
+        self.quiet = quiet or comm.rank != 0
+        self.step_seconds: list[float] = []
+        self._logged_at, self._shares = 0, np.array(clock.shares())
+        self._console = Console(first, last) if not self.quiet else None
+
+    def say(self, text: str) -> None:
+        """A line on the terminal."""
+        if self._console:
+            self._console.line(text)
+
+    def timed(self, seconds: float, step: int, loss: float) -> None:
+        """Note how long a step took on this rank."""
+        self.step_seconds.append(seconds)
+        if self._console:
+            self._console.progress(step, loss, self.rows / seconds)
+
+    def step(self, step: int, epoch: int, loss: float, score: float, rate: float, norm: float | None) -> None:
+        """Write the line of a step; times are since the last such line, the least and the most of any rank."""
+        seconds = np.array(self.clock.shares()) - self._shares
+        self._shares += seconds
+        recent = self.step_seconds[self._logged_at :]
+        self._logged_at = len(self.step_seconds)
+        mine = np.concatenate([seconds, [sum(recent)]])
+        low, high = np.empty_like(mine), np.empty_like(mine)
+        self.comm.Allreduce(mine, low, MPI.MIN)
+        self.comm.Allreduce(mine, high, MPI.MAX)
+        speed = len(recent) * self.rows / high[-1] if high[-1] else 0.0
+        times = {name: {"min": round(a, 6), "max": round(b, 6)} for name, a, b in zip(SHARES, low, high, strict=False)}
+        self._write(
+            {
+                "step": step,
+                "epoch": epoch,
+                "loss": loss,
+                self.metric: _number(score),
+                "learning_rate": rate,
+                "gradient_norm": norm,
+                "samples_per_second": round(speed, 1),
+                "seconds": times,
+            }
+        )
+        if self._console:
+            text = f"step {step}  epoch {epoch}  loss {loss:.4f}  {self.metric} {score:.4f}  {speed:,.0f} samples/s"
+            self._console.now_and_then(text)
+
+    def evaluation(self, step: int, epoch: int, loss: float, score: float, rows: int) -> None:
+        """Write the line of an evaluation."""
+        result = {"loss": loss, self.metric: _number(score), "rows": rows}
+        self._write({"step": step, "epoch": epoch, "evaluation": result})
+        self.say(f"step {step}  epoch {epoch}  test loss {loss:.4f}  test {self.metric} {score:.4f}")
+
+    def samples_per_second(self) -> float | None:
+        """Rows of a step / median step time; a step's time is its slowest rank's; the first steps are left out."""
+        count = self.comm.allreduce(len(self.step_seconds), MPI.MIN)
+        if count == 0:
+            return None
+        slowest = np.empty(count)
+        self.comm.Allreduce(np.array(self.step_seconds[:count]), slowest, MPI.MAX)
+        timed = slowest[WARM_UP:] if count > WARM_UP else slowest
+        return round(self.rows / float(np.median(timed)), 1)
+
+    def where_the_time_went(self) -> dict[str, float]:
+        """The mean over ranks of each share of the time of all steps."""
+        mine = np.array(self.clock.shares())
+        total = np.empty_like(mine)
+        self.comm.Allreduce(mine, total)
+        return dict(zip(SHARES, (total / max(total.sum(), 1e-9)).tolist(), strict=True))
+
+    def close(self) -> None:
+        """Leave the terminal in order."""
+        if self._console:
+            self._console.close()
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        self.clock("joining" if self.comm.rank else "log")
+
+        def append() -> None:
+            with named_errors("write", self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+
+        on_rank_0(self.comm, append)
+        self.clock("compute")
+
+
+class Console:
+    """A progress bar where somebody watches, a line now and then where nobody does."""
+
+    def __init__(self, first: int, last: int):
+        self._last_line = time.monotonic()
+        self._bar = None
+        columns = width()
+        if columns and last >= first:
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                initial=first - 1, total=last, ncols=columns - 1, unit="step", ascii=True, leave=False, mininterval=0.2
+            )
+
+    def line(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        else:
+            print(text, flush=True)
+        self._last_line = time.monotonic()
+
+    def now_and_then(self, text: str) -> None:
+        if self._bar is None and time.monotonic() - self._last_line > CONSOLE_PAUSE:
+            self.line(text)
+
+    def progress(self, step: int, loss: float, speed: float) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} samples/s", refresh=False)
+            self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def cut(metrics: Path, step: int, eval_every: int, log_every: int) -> list[dict[str, Any]]:
+    """Remove from a metrics file what a run that goes on after `step` will write again, and a torn last line.
+
+    Lines that were written at `step` because the run ended there go too, for a longer run would not have them.
+    The file is replaced at once, or not at all. Returns the lines that stay.
+    """
+    with named_errors("read", metrics):
+        raw = metrics.read_bytes().split(b"\n") if metrics.exists() else []
+    kept, entries = [], []
+    for line in raw:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        every = eval_every if "evaluation" in entry else log_every
+        if entry["step"] < step or (entry["step"] == step and every and step % every == 0):
+            kept.append(line + b"\n")
+            entries.append(entry)
+    if b"".join(kept) != b"\n".join(raw):
+        write_atomically(metrics, b"".join(kept))
+    return entries
+
+
+def last_known(entries: list[dict[str, Any]], metric: str) -> dict[str, Any]:
+    """The last loss and the last score in a metrics file, under the names of result.json."""
+    known: dict[str, Any] = {}
+    for entry in entries:
+        if "evaluation" in entry:
+            known |= {metric: entry["evaluation"][metric], "test_loss": entry["evaluation"]["loss"]}
+        else:
+            known["loss"] = entry["loss"]
+    return known
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,56 @@
+"""Doing something on some ranks so that all know how it went: an error of one becomes the same error on all."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from mpi4py import MPI
+
+from mpiml.errors import RunError
+
+T = TypeVar("T")
+
+
+def together(comm: MPI.Intracomm, action: Callable[[], T]) -> T:
+    """Call `action` on every rank; it must not communicate. Collective.
+
+    Raises, on all ranks alike, the RunError of the lowest rank on which there was one.
+    """
+    result, error = None, None
+    try:
+        result = action()
+    except RunError as raised:
+        error = raised
+    failed = comm.allreduce(comm.size if error is None else comm.rank, MPI.MIN)
+    if failed < comm.size:
+        raise _everywhere(comm.bcast(_portable(error), root=failed), failed)
+    return result  # type: ignore[return-value]
+
+
+def on_rank_0(comm: MPI.Intracomm, action: Callable[[], T]) -> T:
+    """Call `action` on rank 0 alone and return its result on all ranks. Collective.
+
+    Raises, on all ranks alike, the RunError that rank 0 raised.
+    """
+    result, error = None, None
+    if comm.rank == 0:
+        try:
+            result = action()
+        except RunError as raised:
+            error = raised
+    shared: tuple[T, tuple[type[RunError], str] | None] = comm.bcast((result, _portable(error)), root=0)
+    result, portable = shared
+    if portable:
+        raise _everywhere(portable, 0)
+    return result
+
+
+def _portable(error: RunError | None) -> tuple[type[RunError], str] | None:
+    return (type(error), str(error)) if error else None
+
+
+def _everywhere(portable: tuple[type[RunError], str] | None, rank: int) -> RunError:
+    assert portable, "the failing rank sent no error"
+    kind, message = portable
+    error = kind(message)
+    error.rank, error.everywhere = rank, True
+    return error

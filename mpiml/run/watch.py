@@ -1,0 +1,141 @@
+"""Noticing a rank that makes no progress, and ending the job that would wait for it for ever."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from mpi4py import MPI
+from numpy.typing import NDArray
+
+from mpiml.clock import BLOCKED_ON_OTHERS, Clock
+from mpiml.errors import RunError
+from mpiml.waiting import wait
+
+# A sign of life carries the activity's number here.
+ACTIVITIES = ["start", "data", "compute", "waiting", "communication", "evaluation", "checkpoint", "log", "joining"]
+GOODBYE = -1.0
+
+
+class StallError(RunError):
+    """A rank has made no progress for too long."""
+
+
+@dataclass
+class Sign:
+    """The last sign of life of a rank: when it came, and since when its moves stand still."""
+
+    heard: float
+    moved: float
+    moves: float = 0.0
+    step: int = 0
+    activity: str = "start"
+    gone: bool = False
+
+
+class Watch(threading.Thread):
+    """A thread on every rank; collective to make and to stop.
+
+    Every few seconds each rank looks at itself: has it moved, if it waits for nobody? And it sends a sign of life
+    to rank 0 (rank 0 to rank 1), who notices the silence of a stopped process, and a job in which all wait.
+
+    Args:
+        comm: a communicator of the watch's own.
+        clock: of this rank.
+        timeout: seconds; 0 watches nothing.
+        fail: is called with a StallError that names rank, activity and step.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, clock: Clock, timeout: float, fail: Callable[[RunError], None]):
+        super().__init__(name="mpiml-watch", daemon=True)
+        self.comm, self.clock, self.timeout, self.fail = comm, clock, timeout, fail
+        self.interval = min(timeout / 5, 30.0)
+        self._ending = threading.Event()
+        self._sent: list[MPI.Request] = []
+        now = time.monotonic()
+        watched = range(1, comm.size) if comm.rank == 0 else range(1) if comm.rank == 1 else range(0)
+        self._signs = {rank: Sign(now, now) for rank in watched}
+        self._own = Sign(now, now)
+        self._threads = MPI.Query_thread() == MPI.THREAD_MULTIPLE and comm.size > 1
+        if timeout:
+            self.start()
+
+    def end(self) -> None:
+        """Stop watching. All ranks call it when nobody waits for anybody any more."""
+        if not self.timeout:
+            return
+        self._ending.set()
+        self.join()
+        if self._threads:
+            self._send(GOODBYE)
+            while not all(sign.gone for sign in self._signs.values()):
+                self._listen(time.monotonic())
+                time.sleep(0.001)
+            wait(self._sent)
+
+    def run(self) -> None:
+        before = time.monotonic()
+        while not self._ending.wait(self.interval):
+            now = time.monotonic()
+            if now - before > 3 * self.interval:  # this process was itself stopped: what it remembers is too old
+                for sign in [self._own, *self._signs.values()]:
+                    sign.heard = sign.moved = now
+            before = now
+            self._look_at_own(now)
+            if self._threads:
+                self._send(float(self.clock.moves))
+                self._listen(now)
+                self._look_at_others(now)
+
+    def _look_at_own(self, now: float) -> None:
+        progress = self.clock.moves + _bytes_moved()
+        if progress != self._own.moves:
+            self._own.moves, self._own.moved = progress, now
+        elif now - self._own.moved > self.timeout and self.clock.activity not in BLOCKED_ON_OTHERS:
+            self._stalled(self.comm.rank, "has made no progress", self.clock.activity, self.clock.step)
+
+    def _send(self, moves: float) -> None:
+        self._sent = [request for request in self._sent if not request.Test()]
+        sign = np.array([moves, self.clock.step, ACTIVITIES.index(self.clock.activity)])
+        self._sent.append(self.comm.Isend(sign, 0 if self.comm.rank else 1))
+
+    def _listen(self, now: float) -> None:
+        status = MPI.Status()
+        message: NDArray[np.float64] = np.empty(3)
+        while self._signs and self.comm.Iprobe(status=status):
+            self.comm.Recv(message, status.source)
+            sign = self._signs[status.source]
+            sign.heard = now
+            sign.gone = message[0] == GOODBYE
+            if message[0] != sign.moves:
+                sign.moves, sign.moved = message[0], now
+            sign.step, sign.activity = int(message[1]), ACTIVITIES[int(message[2])]
+
+    def _look_at_others(self, now: float) -> None:
+        for rank, sign in self._signs.items():
+            if now - sign.heard > self.timeout and not sign.gone:
+                self._stalled(rank, "has given no sign of life", sign.activity, sign.step)
+        everyone = [self._own, *self._signs.values()]
+        if self.comm.rank == 0 and all(now - sign.moved > 2 * self.timeout for sign in everyone):
+            self._stalled(0, "waits, like all others,", self.clock.activity, self.clock.step)
+
+    def _stalled(self, rank: int, what: str, activity: str, step: int) -> None:
+        error = StallError(f"rank {rank} {what} for {self.timeout:g} s, in step {step} ({activity})")
+        error.rank = rank
+        self.fail(error)
+
+
+def _bytes_moved() -> int:
+    """What this process has read and written, in units of 64 KiB: a long write of a large file is progress too.
+
+    Looking here reads a little itself, which the unit swallows.
+    """
+    try:
+        fields = Path("/proc/self/io").read_text().split()
+        return sum(int(fields[index]) for index in (1, 3, 9)) >> 16  # rchar, wchar, read_bytes
+    except (OSError, IndexError, ValueError):
+        return 0

@@ -1,0 +1,221 @@
+"""The training program: `mpirun -n 16 python -m mpiml.train`. Builds everything, then runs the loop."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__":
+    # Set before NumPy loads: otherwise each rank's BLAS starts a thread per core, only to be told to use fewer.
+    for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")
+    if {"-h", "--help", "--version"} & set(sys.argv[1:]):
+        # Must work where MPI cannot start, on a login node say; the imports below start MPI.
+        from mpiml.config import parse
+
+        parse(sys.argv[1:])
+
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from mpi4py import MPI
+
+from mpiml import assemble, restart
+from mpiml.assemble import Model, Run
+from mpiml.clock import Clock
+from mpiml.config import Config, parse
+from mpiml.data.dataset import Dataset, open_dataset
+from mpiml.errors import SAVED, ConfigError, NotFiniteError, RunError
+from mpiml.parallel import grid as grids
+from mpiml.parallel.record import Record, agree
+from mpiml.run import environment, log
+from mpiml.run.directory import RunDirectory, read_result, write_result
+from mpiml.run.failure import Guard, exit_code
+from mpiml.run.process import StopRequest, prepare_process
+from mpiml.run.verdict import on_rank_0, together
+from mpiml.run.watch import Watch
+
+PROGRAM = "mpiml.train"
+
+
+def train(
+    config: Config, comm: MPI.Intracomm | None = None, model: Model | None = None, data: Dataset | None = None
+) -> dict[str, Any]:
+    """Train as the command does; every rank of the communicator calls it alike.
+
+    Args:
+        config: the settings.
+        comm: the ranks to train on; all of the job's by default.
+        model: a list of layers, or a function (shape of an input row, number of outputs) -> list of layers, in
+            place of config.model.
+        data: a data set in place of config.data.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        RunError: one of mpiml.errors, on all ranks alike. If one rank fails alone in a job of several, the whole
+            job is ended instead, for the others would wait for it for ever.
+    """
+    clock = Clock()
+    comm = MPI.COMM_WORLD if comm is None else comm
+    with Guard(comm, clock, PROGRAM) as guard:
+        return _train(config, comm, model, data, clock, guard)
+
+
+def _train(
+    asked: Config, comm: MPI.Intracomm, model: Model | None, data: Dataset | None, clock: Clock, guard: Guard
+) -> dict[str, Any]:
+    began = perf_counter()
+    clock("joining")
+    cfg = on_rank_0(comm, lambda: restart.settings(asked))
+    together(comm, lambda: grids.check(comm.size, cfg.pipe))
+    prepare_process(cfg.threads)
+    dataset = data or together(comm, lambda: open_dataset(cfg.data))
+    replicas = comm.size // cfg.pipe
+    cfg = together(comm, lambda: assemble.resolve(cfg, len(dataset.train), dataset.classification, replicas))
+    if done := on_rank_0(comm, lambda: restart.finished(cfg)):
+        return done
+    grid = grids.build(comm, cfg.pipe)
+    run = assemble.assemble(cfg, dataset, grid, clock, model)
+
+    ranks = comm.gather(environment.of_rank(cfg.threads))
+    opened: list[RunDirectory] = []
+    path, guard.token, before = on_rank_0(comm, lambda: restart.open_directory(run, dataset.name, ranks or [], opened))
+    guard.run = path
+    watch = Watch(comm.Dup(), clock, cfg.stall_timeout, guard.fail)
+    stop = StopRequest()
+    start, notes, history = restart.restore(run, path)
+    logger = log.Log(
+        grid.comm,
+        path / "metrics.jsonl",
+        clock,
+        len(dataset.train) / run.shards.steps_per_epoch,
+        run.metric.name,
+        start + 1,
+        run.steps,
+        cfg.quiet,
+    )
+    for line in [*before, *notes, assemble.grid_text(run)]:
+        logger.say(line)
+    try:
+        outcome = _loop(run, start, path / "checkpoints", logger, stop, history)
+        outcome |= {"samples_per_second": logger.samples_per_second(), "seconds": round(perf_counter() - began, 3)}
+        on_rank_0(comm, lambda: write_result(path, read_result(path) | outcome))
+        _summary(run, path, outcome, logger)
+        return on_rank_0(comm, lambda: read_result(path))
+    finally:
+        if sys.exc_info()[0] is None or getattr(sys.exc_info()[1], "everywhere", False):
+            watch.end()
+        stop.close()
+        logger.close()
+        for directory in opened:
+            directory.close()
+
+
+def _loop(
+    run: Run, start: int, checkpoints: Path, logger: log.Log, stop: StopRequest, history: dict[str, Any]
+) -> dict[str, Any]:
+    """Train from the step after `start`. Returns the outcome for result.json; `history` is what was known before."""
+    cfg, comm, clock = run.config, run.grid.comm, run.clock
+    assert cfg.microbatches, "settings are resolved before a run is assembled"
+    outcome: dict[str, Any] = {"status": "done", "exit_code": 0, "step": start} | history
+    for step in range(start + 1, run.steps + 1):
+        began = perf_counter()
+        clock.step = step
+        table = run.record(cfg.microbatches)
+        run.stage.train(step, run.shards.batches(step), table)
+        clock("communication")
+        record = agree(comm, table, not run.update.finite, stop.asked)
+        _refuse_not_finite(run, step, record, None)
+        last = step == run.steps or record.stop
+        log_due = _due(step, cfg.log_every)
+        eval_due = _due(step, cfg.eval_every) or (step == run.steps and cfg.eval_every > 0)
+        save_due = _due(step, cfg.save_every) or (step == run.steps and cfg.save_every > 0) or record.stop
+        rate = run.learning_rate(step)
+        norm = run.update.step(rate, record.weight, step, log_due or eval_due or save_due or last)
+        _refuse_not_finite(run, step, record, norm)
+        clock("compute")
+        logger.timed(perf_counter() - began, step, record.mean_loss)
+
+        epoch = (step - 1) // run.shards.steps_per_epoch + 1
+        outcome |= {"step": step, "loss": record.mean_loss}
+        if log_due:
+            logger.step(step, epoch, record.mean_loss, run.metric.value(record.metric), rate, norm)
+        if eval_due:
+            outcome |= evaluate(run, step, epoch, logger)
+        if save_due:
+            restart.save(run, step, checkpoints)
+        if record.stop:
+            outcome |= {"status": "stopped", "exit_code": SAVED, "reason": "asked to stop by a signal"}
+            break
+    return outcome | {"weights_sha256": restart.digest(run)}
+
+
+def evaluate(run: Run, step: int, epoch: int, logger: log.Log) -> dict[str, float]:
+    """Score the test rows, chunk by chunk on all replicas; collective. Returns the metric under its name."""
+    with run.clock.booked("evaluation"):
+        table = run.record(run.test_chunks)
+        run.stage.evaluate(run.tests, table)
+        run.clock("communication")
+        record = agree(run.grid.comm, table)
+        score = run.metric.value(record.metric)
+        logger.evaluation(step, epoch, record.mean_loss, score, int(record.weight))
+    return {run.metric.name: score, "test_loss": record.mean_loss}
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _refuse_not_finite(run: Run, step: int, record: Record, norm: float | None) -> None:
+    """End the run, on all ranks, if the loss of this step or what its gradient did is not finite; collective."""
+    grid, reason, rank = run.grid, None, None
+    if record.broken:
+        reason = f"weights are not finite after step {step - 1}"
+    elif record.bad_entry is not None:
+        replicas, total = grid.replicas, run.config.microbatches or 1
+        replica = (replicas * (record.bad_entry + 1) - 1) // total
+        rank = grid.launched[grid.rank_of(grid.stages - 1, replica)]
+        reason = f"the loss is not finite in step {step} (micro-batch {record.bad_entry}, rank {rank})"
+    elif norm is not None and not norm < float("inf"):
+        reason = f"the gradient is not finite in step {step}"
+    if reason:
+        error = NotFiniteError(f"{reason}; a smaller --lr, --warmup-steps or --clip may help")
+        error.rank, error.everywhere = rank, True
+        raise error
+
+
+def _summary(run: Run, path: Path, outcome: dict[str, Any], logger: log.Log) -> None:
+    """What a person wants to know at the end."""
+    shares = logger.where_the_time_went()
+    speed = outcome["samples_per_second"]
+    score = f"test {run.metric.name} {outcome[run.metric.name]:.4f}, " if run.metric.name in outcome else ""
+    what = "done" if outcome["status"] == "done" else "stopped and saved; go on with --resume"
+    logger.say(
+        f"{what}: step {outcome['step']}, {score}{outcome['seconds']:.1f} s"
+        + (f", {speed:,.0f} samples/s" if speed else "")
+    )
+    logger.say("time: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
+    logger.say(f"files: {path}/ (metrics.jsonl, result.json, checkpoints)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit code."""
+    comm = MPI.COMM_WORLD
+    try:
+        try:
+            config = parse(sys.argv[1:] if arguments is None else arguments, PROGRAM)
+        except ConfigError as error:
+            error.everywhere = True
+            with Guard(comm, Clock(), PROGRAM):
+                raise
+        return int(train(config, comm)["exit_code"])
+    except (RunError, KeyboardInterrupt) as error:
+        return exit_code(error)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
