@@ -48,7 +48,7 @@ def build(comm: MPI.Intracomm, stages: int) -> Grid:
     node.Free()
     launched = sorted(range(comm.size), key=lambda rank: (first_on_node[rank], rank))
     ordered = comm.Create(comm.Get_group().Incl(launched))
-    cartesian = ordered.Create_cart([stages, ordered.size // stages])
+    cartesian = MPI.Intracomm(ordered).Create_cart([stages, ordered.size // stages])
     stage, replica = cartesian.coords
     pipe, data = cartesian.Sub([True, False]), cartesian.Sub([False, True])
     mine = [first_on_node[rank] for rank in launched[stage * data.size : (stage + 1) * data.size]]

@@ -1,0 +1,66 @@
+"""What tests share: running the real command on real ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LIMIT = 120  # seconds that any job may take
+
+
+@dataclass
+class Job:
+    """What became of a command: its exit code, what it printed, and its run directory."""
+
+    code: int
+    out: str
+    err: str
+    run: Path
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return json.loads((self.run / "result.json").read_text())
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
+
+
+def mpirun(ranks: int) -> list[str]:
+    """The launcher beside this Python, or the machine's."""
+    beside = Path(sys.executable).with_name("mpirun")
+    launcher = str(beside) if beside.exists() else shutil.which("mpirun")
+    assert launcher, "no mpirun beside this Python, and none on the PATH"
+    return [launcher, "-n", str(ranks)]
+
+
+def launch(ranks: int, *arguments: str, limit: float = LIMIT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `python ARGUMENTS` on `ranks` ranks; with 0 ranks, without a launcher."""
+    command = [*(mpirun(ranks) if ranks else []), sys.executable, *arguments]
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PMI", "OMPI_COMM", "HYDRA", "MPIR", "MPICH"))}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=limit, env=clean | environment, stdin=subprocess.DEVNULL
+    )
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Callable[..., Job]:
+    """`train(ranks, "--pipe 2 ...", out="name")` runs mpiml.train on ranks, in a directory of this test."""
+
+    def run(ranks: int, arguments: str = "", out: str = "run", limit: float = LIMIT, **environment: str) -> Job:
+        path = tmp_path / out
+        done = launch(
+            ranks, "-m", "mpiml.train", "--out", str(path), *arguments.split(), limit=limit, **environment
+        )
+        return Job(done.returncode, done.stdout, done.stderr, path)
+
+    return run
