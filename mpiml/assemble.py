@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -210,7 +211,7 @@ def look_at(data: Dataset, grid: Grid, train: tuple[int, int], test: tuple[int, 
         for column, mine in ends.items():
             source: Source = getattr(split_, column)
             read = functools.partial(_read, source, *rows) if mine else Findings
-            found: Findings = grid.comm.allreduce(together(grid.comm, read), _join)
+            found = functools.reduce(operator.or_, grid.comm.allgather(together(grid.comm, read)))
             name = f"{data.name}: {column}_{which}"
             problem = None
             if found.first_bad is not None:
@@ -227,10 +228,6 @@ def look_at(data: Dataset, grid: Grid, train: tuple[int, int], test: tuple[int, 
 def _read(source: Source, start: int, stop: int) -> Findings:
     source.hold(start, stop)
     return inspect(source, start, stop)
-
-
-def _join(left: Findings, right: Findings) -> Findings:
-    return left | right
 
 
 def _alike(error: DataError) -> DataError:

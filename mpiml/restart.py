@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from mpiml.errors import OutputError
 from mpiml.parallel.state import VALUES
 from mpiml.run import checkpoint, environment, log
 from mpiml.run.checkpoint import Checkpoint
-from mpiml.run.directory import RunDirectory, read_result, write_atomically, write_result
+from mpiml.run.directory import CONFIG, RunDirectory, read_result, write_atomically, write_result
 from mpiml.run.verdict import on_rank_0
 
 
@@ -22,7 +24,7 @@ def settings(asked: Config) -> Config:
     """The settings to start from: those asked for, or a stored run's, changed as asked. Rank 0 calls it."""
     if not (asked.resume and asked.out):
         return asked
-    stored = Path(asked.out) / "config.toml"
+    stored = Path(asked.out) / CONFIG
     if not stored.exists():
         return asked
     return asked.resumed(Config(**from_toml(stored)))
@@ -40,36 +42,80 @@ def finished(cfg: Config) -> dict[str, Any] | None:
     return result
 
 
-def open_directory(
-    run: Run, name: str, ranks: list[dict[str, Any]], opened: list[RunDirectory]
-) -> tuple[Path, str, list[str]]:
-    """Take the run directory, append it to `opened`, and write what is known at the start. Rank 0 calls it.
+@dataclass
+class Opened:
+    """What every rank knows of the run directory: where it is, a token of this job, and what there is to say."""
 
-    Returns the path, a token for this job, and what there is to say.
+    path: Path
+    token: str
+    notes: list[str]
+
+    @property
+    def metrics(self) -> Path:
+        """One line per logged step and per evaluation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The directory of checkpoints."""
+        return self.path / "checkpoints"
+
+
+@contextmanager
+def opened(run: Run, name: str) -> Iterator[Opened]:
+    """Hold the run directory, with all in it that is known at the start, for the length of a block; collective.
+
+    Args:
+        name: of the data set, for the name of a new directory.
     """
-    cfg, grid = run.config, run.grid
-    directory = RunDirectory.create(cfg.out, f"{name}-{cfg.model}", cfg.resume)
-    opened.append(directory)
-    notes = [f"warning: {text}" for text in environment.warnings(ranks)]
-    before = read_result(directory.path)
-    if before.get("status") == "running":
-        notes.append("the last job in this directory ended without a word: killed, or its node failed")
-    elif before.get("status") == "failed":
-        notes.append(f"the last job in this directory failed: {before.get('reason')}")
-    write_atomically(directory.config, cfg.to_toml())
-    write_atomically(directory.environment, environment.to_json(ranks))
+    ranks = run.grid.comm.gather(environment.of_rank(run.config.threads))
+    held: list[RunDirectory] = []
+
+    def take() -> Opened:
+        held.append(RunDirectory.create(run.config.out, f"{name}-{run.config.model}", run.config.resume))
+        notes = [f"warning: {text}" for text in environment.warnings(ranks or [])]
+        before = read_result(held[0].path)
+        if before.get("status") == "running":
+            notes.append("the last job in this directory ended without a word: killed, or its node failed")
+        elif before.get("status") == "failed":
+            notes.append(f"the last job in this directory failed: {before.get('reason')}")
+        _begin(run, held[0].path, ranks or [])
+        return Opened(held[0].path, f"{os.getpid()}-{time.time_ns()}", notes)
+
+    try:
+        known: Opened = on_rank_0(run.grid.comm, take)
+        yield known
+    finally:
+        for directory in held:
+            directory.close()
+
+
+def _begin(run: Run, path: Path, ranks: list[dict[str, Any]]) -> None:
+    write_atomically(path / CONFIG, run.config.to_toml())
+    write_atomically(path / "environment.json", environment.to_json(ranks))
     running = {
         "status": "running",
         "exit_code": None,
         "reason": None,
         "rank": None,
         "step": 0,
-        "ranks": grid.comm.size,
-        "pipe": grid.stages,
-        "microbatches": cfg.microbatches,
+        "ranks": run.grid.comm.size,
+        "pipe": run.grid.stages,
+        "microbatches": run.config.microbatches,
     }
-    write_result(directory.path, running)
-    return directory.path, f"{os.getpid()}-{time.time_ns()}", notes
+    write_result(path, running)
+
+
+def finish(run: Run, path: Path, outcome: Mapping[str, Any]) -> dict[str, Any]:
+    """Write how the run ended; collective. Returns the whole result."""
+
+    def write() -> dict[str, Any]:
+        result = {**read_result(path), **outcome}
+        write_result(path, result)
+        return result
+
+    result: dict[str, Any] = on_rank_0(run.grid.comm, write)
+    return result
 
 
 def restore(run: Run, path: Path) -> tuple[int, list[str], dict[str, Any]]:

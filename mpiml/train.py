@@ -30,8 +30,7 @@ from mpiml.data.dataset import Dataset, open_dataset
 from mpiml.errors import SAVED, ConfigError, NotFiniteError, RunError
 from mpiml.parallel import grid as grids
 from mpiml.parallel.record import Record, agree
-from mpiml.run import environment, log
-from mpiml.run.directory import RunDirectory, read_result, write_result
+from mpiml.run import log
 from mpiml.run.failure import Guard, exit_code
 from mpiml.run.process import StopRequest, prepare_process
 from mpiml.run.verdict import on_rank_0, together
@@ -71,57 +70,35 @@ def _train(
     began = perf_counter()
     clock("joining")
     cfg = on_rank_0(comm, lambda: restart.settings(asked))
-    together(comm, lambda: grids.check(comm.size, cfg.pipe))
-    prepare_process(cfg.threads)
-    dataset = data or together(comm, lambda: open_dataset(cfg.data))
-    replicas = comm.size // cfg.pipe
-    cfg = together(comm, lambda: assemble.resolve(cfg, len(dataset.train), dataset.classification, replicas))
-    if done := on_rank_0(comm, lambda: restart.finished(cfg)):
-        return done
-    grid = grids.build(comm, cfg.pipe)
-    run = assemble.assemble(cfg, dataset, grid, clock, model)
-
-    ranks = comm.gather(environment.of_rank(cfg.threads))
-    opened: list[RunDirectory] = []
-    path, guard.token, before = on_rank_0(comm, lambda: restart.open_directory(run, dataset.name, ranks or [], opened))
-    guard.run = path
-    watch = Watch(comm.Dup(), clock, cfg.stall_timeout, guard.fail)
-    stop = StopRequest()
-    start, notes, history = restart.restore(run, path)
-    logger = log.Log(
-        grid.comm,
-        path / "metrics.jsonl",
-        clock,
-        len(dataset.train) / run.shards.steps_per_epoch,
-        run.metric.name,
-        start + 1,
-        run.steps,
-        cfg.quiet,
-    )
-    for line in [*before, *notes, assemble.grid_text(run)]:
-        logger.say(line)
-    try:
-        outcome = _loop(run, start, path / "checkpoints", logger, stop, history)
-        outcome |= {"samples_per_second": logger.samples_per_second(), "seconds": round(perf_counter() - began, 3)}
-        on_rank_0(comm, lambda: write_result(path, read_result(path) | outcome))
-        _summary(run, path, outcome, logger)
-        return on_rank_0(comm, lambda: read_result(path))
-    finally:
-        if sys.exc_info()[0] is None or getattr(sys.exc_info()[1], "everywhere", False):
-            watch.end()
-        stop.close()
-        logger.close()
-        for directory in opened:
-            directory.close()
+    with Watch(comm.Dup(), clock, cfg.stall_timeout, guard.fail), StopRequest() as stop:
+        together(comm, lambda: grids.check(comm.size, cfg.pipe))
+        prepare_process(cfg.threads)
+        clock("data")
+        dataset = data or together(comm, lambda: open_dataset(cfg.data))
+        replicas = comm.size // cfg.pipe
+        cfg = together(comm, lambda: assemble.resolve(cfg, len(dataset.train), dataset.classification, replicas))
+        if done := on_rank_0(comm, lambda: restart.finished(cfg)):
+            return done
+        run = assemble.assemble(cfg, dataset, grids.build(comm, cfg.pipe), clock, model)
+        with restart.opened(run, dataset.name) as directory:
+            guard.run, guard.token = directory.path, directory.token
+            start, notes, history = restart.restore(run, directory.path)
+            with log.Log(run.grid.comm, directory.metrics, clock, run.shards.rows_per_step, run.metric.name) as logger:
+                logger.open_console(start + 1, run.steps, cfg.quiet)
+                for line in [*directory.notes, *notes, assemble.grid_text(run)]:
+                    logger.say(line)
+                outcome = history | _loop(run, start, directory.checkpoints, logger, stop)
+                outcome["samples_per_second"] = logger.samples_per_second()
+                outcome["seconds"] = round(perf_counter() - began, 3)
+                _summary(run, directory.path, outcome, logger)
+            return restart.finish(run, directory.path, outcome)
 
 
-def _loop(
-    run: Run, start: int, checkpoints: Path, logger: log.Log, stop: StopRequest, history: dict[str, Any]
-) -> dict[str, Any]:
-    """Train from the step after `start`. Returns the outcome for result.json; `history` is what was known before."""
+def _loop(run: Run, start: int, checkpoints: Path, logger: log.Log, stop: StopRequest) -> dict[str, Any]:
+    """Train from the step after `start`. Returns the outcome for result.json."""
     cfg, comm, clock = run.config, run.grid.comm, run.clock
     assert cfg.microbatches, "settings are resolved before a run is assembled"
-    outcome: dict[str, Any] = {"status": "done", "exit_code": 0, "step": start} | history
+    outcome: dict[str, Any] = {"status": "done", "exit_code": 0, "step": start}
     for step in range(start + 1, run.steps + 1):
         began = perf_counter()
         clock.step = step

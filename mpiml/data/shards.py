@@ -13,15 +13,16 @@ from mpiml.random import generator
 class Shards:
     """Shards first..last-1 of a split that is cut into `microbatches` shards, and their rows at every step.
 
-    An epoch has `steps_per_epoch` steps. In it, each shard gives every one of its rows once, in an order drawn
-    from (seed, epoch, shard). Shards start out of step with each other by a fraction of a row a step, so that
-    short shards do not all give their next row at the same step.
+    An epoch has `steps_per_epoch` steps, of `rows_per_step` rows on average. In it, each shard gives every one of
+    its rows once, in an order drawn from (seed, epoch, shard). Shards start out of step with each other by a
+    fraction of a row a step, so that short shards do not all give their next row at the same step.
     """
 
     def __init__(self, split: Split, microbatches: int, batch: int, seed: int, first: int, last: int, dtype: DTypeLike):
         self.split, self.microbatches, self.seed, self.dtype = split, microbatches, seed, dtype
         self.first, self.last = first, last
         self.steps_per_epoch = -(-len(split) // batch)
+        self.rows_per_step = len(split) / self.steps_per_epoch
         self._epoch, self._orders = -1, dict[int, NDArray[np.int64]]()
 
     def hold(self) -> tuple[int, int]:

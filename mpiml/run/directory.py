@@ -12,6 +12,7 @@ from typing import Any
 
 from mpiml.errors import DirectoryError, OutputError
 
+CONFIG = "config.toml"
 RESULT = "result.json"
 FAILED = ".failed-"  # made by the first rank of a job to report a failure; the name ends in the job's token
 
@@ -47,17 +48,13 @@ def sync_directory(path: Path) -> None:
 
 
 class RunDirectory:
-    """The directory of one run, held by rank 0 for as long as the process lives.
+    """The directory of one run, held by rank 0 for as long as it runs.
 
     Raises DirectoryError if another run is, or goes on, in it, and OutputError if it cannot be written.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self.config = path / "config.toml"
-        self.environment = path / "environment.json"
-        self.metrics = path / "metrics.jsonl"
-        self.checkpoints = path / "checkpoints"
         self._lock = self._take()
 
     @classmethod
@@ -74,13 +71,13 @@ class RunDirectory:
         with named_errors("create the run directory", path):
             path.mkdir(parents=True, exist_ok=True)
         directory = cls(path)
-        if directory.config.exists() and not resume:
+        if (path / CONFIG).exists() and not resume:
             raise DirectoryError(f"{path} already holds a run: go on with it by --resume, or choose another --out")
         return directory
 
     def _take(self) -> int:
         with named_errors("open the run directory", self.path):
-            self.checkpoints.mkdir(exist_ok=True)
+            (self.path / "checkpoints").mkdir(exist_ok=True)
             for leftover in self.path.glob(f"{FAILED}*"):
                 leftover.unlink(missing_ok=True)
             descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)

@@ -30,26 +30,25 @@ class Log:
         clock: of this rank.
         rows: of a step on average, for samples per second.
         metric: name of the metric.
-        first, last: steps of this job, for the progress bar.
-        quiet: print nothing.
     """
 
-    def __init__(
-        self,
-        comm: MPI.Intracomm,
-        metrics: Path,
-        clock: Clock,
-        rows: float,
-        metric: str,
-        first: int,
-        last: int,
-        quiet: bool,
-    ):
+    def __init__(self, comm: MPI.Intracomm, metrics: Path, clock: Clock, rows: float, metric: str):
         self.comm, self.metrics, self.clock, self.rows, self.metric = comm, metrics, clock, rows, metric
-        self.quiet = quiet or comm.rank != 0
         self.step_seconds: list[float] = []
         self._logged_at, self._shares = 0, np.array(clock.shares())
-        self._console = Console(first, last) if not self.quiet else None
+        self._console: Console | None = None
+
+    def open_console(self, first: int, last: int, quiet: bool) -> None:
+        """Let rank 0 tell of steps `first` to `last` on the terminal, unless it is to be quiet."""
+        if self.comm.rank == 0 and not quiet:
+            self._console = Console(first, last)
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._console:
+            self._console.close()
 
     def say(self, text: str) -> None:
         """A line on the terminal."""
@@ -98,12 +97,11 @@ class Log:
 
     def samples_per_second(self) -> float | None:
         """Rows of a step / median step time; a step's time is its slowest rank's; the first steps are left out."""
-        count = self.comm.allreduce(len(self.step_seconds), MPI.MIN)
-        if count == 0:
+        if not self.step_seconds:
             return None
-        slowest = np.empty(count)
-        self.comm.Allreduce(np.array(self.step_seconds[:count]), slowest, MPI.MAX)
-        timed = slowest[WARM_UP:] if count > WARM_UP else slowest
+        slowest = np.array(self.step_seconds)
+        self.comm.Allreduce(MPI.IN_PLACE, slowest, MPI.MAX)
+        timed = slowest[WARM_UP:] if len(slowest) > WARM_UP else slowest
         return round(self.rows / float(np.median(timed)), 1)
 
     def where_the_time_went(self) -> dict[str, float]:
@@ -112,11 +110,6 @@ class Log:
         total = np.empty_like(mine)
         self.comm.Allreduce(mine, total)
         return dict(zip(SHARES, (total / max(total.sum(), 1e-9)).tolist(), strict=True))
-
-    def close(self) -> None:
-        """Leave the terminal in order."""
-        if self._console:
-            self._console.close()
 
     def _write(self, entry: dict[str, Any]) -> None:
         self.clock("joining" if self.comm.rank else "log")

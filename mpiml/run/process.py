@@ -1,8 +1,11 @@
 """Settings of this process: BLAS threads, memory allocation, and the signals that ask it to stop."""
 
+from __future__ import annotations
+
 import ctypes
 import signal
 import threading
+from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 KEEP = 1 << 30  # bytes up to which freed memory stays with the process
@@ -22,17 +25,20 @@ def prepare_process(threads: int) -> None:
 
 
 class StopRequest:
-    """Whether SIGUSR1 or SIGTERM has asked this process to save and stop; asking twice is asking once."""
+    """Whether SIGUSR1 or SIGTERM has asked this process, in a block, to save and stop; twice is as good as once."""
 
     def __init__(self) -> None:
         self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGUSR1, signal.SIGTERM)}
+        return self
 
     def _ask(self, number: int, frame: object) -> None:
         self.asked = True
 
-    def close(self) -> None:
-        """Treat the signals as before."""
-        for number, handler in getattr(self, "_before", {}).items():
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)

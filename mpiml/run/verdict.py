@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import TypeVar
 
+import numpy as np
 from mpi4py import MPI
 
 from mpiml.errors import RunError
@@ -20,9 +21,11 @@ def together(comm: MPI.Intracomm, action: Callable[[], T]) -> T:
         result = action()
     except RunError as raised:
         error = raised
-    failed = comm.allreduce(comm.size if error is None else comm.rank, MPI.MIN)
-    if failed < comm.size:
-        raise _everywhere(comm.bcast(_portable(error), root=failed), failed)
+    # Not comm.allreduce: while it waits, other threads of the process cannot run, the watch among them.
+    first = np.array([comm.size if error is None else comm.rank])
+    comm.Allreduce(MPI.IN_PLACE, first, MPI.MIN)
+    if first[0] < comm.size:
+        raise _everywhere(comm.bcast(_portable(error), root=int(first[0])), int(first[0]))
     return result  # type: ignore[return-value]
 
 

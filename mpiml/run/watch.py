@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 import numpy as np
 from mpi4py import MPI
@@ -19,6 +20,7 @@ from mpiml.waiting import wait
 # A sign of life carries the activity's number here.
 ACTIVITIES = ["start", "data", "compute", "waiting", "communication", "evaluation", "checkpoint", "log", "joining"]
 GOODBYE = -1.0
+PROBES = 100  # in vain before no message is there: a probe may fail just because it first moves messages along
 
 
 class StallError(RunError):
@@ -38,7 +40,7 @@ class Sign:
 
 
 class Watch(threading.Thread):
-    """A thread on every rank; collective to make and to stop.
+    """A thread on every rank while they are in a block that all enter together.
 
     Every few seconds each rank looks at itself: has it moved, if it waits for nobody? And it sends a sign of life
     to rank 0 (rank 0 to rank 1), who notices the silence of a stopped process, and a job in which all wait.
@@ -61,13 +63,20 @@ class Watch(threading.Thread):
         self._signs = {rank: Sign(now, now) for rank in watched}
         self._own = Sign(now, now)
         self._threads = MPI.Query_thread() == MPI.THREAD_MULTIPLE and comm.size > 1
-        if timeout:
-            self.start()
 
-    def end(self) -> None:
-        """Stop watching. All ranks call it when nobody waits for anybody any more."""
-        if not self.timeout:
-            return
+    def __enter__(self) -> Watch:
+        if self.timeout:
+            self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.timeout and (error is None or getattr(error, "everywhere", False)):
+            self._end()
+
+    def _end(self) -> None:
+        """Stop watching: all ranks do, for they all leave the block, by its end or by one error."""
         self._ending.set()
         self.join()
         if self._threads:
@@ -106,7 +115,11 @@ class Watch(threading.Thread):
     def _listen(self, now: float) -> None:
         status = MPI.Status()
         message: NDArray[np.float64] = np.empty(3)
-        while self._signs and self.comm.Iprobe(status=status):
+        misses = 0
+        while self._signs and misses < PROBES:
+            if not self.comm.Iprobe(status=status):
+                misses += 1
+                continue
             self.comm.Recv(message, status.source)
             sign = self._signs[status.source]
             sign.heard = now

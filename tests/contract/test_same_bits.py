@@ -1,0 +1,147 @@
+"""Contract test 1: the layout never changes the answer, not by one bit of weights, optimizer state, loss or norm."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Job, launch
+from mpi4py import MPI
+from safetensors.numpy import load_file
+
+pytestmark = pytest.mark.contract
+Train = Callable[..., Job]
+Alone = Callable[[str], Job]
+TIMES = {"seconds", "samples_per_second"}
+# Everything that could tell layouts apart: ragged micro-batches, dropout, clipping at every step, several epochs.
+FIXED = (
+    "--steps 45 --batch 100 --microbatches 24 --hidden 48,40 --dropout 0.1 --activation gelu --clip 0.3 --lr 0.01 --seed 5 "
+    "--decay cosine --warmup-steps 5 --log-every 3 --eval-every 20 --eval-rows 50 --save-every 20 --quiet"
+)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    """`alone(arguments)` is the run on one rank, started once for all tests."""
+
+    def run(arguments: str) -> Job:
+        path = tmp_path_factory.mktemp("alone") / "run"
+        done = launch(1, "-m", "mpiml.train", "--out", str(path), *arguments.split())
+        assert done.returncode == 0, done.stderr
+        return Job(done.returncode, done.stdout, done.stderr, path)
+
+    return functools.cache(run)
+
+
+def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def saved(job: Job) -> dict[str, Any]:
+    """Everything in the newest checkpoint."""
+    return load_file(max((job.run / "checkpoints").glob("step-*.safetensors")))
+
+
+def assert_same(job: Job, expected: Job) -> None:
+    """Same results to the last bit; the loss first, for it tells in which step they part."""
+    assert job.code == 0, job.err
+    assert without_times(job.metrics) == without_times(expected.metrics)
+    for key in ("weights_sha256", "step", "loss", "accuracy", "test_loss"):
+        assert job.result[key] == expected.result[key]
+    mine, theirs = saved(job), saved(expected)
+    assert list(mine) == list(theirs)
+    assert [name for name in mine if mine[name].tobytes() != theirs[name].tobytes()] == []
+
+
+def test_the_run_alone_is_worth_comparing(alone: Alone) -> None:
+    """It learns, every step is clipped, all that is compared is there, and the seed matters."""
+    job = alone(FIXED)
+    steps = [line for line in job.metrics if "evaluation" not in line]
+    assert (len(steps), len(job.metrics) - len(steps), job.result["step"]) == (15, 3, 45)
+    assert steps[-1]["loss"] < 0.5 * steps[0]["loss"]
+    assert all(line["gradient_norm"] > 0.3 for line in steps)
+    assert len(saved(job)) == 3 * 6
+    assert alone(f"{FIXED} --seed 6").result["weights_sha256"] != job.result["weights_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "grid"),
+    [
+        (2, ""),
+        (2, "--pipe 2 --schedule gpipe"),
+        (3, ""),
+        (4, "--pipe 2"),
+        (4, "--pipe 4 --schedule gpipe"),
+        (6, "--pipe 2 --cuts 1"),
+        (8, ""),
+        (8, "--pipe 4"),
+        (16, ""),
+        (16, "--pipe 4"),
+    ],
+)
+def test_same_bits_on_every_grid(alone: Alone, train: Train, ranks: int, grid: str) -> None:
+    assert_same(train(ranks, f"{FIXED} {grid}"), alone(FIXED))
+
+
+@pytest.mark.parametrize(("ranks", "grid"), [(3, ""), (4, "--pipe 4"), (16, "--pipe 4 --schedule gpipe")])
+def test_same_bits_in_double_precision(alone: Alone, train: Train, ranks: int, grid: str) -> None:
+    """With another rule, whose norm is taken only at the steps that are logged."""
+    arguments = f"{FIXED} --dtype float64 --optimizer nesterov --clip 0"
+    assert_same(train(ranks, f"{arguments} {grid}"), alone(arguments))
+
+
+@pytest.mark.skipif("MPICH" not in MPI.Get_library_version(), reason="only MPICH can pretend to have several nodes")
+@pytest.mark.parametrize("grid", ["", "--pipe 2"])
+def test_same_bits_on_nodes_filled_in_turn(alone: Alone, train: Train, grid: str) -> None:
+    assert_same(train(6, f"{FIXED} {grid}", MPIR_CVAR_ODD_EVEN_CLIQUES="1"), alone(FIXED))
+
+
+def small_data(path: Path, rows: int) -> str:
+    """A data set of so few rows that micro-batches stay empty."""
+    random = np.random.default_rng(0)
+    x, y = random.standard_normal((2 * rows, 6)), random.integers(0, 3, 2 * rows)
+    np.savez(path, x_train=x[:rows], y_train=y[:rows], x_test=x[rows:], y_test=y[rows:])
+    return f"--data {path} --hidden 8,8 --steps 40 --batch 7 --log-every 1 --save-every 40 --quiet"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return small_data(tmp_path_factory.mktemp("small") / "data.npz", 30)
+
+
+@pytest.mark.parametrize("microbatches", [29, 30])
+@pytest.mark.parametrize(("ranks", "grid"), [(3, ""), (4, "--pipe 2")])
+def test_empty_micro_batches(alone: Alone, train: Train, small: str, ranks: int, grid: str, microbatches: int) -> None:
+    """Seven rows a step for 29 or 30 micro-batches."""
+    arguments = f"{small} --microbatches {microbatches}"
+    assert_same(train(ranks, f"{arguments} {grid}"), alone(arguments))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "arguments", "message"),
+    [
+        (3, "--microbatches 31", "--microbatches 31: the data set has only 30 rows to share out"),
+        (3, "--microbatches 2", "--microbatches 2: 3 replicas need at least one each"),
+        (3, "--pipe 2", "3 ranks do not divide into pipelines of 2 stages; --pipe 1, 3 would work"),
+        (2, "--pipe 2 --cuts 1,2", "--cuts 1,2: 2 stages need 1 cuts, not 2"),
+    ],
+)
+def test_refused_layouts_are_refused_once(train: Train, small: str, ranks: int, arguments: str, message: str) -> None:
+    job = train(ranks, f"{small} {arguments}")
+    assert job.code == 78
+    assert job.err.count(message) == 1
+    assert job.err.count("mpiml.train:") == 1
+    assert not job.run.exists()
+
+
+@pytest.mark.parametrize(("ranks", "grid"), [(1, ""), (3, ""), (4, ""), (4, "--pipe 2")])
+def test_library_sum_is_close(alone: Alone, train: Train, ranks: int, grid: str) -> None:
+    arguments = f"{FIXED} --dtype float64 --optimizer nesterov --clip 0"
+    job = train(ranks, f"{arguments} --allreduce mpi {grid}")
+    assert job.code == 0, job.err
+    expected = saved(alone(arguments))
+    for name, array in saved(job).items():
+        np.testing.assert_allclose(array, expected[name], rtol=1e-8, atol=1e-10, err_msg=name)
+    assert job.result["loss"] == pytest.approx(alone(arguments).result["loss"], rel=1e-9)

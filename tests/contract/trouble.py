@@ -1,0 +1,113 @@
+"""A training script in which one rank gets into trouble: `python trouble.py RANK PHASE KIND [mpiml.train flags]`."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from mpiml.config import parse
+from mpiml.data.dataset import Dataset, Split, open_dataset
+from mpiml.data.sources import Source
+from mpiml.nn.layers import At, Layer
+from mpiml.nn.models import mlp
+from mpiml.train import train
+
+RANK, PHASE, KIND = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+STEP = 7
+
+
+def in_thread(action: Any) -> None:
+    thread = threading.Thread(target=action, name="helper")
+    thread.start()
+    thread.join()
+    time.sleep(60)
+
+
+def fail() -> None:
+    raise RuntimeError("this rank is in trouble")
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+KINDS = {
+    "raise": fail,
+    "exit0": lambda: sys.exit(0),
+    "exit1": lambda: sys.exit(1),
+    "exit-text": lambda: sys.exit("no more"),
+    "thread-raise": lambda: in_thread(fail),
+    "thread-exit": lambda: in_thread(lambda: sys.exit(0)),
+    "os-exit0": lambda: os._exit(0),
+    "os-exit3": lambda: os._exit(3),
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "segv": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+    "stop": stop,
+    "sleep": lambda: time.sleep(300),
+    "slow": lambda: time.sleep(0.3),
+}
+
+
+def trouble(phase: str) -> None:
+    if phase == PHASE and MPI.COMM_WORLD.rank == RANK:
+        KINDS[KIND]()
+
+
+class Troubled(Layer):
+    """Passes rows through, except where the trouble is."""
+
+    def __call__(self, x: Any, at: At) -> Any:
+        if at.training and at.step >= STEP:
+            trouble("forward")
+        if not at.training:
+            trouble("evaluation")
+
+        def backward(dy: Any, grads: Any) -> Any:
+            if at.step >= STEP:
+                trouble("backward")
+            return dy
+
+        return x, backward
+
+
+class TroubledSource:
+    """A source in whose reading the trouble is."""
+
+    def __init__(self, source: Source):
+        self.source = source
+        self.name, self.shape, self.dtype = source.name, source.shape, source.dtype
+        self.reads = 0
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def hold(self, start: int, stop: int) -> None:
+        trouble("start")
+        self.source.hold(start, stop)
+
+    def rows(self, indices: Any) -> Any:
+        self.reads += 1
+        if self.reads > STEP:
+            trouble("data")
+        return self.source.rows(np.asarray(indices))
+
+
+def model(shape: tuple[int, ...], outputs: int) -> list[Layer]:
+    first, *middle, last = mlp(shape, outputs, (64, 64))
+    return [
+        Troubled(),
+        first,
+        *(layer for pair in zip(middle, map(lambda _: Troubled(), middle)) for layer in pair),
+        last,
+        Troubled(),
+    ]
+
+
+digits = open_dataset("digits")
+data = Dataset(Split(TroubledSource(digits.train.x), TroubledSource(digits.train.y)), digits.test, "digits")
+sys.exit(train(parse(sys.argv[4:]), model=model, data=data)["exit_code"])

@@ -1,0 +1,148 @@
+"""Data sets: what does not fit together is refused, values are looked at, and the built-in digits are as described."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mpiml.data
+from mpiml.data.dataset import DIGITS, SCAN, Batch, Dataset, Findings, Split, inspect, open_dataset
+from mpiml.data.sources import ArraySource
+from mpiml.errors import DataError
+
+KEYS = ("x_train", "y_train", "x_test", "y_test")
+GOOD = {
+    "x_train": np.zeros((6, 3), np.float32),
+    "y_train": np.arange(6) % 2,
+    "x_test": np.zeros((2, 3), np.float32),
+    "y_test": np.array([1, 0]),
+}
+BAD = {
+    "train length": ({"y_train": np.arange(5)}, ["x_train has 6 rows", "y_train has 5"]),
+    "test length": ({"y_test": np.arange(3)}, ["x_test has 2 rows", "y_test has 3"]),
+    "no training rows": ({"x_train": np.zeros((0, 3)), "y_train": np.arange(0)}, ["x_train has no rows"]),
+    "no test rows": ({"x_test": np.zeros((0, 3)), "y_test": np.arange(0)}, ["x_test has no rows"]),
+    "input shapes": ({"x_test": np.zeros((2, 4))}, ["x_train", "(3,)", "x_test", "(4,)"]),
+    "label shapes": ({"y_train": np.zeros((6, 2)), "y_test": np.zeros(2)}, ["y_train", "(2,)", "y_test", "()"]),
+    "classes and values": ({"y_test": np.zeros(2)}, ["y_train is int64", "y_test is float64"]),
+    "two labels a row": (
+        {"y_train": np.zeros((6, 2), int), "y_test": np.zeros((2, 2), int)},
+        ["one number a row", "(2,)"],
+    ),
+    "images as labels": ({"y_train": np.zeros((6, 2, 2)), "y_test": np.zeros((2, 2, 2))}, ["one axis a row", "(2, 2)"]),
+}
+
+
+def source(values: object) -> ArraySource:
+    return ArraySource(np.asarray(values), "x")
+
+
+@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("saved", [False, True], ids=["arrays", "file"])
+def test_what_does_not_fit_is_refused(tmp_path: Path, what: str, saved: bool) -> None:
+    changes, words = BAD[what]
+    arrays = GOOD | changes
+    path = tmp_path / "mine.npz"
+    np.savez(path, **arrays)
+    with pytest.raises(DataError) as error:
+        open_dataset(str(path)) if saved else Dataset.from_arrays(*(arrays[key] for key in KEYS))
+    assert str(error.value).startswith("mine: " if saved else "arrays: ")
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_missing_array_is_named(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "mine.npz"
+    np.savez(path, **{name: array for name, array in GOOD.items() if name != key})
+    with pytest.raises(DataError, match=f"{path} has no array {key}; it holds "):
+        open_dataset(str(path))
+
+
+@pytest.mark.parametrize("spec", ["digit", "mine.csv", "mine"])
+def test_a_data_set_of_unknown_kind(spec: str) -> None:
+    with pytest.raises(DataError, match=rf"--data {spec}: choose digits or a \.npz file"):
+        open_dataset(spec)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_file_gives_what_was_saved(tmp_path: Path, save) -> None:
+    save(tmp_path / "mine.npz", **GOOD)
+    data = open_dataset(str(tmp_path / "mine.npz"))
+    assert (data.name, len(data.train), len(data.test), data.classification) == ("mine", 6, 2, True)
+    for split, which in ((data.train, "train"), (data.test, "test")):
+        for column in ("x", "y"):
+            rows = getattr(split, column)
+            rows.hold(0, len(split))
+            np.testing.assert_array_equal(rows.rows(np.arange(len(split))), GOOD[f"{column}_{which}"])
+
+
+@pytest.mark.parametrize(("dtype", "classes"), [("int32", True), ("uint8", True), ("bool", True), ("float32", False)])
+def test_labels_say_what_is_learned(dtype: str, classes: bool) -> None:
+    arrays = GOOD | {key: GOOD[key].astype(dtype) for key in ("y_train", "y_test")}
+    assert Dataset.from_arrays(*(arrays[key] for key in KEYS)).classification is classes
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected", "kind"),
+    [(np.array([3, 1], np.uint8), [3, 1], np.intp), (np.array([0.5, 1.5]), [0.5, 1.5], np.float32)],
+)
+def test_a_batch_is_in_the_dtype_of_the_run(labels: np.ndarray, expected: list, kind: type) -> None:
+    batch = Batch(0, 2, Split(source([[1], [0]]), source(labels)), lambda: np.arange(2), "float32")
+    assert batch.x().dtype == np.float32
+    assert batch.y().dtype == kind
+    np.testing.assert_array_equal(batch.y(), expected)
+
+
+def test_inspect_counts_rows_that_are_not_finite_and_names_the_first() -> None:
+    values = np.zeros((9, 2, 2))
+    values[2, 0, 0], values[4, 1, 1], values[4, 0, 1], values[7, 0, 1] = np.nan, np.inf, np.nan, -np.inf
+    assert inspect(source(values), 0, 9) == Findings(bad_rows=3, first_bad=2)
+    assert inspect(source(values), 3, 7) == Findings(bad_rows=1, first_bad=4)
+    assert inspect(source(values), 5, 7) == Findings()
+    assert inspect(source(values), 4, 4) == Findings()
+
+
+def test_inspect_finds_the_range_of_integers() -> None:
+    labels = source([5, -2, 7, 3])
+    assert inspect(labels, 0, 4) == Findings(lowest=-2, highest=7)
+    assert inspect(labels, 3, 4) == Findings(lowest=3, highest=3)
+
+
+def test_inspect_looks_at_all_of_a_source_longer_than_its_scan() -> None:
+    values = np.zeros((4, SCAN // 8 // 2 + 1))  # a row is more than half a scan, so that each is a scan of its own
+    values[[1, 3], -1] = np.inf
+    assert inspect(source(values), 0, 4) == Findings(bad_rows=2, first_bad=1)
+    assert inspect(source(values), 2, 4) == Findings(bad_rows=1, first_bad=3)
+
+
+def test_findings_join_in_any_order() -> None:
+    parts = [Findings(), Findings(bad_rows=2, first_bad=40), Findings(bad_rows=1, first_bad=7), Findings(-1, 9)]
+    for order in itertools.permutations(parts):
+        joined = Findings()
+        for part in order:
+            joined |= part
+        assert joined == Findings(lowest=-1, highest=9, bad_rows=3, first_bad=7)
+
+
+def test_digits_are_what_their_description_says() -> None:
+    data = open_dataset("digits")
+    assert (data.name, data.classification) == ("digits", True)
+    assert (len(data.train), len(data.test)) == (1437, 360)
+    assert data.train.x.shape == (8, 8)
+    for split in (data.train, data.test):
+        split.x.hold(0, len(split))
+        split.y.hold(0, len(split))
+        x, y = split.x.rows(np.arange(len(split))), split.y.rows(np.arange(len(split)))
+        assert set(y.tolist()) == set(range(10))
+        assert (x.min(), x.max()) == (0, 1)
+        assert np.array_equal(x * 16, np.round(x * 16))
+
+
+def test_digits_are_small_and_say_whose_they_are() -> None:
+    assert DIGITS.stat().st_size < 100_000
+    about = Path(mpiml.data.__file__).with_name("DIGITS.txt").read_text()
+    for word in ("Alpaydin", "Kaynak", "UCI", "10.24432/C50P49", "CC BY 4.0", "Changes made"):
+        assert word in about

@@ -1,0 +1,170 @@
+"""The flat vector of parameters: alignment, padding, views, blocks and first values."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from mpiml.nn import layers as nn
+from mpiml.nn import optimizers
+from mpiml.nn.layers import LayerNorm, Linear, ReLU, Residual
+from mpiml.nn.models import mlp
+from mpiml.nn.parameters import Gradients, Layout, Parameter, constant
+from mpiml.vectors import ALIGNMENT, BLOCK
+
+both_dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
+
+
+def model() -> list[nn.Layer]:
+    layers = [Linear(3, 5), ReLU(), LayerNorm(5), Residual(Linear(5, 5)), Linear(5, 2)]
+    nn.name(layers)
+    return layers
+
+
+def layout_of(layers: list[nn.Layer], dtype: str = "float64") -> Layout:
+    return Layout(nn.parameters(layers), dtype)
+
+
+def blocky() -> Layout:
+    """Parameters shorter than a block, of exactly one, a little longer, and of several."""
+    sizes = [(7,), (BLOCK,), (BLOCK + 1,), (3, BLOCK), (5, 5)]
+    return Layout([Parameter(size, constant(0.0)) for size in sizes], "float32")
+
+
+def padding(layout: Layout) -> np.ndarray:
+    """Which elements of the vector belong to no parameter."""
+    free = np.ones(layout.size, bool)
+    for parameter, offset in layout.offsets.items():
+        free[offset : offset + parameter.size] = False
+    return free
+
+
+@both_dtypes
+def test_every_parameter_starts_on_a_cache_line(dtype: str) -> None:
+    layout = layout_of(model(), dtype)
+    for _ in range(5):  # malloc alone would be lucky now and then
+        vector = layout.zeros()
+        assert all(view.ctypes.data % ALIGNMENT == 0 for _, view in layout.views(vector))
+
+
+@both_dtypes
+def test_parameters_lie_apart_and_padding_is_short(dtype: str) -> None:
+    layout = layout_of(model(), dtype)
+    spans = sorted((offset, offset + p.size) for p, offset in layout.offsets.items())
+    spans.append((layout.size, layout.size))
+    line = ALIGNMENT // layout.dtype.itemsize
+    assert len(layout.offsets) == 8
+    assert spans[0][0] == 0
+    assert all(0 <= after[0] - before[1] < line for before, after in itertools.pairwise(spans))
+
+
+def test_views_are_the_vector() -> None:
+    layers = model()
+    layout = layout_of(layers)
+    values = layout.zeros()
+    layout.bind(values)
+    layers[0].weight.value[1, 2] = 7
+    assert values[layout.offsets[layers[0].weight] + 1 * 5 + 2] == 7
+    values += 1
+    assert layers[0].weight.value[1, 2] == 8
+    for parameter in layout.parameters:
+        assert parameter.value.shape == parameter.shape
+        assert np.shares_memory(parameter.value, values)
+        assert np.shares_memory(Gradients(layout, values)[parameter], parameter.value)
+
+
+def test_decaying_parameters_come_first() -> None:
+    layout = layout_of(model())
+    decays = [p.decay for p, _ in sorted(layout.offsets.items(), key=lambda item: item[1])]
+    assert decays == [True] * 3 + [False] * 5
+    assert [p.decay for p in layout.parameters] != decays  # while names keep the order of the layers
+    assert list(layout.named(layout.zeros()))[:3] == ["layers.0.weight", "layers.0.bias", "layers.2.gain"]
+
+
+def test_matrices_decay_unless_said_otherwise() -> None:
+    assert Parameter((2, 2), constant(0.0)).decay
+    assert not Parameter((2,), constant(0.0)).decay
+    assert not Parameter((2, 2), constant(0.0), decay=False).decay
+
+
+def test_blocks_cover_each_parameter_from_its_own_start() -> None:
+    layout = blocky()
+    blocks = layout.blocks()
+    assert [b.start for b in blocks] == sorted(b.start for b in blocks)
+    for parameter, offset in layout.offsets.items():
+        own = [b for b in blocks if offset <= b.start < offset + parameter.size]
+        assert own[0].start == offset
+        assert own[-1].stop == offset + parameter.size
+        assert all(left.stop == right.start for left, right in itertools.pairwise(own))
+        assert all(b.stop - b.start == BLOCK for b in own[:-1])
+        assert 0 < own[-1].stop - own[-1].start <= BLOCK
+        assert {b.decay for b in own} == {parameter.decay}
+    assert sum(b.stop - b.start for b in blocks) == sum(p.size for p in layout.parameters)
+
+
+def test_blocks_of_a_parameter_do_not_depend_on_its_neighbours() -> None:
+    # Norms are sums over blocks: were they cut elsewhere on another stage, their bits would change with the grid.
+    lengths = [b.stop - b.start for b in blocky().blocks()]
+    assert lengths == [BLOCK] * 3 + [25] + [7] + [BLOCK] + [BLOCK, 1]
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "adam", "adamw"])
+@both_dtypes
+def test_padding_stays_zero(name: str, dtype: str) -> None:
+    layout = layout_of(model(), dtype)
+    values, spare = layout.zeros(), layout.zeros()
+    layout.bind(values)
+    layout.initialise(values, seed=0)
+    optimizer = optimizers.build(name, 0.9, 0.1)
+    states = [layout.zeros() for _ in optimizer.states]
+    for step in (1, 2, 3):
+        gradient = layout.zeros()
+        for _, view in layout.views(gradient):
+            view[...] = np.random.default_rng(step).standard_normal(view.shape)
+        optimizer.update(values, gradient, spare, states, 0.1, True, step)
+    free = padding(layout)
+    assert free.any()
+    for vector in (values, *states):
+        assert not vector[free].any()
+        assert vector[~free].all()  # the update has been everywhere else
+
+
+@pytest.mark.parametrize("part", [slice(0, 2), slice(2, 4), slice(4, 5)])
+@both_dtypes
+def test_first_values_depend_on_seed_and_name_alone(part: slice, dtype: str) -> None:
+    layers = model()
+    whole, some = layout_of(layers, dtype), layout_of(layers[part], dtype)
+    everything, mine = whole.zeros(), some.zeros()
+    whole.initialise(everything, seed=4)
+    some.initialise(mine, seed=4)
+    assert some.named(mine)
+    for name, view in some.named(mine).items():
+        np.testing.assert_array_equal(view, whole.named(everything)[name])
+
+
+def test_first_values_differ_between_seeds_and_names() -> None:
+    layout = layout_of([layer for layer in model() if isinstance(layer, Linear)])
+    one, two = layout.zeros(), layout.zeros()
+    layout.initialise(one, seed=1)
+    layout.initialise(two, seed=2)
+    assert not np.array_equal(layout.named(one)["layers.0.weight"], layout.named(two)["layers.0.weight"])
+    twins = [Linear(4, 4), Linear(4, 4)]
+    nn.name(twins)
+    layout = layout_of(twins)
+    layout.bind(values := layout.zeros())
+    layout.initialise(values, seed=1)
+    assert not np.array_equal(twins[0].weight.value, twins[1].weight.value)
+
+
+def test_first_values_have_he_variance() -> None:
+    layers = mlp((300,), 200, hidden=[400])
+    nn.name(layers)
+    layout = layout_of(layers)
+    layout.bind(values := layout.zeros())
+    layout.initialise(values, seed=0)
+    hidden, output = layers[0], layers[-1]
+    assert hidden.weight.value.var() == pytest.approx(2 / 300, rel=0.02)
+    assert output.weight.value.var() == pytest.approx(1 / 400, rel=0.02)  # nothing is rectified after the output
+    assert not hidden.bias.value.any()

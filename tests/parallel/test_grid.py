@@ -1,0 +1,90 @@
+"""Tests of the grid: every rank's place, its communicators, and grids that are refused."""
+
+import pytest
+from conftest import launch
+from mpi4py import MPI
+
+from mpiml.errors import ConfigError
+from mpiml.parallel import grid as grids
+
+WORLD = MPI.COMM_WORLD
+
+
+@pytest.mark.parametrize(
+    ("ranks", "pipe", "message"),
+    [
+        (6, 4, r"^6 ranks do not divide into pipelines of 4 stages; --pipe 1, 2, 3, 6 would work$"),
+        (4, 8, r"^4 ranks do not divide into pipelines of 8 stages; --pipe 1, 2, 4 would work$"),
+        (1, 2, r"^1 ranks do not divide into pipelines of 2 stages; --pipe 1 would work$"),
+    ],
+)
+def test_refused_grids_say_what_would_work(ranks: int, pipe: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        grids.check(ranks, pipe)
+
+
+@pytest.mark.parametrize(("ranks", "pipe"), [(1, 1), (6, 1), (6, 2), (6, 3), (6, 6), (16, 4)])
+def test_good_grids(ranks: int, pipe: int) -> None:
+    grids.check(ranks, pipe)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("pipe", [1, 2, 3, 4, 5, 8, 16])
+def test_places_and_communicators(pipe: int) -> None:
+    if WORLD.size % pipe:
+        return
+    grid = grids.build(WORLD, pipe)
+    assert (grid.stages, grid.replicas) == (pipe, WORLD.size // pipe)
+    assert (grid.stage, grid.replica) == divmod(grid.comm.rank, grid.replicas)
+    assert grid.rank_of(grid.stage, grid.replica) == grid.comm.rank
+    assert (grid.pipe.rank, grid.pipe.size) == (grid.stage, grid.stages)
+    assert (grid.data.rank, grid.data.size) == (grid.replica, grid.replicas)
+    places = grid.comm.allgather((grid.stage, grid.replica))
+    on_pipe, on_data = grid.pipe.allgather((grid.stage, grid.replica)), grid.data.allgather((grid.stage, grid.replica))
+    assert len(set(places)) == WORLD.size
+    assert on_pipe == [(stage, grid.replica) for stage in range(pipe)]
+    assert on_data == [(grid.stage, replica) for replica in range(grid.replicas)]
+
+
+@pytest.mark.mpi
+def test_ranks_and_nodes_add_up() -> None:
+    grid = grids.build(WORLD, 1)
+    launched = grid.comm.allgather(WORLD.rank)
+    assert launched == grid.launched
+    assert sum(grid.nodes) == grid.replicas
+    assert all(grid.nodes)
+
+
+@pytest.mark.mpi
+def test_a_part_of_the_job_has_a_grid_of_its_own() -> None:
+    part = WORLD.Split(WORLD.rank % 2, -WORLD.rank)
+    grid = grids.build(part, part.size)
+    launched, stages = grid.comm.allgather(part.rank), grid.pipe.allgather(grid.stage)
+    assert launched == grid.launched
+    assert stages == list(range(part.size))
+
+
+SHOW = """
+from mpi4py import MPI
+from mpiml.parallel import grid
+made = grid.build(MPI.COMM_WORLD, {pipe})
+found = made.comm.gather((made.launched, made.nodes))
+if made.comm.rank == 0:
+    print(found)
+"""
+
+
+@pytest.mark.skipif("MPICH" not in MPI.Get_library_version(), reason="only MPICH can pretend to have several nodes")
+@pytest.mark.parametrize(
+    ("ranks", "pipe", "launched", "nodes"),
+    [
+        (4, 1, [0, 2, 1, 3], [[2, 2]] * 4),
+        (5, 1, [0, 2, 4, 1, 3], [[3, 2]] * 5),
+        (4, 2, [0, 2, 1, 3], [[2]] * 4),
+        (6, 2, [0, 2, 4, 1, 3, 5], [[3]] * 6),
+    ],
+)
+def test_a_nodes_replicas_are_neighbours(ranks: int, pipe: int, launched: list[int], nodes: list[list[int]]) -> None:
+    """On two nodes that the launcher filled in turn."""
+    done = launch(ranks, "-c", SHOW.format(pipe=pipe), limit=30, MPIR_CVAR_ODD_EVEN_CLIQUES="1")
+    assert done.stdout.strip() == str([(launched, of_rank) for of_rank in nodes]), done.stderr

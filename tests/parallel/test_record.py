@@ -1,0 +1,80 @@
+"""Tests of the step record: exact sums and equal decisions on all ranks, whoever holds what."""
+
+import math
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+from numpy.typing import NDArray
+
+from mpiml.parallel.record import Record, agree
+from mpiml.partition import part
+
+WORLD = MPI.COMM_WORLD
+LAST = WORLD.size - 1
+
+
+def mine(table: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The rows of this rank; the others are zero."""
+    held = np.zeros_like(table)
+    rows = slice(*part(WORLD.rank, WORLD.size, len(table)))
+    held[rows] = table[rows]
+    return held
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("seed", range(5))
+def test_sums_are_exact(seed: int) -> None:
+    """Of numbers whose sum in any order of float64 additions would lose all digits that matter."""
+    random = np.random.default_rng(seed)
+    column = random.permutation(np.tile([1e16, 1.0, -1e16, 1e-8, 1e300, -1e300], 4))
+    table = np.stack([column, np.arange(24.0), random.permutation(column), np.full(24, 0.1)], axis=1)
+    record = agree(WORLD, mine(table))
+    assert record == Record(4 + 4e-8, 276.0, [4 + 4e-8, math.fsum([0.1] * 24)])
+    assert record.mean_loss == (4 + 4e-8) / 276
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(("broken", "stop"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("rank", [0, LAST])
+def test_one_rank_decides_for_all(rank: int, broken: bool, stop: bool) -> None:
+    it_is_me = rank == WORLD.rank
+    record = agree(WORLD, np.zeros((16, 3)), broken and it_is_me, stop and it_is_me)
+    assert (record.broken, record.stop, record.bad_entry) == (broken, stop, None)
+
+
+@pytest.mark.mpi
+def test_all_ranks_at_once_are_still_a_yes() -> None:
+    record = agree(WORLD, np.zeros((16, 2)), True, True)
+    assert (record.broken, record.stop) == (True, True)
+    assert (type(record.broken), type(record.stop)) in [(bool, bool), (np.bool, np.bool)]
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_the_first_bad_entry_is_named(bad: float) -> None:
+    table = np.ones((20, 3))
+    table[[7, 18], 0] = bad
+    assert agree(WORLD, mine(table)).bad_entry == 7
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("values", [(math.inf, -math.inf), (1.7e308, 1.7e308)])
+def test_a_sum_that_does_not_exist_is_nan(values: tuple[float, float]) -> None:
+    table = np.zeros((16, 2))
+    table[[3, 12], 0] = values
+    assert math.isnan(agree(WORLD, mine(table)).loss)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("entries", [0, 16])
+def test_no_rows(entries: int) -> None:
+    record = agree(WORLD, np.zeros((entries, 4)))
+    assert record == Record(0.0, 0.0, [0.0, 0.0])
+    assert record.mean_loss == 0.0
+
+
+@pytest.mark.mpi
+def test_later_messages_do_not_mix() -> None:
+    found = [agree(WORLD, mine(np.full((16, 2), float(step)))).loss for step in range(20)]
+    assert found == [16.0 * step for step in range(20)]

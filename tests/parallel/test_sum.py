@@ -1,0 +1,249 @@
+"""Tests of the gradient sum and the update on any number of ranks, against the same arithmetic done here, serially."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+from numpy.typing import NDArray
+
+from mpiml.nn import optimizers
+from mpiml.nn.parameters import Block, Layout, Parameter, constant
+from mpiml.parallel.allreduce import GradientSum, LibrarySum, OrderedSum
+from mpiml.parallel.memory import PrivateMemory
+from mpiml.parallel.update import Update
+from mpiml.vectors import BLOCK
+
+pytestmark = pytest.mark.mpi
+WORLD = MPI.COMM_WORLD
+Array = NDArray[np.floating]
+# From fewer blocks than ranks, over padding after every parameter, to slices of several pieces.
+SHAPES: dict[str, list[tuple[int, ...]]] = {
+    "tiny": [(3,)],
+    "small": [(5, 7), (7,), (7, 3), (3,)],
+    "large": [(300, 500), (500,), (BLOCK + 1, 3), (3,)],
+}
+MICROBATCHES = [16, 24, 37]
+
+
+def layout_of(name: str, dtype: str) -> Layout:
+    return Layout([Parameter(shape, constant(0.0)) for shape in SHAPES[name]], dtype)
+
+
+def pool() -> NDArray[np.float64]:
+    """Numbers of very different sizes, whose sum depends on the order."""
+    random = np.random.default_rng(0)
+    return random.standard_normal(1 << 20) * 2.0 ** random.integers(-12, 12, 1 << 20)
+
+
+POOL = pool()
+
+
+def scattered(layout: Layout, *key: int) -> Array:
+    """A vector of numbers from the pool, other ones for every key; the padding is zero."""
+    start = hash(key) % (len(POOL) - layout.size)
+    return (POOL[start : start + layout.size] * is_real(layout)).astype(layout.dtype)
+
+
+def is_real(layout: Layout) -> NDArray[np.bool_]:
+    """Which elements belong to parameters."""
+    mask = np.zeros(layout.size, bool)
+    for block in layout.blocks():
+        mask[block.start : block.stop] = True
+    return mask
+
+
+def tree(parts: Sequence[Array], low: int, size: int) -> Array:
+    """The canonical sum by its definition: halves added up, a missing right half passes the left one up."""
+    if size == 1:
+        return parts[low]
+    left, middle = tree(parts, low, size // 2), low + size // 2
+    return left if middle >= len(parts) else left + tree(parts, middle, size // 2)
+
+
+def serial_sum(parts: Sequence[Array]) -> Array:
+    return tree(parts, 0, 1 << (len(parts) - 1).bit_length())
+
+
+def feed(sum_: GradientSum, parts: Sequence[Array]) -> None:
+    """What a step's backward passes do."""
+    for index, m in enumerate(range(*sum_.plan.block)):
+        sum_.slots[sum_.plan.slots[index]][...] = parts[m]
+        sum_.accumulate(index)
+
+
+def make(kind: type, layout: Layout, microbatches: int, comm: MPI.Intracomm = WORLD) -> GradientSum:
+    nodes = [1] * comm.size
+    return kind(comm, PrivateMemory(), nodes, microbatches, layout.size, layout.blocks(), layout.dtype)
+
+
+def test_these_numbers_tell_orders_apart() -> None:
+    layout = layout_of("small", "float64")
+    parts = [scattered(layout, m) for m in range(16)]
+    assert serial_sum(parts).tobytes() != np.add.reduce(np.stack(parts), axis=0).tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("size", "microbatches"), [("tiny", 16), ("small", 16), ("small", 24), ("small", 37), ("large", 24)]
+)
+def test_ordered_sum_has_the_bits_of_the_tree(size: str, microbatches: int, dtype: str) -> None:
+    layout = layout_of(size, dtype)
+    sum_ = make(OrderedSum, layout, microbatches)
+    good = []
+    for step in range(2):  # of a step before, nothing may be left
+        parts = [scattered(layout, step, m) for m in range(microbatches)]
+        expected = serial_sum(parts)
+        feed(sum_, parts)
+        sum_.start()
+        for index, piece in enumerate(sum_.pieces):
+            total = sum_.total(index)
+            good.append(total.tobytes() == expected[piece.start : piece.stop].tobytes())
+            sum_.values[piece.start : piece.stop] = total
+        sum_.publish()
+        good.append(sum_.values.tobytes() == expected.tobytes())
+    assert all(good)
+
+
+def test_holders_hold_each_element_once() -> None:
+    layout = layout_of("large", "float32")
+    for kind in (OrderedSum, LibrarySum):
+        held = np.zeros(layout.size, int)
+        for _, start, stop in make(kind, layout, 16).holders:
+            held[start:stop] += 1
+        assert (held[is_real(layout)] == 1).all()
+
+
+def test_a_stage_without_parameters() -> None:
+    layout = Layout([], "float32")
+    for kind in (OrderedSum, LibrarySum):
+        sum_ = make(kind, layout, 16)
+        feed(sum_, [layout.zeros()] * 16)
+        sum_.start()
+        sum_.publish()
+        assert (sum_.pieces, sum_.held, sum_.values.size) == ([], (0, 0), 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("microbatches", MICROBATCHES)
+def test_library_sum_is_close(microbatches: int, dtype: str) -> None:
+    layout = layout_of("small", dtype)
+    sum_ = make(LibrarySum, layout, microbatches)
+    good = []
+    for step in range(2):
+        parts = [scattered(layout, step, m) for m in range(microbatches)]
+        feed(sum_, parts)
+        sum_.start()
+        slack = 40 * np.finfo(dtype).eps * sum(abs(part) for part in parts)
+        for index, piece in enumerate(sum_.pieces):
+            span = slice(piece.start, piece.stop)
+            good.append((abs(sum_.total(index) - serial_sum(parts)[span]) <= slack[span]).all())
+        sum_.publish()
+    assert all(good)
+
+
+class Serial:
+    """The update on the whole vector at once: what any number of ranks must equal, bit for bit."""
+
+    def __init__(self, optimizer: optimizers.Optimizer, blocks: list[Block], values: Array, clip: float):
+        self.optimizer, self.blocks, self.values, self.clip = optimizer, blocks, values.copy(), clip
+        self.states = {name: np.zeros_like(values) for name in optimizer.states}
+
+    def step(self, total: Array, rate: float, weight: float, step: int) -> float:
+        """One step; returns the norm of the mean gradient."""
+        squares = [np.add.reduce(total[b.start : b.stop].astype(np.float64) ** 2) for b in self.blocks]
+        norm = math.sqrt(math.fsum(squares)) * (1 / weight)
+        scale = 1 / weight
+        if self.clip and norm > self.clip:
+            scale *= self.clip / norm
+        for block in self.blocks:
+            span = slice(block.start, block.stop)
+            grad, states = total[span] * scale, [state[span] for state in self.states.values()]
+            self.optimizer.update(self.values[span], grad, np.empty_like(grad), states, rate, block.decay, step)
+        return norm
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.01, 1e9])
+@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "adam", "adamw"])
+def test_update_has_the_bits_of_a_serial_one(name: str, clip: float) -> None:
+    layout, microbatches, weight = layout_of("small", "float32"), 37, 101.0
+    sum_ = make(OrderedSum, layout, microbatches)
+    optimizer = optimizers.build(name, 0.9, 0.1)
+    update = Update(WORLD, WORLD.rank, sum_, optimizer, clip)
+    serial = Serial(optimizer, layout.blocks(), scattered(layout, 99), clip)
+    sum_.values[...] = serial.values
+    good = []
+    for step, measure in enumerate([True, False, True], start=1):
+        parts = [scattered(layout, step, m) for m in range(microbatches)]
+        expected = serial.step(serial_sum(parts), 0.1, weight, step)
+        feed(sum_, parts)
+        norm = update.step(0.1, weight, step, measure)
+        good.append(norm == (expected if measure or clip else None))
+        good.append(sum_.values.tobytes() == serial.values.tobytes())
+        held = slice(*sum_.held)
+        good += [state.tobytes() == serial.states[key][held].tobytes() for key, state in update.states.items()]
+    assert all(good)
+
+
+@pytest.mark.parametrize("kind", [OrderedSum, LibrarySum])
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_norm_is_over_all_stages(kind: type, stages: int) -> None:
+    if WORLD.size % stages:
+        return
+    stage = WORLD.rank % stages
+    layouts = [layout_of("large" if s % 2 else "small", "float64") for s in range(stages)]
+    comm = WORLD.Split(stage, WORLD.rank)
+    sum_ = make(kind, layouts[stage], 16, comm)
+    parts = [[np.round(scattered(layout, m)) for m in range(16)] for layout in layouts]  # exact in any order
+    update = Update(WORLD, comm.rank, sum_, optimizers.build("sgd", 0.0, 0.0), 0.0)
+    feed(sum_, parts[stage])
+    norm = update.step(0.1, 3.0, 1, True)
+    totals = [serial_sum(of_stage) for of_stage in parts]
+    squares = [
+        np.add.reduce(total[b.start : b.stop] ** 2)
+        for layout, total in zip(layouts, totals, strict=True)
+        for b in layout.blocks()
+    ]
+    comm.Free()
+    assert norm == math.sqrt(math.fsum(squares)) * (1 / 3.0)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
+    layout = layout_of("small", "float32")
+    sum_ = make(OrderedSum, layout, 16)
+    update = Update(WORLD, WORLD.rank, sum_, optimizers.build("adam", 0.0, 0.0), 1.0)
+    sum_.values[...] = before = scattered(layout, 1)
+    parts = [scattered(layout, m) for m in range(16)]
+    parts[11][0] = bad
+    feed(sum_, parts)
+    norm = update.step(0.1, 1.0, 1, False)
+    assert norm is not None
+    assert not math.isfinite(norm)
+    assert sum_.values.tobytes() == before.tobytes()
+    assert all(not state.any() for state in update.states.values())
+
+
+def test_values_that_are_not_finite_are_noticed() -> None:
+    layout = layout_of("small", "float32")
+    sum_ = make(OrderedSum, layout, 16)
+    update = Update(WORLD, WORLD.rank, sum_, optimizers.build("sgd", 0.0, 0.0), 0.0)
+    parts = [scattered(layout, m) for m in range(16)]
+    good = []
+    for step, bad in enumerate([1.0, math.inf], start=1):
+        parts[5][0] = bad
+        feed(sum_, parts)
+        update.step(0.1, 1.0, step, False)
+        good.append(WORLD.allreduce(update.finite, MPI.LAND) == math.isfinite(bad))
+    assert all(good)
+
+
+def test_a_batch_of_weight_zero_changes_nothing() -> None:
+    layout = layout_of("small", "float32")
+    sum_ = make(OrderedSum, layout, 16)
+    update = Update(WORLD, WORLD.rank, sum_, optimizers.build("sgd", 0.0, 0.0), 0.0)
+    sum_.values[...] = before = scattered(layout, 1)
+    feed(sum_, [layout.zeros()] * 16)
+    assert update.step(0.1, 0.0, 1, True) == 0.0
+    assert sum_.values.tobytes() == before.tobytes()

@@ -1,0 +1,258 @@
+"""Settings: every one as flag and TOML key, one-line errors that say what to do, and what a resumed run may change."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mpiml
+from mpiml.config import Config, flag, from_toml, parse, settings
+from mpiml.errors import ConfigError
+
+# For every setting another value than the default: as text, as TOML, and what it becomes.
+OTHERS = {
+    "data": ("d.npz", '"d.npz"', "d.npz"),
+    "model": ("mlp", '"mlp"', "mlp"),
+    "hidden": ("64,32", "[64, 32]", (64, 32)),
+    "activation": ("tanh", '"tanh"', "tanh"),
+    "dropout": ("0.25", "0.25", 0.25),
+    "loss": ("mse", '"mse"', "mse"),
+    "init": ("w.safetensors", '"w.safetensors"', "w.safetensors"),
+    "pipe": ("4", "4", 4),
+    "cuts": ("1,3", "[1, 3]", (1, 3)),
+    "schedule": ("gpipe", '"gpipe"', "gpipe"),
+    "batch": ("96", "96", 96),
+    "microbatches": ("12", "12", 12),
+    "epochs": ("7", "7", 7),
+    "steps": ("70", "70", 70),
+    "optimizer": ("nesterov", '"nesterov"', "nesterov"),
+    "lr": ("0.004", "4e-3", 0.004),
+    "momentum": ("0.8", "0.8", 0.8),
+    "weight_decay": ("0.1", "0.1", 0.1),
+    "warmup_steps": ("5", "5", 5),
+    "decay": ("cosine", '"cosine"', "cosine"),
+    "decay_steps": ("50", "50", 50),
+    "clip": ("1", "1", 1.0),
+    "seed": ("3", "3", 3),
+    "dtype": ("float64", '"float64"', "float64"),
+    "allreduce": ("mpi", '"mpi"', "mpi"),
+    "threads": ("2", "2", 2),
+    "eval_every": ("0", "0", 0),
+    "eval_rows": ("32", "32", 32),
+    "out": ("runs/a", '"runs/a"', "runs/a"),
+    "resume": ("", "true", True),
+    "save_every": ("9", "9", 9),
+    "keep": ("1", "1", 1),
+    "log_every": ("2", "2", 2),
+    "stall_timeout": ("2.5", "2.5", 2.5),
+    "quiet": ("", "true", True),
+}
+LAYOUT_AND_LOGGING = {"pipe", "cuts", "schedule", "epochs", "steps", "out", "resume", "quiet", "keep", "stall_timeout"}
+LAYOUT_AND_LOGGING |= {"eval_every", "save_every", "log_every"}
+every_setting = pytest.mark.parametrize("name", OTHERS)
+
+
+def as_flags(name: str) -> list[str]:
+    needed = ["--out", "runs/a"] if name == "resume" else []  # --resume must say which run
+    return [flag(name), *filter(None, [OTHERS[name][0]]), *needed]
+
+
+def toml(tmp_path: Path, text: str) -> list[str]:
+    path = tmp_path / "settings.toml"
+    path.write_text(text, encoding="utf-8")
+    return ["--config", str(path)]
+
+
+def refusal(arguments: list[str]) -> str:
+    with pytest.raises(ConfigError) as error:
+        parse(arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_these_are_all_settings() -> None:
+    assert [field.name for field in settings()] == list(OTHERS)
+
+
+@every_setting
+def test_flag_and_key_say_the_same(tmp_path: Path, name: str) -> None:
+    expected, kind = OTHERS[name][2], type(OTHERS[name][2])
+    extra = 'out = "runs/a"\n' if name == "resume" else ""
+    by_flag = parse(as_flags(name))
+    by_key = parse(toml(tmp_path, f"{extra}{name.replace('_', '-')} = {OTHERS[name][1]}\n"))
+    assert by_flag == by_key
+    for config in (by_flag, by_key):
+        assert getattr(config, name) == expected
+        assert type(getattr(config, name)) is kind
+        assert config.given == {name} | ({"out"} if extra else set())
+    changed = {f.name for f in settings() if getattr(by_flag, f.name) != f.default}
+    assert changed <= by_flag.given  # and no other setting has been touched
+
+
+@every_setting
+def test_help_explains_it(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(["--help"])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    (field,) = (f for f in settings() if f.name == name)
+    assert len(field.metadata["help"]) > 5
+    assert f"\n  {flag(name)}" in out
+    assert " ".join(field.metadata["help"].split()) in " ".join(out.split())
+    if field.metadata["choices"] and len(field.metadata["choices"]) > 1:
+        assert "|".join(field.metadata["choices"]) in out
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    config = parse(["--batch", "64", *toml(tmp_path, 'batch = 32\nseed = 5\noptimizer = "sgd"')])
+    assert (config.batch, config.seed, config.optimizer) == (64, 5, "sgd")
+    assert config.given == {"batch", "seed", "optimizer"}
+
+
+def test_underscores_and_lists_of_one_are_fine_in_a_file(tmp_path: Path) -> None:
+    config = parse(toml(tmp_path, 'weight_decay = 1\nhidden = 9\ncuts = "1,2"'))
+    assert (config.weight_decay, config.hidden, config.cuts) == (1.0, (9,), (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--bacth", "5"], ["--bacth", "did you mean --batch?"]),
+        (["--hidde=64"], ["--hidde=64", "did you mean --hidden?"]),
+        (["--log-evry", "5"], ["did you mean --log-every?"]),
+        (["--hid", "64"], ["--hid is not a setting"]),  # no abbreviations: a new setting must not change their meaning
+        (["digits"], ["digits is not a setting", "--help"]),
+        (["--batch"], ["--batch", "expected one argument"]),
+        (["--batch", "many"], ["--batch many", "whole number"]),
+        (["--batch", "1.5"], ["--batch 1.5", "whole number"]),
+        (["--lr", "fast"], ["--lr fast", "a number"]),
+        (["--hidden", "64,x"], ["--hidden 64,x", "whole number"]),
+        (["--batch", "0"], ["--batch 0", "at least 1"]),
+        (["--lr", "-1"], ["--lr -1", "at least 0"]),
+        (["--lr", "nan"], ["--lr nan"]),
+        (["--clip", "inf"], ["--clip inf"]),
+        (["--dropout", "1"], ["--dropout 1", "at least 0", "less than 1"]),
+        (["--momentum", "-0.1"], ["--momentum -0.1", "at least 0", "less than 1"]),
+        (["--hidden", "64,0"], ["--hidden 64,0", "at least 1"]),
+        (["--activation", "rleu"], ["--activation rleu", "relu, gelu, tanh", "did you mean relu?"]),
+        (["--optimizer", "lion"], ["--optimizer lion", "sgd, momentum, nesterov, adam, adamw"]),
+        (["--quiet=yes"], ["--quiet", "yes"]),
+        (["--epochs", "3", "--steps", "9"], ["--epochs 3", "--steps 9", "one of the two"]),
+        (["--resume"], ["--resume", "--out DIR"]),
+        (["--resume", "--out", "a", "--init", "b"], ["--resume --init", "one of the two"]),
+        (["--config", "none.toml"], ["--config none.toml", "No such file"]),
+    ],
+)
+def test_a_wrong_flag_is_one_line_that_says_what_to_do(arguments: list[str], words: list[str]) -> None:
+    message = refusal(arguments)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("bacth = 5", ["bacth is not a setting", "did you mean batch?"]),
+        ("given = []", ["given is not a setting"]),
+        ("[grid]\npipe = 2", ["grid is not a setting"]),
+        ('batch = "many"', ["batch = 'many'", "whole number"]),
+        ("batch = 1.5", ["batch = 1.5", "whole number"]),
+        ("batch = true", ["batch = True", "whole number"]),
+        ("batch = [1]", ["batch = [1]", "whole number"]),
+        ("lr = true", ["lr = True", "a number"]),
+        ("hidden = [[1]]", ["hidden = [[1]]", "whole number"]),
+        ("data = 5", ["data = 5", "text"]),
+        ('quiet = "no"', ["quiet = 'no'", "true or false"]),
+        ("batch = = 1", ["line 1"]),
+    ],
+)
+def test_a_wrong_key_is_one_line_that_names_the_file(tmp_path: Path, text: str, words: list[str]) -> None:
+    message = refusal(toml(tmp_path, text))
+    assert all(word in message for word in [str(tmp_path / "settings.toml"), *words]), message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("batch = 0", ["batch 0", "at least 1"]), ("epochs=1\nsteps=2", ["one of"])]
+)
+def test_values_in_a_file_are_checked_alike(tmp_path: Path, text: str, words: list[str]) -> None:
+    assert all(word in refusal(toml(tmp_path, text)) for word in words)
+
+
+def test_a_file_that_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "b.toml").write_bytes(b"\xff\xfe")
+    assert "b.toml" in refusal(["--config", str(tmp_path / "b.toml")])
+
+
+@every_setting
+def test_toml_is_read_back_alike(tmp_path: Path, name: str) -> None:
+    config = parse(as_flags(name))
+    (tmp_path / "c.toml").write_text(config.to_toml(), encoding="utf-8")
+    back = Config(**from_toml(tmp_path / "c.toml"))
+    assert back == config.replace(out=None, resume=False)
+
+
+@pytest.mark.parametrize(
+    ("data", "lr"),
+    [('quo"te\\.npz', 1e-05), ("\u00fc.npz", 1e22), ("tab\t.npz", 0.1 + 0.2), ("\U0001f600.npz", 1.0)],
+    ids=["quote", "accent", "tab", "emoji"],
+)
+def test_any_text_and_number_survive_toml(tmp_path: Path, data: str, lr: float) -> None:
+    config = Config(data=data, lr=lr)
+    (tmp_path / "c.toml").write_text(config.to_toml(), encoding="utf-8")
+    assert Config(**from_toml(tmp_path / "c.toml")) == config
+
+
+@pytest.mark.parametrize("name", sorted(LAYOUT_AND_LOGGING))
+def test_a_resumed_run_may_change_layout_length_and_logging(name: str) -> None:
+    before = Config(seed=8, microbatches=6, steps=30, pipe=2, cuts=(4,))
+    asked = parse(["--resume", *as_flags(name)] + (["--out", "runs/a"] if name not in ("out", "resume") else []))
+    after = asked.resumed(before)
+    assert getattr(after, name) == OTHERS[name][2]
+    assert (after.seed, after.microbatches, after.resume, after.out) == (8, 6, True, "runs/a")
+
+
+@pytest.mark.parametrize("name", sorted(set(OTHERS) - LAYOUT_AND_LOGGING - {"model", "init"}))
+def test_a_resumed_run_may_not_change_its_arithmetic(name: str) -> None:
+    asked = parse(["--resume", "--out", "runs/a", *as_flags(name)])
+    with pytest.raises(ConfigError, match=rf"^{flag(name)} {OTHERS[name][0]}.*: the run in runs/a has ") as error:
+        asked.resumed(Config())
+    assert "\n" not in str(error.value)
+    same = Config().replace(**{name: OTHERS[name][2]})
+    assert getattr(asked.resumed(same), name) == OTHERS[name][2]  # saying what is so already is fine
+
+
+def test_a_resumed_run_keeps_what_is_not_said_even_where_it_is_not_the_default() -> None:
+    stored = Config(batch=7, log_every=3, hidden=(4, 4), pipe=2, cuts=(2,))
+    assert parse(["--resume", "--out", "a"]).resumed(stored) == stored.replace(resume=True, out="a")
+    with pytest.raises(ConfigError, match="--batch 128: the run in a has 7"):  # the default, but said
+        parse(["--resume", "--out", "a", "--batch", "128"]).resumed(stored)
+
+
+def test_other_stages_forget_the_old_cuts_and_epochs_the_old_steps() -> None:
+    stored = Config(pipe=2, cuts=(2,), steps=30)
+    assert parse(["--resume", "--out", "a", "--pipe", "4"]).resumed(stored).cuts == ()
+    assert parse(["--resume", "--out", "a", "--pipe", "2"]).resumed(stored).cuts == (2,)
+    assert parse(["--resume", "--out", "a", "--epochs", "9"]).resumed(stored).steps is None
+    assert parse(["--resume", "--out", "a", "--steps", "9"]).resumed(stored).steps == 9
+
+
+@pytest.mark.parametrize(
+    ("option", "shown"), [("--help", "--pipe"), ("-h", "--batch"), ("--version", mpiml.__version__)]
+)
+def test_help_and_version_need_no_mpi(tmp_path: Path, option: str, shown: str) -> None:
+    # In place of mpi4py a package that ends the program as soon as it is imported.
+    (tmp_path / "mpi4py").mkdir()
+    (tmp_path / "mpi4py" / "__init__.py").write_text("import os\nos._exit(99)\n")
+    path = os.pathsep.join([str(tmp_path), str(Path(mpiml.__file__).parents[1])])
+    command = [sys.executable, "-m", "mpiml.train"]
+    environment = os.environ | {"PYTHONPATH": path}
+    without, done = (
+        subprocess.run(line, env=environment, timeout=30, capture_output=True, text=True, check=False)
+        for line in (command, [*command, option])
+    )
+    assert without.returncode == 99
+    assert (done.returncode, done.stderr) == (0, "")
+    assert shown in done.stdout
