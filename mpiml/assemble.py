@@ -62,6 +62,11 @@ class Run:
         assert self.config.steps, "settings are resolved before a run is assembled"
         return self.config.steps
 
+    def free(self) -> None:
+        """Give back what the MPI library holds for the run; collective."""
+        self.stage.sum.free()
+        self.grid.free()
+
     def record(self, entries: int) -> NDArray[np.float64]:
         """An empty table for that many micro-batches or chunks."""
         return np.zeros((entries, 2 + self.metric.columns))
@@ -175,12 +180,12 @@ def build_model(config: Config, shape: Shape, outputs: int, model: Model | None)
     else:
         layers = list(model(shape, outputs) if callable(model) else model)
     try:
+        nn.name(layers)
         final = nn.stack_shapes(layers, shape)[-1]
     except ValueError as error:
         raise ConfigError(f"the model does not fit the data: {error}") from None
     if final != (outputs,):
         raise ConfigError(f"the model gives rows of shape {final}, but the labels need ({outputs},)")
-    nn.name(layers)
     nn.skip_first_dx(layers)
     return layers
 

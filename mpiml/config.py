@@ -110,8 +110,13 @@ class Config:
     given: frozenset[str] | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        types_of = _types()
         for field in settings():
-            _check(field, getattr(self, field.name))
+            value = getattr(self, field.name)
+            if value is not None or field.default is not None:
+                value = _convert(types_of[field.name], value, f"{flag(field.name)} {_text(value)}")
+                object.__setattr__(self, field.name, value)
+            _check(field, value)
         if self.given is None:
             changed = frozenset(f.name for f in settings() if getattr(self, f.name) != f.default)
             object.__setattr__(self, "given", changed)
@@ -252,11 +257,13 @@ def _convert(kind: Any, raw: Any, what: str) -> Any:
     if isinstance(kind, types.UnionType):
         kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is tuple:
-        items = raw.split(",") if isinstance(raw, str) else raw if isinstance(raw, list) else [raw]
+        items = raw.split(",") if isinstance(raw, str) else raw if isinstance(raw, (list, tuple)) else [raw]
         return tuple(_convert(int, item, what) for item in items if item != "")
     if kind is str and isinstance(raw, str):
+        if raw != raw.encode(errors="replace").decode():
+            raise ConfigError(f"{what!a}: must be text in UTF-8")
         return raw
-    if kind is bool and raw in (True, False, "true"):
+    if kind is bool and (isinstance(raw, bool) or raw == "true"):
         return bool(raw)
     if kind in (int, float) and not isinstance(raw, bool) and isinstance(raw, (str, int, float)):
         try:
@@ -295,4 +302,4 @@ def _text(value: Any) -> str:
 def _toml(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_toml, value))}]"
-    return repr(value) if isinstance(value, float) else json.dumps(value)
+    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)

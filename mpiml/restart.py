@@ -134,7 +134,8 @@ def restore(run: Run, path: Path) -> tuple[int, list[str], dict[str, Any]]:
             notes.append(
                 f"going on after step {found.step}" if found else f"no checkpoint in {path} yet: starting at step 0"
             )
-            entries = log.cut(path / "metrics.jsonl", found.step if found else 0, cfg.eval_every, cfg.log_every)
+            step = found.step if found else 0
+            entries = log.cut(path / "metrics.jsonl", step, run.steps, cfg.eval_every, cfg.log_every)
             history = log.last_known(entries, run.metric.name)
         step, names = (found.step, tuple(run.state.mine)) if found else (0, ())
         if not found and cfg.init:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -12,14 +13,17 @@ if __name__ == "__main__":
     if {"-h", "--help", "--version"} & set(sys.argv[1:]):
         # Must work where MPI cannot start, on a login node say; the imports below start MPI.
         from mpiml.config import parse
+        from mpiml.errors import ConfigError
 
-        parse(sys.argv[1:])
+        with contextlib.suppress(ConfigError):  # is found again, and told, when MPI is up
+            parse(sys.argv[1:])
 
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 from mpi4py import MPI
 
 from mpiml import assemble, restart
@@ -87,11 +91,14 @@ def _train(
                 logger.open_console(start + 1, run.steps, cfg.quiet)
                 for line in [*directory.notes, *notes, assemble.grid_text(run)]:
                     logger.say(line)
-                outcome = history | _loop(run, start, directory.checkpoints, logger, stop)
+                with np.errstate(all="ignore"):  # numbers that are not finite end the run, with a better message
+                    outcome = history | _loop(run, start, directory.checkpoints, logger, stop)
                 outcome["samples_per_second"] = logger.samples_per_second()
                 outcome["seconds"] = round(perf_counter() - began, 3)
                 _summary(run, directory.path, outcome, logger)
-            return restart.finish(run, directory.path, outcome)
+            result = restart.finish(run, directory.path, outcome)
+        run.free()
+        return result
 
 
 def _loop(run: Run, start: int, checkpoints: Path, logger: log.Log, stop: StopRequest) -> dict[str, Any]:
@@ -106,14 +113,17 @@ def _loop(run: Run, start: int, checkpoints: Path, logger: log.Log, stop: StopRe
         run.stage.train(step, run.shards.batches(step), table)
         clock("communication")
         record = agree(comm, table, not run.update.finite, stop.asked)
-        _refuse_not_finite(run, step, record, None)
-        last = step == run.steps or record.stop
-        log_due = _due(step, cfg.log_every)
-        eval_due = _due(step, cfg.eval_every) or (step == run.steps and cfg.eval_every > 0)
-        save_due = _due(step, cfg.save_every) or (step == run.steps and cfg.save_every > 0) or record.stop
+        _refuse_not_finite(run, step, record)
+        last = step == run.steps
+        log_due = _due(step, cfg.log_every, last)
+        eval_due = _due(step, cfg.eval_every, last)
+        save_due = _due(step, cfg.save_every, last) or record.stop
         rate = run.learning_rate(step)
-        norm = run.update.step(rate, record.weight, step, log_due or eval_due or save_due or last)
+        told = log_due or eval_due or save_due
+        norm = run.update.step(rate, record.weight, step, told)
         _refuse_not_finite(run, step, record, norm)
+        if told:  # else the next step's record will carry it
+            _refuse_not_finite(run, step + 1, agree(comm, run.record(0), not run.update.finite))
         clock("compute")
         logger.timed(perf_counter() - began, step, record.mean_loss)
 
@@ -143,11 +153,11 @@ def evaluate(run: Run, step: int, epoch: int, logger: log.Log) -> dict[str, floa
     return {run.metric.name: score, "test_loss": record.mean_loss}
 
 
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def _due(step: int, every: int, last: bool) -> bool:
+    return every > 0 and (last or step % every == 0)
 
 
-def _refuse_not_finite(run: Run, step: int, record: Record, norm: float | None) -> None:
+def _refuse_not_finite(run: Run, step: int, record: Record, norm: float | None = None) -> None:
     """End the run, on all ranks, if the loss of this step or what its gradient did is not finite; collective."""
     grid, reason, rank = run.grid, None, None
     if record.broken:

@@ -48,7 +48,13 @@ def launch(ranks: int, *arguments: str, limit: float = LIMIT, **environment: str
     command = [*(mpirun(ranks) if ranks else []), sys.executable, *arguments]
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("PMI", "OMPI_COMM", "HYDRA", "MPIR", "MPICH"))}
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=limit, env=clean | environment, stdin=subprocess.DEVNULL
+        command,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=limit,
+        env=clean | environment,
+        stdin=subprocess.DEVNULL,
     )
 
 
@@ -58,9 +64,7 @@ def train(tmp_path: Path) -> Callable[..., Job]:
 
     def run(ranks: int, arguments: str = "", out: str = "run", limit: float = LIMIT, **environment: str) -> Job:
         path = tmp_path / out
-        done = launch(
-            ranks, "-m", "mpiml.train", "--out", str(path), *arguments.split(), limit=limit, **environment
-        )
+        done = launch(ranks, "-m", "mpiml.train", "--out", str(path), *arguments.split(), limit=limit, **environment)
         return Job(done.returncode, done.stdout, done.stderr, path)
 
     return run

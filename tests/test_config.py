@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,7 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
 def test_toml_is_read_back_alike(tmp_path: Path, name: str) -> None:
     config = parse(as_flags(name))
     (tmp_path / "c.toml").write_text(config.to_toml(), encoding="utf-8")
+    assert not any("_" in key for key in tomllib.loads(config.to_toml()))
     back = Config(**from_toml(tmp_path / "c.toml"))
     assert back == config.replace(out=None, resume=False)
 

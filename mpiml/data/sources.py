@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import struct
+import tokenize
 import zipfile
+import zlib
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -35,6 +37,12 @@ class Source(Protocol):
     def rows(self, indices: NDArray[np.integer]) -> Rows: ...
 
 
+def check_dtype(dtype: np.dtype, name: str) -> None:
+    """Raise DataError unless `dtype` is of real numbers."""
+    if dtype.kind not in "biuf":
+        raise DataError(f"{name} has dtype {dtype}; real numbers are needed (pickled objects are never read)")
+
+
 class ArraySource:
     """An array in memory, or mapped into it."""
 
@@ -43,6 +51,7 @@ class ArraySource:
         self.name = name
         if self.array.ndim == 0:
             raise DataError(f"{name} is a single number; a data set needs rows")
+        check_dtype(self.array.dtype, name)
         self.shape, self.dtype = self.array.shape[1:], self.array.dtype
 
     def __len__(self) -> int:
@@ -76,7 +85,10 @@ class CompressedSource:
         self._start, self._held = start, held
 
     def rows(self, indices: NDArray[np.integer]) -> Rows:
-        return np.take(self._held, indices - self._start, axis=0)
+        places = indices - self._start
+        if places.size and places.min() < 0:
+            raise IndexError(f"{self.name}: row {indices.min()} is before the rows that are held")
+        return np.take(self._held, places, axis=0)
 
 
 def npz_member(path: Path, key: str) -> Source:
@@ -98,6 +110,8 @@ def npz_member(path: Path, key: str) -> Source:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
     except zipfile.BadZipFile as error:
         raise DataError(f"{path} is no .npz file: {error}") from None
+    except (RuntimeError, NotImplementedError, zlib.error) as error:  # encrypted, unknown method, damaged
+        raise DataError(f"{name}: damaged: {error}") from None
     if not shape:
         raise DataError(f"{name} is a single number; a data set needs rows")
     size = math.prod(shape) * dtype.itemsize
@@ -117,10 +131,9 @@ def _read_header(stream: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, n
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:
         raise DataError(f"{name} is no array in .npy format: {error}") from None
-    if dtype.kind not in "biuf":
-        raise DataError(f"{name} has dtype {dtype}; real numbers are needed (pickled objects are never read)")
+    check_dtype(dtype, name)
     return shape, fortran, dtype
 
 

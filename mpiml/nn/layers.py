@@ -263,12 +263,26 @@ def stack_flops(layers: Sequence[Layer], shape: Shape) -> list[int]:
 
 
 def name(layers: Sequence[Layer], prefix: str = "layers") -> None:
-    """Give every layer its path and every parameter its name."""
+    """Give every layer its path and every parameter its name.
+
+    Raises ValueError for a layer that stands in two places: its parameters have room for one gradient.
+    """
+    flat = list(everything(layers))
+    if len({id(layer) for layer in flat}) < len(flat):
+        twice = next(layer for index, layer in enumerate(flat) if any(layer is other for other in flat[:index]))
+        raise ValueError(f"one {type(twice).__name__} stands in two places of the model; make two")
     for index, layer in enumerate(layers):
         layer.path = f"{prefix}.{index}"
         for attribute, parameter in own_parameters(layer):
             parameter.name = f"{layer.path}.{attribute}"
         name(layer.inner(), f"{layer.path}.layers")
+
+
+def everything(layers: Sequence[Layer]) -> Iterator[Layer]:
+    """All layers, also those inside others."""
+    for layer in layers:
+        yield layer
+        yield from everything(layer.inner())
 
 
 def own_parameters(layer: Layer) -> Iterator[tuple[str, Parameter]]:
@@ -278,11 +292,7 @@ def own_parameters(layer: Layer) -> Iterator[tuple[str, Parameter]]:
 
 def parameters(layers: Sequence[Layer]) -> list[Parameter]:
     """All parameters in layer order."""
-    found = []
-    for layer in layers:
-        found += [parameter for _, parameter in own_parameters(layer)]
-        found += parameters(layer.inner())
-    return found
+    return [parameter for layer in everything(layers) for _, parameter in own_parameters(layer)]
 
 
 def skip_first_dx(layers: Sequence[Layer]) -> None:

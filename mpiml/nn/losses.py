@@ -90,6 +90,6 @@ class R2:
         if not rows:
             return math.nan
         spread = np.maximum(sums[1] - sums[0] ** 2 / rows, 0)
-        constant = spread <= 1e-12 * sums[1]
+        constant = spread <= 1e-14 * sums[1]
         score = 1 - sums[2] / np.where(constant, 1, spread)
         return float(np.mean(np.where(constant, sums[2] == 0, score)))

@@ -54,6 +54,9 @@ class GradientSum(Protocol):
     def publish(self) -> None:
         """Hand the values of this replica's part to all; afterwards all replicas hold equal values."""
 
+    def free(self) -> None:
+        """Give back what the MPI library holds for this sum."""
+
 
 def accumulate(own: Plan, slots: list[Vector], index: int) -> None:
     """Merge the top of the stack of slots as often as the plan says after micro-batch `index`."""
@@ -123,6 +126,10 @@ class OrderedSum:
         MPI.Prequest.Startall(self._gives)
         wait([*self._sends, *self._gives, *self._takes])
         self.memory.barrier()
+
+    def free(self) -> None:
+        for request in (*self._sends, *self._receives, *self._gives, *self._takes):
+            request.Free()
 
     def _plan_sends(self, comm: MPI.Intracomm, everyone: list[list[Vector]], dtype: DTypeLike) -> None:
         """For each slice that another node owns: which partial sums of this node go there, and values come back."""
@@ -221,4 +228,7 @@ class LibrarySum:
         return self.slots[0][piece.start : piece.stop]
 
     def publish(self) -> None:
+        pass
+
+    def free(self) -> None:
         pass

@@ -36,6 +36,11 @@ class Grid:
     launched: list[int]
     nodes: list[int]
 
+    def free(self) -> None:
+        """Give the communicators back: an MPI library has only some thousands. Collective."""
+        for comm in (self.pipe, self.data, self.comm):
+            comm.Free()
+
     def rank_of(self, stage: int, replica: int) -> int:
         """The rank in `comm` at a place of the grid."""
         return stage * self.replicas + replica
@@ -49,6 +54,7 @@ def build(comm: MPI.Intracomm, stages: int) -> Grid:
     launched = sorted(range(comm.size), key=lambda rank: (first_on_node[rank], rank))
     ordered = comm.Create(comm.Get_group().Incl(launched))
     cartesian = MPI.Intracomm(ordered).Create_cart([stages, ordered.size // stages])
+    ordered.Free()
     stage, replica = cartesian.coords
     pipe, data = cartesian.Sub([True, False]), cartesian.Sub([False, True])
     mine = [first_on_node[rank] for rank in launched[stage * data.size : (stage + 1) * data.size]]

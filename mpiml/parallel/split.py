@@ -47,7 +47,7 @@ def _greedy(costs: Sequence[int], stages: int, limit: int) -> list[int]:
 def check_cuts(cuts: Sequence[int], layers: int, stages: int) -> None:
     """Raise ConfigError unless `cuts` give each of `stages` stages at least one of `layers` layers."""
     if len(cuts) != stages - 1:
-        raise ConfigError(f"--cuts {_text(cuts)}: {stages} stages need {stages - 1} cuts, not {len(cuts)}")
+        raise ConfigError(f"--cuts {_text(cuts)}: {len(cuts)} given, but {stages - 1} needed for --pipe {stages}")
     bounds = [0, *cuts, layers]
     if any(a >= b for a, b in itertools.pairwise(bounds)):
         raise ConfigError(f"--cuts {_text(cuts)}: must increase and lie between 1 and {layers - 1} ({layers} layers)")

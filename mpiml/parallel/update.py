@@ -60,10 +60,12 @@ class Update:
 
         Returns:
             The gradient's norm before clipping if `measure` or if there is clipping, else None. If it is not
-            finite, nothing has been changed.
+            finite, or if there is no weight, nothing has been changed.
         """
+        if not weight:
+            return 0.0
         self.sum.start()
-        scale = 1.0 / weight if weight else 0.0
+        scale = 1.0 / weight
         norm = None
         if measure or self.clip:
             norm = self._norm() * scale

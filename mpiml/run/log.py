@@ -158,11 +158,13 @@ class Console:
             self._bar.close()
 
 
-def cut(metrics: Path, step: int, eval_every: int, log_every: int) -> list[dict[str, Any]]:
+def cut(metrics: Path, step: int, last: int, eval_every: int, log_every: int) -> list[dict[str, Any]]:
     """Remove from a metrics file what a run that goes on after `step` will write again, and a torn last line.
 
-    Lines that were written at `step` because the run ended there go too, for a longer run would not have them.
-    The file is replaced at once, or not at all. Returns the lines that stay.
+    Lines that were written at `step` only because the run ended there go too if it is now to end at a later `last`
+    step: a run that was so long from the start has none. The file is replaced at once, or not at all.
+
+    Returns the lines that stay.
     """
     with named_errors("read", metrics):
         raw = metrics.read_bytes().split(b"\n") if metrics.exists() else []
@@ -173,7 +175,7 @@ def cut(metrics: Path, step: int, eval_every: int, log_every: int) -> list[dict[
         except ValueError:
             continue
         every = eval_every if "evaluation" in entry else log_every
-        if entry["step"] < step or (entry["step"] == step and every and step % every == 0):
+        if entry["step"] < step or (entry["step"] == step and (step == last or (every and step % every == 0))):
             kept.append(line + b"\n")
             entries.append(entry)
     if b"".join(kept) != b"\n".join(raw):

@@ -72,19 +72,21 @@ class Watch(threading.Thread):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.timeout and (error is None or getattr(error, "everywhere", False)):
+        if error is None or getattr(error, "everywhere", False):
             self._end()
 
     def _end(self) -> None:
         """Stop watching: all ranks do, for they all leave the block, by its end or by one error."""
-        self._ending.set()
-        self.join()
-        if self._threads:
+        if self.timeout:
+            self._ending.set()
+            self.join()
+        if self.timeout and self._threads:
             self._send(GOODBYE)
             while not all(sign.gone for sign in self._signs.values()):
                 self._listen(time.monotonic())
                 time.sleep(0.001)
             wait(self._sent)
+        self.comm.Free()
 
     def run(self) -> None:
         before = time.monotonic()

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Job, launch
 from mpi4py import MPI
 from safetensors.numpy import load_file
+
+from tests.conftest import Job, launch
 
 pytestmark = pytest.mark.contract
 Train = Callable[..., Job]
@@ -17,8 +18,8 @@ Alone = Callable[[str], Job]
 TIMES = {"seconds", "samples_per_second"}
 # Everything that could tell layouts apart: ragged micro-batches, dropout, clipping at every step, several epochs.
 FIXED = (
-    "--steps 45 --batch 100 --microbatches 24 --hidden 48,40 --dropout 0.1 --activation gelu --clip 0.3 --lr 0.01 --seed 5 "
-    "--decay cosine --warmup-steps 5 --log-every 3 --eval-every 20 --eval-rows 50 --save-every 20 --quiet"
+    "--steps 45 --batch 100 --microbatches 24 --hidden 48,40 --dropout 0.1 --activation gelu --clip 0.3 --seed 5 "
+    "--lr 0.01 --decay cosine --warmup-steps 5 --log-every 3 --eval-every 20 --eval-rows 50 --save-every 20 --quiet"
 )
 
 
@@ -125,7 +126,7 @@ def test_empty_micro_batches(alone: Alone, train: Train, small: str, ranks: int,
         (3, "--microbatches 31", "--microbatches 31: the data set has only 30 rows to share out"),
         (3, "--microbatches 2", "--microbatches 2: 3 replicas need at least one each"),
         (3, "--pipe 2", "3 ranks do not divide into pipelines of 2 stages; --pipe 1, 3 would work"),
-        (2, "--pipe 2 --cuts 1,2", "--cuts 1,2: 2 stages need 1 cuts, not 2"),
+        (2, "--pipe 2 --cuts 1,2", "--cuts 1,2: 2 given, but 1 needed for --pipe 2"),
     ],
 )
 def test_refused_layouts_are_refused_once(train: Train, small: str, ranks: int, arguments: str, message: str) -> None:

@@ -1,6 +1,7 @@
 """A training script in which one rank gets into trouble: `python trouble.py RANK PHASE KIND [mpiml.train flags]`."""
 
 import os
+import resource
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ from mpi4py import MPI
 from mpiml.config import parse
 from mpiml.data.dataset import Dataset, Split, open_dataset
 from mpiml.data.sources import Source
+from mpiml.errors import RunError
 from mpiml.nn.layers import At, Layer
 from mpiml.nn.models import mlp
 from mpiml.train import train
@@ -49,6 +51,7 @@ KINDS = {
     "segv": lambda: os.kill(os.getpid(), signal.SIGSEGV),
     "stop": stop,
     "sleep": lambda: time.sleep(300),
+    "small-files": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)),
     "slow": lambda: time.sleep(0.3),
 }
 
@@ -98,16 +101,15 @@ class TroubledSource:
 
 
 def model(shape: tuple[int, ...], outputs: int) -> list[Layer]:
-    first, *middle, last = mlp(shape, outputs, (64, 64))
-    return [
-        Troubled(),
-        first,
-        *(layer for pair in zip(middle, map(lambda _: Troubled(), middle)) for layer in pair),
-        last,
-        Troubled(),
-    ]
+    layers: list[Layer] = [Troubled()]
+    for layer in mlp(shape, outputs, (64, 64)):
+        layers += [layer, Troubled()]
+    return layers
 
 
 digits = open_dataset("digits")
 data = Dataset(Split(TroubledSource(digits.train.x), TroubledSource(digits.train.y)), digits.test, "digits")
-sys.exit(train(parse(sys.argv[4:]), model=model, data=data)["exit_code"])
+try:
+    sys.exit(train(parse(sys.argv[4:]), model=model, data=data)["exit_code"])
+except RunError as error:
+    sys.exit(error.exit_code)

@@ -114,11 +114,12 @@ def flipped(raw: bytes, where: int) -> bytes:
     return raw[:where] + bytes([raw[where] ^ 0xFF]) + raw[where + 1 :]
 
 
-def cut_stream(raw: bytes, fewer: int) -> bytes:
-    """The directory of the archive says that the compressed stream is shorter than it is."""
-    at = raw.rindex(b"PK\x01\x02") + 20
-    (size,) = struct.unpack_from("<I", raw, at)
-    return raw[:at] + struct.pack("<I", size - fewer) + raw[at + 4 :]
+def misstated(raw: bytes, field: int, change: int) -> bytes:
+    """The directory of the archive gives its member's checksum (field 16), or its size in the file (20) or
+    out of it (24), wrongly."""
+    at = raw.rindex(b"PK\x01\x02") + field
+    (value,) = struct.unpack_from("<I", raw, at)
+    return raw[:at] + struct.pack("<I", value + change) + raw[at + 4 :]
 
 
 LONG = 50_000  # values: far more than the header's read takes in, so that damage behind it is met only by hold()
@@ -135,15 +136,17 @@ BAD = {
     "dates": (saved(np.zeros(3, "M8[s]")), "datetime64"),
     "records": (saved(np.zeros(3, "f8,i4")), "dtype"),
     "a number": (saved(3.0), "single number"),
+    "a compressed number": (saved(3.0, np.savez_compressed), "single number"),
     "no array": (archive(b"hello, world" * 9), "no array in .npy format"),
     "an empty member": (archive(b""), "no array in .npy format"),
     "more declared, compressed": (archive(npy((10, 3), 20)), "240 bytes, but the file holds 160"),
     "more declared, stored": (archive(npy((10, 3), 20), zipfile.ZIP_STORED), "240 bytes, but the file holds 160"),
     "less declared": (archive(npy((10,), 20)), "80 bytes, but the file holds 160"),
     "columns, compressed": (saved(np.asfortranarray(np.ones((4, 3))), np.savez_compressed), "column order"),
-    "stream too short": (cut_stream(WHOLE, LONG), "x: (damaged|ends too early)"),
+    "stream too short": (misstated(WHOLE, 20, -LONG), "x: damaged"),
+    "less than the directory says": (misstated(archive(npy((LONG,), LONG - 9)), 24, 72), "x: ends too early"),
     "stream damaged": (flipped(WHOLE, LONG), "x: damaged"),
-    "checksum": (flipped(WHOLE, WHOLE.rindex(b"PK\x01\x02") + 16), "x: damaged: Bad CRC-32"),
+    "checksum": (misstated(WHOLE, 16, -1), "x: damaged: Bad CRC-32"),
 }
 
 

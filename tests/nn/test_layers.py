@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -168,6 +169,30 @@ def test_shape_is_known_beforehand(case: str) -> None:
     bench = Bench(case)
     y, _ = bench.forward(bench.rows(3))
     assert nn.stack_shapes(bench.layers, bench.shape)[-1] == y.shape[1:]
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "y"),
+    [
+        (ReLU(), [-2.0, 0.0, 3.0], [0, 0, 3]),
+        (Tanh(), [0.0, math.log(2)], [0, 0.6]),  # (2 - 1/2) / (2 + 1/2)
+        (GELU(), [-1.0, 0.0, 1.0, 2.0], [-0.158808, 0, 0.841192, 1.954598]),
+        (LayerNorm(4), [1.0, 1.0, 3.0, 3.0], [-1, -1, 1, 1]),
+        (LayerNorm(2, epsilon=3.0), [1.0, 3.0], [-0.5, 0.5]),  # 1 / sqrt(1 + 3)
+        (Residual(ReLU()), [-2.0, 3.0], [-2, 6]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Layer) else "",
+)
+def test_values_by_hand(layer: Layer, x: list[float], y: list[float]) -> None:
+    for parameter in nn.parameters([layer]):
+        parameter.value = parameter.init(np.random.default_rng(), parameter.shape)
+    np.testing.assert_allclose(layer(np.array([x]), AT)[0], [y], rtol=1e-5)
+
+
+def test_linear_by_hand() -> None:
+    layer = Linear(2, 3)
+    layer.weight.value, layer.bias.value = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), np.array([10.0, 20.0, 30.0])
+    np.testing.assert_array_equal(layer(np.array([[1.0, 10.0]]), AT)[0], [[51, 72, 93]])
 
 
 @pytest.mark.parametrize("case", ["linear", "layer norm", "residual", "stack"])

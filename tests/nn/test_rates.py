@@ -39,7 +39,7 @@ def test_rate_never_rises_after_warm_up_nor_leaves_its_range(decay: str) -> None
     assert 0 <= rates[-1] <= rates[0] == 1
 
 
-def test_warm_up_longer_than_the_run() -> None:
-    rate = learning_rate(1.0, warmup=20, decay="cosine", decay_steps=10)
-    assert rate(10) == 0.5
-    assert 0 <= rate(21) <= 1
+@pytest.mark.parametrize("warmup", [10, 20])
+def test_warm_up_as_long_as_the_run_or_longer(warmup: int) -> None:
+    rate = learning_rate(1.0, warmup=warmup, decay="cosine", decay_steps=10)
+    assert [rate(10), rate(warmup), rate(warmup + 1)] == pytest.approx([10 / warmup, 1, 0])

@@ -1,11 +1,11 @@
 """Tests of the grid: every rank's place, its communicators, and grids that are refused."""
 
 import pytest
-from conftest import launch
 from mpi4py import MPI
 
 from mpiml.errors import ConfigError
 from mpiml.parallel import grid as grids
+from tests.conftest import launch
 
 WORLD = MPI.COMM_WORLD
 

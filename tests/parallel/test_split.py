@@ -52,8 +52,8 @@ def test_good_cuts(cuts: list[int], layers: int, stages: int) -> None:
 @pytest.mark.parametrize(
     ("cuts", "layers", "stages", "message"),
     [
-        ([2], 7, 4, r"--cuts 2: 4 stages need 3 cuts, not 1"),
-        ([1, 2], 7, 1, r"--cuts 1,2: 1 stages need 0 cuts, not 2"),
+        ([2], 7, 4, r"--cuts 2: 1 given, but 3 needed for --pipe 4"),
+        ([1, 2], 7, 1, r"--cuts 1,2: 2 given, but 0 needed for --pipe 1"),
         ([2, 2], 7, 3, r"--cuts 2,2: must increase and lie between 1 and 6 \(7 layers\)"),
         ([4, 2], 7, 3, r"--cuts 4,2: must increase"),
         ([0, 2], 7, 3, r"--cuts 0,2: must increase and lie between 1 and 6"),

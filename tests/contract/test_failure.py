@@ -1,0 +1,200 @@
+"""Whatever one rank does, the whole job ends in time and says why."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import Job, launch, mpirun
+
+pytestmark = pytest.mark.contract
+
+SCRIPT = str(Path(__file__).with_name("trouble.py"))
+LIMIT = 15.0  # seconds: 10 that are promised, and the start
+PHASES = ("start", "data", "forward", "backward", "evaluation")
+
+
+def trouble(path: Path, rank: int, phase: str, kind: str, flags: str = "", limit: float = LIMIT) -> Job:
+    arguments = [SCRIPT, str(rank), phase, kind, "--out", str(path / "run"), "--pipe", "2", "--steps", "20"]
+    done = launch(4, *arguments, *flags.split(), limit=limit)
+    return Job(done.returncode, done.stdout, done.stderr, path / "run")
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("kind", ["raise", "exit0", "exit1", "exit-text", "thread-raise", "thread-exit"])
+def test_ways_out_of_one_rank_end_the_job_with_its_reason(tmp_path: Path, phase: str, kind: str) -> None:
+    rank = {"start": 1, "data": 0, "forward": 3, "backward": 2, "evaluation": 1}[phase]
+    job = trouble(tmp_path, rank, phase, kind)
+    assert job.code == 70
+    why = "this rank is in trouble" if "raise" in kind else "sys.exit"
+    assert job.err.count("Traceback (most recent call last)") == 1
+    assert why in job.err
+    assert f"rank {rank}" in job.err
+    if phase != "start":  # nothing is written before the data are known to be good
+        result = job.result
+        assert (result["status"], result["exit_code"], result["rank"]) == ("failed", 70, rank)
+        assert why in result["reason"]
+        assert "Traceback" in result["traceback"]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("kind", ["kill", "segv", "os-exit0", "os-exit3"])
+def test_ways_out_that_cannot_be_seen_end_the_job_too(tmp_path: Path, phase: str, kind: str) -> None:
+    job = trouble(tmp_path, 1, phase, kind)
+    if phase != "start":
+        assert job.result["status"] == "running"
+        again = trouble(tmp_path, 1, "never", kind, "--resume", limit=30)
+        assert again.code == 0
+        assert "ended without a word" in again.out
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(("kind", "what"), [("stop", "has given no sign of life"), ("sleep", "has made no progress")])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_stalled_rank_is_named(tmp_path: Path, phase: str, kind: str, what: str, rank: int) -> None:
+    job = trouble(tmp_path, rank, phase, kind, "--stall-timeout 3")
+    assert job.code == 70
+    assert f"rank {rank} {what} for 3 s, in step" in job.err
+    if phase != "start":
+        assert job.result["rank"] == rank
+
+
+def test_slow_but_moving_job_is_not_ended(tmp_path: Path) -> None:
+    job = trouble(tmp_path, 2, "evaluation", "slow", "--stall-timeout 2", limit=60)
+    assert job.code == 0, job.err
+
+
+def test_stall_timeout_0_watches_nothing(tmp_path: Path) -> None:
+    with pytest.raises(subprocess.TimeoutExpired):
+        trouble(tmp_path, 1, "forward", "sleep", "--stall-timeout 0", limit=8)
+
+
+def test_loss_that_is_not_finite_stops_in_that_step(train: Any) -> None:
+    job = train(4, "--optimizer sgd --lr 1e30 --steps 50 --save-every 1 --pipe 2")
+    assert job.code == 70
+    assert "not finite" in job.result["reason"]
+    assert job.err.count("\n") == 1
+    good = sorted((job.run / "checkpoints").glob("step-*"))
+    assert len(good) <= job.result["step"] - 1
+    text = (job.run / "metrics.jsonl").read_text() if (job.run / "metrics.jsonl").exists() else ""
+    assert "NaN" not in text
+    assert "Infinity" not in text
+
+
+@pytest.mark.parametrize(("log", "reason"), [(1, "the gradient is not finite in step 1"), (9, "after step 1;")])
+def test_gradient_that_is_not_finite_stops_though_the_loss_is_finite(tmp_path: Path, log: int, reason: str) -> None:
+    """The loss adds up squares of 1e20 in float64; the gradient has products of such numbers in float32."""
+    rng = np.random.default_rng(0)
+    x, y = np.full((64, 4), 1e20, np.float32), rng.normal(size=64).astype(np.float32)
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    flags = f"--hidden 4 --steps 4 --optimizer sgd --lr 1 --log-every {log}"
+    arguments = f"--data {tmp_path}/d.npz --out {tmp_path}/run {flags}"
+    done = launch(2, "-m", "mpiml.train", *arguments.split())
+    assert done.returncode == 70, done.stdout
+    assert reason in done.stderr
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags", "words"),
+    [
+        (6, "--pipe 4", ["6 ranks", "4 stages", "1, 2, 3, 6"]),
+        (4, "--microbatches 2", ["--microbatches 2", "4 replicas"]),
+        (2, "--microbatches 2000", ["2000", "1437 rows"]),
+        (8, "--pipe 8", ["layers", "8 stages"]),
+        (2, "--optimizer adamx", ["adamx", "adamw"]),
+        (2, "--cuts 1,2 --pipe 2", ["--cuts 1,2", "1 needed"]),
+        (2, "--loss mse", ["--loss mse"]),
+        (1, "--lrr 3", ["--lrr", "--lr"]),
+    ],
+)
+def test_bad_settings_are_one_line_from_one_rank(train: Any, ranks: int, flags: str, words: list[str]) -> None:
+    job = train(ranks, flags)
+    assert job.code == 78
+    assert len(job.err.strip().splitlines()) == 1
+    for word in words:
+        assert word in job.err
+    assert not job.run.exists()
+
+
+def test_bad_data_is_refused_before_anything_is_written(train: Any, tmp_path: Path) -> None:
+    x = np.zeros((40, 3), np.float32)
+    x[33, 1] = np.nan
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=np.arange(40) % 2, x_test=x[:8], y_test=np.arange(8) % 2)
+    job = train(4, f"--data {tmp_path}/d.npz --pipe 2")
+    assert job.code == 65
+    assert "x_train" in job.err
+    assert "row 33" in job.err
+    assert not job.run.exists()
+
+
+def test_directory_of_a_run_is_refused(train: Any) -> None:
+    train(1, "--steps 2")
+    job = train(2, "--steps 2")
+    assert job.code == 73
+    assert "--resume" in job.err
+
+
+def test_of_two_jobs_on_one_directory_one_wins(tmp_path: Path) -> None:
+    command = [*mpirun(1), sys.executable, SCRIPT, "0", "evaluation", "sleep", "--out", str(tmp_path / "run")]
+    first = subprocess.Popen([*command, "--steps", "3"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not (tmp_path / "run" / "metrics.jsonl").exists():
+            time.sleep(0.05)
+        second = launch(1, "-m", "mpiml.train", "--out", str(tmp_path / "run"), "--resume")
+    finally:
+        (rank,) = json.loads((tmp_path / "run" / "environment.json").read_text())["ranks"]
+        os.kill(rank["pid"], signal.SIGKILL)
+        first.wait(20)
+    assert second.returncode == 73
+    assert "in use by another job" in second.stderr
+
+
+def test_directory_that_cannot_be_made(train: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    job = train(2, "--steps 2", out="file/run")
+    assert job.code == 74
+    assert "file/run" in job.err
+    assert job.err.count("\n") == 1
+
+
+def test_full_disk_is_everybodys_error_and_old_checkpoints_stay(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk: the write fails in the same place."""
+    flags = "--microbatches 4 --save-every 2 --eval-every 4"
+    before = trouble(tmp_path, 0, "never", "small-files", f"--steps 4 {flags}")
+    kept = {path.name: path.read_bytes() for path in (before.run / "checkpoints").glob("step-*")}
+    job = trouble(tmp_path, 0, "forward", "small-files", "--resume")
+    assert job.code == 74, job.err
+    assert "cannot write the checkpoint" in job.err
+    left = {path.name: path.read_bytes() for path in (job.run / "checkpoints").glob("step-*")}
+    assert kept.items() <= left.items()
+    assert job.result["exit_code"] == 74
+    assert trouble(tmp_path, 0, "never", "small-files", "--resume").code == 0
+
+
+def test_killed_from_outside(tmp_path: Path) -> None:
+    command = [*mpirun(3), sys.executable, "-m", "mpiml.train", "--out", str(tmp_path / "run"), "--steps", "100000"]
+    job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    pids = [rank["pid"] for rank in json.loads((tmp_path / "run" / "environment.json").read_text())["ranks"]]
+    os.kill(pids[2], signal.SIGKILL)
+    job.wait(10)
+    time.sleep(0.5)
+    assert not any(alive(pid) for pid in pids)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False

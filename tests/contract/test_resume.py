@@ -1,0 +1,168 @@
+"""A run that was interrupted, at any step and on any layout, ends as if it had never stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+from tests.conftest import Job, launch, mpirun
+
+pytestmark = pytest.mark.contract
+
+STEPS = 14  # an epoch has 12
+BASE = (
+    f"--steps {STEPS} --microbatches 12 --hidden 24,16 --dropout 0.1 --clip 1 --save-every 1 --keep 99 "
+    "--log-every 2 --eval-every 4"
+)
+TIMES = ("seconds", "samples_per_second")
+
+
+def comparable(job: Job) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in job.metrics]
+
+
+def assert_same_end(job: Job, whole: Job) -> None:
+    assert job.code == 0, job.err
+    for key in ("status", "step", "loss", "accuracy", "test_loss", "weights_sha256"):
+        assert job.result[key] == whole.result[key], key
+    assert comparable(job) == comparable(whole)
+    last = f"checkpoints/step-{STEPS:09d}.safetensors"
+    one, other = load_file(job.run / last), load_file(whole.run / last)
+    assert list(one) == list(other)
+    assert all((one[name] == other[name]).all() for name in one)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    path = tmp_path_factory.mktemp("whole") / "run"
+    done = launch(4, "-m", "mpiml.train", "--out", str(path), *BASE.split(), "--pipe", "2")
+    assert done.returncode == 0, done.stderr
+    return Job(done.returncode, done.stdout, done.stderr, path)
+
+
+def interrupted(whole: Job, path: Path, step: int) -> Path:
+    """The directory as a job leaves it that was killed some time after its checkpoint of `step`."""
+    shutil.copytree(whole.run, path)
+    for file in sorted((path / "checkpoints").iterdir())[step:]:
+        file.unlink()
+    result = json.loads((path / "result.json").read_text())
+    (path / "result.json").write_text(json.dumps(result | {"status": "running"}))
+    with open(path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 15, "los')
+    return path
+
+
+@pytest.mark.parametrize("step", range(STEPS + 1))
+def test_resumed_after_any_step_on_another_layout(whole: Job, train: Any, tmp_path: Path, step: int) -> None:
+    interrupted(whole, tmp_path / "run", step)
+    ranks, layout = [(1, "--pipe 1"), (3, "--pipe 1"), (2, "--pipe 2 --schedule gpipe"), (4, "--pipe 4")][step % 4]
+    job = train(ranks, f"--resume {layout}")
+    assert f"after step {step}" in job.out or "starting at step 0" in job.out
+    assert "ended without a word" in job.out
+    assert_same_end(job, whole)
+
+
+def test_killed_in_full_flight(whole: Job, train: Any, tmp_path: Path) -> None:
+    command = [*mpirun(4), "python", "-m", "mpiml.train", "--out", str(tmp_path / "run"), *BASE.split()]
+    job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    wait_until(lambda: checkpoints.is_dir() and len(list(checkpoints.glob("step-*"))) >= 3)
+    pids = [rank["pid"] for rank in json.loads((tmp_path / "run" / "environment.json").read_text())["ranks"]]
+    for pid in pids:
+        try_kill(pid)
+    job.wait(30)
+    assert_same_end(train(3, "--resume"), whole)
+
+
+def test_first_start_may_say_resume(train: Any) -> None:
+    job = train(2, "--resume --steps 3")
+    assert job.code == 0
+    assert "starting at step 0" in job.out
+
+
+def test_finished_run_is_left_alone(whole: Job, train: Any, tmp_path: Path) -> None:
+    shutil.copytree(whole.run, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    job = train(2, "--resume")
+    assert job.code == 0
+    assert "nothing to do" in job.out
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_longer_run_equals_one_that_was_long_from_the_start(train: Any) -> None:
+    flags = "--microbatches 4 --hidden 16 --log-every 1 --eval-every 5 --save-every 7"
+    long = train(2, f"{flags} --steps 18", out="long")
+    train(2, f"{flags} --steps 12", out="short")
+    job = train(4, "--resume --steps 18", out="short")
+    assert job.result["weights_sha256"] == long.result["weights_sha256"]
+    assert comparable(job) == comparable(long)
+
+
+def test_damaged_newest_checkpoint_is_named_and_skipped(whole: Job, train: Any, tmp_path: Path) -> None:
+    path = interrupted(whole, tmp_path / "run", 6)
+    newest = path / "checkpoints" / "step-000000006.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-5] ^= 1
+    newest.write_bytes(content)
+    job = train(2, "--resume")
+    assert "step-000000006.safetensors is damaged" in job.out
+    assert "after step 5" in job.out
+    assert_same_end(job, whole)
+
+
+def test_no_valid_checkpoint_is_an_error_and_no_fresh_start(whole: Job, train: Any, tmp_path: Path) -> None:
+    path = interrupted(whole, tmp_path / "run", 2)
+    for file in (path / "checkpoints").iterdir():
+        file.write_bytes(file.read_bytes()[:1000])
+    job = train(2, "--resume")
+    assert job.code == 74
+    assert "no checkpoint" in job.err
+    assert "step-000000001" in job.err
+
+
+@pytest.mark.parametrize(
+    "flag", ["--batch 64", "--lr 0.5", "--microbatches 6", "--seed 3", "--hidden 24", "--threads 2"]
+)
+def test_change_of_arithmetic_is_refused_by_name(whole: Job, train: Any, tmp_path: Path, flag: str) -> None:
+    interrupted(whole, tmp_path / "run", 3)
+    job = train(1, f"--resume {flag}")
+    assert job.code == 78
+    assert flag.split()[0] in job.err
+    assert len(job.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_signal_saves_and_stops(train: Any, tmp_path: Path, number: signal.Signals) -> None:
+    flags = "--steps 400 --microbatches 4 --hidden 32 --save-every 0"
+    run = tmp_path / "run"
+    command = [*mpirun(3), "python", "-m", "mpiml.train", "--out", str(run), *flags.split()]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    wait_until((run / "metrics.jsonl").exists)
+    pid = json.loads((run / "environment.json").read_text())["ranks"][1]["pid"]
+    subprocess.run(["kill", f"-{number.value}", str(pid)], check=True)
+    job.communicate(timeout=30)
+    result = json.loads((run / "result.json").read_text())
+    assert (job.returncode, result["status"], result["exit_code"]) == (75, "stopped", 75)
+    assert 0 < result["step"] < 400
+    resumed = train(2, "--resume --steps 400")
+    uninterrupted = train(1, flags, out="uninterrupted")
+    assert resumed.result["weights_sha256"] == uninterrupted.result["weights_sha256"]
+
+
+def wait_until(condition: Any, limit: float = 30) -> None:
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def try_kill(pid: int) -> None:
+    subprocess.run(["kill", "-9", str(pid)], check=False, stderr=subprocess.DEVNULL)
