@@ -1,0 +1,10 @@
+"""`python -m mpiml` lists the commands."""
+
+import mpiml
+
+print(
+    f"""mpiml {mpiml.__version__}: MPI-first training, with the same bits on every layout
+
+  mpirun -n 16 python -m mpiml.train    train a model          (--help lists the settings)
+  python -m mpiml.bench                 measure this machine   (starts its own MPI jobs)"""
+)

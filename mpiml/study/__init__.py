@@ -1,0 +1,1 @@
+"""The programs beside training: benchmarks."""
