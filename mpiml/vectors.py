@@ -55,8 +55,7 @@ def is_finite(vector: Vector) -> bool:
     The dot product is the cheapest pass there is, and no finite one hides such an element; where it overflows,
     the elements themselves are looked at. Its bits do not matter here.
     """
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(np.dot(vector, vector))) or bool(np.isfinite(vector).all())
+    return math.isfinite(np.dot(vector, vector)) or bool(np.isfinite(vector).all())
 
 
 # The updates below change `value` and the states in place. `grad` and `spare` are scratch of the same length;

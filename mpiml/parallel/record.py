@@ -44,15 +44,16 @@ def agree(comm: MPI.Intracomm, table: NDArray[np.float64], broken: bool = False,
             filled in its own, the others are zero. As each row comes from one rank, adding up tables is exact, and
             the rows are then added by math.fsum, which is exact too: no layout can change the result.
     """
-    message = np.concatenate([[broken, stop], table.ravel()])
+    message = np.empty(2 + table.size)
+    message[0], message[1], message[2:] = broken, stop, table.ravel()
     wait([comm.Iallreduce(MPI.IN_PLACE, message)])
     rows = message[2:].reshape(table.shape)
-    bad = np.flatnonzero(~np.isfinite(rows[:, 0]))
-    loss, weight, *metric = (_sum(column) for column in rows.T)
-    return Record(loss, weight, metric, message[0] > 0, message[1] > 0, int(bad[0]) if len(bad) else None)
+    loss, weight, *metric = map(_sum, rows.T.tolist())
+    bad = None if math.isfinite(loss) else int(np.argmin(np.isfinite(rows[:, 0])))
+    return Record(loss, weight, metric, bool(message[0]), bool(message[1]), bad)
 
 
-def _sum(column: NDArray[np.float64]) -> float:
+def _sum(column: list[float]) -> float:
     try:
         return math.fsum(column)
     except (OverflowError, ValueError):  # beyond float64, or inf - inf
