@@ -48,7 +48,8 @@ def agree(comm: MPI.Intracomm, table: NDArray[np.float64], broken: bool = False,
     message[0], message[1], message[2:] = broken, stop, table.ravel()
     wait([comm.Iallreduce(MPI.IN_PLACE, message)])
     rows = message[2:].reshape(table.shape)
-    loss, weight, *metric = map(_sum, rows.T.tolist())
+    columns: list[list[float]] = rows.T.tolist()
+    loss, weight, *metric = map(_sum, columns)
     bad = None if math.isfinite(loss) else int(np.argmin(np.isfinite(rows[:, 0])))
     return Record(loss, weight, metric, bool(message[0]), bool(message[1]), bad)
 
