@@ -48,14 +48,13 @@ def agree(comm: MPI.Intracomm, table: NDArray[np.float64], broken: bool = False,
     message[0], message[1], message[2:] = broken, stop, table.ravel()
     wait([comm.Iallreduce(MPI.IN_PLACE, message)])
     rows = message[2:].reshape(table.shape)
-    columns: list[list[float]] = rows.T.tolist()
-    loss, weight, *metric = map(_sum, columns)
+    loss, weight, *metric = (_sum(column) for column in rows.T)
     bad = None if math.isfinite(loss) else int(np.argmin(np.isfinite(rows[:, 0])))
     return Record(loss, weight, metric, bool(message[0]), bool(message[1]), bad)
 
 
-def _sum(column: list[float]) -> float:
+def _sum(column: NDArray[np.float64]) -> float:
     try:
-        return math.fsum(column)
+        return math.fsum(column.tolist())
     except (OverflowError, ValueError):  # beyond float64, or inf - inf
         return math.nan
