@@ -35,7 +35,7 @@ train: $(VENV)/installed
 	$(MPIRUN) -n $(NP) $(BIN)/python -m mpiml.train $(ARGS)
 
 test: $(VENV)/tested
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not mpi"
 	for ranks in 1 2 4; do $(MAKE) --no-print-directory test-$$ranks || exit 1; done
 
 test-%: $(VENV)/tested

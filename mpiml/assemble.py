@@ -27,15 +27,18 @@ from mpiml.nn.rates import learning_rate
 from mpiml.parallel import split
 from mpiml.parallel.allreduce import GradientSum, LibrarySum, OrderedSum
 from mpiml.parallel.grid import Grid
-from mpiml.parallel.memory import PrivateMemory
+from mpiml.parallel.memory import PrivateMemory, SharedMemory, bytes_of, share
+from mpiml.parallel.record import Agreement, Record, agree
 from mpiml.parallel.schedules import SCHEDULES
 from mpiml.parallel.stage import Part, Stage
 from mpiml.parallel.state import State
+from mpiml.parallel.tree import depth
 from mpiml.parallel.update import Update
 from mpiml.partition import part
 from mpiml.run.verdict import together
 
 DEFAULT_EPOCHS = 30
+Agree = Callable[[NDArray[np.float64], bool, bool], Record]
 Model = Sequence[nn.Layer] | Callable[[Shape, int], Sequence[nn.Layer]]
 
 
@@ -54,6 +57,8 @@ class Run:
     stage: Stage
     update: Update
     state: State
+    agree: Agree
+    notes: list[str]
     learning_rate: Callable[[int], float]
 
     @property
@@ -124,16 +129,11 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
     layouts = [Layout(nn.parameters(stage), config.dtype) for stage in stages]
     layout = layouts[grid.stage]
 
-    kind = OrderedSum if config.allreduce == "ordered" else LibrarySum
-    nodes = [1] * grid.replicas
-    sum_: GradientSum = kind(
-        grid.data, PrivateMemory(), nodes, config.microbatches, layout.size, layout.blocks(), config.dtype
-    )
-    layout.bind(sum_.values)
-    layout.initialise(sum_.values, config.seed)
-
     loss: Loss = softmax_cross_entropy if config.loss == "cross_entropy" else mean_squared_error
     metric: Metric = Accuracy() if config.loss == "cross_entropy" else R2(outputs)
+    sum_, agreement, notes = place(config, grid, layout, 2 + metric.columns)
+    layout.bind(sum_.values)
+    layout.initialise(sum_.values, config.seed, *sum_.worker)
     here = Part(
         forward=functools.partial(nn.forward, stages[grid.stage]),
         at=lambda training, step, m: nn.At(training, config.seed, step, m),
@@ -156,11 +156,36 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
         test_chunks=test_chunks,
         metric=metric,
         layouts=layouts,
+        agree=agreement,
+        notes=notes,
         stage=Stage(grid.pipe, here, sum_, SCHEDULES[config.schedule], clock),
         update=update,
         state=State(grid, sum_, update.states),
         learning_rate=learning_rate(config.lr or 0.0, config.warmup_steps, config.decay, config.decay_steps or 1),
     )
+
+
+def place(config: Config, grid: Grid, layout: Layout, columns: int) -> tuple[GradientSum, Agree, list[str]]:
+    """The stage's gradient sum and the agreement on the step record, in the memory that `config` asks for.
+
+    Collective. `columns` are those of the record's table. Also returns what there is to say.
+    """
+    microbatches = config.microbatches or 1
+    sum_arguments = (microbatches, layout.size, layout.blocks(), layout.dtype)
+    private = functools.partial(agree, grid.comm)
+    if config.allreduce == "mpi":
+        return LibrarySum(grid.data, PrivateMemory(), [1] * grid.replicas, *sum_arguments), private, []
+    slots = depth(grid.replica, grid.replicas, microbatches)
+    vector_bytes = bytes_of(layout.size, layout.dtype)
+    memory, problem = share(grid.comm, grid.local, slots * vector_bytes, vector_bytes, config.memory)
+    board_bytes = Agreement.bytes_needed(grid.node.size, microbatches, columns)
+    board, also = share(grid.comm, grid.node, 0, board_bytes, "private" if problem else config.memory)
+    notes = [f"warning: {text}" for text in (problem, also) if text]
+    nodes = [1] * grid.replicas if isinstance(memory, PrivateMemory) else grid.nodes
+    sum_ = OrderedSum(grid.data, memory, nodes, *sum_arguments)
+    if isinstance(board, SharedMemory):
+        return sum_, Agreement(grid, board, microbatches, columns), notes
+    return sum_, private, notes
 
 
 def objective(loss: Loss, metric: Metric) -> Callable[[Any, Any], tuple[list[float], Any]]:

@@ -89,6 +89,13 @@ class Config:
         "ordered: the same bits on every layout; mpi: MPI_Allreduce in the library's order",
         choices=["ordered", "mpi"],
     )
+    memory: str = setting(
+        "auto",
+        GROUPS[1],
+        "shared: the ranks of a node hold one copy of the model; private: each its own; auto: shared if it can be",
+        choices=["auto", "shared", "private"],
+        on_resume=True,
+    )
     threads: int = setting(1, GROUPS[4], "BLAS threads of a rank", low=1)
 
     eval_every: int = setting(

@@ -89,7 +89,7 @@ def _train(
             start, notes, history = restart.restore(run, directory.path)
             with log.Log(run.grid.comm, directory.metrics, clock, run.shards.rows_per_step, run.metric.name) as logger:
                 logger.open_console(start + 1, run.steps, cfg.quiet)
-                for line in [*directory.notes, *notes, assemble.grid_text(run)]:
+                for line in [*directory.notes, *run.notes, *notes, assemble.grid_text(run)]:
                     logger.say(line)
                 with np.errstate(all="ignore"):  # numbers that are not finite end the run, with a better message
                     outcome = history | _loop(run, start, directory.checkpoints, logger, stop)
@@ -112,7 +112,7 @@ def _loop(run: Run, start: int, checkpoints: Path, logger: log.Log, stop: StopRe
         table = run.record(cfg.microbatches)
         run.stage.train(step, run.shards.batches(step), table)
         clock("communication")
-        record = agree(comm, table, not run.update.finite, stop.asked)
+        record = run.agree(table, not run.update.finite, stop.asked)
         _refuse_not_finite(run, step, record)
         last = step == run.steps
         log_due = _due(step, cfg.log_every, last)

@@ -14,7 +14,8 @@ from mpiml.random import generator
 from mpiml.vectors import ALIGNMENT, BLOCK, Vector
 
 Shape = tuple[int, ...]
-Init = Callable[[np.random.Generator, Shape], NDArray[np.float64]]
+Init = Callable[[np.random.Generator, int], NDArray[np.float64]]
+CHUNK = 1 << 18  # elements that are initialised at once: float64 copies of large matrices would be larger than they
 
 
 class Parameter:
@@ -22,7 +23,7 @@ class Parameter:
 
     Args:
         shape: of the array; for a linear weight (inputs, outputs).
-        init: (generator, shape) -> first values, float64.
+        init: (generator, count) -> the next `count` first values, float64; called until the array is full.
         decay: whether weight decay applies; by default to matrices and not to vectors.
 
     Attributes:
@@ -104,17 +105,23 @@ class Layout:
         for parameter, view in self.views(values):
             parameter.value = view
 
-    def initialise(self, values: Vector, seed: int) -> None:
-        """Write first values, each parameter's a function of (seed, its name) alone."""
-        for parameter, view in self.views(values):
-            view[...] = parameter.init(generator(seed, "init", parameter.name), parameter.shape)
+    def initialise(self, values: Vector, seed: int, worker: int = 0, workers: int = 1) -> None:
+        """Write first values, each parameter's a function of (seed, its name) alone.
+
+        Of `workers` that write into one vector, number `worker` writes every so manieth parameter.
+        """
+        for parameter in self.parameters[worker::workers]:
+            random, offset = generator(seed, "init", parameter.name), self.offsets[parameter]
+            for start in range(0, parameter.size, CHUNK):
+                count = min(CHUNK, parameter.size - start)
+                values[offset + start : offset + start + count] = parameter.init(random, count)
 
 
 def constant(value: float) -> Init:
     """Every element alike."""
-    return lambda _, shape: np.full(shape, value)
+    return lambda _, count: np.full(count, value)
 
 
 def uniform(bound: float) -> Init:
     """Uniform in [-bound, bound)."""
-    return lambda random, shape: random.uniform(-bound, bound, shape)
+    return lambda random, count: random.uniform(-bound, bound, count)

@@ -32,6 +32,7 @@ class GradientSum(Protocol):
         values: the flat vector of values.
         slots: gradient vectors of this replica.
         pieces: what this replica updates; held: the same as (start, stop).
+        worker: (rank, ranks) of those that share `values`.
         holders: (replica, start, stop) of parts that hold the whole vector between them, each element once.
     """
 
@@ -42,11 +43,15 @@ class GradientSum(Protocol):
     held: tuple[int, int]
     holders: list[tuple[int, int, int]]
 
+    @property
+    def worker(self) -> tuple[int, int]: ...
+
     def accumulate(self, index: int) -> None:
         """Add up what can be added after the index-th micro-batch of this replica."""
 
     def start(self) -> None:
-        """Exchange partial sums; every replica of the stage calls it after its last backward pass."""
+        """Exchange partial sums. Every replica of the stage calls it when the step record is agreed on: nobody has
+        that before all have finished their backward passes."""
 
     def total(self, index: int) -> Vector:
         """The summed gradient of pieces[index], to be used before the next call."""
@@ -92,7 +97,7 @@ class OrderedSum:
     ):
         self.memory = memory
         self.plan = plan(comm.rank, nodes, microbatches)
-        everyone = memory.own(1 + max(self.plan.slots), size, dtype)
+        everyone = memory.own(self.plan.depth, size, dtype)
         self.slots = everyone[memory.rank]
         self.values = memory.common(size, dtype)
         runs = owned(blocks, comm.size)
@@ -104,11 +109,14 @@ class OrderedSum:
         self._plan_sends(comm, everyone, dtype)
         self._plan_sum(comm, nodes, everyone, dtype)
 
+    @property
+    def worker(self) -> tuple[int, int]:
+        return self.memory.rank, self.memory.ranks
+
     def accumulate(self, index: int) -> None:
         accumulate(self.plan, self.slots, index)
 
     def start(self) -> None:
-        self.memory.barrier()
         MPI.Prequest.Startall(self._receives)
         for addition in self._packing:
             vectors.add(*addition)
@@ -206,13 +214,17 @@ class LibrarySum:
         blocks: Sequence[Block],
         dtype: DTypeLike,
     ):
-        self.comm = comm
+        self.comm, self.memory = comm, memory
         self.plan = plan(comm.rank, [1] * comm.size, microbatches)
-        self.slots = memory.own(1 + max(self.plan.slots), size, dtype)[0]
+        self.slots = memory.own(self.plan.depth, size, dtype)[0]
         self.values = memory.common(size, dtype)
         self.pieces = pieces(blocks)
         self.held = bounds(blocks)
         self.holders = [(0, *self.held)]
+
+    @property
+    def worker(self) -> tuple[int, int]:
+        return self.memory.rank, self.memory.ranks
 
     def accumulate(self, index: int) -> None:
         accumulate(self.plan, self.slots, index)

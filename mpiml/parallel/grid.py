@@ -1,5 +1,6 @@
 """The grid: all ranks as pipeline stages x replicas."""
 
+import os
 from dataclasses import dataclass
 
 from mpi4py import MPI
@@ -24,6 +25,8 @@ class Grid:
         data: the replicas of this stage, `replica` of `replicas`; the inner axis, so that sums stay on a node.
         launched: the rank that the launcher gave each rank of `comm`.
         nodes: the number of this stage's replicas on each node, in order.
+        node: the ranks of this node; `local`, those of them that are replicas of this stage.
+        leaders: the first ranks of all nodes; None on other ranks, and if there is one node only.
     """
 
     comm: MPI.Intracomm
@@ -35,11 +38,15 @@ class Grid:
     replicas: int
     launched: list[int]
     nodes: list[int]
+    node: MPI.Intracomm
+    local: MPI.Intracomm
+    leaders: MPI.Intracomm | None
 
     def free(self) -> None:
         """Give the communicators back: an MPI library has only some thousands. Collective."""
-        for comm in (self.pipe, self.data, self.comm):
-            comm.Free()
+        for comm in (self.pipe, self.data, self.node, self.local, self.leaders, self.comm):
+            if comm is not None:
+                comm.Free()
 
     def rank_of(self, stage: int, replica: int) -> int:
         """The rank in `comm` at a place of the grid."""
@@ -48,15 +55,45 @@ class Grid:
 
 def build(comm: MPI.Intracomm, stages: int) -> Grid:
     """Make the grid; collective over `comm`. Call `check` first."""
-    node = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
-    first_on_node: list[int] = comm.allgather(node.bcast(comm.rank))
-    node.Free()
-    launched = sorted(range(comm.size), key=lambda rank: (first_on_node[rank], rank))
+    home = nodes_of_ranks(comm)
+    launched = sorted(range(comm.size), key=lambda rank: (home[rank], rank))
     ordered = comm.Create(comm.Get_group().Incl(launched))
     cartesian = MPI.Intracomm(ordered).Create_cart([stages, ordered.size // stages])
     ordered.Free()
     stage, replica = cartesian.coords
     pipe, data = cartesian.Sub([True, False]), cartesian.Sub([False, True])
-    mine = [first_on_node[rank] for rank in launched[stage * data.size : (stage + 1) * data.size]]
-    nodes = [mine.count(first) for first in dict.fromkeys(mine)]
-    return Grid(cartesian, pipe, data, stage, stages, replica, data.size, launched, nodes)
+    here = home[comm.rank]
+    of_stage = [home[rank] for rank in launched[stage * data.size : (stage + 1) * data.size]]
+    node = MPI.Intracomm(cartesian.Split(here))
+    leaders = MPI.Intracomm(cartesian.Split(0 if node.rank == 0 else MPI.UNDEFINED))
+    if leaders != MPI.COMM_NULL and leaders.size == 1:
+        leaders.Free()
+    return Grid(
+        comm=cartesian,
+        pipe=pipe,
+        data=data,
+        stage=stage,
+        stages=stages,
+        replica=replica,
+        replicas=data.size,
+        launched=launched,
+        nodes=[of_stage.count(name) for name in dict.fromkeys(of_stage)],
+        node=node,
+        local=MPI.Intracomm(data.Split(here)),
+        leaders=None if leaders == MPI.COMM_NULL else leaders,
+    )
+
+
+def nodes_of_ranks(comm: MPI.Intracomm) -> list[int]:
+    """For each rank the first rank on its node: the ranks that share memory with it; collective.
+
+    MPIML_NODES="3,2" makes several nodes of one, of so many ranks each, so that what crosses nodes can be tried.
+    """
+    pretended = os.environ.get("MPIML_NODES")
+    if pretended:
+        sizes = [int(size) for size in pretended.split(",")]
+        return [sum(sizes[:node]) for node, size in enumerate(sizes) for _ in range(size)]
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
+    first: list[int] = comm.allgather(node.bcast(comm.rank))
+    node.Free()
+    return first

@@ -1,11 +1,27 @@
 """Where the flat vectors of a node's replicas live: the one place that decides it."""
 
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
+import numpy as np
+from mpi4py import MPI
 from numpy.typing import DTypeLike
 
 from mpiml import vectors
-from mpiml.vectors import Vector
+from mpiml.errors import ConfigError
+from mpiml.vectors import ALIGNMENT, Vector
+from mpiml.waiting import NAP, YIELDS, wait
+
+PAGE = mmap.PAGESIZE
+SHM = "/dev/shm/"
 
 
 class Memory(Protocol):
@@ -40,3 +56,188 @@ class PrivateMemory:
 
     def barrier(self) -> None:
         pass
+
+
+class SharedMemory:
+    """One mapping for all ranks of a node. It has no name once all have opened it, so nothing can leave it behind.
+
+    Args:
+        comm: the ranks of the node; collective to make.
+        own_bytes: what this rank will allocate by `own` in all, and common_bytes what all will by `common`.
+
+    Raises OSError, on all ranks of the node, if the memory is not to be had.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, own_bytes: int, common_bytes: int):
+        self.comm, self.rank, self.ranks = comm, comm.rank, comm.size
+        sizes = comm.allgather(_pages(own_bytes))
+        slots = _pages((comm.size + 1) * ALIGNMENT)
+        common = _pages(common_bytes)
+        starts = [slots + common + sum(sizes[:rank]) for rank in range(comm.size)]
+        self._map = _map(comm, starts[-1] + sizes[-1], starts[self.rank], sizes[self.rank], slots + common)
+        self._free_own, self._free_common = starts, slots
+        self._words = memoryview(self._map)[:slots].cast("Q")
+        self._epoch = 0
+
+    def own(self, count: int, size: int, dtype: DTypeLike) -> list[list[Vector]]:
+        counts = self.comm.allgather(count)
+        each, starts = bytes_of(size, dtype), self._free_own
+        self._free_own = [start + count * each for start, count in zip(starts, counts, strict=True)]
+        return [
+            [self._vector(start + index * each, size, dtype) for index in range(count)]
+            for start, count in zip(starts, counts, strict=True)
+        ]
+
+    def common(self, size: int, dtype: DTypeLike) -> Vector:
+        vector = self._vector(self._free_common, size, dtype)
+        self._free_common += bytes_of(size, dtype)
+        return vector
+
+    def barrier(self, action: Callable[[], None] | None = None) -> None:
+        """As of Memory; `action` is what the first rank does when all have come, before any of them goes on.
+
+        A slot per rank and a word that releases all, each on a cache line of its own, polled: a few times at once,
+        then after yielding the core, then after sleeping, for the rank that is waited for may need the core.
+        """
+        self._epoch += 1
+        words, apart = self._words, ALIGNMENT // 8
+        if self.rank:
+            words[(1 + self.rank) * apart] = self._epoch
+            _await(words, 0, self._epoch)
+            return
+        for rank in range(1, self.ranks):
+            _await(words, (1 + rank) * apart, self._epoch)
+        if action:
+            action()
+        words[0] = self._epoch
+
+    def _vector(self, start: int, size: int, dtype: DTypeLike) -> Vector:
+        return np.frombuffer(self._map, dtype, size, start)
+
+
+class FencedMemory(SharedMemory):
+    """Shared memory on processors that may reorder stores, where a slot's store does not order those before it."""
+
+    def barrier(self, action: Callable[[], None] | None = None) -> None:
+        wait([self.comm.Ibarrier()])
+        if action:
+            if self.rank == 0:
+                action()
+            wait([self.comm.Ibarrier()])
+
+
+def _await(words: memoryview, index: int, epoch: int) -> None:
+    tries = 0
+    while words[index] < epoch:
+        tries += 1
+        if tries > YIELDS:
+            time.sleep(NAP)
+        else:
+            os.sched_yield()
+
+
+def share(
+    everyone: MPI.Intracomm, node: MPI.Intracomm, own_bytes: int, common_bytes: int, kind: str
+) -> tuple[Memory, str | None]:
+    """Memory of a kind: shared by the ranks of `node` if all ranks of `everyone` can share, else private.
+
+    Collective over `everyone`.
+
+    Args:
+        own_bytes, common_bytes: as of SharedMemory.
+        kind: "shared", "private", or "auto": shared where it is to be had.
+
+    Returns:
+        The memory, and why it is not shared if it was to be.
+
+    Raises:
+        ConfigError: on all ranks, if it must be shared and cannot.
+    """
+    if kind == "private":
+        return PrivateMemory(), None
+    memory: Memory = PrivateMemory()
+    problem = None
+    try:
+        shared = SharedMemory if platform.machine() in ("x86_64", "AMD64") else FencedMemory
+        memory = shared(node, own_bytes, common_bytes)
+    except OSError as error:
+        needed = (own_bytes * node.size + common_bytes) / 2**20
+        problem = f"{platform.node()}: {needed:,.0f} MiB of memory cannot be shared ({error.strerror or error})"
+    problems = [text for text in everyone.allgather(problem) if text]
+    if not problems:
+        return memory, None
+    if kind == "shared":
+        refusal = ConfigError(f"--memory shared: {problems[0]}; auto or private would work")
+        refusal.everywhere = True
+        raise refusal
+    return PrivateMemory(), f"{problems[0]}: each rank keeps its own copy of the model"
+
+
+def bytes_of(size: int, dtype: DTypeLike) -> int:
+    """What a vector takes, with what keeps the next one on a cache line."""
+    return -(-size * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT
+
+
+def _pages(size: int) -> int:
+    return -(-size // PAGE) * PAGE
+
+
+def _map(comm: MPI.Intracomm, total: int, start: int, length: int, common: int) -> mmap.mmap:
+    """Map `total` bytes on all ranks of a node, each of which claims its own part and its share of the first
+    `common` bytes: what is not there is found out now, as an error, and not later as a crash; and a page lies
+    near the core that claimed it.
+    """
+    shares = [_pages(common * rank // comm.size) for rank in range(comm.size)] + [common]
+    claims = [(start, length), (shares[comm.rank], shares[comm.rank + 1] - shares[comm.rank])]
+    problems: list[OSError] = []
+    for create in (_nameless, _named):
+        with _open_together(comm, create) as (descriptor, problem):
+            try:
+                if descriptor >= 0 and comm.rank == 0:
+                    os.ftruncate(descriptor, total)
+                comm.Barrier()
+                for begin, claimed in claims if descriptor >= 0 else ():
+                    if claimed:
+                        os.posix_fallocate(descriptor, begin, claimed)
+            except OSError as error:
+                problem = error
+            problems = [error for error in comm.allgather(problem) if error]
+            if not problems:
+                return mmap.mmap(descriptor, total)
+    raise problems[0]
+
+
+@contextmanager
+def _open_together(comm: MPI.Intracomm, create: Callable[[], tuple[int, str]]) -> Iterator[tuple[int, OSError | None]]:
+    """A file that the node's first rank creates and all open: its descriptor, -1 on a rank that has a problem."""
+    descriptor, path, problem = -1, "", None
+    try:
+        if comm.rank == 0:
+            descriptor, path = create()
+    except OSError as error:
+        problem = error
+    path = comm.bcast(path)
+    try:
+        if comm.rank and path:
+            descriptor = os.open(path, os.O_RDWR)
+    except OSError as error:
+        problem = error
+    comm.Barrier()
+    if comm.rank == 0 and path.startswith(SHM):
+        os.unlink(path)
+    try:
+        yield descriptor, problem
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _nameless() -> tuple[int, str]:
+    """Memory that never has a name; others open it through this process."""
+    descriptor = os.memfd_create("mpiml")
+    return descriptor, f"/proc/{os.getpid()}/fd/{descriptor}"
+
+
+def _named() -> tuple[int, str]:
+    """For where processes cannot look at each other: a file in memory, whose name goes when all have opened it."""
+    return tempfile.mkstemp(prefix="mpiml-", dir=SHM)

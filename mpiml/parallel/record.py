@@ -2,11 +2,16 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from mpiml.parallel.grid import Grid
+from mpiml.parallel.memory import SharedMemory
+from mpiml.partition import part
+from mpiml.vectors import ALIGNMENT
 from mpiml.waiting import wait
 
 
@@ -36,6 +41,59 @@ class Record:
         return self.loss / self.weight if self.weight else 0.0
 
 
+class Agreement:
+    """The step record over memory that the ranks of a node share: `agree` below, at a fraction of its time.
+
+    The ranks of a node meet at one barrier. Before it lets them go, the first rank adds up, with the first ranks
+    of the other nodes if there are any. As each rank comes only when its backward passes are done, whoever has the
+    record may also read the gradients of the others on its node.
+
+    Args:
+        grid: all ranks.
+        memory: of all ranks of this node.
+        microbatches, columns: shape of a step's table.
+    """
+
+    def __init__(self, grid: Grid, memory: SharedMemory, microbatches: int, columns: int):
+        self.memory, self.leaders = memory, grid.leaders
+        shape = (microbatches, columns)
+        flags = memory.common(2 * memory.ranks, np.float64).reshape(memory.ranks, 2)
+        self._flags, self._mine = flags, flags[memory.rank]
+        self._table = memory.common(microbatches * columns, np.float64).reshape(shape)
+        self._result = memory.common(3 + columns, np.float64)
+        last = grid.stage == grid.stages - 1
+        block = part(grid.replica, grid.replicas, microbatches) if last else (0, 0)
+        self._block = slice(*block)
+        self._here = [slice(*other) for other in grid.node.allgather(block)]
+
+    @staticmethod
+    def bytes_needed(ranks: int, microbatches: int, columns: int) -> int:
+        """What it allocates of the memory that all ranks of a node share."""
+        return 8 * (2 * ranks + microbatches * columns + 3 + columns) + 3 * ALIGNMENT
+
+    def __call__(self, table: NDArray[np.float64], broken: bool, stop: bool) -> Record:
+        """As `agree`, for a step."""
+        self._mine[:] = broken, stop
+        self._table[self._block] = table[self._block]
+        self.memory.barrier(self._combine)
+        loss, weight, *metric = self._result[3:].tolist()
+        broken_, stop_, bad = self._result[:3].tolist()
+        return Record(loss, weight, metric, bool(broken_), bool(stop_), None if bad < 0 else int(bad))
+
+    def _combine(self) -> None:
+        table, flags = self._table, self._flags.max(axis=0)
+        if self.leaders is not None:
+            mine = np.zeros_like(table)
+            for block in self._here:
+                mine[block] = table[block]
+            message = np.concatenate([flags, mine.ravel()])
+            wait([self.leaders.Iallreduce(MPI.IN_PLACE, message)])
+            flags, table = message[:2], message[2:].reshape(table.shape)
+        record = _record(table, *flags)
+        bad = -1 if record.bad_entry is None else record.bad_entry
+        self._result[:] = record.broken, record.stop, bad, record.loss, record.weight, *record.metric
+
+
 def agree(comm: MPI.Intracomm, table: NDArray[np.float64], broken: bool = False, stop: bool = False) -> Record:
     """Combine all ranks' tables; collective over `comm`.
 
@@ -47,13 +105,16 @@ def agree(comm: MPI.Intracomm, table: NDArray[np.float64], broken: bool = False,
     message = np.empty(2 + table.size)
     message[0], message[1], message[2:] = broken, stop, table.ravel()
     wait([comm.Iallreduce(MPI.IN_PLACE, message)])
-    rows = message[2:].reshape(table.shape)
-    loss, weight, *metric = (_sum(column) for column in rows.T)
-    bad = None if math.isfinite(loss) else int(np.argmin(np.isfinite(rows[:, 0])))
-    return Record(loss, weight, metric, bool(message[0]), bool(message[1]), bad)
+    return _record(message[2:].reshape(table.shape), message[0], message[1])
 
 
-def _sum(column: NDArray[np.float64]) -> float:
+def _record(table: NDArray[Any], broken: float, stop: float) -> Record:
+    loss, weight, *metric = (_sum(column) for column in table.T)
+    bad = None if math.isfinite(loss) else int(np.argmin(np.isfinite(table[:, 0])))
+    return Record(loss, weight, metric, bool(broken), bool(stop), bad)
+
+
+def _sum(column: NDArray[Any]) -> float:
     try:
         return math.fsum(column.tolist())
     except (OverflowError, ValueError):  # beyond float64, or inf - inf

@@ -74,13 +74,14 @@ class Plan:
 
     Attributes:
         block: its micro-batches.
-        counts, slots: how it sums them (see shift_reduce).
+        counts, slots: how it sums them (see shift_reduce), in `depth` vectors.
         sources, root_counts: what it adds up for the slice that it owns, in order.
         messages: what it sends, for slices owned on other nodes; `lanes` to whom it sends its own slice's values,
             `owners` from whom it receives values.
     """
 
     block: Range
+    depth: int
     counts: list[int]
     slots: list[int]
     sources: list[Source]
@@ -120,7 +121,7 @@ def plan(replica: int, nodes: Sequence[int], total: int) -> Plan:
 
     block = part(replica, replicas, total)
     counts = shift_reduce(_singles(block), total)[0]
-    result = Plan(block, counts, slots(counts), sources, root_counts)
+    result = Plan(block, depth(replica, replicas, total), counts, slots(counts), sources, root_counts)
     here = ranks(home)
     contents = []
     for partial in node_partials(home):
@@ -139,6 +140,11 @@ def plan(replica: int, nodes: Sequence[int], total: int) -> Plan:
 def lane(owner: int, node: int, nodes: Sequence[int]) -> int:
     """The replica on `node` that speaks with `owner`: slice modulo local ranks, so that all links are used."""
     return sum(nodes[:node]) + owner % nodes[node]
+
+
+def depth(replica: int, replicas: int, total: int) -> int:
+    """How many vectors a replica needs for the sum of its own micro-batches."""
+    return 1 + max(slots(shift_reduce(_singles(part(replica, replicas, total)), total)[0]), default=0)
 
 
 def partials(replica: int, replicas: int, total: int) -> list[Range]:

@@ -27,7 +27,6 @@ from mpiml.nn.parameters import Layout, Parameter, constant
 from mpiml.parallel import grid as grids
 from mpiml.parallel.allreduce import OrderedSum
 from mpiml.parallel.memory import PrivateMemory
-from mpiml.parallel.record import agree
 from mpiml.parallel.update import Update
 from mpiml.run.process import prepare_process
 from mpiml.study.byhand import Perceptron
@@ -88,7 +87,7 @@ class Trainer:
         run = self.run
         table = run.record(run.config.microbatches or 1)
         run.stage.train(self.number, run.shards.batches(self.number), table)
-        record = agree(run.grid.comm, table, not run.update.finite)
+        record = run.agree(table, not run.update.finite, False)
         run.update.step(run.learning_rate(self.number), record.weight, self.number, False)
 
 

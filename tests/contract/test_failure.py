@@ -59,8 +59,8 @@ def test_ways_out_that_cannot_be_seen_end_the_job_too(tmp_path: Path, phase: str
 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize(("kind", "what"), [("stop", "has given no sign of life"), ("sleep", "has made no progress")])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_stalled_rank_is_named(tmp_path: Path, phase: str, kind: str, what: str, rank: int) -> None:
+def test_stalled_rank_is_named(tmp_path: Path, phase: str, kind: str, what: str) -> None:
+    rank = (PHASES.index(phase) + (kind == "stop")) % 2  # rank 0 is watched by rank 1, all others by rank 0
     job = trouble(tmp_path, rank, phase, kind, "--stall-timeout 3")
     assert job.code == 70
     assert f"rank {rank} {what} for 3 s, in step" in job.err

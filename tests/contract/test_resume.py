@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def test_resumed_after_any_step_on_another_layout(whole: Job, train: Any, tmp_pa
 
 
 def test_killed_in_full_flight(whole: Job, train: Any, tmp_path: Path) -> None:
-    command = [*mpirun(4), "python", "-m", "mpiml.train", "--out", str(tmp_path / "run"), *BASE.split()]
+    command = [*mpirun(4), sys.executable, "-m", "mpiml.train", "--out", str(tmp_path / "run"), *BASE.split()]
     job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoints = tmp_path / "run" / "checkpoints"
     wait_until(lambda: checkpoints.is_dir() and len(list(checkpoints.glob("step-*"))) >= 3)
@@ -143,7 +144,7 @@ def test_change_of_arithmetic_is_refused_by_name(whole: Job, train: Any, tmp_pat
 def test_signal_saves_and_stops(train: Any, tmp_path: Path, number: signal.Signals) -> None:
     flags = "--steps 400 --microbatches 4 --hidden 32 --save-every 0"
     run = tmp_path / "run"
-    command = [*mpirun(3), "python", "-m", "mpiml.train", "--out", str(run), *flags.split()]
+    command = [*mpirun(3), sys.executable, "-m", "mpiml.train", "--out", str(run), *flags.split()]
     job = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     wait_until((run / "metrics.jsonl").exists)
     pid = json.loads((run / "environment.json").read_text())["ranks"][1]["pid"]
