@@ -33,6 +33,11 @@ def add(left: Vector, right: Vector, out: Vector) -> None:
     np.add(left, right, out=out)
 
 
+def copy(source: Vector, out: Vector) -> None:
+    """out = source, of one length; they may be one and the same."""
+    np.copyto(out, source)
+
+
 def square_sums(vector: Vector, blocks: Iterable[tuple[int, int]]) -> list[float]:
     """The sum of squares of vector[start:stop], in float64, for each block.
 

@@ -53,8 +53,8 @@ class GradientSum(Protocol):
         """Exchange partial sums. Every replica of the stage calls it when the step record is agreed on: nobody has
         that before all have finished their backward passes."""
 
-    def total(self, index: int) -> Vector:
-        """The summed gradient of pieces[index], to be used before the next call."""
+    def total(self, index: int, out: Vector | None = None) -> Vector:
+        """The summed gradient of pieces[index], written to `out`, or to be used before the next call."""
 
     def publish(self) -> None:
         """Hand the values of this replica's part to all; afterwards all replicas hold equal values."""
@@ -123,11 +123,20 @@ class OrderedSum:
         MPI.Prequest.Startall(self._sends)
         wait(self._receives)
 
-    def total(self, index: int) -> Vector:
+    def total(self, index: int, out: Vector | None = None) -> Vector:
         additions, result = self._totals[index]
-        for addition in additions:
+        if out is None:
+            for addition in additions:
+                vectors.add(*addition)
+            return result
+        for addition in additions[:-1]:
             vectors.add(*addition)
-        return result
+        if additions:
+            left, right, _ = additions[-1]
+            vectors.add(left, right, out)
+        else:
+            vectors.copy(result, out)
+        return out
 
     def publish(self) -> None:
         MPI.Prequest.Startall(self._takes)
@@ -235,9 +244,13 @@ class LibrarySum:
             vectors.add(self.slots[top - 1], self.slots[top], out=self.slots[top - 1])
         wait([self.comm.Iallreduce(MPI.IN_PLACE, self.slots[0])])
 
-    def total(self, index: int) -> Vector:
+    def total(self, index: int, out: Vector | None = None) -> Vector:
         piece = self.pieces[index]
-        return self.slots[0][piece.start : piece.stop]
+        result = self.slots[0][piece.start : piece.stop]
+        if out is None:
+            return result
+        vectors.copy(result, out)
+        return out
 
     def publish(self) -> None:
         pass

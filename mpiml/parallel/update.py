@@ -89,7 +89,7 @@ class Update:
         """The norm of the summed gradient over all stages; the sum is kept in this replica's first slot."""
         squares: list[float] = []
         for index, piece in enumerate(self.sum.pieces):
-            np.copyto(self._kept[index], self.sum.total(index))
+            self.sum.total(index, self._kept[index])
             if self._counts_in_norm:
                 squares += vectors.square_sums(self._kept[index], piece.blocks)
         everyone = np.empty(sum(self._squares))

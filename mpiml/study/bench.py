@@ -3,93 +3,181 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mpiml.run.environment import cpu_model
 
+# 784-...-10: layers so small that they measure what is not arithmetic.
+SMALL_LAYERS = "128-127-126-125-124-123"
+
 
 @dataclass(frozen=True)
 class Row:
-    """A measurement: on how many ranks, of what, and the ratio of times that it should not exceed (if any)."""
+    """A measurement: in words, its group, on how many ranks, its name and arguments, and what to reach."""
 
+    group: str
     text: str
     ranks: int
-    arguments: tuple[str, ...]
+    call: tuple[str, ...]
     at_most: float | None = None
+    at_least: float | None = None
+    nodes: str = ""
 
+    def verdict(self, median: float) -> str:
+        """Whether the figure is reached; of rows without one nothing is said."""
+        if self.at_most is not None:
+            return f"at most  {self.at_most:4.2f}  {'reached' if median <= self.at_most else 'MISSED'}"
+        if self.at_least is not None:
+            return f"at least {self.at_least:4.2f}  {'reached' if median >= self.at_least else 'MISSED'}"
+        return ""
+
+
+STEP = "one rank's step: time / time of NumPy by hand"
+SUM = "all-reduce of the gradient: time / time of MPI_Allreduce"
+DATA = "data-parallel training"
+PIPE = "pipeline"
+OTHER = "start and memory"
 
 ROWS = [
     *(
-        Row(f"step, MLP 784-{h}-{h}-10, batch {b}, against NumPy by hand", 1, ("step", f"{h}-{h}", str(b), "1"), 1.10)
-        for h, b in ((256, 64), (1024, 64), (2048, 128))
+        Row(STEP, f"784-{h}-{h}-10, batch {b}", 1, ("by_hand", f"{h}-{h}", b, "1", "momentum"), at_most=1.10)
+        for h, b in (("64", "64"), ("256", "64"), ("1024", "64"), ("2048", "128"))
+    ),
+    Row(STEP, "many small layers, batch 128, M = 4", 1, ("by_hand", SMALL_LAYERS, "128", "4", "sgd"), at_most=1.25),
+    Row(STEP, "page faults of a step, 784-2048-2048-10", 1, ("page_faults", "2048-2048", "128"), at_most=1.0),
+    *(
+        Row(SUM, f"{size} with SGD, node memory shared", ranks, ("allreduce", mb, "update", "shared"), at_most=limit)
+        for ranks in (2, 4)
+        for size, mb, limit in (("64 MB", "64", 0.30), ("256 kB", "0.25", 0.40))
     ),
     *(
-        Row(f"ordered all-reduce, {mb} MB, private memory, against MPI_Allreduce", ranks, ("allreduce", mb, "bare"))
+        Row(SUM, f"{mb} MB, private memory", ranks, ("allreduce", mb, "bare", "private"))
         for ranks in (2, 4)
         for mb in ("1", "4", "16", "64")
     ),
     *(
-        Row(f"the same with SGD update, {mb} MB", ranks, ("allreduce", mb, "update"))
-        for ranks in (2, 4)
-        for mb in ("1", "64")
+        Row(
+            SUM,
+            f"{size} with SGD, two nodes",
+            4,
+            ("allreduce", mb, "update", "shared"),
+            at_most=limit,
+            nodes="2,2",
+        )
+        for size, mb, limit in (("64 MB", "64", None), ("256 kB", "0.25", 1.5))
     ),
+    *(
+        Row(SUM, "64 MB, bytes moved per second / of all ranks copying", ranks, ("bandwidth", "64"), at_least=0.90)
+        for ranks in (2, 4)
+    ),
+    *(
+        Row(
+            DATA,
+            f"784-{h}-{h}-10, {b} rows a rank: samples/s / PyTorch's",
+            2,
+            ("torch_ddp", f"{h}-{h}", b),
+            None,
+            x,
+        )
+        for h, b, x in (("256", "64", 4.0), ("1024", "64", 3.0), ("2048", "128", 1.5))
+    ),
+    *(
+        Row(DATA, f"the same, weak-scaling efficiency, H = {h}", 2, ("weak_scaling", f"{h}-{h}", b), at_least=0.95)
+        for h, b in (("256", "64"), ("1024", "64"), ("2048", "128"))
+    ),
+    Row(
+        DATA,
+        "many small layers, M = 16: samples/s of 16 ranks / of one",
+        16,
+        ("oversubscribed", SMALL_LAYERS, "128", "16"),
+        at_least=0.30,
+    ),
+    *(
+        Row(PIPE, f"8 x Linear({h}) + ReLU, batch {b}: samples/s / PyTorch's", 2, ("torch_pipeline", h, b), at_least=x)
+        for h, b, x in (("256", "256", 2.5), ("512", "256", 1.4), ("1024", "512", 1.0))
+    ),
+    Row(PIPE, "throughput / that of one rank x 2 x (1 - bubble)", 2, ("pipeline", "1024", "1024", "8"), at_least=0.90),
+    Row(OTHER, "train --steps 1: time / NumPy, mpi4py, one Allreduce", 16, ("start",), at_most=1.3),
+    Row(OTHER, "100 M parameters, Adam: resident / what is needed", 4, ("memory", "1e8"), at_most=1.10),
 ]
 
 
-def launcher() -> list[str]:
-    """mpirun beside this Python, or the machine's."""
-    beside = Path(sys.executable).with_name("mpirun")
-    found = str(beside) if beside.exists() else shutil.which("mpirun")
-    if not found:
-        raise SystemExit("mpiml.bench: no mpirun found; install one with pip install mpich, or load a module")
-    return [found]
-
-
 def measure(row: Row) -> dict[str, Any]:
-    """Run one row in a job of its own."""
-    single = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
-    command = [*launcher(), "-n", str(row.ranks), sys.executable, "-m", "mpiml.study.rows", *row.arguments]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, env=os.environ | single, timeout=600)
+    """Measure one row, in jobs of its own: a dictionary with median, low and high, or with an error."""
+    if row.call[0].startswith("torch") and not importlib.util.find_spec("torch"):
+        return {"error": "needs torch"}
+    if row.call == ("start",):
+        return start(row.ranks)
+    done = run(row.ranks, ["-m", "mpiml.study.rows", *row.call], row.nodes)
     if done.returncode:
-        return {"error": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"}
+        return {"error": (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]}
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
 
 
-def verdict(row: Row, result: dict[str, Any]) -> str:
-    """Whether a row reached its figure; those that have none are only shown."""
-    if "error" in result:
-        return "FAILED"
-    if row.at_most is None:
-        return ""
-    return "reached" if result["median"] <= row.at_most else "MISSED"
+def start(ranks: int, pairs: int = 5) -> dict[str, Any]:
+    """Time of a training job of one step over that of the least that any such job does."""
+    least = "import numpy, mpi4py.MPI as M; M.COMM_WORLD.Allreduce(M.IN_PLACE, numpy.zeros(1))"
+    train = ["-m", "mpiml.train", "--steps", "1", "--quiet", "--eval-every", "0", "--save-every", "0", "--out"]
+    ratios = []
+    for pair in range(pairs + 1):
+        spent = []
+        for arguments in ([*train, f"start-{pair}"], ["-c", least]):
+            begin = time.perf_counter()
+            done = run(ranks, arguments)
+            spent.append(time.perf_counter() - begin)
+            if done.returncode:
+                return {"error": done.stderr.strip().splitlines()[-1]}
+        if pair:
+            ratios.append(spent[0] / spent[1])
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return {"median": median, "low": low, "high": high}
+
+
+def run(ranks: int, arguments: Sequence[str], nodes: str = "") -> subprocess.CompletedProcess[str]:
+    """A job on some ranks, in a directory that goes away, with one BLAS thread a rank."""
+    beside = Path(sys.executable).with_name("mpirun")
+    launcher = str(beside) if beside.exists() else shutil.which("mpirun")
+    if not launcher:
+        raise SystemExit("mpiml.bench: no mpirun found; install one with pip install mpich, or load a module")
+    env = os.environ | {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
+    env |= {"MPIML_NODES": nodes} if nodes else {}
+    with tempfile.TemporaryDirectory() as directory:
+        command = [launcher, "-n", str(ranks), sys.executable, *arguments]
+        return subprocess.run(command, check=False, capture_output=True, text=True, env=env, timeout=600, cwd=directory)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns 1 if a row could not be measured."""
+    """The command. Returns 1 if a row could not be measured, for want of PyTorch excepted."""
     parser = argparse.ArgumentParser(prog="python -m mpiml.bench", description=__doc__)
     parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
-    parser.add_argument("--only", metavar="WORD", default="", help="rows whose text has this word in it")
+    parser.add_argument("--only", metavar="WORD", default="", help="rows that have this word in them")
     chosen = parser.parse_args(arguments)
-    print(f"{os.cpu_count()} cores, {cpu_model()}; times are ratios, ours / other: median (middle half)")
-    results = []
+    print(f"{os.cpu_count()} cores, {cpu_model()}; medians of pairs (and the middle half of them)")
+    results, group = [], ""
     for row in ROWS:
-        if chosen.only not in row.text:
+        if chosen.only not in f"{row.group} {row.text} {row.call[0]}":
             continue
+        if row.group != group:
+            group = row.group
+            print(f"\n{group}")
         result = measure(row)
-        judged = verdict(row, result)
-        results.append({"row": row.text, "ranks": row.ranks, "at_most": row.at_most, "verdict": judged, **result})
-        figure = result.get("error") or f"{result['median']:.2f} ({result['low']:.2f} to {result['high']:.2f})"
-        limit = f"at most {row.at_most:.2f}: {judged}" if row.at_most else judged
-        print(f"{row.ranks:>2} ranks  {row.text:<78} {figure:<22} {limit}", flush=True)
+        verdict = row.verdict(result["median"]) if "median" in result else ""
+        results.append({**asdict(row), "verdict": verdict, **result})
+        figure = result.get("error") or f"{result['median']:5.2f} ({result['low']:.2f} to {result['high']:.2f})"
+        print(f"  {row.ranks:>2} ranks  {row.text:<66} {figure:<22} {verdict}", flush=True)
     if chosen.json:
         Path(chosen.json).write_text(json.dumps(results, indent=2) + "\n")
-    return int(any("error" in result for result in results))
+    return int(any(result.get("error") not in (None, "needs torch") for result in results))

@@ -1,57 +1,67 @@
-"""Measuring in pairs: two things in turn, so that a drifting machine slows both alike."""
+"""Measuring in pairs: two things in turn on the same ranks, so that a drifting machine slows both alike."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from mpi4py import MPI
+
+PAIRS = 9
+Action = Callable[[], None]
 
 
 @dataclass
 class Ratio:
-    """The time of one thing over that of another, pair by pair: median, and the range of the middle half."""
+    """One figure over another, pair by pair: the median, and the range of the middle half."""
 
     median: float
     low: float
     high: float
-    seconds: float
-    other_seconds: float
+
+    @classmethod
+    def of(cls, tops: Sequence[float], bottoms: Sequence[float], factor: float = 1.0) -> Ratio:
+        """From the two figures of every pair; `factor` times their ratio."""
+        ratios = [factor * a / b for a, b in zip(tops, bottoms, strict=True)]
+        low, _, high = statistics.quantiles(ratios, n=4)
+        return cls(statistics.median(ratios), low, high)
 
 
-def paired(mine: Callable[[], None], other: Callable[[], None], pairs: int, repeats: int) -> Ratio:
-    """Time `mine` and `other` in turn.
+def times(
+    comm: MPI.Intracomm, actions: Sequence[Action | None], repeats: Sequence[int], pairs: int = PAIRS
+) -> list[list[float]]:
+    """Seconds of a call of each action, for every pair, each action in turn; the slowest rank's time counts.
 
-    Args:
-        pairs: how many ratios.
-        repeats: calls that are timed together.
+    A rank that takes no part in an action has None in its place and sleeps; a first, uncounted round warms up.
     """
-    times: list[tuple[float, float]] = []
-    for action in (mine, other):
-        seconds(action, repeats)
-    for pair in range(pairs):
-        first, second = (mine, other) if pair % 2 == 0 else (other, mine)
-        a, b = seconds(first, repeats), seconds(second, repeats)
-        times.append((a, b) if pair % 2 == 0 else (b, a))
-    return of_pairs(times)
+    found: list[list[float]] = [[] for _ in actions]
+    for pair in range(pairs + 1):
+        order = range(len(actions)) if pair % 2 else reversed(range(len(actions)))
+        for index in order:
+            meet(comm)
+            spent = np.array([seconds(actions[index], repeats[index])])
+            meet(comm)
+            comm.Allreduce(MPI.IN_PLACE, spent, MPI.MAX)
+            if pair:
+                found[index].append(float(spent[0]))
+    return found
 
 
-def of_pairs(times: list[tuple[float, float]]) -> Ratio:
-    """The ratio from pairs of seconds."""
-    ratios = [a / b for a, b in times]
-    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
-    return Ratio(
-        statistics.median(ratios),
-        low,
-        high,
-        statistics.median(a for a, _ in times),
-        statistics.median(b for _, b in times),
-    )
-
-
-def seconds(action: Callable[[], None], repeats: int) -> float:
+def seconds(action: Action | None, repeats: int) -> float:
     """The mean time of a call."""
+    if action is None:
+        return 0.0
     begin = time.perf_counter()
     for _ in range(repeats):
         action()
     return (time.perf_counter() - begin) / repeats
+
+
+def meet(comm: MPI.Intracomm) -> None:
+    """A barrier that leaves the cores alone: ranks that wait here must not slow down the ones that are measured."""
+    request = comm.Ibarrier()
+    while not request.Test():
+        time.sleep(0.002)

@@ -1,4 +1,4 @@
-"""The rows of the benchmark: each is a program for some ranks, that prints its measurement as JSON from rank 0.
+"""The benchmark's measurements: each is a function for some ranks, of which rank 0 prints the result as JSON.
 
 `python -m mpiml.study.rows NAME ARGUMENTS...`, under mpirun where more than one rank is meant.
 """
@@ -7,88 +7,63 @@ from __future__ import annotations
 
 import itertools
 import json
+import resource
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 from mpi4py import MPI
 
-from mpiml import assemble
-from mpiml.clock import Clock
-from mpiml.config import Config
-from mpiml.data.dataset import Dataset
-from mpiml.nn.layers import Layer
-from mpiml.nn.models import mlp
+from mpiml.nn.layers import Linear
 from mpiml.nn.optimizers import SGD, Optimizer
 from mpiml.nn.parameters import Layout, Parameter, constant
 from mpiml.parallel import grid as grids
 from mpiml.parallel.allreduce import OrderedSum
-from mpiml.parallel.memory import PrivateMemory
+from mpiml.parallel.memory import PrivateMemory, bytes_of, share
 from mpiml.parallel.update import Update
 from mpiml.run.process import prepare_process
 from mpiml.study.byhand import Perceptron
-from mpiml.study.measure import Ratio, of_pairs, paired
+from mpiml.study.measure import Ratio, meet, times
+from mpiml.study.trainer import MOMENTUM, RATE, Trainer, images, perceptron, perceptron_operations, repeats, tower
 from mpiml.vectors import PIECE, Vector
 
-PAIRS = 9
-RATE, MOMENTUM = 0.01, 0.9
+WORLD = MPI.COMM_WORLD
 
 
-def step(hidden: str, batch: str, microbatches: str, optimizer: str = "momentum") -> Ratio:
-    """One rank's step against the same arithmetic by hand; `hidden` widths joined by dashes."""
-    widths = [int(width) for width in hidden.split("-")]
+def widths(text: str) -> list[int]:
+    """Hidden widths, written 256-256."""
+    return [int(width) for width in text.split("-")]
+
+
+def by_hand(hidden: str, batch: str, microbatches: str, optimizer: str) -> Ratio:
+    """Time of one rank's step over that of the same arithmetic by hand."""
     rows, parts = int(batch), int(microbatches)
-    trainer = Trainer(widths, rows, parts, optimizer)
-    hand = Perceptron([784, *widths, 10])
-    x, y = trainer.x, trainer.y
+    trainer = perceptron(MPI.COMM_SELF, widths(hidden), rows, parts, optimizer)
+    hand = Perceptron([784, *widths(hidden), 10])
+    x, y = images()
     orders = itertools.cycle(np.split(np.random.default_rng(1).permutation(len(x)), len(x) // rows))
 
-    def by_hand() -> None:
+    def step() -> None:
         pieces = [(x[part], y[part]) for part in np.array_split(next(orders), parts)]
         hand.step(pieces, RATE, MOMENTUM if optimizer == "momentum" else 0.0)
 
-    return paired(trainer.step, by_hand, PAIRS, trainer.repeats)
+    count = repeats(perceptron_operations(widths(hidden), rows))
+    mine, other = times(WORLD, [trainer.step, step], [count, count])
+    return Ratio.of(mine, other)
 
 
-class Trainer:
-    """The package's own loop on a perceptron 784-hidden-10 and random images, without log and checkpoints."""
-
-    def __init__(self, hidden: list[int], batch: int, microbatches: int, optimizer: str, pipe: int = 1):
-        rng = np.random.default_rng(0)
-        self.x = rng.random((8192, 784), dtype=np.float32)
-        self.y = rng.integers(0, 10, 8192)
-        data = Dataset.from_arrays(self.x, self.y, self.x[:256], self.y[:256])
-        config = Config(
-            batch=batch,
-            microbatches=microbatches,
-            optimizer=optimizer,
-            lr=RATE,
-            momentum=MOMENTUM,
-            steps=10**9,
-            pipe=pipe,
-        )
-        comm = MPI.COMM_WORLD
-        config = assemble.resolve(config, len(self.x), True, comm.size // pipe)
-
-        def model(shape: tuple[int, ...], outputs: int) -> list[Layer]:
-            return mlp(shape, outputs, hidden)
-
-        self.run = assemble.assemble(config, data, grids.build(comm, pipe), Clock(), model)
-        self.number = 0
-        operations = 6 * batch * sum(a * b for a, b in zip([784, *hidden], [*hidden, 10], strict=True))
-        self.repeats = max(1, int(0.15 * 4e10 / operations))
-
-    def step(self) -> None:
-        """One step, as in mpiml.train."""
-        self.number += 1
-        run = self.run
-        table = run.record(run.config.microbatches or 1)
-        run.stage.train(self.number, run.shards.batches(self.number), table)
-        record = run.agree(table, not run.update.finite, False)
-        run.update.step(run.learning_rate(self.number), record.weight, self.number, False)
+def page_faults(hidden: str, batch: str) -> Ratio:
+    """Page faults of a step, after some steps."""
+    trainer = perceptron(WORLD, widths(hidden), int(batch), WORLD.size)
+    counts = []
+    for _ in range(6):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            trainer.step()
+        counts.append((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
+    return Ratio.of(counts[2:], [1.0] * 4)
 
 
 class Copy(Optimizer):
@@ -100,74 +75,174 @@ class Copy(Optimizer):
         np.copyto(value, grad)
 
 
-def allreduce(megabytes: str, what: str) -> Ratio:
-    """The ordered sum in private memory: "bare" against bare MPI_Allreduce, or "update", each with an SGD update."""
-    comm = MPI.COMM_WORLD
-    size = int(float(megabytes) * 2**20 / 4)
+def ordered(size: int, memory_kind: str, optimizer: Optimizer) -> tuple[OrderedSum, Update]:
+    """The ordered sum of one vector of `size` float32, one micro-batch per rank, and its update."""
     layout = Layout([Parameter((size,), constant(0.0))], np.float32)
-    ordered = OrderedSum(
-        comm, PrivateMemory(), [1] * comm.size, comm.size, layout.size, layout.blocks(), np.dtype(np.float32)
-    )
-    ordered.slots[0][:] = comm.rank
-    update = Update(comm, comm.rank, ordered, SGD() if what == "update" else Copy(), 0.0)
-    everywhere = Everywhere(comm, size, SGD() if what == "update" else None)
+    grid = grids.build(WORLD, 1)
+    each = bytes_of(layout.size, layout.dtype)
+    memory, problem = share(grid.comm, grid.local, each, each, memory_kind)
+    nodes = [1] * grid.replicas if isinstance(memory, PrivateMemory) else grid.nodes
+    if problem:
+        raise SystemExit(problem)
+    sum_ = OrderedSum(grid.data, memory, nodes, WORLD.size, layout.size, layout.blocks(), layout.dtype)
+    sum_.slots[0][:] = WORLD.rank
+    return sum_, Update(grid.comm, grid.replica, sum_, optimizer, 0.0)
+
+
+def allreduce(megabytes: str, what: str, memory_kind: str) -> Ratio:
+    """Time of the ordered sum over that of MPI_Allreduce; `what`: "bare", or "update" with SGD on both sides."""
+    size = int(float(megabytes) * 2**20 / 4)
+    sum_, update = ordered(size, memory_kind, SGD() if what == "update" else Copy())
+    other = Everywhere(size, SGD() if what == "update" else None)
 
     def mine() -> None:
+        sum_.memory.barrier()  # the step record's, which a step has anyway
         update.step(0.0, 1.0, 1, False)
 
-    return together(comm, mine, everywhere.step, max(1, int(4 / float(megabytes))))
+    count = max(1, min(200, int(16 / float(megabytes))))
+    ours, theirs = times(WORLD, [mine, other.step], [count, count])
+    return Ratio.of(ours, theirs)
+
+
+def bandwidth(megabytes: str) -> Ratio:
+    """Rate at which the sum alone moves what it must, (ranks + 1) vectors, over that of all ranks copying at once."""
+    size = int(float(megabytes) * 2**20 / 4)
+    sum_, _ = ordered(size, "shared", SGD())
+    source, target = np.ones(size, np.float32), np.zeros(size, np.float32)
+    values = [sum_.values[piece.start : piece.stop] for piece in sum_.pieces]
+
+    def add() -> None:
+        for index, value in enumerate(values):
+            sum_.total(index, value)
+
+    mine, copying = times(WORLD, [add, lambda: np.copyto(target, source)], [4, 4])
+    return Ratio.of(copying, mine, (WORLD.size + 1) / (2 * WORLD.size))
 
 
 class Everywhere:
     """The usual way: MPI_Allreduce of the whole gradient, then the same update, if any, on every rank in pieces."""
 
-    def __init__(self, comm: MPI.Intracomm, size: int, optimizer: Optimizer | None):
-        self.comm, self.optimizer = comm, optimizer
+    def __init__(self, size: int, optimizer: Optimizer | None):
+        self.optimizer = optimizer
         self.values, self.gradient = np.zeros(size, np.float32), np.zeros(size, np.float32)
-        self.states = [np.zeros(size, np.float32) for _ in (optimizer.states if optimizer else ())]
         self.scratch = np.empty((2, PIECE), np.float32)
 
     def step(self) -> None:
         """Sum, divide, update."""
-        self.comm.Allreduce(MPI.IN_PLACE, self.gradient)
+        WORLD.Allreduce(MPI.IN_PLACE, self.gradient)
         if self.optimizer is None:
             return
         for start in range(0, len(self.values), PIECE):
-            piece = slice(start, start + PIECE)
-            value = self.values[piece]
+            value = self.values[start : start + PIECE]
             grad, spare = self.scratch[:, : len(value)]
-            np.multiply(self.gradient[piece], 1.0, out=grad)
-            states = [state[piece] for state in self.states]
-            self.optimizer.update(value, grad, spare, states, 0.0, False, 1)
+            np.multiply(self.gradient[start : start + PIECE], 1.0, out=grad)
+            self.optimizer.update(value, grad, spare, [], 0.0, False, 1)
 
 
-def together(comm: MPI.Intracomm, mine: Callable[[], None], other: Callable[[], None], repeats: int) -> Ratio:
-    """As measure.paired, on all ranks at once: each takes part `repeats` times, the slowest rank's time counts."""
-    times: list[tuple[float, float]] = []
-    for pair in range(PAIRS + 1):
-        both = []
-        for action in (mine, other) if pair % 2 else (other, mine):
-            comm.Barrier()
-            begin = time.perf_counter()
-            for _ in range(repeats):
-                action()
-            spent = np.array([(time.perf_counter() - begin) / repeats])
-            comm.Allreduce(MPI.IN_PLACE, spent, MPI.MAX)
-            both.append(float(spent[0]))
-        if pair:
-            times.append((both[0], both[1]) if pair % 2 else (both[1], both[0]))
-    return of_pairs(times)
+def torch_ddp(hidden: str, rows: str) -> Ratio:
+    """Samples/s over PyTorch's DistributedDataParallel; `rows` per rank."""
+    from mpiml.study.peers import DataParallel
+
+    trainer = perceptron(WORLD, widths(hidden), int(rows) * WORLD.size, WORLD.size)
+    peer = DataParallel(WORLD, widths(hidden), int(rows))
+    count = repeats(perceptron_operations(widths(hidden), int(rows)))
+    mine, other = times(WORLD, [trainer.step, peer.step], [count, count])
+    return Ratio.of(other, mine)
 
 
-ROWS: dict[str, Callable[..., Any]] = {"step": step, "allreduce": allreduce}
+def torch_pipeline(width: str, batch: str) -> Ratio:
+    """Samples/s of a pipeline over PyTorch's."""
+    from mpiml.study.peers import Pipeline
+
+    trainer = tower(WORLD, int(width), int(batch), 8, WORLD.size)
+    peer = Pipeline(WORLD, int(width), int(batch), 8)
+    count = repeats(24.0 * int(batch) * int(width) ** 2)
+    mine, other = times(WORLD, [trainer.step, peer.step], [count, count])
+    return Ratio.of(other, mine)
+
+
+def pipeline(width: str, batch: str, microbatches: str) -> Ratio:
+    """Throughput of S stages over that of one rank x S x (1 - bubble), with bubble (S - 1) / (M + S - 1)."""
+    stages, parts = WORLD.size, int(microbatches)
+    whole = tower(WORLD, int(width), int(batch), parts, stages)
+    alone = tower(MPI.COMM_SELF, int(width), int(batch), parts, 1) if WORLD.rank == 0 else None
+    count = repeats(48.0 * int(batch) * int(width) ** 2)
+    both = times(WORLD, [whole.step, alone.step if alone else None], [count, count])
+    ideal = stages * (1 - (stages - 1) / (parts + stages - 1))
+    return Ratio.of(both[1], both[0], 1 / ideal)
+
+
+def weak_scaling(hidden: str, rows: str) -> Ratio:
+    """Time of one rank alone over that of all ranks with as many rows each."""
+    everyone = perceptron(WORLD, widths(hidden), int(rows) * WORLD.size, WORLD.size)
+    alone = solo(hidden, rows, "1", "momentum")
+    count = repeats(perceptron_operations(widths(hidden), int(rows)))
+    together, single = times(WORLD, [everyone.step, alone.step if alone else None], [count, count])
+    return Ratio.of(single, together)
+
+
+def oversubscribed(hidden: str, batch: str, microbatches: str) -> Ratio:
+    """Samples/s of more ranks than cores over that of one rank with as many micro-batches."""
+    everyone = perceptron(WORLD, widths(hidden), int(batch), int(microbatches), "sgd")
+    alone = solo(hidden, batch, microbatches, "sgd")
+    together, single = times(WORLD, [everyone.step, alone.step if alone else None], [50, 50])
+    return Ratio.of(single, together)
+
+
+def solo(hidden: str, batch: str, microbatches: str, optimizer: str) -> Trainer | None:
+    """A trainer for rank 0 alone."""
+    if WORLD.rank:
+        return None
+    return perceptron(MPI.COMM_SELF, widths(hidden), int(batch), int(microbatches), optimizer)
+
+
+def memory(parameters: str) -> Ratio:
+    """Resident memory of a node's model and Adam over one copy of values and state and a gradient per rank."""
+    width = int(float(parameters) ** 0.5) // 16 * 16
+    rng = np.random.default_rng(0)
+    x, y = (rng.random((2 * WORLD.size, width), dtype=np.float32) for _ in range(2))
+    before = resident()
+    settings = {"batch": WORLD.size, "microbatches": WORLD.size, "optimizer": "adam", "loss": "mse"}
+    trainer = Trainer(WORLD, [Linear(width, width)], x, y, **settings)
+    for _ in range(3):
+        trainer.step()
+    meet(WORLD)
+    used = np.array([resident() - before], np.float64)
+    WORLD.Allreduce(MPI.IN_PLACE, used)
+    needed = 4.0 * (width * width + width) * (3 + WORLD.size)
+    return Ratio(*[float(used[0] / needed)] * 3)
+
+
+def resident() -> int:
+    """Bytes in memory of this process; of what it shares with others, its part."""
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("this kernel does not tell the proportional set size")
+
+
+MEASUREMENTS: list[Callable[..., Ratio]] = [
+    by_hand,
+    page_faults,
+    allreduce,
+    bandwidth,
+    torch_ddp,
+    torch_pipeline,
+    pipeline,
+    weak_scaling,
+    oversubscribed,
+    memory,
+]
 
 
 def main() -> None:
     """Measure one row."""
     prepare_process(1)
-    result = ROWS[sys.argv[1]](*sys.argv[2:])
-    if MPI.COMM_WORLD.rank == 0:
-        print(json.dumps(asdict(result)))
+    named = {measurement.__name__: measurement for measurement in MEASUREMENTS}
+    result = named[sys.argv[1]](*sys.argv[2:])
+    meet(WORLD)
+    if WORLD.rank == 0:
+        print(json.dumps(asdict(result)), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,10 @@
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from mpi4py import MPI
 from safetensors.numpy import load_file
 
 from tests.conftest import Job, launch
@@ -93,23 +91,24 @@ def test_same_bits_in_double_precision(alone: Alone, train: Train, ranks: int, g
     assert_same(train(ranks, f"{arguments} {grid}"), alone(arguments))
 
 
-@pytest.mark.skipif("MPICH" not in MPI.Get_library_version(), reason="only MPICH can pretend to have several nodes")
-@pytest.mark.parametrize("grid", ["", "--pipe 2"])
-def test_same_bits_on_nodes_filled_in_turn(alone: Alone, train: Train, grid: str) -> None:
-    assert_same(train(6, f"{FIXED} {grid}", MPIR_CVAR_ODD_EVEN_CLIQUES="1"), alone(FIXED))
+@pytest.mark.parametrize(
+    ("ranks", "grid", "nodes"),
+    [
+        (4, "", "2,2"),
+        (6, "", "3,2,1"),
+        (8, "", "4,4"),
+        (8, "--pipe 2", "2,4,2"),
+        (8, "--pipe 4", "5,3"),
+        (5, "--memory private", "3,2"),
+    ],
+)
+def test_same_bits_on_several_nodes(alone: Alone, train: Train, ranks: int, grid: str, nodes: str) -> None:
+    assert_same(train(ranks, f"{FIXED} {grid}", MPIML_NODES=nodes), alone(FIXED))
 
 
-def small_data(path: Path, rows: int) -> str:
-    """A data set of so few rows that micro-batches stay empty."""
-    random = np.random.default_rng(0)
-    x, y = random.standard_normal((2 * rows, 6)), random.integers(0, 3, 2 * rows)
-    np.savez(path, x_train=x[:rows], y_train=y[:rows], x_test=x[rows:], y_test=y[rows:])
-    return f"--data {path} --hidden 8,8 --steps 40 --batch 7 --log-every 1 --save-every 40 --quiet"
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return small_data(tmp_path_factory.mktemp("small") / "data.npz", 30)
+@pytest.mark.parametrize("memory", ["shared", "private"])
+def test_same_bits_in_either_memory(alone: Alone, train: Train, memory: str) -> None:
+    assert_same(train(6, f"{FIXED} --pipe 2 --memory {memory}"), alone(FIXED))
 
 
 @pytest.mark.parametrize("microbatches", [29, 30])

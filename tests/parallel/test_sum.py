@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from mpiml.nn import optimizers
 from mpiml.nn.parameters import Block, Layout, Parameter, constant
 from mpiml.parallel.allreduce import GradientSum, LibrarySum, OrderedSum
-from mpiml.parallel.memory import PrivateMemory
+from mpiml.parallel.memory import PrivateMemory, SharedMemory, bytes_of
+from mpiml.parallel.tree import depth
 from mpiml.parallel.update import Update
 from mpiml.vectors import BLOCK
 
@@ -71,11 +72,22 @@ def feed(sum_: GradientSum, parts: Sequence[Array]) -> None:
     for index, m in enumerate(range(*sum_.plan.block)):
         sum_.slots[sum_.plan.slots[index]][...] = parts[m]
         sum_.accumulate(index)
+    WORLD.Barrier()  # the step record is agreed on before the sum starts
 
 
-def make(kind: type, layout: Layout, microbatches: int, comm: MPI.Intracomm = WORLD) -> GradientSum:
-    nodes = [1] * comm.size
-    return kind(comm, PrivateMemory(), nodes, microbatches, layout.size, layout.blocks(), layout.dtype)
+def make(
+    kind: type, layout: Layout, microbatches: int, comm: MPI.Intracomm = WORLD, where: str = "private"
+) -> GradientSum:
+    """A sum whose ranks live on one node ("shared"), on nodes of three and fewer ("nodes"), or each by itself."""
+    arguments = (microbatches, layout.size, layout.blocks(), layout.dtype)
+    if where == "private":
+        return kind(comm, PrivateMemory(), [1] * comm.size, *arguments)
+    at_once = comm.size if where == "shared" else 3
+    nodes = [min(at_once, comm.size - first) for first in range(0, comm.size, at_once)]
+    local = comm.Split(comm.rank // at_once, comm.rank)
+    each = bytes_of(layout.size, layout.dtype)
+    memory = SharedMemory(local, depth(comm.rank, comm.size, microbatches) * each, each)
+    return kind(comm, memory, nodes, *arguments)
 
 
 def test_these_numbers_tell_orders_apart() -> None:
@@ -84,13 +96,14 @@ def test_these_numbers_tell_orders_apart() -> None:
     assert serial_sum(parts).tobytes() != np.add.reduce(np.stack(parts), axis=0).tobytes()
 
 
+@pytest.mark.parametrize("where", ["private", "shared", "nodes"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(
     ("size", "microbatches"), [("tiny", 16), ("small", 16), ("small", 24), ("small", 37), ("large", 24)]
 )
-def test_ordered_sum_has_the_bits_of_the_tree(size: str, microbatches: int, dtype: str) -> None:
+def test_ordered_sum_has_the_bits_of_the_tree(size: str, microbatches: int, dtype: str, where: str) -> None:
     layout = layout_of(size, dtype)
-    sum_ = make(OrderedSum, layout, microbatches)
+    sum_ = make(OrderedSum, layout, microbatches, where=where)
     good = []
     for step in range(2):  # of a step before, nothing may be left
         parts = [scattered(layout, step, m) for m in range(microbatches)]

@@ -1,0 +1,82 @@
+"""The package's own training step without log and checkpoints, for measuring, on any model and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from mpi4py import MPI
+from numpy.typing import ArrayLike
+
+from mpiml import assemble
+from mpiml.clock import Clock
+from mpiml.config import Config
+from mpiml.data.dataset import Dataset
+from mpiml.nn.layers import Layer, Linear, ReLU
+from mpiml.nn.models import mlp
+from mpiml.parallel import grid as grids
+
+RATE, MOMENTUM = 0.01, 0.9
+ROWS = 8192
+
+
+class Trainer:
+    """A run on given rows, of which `step` does one step after the other.
+
+    Args:
+        layers: the model; every rank of `comm` gives it alike.
+        x, y: the training rows.
+        settings: of mpiml.config.Config.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, layers: Sequence[Layer], x: ArrayLike, y: ArrayLike, **settings: object):
+        data = Dataset.from_arrays(x, y, np.asarray(x)[:256], np.asarray(y)[:256])
+        asked = Config(lr=RATE, momentum=MOMENTUM, steps=10**9, **settings)  # type: ignore[arg-type]
+        config = assemble.resolve(asked, len(data.train), data.classification, comm.size // asked.pipe)
+        self.run = assemble.assemble(config, data, grids.build(comm, asked.pipe), Clock(), list(layers))
+        self.number = 0
+
+    def step(self) -> None:
+        """One step, as in mpiml.train."""
+        self.number += 1
+        run = self.run
+        table = run.record(run.config.microbatches or 1)
+        run.stage.train(self.number, run.shards.batches(self.number), table)
+        record = run.agree(table, not run.update.finite, False)
+        run.update.step(run.learning_rate(self.number), record.weight, self.number, False)
+
+
+def images() -> tuple[np.ndarray, np.ndarray]:
+    """Random images of 784 pixels, and labels of 10 classes."""
+    rng = np.random.default_rng(0)
+    return rng.random((ROWS, 784), dtype=np.float32), rng.integers(0, 10, ROWS)
+
+
+def perceptron(
+    comm: MPI.Intracomm, hidden: Sequence[int], batch: int, microbatches: int, optimizer: str = "momentum"
+) -> Trainer:
+    """A perceptron 784-hidden-10 on images."""
+    layers = mlp((784,), 10, hidden)
+    return Trainer(comm, layers, *images(), batch=batch, microbatches=microbatches, optimizer=optimizer)
+
+
+def tower(comm: MPI.Intracomm, width: int, batch: int, microbatches: int, pipe: int) -> Trainer:
+    """Eight linear layers with ReLU, all of one width, cut into equal stages; mean squared error, plain SGD."""
+    layers: list[Layer] = []
+    for _ in range(8):
+        layers += [Linear(width, width), ReLU()]
+    rng = np.random.default_rng(0)
+    x, y = (rng.random((4 * batch, width), dtype=np.float32) for _ in range(2))
+    cuts = tuple(range(16 // pipe, 16, 16 // pipe))
+    settings = {"batch": batch, "microbatches": microbatches, "optimizer": "sgd", "pipe": pipe, "cuts": cuts}
+    return Trainer(comm, layers, x, y, **settings)
+
+
+def repeats(operations: float) -> int:
+    """How many steps to time together: about a sixth of a second of a core's work."""
+    return max(1, int(6e9 / operations))
+
+
+def perceptron_operations(hidden: Sequence[int], batch: int) -> float:
+    """Floating-point operations of a training step, of one rank."""
+    return 6.0 * batch * sum(a * b for a, b in zip([784, *hidden], [*hidden, 10], strict=True))

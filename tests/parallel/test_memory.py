@@ -1,0 +1,131 @@
+"""Memory that the ranks of a node share: what is written is seen, and nothing of it stays behind."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from mpiml.errors import ConfigError
+from mpiml.parallel import memory as memories
+from mpiml.parallel.memory import FencedMemory, PrivateMemory, SharedMemory, bytes_of, share
+from tests.conftest import mpirun
+
+COMM = MPI.COMM_WORLD
+KINDS = [SharedMemory, FencedMemory]
+
+
+def make(kind: type[SharedMemory], own: int, common: int) -> SharedMemory:
+    return kind(COMM, 2 * bytes_of(own, np.float32), bytes_of(common, np.float64))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_see_what_each_wrote(kind: type[SharedMemory]) -> None:
+    size = 1000 + COMM.rank
+    memory = make(kind, size, 10)
+    everyone, common = memory.own(1 + COMM.rank % 2, 1000, np.float32), memory.common(10, np.float64)
+    assert [len(vectors) for vectors in everyone] == [1 + rank % 2 for rank in range(COMM.size)]
+    assert not any(vector.any() for vectors in everyone for vector in vectors)
+    for index, vector in enumerate(everyone[COMM.rank]):
+        assert vector.ctypes.data % 64 == 0
+        vector[:] = 10 * COMM.rank + index
+    memory.barrier()
+    for rank, vectors in enumerate(everyone):
+        for index, vector in enumerate(vectors):
+            assert (vector == 10 * rank + index).all()
+    if COMM.rank == 0:
+        common[:] = np.arange(10)
+    memory.barrier()
+    assert (common == np.arange(10)).all()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("kind", KINDS)
+def test_barrier_lets_nobody_go_early(kind: type[SharedMemory]) -> None:
+    """A counter that every rank advances in turn comes out wrong if one barrier lets one rank through."""
+    memory = make(kind, 1, 1)
+    counter = memory.common(1, np.float64)
+    for turn in range(200):
+        if turn % COMM.size == COMM.rank:
+            counter[0] += 1
+        memory.barrier()
+        assert counter[0] == turn + 1
+        memory.barrier()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("kind", KINDS)
+def test_action_is_done_when_all_have_come_and_before_any_goes(kind: type[SharedMemory]) -> None:
+    memory = make(kind, 1, COMM.size + 1)
+    board = memory.common(COMM.size + 1, np.float64)
+
+    def add() -> None:
+        board[-1] = board[:-1].sum()
+
+    for turn in range(50):
+        board[COMM.rank] = turn * (COMM.rank + 1)
+        memory.barrier(add)
+        assert board[-1] == turn * COMM.size * (COMM.size + 1) / 2
+        memory.barrier()
+
+
+@pytest.mark.mpi
+def test_a_name_is_used_where_there_is_no_other_way_and_is_gone_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> tuple[int, str]:
+        raise OSError(38, "not here")
+
+    monkeypatch.setattr(memories, "_nameless", refuse)
+    before = set(os.listdir("/dev/shm"))
+    COMM.Barrier()
+    memory = make(SharedMemory, 10, 10)
+    COMM.Barrier()
+    assert not {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("mpiml")}
+    memory.common(10, np.float64)[COMM.rank % 10] = 1
+    memory.barrier()
+
+
+@pytest.mark.mpi
+def test_without_room_all_fall_back_together_and_say_so() -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if COMM.rank == COMM.size - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    try:
+        memory, problem = share(COMM, COMM, 1 << 20, 1 << 20, "auto")
+        assert isinstance(memory, PrivateMemory)
+        assert problem is not None
+        assert f"{COMM.size + 1} MiB" in problem
+        with pytest.raises(ConfigError, match="--memory shared") as raised:
+            share(COMM, COMM, 1 << 20, 1 << 20, "shared")
+        assert raised.value.everywhere
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.contract
+def test_nothing_stays_behind_after_kill_9(tmp_path: Path) -> None:
+    before = set(os.listdir("/dev/shm"))
+    command = [*mpirun(3), sys.executable, "-m", "mpiml.train", "--steps", "100000", "--out", str(tmp_path / "run")]
+    job = subprocess.Popen([*command, "--memory", "shared"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    ranks = [
+        int(pid)
+        for pid in subprocess.run(
+            ["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=True
+        ).stdout.split()
+    ]
+    for pid in ranks:
+        os.kill(pid, signal.SIGKILL)
+    job.wait(10)
+    assert not {name for name in set(os.listdir("/dev/shm")) - before if "mpiml" in name}
