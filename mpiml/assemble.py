@@ -32,7 +32,7 @@ from mpiml.parallel.record import Agreement, Record, agree
 from mpiml.parallel.schedules import SCHEDULES
 from mpiml.parallel.stage import Part, Stage
 from mpiml.parallel.state import State
-from mpiml.parallel.tree import depth
+from mpiml.parallel.tree import aligned, depth
 from mpiml.parallel.update import Update
 from mpiml.partition import part
 from mpiml.run.verdict import together
@@ -85,7 +85,8 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int) -> C
     default = replicas if config.pipe == 1 else min(2 * config.pipe * replicas, rows)
     microbatches = config.microbatches or default
     if microbatches < replicas:
-        fits = config.pipe * -(-replicas // microbatches)
+        ranks = replicas * config.pipe
+        fits = next(s for s in range(config.pipe, ranks + 1) if ranks % s == 0 and ranks // s <= microbatches)
         raise ConfigError(
             f"--microbatches {microbatches}: {replicas} replicas need at least one each; "
             f"at least {replicas}, or fewer replicas (--pipe {fits}, say)"
@@ -115,15 +116,16 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
     Raises, on all ranks alike, DataError or ConfigError for data or a model that do not fit.
     """
     assert config.microbatches, "settings are resolved before a run is assembled"
+    clock("joining")
     block = part(grid.replica, grid.replicas, config.microbatches)
     shards = Shards(data.train, config.microbatches, config.batch, config.seed, *block, config.dtype)
     test_chunks = -(-len(data.test) // config.eval_rows)
     test_block = part(grid.replica, grid.replicas, test_chunks)
-    outputs = look_at(data, grid, shards.hold(), tuple(c * config.eval_rows for c in test_block))
+    outputs = look_at(data, grid, clock, shards.hold(), tuple(c * config.eval_rows for c in test_block))
 
-    layers = together(grid.comm, functools.partial(build_model, config, data.train.x.shape, outputs, model))
+    layers = together(grid.comm, clock, functools.partial(build_model, config, data.train.x.shape, outputs, model))
     shapes = nn.stack_shapes(layers, data.train.x.shape)
-    cuts = together(grid.comm, functools.partial(find_cuts, config, layers, data.train.x.shape))
+    cuts = together(grid.comm, clock, functools.partial(find_cuts, config, layers, data.train.x.shape))
     bounds = [0, *cuts, len(layers)]
     stages = [layers[a:b] for a, b in itertools.pairwise(bounds)]
     layouts = [Layout(nn.parameters(stage), config.dtype) for stage in stages]
@@ -223,7 +225,7 @@ def find_cuts(config: Config, layers: Sequence[nn.Layer], shape: Shape) -> Seque
     return split.balanced(nn.stack_flops(layers, shape), config.pipe)
 
 
-def look_at(data: Dataset, grid: Grid, train: tuple[int, int], test: tuple[int, ...]) -> int:
+def look_at(data: Dataset, grid: Grid, clock: Clock, train: tuple[int, int], test: tuple[int, ...]) -> int:
     """Read the rows that this rank will use, and check all values of the data set; collective.
 
     Inputs are read by the first stage, labels by the last, each row of the training set by one replica.
@@ -240,8 +242,8 @@ def look_at(data: Dataset, grid: Grid, train: tuple[int, int], test: tuple[int, 
     for which, split_, rows in (("train", data.train, train), ("test", data.test, test_rows)):
         for column, mine in ends.items():
             source: Source = getattr(split_, column)
-            read = functools.partial(_read, source, *rows) if mine else Findings
-            found = functools.reduce(operator.or_, grid.comm.allgather(together(grid.comm, read)))
+            read = functools.partial(_read, clock, source, *rows) if mine else Findings
+            found = functools.reduce(operator.or_, grid.comm.allgather(together(grid.comm, clock, read)))
             name = f"{data.name}: {column}_{which}"
             problem = None
             if found.first_bad is not None:
@@ -250,12 +252,18 @@ def look_at(data: Dataset, grid: Grid, train: tuple[int, int], test: tuple[int, 
                 classes = max(classes, int(found.highest) + 1)
                 if found.lowest < 0:
                     problem = f"a label is {found.lowest:g}; classes are counted from 0"
+                elif found.highest >= len(data.train):
+                    problem = (
+                        f"a label is {found.highest:.0f}, which makes more classes than the {len(data.train)} rows"
+                    )
+                    problem += " of x_train; for a regression, save the labels as floating-point numbers"
             if problem:
                 raise _alike(DataError(f"{name}: {problem}"))
     return classes if data.classification else int(np.prod(data.train.y.shape))
 
 
-def _read(source: Source, start: int, stop: int) -> Findings:
+def _read(clock: Clock, source: Source, start: int, stop: int) -> Findings:
+    clock("data")
     source.hold(start, stop)
     return inspect(source, start, stop)
 
@@ -272,4 +280,8 @@ def grid_text(run: Run) -> str:
     stages = f"{grid.stages} stage{'s' if grid.stages > 1 else ''}"
     replicas = f"{grid.replicas} replica{'s' if grid.replicas > 1 else ''}"
     ranks = f"{grid.comm.size} rank{'s' if grid.comm.size > 1 else ''}"
-    return f"{ranks} = {stages} x {replicas}; --microbatches {config.microbatches} repeats these bits on any grid"
+    text = f"{ranks} = {stages} x {replicas}; --microbatches {config.microbatches} repeats these bits on any grid"
+    if not aligned(grid.replicas, config.microbatches or 1):
+        power = 1 << ((config.microbatches or 1) // grid.replicas).bit_length() - 1
+        text += f" (--microbatches {power * grid.replicas} would need the fewest messages on this one)"
+    return text

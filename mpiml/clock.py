@@ -35,11 +35,14 @@ class Clock:
     @contextmanager
     def booked(self, name: str) -> Iterator[None]:
         """Book all time in a block under `name`: an evaluation's compute is not the training's."""
+        doing = self.activity
         self(name)
         self.within = name
-        yield
-        self(name)
-        self.within = None
+        try:
+            yield
+        finally:
+            self(doing)
+            self.within = None
 
     def shares(self) -> list[float]:
         """Seconds so far in each of SHARES."""

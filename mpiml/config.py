@@ -21,6 +21,9 @@ from mpiml.errors import ConfigError
 GROUPS = ("data and model", "grid", "steps and batches", "optimizer", "arithmetic", "evaluation and output")
 
 
+OF_THE_JOB = ("out", "resume", "quiet")  # belong to one job and not to the run that it is part of
+
+
 def setting(
     default: Any,
     group: str,
@@ -131,8 +134,6 @@ class Config:
             raise ConfigError(f"--epochs {self.epochs} --steps {self.steps}: give one of the two")
         if self.resume and not self.out:
             raise ConfigError("--resume: say which run with --out DIR")
-        if self.resume and self.init and "init" in (self.given or ()):
-            raise ConfigError("--resume --init: give one of the two; a resumed run has its own weights")
 
     def replace(self, **changes: Any) -> Config:
         """A copy with other values."""
@@ -144,10 +145,10 @@ class Config:
         Raises ConfigError for a change that would alter the run's arithmetic.
         """
         given = self.given or frozenset()
-        changes: dict[str, Any] = {"resume": self.resume, "out": self.out, "given": given}
+        changes: dict[str, Any] = {name: getattr(self, name) for name in OF_THE_JOB} | {"given": given}
         for field in settings():
             value, was = getattr(self, field.name), getattr(stored, field.name)
-            if field.name not in given or value == was:
+            if field.name not in given or value == was or (value == "auto" and field.name != "memory"):
                 continue
             if not field.metadata["on_resume"]:
                 raise ConfigError(
@@ -162,8 +163,8 @@ class Config:
         return stored.replace(**changes)
 
     def to_toml(self) -> str:
-        """The settings as TOML, with the flags' names; those that are None or the directory's own are left out."""
-        values = ((f.name, getattr(self, f.name)) for f in settings() if f.name not in ("out", "resume"))
+        """The settings as TOML, with the flags' names; those that are None, or of one job alone, are left out."""
+        values = ((f.name, getattr(self, f.name)) for f in settings() if f.name not in OF_THE_JOB)
         lines = [f"{name.replace('_', '-')} = {_toml(value)}" for name, value in values if value is not None]
         return "\n".join(lines) + "\n"
 
@@ -191,6 +192,9 @@ def parse(arguments: Sequence[str], program: str = "mpiml.train") -> Config:
     path = raw.pop("config", None)
     values = from_toml(Path(path)) if path else {}
     types_of = _types()
+    for name, other in (("steps", "epochs"), ("epochs", "steps")):
+        if name in raw:
+            values.pop(other, None)
     for name, text in raw.items():
         values[name] = _convert(types_of[name], text, f"{flag(name)} {text}")
     return Config(**values, given=frozenset(values))
@@ -269,6 +273,8 @@ def _convert(kind: Any, raw: Any, what: str) -> Any:
     if kind is str and isinstance(raw, str):
         if raw != raw.encode(errors="replace").decode():
             raise ConfigError(f"{what!a}: must be text in UTF-8")
+        if not raw or "\0" in raw:
+            raise ConfigError(f"{what}: must not be empty")
         return raw
     if kind is bool and (isinstance(raw, bool) or raw == "true"):
         return bool(raw)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,23 +12,49 @@ from pathlib import Path
 from typing import Any
 
 from mpiml.assemble import Run
-from mpiml.config import Config, from_toml
-from mpiml.errors import OutputError
+from mpiml.config import Config, flag, from_toml, typed
+from mpiml.config import settings as all_settings
+from mpiml.errors import ConfigError, OutputError
 from mpiml.parallel.state import VALUES
 from mpiml.run import checkpoint, environment, log
 from mpiml.run.checkpoint import Checkpoint
-from mpiml.run.directory import CONFIG, RunDirectory, read_result, write_atomically, write_result
+from mpiml.run.directory import CHECKPOINTS, CONFIG, METRICS, RunDirectory, read_result, write_atomically, write_result
 from mpiml.run.verdict import on_rank_0
 
 
 def settings(asked: Config) -> Config:
-    """The settings to start from: those asked for, or a stored run's, changed as asked. Rank 0 calls it."""
+    """The settings to start from: those asked for, or a stored run's, changed as asked. Rank 0 calls it.
+
+    A run whose config.toml is gone has them in its checkpoints.
+    """
     if not (asked.resume and asked.out):
         return asked
-    stored = Path(asked.out) / CONFIG
-    if not stored.exists():
-        return asked
-    return asked.resumed(Config(**from_toml(stored)))
+    stored, checkpoints = Path(asked.out) / CONFIG, Path(asked.out) / CHECKPOINTS
+    if stored.exists():
+        return asked.resumed(Config(**from_toml(stored)))
+    newest = checkpoint.newest(checkpoints)[0] if checkpoints.is_dir() else None
+    return asked.resumed(of_checkpoint(newest)) if newest else asked
+
+
+def of_checkpoint(saved: Checkpoint) -> Config:
+    """The settings of the run that a checkpoint is of."""
+    return Config(**typed(tomllib.loads(saved.config), "the checkpoint"))
+
+
+def check_settings(asked: Config, first: Config) -> None:
+    """Raise ConfigError if this rank was given other settings than rank 0."""
+    for field in all_settings():
+        mine, theirs = getattr(asked, field.name), getattr(first, field.name)
+        if mine != theirs:
+            raise ConfigError(
+                f"ranks were given different settings: {flag(field.name)} {mine} here, {theirs} on rank 0"
+            )
+
+
+def check_init(run: Run) -> None:
+    """Raise OutputError or ConfigError if --init cannot be used: before anything is written. Rank 0 calls it."""
+    if run.config.init:
+        vectors(run, checkpoint.load(Path(run.config.init)), (VALUES,))
 
 
 def finished(cfg: Config) -> dict[str, Any] | None:
@@ -53,12 +80,12 @@ class Opened:
     @property
     def metrics(self) -> Path:
         """One line per logged step and per evaluation."""
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS
 
     @property
     def checkpoints(self) -> Path:
         """The directory of checkpoints."""
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
 
 @contextmanager
@@ -83,7 +110,7 @@ def opened(run: Run, name: str) -> Iterator[Opened]:
         return Opened(held[0].path, f"{os.getpid()}-{time.time_ns()}", notes)
 
     try:
-        known: Opened = on_rank_0(run.grid.comm, take)
+        known: Opened = on_rank_0(run.grid.comm, run.clock, take)
         yield known
     finally:
         for directory in held:
@@ -114,7 +141,7 @@ def finish(run: Run, path: Path, outcome: Mapping[str, Any]) -> dict[str, Any]:
         write_result(path, result)
         return result
 
-    result: dict[str, Any] = on_rank_0(run.grid.comm, write)
+    result: dict[str, Any] = on_rank_0(run.grid.comm, run.clock, write)
     return result
 
 
@@ -129,26 +156,36 @@ def restore(run: Run, path: Path) -> tuple[int, list[str], dict[str, Any]]:
     def read() -> tuple[int, list[str], dict[str, Any], tuple[str, ...]]:
         found, notes, history = None, [], {}
         if cfg.resume:
-            found, problems = checkpoint.newest(path / "checkpoints")
+            found, problems = checkpoint.newest(path / CHECKPOINTS)
             notes += [f"warning: skipped {problem}" for problem in problems]
             notes.append(
                 f"going on after step {found.step}" if found else f"no checkpoint in {path} yet: starting at step 0"
             )
             step = found.step if found else 0
-            entries = log.cut(path / "metrics.jsonl", step, run.steps, cfg.eval_every, cfg.log_every)
+            entries = log.cut(path / METRICS, step, run.steps, cfg.eval_every, cfg.log_every)
             history = log.last_known(entries, run.metric.name)
         step, names = (found.step, tuple(run.state.mine)) if found else (0, ())
         if not found and cfg.init:
             found, names = checkpoint.load(Path(cfg.init)), (VALUES,)
             notes.append(f"first weights from {cfg.init}")
         if found:
+            if step:
+                _check_same_run(cfg, of_checkpoint(found))
             whole.extend(vectors(run, found, names))
         return step, notes, history, names
 
-    step, notes, history, names = on_rank_0(comm, read)
+    run.clock("checkpoint")
+    step, notes, history, names = on_rank_0(comm, run.clock, read)
     if names:
         run.state.distribute(whole, *names)
     return step, notes, history
+
+
+def _check_same_run(cfg: Config, saved: Config) -> None:
+    for field in all_settings():
+        mine, theirs = getattr(cfg, field.name), getattr(saved, field.name)
+        if mine != theirs and not field.metadata["on_resume"]:
+            raise OutputError(f"the newest checkpoint is of another run: {flag(field.name)} {theirs}, here {mine}")
 
 
 def save(run: Run, step: int, directory: Path) -> None:
@@ -162,7 +199,7 @@ def save(run: Run, step: int, directory: Path) -> None:
             arrays = named(run, stages, *run.state.mine)
             checkpoint.save(directory, Checkpoint(step, run.config.to_toml(), arrays), run.config.keep)
 
-        on_rank_0(run.grid.comm, write)
+        on_rank_0(run.grid.comm, run.clock, write)
 
 
 def digest(run: Run) -> str:
@@ -170,7 +207,7 @@ def digest(run: Run) -> str:
     with run.clock.booked("checkpoint"):
         run.clock("joining")
         stages = run.state.collect(VALUES)
-        return on_rank_0(run.grid.comm, lambda: checkpoint.digest(named(run, stages, VALUES)))
+        return on_rank_0(run.grid.comm, run.clock, lambda: checkpoint.digest(named(run, stages, VALUES)))
 
 
 def named(run: Run, stages: Sequence[Mapping[str, Any]], *names: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from mpiml.assemble import Model, Run
 from mpiml.clock import Clock
 from mpiml.config import Config, parse
 from mpiml.data.dataset import Dataset, open_dataset
-from mpiml.errors import SAVED, ConfigError, NotFiniteError, RunError
+from mpiml.errors import SAVED, NotFiniteError
 from mpiml.parallel import grid as grids
 from mpiml.parallel.record import Record, agree
 from mpiml.run import log
@@ -73,17 +73,21 @@ def _train(
 ) -> dict[str, Any]:
     began = perf_counter()
     clock("joining")
-    cfg = on_rank_0(comm, lambda: restart.settings(asked))
+    first = comm.bcast(asked)
+    together(comm, clock, lambda: restart.check_settings(asked, first))
+    cfg = on_rank_0(comm, clock, lambda: restart.settings(asked))
     with Watch(comm.Dup(), clock, cfg.stall_timeout, guard.fail), StopRequest() as stop:
-        together(comm, lambda: grids.check(comm.size, cfg.pipe))
+        together(comm, clock, lambda: grids.check(comm.size, cfg.pipe))
         prepare_process(cfg.threads)
-        clock("data")
-        dataset = data or together(comm, lambda: open_dataset(cfg.data))
+        if done := on_rank_0(comm, clock, lambda: restart.finished(cfg)):
+            return done
+        dataset = data or together(comm, clock, lambda: open_dataset(cfg.data))
         replicas = comm.size // cfg.pipe
-        cfg = together(comm, lambda: assemble.resolve(cfg, len(dataset.train), dataset.classification, replicas))
-        if done := on_rank_0(comm, lambda: restart.finished(cfg)):
+        cfg = together(comm, clock, lambda: assemble.resolve(cfg, len(dataset.train), dataset.classification, replicas))
+        if done := on_rank_0(comm, clock, lambda: restart.finished(cfg)):  # --epochs has become steps
             return done
         run = assemble.assemble(cfg, dataset, grids.build(comm, cfg.pipe), clock, model)
+        on_rank_0(comm, clock, lambda: restart.check_init(run))
         with restart.opened(run, dataset.name) as directory:
             guard.run, guard.token = directory.path, directory.token
             start, notes, history = restart.restore(run, directory.path)
@@ -135,7 +139,7 @@ def _loop(run: Run, start: int, checkpoints: Path, logger: log.Log, stop: StopRe
             outcome |= evaluate(run, step, epoch, logger)
         if save_due:
             restart.save(run, step, checkpoints)
-        if record.stop:
+        if record.stop and not last:
             outcome |= {"status": "stopped", "exit_code": SAVED, "reason": "asked to stop by a signal"}
             break
     return outcome | {"weights_sha256": restart.digest(run)}
@@ -148,6 +152,7 @@ def evaluate(run: Run, step: int, epoch: int, logger: log.Log) -> dict[str, floa
         run.stage.evaluate(run.tests, table)
         run.clock("communication")
         record = agree(run.grid.comm, table)
+        _refuse_not_finite(run, step, record, test="test ")
         score = run.metric.value(record.metric)
         logger.evaluation(step, epoch, record.mean_loss, score, int(record.weight))
     return {run.metric.name: score, "test_loss": record.mean_loss}
@@ -157,11 +162,13 @@ def _due(step: int, every: int, last: bool) -> bool:
     return every > 0 and (last or step % every == 0)
 
 
-def _refuse_not_finite(run: Run, step: int, record: Record, norm: float | None = None) -> None:
+def _refuse_not_finite(run: Run, step: int, record: Record, norm: float | None = None, test: str = "") -> None:
     """End the run, on all ranks, if the loss of this step or what its gradient did is not finite; collective."""
     grid, reason, rank = run.grid, None, None
     if record.broken:
         reason = f"weights are not finite after step {step - 1}"
+    elif record.bad_entry is not None and test:
+        reason = f"the test loss is not finite after step {step} (chunk {record.bad_entry})"
     elif record.bad_entry is not None:
         replicas, total = grid.replicas, run.config.microbatches or 1
         replica = (replicas * (record.bad_entry + 1) - 1) // total
@@ -191,16 +198,13 @@ def _summary(run: Run, path: Path, outcome: dict[str, Any], logger: log.Log) -> 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code."""
-    comm = MPI.COMM_WORLD
+    comm, clock = MPI.COMM_WORLD, Clock()
     try:
-        try:
-            config = parse(sys.argv[1:] if arguments is None else arguments, PROGRAM)
-        except ConfigError as error:
-            error.everywhere = True
-            with Guard(comm, Clock(), PROGRAM):
-                raise
+        with Guard(comm, clock, PROGRAM):
+            given = sys.argv[1:] if arguments is None else arguments
+            config = together(comm, clock, lambda: parse(given, PROGRAM))
         return int(train(config, comm)["exit_code"])
-    except (RunError, KeyboardInterrupt) as error:
+    except BaseException as error:  # reported already, and in a job of several ranks known to all
         return exit_code(error)
 
 

@@ -231,20 +231,27 @@ class Residual(Layer):
 
 
 def forward(layers: Sequence[Layer], x: Array, at: At) -> tuple[Array, Backward]:
-    """Calls the layers one after the other: a stack of layers is a layer."""
+    """Calls the layers one after the other: a stack of layers is a layer.
+
+    What one hands to the next is made what a message between stages would make it: rows one after the other in
+    memory, in the input's dtype. A cut between two layers then changes nothing.
+    """
     backwards: list[Backward] = []
     for layer in layers:
-        x, backward_of_layer = layer(x, at)
+        y, backward_of_layer = layer(x, at)
+        x = np.ascontiguousarray(y, x.dtype)
         if at.training:
             backwards.append(backward_of_layer)
 
     def backward(dy: Array, grads: Gradients) -> Array | None:
-        gradient: Array | None = dy
-        for backward_of_layer in reversed(backwards):
-            if gradient is None:
-                break
-            gradient = backward_of_layer(gradient, grads)
-        return gradient
+        for index in reversed(range(len(backwards))):
+            dx = backwards[index](dy, grads)
+            if dx is None:
+                if parameters(layers[:index]):
+                    raise ValueError(f"{type(layers[index]).__name__} gives no gradient to the layers before it")
+                return None
+            dy = np.ascontiguousarray(dx, dy.dtype)
+        return dy
 
     return x, backward
 
@@ -296,8 +303,10 @@ def parameters(layers: Sequence[Layer]) -> list[Parameter]:
 
 
 def skip_first_dx(layers: Sequence[Layer]) -> None:
-    """Tell the first layer with parameters that nobody reads its gradient by x."""
+    """Tell the first layer with parameters, and those before it, that nobody reads their gradients by x."""
+    for layer in everything(layers):
+        layer.needs_dx = True
     for layer in layers:
+        layer.needs_dx = False
         if parameters([layer]):
-            layer.needs_dx = False
             break

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpiml.errors import NotFiniteError, OutputError
-from mpiml.run.directory import named_errors, sync_directory
+from mpiml.run.directory import PARTIAL, named_errors, sync_directory
 
 Arrays = Mapping[str, NDArray[Any]]
 FORMAT = "mpiml-1"
@@ -53,7 +53,8 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write a checkpoint under a name of its own, then remove all but the newest `keep`.
 
     The file appears under its name only when it is whole and on disk. An existing file is never written to: it is
-    left alone if it holds the same, and kept aside if it is damaged.
+    left alone if it is whole, and kept aside if it is damaged. Later checkpoints do not count as new: if this one
+    is written after them, they could not be used.
 
     Raises NotFiniteError for weights that are not finite, OutputError if the file cannot be written.
     """
@@ -63,7 +64,7 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
         if not np.isfinite(array).all():
             raise NotFiniteError(f"{name} is not finite after step {checkpoint.step}; nothing of it is saved")
     path = directory / file_name(checkpoint.step)
-    temporary = directory / f".{path.name}.partial"
+    temporary = directory / f".{path.name}.{os.getpid()}{PARTIAL}"
     arrays = {name: np.ascontiguousarray(array) for name, array in checkpoint.arrays.items()}
     metadata = {"format": FORMAT, "step": str(checkpoint.step), "config": checkpoint.config}
     metadata["sha256"] = _content(metadata, arrays)
@@ -83,7 +84,8 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
         os.close(descriptor)
         os.rename(temporary, path)
         sync_directory(directory)
-        for old in listed(directory)[keep:]:
+        older = [file for file in listed(directory) if file.name <= path.name]
+        for old in older[keep:]:
             old.unlink()
     return path
 

@@ -13,6 +13,9 @@ from typing import Any
 from mpiml.errors import DirectoryError, OutputError
 
 CONFIG = "config.toml"
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+PARTIAL = ".partial"  # ends the name of a file that is not whole yet
 RESULT = "result.json"
 FAILED = ".failed-"  # made by the first rank of a job to report a failure; the name ends in the job's token
 
@@ -28,7 +31,7 @@ def named_errors(action: str, path: Path) -> Iterator[None]:
 
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Put `content` at `path` so that at any moment, also after a crash, the old or the new is there whole."""
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     with named_errors("write", path):
         with open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -66,20 +69,22 @@ class RunDirectory:
             name: NAME.
         """
         if out is None:
-            return cls(_numbered(Path("runs"), name))
+            out, resume = str(_numbered(Path("runs"), name)), False
         path = Path(out)
         with named_errors("create the run directory", path):
             path.mkdir(parents=True, exist_ok=True)
         directory = cls(path)
-        if (path / CONFIG).exists() and not resume:
+        if holds_run(path) and not resume:
+            directory.close()
             raise DirectoryError(f"{path} already holds a run: go on with it by --resume, or choose another --out")
+        with named_errors("create the run directory", path):
+            (path / CHECKPOINTS).mkdir(exist_ok=True)
+            for leftover in (*path.glob(f"{FAILED}*"), *path.glob(f"**/.*{PARTIAL}")):
+                leftover.unlink(missing_ok=True)
         return directory
 
     def _take(self) -> int:
         with named_errors("open the run directory", self.path):
-            (self.path / "checkpoints").mkdir(exist_ok=True)
-            for leftover in self.path.glob(f"{FAILED}*"):
-                leftover.unlink(missing_ok=True)
             descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -93,6 +98,11 @@ class RunDirectory:
     def close(self) -> None:
         """Let others have the directory."""
         os.close(self._lock)
+
+
+def holds_run(path: Path) -> bool:
+    """Whether there is anything of a run in a directory."""
+    return (path / CONFIG).exists() or (path / METRICS).exists() or any((path / CHECKPOINTS).glob("step-*"))
 
 
 def read_result(run: Path) -> dict[str, Any]:

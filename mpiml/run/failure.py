@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import sys
@@ -59,9 +60,11 @@ class Guard:
     def fail(self, error: BaseException) -> None:
         """Report an error that only this rank knows of, and end the job; does not return."""
         with self._lock:
-            if self._is_first():
-                self._report(error)
-            end_job(exit_code(error))
+            try:
+                if self._is_first():
+                    self._report(error)
+            finally:  # whatever a report fails at, the others must not be left waiting
+                end_job(exit_code(error))
 
     def _thread_failed(self, what: threading.ExceptHookArgs) -> None:
         error = what.exc_value or what.exc_type()
@@ -85,7 +88,7 @@ class Guard:
         rank = known.rank if known and known.rank is not None else self.comm.rank
         reason = describe(error)
         text = f"{self.program}: {reason}"
-        if not (known and known.everywhere) and self.comm.size > 1:
+        if not (known and (known.everywhere or known.rank is not None)) and self.comm.size > 1:
             text += f" (rank {rank}, step {self.clock.step}, {self.clock.activity})"
         trace = "" if known or isinstance(error, KeyboardInterrupt) else "".join(traceback.format_exception(error))
         sys.stderr.write(f"{text}\n{trace}")
@@ -113,6 +116,8 @@ def describe(error: BaseException) -> str:
         return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
+    if isinstance(error, MPI.Exception):
+        return f"an MPI call failed; another rank may have been killed ({error.Get_error_string()})"
     if isinstance(error, SystemExit):
         return f"sys.exit({error.code!r}) in the middle of the run"
     return f"{type(error).__name__}: {error}".splitlines()[0]
@@ -125,8 +130,10 @@ def exit_code(error: BaseException) -> int:
 
 def end_job(code: int) -> None:
     """End all processes of the job."""
-    faulthandler.dump_traceback_later(ABORT_GRACE, exit=True)
-    sys.stdout.flush()
+    with contextlib.suppress(Exception):  # standard error may be closed
+        faulthandler.dump_traceback_later(ABORT_GRACE, exit=True)
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
     time.sleep(0.1)  # the launcher drops what it has not forwarded when it kills
     MPI.COMM_WORLD.Abort(code)
     os._exit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -69,6 +70,7 @@ class Log:
         self._logged_at = len(self.step_seconds)
         mine = np.concatenate([seconds, [sum(recent)]])
         low, high = np.empty_like(mine), np.empty_like(mine)
+        self.clock("joining")
         self.comm.Allreduce(mine, low, MPI.MIN)
         self.comm.Allreduce(mine, high, MPI.MAX)
         speed = len(recent) * self.rows / high[-1] if high[-1] else 0.0
@@ -112,14 +114,13 @@ class Log:
         return dict(zip(SHARES, (total / max(total.sum(), 1e-9)).tolist(), strict=True))
 
     def _write(self, entry: dict[str, Any]) -> None:
-        self.clock("joining" if self.comm.rank else "log")
+        self.clock("log")
 
         def append() -> None:
             with named_errors("write", self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
 
-        on_rank_0(self.comm, append)
-        self.clock("compute")
+        on_rank_0(self.comm, self.clock, append)
 
 
 class Console:
@@ -138,10 +139,10 @@ class Console:
 
     def line(self, text: str) -> None:
         if self._bar is not None:
-            self._bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            self._bar.write(text, file=sys.stderr)  # where the bar is: two streams would arrive out of order
         else:
-            print(text, flush=True)
+            with contextlib.suppress(OSError):  # nobody reads it any more: no reason to end a run
+                print(text, flush=True)
         self._last_line = time.monotonic()
 
     def now_and_then(self, text: str) -> None:
@@ -173,6 +174,8 @@ def cut(metrics: Path, step: int, last: int, eval_every: int, log_every: int) ->
         try:
             entry = json.loads(line)
         except ValueError:
+            continue
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
             continue
         every = eval_every if "evaluation" in entry else log_every
         if entry["step"] < step or (entry["step"] == step and (step == last or (every and step % every == 0))):

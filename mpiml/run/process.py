@@ -8,6 +8,7 @@ import threading
 from typing import Any
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 KEEP = 1 << 30  # bytes up to which freed memory stays with the process
 
 
@@ -25,7 +26,10 @@ def prepare_process(threads: int) -> None:
 
 
 class StopRequest:
-    """Whether SIGUSR1 or SIGTERM has asked this process, in a block, to save and stop; twice is as good as once."""
+    """Whether SIGUSR1, SIGTERM or Ctrl-C has asked this process, in a block, to save and stop.
+
+    Twice is as good as once, but for Ctrl-C: the second interrupts at once.
+    """
 
     def __init__(self) -> None:
         self.asked = False
@@ -33,10 +37,12 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGUSR1, signal.SIGTERM)}
+            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
         return self
 
     def _ask(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and self.asked:
+            raise KeyboardInterrupt
         self.asked = True
 
     def __exit__(self, *error: object) -> None:

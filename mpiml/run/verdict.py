@@ -1,4 +1,8 @@
-"""Doing something on some ranks so that all know how it went: an error of one becomes the same error on all."""
+"""Doing something on some ranks so that all know how it went: an error of one becomes the same error on all.
+
+An OSError counts as an OutputError. Whoever waits for the others' verdict is joining them by the clock, so that the
+watch does not take it for stuck.
+"""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -6,45 +10,52 @@ from typing import TypeVar
 import numpy as np
 from mpi4py import MPI
 
-from mpiml.errors import RunError
+from mpiml.clock import Clock
+from mpiml.errors import OutputError, RunError
 
 T = TypeVar("T")
 
 
-def together(comm: MPI.Intracomm, action: Callable[[], T]) -> T:
+def together(comm: MPI.Intracomm, clock: Clock, action: Callable[[], T]) -> T:
     """Call `action` on every rank; it must not communicate. Collective.
 
     Raises, on all ranks alike, the RunError of the lowest rank on which there was one.
     """
-    result, error = None, None
-    try:
-        result = action()
-    except RunError as raised:
-        error = raised
+    doing = clock.activity
+    result, error = _attempt(action)
+    clock("joining")
     # Not comm.allreduce: while it waits, other threads of the process cannot run, the watch among them.
     first = np.array([comm.size if error is None else comm.rank])
     comm.Allreduce(MPI.IN_PLACE, first, MPI.MIN)
     if first[0] < comm.size:
         raise _everywhere(comm.bcast(_portable(error), root=int(first[0])), int(first[0]))
+    clock(doing)
     return result  # type: ignore[return-value]
 
 
-def on_rank_0(comm: MPI.Intracomm, action: Callable[[], T]) -> T:
+def on_rank_0(comm: MPI.Intracomm, clock: Clock, action: Callable[[], T]) -> T:
     """Call `action` on rank 0 alone and return its result on all ranks. Collective.
 
     Raises, on all ranks alike, the RunError that rank 0 raised.
     """
-    result, error = None, None
-    if comm.rank == 0:
-        try:
-            result = action()
-        except RunError as raised:
-            error = raised
+    doing = clock.activity
+    result, error = _attempt(action) if comm.rank == 0 else (None, None)
+    clock("joining")
     shared: tuple[T, tuple[type[RunError], str] | None] = comm.bcast((result, _portable(error)), root=0)
+    clock(doing)
     result, portable = shared
     if portable:
         raise _everywhere(portable, 0)
     return result
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, RunError | None]:
+    try:
+        return action(), None
+    except RunError as error:
+        return None, error
+    except OSError as error:
+        return None, OutputError(f"{error.filename or 'input or output'}: {error.strerror or error}")
 
 
 def _portable(error: RunError | None) -> tuple[type[RunError], str] | None:

@@ -43,7 +43,8 @@ class Watch(threading.Thread):
     """A thread on every rank while they are in a block that all enter together.
 
     Every few seconds each rank looks at itself: has it moved, if it waits for nobody? And it sends a sign of life
-    to rank 0 (rank 0 to rank 1), who notices the silence of a stopped process, and a job in which all wait.
+    to rank 0 and to the next rank, who notice the silence of a stopped process; rank 0 also notices a job in which
+    all wait.
 
     Args:
         comm: a communicator of the watch's own.
@@ -59,7 +60,8 @@ class Watch(threading.Thread):
         self._ending = threading.Event()
         self._sent: list[MPI.Request] = []
         now = time.monotonic()
-        watched = range(1, comm.size) if comm.rank == 0 else range(1) if comm.rank == 1 else range(0)
+        watched = range(1, comm.size) if comm.rank == 0 else [comm.rank - 1]
+        self._listeners = sorted({0, (comm.rank + 1) % comm.size} - {comm.rank})
         self._signs = {rank: Sign(now, now) for rank in watched}
         self._own = Sign(now, now)
         self._threads = MPI.Query_thread() == MPI.THREAD_MULTIPLE and comm.size > 1
@@ -72,7 +74,7 @@ class Watch(threading.Thread):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None or getattr(error, "everywhere", False):
+        if error is None or getattr(error, "everywhere", False) or self.comm.size == 1:
             self._end()
 
     def _end(self) -> None:
@@ -83,7 +85,9 @@ class Watch(threading.Thread):
         if self.timeout and self._threads:
             self._send(GOODBYE)
             while not all(sign.gone for sign in self._signs.values()):
-                self._listen(time.monotonic())
+                now = time.monotonic()
+                self._listen(now)
+                self._look_at_others(now)
                 time.sleep(0.001)
             wait(self._sent)
         self.comm.Free()
@@ -98,7 +102,7 @@ class Watch(threading.Thread):
             before = now
             self._look_at_own(now)
             if self._threads:
-                self._send(float(self.clock.moves))
+                self._send(float(self.clock.moves + _bytes_moved()))
                 self._listen(now)
                 self._look_at_others(now)
 
@@ -112,7 +116,7 @@ class Watch(threading.Thread):
     def _send(self, moves: float) -> None:
         self._sent = [request for request in self._sent if not request.Test()]
         sign = np.array([moves, self.clock.step, ACTIVITIES.index(self.clock.activity)])
-        self._sent.append(self.comm.Isend(sign, 0 if self.comm.rank else 1))
+        self._sent += [self.comm.Isend(sign, rank) for rank in self._listeners]
 
     def _listen(self, now: float) -> None:
         status = MPI.Status()
@@ -136,10 +140,10 @@ class Watch(threading.Thread):
                 self._stalled(rank, "has given no sign of life", sign.activity, sign.step)
         everyone = [self._own, *self._signs.values()]
         if self.comm.rank == 0 and all(now - sign.moved > 2 * self.timeout for sign in everyone):
-            self._stalled(0, "waits, like all others,", self.clock.activity, self.clock.step)
+            self._stalled(0, "waits, like all others,", self.clock.activity, self.clock.step, 2 * self.timeout)
 
-    def _stalled(self, rank: int, what: str, activity: str, step: int) -> None:
-        error = StallError(f"rank {rank} {what} for {self.timeout:g} s, in step {step} ({activity})")
+    def _stalled(self, rank: int, what: str, activity: str, step: int, seconds: float | None = None) -> None:
+        error = StallError(f"rank {rank} {what} for {seconds or self.timeout:g} s, in step {step} ({activity})")
         error.rank = rank
         self.fail(error)
 

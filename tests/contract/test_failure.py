@@ -23,7 +23,7 @@ LIMIT = 15.0  # seconds: 10 that are promised, and the start
 PHASES = ("start", "data", "forward", "backward", "evaluation")
 
 
-def trouble(path: Path, rank: int, phase: str, kind: str, flags: str = "", limit: float = LIMIT) -> Job:
+def trouble(path: Path, rank: int | str, phase: str, kind: str, flags: str = "", limit: float = LIMIT) -> Job:
     arguments = [SCRIPT, str(rank), phase, kind, "--out", str(path / "run"), "--pipe", "2", "--steps", "20"]
     done = launch(4, *arguments, *flags.split(), limit=limit)
     return Job(done.returncode, done.stdout, done.stderr, path / "run")
@@ -66,6 +66,28 @@ def test_stalled_rank_is_named(tmp_path: Path, phase: str, kind: str, what: str)
     assert f"rank {rank} {what} for 3 s, in step" in job.err
     if phase != "start":
         assert job.result["rank"] == rank
+
+
+def test_two_neighbours_that_stop_together_are_noticed(tmp_path: Path) -> None:
+    job = trouble(tmp_path, "0,1", "forward", "stop", "--stall-timeout 3")
+    assert job.code == 70
+    assert "has given no sign of life" in job.err
+
+
+def test_rank_that_stops_after_the_last_step_is_noticed(tmp_path: Path) -> None:
+    job = trouble(tmp_path, 1, "end", "stop", "--stall-timeout 3")
+    assert job.code == 70
+    assert "rank 1 has given no sign of life" in job.err
+
+
+def test_report_that_fails_does_not_keep_the_job(tmp_path: Path) -> None:
+    assert trouble(tmp_path, 2, "forward", "raise-unspeakable").code != 0
+
+
+def test_slow_start_of_one_rank_is_no_stall_of_the_others(tmp_path: Path) -> None:
+    """One reads for longer than the timeout, moving all the while; the others rightly wait."""
+    job = trouble(tmp_path, 1, "start", "read-slowly", "--stall-timeout 2", limit=60)
+    assert job.code == 0, job.err
 
 
 def test_slow_but_moving_job_is_not_ended(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,19 @@ def test_same_bits_on_several_nodes(alone: Alone, train: Train, ranks: int, grid
 @pytest.mark.parametrize("memory", ["shared", "private"])
 def test_same_bits_in_either_memory(alone: Alone, train: Train, memory: str) -> None:
     assert_same(train(6, f"{FIXED} --pipe 2 --memory {memory}"), alone(FIXED))
+
+
+def small_data(path: Path, rows: int) -> str:
+    """A data set of so few rows that micro-batches stay empty."""
+    random = np.random.default_rng(0)
+    x, y = random.standard_normal((2 * rows, 6)), random.integers(0, 3, 2 * rows)
+    np.savez(path, x_train=x[:rows], y_train=y[:rows], x_test=x[rows:], y_test=y[rows:])
+    return f"--data {path} --hidden 8,8 --steps 40 --batch 7 --log-every 1 --save-every 40 --quiet"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return small_data(tmp_path_factory.mktemp("small") / "data.npz", 30)
 
 
 @pytest.mark.parametrize("microbatches", [29, 30])

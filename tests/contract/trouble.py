@@ -1,4 +1,4 @@
-"""A training script in which one rank gets into trouble: `python trouble.py RANK PHASE KIND [mpiml.train flags]`."""
+"""A training script in which ranks get into trouble: `python trouble.py RANK[,RANK] PHASE KIND [mpiml.train flags]`."""
 
 import os
 import resource
@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
+from mpiml import restart
 from mpiml.config import parse
 from mpiml.data.dataset import Dataset, Split, open_dataset
 from mpiml.data.sources import Source
-from mpiml.errors import RunError
 from mpiml.nn.layers import At, Layer
 from mpiml.nn.models import mlp
+from mpiml.run.failure import exit_code
 from mpiml.train import train
 
-RANK, PHASE, KIND = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+RANKS, PHASE, KIND = [int(rank) for rank in sys.argv[1].split(",")], sys.argv[2], sys.argv[3]
 STEP = 7
 
 
@@ -34,12 +35,23 @@ def fail() -> None:
     raise RuntimeError("this rank is in trouble")
 
 
+class UnspeakableError(Exception):
+    def __str__(self) -> str:
+        raise ValueError("this error cannot be told")
+
+
+def fail_unspeakably() -> None:
+    os.close(2)
+    raise UnspeakableError
+
+
 def stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-KINDS = {
+KINDS: dict[str, Any] = {
     "raise": fail,
+    "raise-unspeakable": fail_unspeakably,
     "exit0": lambda: sys.exit(0),
     "exit1": lambda: sys.exit(1),
     "exit-text": lambda: sys.exit("no more"),
@@ -52,13 +64,21 @@ KINDS = {
     "stop": stop,
     "sleep": lambda: time.sleep(300),
     "small-files": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)),
+    "read-slowly": read_slowly,
     "slow": lambda: time.sleep(0.3),
 }
 
 
 def trouble(phase: str) -> None:
-    if phase == PHASE and MPI.COMM_WORLD.rank == RANK:
+    if phase == PHASE and MPI.COMM_WORLD.rank in RANKS:
         KINDS[KIND]()
+
+
+def read_slowly() -> None:
+    for _ in range(30):
+        time.sleep(0.2)
+        with open("/dev/zero", "rb") as file:
+            file.read(1 << 20)
 
 
 class Troubled(Layer):
@@ -107,9 +127,16 @@ def model(shape: tuple[int, ...], outputs: int) -> list[Layer]:
     return layers
 
 
+def at_end(run: Any, path: Any, outcome: Any) -> Any:
+    trouble("end")
+    return finish(run, path, outcome)
+
+
+finish, restart.finish = restart.finish, at_end
 digits = open_dataset("digits")
 data = Dataset(Split(TroubledSource(digits.train.x), TroubledSource(digits.train.y)), digits.test, "digits")
 try:
-    sys.exit(train(parse(sys.argv[4:]), model=model, data=data)["exit_code"])
-except RunError as error:
-    sys.exit(error.exit_code)
+    code = train(parse(sys.argv[4:]), model=model, data=data)["exit_code"]
+except BaseException as error:  # train has told of it
+    code = exit_code(error)
+sys.exit(code)

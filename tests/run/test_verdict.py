@@ -3,6 +3,7 @@
 import pytest
 from mpi4py import MPI
 
+from mpiml.clock import Clock
 from mpiml.errors import ConfigError, DataError, RunError
 from mpiml.run.verdict import on_rank_0, together
 
@@ -27,26 +28,26 @@ def check(error: RunError, rank: int) -> None:
 
 
 def test_together_every_rank_has_its_own_result() -> None:
-    assert together(WORLD, fail_on) == f"result of {WORLD.rank}"
+    assert together(WORLD, Clock(), fail_on) == f"result of {WORLD.rank}"
 
 
 @pytest.mark.parametrize("result", [None, 0, False, [], ()])
 def test_results_that_are_false(result: object) -> None:
-    assert together(WORLD, lambda: result) == result
-    assert on_rank_0(WORLD, lambda: result) == result
+    assert together(WORLD, Clock(), lambda: result) == result
+    assert on_rank_0(WORLD, Clock(), lambda: result) == result
 
 
 @pytest.mark.parametrize("rank", sorted({0, MIDDLE, LAST}))
 def test_together_one_rank_fails(rank: int) -> None:
     with pytest.raises(RunError) as caught:
-        together(WORLD, lambda: fail_on(rank))
+        together(WORLD, Clock(), lambda: fail_on(rank))
     check(caught.value, rank)
 
 
 @pytest.mark.parametrize("lowest", sorted({0, MIDDLE, LAST}))
 def test_together_the_lowest_rank_is_named(lowest: int) -> None:
     with pytest.raises(RunError) as caught:
-        together(WORLD, lambda: fail_on(*range(lowest, WORLD.size)))
+        together(WORLD, Clock(), lambda: fail_on(*range(lowest, WORLD.size)))
     check(caught.value, lowest)
 
 
@@ -57,13 +58,13 @@ def test_on_rank_0_calls_nobody_else() -> None:
         calls.append(WORLD.rank)
         return fail_on()
 
-    assert on_rank_0(WORLD, act) == "result of 0"
+    assert on_rank_0(WORLD, Clock(), act) == "result of 0"
     assert calls == ([0] if WORLD.rank == 0 else [])
 
 
 def test_on_rank_0_fails_everywhere() -> None:
     with pytest.raises(RunError) as caught:
-        on_rank_0(WORLD, lambda: fail_on(0))
+        on_rank_0(WORLD, Clock(), lambda: fail_on(0))
     check(caught.value, 0)
 
 
@@ -71,12 +72,12 @@ def test_work_goes_on_after_a_failure() -> None:
     """All ranks have made the same calls, so the next collective ones match."""
     for rank in (0, LAST):
         with pytest.raises(RunError):
-            together(WORLD, lambda rank=rank: fail_on(rank))
-    assert on_rank_0(WORLD, lambda: WORLD.size) == WORLD.size
+            together(WORLD, Clock(), lambda rank=rank: fail_on(rank))
+    assert on_rank_0(WORLD, Clock(), lambda: WORLD.size) == WORLD.size
     assert WORLD.allreduce(1) == WORLD.size
 
 
 def test_exit_codes_survive() -> None:
     with pytest.raises(RunError) as caught:
-        together(WORLD, lambda: fail_on(LAST))
+        together(WORLD, Clock(), lambda: fail_on(LAST))
     assert caught.value.exit_code == (DataError if LAST % 2 else ConfigError).exit_code

@@ -1,0 +1,135 @@
+"""What is settled before the first step: the same settings on all ranks, --init, the directory's rights."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import LIMIT, launch, mpirun
+
+pytestmark = pytest.mark.contract
+
+
+def of_two(first: str, second: str, out: Path) -> subprocess.CompletedProcess[str]:
+    """A job whose two ranks were given different flags."""
+    (launcher, *_), program = mpirun(1), [sys.executable, "-m", "mpiml.train", "--out", str(out), "--steps", "3"]
+    command = [launcher, "-n", "1", *program, *first.split(), ":", "-n", "1", *program, *second.split()]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=LIMIT)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "word"),
+    [
+        ("", "--stpes 3", "--stpes"),
+        ("--stpes 3", "", "--stpes"),
+        ("", "--config /nowhere.toml", "/nowhere.toml"),
+        ("--batch 64", "--batch 32", "--batch 32 here, 64 on rank 0"),
+        ("", "--pipe 2", "--pipe 2 here, 1 on rank 0"),
+    ],
+)
+def test_ranks_with_different_settings_are_refused(tmp_path: Path, first: str, second: str, word: str) -> None:
+    job = of_two(first, second, tmp_path / "run")
+    assert job.returncode == 78
+    assert word in job.stderr
+    assert job.stderr.count("mpiml.train:") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_init_takes_the_weights_and_starts_at_step_0(train: Any) -> None:
+    first = train(2, "--steps 6 --hidden 16 --microbatches 4", out="first")
+    weights = first.run / "checkpoints" / "step-000000006.safetensors"
+    flags = f"--steps 1 --lr 0 --optimizer sgd --hidden 16 --init {weights}"
+    job = train(3, flags, out="second")
+    assert job.code == 0, job.err
+    assert job.result["step"] == 1
+    assert job.result["weights_sha256"] == first.result["weights_sha256"]
+    again = train(2, f"{flags} --resume", out="second")
+    assert "nothing to do" in again.out, again.err
+
+
+@pytest.mark.parametrize("init", ["missing.safetensors", "other.npz", "wider"])
+def test_init_that_cannot_be_used_leaves_the_directory_free(train: Any, tmp_path: Path, init: str) -> None:
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    if init == "wider":
+        wider = train(1, "--steps 1 --hidden 32", out="wider")
+        init = str(wider.run / "checkpoints" / "step-000000001.safetensors")
+    job = train(2, f"--hidden 16 --steps 2 --init {tmp_path / init}")
+    assert job.code == 74
+    assert Path(init).name in job.err or "checkpoint's layers" in job.err
+    assert job.err.count("\n") == 1
+    assert train(2, "--hidden 16 --steps 2").code == 0
+
+
+def test_run_without_its_config_goes_on_with_the_settings_of_its_checkpoint(train: Any) -> None:
+    flags = "--hidden 16 --microbatches 6 --lr 0.01 --seed 3 --save-every 5"
+    whole = train(2, f"{flags} --steps 10", out="whole")
+    cut = train(2, f"{flags} --steps 5", out="cut")
+    (cut.run / "config.toml").unlink()
+    assert train(1, "--steps 10", out="cut").code == 73
+    job = train(3, "--resume --steps 10", out="cut")
+    assert job.result["weights_sha256"] == whole.result["weights_sha256"]
+
+
+def test_checkpoint_of_another_run_is_refused(train: Any) -> None:
+    one = train(1, "--hidden 16 --steps 4", out="one")
+    other = train(1, "--hidden 16 --steps 4 --seed 1", out="other")
+    name = "checkpoints/step-000000004.safetensors"
+    shutil.copy(one.run / name, other.run / name)
+    job = train(1, "--resume --steps 6", out="other")
+    assert job.code == 74
+    assert "--seed 0" in job.err
+
+
+def test_a_job_script_may_repeat_its_flags(train: Any) -> None:
+    flags = "--hidden 16 --loss auto --microbatches 4 --epochs 1 --resume"
+    assert train(2, flags).code == 0
+    job = train(1, flags.replace("--epochs 1", "--epochs 2"))
+    assert job.code == 0, job.err
+    assert job.result["step"] == 24
+
+
+def test_finished_run_says_so_on_a_grid_that_it_could_not_run_on(train: Any) -> None:
+    train(1, "--hidden 16 --microbatches 2 --steps 2")
+    job = train(4, "--resume")
+    assert job.code == 0, job.err
+    assert "nothing to do" in job.out
+
+
+def test_damaged_newer_checkpoints_do_not_crowd_out_good_ones(train: Any) -> None:
+    job = train(1, "--hidden 16 --microbatches 2 --steps 10 --save-every 5")
+    newest = job.run / "checkpoints" / "step-000000010.safetensors"
+    newest.write_bytes(newest.read_bytes()[:500])
+    (job.run / "result.json").unlink()
+    again = train(1, "--resume --save-every 1 --keep 1 --steps 8")
+    assert again.code == 0, again.err
+    names = sorted(path.name for path in (job.run / "checkpoints").glob("step-*"))
+    assert names == ["step-000000008.safetensors", "step-000000010.safetensors"]
+    assert train(2, "--resume --steps 9").code == 0
+
+
+def test_one_rank_reports_and_ends_as_several_do(tmp_path: Path) -> None:
+    script = str(Path(__file__).with_name("trouble.py"))
+    for kind in ("exit0", "raise"):
+        done = launch(1, script, "0", "forward", kind, "--out", str(tmp_path / kind), "--steps", "20")
+        assert done.returncode == 70
+        assert done.stderr.count("Traceback") == 1
+
+
+def test_labels_that_make_too_many_classes_are_refused(train: Any, tmp_path: Path) -> None:
+    x, y = np.zeros((40, 3), np.float32), np.arange(40) * 10**9
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    job = train(2, f"--data {tmp_path}/d.npz")
+    assert job.code == 65
+    assert "floating-point" in job.err
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m mpiml.train --steps 300 --hidden 16 --out {tmp_path}/run | head -1"
+    subprocess.run(["bash", "-c", command], check=True, stdout=subprocess.DEVNULL, timeout=LIMIT)
+    assert '"status": "done"' in (tmp_path / "run" / "result.json").read_text()
