@@ -35,6 +35,13 @@ def fail() -> None:
     raise RuntimeError("this rank is in trouble")
 
 
+def read_slowly() -> None:
+    for _ in range(30):
+        time.sleep(0.2)
+        with open("/dev/zero", "rb") as file:
+            file.read(1 << 20)
+
+
 class UnspeakableError(Exception):
     def __str__(self) -> str:
         raise ValueError("this error cannot be told")
@@ -72,13 +79,6 @@ KINDS: dict[str, Any] = {
 def trouble(phase: str) -> None:
     if phase == PHASE and MPI.COMM_WORLD.rank in RANKS:
         KINDS[KIND]()
-
-
-def read_slowly() -> None:
-    for _ in range(30):
-        time.sleep(0.2)
-        with open("/dev/zero", "rb") as file:
-            file.read(1 << 20)
 
 
 class Troubled(Layer):
