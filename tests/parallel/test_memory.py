@@ -96,7 +96,7 @@ def test_a_name_is_used_where_there_is_no_other_way_and_is_gone_at_once(monkeypa
 @pytest.mark.mpi
 def test_without_room_all_fall_back_together_and_say_so() -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if COMM.rank == COMM.size - 1:
+    if COMM.rank == 0:  # who sizes the file
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
     try:
         memory, problem = share(COMM, COMM, 1 << 20, 1 << 20, "auto")
