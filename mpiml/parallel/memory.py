@@ -191,11 +191,8 @@ def _map(comm: MPI.Intracomm, total: int, start: int, length: int, common: int) 
     claims = [(start, length), (shares[comm.rank], shares[comm.rank + 1] - shares[comm.rank])]
     problems: list[OSError] = []
     for create in (_nameless, _named):
-        with _open_together(comm, create) as (descriptor, problem):
+        with _open_together(comm, create, total) as (descriptor, problem):
             try:
-                if descriptor >= 0 and comm.rank == 0:
-                    os.ftruncate(descriptor, total)
-                comm.Barrier()
                 for begin, claimed in claims if descriptor >= 0 else ():
                     if claimed:
                         os.posix_fallocate(descriptor, begin, claimed)
@@ -208,12 +205,15 @@ def _map(comm: MPI.Intracomm, total: int, start: int, length: int, common: int) 
 
 
 @contextmanager
-def _open_together(comm: MPI.Intracomm, create: Callable[[], tuple[int, str]]) -> Iterator[tuple[int, OSError | None]]:
-    """A file that the node's first rank creates and all open: its descriptor, -1 on a rank that has a problem."""
+def _open_together(
+    comm: MPI.Intracomm, create: Callable[[], tuple[int, str]], total: int
+) -> Iterator[tuple[int, OSError | None]]:
+    """A file of `total` bytes that the node's first rank creates and all open: its descriptor, or -1."""
     descriptor, path, problem = -1, "", None
     try:
         if comm.rank == 0:
             descriptor, path = create()
+            os.ftruncate(descriptor, total)
     except OSError as error:
         problem = error
     path = comm.bcast(path)
