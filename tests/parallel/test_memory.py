@@ -34,7 +34,9 @@ def test_all_see_what_each_wrote(kind: type[SharedMemory]) -> None:
     memory = make(kind, size, 10)
     everyone, common = memory.own(1 + COMM.rank % 2, 1000, np.float32), memory.common(10, np.float64)
     assert [len(vectors) for vectors in everyone] == [1 + rank % 2 for rank in range(COMM.size)]
-    assert not any(vector.any() for vectors in everyone for vector in vectors)
+    zero = not any(vector.any() for vectors in everyone for vector in vectors)
+    memory.barrier()
+    assert zero
     for index, vector in enumerate(everyone[COMM.rank]):
         assert vector.ctypes.data % 64 == 0
         vector[:] = 10 * COMM.rank + index
