@@ -10,7 +10,7 @@ Vector = NDArray[np.floating]
 
 ALIGNMENT = 64  # bytes: a cache line, and an AVX-512 register
 BLOCK = 1 << 14  # elements: the unit of norms and of ownership
-PIECE = 1 << 15  # elements: values, gradient, state and scratch of a piece fit a core's cache together
+PIECE = 1 << 16  # elements: values, gradient, state and scratch of a piece fit a core's cache together
 
 
 def empty(size: int, dtype: DTypeLike) -> Vector:
