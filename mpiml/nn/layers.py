@@ -31,9 +31,6 @@ class At:
     microbatch: int = 0
 
 
-EVALUATION = At(training=False)
-
-
 class Layer:
     """What every layer has. A layer of one's own derives from this and defines `__call__`, and `output_shape` and
     `flops` where the defaults (same shape; one operation per element) are wrong.

@@ -261,7 +261,7 @@ def test_dropout_keeps_the_mean() -> None:
 
 
 def test_dropout_is_off_in_evaluation_and_at_rate_0() -> None:
-    np.testing.assert_array_equal(dropped(nn.EVALUATION), np.ones((400, 50)))
+    np.testing.assert_array_equal(dropped(nn.At(training=False)), np.ones((400, 50)))
     np.testing.assert_array_equal(dropped(rate=0.0), np.ones((400, 50)))
 
 
