@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpiml import waiting
 from mpiml.clock import Clock
 from mpiml.config import Config
 from mpiml.data.dataset import Batch, Dataset, Findings, inspect
@@ -117,6 +118,7 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
     """
     assert config.microbatches, "settings are resolved before a run is assembled"
     clock("joining")
+    waiting.share_cores(grid.node.size * config.threads, grid.cores)
     block = part(grid.replica, grid.replicas, config.microbatches)
     shards = Shards(data.train, config.microbatches, config.batch, config.seed, *block, config.dtype)
     test_chunks = -(-len(data.test) // config.eval_rows)

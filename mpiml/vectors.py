@@ -63,23 +63,31 @@ def is_finite(vector: Vector) -> bool:
     return math.isfinite(np.dot(vector, vector)) or bool(np.isfinite(vector).all())
 
 
-# The updates below change `value` and the states in place. `grad` and `spare` are scratch of the same length;
-# `grad` holds the gradient and may be overwritten. `rate` is the learning rate, `decay` the weight decay.
+# The updates below change `value` and the states in place. `total` is the summed gradient and `scale` what makes the
+# mean of it. `scratch` is two vectors of the same length, of which the first may be `total` itself. `rate` is the
+# learning rate, `decay` the weight decay.
+
+Scratch = tuple[Vector, Vector]
 
 
-def sgd(value: Vector, grad: Vector, spare: Vector, rate: float, decay: float) -> None:
+def sgd(value: Vector, total: Vector, scale: float, scratch: Scratch, rate: float, decay: float) -> None:
     """value -= rate * (grad + decay * value)."""
+    grad, spare = scratch
     if decay:
+        np.multiply(total, scale, out=grad)
         np.multiply(value, decay, out=spare)
         np.add(grad, spare, out=grad)
-    np.multiply(grad, rate, out=grad)
+        np.multiply(grad, rate, out=grad)
+    else:
+        np.multiply(total, scale * rate, out=grad)
     np.subtract(value, grad, out=value)
 
 
 def momentum_sgd(
     value: Vector,
-    grad: Vector,
-    spare: Vector,
+    total: Vector,
+    scale: float,
+    scratch: Scratch,
     states: Sequence[Vector],
     rate: float,
     decay: float,
@@ -90,7 +98,8 @@ def momentum_sgd(
 
     Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML 2013.
     """
-    (velocity,) = states
+    (velocity,), (grad, spare) = states, scratch
+    np.multiply(total, scale, out=grad)
     if decay:
         np.multiply(value, decay, out=spare)
         np.add(grad, spare, out=grad)
@@ -107,8 +116,9 @@ def momentum_sgd(
 
 def adam(
     value: Vector,
-    grad: Vector,
-    spare: Vector,
+    total: Vector,
+    scale: float,
+    scratch: Scratch,
     states: Sequence[Vector],
     rate: float,
     decay: float,
@@ -121,8 +131,9 @@ def adam(
 
     Kingma and Ba, "Adam", ICLR 2015; Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019.
     """
-    mean, variance = states
+    (mean, variance), (grad, spare) = states, scratch
     first, second = betas
+    np.multiply(total, scale, out=grad)
     if decay and decoupled:
         np.multiply(value, 1.0 - rate * decay, out=value)
     elif decay:

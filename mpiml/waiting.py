@@ -1,26 +1,39 @@
-"""Waiting for messages without keeping a core from the ranks that have work."""
+"""Waiting for other ranks without keeping a core from those that have work."""
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mpi4py import MPI
 
 YIELDS = 50
 NAP = 50e-6  # seconds
+PATIENCE = 40  # times as many yields, about a millisecond, where every thread has a core: a nap lasts longer than it says
+_yields = YIELDS
 
 
-def wait(requests: Sequence[MPI.Request]) -> None:
-    """Return when all requests are complete. Polls, then yields the core at every try, then sleeps between tries.
+def share_cores(threads: int, cores: int) -> None:
+    """Say how many threads of all ranks use how many cores of this node: on it depends how soon a rank sleeps."""
+    global _yields  # noqa: PLW0603 (a property of the process, as the cores are)
+    _yields = YIELDS * PATIENCE if threads <= cores else YIELDS
 
-    Each poll drives the MPI library, so messages of other requests move meanwhile, and signals are handled.
-    """
-    if not requests:
-        return
-    pending, tries = list(requests), 0
-    while not MPI.Request.Testall(pending):
+
+def until(done: Callable[[], bool]) -> None:
+    """Return when `done()` is true. Asks at once, then yields the core at every try, then sleeps between tries."""
+    tries = 0
+    while not done():
         tries += 1
-        if tries > YIELDS:
+        if tries > _yields:
             time.sleep(NAP)
         else:
             os.sched_yield()
+
+
+def wait(requests: Sequence[MPI.Request]) -> None:
+    """Return when all requests are complete.
+
+    Each poll drives the MPI library, so messages of other requests move meanwhile, and signals are handled.
+    """
+    if requests:
+        pending = list(requests)
+        until(lambda: MPI.Request.Testall(pending))

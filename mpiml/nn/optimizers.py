@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mpiml import vectors
-from mpiml.vectors import Vector
+from mpiml.vectors import Scratch, Vector
 
 
 @dataclass(frozen=True)
@@ -12,9 +12,9 @@ class Optimizer:
     """What all optimizers share.
 
     `states` names the state vectors; each has the values' size and starts at zero. `update` changes a piece of
-    the values and of the states in place: `grad` (the batch's mean gradient, may be overwritten) and `spare` are
-    scratch of the piece's length; `rate` is the learning rate, `decay` whether weight decay applies to the piece,
-    and `step` counts from 1.
+    the values and of the states in place: `total` times `scale` is the batch's mean gradient; `scratch` is two
+    vectors of the piece's length, of which the first may be `total` itself; `rate` is the learning rate, `decay`
+    whether weight decay applies to the piece, and `step` counts from 1.
     """
 
     weight_decay: float = 0.0
@@ -23,7 +23,15 @@ class Optimizer:
     default_rate = 0.0
 
     def update(
-        self, value: Vector, grad: Vector, spare: Vector, states: Sequence[Vector], rate: float, decay: bool, step: int
+        self,
+        value: Vector,
+        total: Vector,
+        scale: float,
+        scratch: Scratch,
+        states: Sequence[Vector],
+        rate: float,
+        decay: bool,
+        step: int,
     ) -> None:
         raise TypeError(f"{type(self).__name__} defines no update")
 
@@ -35,9 +43,17 @@ class SGD(Optimizer):
     default_rate = 0.1
 
     def update(
-        self, value: Vector, grad: Vector, spare: Vector, states: Sequence[Vector], rate: float, decay: bool, step: int
+        self,
+        value: Vector,
+        total: Vector,
+        scale: float,
+        scratch: Scratch,
+        states: Sequence[Vector],
+        rate: float,
+        decay: bool,
+        step: int,
     ) -> None:
-        vectors.sgd(value, grad, spare, rate, self.weight_decay if decay else 0.0)
+        vectors.sgd(value, total, scale, scratch, rate, self.weight_decay if decay else 0.0)
 
 
 @dataclass(frozen=True)
@@ -50,10 +66,18 @@ class Momentum(Optimizer):
     default_rate = 0.05
 
     def update(
-        self, value: Vector, grad: Vector, spare: Vector, states: Sequence[Vector], rate: float, decay: bool, step: int
+        self,
+        value: Vector,
+        total: Vector,
+        scale: float,
+        scratch: Scratch,
+        states: Sequence[Vector],
+        rate: float,
+        decay: bool,
+        step: int,
     ) -> None:
         wd = self.weight_decay if decay else 0.0
-        vectors.momentum_sgd(value, grad, spare, states, rate, wd, self.momentum, self.nesterov)
+        vectors.momentum_sgd(value, total, scale, scratch, states, rate, wd, self.momentum, self.nesterov)
 
 
 @dataclass(frozen=True)
@@ -67,10 +91,18 @@ class Adam(Optimizer):
     default_rate = 0.001
 
     def update(
-        self, value: Vector, grad: Vector, spare: Vector, states: Sequence[Vector], rate: float, decay: bool, step: int
+        self,
+        value: Vector,
+        total: Vector,
+        scale: float,
+        scratch: Scratch,
+        states: Sequence[Vector],
+        rate: float,
+        decay: bool,
+        step: int,
     ) -> None:
         wd = self.weight_decay if decay else 0.0
-        vectors.adam(value, grad, spare, states, rate, wd, self.decoupled, self.betas, self.epsilon, step)
+        vectors.adam(value, total, scale, scratch, states, rate, wd, self.decoupled, self.betas, self.epsilon, step)
 
 
 def build(name: str, momentum: float, weight_decay: float) -> Optimizer:

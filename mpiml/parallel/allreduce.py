@@ -53,8 +53,9 @@ class GradientSum(Protocol):
         """Exchange partial sums. Every replica of the stage calls it when the step record is agreed on: nobody has
         that before all have finished their backward passes."""
 
-    def total(self, index: int, out: Vector | None = None) -> Vector:
-        """The summed gradient of pieces[index], written to `out`, or to be used before the next call."""
+    def total(self, index: int, out: Vector) -> Vector:
+        """The summed gradient of pieces[index]: in `out` if there was anything to add, else where it lies in
+        slots[0]."""
 
     def publish(self) -> None:
         """Hand the values of this replica's part to all; afterwards all replicas hold equal values."""
@@ -123,19 +124,13 @@ class OrderedSum:
         MPI.Prequest.Startall(self._sends)
         wait(self._receives)
 
-    def total(self, index: int, out: Vector | None = None) -> Vector:
-        additions, result = self._totals[index]
-        if out is None:
-            for addition in additions:
-                vectors.add(*addition)
-            return result
-        for addition in additions[:-1]:
+    def total(self, index: int, out: Vector) -> Vector:
+        additions, left, right = self._totals[index]
+        for addition in additions:
             vectors.add(*addition)
-        if additions:
-            left, right, _ = additions[-1]
-            vectors.add(left, right, out)
-        else:
-            vectors.copy(result, out)
+        if right is None:
+            return left
+        vectors.add(left, right, out)
         return out
 
     def publish(self) -> None:
@@ -171,7 +166,7 @@ class OrderedSum:
         start, stop = self.held
         self._gives: list[MPI.Prequest] = []
         self._receives: list[MPI.Prequest] = []
-        self._totals: list[tuple[list[Addition], Vector]] = []
+        self._totals: list[tuple[list[Addition], Vector, Vector | None]] = []
         if start == stop:
             return
         values = self.values[start:stop]
@@ -187,7 +182,8 @@ class OrderedSum:
         for piece in self.pieces:
             views = [part[piece.start - start : piece.stop - start] for part in parts]
             additions = self._additions(views, self.plan.root_counts)
-            self._totals.append((additions, additions[-1][2] if additions else views[0]))
+            left, right = additions.pop()[:2] if additions else (views[0], None)
+            self._totals.append((additions, left, right))
 
     def _additions(self, parts: Sequence[Vector], counts: Sequence[int], out: Vector | None = None) -> list[Addition]:
         """The additions of a shift-reduce plan over `parts`; sums go to scratch, the last one to `out` if given."""
@@ -244,13 +240,9 @@ class LibrarySum:
             vectors.add(self.slots[top - 1], self.slots[top], out=self.slots[top - 1])
         wait([self.comm.Iallreduce(MPI.IN_PLACE, self.slots[0])])
 
-    def total(self, index: int, out: Vector | None = None) -> Vector:
+    def total(self, index: int, out: Vector) -> Vector:
         piece = self.pieces[index]
-        result = self.slots[0][piece.start : piece.stop]
-        if out is None:
-            return result
-        vectors.copy(result, out)
-        return out
+        return self.slots[0][piece.start : piece.stop]
 
     def publish(self) -> None:
         pass

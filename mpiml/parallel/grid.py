@@ -26,6 +26,7 @@ class Grid:
         launched: the rank that the launcher gave each rank of `comm`.
         nodes: the number of this stage's replicas on each node, in order.
         node: the ranks of this node; `local`, those of them that are replicas of this stage.
+        cores: how many cores the ranks of this node may use, all together.
         leaders: the first ranks of all nodes; None on other ranks, and if there is one node only.
     """
 
@@ -41,6 +42,7 @@ class Grid:
     node: MPI.Intracomm
     local: MPI.Intracomm
     leaders: MPI.Intracomm | None
+    cores: int
 
     def free(self) -> None:
         """Give the communicators back: an MPI library has only some thousands. Collective."""
@@ -81,6 +83,7 @@ def build(comm: MPI.Intracomm, stages: int) -> Grid:
         node=node,
         local=MPI.Intracomm(data.Split(here)),
         leaders=None if leaders == MPI.COMM_NULL else leaders,
+        cores=len(set[int]().union(*node.allgather(os.sched_getaffinity(0)))),
     )
 
 

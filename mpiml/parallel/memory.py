@@ -6,7 +6,6 @@ import mmap
 import os
 import platform
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -18,7 +17,7 @@ from numpy.typing import DTypeLike
 from mpiml import vectors
 from mpiml.errors import ConfigError
 from mpiml.vectors import ALIGNMENT, Vector
-from mpiml.waiting import NAP, YIELDS, wait
+from mpiml.waiting import until, wait
 
 PAGE = mmap.PAGESIZE
 SHM = "/dev/shm/"
@@ -96,20 +95,23 @@ class SharedMemory:
     def barrier(self, action: Callable[[], None] | None = None) -> None:
         """As of Memory; `action` is what the first rank does when all have come, before any of them goes on.
 
-        A slot per rank and a word that releases all, each on a cache line of its own, polled: a few times at once,
-        then after yielding the core, then after sleeping, for the rank that is waited for may need the core.
+        A slot per rank and a word that releases all, each on a cache line of its own, polled.
         """
         self._epoch += 1
         words, apart = self._words, ALIGNMENT // 8
         if self.rank:
             words[(1 + self.rank) * apart] = self._epoch
-            _await(words, 0, self._epoch)
+            until(self._reached(0))
             return
         for rank in range(1, self.ranks):
-            _await(words, (1 + rank) * apart, self._epoch)
+            until(self._reached((1 + rank) * apart))
         if action:
             action()
         words[0] = self._epoch
+
+    def _reached(self, index: int) -> Callable[[], bool]:
+        words, epoch = self._words, self._epoch
+        return lambda: words[index] >= epoch
 
     def _vector(self, start: int, size: int, dtype: DTypeLike) -> Vector:
         return np.frombuffer(self._map, dtype, size, start)
@@ -124,16 +126,6 @@ class FencedMemory(SharedMemory):
             if self.rank == 0:
                 action()
             wait([self.comm.Ibarrier()])
-
-
-def _await(words: memoryview, index: int, epoch: int) -> None:
-    tries = 0
-    while words[index] < epoch:
-        tries += 1
-        if tries > YIELDS:
-            time.sleep(NAP)
-        else:
-            os.sched_yield()
 
 
 def share(

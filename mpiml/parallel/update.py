@@ -8,7 +8,7 @@ from mpi4py import MPI
 
 from mpiml import vectors
 from mpiml.parallel.allreduce import GradientSum
-from mpiml.vectors import Vector
+from mpiml.vectors import Scratch, Vector
 from mpiml.waiting import wait
 
 
@@ -19,7 +19,15 @@ class Optimizer(Protocol):
     def states(self) -> tuple[str, ...]: ...
 
     def update(
-        self, value: Vector, grad: Vector, spare: Vector, states: Sequence[Vector], rate: float, decay: bool, step: int
+        self,
+        value: Vector,
+        total: Vector,
+        scale: float,
+        scratch: Scratch,
+        states: Sequence[Vector],
+        rate: float,
+        decay: bool,
+        step: int,
     ) -> None: ...
 
 
@@ -73,13 +81,11 @@ class Update:
                 return norm
             if self.clip and norm > self.clip:
                 scale *= self.clip / norm
-        gradients = self._kept if norm is not None else None
         finite = True
         for index, piece in enumerate(self.sum.pieces):
-            gradient = gradients[index] if gradients else self.sum.total(index)
-            value, (grad, spare) = self._values[index], self._scratch[index]
-            np.multiply(gradient, scale, out=grad)
-            self.optimizer.update(value, grad, spare, self._states[index], rate, piece.decay, step)
+            value, scratch = self._values[index], self._scratch[index]
+            total = self.sum.total(index, scratch[0]) if norm is None else self._kept[index]
+            self.optimizer.update(value, total, scale, scratch, self._states[index], rate, piece.decay, step)
             finite = finite and vectors.is_finite(value)
         self.finite = finite
         self.sum.publish()

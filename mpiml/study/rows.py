@@ -27,7 +27,7 @@ from mpiml.run.process import prepare_process
 from mpiml.study.byhand import Perceptron
 from mpiml.study.measure import Ratio, meet, times
 from mpiml.study.trainer import MOMENTUM, RATE, Trainer, images, perceptron, perceptron_operations, repeats, tower
-from mpiml.vectors import PIECE, Vector
+from mpiml.vectors import PIECE, Scratch, Vector
 
 WORLD = MPI.COMM_WORLD
 
@@ -70,9 +70,17 @@ class Copy(Optimizer):
     """The sum itself as the new value, which makes an update a bare all-reduce."""
 
     def update(
-        self, value: Vector, grad: Vector, spare: Vector, states: Sequence[Vector], rate: float, decay: bool, step: int
+        self,
+        value: Vector,
+        total: Vector,
+        scale: float,
+        scratch: Scratch,
+        states: Sequence[Vector],
+        rate: float,
+        decay: bool,
+        step: int,
     ) -> None:
-        np.copyto(value, grad)
+        np.copyto(value, total)
 
 
 def ordered(size: int, memory_kind: str, optimizer: Optimizer) -> tuple[OrderedSum, Update]:
@@ -135,8 +143,7 @@ class Everywhere:
         for start in range(0, len(self.values), PIECE):
             value = self.values[start : start + PIECE]
             grad, spare = self.scratch[:, : len(value)]
-            np.multiply(self.gradient[start : start + PIECE], 1.0, out=grad)
-            self.optimizer.update(value, grad, spare, [], 0.0, False, 1)
+            self.optimizer.update(value, self.gradient[start : start + PIECE], 1.0, (grad, spare), [], 0.0, False, 1)
 
 
 def torch_ddp(hidden: str, rows: str) -> Ratio:

@@ -52,9 +52,11 @@ def run(name: str, weight_decay: float, pieces: list[slice], decay: bool = True,
     states = [np.zeros(size, dtype) for _ in optimizer.states]
     for step, gradient in enumerate(gradients(size), 1):
         for piece in pieces:
-            grad = gradient[piece].astype(dtype)
-            spare = np.full(len(grad), np.nan, dtype)  # scratch: whatever lies in it must not matter
-            optimizer.update(values[piece], grad, spare, [s[piece] for s in states], RATE, decay, step)
+            total = 4 * gradient[piece].astype(dtype)
+            # What lies in scratch must not matter, and the total may be part of it.
+            grad, spare = (np.full(len(total), np.nan, dtype) for _ in range(2))
+            scratch = (total if step % 2 else grad, spare)
+            optimizer.update(values[piece], total, 0.25, scratch, [s[piece] for s in states], RATE, decay, step)
     return values
 
 
@@ -89,7 +91,7 @@ def test_no_gradient_and_no_decay_change_nothing_at_rest(name: str) -> None:
     optimizer = optimizers.build(name, MOMENTUM, 0.0)
     values = first_values()
     states = [np.zeros(7) for _ in optimizer.states]
-    optimizer.update(values, np.zeros(7), np.zeros(7), states, RATE, True, 1)
+    optimizer.update(values, np.zeros(7), 1.0, (np.zeros(7), np.zeros(7)), states, RATE, True, 1)
     np.testing.assert_array_equal(values, first_values())
 
 
@@ -97,7 +99,8 @@ def test_the_first_step_of_adam_is_the_rate_whatever_the_gradient() -> None:
     for size in (1e-3, 1.0, 1e6):
         value = np.zeros(1)
         adam = optimizers.build("adam", 0.0, 0.0)
-        adam.update(value, np.array([-size]), np.zeros(1), [np.zeros(1), np.zeros(1)], RATE, False, 1)
+        scratch, states = (np.zeros(1), np.zeros(1)), [np.zeros(1), np.zeros(1)]
+        adam.update(value, np.array([-size]), 1.0, scratch, states, RATE, False, 1)
         assert value[0] == pytest.approx(RATE, rel=1e-4)
 
 

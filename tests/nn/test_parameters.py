@@ -122,7 +122,7 @@ def test_padding_stays_zero(name: str, dtype: str) -> None:
         gradient = layout.zeros()
         for _, view in layout.views(gradient):
             view[...] = np.random.default_rng(step).standard_normal(view.shape)
-        optimizer.update(values, gradient, spare, states, 0.1, True, step)
+        optimizer.update(values, gradient, 1.0, (gradient, spare), states, 0.1, True, step)
     free = padding(layout)
     assert free.any()
     for vector in (values, *states):
