@@ -192,12 +192,12 @@ def place(config: Config, grid: Grid, layout: Layout, columns: int) -> tuple[Gra
     return sum_, private, notes
 
 
-def objective(loss: Loss, metric: Metric) -> Callable[[Any, Any], tuple[list[float], Any]]:
+def objective(loss: Loss, metric: Metric) -> Callable[[Any, Any, bool], tuple[list[float], Any]]:
     """Score a micro-batch: its row of the step record, and the gradient by the model's output."""
 
-    def score(y: Any, labels: Any) -> tuple[list[float], Any]:
+    def score(y: Any, labels: Any, measured: bool) -> tuple[list[float], Any]:
         total, weight, dy = loss(y, labels)
-        return [total, weight, *metric.sums(y, labels)], dy
+        return [total, weight, *(metric.sums(y, labels) if measured else ())], dy
 
     return score
 

@@ -113,13 +113,13 @@ def _loop(run: Run, start: int, checkpoints: Path, logger: log.Log, stop: StopRe
     for step in range(start + 1, run.steps + 1):
         began = perf_counter()
         clock.step = step
+        last = step == run.steps
+        log_due = _due(step, cfg.log_every, last)
         table = run.record(cfg.microbatches)
-        run.stage.train(step, run.shards.batches(step), table)
+        run.stage.train(step, run.shards.batches(step), table, measured=log_due)
         clock("communication")
         record = run.agree(table, not run.update.finite, stop.asked)
         _refuse_not_finite(run, step, record)
-        last = step == run.steps
-        log_due = _due(step, cfg.log_every, last)
         eval_due = _due(step, cfg.eval_every, last)
         save_due = _due(step, cfg.save_every, last) or record.stop
         rate = run.learning_rate(step)

@@ -100,7 +100,7 @@ def agree(comm: MPI.Intracomm, table: NDArray[np.float64], broken: bool = False,
     Args:
         table: a row (loss, weight, metric sums...) for every micro-batch of the step, on all ranks; this rank has
             filled in its own, the others are zero. As each row comes from one rank, adding up tables is exact, and
-            the rows are then added by math.fsum, which is exact too: no layout can change the result.
+            the rows are then added in their order: no layout can change the result.
     """
     message = np.empty(2 + table.size)
     message[0], message[1], message[2:] = broken, stop, table.ravel()
@@ -109,13 +109,6 @@ def agree(comm: MPI.Intracomm, table: NDArray[np.float64], broken: bool = False,
 
 
 def _record(table: NDArray[Any], broken: float, stop: float) -> Record:
-    loss, weight, *metric = (_sum(column) for column in table.T)
+    loss, weight, *metric = np.add.reduce(table, axis=0).tolist()
     bad = None if math.isfinite(loss) else int(np.argmin(np.isfinite(table[:, 0])))
     return Record(loss, weight, metric, bool(broken), bool(stop), bad)
-
-
-def _sum(column: NDArray[Any]) -> float:
-    try:
-        return math.fsum(column.tolist())
-    except (OverflowError, ValueError):  # beyond float64, or inf - inf
-        return math.nan

@@ -17,7 +17,7 @@ from mpiml.waiting import wait
 
 Array = NDArray[np.floating]
 Backward = Callable[[Array, Any], Array | None]
-Objective = Callable[[Array, NDArray[np.generic]], tuple[list[float], Array]]
+Objective = Callable[[Array, NDArray[np.generic], bool], tuple[list[float], Array]]
 
 
 class Batch(Protocol):
@@ -38,7 +38,8 @@ class Part:
     Attributes:
         forward: (x, at) -> (y, backward).
         at: (training, step, micro-batch) -> what forward takes as `at`.
-        objective: (y, labels) -> (the micro-batch's row of sums for the step record, gradient by y).
+        objective: (y, labels, measured) -> (the micro-batch's row of sums for the step record, without the metric's
+            unless it is to be measured; gradient by y).
         x_shape, y_shape: of a row that comes in and of one that goes out.
         learns: whether this stage has parameters, or one before it: whether it needs a gradient.
         learned: whether a stage before it has parameters, and so needs a gradient from this one.
@@ -73,17 +74,18 @@ class Stage:
         self.first, self.last = self.stage == 0, self.stage == self.stages - 1
         self._sent: list[MPI.Request] = []
 
-    def train(self, step: int, batches: Sequence[Batch], record: NDArray[np.float64]) -> None:
+    def train(self, step: int, batches: Sequence[Batch], record: NDArray[np.float64], measured: bool) -> None:
         """Forward and backward of this replica's micro-batches of a step.
 
-        Gradients go into the gradient sum's slots; on the last stage the sums of micro-batch m go into record[m].
+        Gradients go into the gradient sum's slots; on the last stage the sums of micro-batch m go into record[m],
+        those of the metric only if it is to be measured.
         """
         in_flight: dict[int, tuple[Backward, Array | None]] = {}
         for kind, index in self.schedule(self.stages, self.stage, len(batches)):
             batch = batches[index]
             if kind == "F" and batch.rows:
                 y, backward = self.part.forward(self._input(batch), self.part.at(True, step, batch.index))
-                in_flight[index] = backward, self._output(batch, y, record)
+                in_flight[index] = backward, self._output(batch, y, record, measured)
             elif kind == "B":
                 self._backward(batch, index, *in_flight.pop(index, (None, None)))
         self._finish_sends()
@@ -93,7 +95,7 @@ class Stage:
         for _, index in forward_only(self.stages, self.stage, len(batches)):
             batch = batches[index]
             y, _ = self.part.forward(self._input(batch), self.part.at(False, 0, batch.index))
-            self._output(batch, y, record)
+            self._output(batch, y, record, measured=True)
         self._finish_sends()
 
     def _input(self, batch: Batch) -> Array:
@@ -104,7 +106,7 @@ class Stage:
         self.clock("compute")
         return x
 
-    def _output(self, batch: Batch, y: Array, record: NDArray[np.float64]) -> Array | None:
+    def _output(self, batch: Batch, y: Array, record: NDArray[np.float64], measured: bool) -> Array | None:
         """Pass y on, or score it: then the gradient by y is returned."""
         if not self.last:
             self._send(self.stage + 1, y)
@@ -112,7 +114,8 @@ class Stage:
         self.clock("data")
         labels = batch.y()
         self.clock("compute")
-        record[batch.index], dy = self.part.objective(y, labels)
+        sums, dy = self.part.objective(y, labels, measured)
+        record[batch.index, : len(sums)] = sums
         return dy
 
     def _backward(self, batch: Batch, index: int, backward: Backward | None, dy: Array | None) -> None:
