@@ -150,7 +150,7 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
         gradients=[Gradients(layout, slot) for slot in sum_.slots],
     )
     optimizer = optimizers.build(config.optimizer, config.momentum, config.weight_decay or 0.0)
-    update = Update(grid.comm, grid.replica, sum_, optimizer, config.clip)
+    update = Update(grid.comm, grid.replica, sum_, optimizer, config.clip, clock)
     return Run(
         config=config,
         grid=grid,

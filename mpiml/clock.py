@@ -6,14 +6,15 @@ from time import perf_counter
 
 # In each of these a rank may rightly stand still for as long as another rank is busy.
 BLOCKED_ON_OTHERS = frozenset({"waiting", "communication", "joining"})
-SHARES = ("compute", "waiting", "communication", "data")
+SHARES = ("compute", "waiting", "communication", "update", "data")
 
 
 class Clock:
     """Seconds per activity. Call it with an activity's name whenever that activity begins.
 
-    Activities: compute, waiting (for a neighbouring stage), communication (step record, gradient sum,
-    values), data, evaluation, checkpoint, log, start, joining (a collective outside the steps).
+    Activities: compute, waiting (for a neighbouring stage), communication (step record, exchange of gradients and
+    values: what the computing did not hide), update (adding up gradients and optimizing, piece by piece), data,
+    evaluation, checkpoint, log, start, joining (a collective outside the steps).
     """
 
     def __init__(self) -> None:

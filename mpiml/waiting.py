@@ -8,7 +8,9 @@ from mpi4py import MPI
 
 YIELDS = 50
 NAP = 50e-6  # seconds
-PATIENCE = 40  # times as many yields, about a millisecond, where every thread has a core: a nap lasts longer than it says
+PATIENCE = (
+    40  # times as many yields, about a millisecond, where every thread has a core: a nap lasts longer than it says
+)
 _yields = YIELDS
 
 

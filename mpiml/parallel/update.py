@@ -7,6 +7,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpiml import vectors
+from mpiml.clock import Clock
 from mpiml.parallel.allreduce import GradientSum
 from mpiml.vectors import Scratch, Vector
 from mpiml.waiting import wait
@@ -39,14 +40,23 @@ class Update:
         replica: of this rank.
         sum_: of this stage.
         clip: the largest norm that the gradient may have; 0 for any.
+        clock: is told what the update does.
 
     Attributes:
         states: the optimizer's state for this replica's part of the vector, by name.
         finite: whether all values that this rank computed in its last step are finite.
     """
 
-    def __init__(self, comm: MPI.Intracomm, replica: int, sum_: GradientSum, optimizer: Optimizer, clip: float):
-        self.comm, self.sum, self.optimizer, self.clip = comm, sum_, optimizer, clip
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        replica: int,
+        sum_: GradientSum,
+        optimizer: Optimizer,
+        clip: float,
+        clock: Clock | None = None,
+    ):
+        self.comm, self.sum, self.optimizer, self.clip, self.clock = comm, sum_, optimizer, clip, clock or Clock()
         self.finite = True
         start, stop = sum_.held
         dtype = sum_.values.dtype
@@ -72,7 +82,9 @@ class Update:
         """
         if not weight:
             return 0.0
+        self.clock("communication")
         self.sum.start()
+        self.clock("update")
         scale = 1.0 / weight
         norm = None
         if measure or self.clip:
@@ -88,6 +100,7 @@ class Update:
             self.optimizer.update(value, total, scale, scratch, self._states[index], rate, piece.decay, step)
             finite = finite and vectors.is_finite(value)
         self.finite = finite
+        self.clock("communication")
         self.sum.publish()
         return norm
 
@@ -99,5 +112,7 @@ class Update:
             if self._counts_in_norm:
                 squares += vectors.square_sums(self._kept[index], piece.blocks)
         everyone = np.empty(sum(self._squares))
+        self.clock("communication")
         wait([self.comm.Iallgatherv(np.array(squares), [everyone, self._squares])])
+        self.clock("update")
         return vectors.norm(everyone)

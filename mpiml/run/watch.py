@@ -18,7 +18,9 @@ from mpiml.errors import RunError
 from mpiml.waiting import wait
 
 # A sign of life carries the activity's number here.
-ACTIVITIES = ["start", "data", "compute", "waiting", "communication", "evaluation", "checkpoint", "log", "joining"]
+ACTIVITIES = [
+    *("start", "data", "compute", "waiting", "communication", "update", "evaluation", "checkpoint", "log", "joining")
+]
 GOODBYE = -1.0
 PROBES = 100  # in vain before no message is there: a probe may fail just because it first moves messages along
 
