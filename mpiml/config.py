@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
+import functools
 import json
 import math
-import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import mpiml
 from mpiml.errors import ConfigError
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser
 
 GROUPS = ("data and model", "grid", "steps and batches", "optimizer", "arithmetic", "evaluation and output")
 
@@ -202,6 +203,8 @@ def parse(arguments: Sequence[str], program: str = "mpiml.train") -> Config:
 
 def from_toml(path: Path) -> dict[str, Any]:
     """The settings in a TOML file, by name. Raises ConfigError for an unknown key or a value of another kind."""
+    import tomllib
+
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -223,13 +226,14 @@ def typed(table: Mapping[str, Any], origin: str) -> dict[str, Any]:
     return values
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message.removeprefix("argument "))
+def _parser(program: str) -> ArgumentParser:
+    import argparse
 
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError(message.removeprefix("argument "))
 
-def _parser(program: str) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=f"python -m {program}",
         usage=f"[mpirun -n RANKS] python -m {program} [settings]",
         description="Train a model on the ranks of an MPI job: data-parallel, layer-split (--pipe), or both.",
@@ -258,6 +262,7 @@ def _metavar(kind: Any) -> str:
     return "N,N" if "tuple" in text else "N" if "int" in text else "X" if "float" in text else "NAME"
 
 
+@functools.cache
 def _types() -> dict[str, Any]:
     hints = typing.get_type_hints(Config)
     return {field.name: hints[field.name] for field in settings()}
@@ -304,6 +309,8 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
 
 
 def _guess(word: str, known: Sequence[str]) -> str:
+    import difflib
+
     close = difflib.get_close_matches(word, known, 1)
     return f" (did you mean {close[0]}?)" if close else ""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +37,8 @@ def settings(asked: Config) -> Config:
 
 def of_checkpoint(saved: Checkpoint) -> Config:
     """The settings of the run that a checkpoint is of."""
+    import tomllib
+
     return Config(**typed(tomllib.loads(saved.config), "the checkpoint"))
 
 

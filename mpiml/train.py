@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 
 if __name__ == "__main__":
+    gc.disable()  # until all is imported: what is imported stays
     # Set before NumPy loads: otherwise each rank's BLAS starts a thread per core, only to be told to use fewer.
     for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
@@ -39,6 +41,11 @@ from mpiml.run.failure import Guard, exit_code
 from mpiml.run.process import StopRequest, prepare_process
 from mpiml.run.verdict import on_rank_0, together
 from mpiml.run.watch import Watch
+from mpiml.waiting import broadcast
+
+if __name__ == "__main__":
+    gc.freeze()
+    gc.enable()
 
 PROGRAM = "mpiml.train"
 
@@ -73,7 +80,7 @@ def _train(
 ) -> dict[str, Any]:
     began = perf_counter()
     clock("joining")
-    first = comm.bcast(asked)
+    first = broadcast(comm, asked)
     together(comm, clock, lambda: restart.check_settings(asked, first))
     cfg = on_rank_0(comm, clock, lambda: restart.settings(asked))
     with Watch(comm.Dup(), clock, cfg.stall_timeout, guard.fail), StopRequest() as stop:
@@ -201,8 +208,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     comm, clock = MPI.COMM_WORLD, Clock()
     try:
         with Guard(comm, clock, PROGRAM):
-            given = sys.argv[1:] if arguments is None else arguments
-            config = together(comm, clock, lambda: parse(given, PROGRAM))
+            given = list(sys.argv[1:] if arguments is None else arguments)
+            first, config = on_rank_0(comm, clock, lambda: (given, parse(given, PROGRAM)))
+            config = together(comm, clock, lambda: config if given == first else parse(given, PROGRAM))
         return int(train(config, comm)["exit_code"])
     except BaseException as error:  # reported already, and in a job of several ranks known to all
         return exit_code(error)

@@ -1,10 +1,15 @@
 """Waiting for other ranks without keeping a core from those that have work."""
 
 import os
+import pickle
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
+import numpy as np
 from mpi4py import MPI
+
+T = TypeVar("T")
 
 YIELDS = 50
 NAP = 50e-6  # seconds
@@ -39,3 +44,17 @@ def wait(requests: Sequence[MPI.Request]) -> None:
     if requests:
         pending = list(requests)
         until(lambda: MPI.Request.Testall(pending))
+
+
+def broadcast(comm: MPI.Intracomm, value: T, root: int = 0) -> T:
+    """What `value` is on rank `root`, on all ranks; collective. comm.bcast would poll without a pause."""
+    content = bytearray(pickle.dumps(value) if comm.rank == root else b"")
+    size = np.array([len(content)])
+    wait([comm.Ibcast(size, root)])
+    if comm.rank == root:
+        wait([comm.Ibcast(content, root)])
+        return value
+    content = bytearray(int(size[0]))
+    wait([comm.Ibcast(content, root)])
+    received: T = pickle.loads(content)
+    return received

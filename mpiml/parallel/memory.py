@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import os
 import platform
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -232,4 +231,6 @@ def _nameless() -> tuple[int, str]:
 
 def _named() -> tuple[int, str]:
     """For where processes cannot look at each other: a file in memory, whose name goes when all have opened it."""
+    import tempfile
+
     return tempfile.mkstemp(prefix="mpiml-", dir=SHM)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +67,8 @@ def _blas() -> str:
 
 
 def _version(name: str) -> str | None:
+    from importlib import metadata  # only rank 0 needs it, and it brings much along
+
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -12,6 +12,7 @@ from mpi4py import MPI
 
 from mpiml.clock import Clock
 from mpiml.errors import OutputError, RunError
+from mpiml.waiting import broadcast, wait
 
 T = TypeVar("T")
 
@@ -24,11 +25,10 @@ def together(comm: MPI.Intracomm, clock: Clock, action: Callable[[], T]) -> T:
     doing = clock.activity
     result, error = _attempt(action)
     clock("joining")
-    # Not comm.allreduce: while it waits, other threads of the process cannot run, the watch among them.
     first = np.array([comm.size if error is None else comm.rank])
-    comm.Allreduce(MPI.IN_PLACE, first, MPI.MIN)
+    wait([comm.Iallreduce(MPI.IN_PLACE, first, MPI.MIN)])
     if first[0] < comm.size:
-        raise _everywhere(comm.bcast(_portable(error), root=int(first[0])), int(first[0]))
+        raise _everywhere(broadcast(comm, _portable(error), int(first[0])), int(first[0]))
     clock(doing)
     return result  # type: ignore[return-value]
 
@@ -41,12 +41,11 @@ def on_rank_0(comm: MPI.Intracomm, clock: Clock, action: Callable[[], T]) -> T:
     doing = clock.activity
     result, error = _attempt(action) if comm.rank == 0 else (None, None)
     clock("joining")
-    shared: tuple[T, tuple[type[RunError], str] | None] = comm.bcast((result, _portable(error)), root=0)
+    result, portable = broadcast(comm, (result, _portable(error)))
     clock(doing)
-    result, portable = shared
     if portable:
         raise _everywhere(portable, 0)
-    return result
+    return result  # type: ignore[return-value]
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, RunError | None]:
