@@ -47,7 +47,7 @@ lint: $(VENV)/tested
 	$(BIN)/python -m mypy
 
 bench: $(VENV)/installed
-	$(BIN)/python -m mpiml.bench $(ARGS)
+	$(BIN)/python -m mpiml.bench --json bench.json $(ARGS)
 
 # A stamp is made when its installation has succeeded, so that a failed one is tried again.
 $(VENV)/installed: pyproject.toml

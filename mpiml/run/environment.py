@@ -8,7 +8,6 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from mpi4py import MPI
 
 import mpiml
@@ -34,7 +33,7 @@ def to_json(ranks: list[dict[str, Any]]) -> str:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "mpi": MPI.Get_library_version().splitlines()[0].strip("\x00 "),
-        "blas": _blas(),
+        "blas": blas(),
         "packages": {name: _version(name) for name in PACKAGES},
         "ranks": ranks,
     }
@@ -61,9 +60,14 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _blas() -> str:
-    built = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-    return f"{built.get('name')} {built.get('version')}"
+def blas() -> str:
+    """The BLAS library that NumPy uses, with its version and the kernels it has chosen: bits depend on them."""
+    import numpy  # noqa: F401 (loads it)
+    from threadpoolctl import threadpool_info
+
+    found = (library for library in threadpool_info() if library["user_api"] == "blas")
+    names = [f"{lib['internal_api']} {lib['version']} ({lib.get('architecture', '')})" for lib in found]
+    return ", ".join(names) or "unknown"
 
 
 def _version(name: str) -> str | None:

@@ -103,19 +103,18 @@ def allreduce(megabytes: str, what: str, memory_kind: str) -> Ratio:
     sum_, update = ordered(size, memory_kind, SGD() if what == "update" else Copy())
     other = Everywhere(size, SGD() if what == "update" else None)
 
-    def mine() -> None:
-        sum_.memory.barrier()  # the step record's, which a step has anyway
-        update.step(0.0, 1.0, 1, False)
-
-    count = max(1, min(200, int(16 / float(megabytes))))
-    ours, theirs = times(WORLD, [mine, other.step], [count, count])
+    count = max(4, min(200, int(64 / float(megabytes))))
+    ours, theirs = times(WORLD, [lambda: one_step(sum_, update), other.step], [count, count])
     return Ratio.of(ours, theirs)
 
 
-def bandwidth(megabytes: str) -> Ratio:
-    """Rate at which the sum alone moves what it must, (ranks + 1) vectors, over that of all ranks copying at once."""
+def bandwidth(megabytes: str, what: str) -> Ratio:
+    """Rate at which a sum moves what it must over that of all ranks copying at once.
+
+    The "sum" alone reads a vector per rank and writes one; with an "update" by SGD, the values are read as well.
+    """
     size = int(float(megabytes) * 2**20 / 4)
-    sum_, _ = ordered(size, "shared", SGD())
+    sum_, update = ordered(size, "shared", SGD())
     source, target = np.ones(size, np.float32), np.zeros(size, np.float32)
     values = [sum_.values[piece.start : piece.stop] for piece in sum_.pieces]
 
@@ -123,8 +122,15 @@ def bandwidth(megabytes: str) -> Ratio:
         for index, value in enumerate(values):
             sum_.total(index, value)
 
-    mine, copying = times(WORLD, [add, lambda: np.copyto(target, source)], [4, 4])
-    return Ratio.of(copying, mine, (WORLD.size + 1) / (2 * WORLD.size))
+    action, moved = (add, WORLD.size + 1) if what == "sum" else (lambda: one_step(sum_, update), WORLD.size + 2)
+    mine, copying = times(WORLD, [action, lambda: np.copyto(target, source)], [8, 8])
+    return Ratio.of(copying, mine, moved / (2 * WORLD.size))
+
+
+def one_step(sum_: OrderedSum, update: Update) -> None:
+    """Sum and update, with the barrier that a step's record needs anyway."""
+    sum_.memory.barrier()
+    update.step(0.0, 1.0, 1, False)
 
 
 class Everywhere:
@@ -179,9 +185,13 @@ def pipeline(width: str, batch: str, microbatches: str) -> Ratio:
     return Ratio.of(both[1], both[0], 1 / ideal)
 
 
-def weak_scaling(hidden: str, rows: str) -> Ratio:
-    """Time of one rank alone over that of all ranks with as many rows each."""
-    everyone = perceptron(WORLD, widths(hidden), int(rows) * WORLD.size, WORLD.size)
+def weak_scaling(hidden: str, rows: str, how: str) -> Ratio:
+    """Time of one rank alone over that of all ranks with as many rows each.
+
+    They train "together", or each by itself ("apart"): what they lose then, they lose to the machine.
+    """
+    comm = WORLD if how == "together" else MPI.COMM_SELF
+    everyone = perceptron(comm, widths(hidden), int(rows) * comm.size, comm.size)
     alone = solo(hidden, rows, "1", "momentum")
     count = repeats(perceptron_operations(widths(hidden), int(rows)))
     together, single = times(WORLD, [everyone.step, alone.step if alone else None], [count, count])
