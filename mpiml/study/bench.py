@@ -135,7 +135,7 @@ def measure(row: Row) -> dict[str, Any]:
 def start(ranks: int, pairs: int = 5) -> dict[str, Any]:
     """Time of a training job of one step over that of the least that any such job does."""
     least = "import numpy, mpi4py.MPI as M; M.COMM_WORLD.Allreduce(M.IN_PLACE, numpy.zeros(1))"
-    train = ["-m", "mpiml.train", "--steps", "1", "--quiet", "--eval-every", "0", "--save-every", "0", "--out"]
+    train = ["-m", "mpiml.train", "--steps", "1", "--out"]
     ratios = []
     for pair in range(pairs + 1):
         spent = []
