@@ -6,5 +6,6 @@ print(
     f"""mpiml {mpiml.__version__}: MPI-first training, with the same bits on every layout
 
   mpirun -n 16 python -m mpiml.train    train a model          (--help lists the settings)
+  mpirun -n 16 python -m mpiml.doctor   look at a job: ranks, cores, MPI, speed; what is wrong with it
   python -m mpiml.bench                 measure this machine   (starts its own MPI jobs)"""
 )
