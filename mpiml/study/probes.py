@@ -23,25 +23,25 @@ def gemm_rate(dtype: str = "float32") -> float:
     rng = np.random.default_rng(0)
     a, b = (rng.random((GEMM, GEMM)).astype(dtype) for _ in range(2))
     out = np.empty_like(a)
-    return 2.0 * GEMM**3 / fastest(lambda: np.matmul(a, b, out=out))
+    return 2.0 * GEMM**3 / typical(lambda: np.matmul(a, b, out=out))
 
 
 def copy_rate() -> float:
     """Bytes per second that this rank reads and writes in copying memory."""
     source, target = np.ones(COPY, np.uint8), np.zeros(COPY, np.uint8)
-    return 2.0 * COPY / fastest(lambda: np.copyto(target, source))
+    return 2.0 * COPY / typical(lambda: np.copyto(target, source))
 
 
-def fastest(action: Callable[[], object]) -> float:
-    """The shortest time of a call, of as many as fit into PATIENCE, three at least."""
+def typical(action: Callable[[], object]) -> float:
+    """The median time of a call, of as many as fit into PATIENCE, five at least."""
     action()
     found: list[float] = []
     began = time.perf_counter()
-    while len(found) < 3 or time.perf_counter() - began < PATIENCE:
+    while len(found) < 5 or time.perf_counter() - began < PATIENCE:
         begin = time.perf_counter()
         action()
         found.append(time.perf_counter() - begin)
-    return min(found)
+    return statistics.median(found)
 
 
 def alone(comm: MPI.Intracomm, rank: int, probe: Callable[[], float]) -> float:
