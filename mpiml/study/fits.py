@@ -1,0 +1,194 @@
+"""Scaling laws fitted to measured times, each with an interval and a word on whether the data support it; no MPI."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpiml.random import generator
+
+Times = Mapping[int, Sequence[float]]  # seconds of a step, by number of ranks, one for each repeat
+Array = NDArray[np.float64]
+RESAMPLES = 1000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and where it lies with a probability of LEVEL; without an interval (too few repeats), all of it."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A law's parameters by name, how far it is from the medians at most, relative, and what the data say of it."""
+
+    law: str
+    parameters: dict[str, Interval]
+    error: float
+    word: str
+
+
+def median_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+    """The median and its interval from order statistics, which assumes nothing of the distribution.
+
+    With fewer than 6 values the whole range covers less than 95 %: it is what can be said.
+    Conover, "Practical Nonparametric Statistics", 3rd ed., 1999, section 3.2.
+    """
+    ordered, n = sorted(values), len(values)
+    if not n:
+        raise ValueError("no values: a median needs at least one")
+    below = 0  # how many of the smallest, and of the largest, lie outside
+    while below < (n - 1) // 2 and 1 - 2 * _binomial(below + 1, n) >= level:
+        below += 1
+    return Interval(statistics.median(ordered), ordered[below], ordered[n - 1 - below])
+
+
+def _binomial(most: int, n: int) -> float:
+    """The probability of at most `most` heads among n tosses."""
+    return float(sum(math.comb(n, k) for k in range(most + 1)) / 2**n)
+
+
+def speed_up(times: Times, base: Sequence[float]) -> dict[int, Interval]:
+    """Median base time over median time, with the interval of resampled repeats, by number of ranks."""
+    return {
+        ranks: _resampled(lambda both: statistics.median(both[0]) / statistics.median(both[1]), [base, values])
+        for ranks, values in times.items()
+    }
+
+
+def karp_flatt(ranks: int, speed_up: float) -> float:
+    """The serial fraction that a speed-up on several ranks would come from, if nothing else slowed it.
+
+    Karp and Flatt, "Measuring parallel processor performance", CACM 33(5), 1990.
+    """
+    if ranks < 2:
+        raise ValueError(f"the Karp-Flatt metric needs at least 2 ranks, got {ranks}")
+    return (1 / speed_up - 1 / ranks) / (1 - 1 / ranks)
+
+
+def amdahl(times: Times) -> Fit:
+    """T(p) = T1 (s + (1 - s) / p), for a problem of one size: s is the serial fraction.
+
+    Amdahl, "Validity of the single processor approach", AFIPS 1967.
+    """
+
+    def solve(medians: Mapping[int, float]) -> list[float]:
+        constant, shared = _least_squares(medians, lambda p: [1.0, 1.0 / p])
+        return [constant / (constant + shared) if constant + shared else math.nan]
+
+    def predict(parameters: Sequence[float], p: int, one: float) -> float:
+        (serial,) = parameters
+        return one * (serial + (1 - serial) / p)
+
+    return _fit("Amdahl", ["serial fraction"], times, solve, predict)
+
+
+def gustafson(times: Times) -> Fit:
+    """T(p) = T1 / (1 - s (p - 1) / p) for a problem that grows with the ranks: scaled speed-up p - s (p - 1).
+
+    Gustafson, "Reevaluating Amdahl's law", CACM 31(5), 1988.
+    """
+
+    def solve(medians: Mapping[int, float]) -> list[float]:
+        first = min(medians)
+        more = [(p - 1, p - p * medians[first] / medians[p]) for p in medians if p > 1]
+        return [sum(a * b for a, b in more) / sum(a * a for a, _ in more)]
+
+    def predict(parameters: Sequence[float], p: int, one: float) -> float:
+        (serial,) = parameters
+        return one * p / (p - serial * (p - 1))
+
+    return _fit("Gustafson", ["serial fraction"], times, solve, predict)
+
+
+def universal(times: Times) -> Fit:
+    """T(p) = T1 (1 + a (p - 1) + b p (p - 1)) / p: a is contention, b what it costs that all agree with all.
+
+    Gunther, "Guerrilla Capacity Planning", 2007: the universal scalability law.
+    """
+
+    def solve(medians: Mapping[int, float]) -> list[float]:
+        one, contention, coherence = _least_squares(medians, lambda p: [1 / p, (p - 1) / p, p - 1.0])
+        return [contention / one, coherence / one] if one else [math.nan, math.nan]
+
+    def predict(parameters: Sequence[float], p: int, one: float) -> float:
+        contention, coherence = parameters
+        return one * (1 + contention * (p - 1) + coherence * p * (p - 1)) / p
+
+    return _fit("universal scalability", ["contention", "coherence"], times, solve, predict)
+
+
+def _least_squares(medians: Mapping[int, float], terms: Callable[[int], list[float]]) -> list[float]:
+    """Coefficients, none negative, of the terms whose sum is nearest to the times, relative to each time."""
+    rows = np.array([[term / time for term in terms(p)] for p, time in medians.items()])
+    keep = list(range(rows.shape[1]))
+    found = np.zeros(rows.shape[1])
+    while keep:
+        some: Array = np.linalg.lstsq(rows[:, keep], np.ones(len(rows)), rcond=None)[0]
+        if (some >= 0).all():
+            found[keep] = some
+            break
+        keep.pop(int(np.argmin(some)))  # what would be negative is not there
+    return found.tolist()
+
+
+def _fit(
+    law: str,
+    names: list[str],
+    times: Times,
+    solve: Callable[[Mapping[int, float]], list[float]],
+    predict: Callable[[Sequence[float], int, float], float],
+) -> Fit:
+    if 1 not in times or len(times) < len(names) + 1:
+        needed = f"one rank and {len(names)} more rank counts"
+        return Fit(law, {}, math.nan, f"cannot be fitted: needs times on {needed}")
+    sizes = sorted(times)
+
+    def of(samples: Sequence[Sequence[float]]) -> list[float]:
+        return solve({p: statistics.median(sample) for p, sample in zip(sizes, samples, strict=True)})
+
+    columns = [times[p] for p in sizes]
+    parameters = {
+        name: _resampled(lambda samples, index=index: of(samples)[index], columns)  # type: ignore[misc]
+        for index, name in enumerate(names)
+    }
+    medians = [statistics.median(times[p]) for p in sizes]
+    best = [parameter.value for parameter in parameters.values()]
+    errors = [abs(predict(best, p, medians[0]) / median - 1) for p, median in zip(sizes, medians, strict=True)]
+    spread = max((max(values) - min(values)) / statistics.median(values) / 2 for values in columns)
+    return Fit(law, parameters, max(errors), _word(len(sizes), len(names), max(errors), spread))
+
+
+def _word(points: int, parameters: int, error: float, spread: float) -> str:
+    if points <= parameters + 1:
+        return "as many parameters as points allow: any data would fit; measure more rank counts"
+    if error <= max(spread, 0.01):
+        return f"supported: within the spread of the repeats ({error:.0%} of {spread:.0%})"
+    if error <= 0.10:
+        return f"roughly: {error:.0%} off at worst, more than the repeats' spread of {spread:.0%}"
+    return f"not supported: {error:.0%} off at worst; something this law does not know decides the time"
+
+
+def _resampled(estimate: Callable[[Sequence[Sequence[float]]], float], samples: Sequence[Sequence[float]]) -> Interval:
+    """An estimate from samples, with the interval of estimates from samples drawn anew from them.
+
+    Efron and Tibshirani, "An Introduction to the Bootstrap", 1993: percentile intervals.
+    """
+    value = estimate(samples)
+    if min(len(sample) for sample in samples) < 2:
+        return Interval(value, -math.inf, math.inf)
+    random = generator(0, "resampling")
+    arrays = [np.asarray(sample, float) for sample in samples]
+    drawn = [estimate([random.choice(array, len(array)).tolist() for array in arrays]) for _ in range(RESAMPLES)]
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(drawn, [tail, 1 - tail])
+    return Interval(value, float(low), float(high))
