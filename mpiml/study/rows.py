@@ -26,7 +26,17 @@ from mpiml.parallel.update import Update
 from mpiml.run.process import prepare_process
 from mpiml.study.byhand import Perceptron
 from mpiml.study.measure import Ratio, meet, times
-from mpiml.study.trainer import MOMENTUM, RATE, Trainer, images, perceptron, perceptron_operations, repeats, tower
+from mpiml.study.trainer import (
+    MOMENTUM,
+    RATE,
+    Trainer,
+    images,
+    on_arrays,
+    perceptron,
+    perceptron_operations,
+    repeats,
+    tower,
+)
 from mpiml.vectors import PIECE, Scratch, Vector
 
 WORLD = MPI.COMM_WORLD
@@ -220,7 +230,7 @@ def memory(parameters: str) -> Ratio:
     x, y = (rng.random((2 * WORLD.size, width), dtype=np.float32) for _ in range(2))
     before = resident()
     settings = {"batch": WORLD.size, "microbatches": WORLD.size, "optimizer": "adam", "loss": "mse"}
-    trainer = Trainer(WORLD, [Linear(width, width)], x, y, **settings)
+    trainer = on_arrays(WORLD, [Linear(width, width)], x, y, **settings)
     for _ in range(3):
         trainer.step()
     meet(WORLD)

@@ -21,19 +21,18 @@ ROWS = 8192
 
 
 class Trainer:
-    """A run on given rows, of which `step` does one step after the other.
+    """A run, of which `step` does one step after the other.
 
     Args:
-        layers: the model; every rank of `comm` gives it alike.
-        x, y: the training rows.
-        settings: of mpiml.config.Config.
+        config: the settings, of which how many steps is not asked.
+        data: the data set.
+        layers: a model in place of config.model; every rank of `comm` gives it alike.
     """
 
-    def __init__(self, comm: MPI.Intracomm, layers: Sequence[Layer], x: ArrayLike, y: ArrayLike, **settings: object):
-        data = Dataset.from_arrays(x, y, np.asarray(x)[:256], np.asarray(y)[:256])
-        asked = Config(lr=RATE, momentum=MOMENTUM, steps=10**9, **settings)  # type: ignore[arg-type]
-        config = assemble.resolve(asked, len(data.train), data.classification, comm.size // asked.pipe)
-        self.run = assemble.assemble(config, data, grids.build(comm, asked.pipe), Clock(), list(layers))
+    def __init__(self, comm: MPI.Intracomm, config: Config, data: Dataset, layers: Sequence[Layer] | None = None):
+        replicas = comm.size // config.pipe
+        config = assemble.resolve(config, len(data.train), data.classification, replicas)
+        self.run = assemble.assemble(config, data, grids.build(comm, config.pipe), Clock(), layers)
         self.number = 0
 
     def step(self) -> None:
@@ -42,8 +41,17 @@ class Trainer:
         run = self.run
         table = run.record(run.config.microbatches or 1)
         run.stage.train(self.number, run.shards.batches(self.number), table, measured=False)
+        run.clock("communication")
         record = run.agree(table, not run.update.finite, False)
         run.update.step(run.learning_rate(self.number), record.weight, self.number, False)
+        run.clock("compute")
+
+
+def on_arrays(comm: MPI.Intracomm, layers: Sequence[Layer], x: ArrayLike, y: ArrayLike, **settings: object) -> Trainer:
+    """A trainer of these layers on these rows; `settings` are of mpiml.config.Config."""
+    data = Dataset.from_arrays(x, y, np.asarray(x)[:256], np.asarray(y)[:256])
+    config = Config(lr=RATE, momentum=MOMENTUM, steps=10**9, **settings)  # type: ignore[arg-type]
+    return Trainer(comm, config, data, list(layers))
 
 
 def images() -> tuple[np.ndarray, np.ndarray]:
@@ -57,7 +65,7 @@ def perceptron(
 ) -> Trainer:
     """A perceptron 784-hidden-10 on images."""
     layers = mlp((784,), 10, hidden)
-    return Trainer(comm, layers, *images(), batch=batch, microbatches=microbatches, optimizer=optimizer)
+    return on_arrays(comm, layers, *images(), batch=batch, microbatches=microbatches, optimizer=optimizer)
 
 
 def tower(comm: MPI.Intracomm, width: int, batch: int, microbatches: int, pipe: int) -> Trainer:
@@ -69,7 +77,7 @@ def tower(comm: MPI.Intracomm, width: int, batch: int, microbatches: int, pipe: 
     x, y = (rng.random((4 * batch, width), dtype=np.float32) for _ in range(2))
     cuts = tuple(range(16 // pipe, 16, 16 // pipe))
     settings = {"batch": batch, "microbatches": microbatches, "optimizer": "sgd", "pipe": pipe, "cuts": cuts}
-    return Trainer(comm, layers, x, y, **settings)
+    return on_arrays(comm, layers, x, y, **settings)
 
 
 def repeats(operations: float) -> int:

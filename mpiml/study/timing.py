@@ -1,0 +1,85 @@
+"""One point of a scaling study: a job that trains for some steps and writes down how long each took.
+
+`mpirun -n RANKS python -m mpiml.study.timing FILE WARM_UP STEPS [settings of mpiml.train]`. What is timed is the main
+loop of mpiml.train, without log, evaluation and checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+import mpiml
+from mpiml.clock import SHARES, Clock
+from mpiml.config import Config, parse
+from mpiml.data.dataset import open_dataset
+from mpiml.parallel import grid as grids
+from mpiml.run import environment
+from mpiml.run.directory import write_atomically
+from mpiml.run.failure import Guard
+from mpiml.run.process import prepare_process
+from mpiml.study.trainer import Trainer
+
+
+def measure(comm: MPI.Intracomm, trainer: Trainer, warm_up: int, steps: int) -> dict[str, Any]:
+    """Train for `warm_up` steps that do not count and `steps` that do; collective.
+
+    Returns seconds of each step, of the rank that was slowest in it, and the mean seconds of a step that ranks spent
+    on each of clock.SHARES.
+    """
+    for _ in range(warm_up):
+        trainer.step()
+    clock = trainer.run.clock
+    before = np.array(clock.shares())
+    seconds = np.empty(steps)
+    for index in range(steps):
+        began = perf_counter()
+        trainer.step()
+        seconds[index] = perf_counter() - began
+    clock("joining")
+    shares = (np.array(clock.shares()) - before) / (steps * comm.size)
+    comm.Allreduce(MPI.IN_PLACE, seconds, MPI.MAX)
+    comm.Allreduce(MPI.IN_PLACE, shares)
+    return {"step_seconds": seconds.tolist(), "shares": dict(zip(SHARES, shares.tolist(), strict=True))}
+
+
+def main() -> None:
+    """Measure a point."""
+    with Guard(MPI.COMM_WORLD, Clock(), "mpiml.study.timing"):
+        point(MPI.COMM_WORLD, Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), parse(sys.argv[4:]))
+
+
+def point(comm: MPI.Intracomm, path: Path, warm_up: int, steps: int, config: Config) -> None:
+    """Measure a point and let rank 0 write what is found, with all that it depends on, to `path`; collective."""
+    grids.check(comm.size, config.pipe)
+    prepare_process(config.threads)
+    trainer = Trainer(comm, config, open_dataset(config.data))
+    found = measure(comm, trainer, warm_up, steps)
+    ranks = comm.gather(environment.of_rank(config.threads))
+    if comm.rank == 0:
+        run = trainer.run
+        assert ranks, "rank 0 gathers"
+        found |= {
+            "mpiml": mpiml.__version__,
+            "ranks": comm.size,
+            "nodes": len({rank["host"] for rank in ranks}),
+            "cores": run.grid.cores,
+            "stages": run.grid.stages,
+            "replicas": run.grid.replicas,
+            "threads": config.threads,
+            "microbatches": run.config.microbatches,
+            "rows": run.shards.rows_per_step,
+            "settings": run.config.to_toml(),
+            "environment": json.loads(environment.to_json(ranks)),
+        }
+        write_atomically(path, json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
