@@ -16,6 +16,7 @@ Times = Mapping[int, Sequence[float]]  # seconds of a step, by number of ranks, 
 Array = NDArray[np.float64]
 RESAMPLES = 1000
 LEVEL = 0.95
+SCATTER = 0.2  # of the median: with repeats that differ more, nearly any law would seem to fit
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,8 @@ def _fit(
 def _word(points: int, parameters: int, error: float, spread: float) -> str:
     if points <= parameters + 1:
         return "as many parameters as points allow: any data would fit; measure more rank counts"
+    if spread > SCATTER:
+        return f"cannot be told: repeats of one point differ by up to {spread:.0%} to either side"
     if error <= max(spread, 0.01):
         return f"supported: within the spread of the repeats ({error:.0%} of {spread:.0%})"
     if error <= 0.10:

@@ -94,6 +94,11 @@ def test_a_law_that_does_not_hold_is_not_supported() -> None:
     assert amdahl(made(lambda p: 1 / p if p < 8 else 0.5, 0.01)).word.startswith("not supported")
 
 
+def test_nothing_is_said_of_times_that_scatter() -> None:
+    times = {p: [1 / p, 1.5 / p, 0.7 / p] for p in RANKS}
+    assert amdahl(times).word.startswith("cannot be told")
+
+
 def test_too_few_points_are_told() -> None:
     assert amdahl(made(lambda p: 1 / p, ranks=(1,))).word.startswith("cannot be fitted")
     assert amdahl(made(lambda p: 1 / p, ranks=(2, 4))).word.startswith("cannot be fitted")

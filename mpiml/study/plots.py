@@ -1,0 +1,136 @@
+"""The plots of a scaling study, drawn with matplotlib (extra [plots])."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mpiml.clock import SHARES
+from mpiml.errors import ConfigError
+from mpiml.study.table import Line, Study
+
+# Told apart by the colour-blind too: Okabe and Ito, "Color universal design", 2008.
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
+COLOURS = dict(zip(SHARES, (BLUE, ORANGE, RED, GREEN, GREY), strict=True))
+Draw = Callable[[Any, Study], None]
+
+
+def step_time(axes: Any, study: Study) -> None:
+    """Seconds of a step by ranks, and what they would be without any loss."""
+    lines = study.best()
+    _points(axes, lines, [line.step.value for line in lines], [(line.step.low, line.step.high) for line in lines])
+    first = lines[0].step.value
+    ranks = [line.point.ranks for line in lines]
+    _ideal(axes, ranks, [first / p if study.mode == "strong" else first for p in ranks])
+    _logarithmic(axes, ranks, "seconds of a step")
+    axes.set_yscale("log")
+
+
+def speed(axes: Any, study: Study) -> None:
+    """Speed-up by ranks."""
+    lines = study.best()
+    ups = [line.speed_up for line in lines]
+    _points(axes, lines, [up.value for up in ups], [(up.low, up.high) for up in ups])
+    ranks = [line.point.ranks for line in lines]
+    _ideal(axes, ranks, [float(p) for p in ranks])
+    _logarithmic(axes, ranks, "speed-up over one rank at its best")
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}")
+
+
+def efficiency(axes: Any, study: Study) -> None:
+    """Speed-up per rank."""
+    lines = study.best()
+    found = [line.efficiency for line in lines]
+    _points(axes, lines, [e.value for e in found], [(e.low, e.high) for e in found])
+    ranks = [line.point.ranks for line in lines]
+    _ideal(axes, ranks, [1.0] * len(ranks))
+    _logarithmic(axes, ranks, "efficiency")
+    axes.set_ylim(0, max(1.1, *(1.1 * e.value for e in found)))
+
+
+def shares(axes: Any, study: Study) -> None:
+    """What the ranks spend a step's time on."""
+    lines = study.best()
+    bottom = [0.0] * len(lines)
+    for name in SHARES:
+        heights = [line.share(name) for line in lines]
+        axes.bar(range(len(lines)), heights, 0.7, bottom, color=COLOURS[name], label=name)
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    axes.set_xticks(range(len(lines)), [_label(line) for line in lines])
+    axes.set_xlabel("ranks (* more than cores)")
+    axes.set_ylabel("share of a step's time")
+    axes.set_ylim(0, 1)
+    axes.legend(
+        fontsize=8,
+        ncols=len(SHARES),
+        loc="lower center",
+        bbox_to_anchor=(0.5, 1.0),
+        frameon=False,
+        columnspacing=1,
+        handlelength=1,
+    )
+
+
+PLOTS: dict[str, Draw] = {"time": step_time, "speed-up": speed, "efficiency": efficiency, "shares": shares}
+
+
+def draw(study: Study, directory: Path) -> dict[str, str]:
+    """Write each plot as PNG and SVG; returns the SVGs' texts by name. Raises ConfigError without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError("plots need matplotlib: pip install 'mpiml[plots]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    texts = {}
+    for name, plot in PLOTS.items():
+        figure, axes = pyplot.subplots(figsize=(5, 3.75), layout="constrained")
+        plot(axes, study)
+        figure.savefig(directory / f"{name}.png", dpi=150)
+        content = io.StringIO()
+        figure.savefig(content, format="svg")
+        texts[name] = content.getvalue()
+        (directory / f"{name}.svg").write_text(texts[name])
+        pyplot.close(figure)
+    return texts
+
+
+def _points(axes: Any, lines: list[Line], values: list[float], bounds: list[tuple[float, float]]) -> None:
+    """Medians with their intervals; hollow where ranks took turns on the cores."""
+    ranks = [line.point.ranks for line in lines]
+    axes.plot(ranks, values, color=BLUE, linewidth=1)
+    inside = [
+        (min(a, v), max(b, v)) if abs(a) + abs(b) < float("inf") else (v, v)
+        for (a, b), v in zip(bounds, values, strict=True)
+    ]
+    errors = [
+        [v - a for (a, _), v in zip(inside, values, strict=True)],
+        [b - v for (_, b), v in zip(inside, values, strict=True)],
+    ]
+    axes.errorbar(ranks, values, errors, fmt="none", ecolor=BLUE, capsize=3)
+    for crowded, face, label in ((False, BLUE, "measured"), (True, "white", "more ranks than cores")):
+        some = [i for i, line in enumerate(lines) if line.oversubscribed == crowded]
+        if some:
+            axes.plot([ranks[i] for i in some], [values[i] for i in some], "o", color=BLUE, mfc=face, label=label)
+
+
+def _ideal(axes: Any, ranks: list[int], values: list[float]) -> None:
+    axes.plot(ranks, values, "--", color=GREY, linewidth=1, label="ideal")
+    axes.legend(fontsize=8)
+
+
+def _logarithmic(axes: Any, ranks: list[int], label: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ranks, [str(p) for p in ranks])
+    axes.minorticks_off()
+    axes.set_xlabel("ranks")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+
+
+def _label(line: Line) -> str:
+    return f"{line.point.ranks}{'*' if line.oversubscribed else ''}"

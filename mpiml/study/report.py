@@ -1,0 +1,131 @@
+"""The report of a scaling study: JSON, CSV, Markdown, Extra-P input, plots, and one page with all of it."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+from mpiml.run.directory import write_atomically
+from mpiml.study.fits import Fit, Interval, amdahl, gustafson, universal
+from mpiml.study.table import Study, load, markdown
+
+STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222 }
+table { border-collapse: collapse; font-size: 13px } td, th { padding: .2em .6em; border-bottom: 1px solid #ddd;
+text-align: right } th { border-bottom: 2px solid #888 } .plots { display: flex; flex-wrap: wrap }
+.plots svg { width: 48%; height: auto } pre { font-size: 12px; background: #f6f6f6; padding: 1em; overflow-x: auto }"""
+
+
+def report(directory: Path) -> None:
+    """Write all files of the report into a study's directory and print the table. Raises ConfigError if there is
+    nothing to report, or no matplotlib to draw with."""
+    from mpiml.study.plots import draw
+
+    study = load(directory)
+    fits = fit(study)
+    table = markdown(study)
+    rows = [line.row() for line in study.lines]
+    content = {
+        "mode": study.mode,
+        "settings": list(study.settings),
+        "base": study.base.row(),
+        "rows": rows,
+        "fits": [asdict(law) for law in fits],
+        "environment": study.environment,
+    }
+    write_atomically(directory / "scaling.json", json.dumps(_finite(content), indent=1) + "\n")
+    write_atomically(directory / "scaling.csv", _csv(rows))
+    write_atomically(directory / "scaling.jsonl", extra_p(study))
+    write_atomically(directory / "scaling.md", table + "\n" + fits_text(fits) + "\n" + base_text(study) + "\n")
+    plots = draw(study, directory)
+    write_atomically(directory / "scaling.html", page(study, fits, plots))
+    print(f"{table}\n{fits_text(fits)}\n{base_text(study)}\n{directory / 'scaling.html'}")
+
+
+def fit(study: Study) -> list[Fit]:
+    """The laws that speak of this kind of study, fitted to the fastest grid of each number of ranks."""
+    times = {line.point.ranks: line.medians for line in study.best()}
+    if study.mode == "weak":
+        return [gustafson(times)]
+    return [amdahl(times), universal(times)]
+
+
+def fits_text(fits: list[Fit]) -> str:
+    """A line for each law."""
+    return "\n".join(
+        f"- {law.law}: "
+        + ", ".join(f"{name} {_interval(value)}" for name, value in law.parameters.items())
+        + (f"; {law.word}" if law.parameters else law.word)
+        for law in fits
+    )
+
+
+def base_text(study: Study) -> str:
+    """What speed-up is measured against, in absolute numbers, and what else the table needs to be understood."""
+    base = study.base
+    return (
+        f"Speed-up is against one rank with {base.point.microbatches} micro-batches, which suit it best: "
+        f"{base.step.value * 1e3:.2f} ms a step, {base.samples_per_second:,.0f} samples/s; same M: against one rank "
+        "with micro-batches of the same size. Intervals are of 95 % (or the range of fewer than 6 repeats); the time "
+        "of a step is its slowest rank's. Communication includes waiting for other stages. "
+        "* more ranks than cores: they took turns."
+    )
+
+
+def extra_p(study: Study) -> str:
+    """A line of Extra-P's JSON Lines format for each repeat: github.com/extra-p/extrap."""
+    return "".join(
+        json.dumps({"params": {"p": line.point.ranks}, "callpath": "step", "metric": "time", "value": seconds}) + "\n"
+        for line in study.best()
+        for seconds in line.medians
+    )
+
+
+def page(study: Study, fits: list[Fit], plots: dict[str, str]) -> str:
+    """One page that needs no other file."""
+    header, _, *lines = markdown(study).strip().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, *lines)]
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in cells[0])
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in cells[1:])
+    drawn = "".join(text[text.index("<svg") :] for text in plots.values())
+    laws = "".join(f"<li>{html.escape(line[2:])}</li>" for line in fits_text(fits).splitlines())
+    environment = html.escape(json.dumps(study.environment, indent=1))
+    settings = html.escape(" ".join(study.settings)) or "defaults"
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>{study.mode} scaling</title><style>{STYLE}</style>
+<h1>{study.mode.capitalize()} scaling</h1>
+<p>Settings: <code>{settings}</code></p>
+<table><tr>{head}</tr>{body}</table>
+<p>{html.escape(base_text(study))}</p>
+<div class="plots">{drawn}</div>
+<h2>Laws</h2><ul>{laws}</ul>
+<h2>Environment</h2><pre>{environment}</pre>
+</html>
+"""
+
+
+def _interval(interval: Interval) -> str:
+    if math.isinf(interval.high):
+        return f"{interval.value:.3g}"
+    return f"{interval.value:.3g} ({interval.low:.3g} to {interval.high:.3g})"
+
+
+def _csv(rows: list[dict[str, object]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _finite(content: object) -> object:
+    """JSON has no infinity."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

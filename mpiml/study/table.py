@@ -1,0 +1,202 @@
+"""The table of a scaling study: what its points measured, and what follows from it; no MPI."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpiml.errors import ConfigError
+from mpiml.study.fits import Interval, karp_flatt, median_interval, speed_up
+from mpiml.study.points import POINTS, STUDY, Point, same_parts
+
+BUSY = ("compute", "update")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A point with what its repeats measured.
+
+    Attributes:
+        medians: of each repeat, the median seconds of a step (of the slowest rank in it).
+        rows: of a step on average.
+        shares: seconds of a step by activity, the mean over ranks and repeats.
+        speed_up: times as many rows a second as one rank does with the micro-batches that suit it best.
+        same_parts: the same against one rank with micro-batches of the same size.
+    """
+
+    point: Point
+    nodes: int
+    cores: int
+    threads: int
+    medians: tuple[float, ...]
+    rows: float
+    shares: Mapping[str, float]
+    speed_up: Interval
+    same_parts: float
+
+    @property
+    def step(self) -> Interval:
+        """Seconds of a step."""
+        return median_interval(self.medians)
+
+    @property
+    def samples_per_second(self) -> float:
+        return self.rows / self.step.value
+
+    @property
+    def efficiency(self) -> Interval:
+        """Speed-up per rank."""
+        up, ranks = self.speed_up, self.point.ranks
+        return Interval(up.value / ranks, up.low / ranks, up.high / ranks)
+
+    @property
+    def oversubscribed(self) -> bool:
+        """Whether ranks had to take turns on the cores of their node."""
+        return self.point.ranks * self.threads > self.cores * self.nodes
+
+    def share(self, *names: str) -> float:
+        """The fraction of a step's time that ranks spend on activities."""
+        total = sum(self.shares.values())
+        return sum(self.shares[name] for name in names) / total if total else 0.0
+
+    def row(self) -> dict[str, Any]:
+        """What computing centres ask for, under its names."""
+        replicas = self.point.ranks // self.point.stages
+        node_hours = self.nodes * self.step.value / 3600
+        return {
+            "nodes": self.nodes,
+            "ranks": self.point.ranks,
+            "stages": self.point.stages,
+            "replicas": replicas,
+            "threads": self.threads,
+            "batch": self.point.batch,
+            "batch_per_rank": self.point.batch / self.point.ranks,
+            "microbatches": self.point.microbatches,
+            "repeats": len(self.medians),
+            "step_seconds": self.step.value,
+            "step_seconds_low": self.step.low,
+            "step_seconds_high": self.step.high,
+            "samples_per_second": self.samples_per_second,
+            "speed_up": self.speed_up.value,
+            "speed_up_low": self.speed_up.low,
+            "speed_up_high": self.speed_up.high,
+            "speed_up_same_parts": self.same_parts,
+            "efficiency": self.efficiency.value,
+            "karp_flatt": karp_flatt(self.point.ranks, self.speed_up.value) if self.point.ranks > 1 else None,
+            "communication_share": self.share("communication"),
+            "waiting_share": self.share("waiting"),
+            "node_hours_per_million_samples": node_hours * 1e6 / self.rows,
+            "oversubscribed": self.oversubscribed,
+        }
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as it stands on disk.
+
+    Attributes:
+        lines: of all points that have been measured, those asked for first.
+        base: one rank with the micro-batches that suit it best.
+        environment: of the first job.
+    """
+
+    mode: str
+    settings: Sequence[str]
+    lines: list[Line]
+    base: Line
+    environment: dict[str, Any]
+
+    def asked(self) -> list[Line]:
+        """Without the points that are there only to compare with."""
+        return [line for line in self.lines if not line.point.extra]
+
+    def best(self) -> list[Line]:
+        """For each number of ranks the fastest grid; one rank is the base."""
+        found = {1: self.base}
+        for line in self.asked():
+            ranks = line.point.ranks
+            if ranks > 1 and line.samples_per_second > (found[ranks].samples_per_second if ranks in found else 0):
+                found[ranks] = line
+        return [found[ranks] for ranks in sorted(found)]
+
+
+def load(directory: Path) -> Study:
+    """Read a study. Raises ConfigError if there is none, or nothing of one rank in it."""
+    try:
+        about = json.loads((directory / STUDY).read_text())
+    except (OSError, ValueError):
+        raise ConfigError(
+            f"{directory} holds no study: python -m mpiml.scaling run --out {directory} makes one"
+        ) from None
+    asked = {Point(**point) for point in about["points"]}
+    repeats: dict[Point, list[dict[str, Any]]] = defaultdict(list)
+    for point in sorted(asked):
+        for path in sorted((directory / POINTS).glob(f"{point.name}_*.json")):
+            repeats[point].append(json.loads(path.read_text()))
+    bases = [point for point in repeats if point.ranks == 1]
+    if not bases:
+        raise ConfigError(f"{directory}: no job of one rank has been measured yet; run the study again")
+    base = min(bases, key=lambda point: statistics.median(_rates(repeats[point], inverse=True)))
+    return Study(
+        mode=about["mode"],
+        settings=about["settings"],
+        lines=[_line(about["mode"], point, repeats, base) for point in sorted(repeats, key=lambda p: (p.extra, p))],
+        base=_line(about["mode"], base, repeats, base),
+        environment=repeats[base][0]["environment"],
+    )
+
+
+def _rates(jobs: Sequence[Mapping[str, Any]], inverse: bool = False) -> list[float]:
+    """Of each repeat, seconds of a row if `inverse`, else rows a second."""
+    found = [statistics.median(job["step_seconds"]) / job["rows"] for job in jobs]
+    return found if inverse else [1 / seconds for seconds in found]
+
+
+def _line(mode: str, point: Point, repeats: Mapping[Point, Sequence[Mapping[str, Any]]], base: Point) -> Line:
+    jobs = repeats[point]
+    same = [p for p in repeats if p.ranks == 1 and p.microbatches == same_parts(mode, point)]
+    mine = _rates(jobs, inverse=True)
+    return Line(
+        point=point,
+        nodes=jobs[0]["nodes"],
+        cores=jobs[0]["cores"],
+        threads=jobs[0]["threads"],
+        medians=tuple(statistics.median(job["step_seconds"]) for job in jobs),
+        rows=jobs[0]["rows"],
+        shares={name: statistics.mean(job["shares"][name] for job in jobs) for name in jobs[0]["shares"]},
+        speed_up=speed_up({0: mine}, _rates(repeats[base], inverse=True))[0],
+        same_parts=statistics.median(_rates(repeats[same[0]], inverse=True)) / statistics.median(mine) if same else 0.0,
+    )
+
+
+def markdown(study: Study) -> str:
+    """The table for a proposal; what is marked with * ran on more ranks than cores."""
+    heads = ["nodes", "ranks", "grid", "threads", "batch", "of a rank", "M", "repeats", "step ms (95 %)", "samples/s"]
+    heads += ["speed-up (95 %)", "same M", "efficiency", "communication", "node-h / 10^6"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---:|" * len(heads)]
+    for line in study.asked():
+        point, step, up = line.point, line.step, line.speed_up
+        cells = [
+            str(line.nodes),
+            f"{point.ranks}{'*' if line.oversubscribed else ''}",
+            f"{point.stages} x {point.ranks // point.stages}",
+            str(line.threads),
+            str(point.batch),
+            f"{point.batch / point.ranks:g}",
+            str(point.microbatches),
+            str(len(line.medians)),
+            f"{step.value * 1e3:.2f} ({step.low * 1e3:.2f} to {step.high * 1e3:.2f})",
+            f"{line.samples_per_second:,.0f}",
+            f"{up.value:.2f} ({up.low:.2f} to {up.high:.2f})",
+            f"{line.same_parts:.2f}" if line.same_parts else "",
+            f"{line.efficiency.value:.0%}",
+            f"{line.share('communication', 'waiting'):.0%}",
+            f"{line.row()['node_hours_per_million_samples']:.4f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
