@@ -113,40 +113,41 @@ class GroupNorm(Layer):
         self.bias = Parameter((channels,), constant(0.0))
 
     def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
-        gain, bias = self.gain.value, self.bias.value
-        places = math.prod(x.shape[1:-1])
+        gain, bias, places = self.gain.value, self.bias.value, math.prod(x.shape[1:-1])
         images = x.reshape(len(x), places, self.channels)
         normal, y = np.empty(images.shape, x.dtype), np.empty(x.shape, x.dtype)
-        inverse, out = np.empty((len(x), self.channels), x.dtype), y.reshape(images.shape)
-        for n, image in enumerate(images):
-            centred = np.subtract(image, self._mean(image.mean(axis=0)), out=normal[n])
-            variance = self._mean(np.square(centred).mean(axis=0))
-            inverse[n] = 1 / np.sqrt(variance + self.epsilon)
-            centred *= inverse[n]
-            np.multiply(centred, gain, out=out[n])
-            out[n] += bias
+        inverse, out = np.empty((len(x), 1, self.channels), x.dtype), y.reshape(images.shape)
+        for some in blocks(len(x), places * self.channels * x.itemsize):
+            centred = np.subtract(images[some], self._mean(images[some]), out=normal[some])
+            variance = self._mean(np.square(centred, out=out[some]))
+            inverse[some] = 1 / np.sqrt(variance + self.epsilon)
+            centred *= inverse[some]
+            np.multiply(centred, gain, out=out[some])
+            out[some] += bias
 
         def backward(dy: Array, grads: Gradients) -> Array:
             dy, dx = dy.reshape(images.shape), np.empty(x.shape, dy.dtype)
             dgain, dbias, out = grads[self.gain], grads[self.bias], dx.reshape(images.shape)
             dgain[...] = dbias[...] = 0
-            for n in range(len(x)):
-                product = dy[n] * normal[n]
-                along, across = np.add.reduce(product, axis=0), np.add.reduce(dy[n], axis=0)
-                dgain += along
-                dbias += across
-                dnormal = np.multiply(dy[n], gain, out=out[n])
-                dnormal -= self._mean(gain * across / places)
-                dnormal -= np.multiply(normal[n], self._mean(gain * along / places), out=product)
-                dnormal *= inverse[n]
+            for some in blocks(len(x), places * self.channels * x.itemsize):
+                product = dy[some] * normal[some]
+                dgain += np.add.reduce(product, axis=(0, 1))
+                dbias += np.add.reduce(dy[some], axis=(0, 1))
+                product *= gain
+                dnormal = np.multiply(dy[some], gain, out=out[some])
+                along = self._mean(product)
+                dnormal -= self._mean(dnormal)
+                dnormal -= np.multiply(normal[some], along, out=product)
+                dnormal *= inverse[some]
             return dx
 
         return y, backward
 
-    def _mean(self, of_channels: Array) -> Array:
-        """The mean over each group, given once for every channel."""
-        means = of_channels.reshape(self.groups, -1).mean(axis=1)
-        return np.repeat(means, self.channels // self.groups)
+    def _mean(self, images: Array) -> Array:
+        """The mean over the places and the channels of a group, once for every channel: (rows, 1, channels)."""
+        sums = np.add.reduce(images, axis=1).reshape(len(images), self.groups, self.channels // self.groups)
+        means = np.add.reduce(sums, axis=2) * (self.groups / (images.shape[1] * self.channels))
+        return np.repeat(means, self.channels // self.groups, axis=1)[:, None]
 
     def output_shape(self, shape: Shape) -> Shape:
         if shape[-1:] != (self.channels,):
