@@ -12,7 +12,7 @@ from mpiml.nn.blocks import blocks
 from mpiml.nn.layer import Array, At, Backward, Layer
 from mpiml.nn.parameters import Gradients, Parameter, Shape, constant, uniform
 
-CACHE = 1 << 19  # bytes of the patches that are multiplied at once: with their product they fit a second-level cache
+CACHE = 1 << 20  # bytes of patches that are multiplied at once: about a second-level cache
 
 
 class Conv2d(Layer):

@@ -51,8 +51,8 @@ def mlp(
 
 
 def cnn(shape: Shape, outputs: int, channels: int = 32, dropout: float = 0.0) -> list[Layer]:
-    """A small convolutional network: two 3 x 3 convolutions, of `channels` channels and twice as many, each with ReLU
-    and max pooling of 2 x 2, and a linear output layer after dropout.
+    """A small convolutional network: two 3 x 3 convolutions, of `channels` channels and twice as many, each with max
+    pooling of 2 x 2 and ReLU, and a linear output layer after dropout.
 
     Args:
         shape: of an input row, as for `as_image`.
@@ -60,7 +60,7 @@ def cnn(shape: Shape, outputs: int, channels: int = 32, dropout: float = 0.0) ->
     """
     layers, inputs = as_image(shape)
     for width in (channels, 2 * channels):
-        layers += [Conv2d(inputs, width), ReLU(), MaxPool2d()]
+        layers += [Conv2d(inputs, width), MaxPool2d(), ReLU()]  # as good as ReLU first, on a quarter of the values
         inputs = width
     layers += [Flatten(), *_dropout(dropout)]
     (features,) = stack_shapes(layers, shape)[-1]

@@ -24,9 +24,8 @@ class LayerNorm(Layer):
         normal, y = np.empty(rows.shape, x.dtype), np.empty(x.shape, x.dtype)
         inverse, out = np.empty((len(rows), 1), x.dtype), y.reshape(rows.shape)
         for block in blocks(len(rows), self.features * x.itemsize):
-            centred = np.subtract(rows[block], rows[block].mean(axis=1, keepdims=True), out=normal[block])
-            variance = np.square(centred).mean(axis=1, keepdims=True)
-            inverse[block] = 1 / np.sqrt(variance + self.epsilon)
+            centred = np.subtract(rows[block], _mean(rows[block]), out=normal[block])
+            inverse[block] = 1 / np.sqrt(_mean_product(centred, centred) + self.epsilon)
             centred *= inverse[block]
             np.multiply(centred, gain, out=out[block])
             out[block] += bias
@@ -40,9 +39,8 @@ class LayerNorm(Layer):
                 dgain += np.add.reduce(product, axis=0)
                 dbias += np.add.reduce(dy[block], axis=0)
                 dnormal = np.multiply(dy[block], gain, out=out[block])
-                np.multiply(dnormal, normal[block], out=product)
-                along = product.mean(axis=1, keepdims=True)
-                dnormal -= dnormal.mean(axis=1, keepdims=True)
+                along = _mean_product(dnormal, normal[block])
+                dnormal -= _mean(dnormal)
                 dnormal -= np.multiply(normal[block], along, out=product)
                 dnormal *= inverse[block]
             return dx
@@ -70,7 +68,7 @@ class RMSNorm(Layer):
         normal, y = np.empty(rows.shape, x.dtype), np.empty(x.shape, x.dtype)
         inverse, out = np.empty((len(rows), 1), x.dtype), y.reshape(rows.shape)
         for block in blocks(len(rows), self.features * x.itemsize):
-            inverse[block] = 1 / np.sqrt(np.square(rows[block]).mean(axis=1, keepdims=True) + self.epsilon)
+            inverse[block] = 1 / np.sqrt(_mean_product(rows[block], rows[block]) + self.epsilon)
             np.multiply(rows[block], inverse[block], out=normal[block])
             np.multiply(normal[block], gain, out=out[block])
 
@@ -82,7 +80,7 @@ class RMSNorm(Layer):
                 product = dy[block] * normal[block]
                 dgain += np.add.reduce(product, axis=0)
                 dnormal = np.multiply(dy[block], gain, out=out[block])
-                along = np.multiply(dnormal, normal[block], out=product).mean(axis=1, keepdims=True)
+                along = _mean_product(dnormal, normal[block])
                 dnormal -= np.multiply(normal[block], along, out=product)
                 dnormal *= inverse[block]
             return dx
@@ -117,9 +115,10 @@ class GroupNorm(Layer):
         images = x.reshape(len(x), places, self.channels)
         normal, y = np.empty(images.shape, x.dtype), np.empty(x.shape, x.dtype)
         inverse, out = np.empty((len(x), 1, self.channels), x.dtype), y.reshape(images.shape)
+        ones, share = np.ones(places, x.dtype), self._share(places).astype(x.dtype)
         for some in blocks(len(x), places * self.channels * x.itemsize):
-            centred = np.subtract(images[some], self._mean(images[some]), out=normal[some])
-            variance = self._mean(np.square(centred, out=out[some]))
+            centred = np.subtract(images[some], (ones @ images[some] @ share)[:, None], out=normal[some])
+            variance = (ones @ np.square(centred, out=out[some]) @ share)[:, None]
             inverse[some] = 1 / np.sqrt(variance + self.epsilon)
             centred *= inverse[some]
             np.multiply(centred, gain, out=out[some])
@@ -131,23 +130,21 @@ class GroupNorm(Layer):
             dgain[...] = dbias[...] = 0
             for some in blocks(len(x), places * self.channels * x.itemsize):
                 product = dy[some] * normal[some]
-                dgain += np.add.reduce(product, axis=(0, 1))
-                dbias += np.add.reduce(dy[some], axis=(0, 1))
-                product *= gain
+                along, across = ones @ product, ones @ dy[some]
+                dgain += np.add.reduce(along, axis=0)
+                dbias += np.add.reduce(across, axis=0)
                 dnormal = np.multiply(dy[some], gain, out=out[some])
-                along = self._mean(product)
-                dnormal -= self._mean(dnormal)
-                dnormal -= np.multiply(normal[some], along, out=product)
+                dnormal -= (across * gain @ share)[:, None]
+                dnormal -= np.multiply(normal[some], (along * gain @ share)[:, None], out=product)
                 dnormal *= inverse[some]
             return dx
 
         return y, backward
 
-    def _mean(self, images: Array) -> Array:
-        """The mean over the places and the channels of a group, once for every channel: (rows, 1, channels)."""
-        sums = np.add.reduce(images, axis=1).reshape(len(images), self.groups, self.channels // self.groups)
-        means = np.add.reduce(sums, axis=2) * (self.groups / (images.shape[1] * self.channels))
-        return np.repeat(means, self.channels // self.groups, axis=1)[:, None]
+    def _share(self, places: int) -> Array:
+        """What turns sums over each channel into means over each group, given once for every channel."""
+        size = self.channels // self.groups
+        return np.kron(np.eye(self.groups), np.full((size, size), 1 / (places * size)))
 
     def output_shape(self, shape: Shape) -> Shape:
         if shape[-1:] != (self.channels,):
@@ -158,3 +155,17 @@ class GroupNorm(Layer):
 
     def flops(self, shape: Shape) -> int:
         return 8 * math.prod(shape)
+
+
+def _mean(rows: Array) -> Array:
+    """The mean of each row, (rows, 1): a product of matrices is several times faster than adding along short rows."""
+    features = rows.shape[1]
+    means: Array = rows @ np.full((features, 1), 1 / features, rows.dtype)
+    return means
+
+
+def _mean_product(a: Array, b: Array) -> Array:
+    """The mean over each row of a * b, (rows, 1)."""
+    means: Array = np.vecdot(a, b)[:, None]
+    means *= 1 / a.shape[1]
+    return means
