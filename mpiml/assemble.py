@@ -7,22 +7,22 @@ import itertools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpiml import waiting
+from mpiml.build import Model, build_loss, build_metric, build_model, objective
 from mpiml.clock import Clock
 from mpiml.config import Config
 from mpiml.data.dataset import Batch, Dataset, Findings, inspect
 from mpiml.data.shards import Shards, chunks
 from mpiml.data.sources import Source
 from mpiml.errors import ConfigError, DataError
+from mpiml.imports import is_name
 from mpiml.nn import layers as nn
 from mpiml.nn import optimizers
-from mpiml.nn.losses import R2, Accuracy, Loss, Metric, mean_squared_error, softmax_cross_entropy
-from mpiml.nn.models import mlp
+from mpiml.nn.losses import Metric
 from mpiml.nn.parameters import Gradients, Layout, Shape
 from mpiml.nn.rates import learning_rate
 from mpiml.parallel import split
@@ -40,7 +40,6 @@ from mpiml.run.verdict import together
 
 DEFAULT_EPOCHS = 30
 Agree = Callable[[NDArray[np.float64], bool, bool], Record]
-Model = Sequence[nn.Layer] | Callable[[Shape, int], Sequence[nn.Layer]]
 
 
 @dataclass
@@ -95,16 +94,18 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int) -> C
     if microbatches > rows:
         raise ConfigError(f"--microbatches {microbatches}: the data set has only {rows} rows to share out")
     steps = config.steps or (config.epochs or DEFAULT_EPOCHS) * -(-rows // config.batch)
-    loss = ("cross_entropy" if classification else "mse") if config.loss == "auto" else config.loss
-    if (loss == "cross_entropy") != classification:
-        kind = "integers" if classification else "not integers"
-        raise ConfigError(f"--loss {loss}: the data set's labels are {kind}; leave it at auto")
+    loss, metric = ("cross_entropy", "accuracy") if classification else ("mse", "r2")
+    for flag, value, fitting in (("--loss", config.loss, loss), ("--metric", config.metric, metric)):
+        if value not in ("auto", fitting) and not is_name(value):
+            kind = "integers" if classification else "not integers"
+            raise ConfigError(f"{flag} {value}: the data set's labels are {kind}; leave it at auto")
     decay = config.weight_decay
     return config.replace(
         microbatches=microbatches,
         steps=steps,
         epochs=None,
-        loss=loss,
+        loss=loss if config.loss == "auto" else config.loss,
+        metric=metric if config.metric == "auto" else config.metric,
         lr=optimizers.default_rate(config.optimizer) if config.lr is None else config.lr,
         weight_decay=(0.01 if config.optimizer == "adamw" else 0.0) if decay is None else decay,
         decay_steps=config.decay_steps or steps,
@@ -123,18 +124,24 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
     shards = Shards(data.train, config.microbatches, config.batch, config.seed, *block, config.dtype)
     test_chunks = -(-len(data.test) // config.eval_rows)
     test_block = part(grid.replica, grid.replicas, test_chunks)
-    outputs = look_at(data, grid, clock, shards.hold(), tuple(c * config.eval_rows for c in test_block))
+    test_rows = tuple(c * config.eval_rows for c in test_block)
+    seen = look_at(data, grid, clock, shards.hold(), test_rows, config.classes)
 
-    layers = together(grid.comm, clock, functools.partial(build_model, config, data.train.x.shape, outputs, model))
-    shapes = nn.stack_shapes(layers, data.train.x.shape)
-    cuts = together(grid.comm, clock, functools.partial(find_cuts, config, layers, data.train.x.shape))
+    shape, outputs = data.train.x.shape, seen.outputs
+    loss = together(grid.comm, clock, functools.partial(build_loss, config))
+    metric = together(grid.comm, clock, functools.partial(build_metric, config, outputs))
+    final: Shape | None = (*data.train.y.shape, outputs) if data.classification else (outputs,)
+    if is_name(config.loss) and is_name(config.metric):
+        final = None  # nothing of ours looks at the outputs
+    build = functools.partial(build_model, config, shape, outputs, max(outputs, seen.tokens), final, model)
+    layers = together(grid.comm, clock, build)
+    shapes = nn.stack_shapes(layers, shape)
+    cuts = together(grid.comm, clock, functools.partial(find_cuts, config, layers, shape))
     bounds = [0, *cuts, len(layers)]
     stages = [layers[a:b] for a, b in itertools.pairwise(bounds)]
     layouts = [Layout(nn.parameters(stage), config.dtype) for stage in stages]
     layout = layouts[grid.stage]
 
-    loss: Loss = softmax_cross_entropy if config.loss == "cross_entropy" else mean_squared_error
-    metric: Metric = Accuracy() if config.loss == "cross_entropy" else R2(outputs)
     sum_, agreement, notes = place(config, grid, layout, 2 + metric.columns)
     layout.bind(sum_.values)
     layout.initialise(sum_.values, config.seed, *sum_.worker)
@@ -161,7 +168,7 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
         metric=metric,
         layouts=layouts,
         agree=agreement,
-        notes=notes,
+        notes=[*seen.notes, *notes],
         stage=Stage(grid.pipe, here, sum_, SCHEDULES[config.schedule], clock),
         update=update,
         state=State(grid, sum_, update.states),
@@ -192,33 +199,6 @@ def place(config: Config, grid: Grid, layout: Layout, columns: int) -> tuple[Gra
     return sum_, private, notes
 
 
-def objective(loss: Loss, metric: Metric) -> Callable[[Any, Any, bool], tuple[list[float], Any]]:
-    """Score a micro-batch: its row of the step record, and the gradient by the model's output."""
-
-    def score(y: Any, labels: Any, measured: bool) -> tuple[list[float], Any]:
-        total, weight, dy = loss(y, labels)
-        return [total, weight, *(metric.sums(y, labels) if measured else ())], dy
-
-    return score
-
-
-def build_model(config: Config, shape: Shape, outputs: int, model: Model | None) -> list[nn.Layer]:
-    """The layers, named. `model` is a list of layers, or builds one from the shape of a row and the outputs."""
-    if model is None:
-        layers = mlp(shape, outputs, config.hidden, config.activation, config.dropout)
-    else:
-        layers = list(model(shape, outputs) if callable(model) else model)
-    try:
-        nn.name(layers)
-        final = nn.stack_shapes(layers, shape)[-1]
-    except ValueError as error:
-        raise ConfigError(f"the model does not fit the data: {error}") from None
-    if final != (outputs,):
-        raise ConfigError(f"the model gives rows of shape {final}, but the labels need ({outputs},)")
-    nn.skip_first_dx(layers)
-    return layers
-
-
 def find_cuts(config: Config, layers: Sequence[nn.Layer], shape: Shape) -> Sequence[int]:
     """Where stages begin: as --cuts says, or so that the slowest stage is as fast as it can be."""
     if config.cuts:
@@ -227,20 +207,35 @@ def find_cuts(config: Config, layers: Sequence[nn.Layer], shape: Shape) -> Seque
     return split.balanced(nn.stack_flops(layers, shape), config.pipe)
 
 
-def look_at(data: Dataset, grid: Grid, clock: Clock, train: tuple[int, int], test: tuple[int, ...]) -> int:
+@dataclass
+class Seen:
+    """What the data set asks of a model.
+
+    Attributes:
+        outputs: the number of classes, or of values per label.
+        tokens: one more than the highest integer input; 0 if inputs are not integers.
+        notes: what a person should know.
+    """
+
+    outputs: int
+    tokens: int
+    notes: list[str]
+
+
+def look_at(
+    data: Dataset, grid: Grid, clock: Clock, train: tuple[int, int], test: tuple[int, ...], classes: int | None
+) -> Seen:
     """Read the rows that this rank will use, and check all values of the data set; collective.
 
     Inputs are read by the first stage, labels by the last, each row of the training set by one replica.
 
     Args:
         train, test: the (start, stop) of this replica's rows.
-
-    Returns:
-        How many outputs a model needs: the number of classes, or of values per label.
+        classes: how many there are, if that has been said.
     """
     ends = {"x": grid.stage == 0, "y": grid.stage == grid.stages - 1}
     test_rows = (test[0], min(test[1], len(data.test)))
-    classes = 0
+    seen = Seen(classes or 0, 0, [])
     for which, split_, rows in (("train", data.train, train), ("test", data.test, test_rows)):
         for column, mine in ends.items():
             source: Source = getattr(split_, column)
@@ -250,18 +245,34 @@ def look_at(data: Dataset, grid: Grid, clock: Clock, train: tuple[int, int], tes
             problem = None
             if found.first_bad is not None:
                 problem = f"{found.bad_rows} rows hold values that are not finite, the first is row {found.first_bad}"
-            elif column == "y" and data.classification:
-                classes = max(classes, int(found.highest) + 1)
-                if found.lowest < 0:
-                    problem = f"a label is {found.lowest:g}; classes are counted from 0"
-                elif found.highest >= len(data.train):
-                    problem = (
-                        f"a label is {found.highest:.0f}, which makes more classes than the {len(data.train)} rows"
-                    )
-                    problem += " of x_train; for a regression, save the labels as floating-point numbers"
+            elif column == "x":
+                seen.tokens = max(seen.tokens, int(found.highest) + 1 if np.isfinite(found.highest) else 0)
+            elif data.classification:
+                problem = label_problem(found, data, classes)
+                seen.outputs = max(seen.outputs, int(found.highest) + 1)
+                if found.masked:
+                    seen.notes.append(f"{name}: {found.masked} labels are -1 and do not count")
             if problem:
                 raise _alike(DataError(f"{name}: {problem}"))
-    return classes if data.classification else int(np.prod(data.train.y.shape))
+    if not data.classification:
+        seen.outputs = int(np.prod(data.train.y.shape))
+    return seen
+
+
+def label_problem(found: Findings, data: Dataset, classes: int | None) -> str | None:
+    """What is wrong with labels that should be classes, if anything is."""
+    if found.lowest < -1:
+        return f"a label is {found.lowest:g}; classes are counted from 0, and only -1, which does not count, is below"
+    if found.highest < 0:
+        return "all labels are -1, so none counts"
+    if classes and found.highest >= classes:
+        return f"a label is {found.highest:.0f}, but --classes is {classes}"
+    if not classes and not data.train.y.shape and found.highest >= len(data.train):
+        return (
+            f"a label is {found.highest:.0f}, which makes more classes than the {len(data.train)} rows of x_train; "
+            "for a regression, save the labels as floating-point numbers"
+        )
+    return None
 
 
 def _read(clock: Clock, source: Source, start: int, stop: int) -> Findings:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import mpiml
 from mpiml.errors import ConfigError
+from mpiml.imports import is_name
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
@@ -35,9 +36,13 @@ def setting(
     below: float = math.inf,
     on_resume: bool = False,
     metavar: str | None = None,
+    or_named: bool = False,
 ) -> Any:
-    """A field of Config: its help, what it may be, and whether a resumed run may change it."""
-    about = {"group": group, "help": help, "choices": tuple(choices), "low": low, "below": below}
+    """A field of Config: its help, what it may be, and whether a resumed run may change it.
+
+    `or_named`: besides the choices also package.module:function.
+    """
+    about = {"group": group, "help": help, "choices": tuple(choices), "low": low, "below": below, "or_named": or_named}
     return dataclasses.field(default=default, metadata={**about, "on_resume": on_resume, "metavar": metavar})
 
 
@@ -49,15 +54,34 @@ class Config:
     """
 
     data: str = setting("digits", GROUPS[0], "digits, or a .npz file with x_train, y_train, x_test, y_test")
-    model: str = setting("mlp", GROUPS[0], "what to train", choices=["mlp"])
+    model: str = setting(
+        "mlp",
+        GROUPS[0],
+        "what to train; a function (shape of an input row, number of outputs) that returns a list of layers",
+        choices=["mlp", "cnn", "resnet", "gpt"],
+        or_named=True,
+    )
     hidden: tuple[int, ...] = setting((128, 128), GROUPS[0], "widths of the mlp's hidden layers", low=1)
     activation: str = setting("relu", GROUPS[0], "after each hidden layer", choices=["relu", "gelu", "tanh"])
+    channels: int = setting(32, GROUPS[0], "of cnn's and resnet's first convolution; later ones have more", low=1)
+    blocks: int = setting(2, GROUPS[0], "residual blocks of resnet, at each of three sizes, or of gpt", low=1)
+    width: int = setting(128, GROUPS[0], "of the vector that stands for a token in gpt", low=1)
+    heads: int = setting(4, GROUPS[0], "of gpt's attention", low=1)
     dropout: float = setting(0.0, GROUPS[0], "probability of zeroing a hidden value", low=0, below=1)
+    classes: int | None = setting(None, GROUPS[0], "how many (default: one more than the highest label)", low=1)
     loss: str = setting(
         "auto",
         GROUPS[0],
-        "auto is cross_entropy for integer labels and mse for others",
+        "auto is cross_entropy for integer labels and mse for others; a function as in mpiml.nn.losses",
         choices=["auto", "cross_entropy", "mse"],
+        or_named=True,
+    )
+    metric: str = setting(
+        "auto",
+        GROUPS[0],
+        "auto is accuracy for integer labels and r2 for others; a function (number of outputs) that returns one",
+        choices=["auto", "accuracy", "r2"],
+        or_named=True,
     )
     init: str | None = setting(None, GROUPS[0], "begin with the weights of this checkpoint, at step 0", metavar="FILE")
 
@@ -251,7 +275,7 @@ def _parser(program: str) -> ArgumentParser:
             group.add_argument(flag(field.name), action="store_const", const="true", help=about["help"])
             continue
         shown = f" (default: {_text(field.default)})" if field.default not in (None, ()) else ""
-        choices = "|".join(about["choices"])
+        choices = "|".join([*about["choices"], *(["MODULE:FUNCTION"] if about["or_named"] else [])])
         metavar = choices or about["metavar"] or _metavar(types_of[field.name])
         group.add_argument(flag(field.name), metavar=metavar, help=about["help"] + shown)
     return parser
@@ -298,8 +322,9 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
     about, what = field.metadata, f"{flag(field.name)} {_text(value)}"
     if value is None and field.default is None:
         return
-    if about["choices"] and value not in about["choices"]:
-        raise ConfigError(f"{what}: choose from {', '.join(about['choices'])}{_guess(str(value), about['choices'])}")
+    if about["choices"] and value not in about["choices"] and not (about["or_named"] and is_name(value)):
+        known = [*about["choices"], *(["package.module:function"] if about["or_named"] else [])]
+        raise ConfigError(f"{what}: choose from {', '.join(known)}{_guess(str(value), about['choices'])}")
     if about["low"] is None:
         return
     for number in value if isinstance(value, tuple) else (value,):

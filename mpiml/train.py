@@ -29,7 +29,8 @@ import numpy as np
 from mpi4py import MPI
 
 from mpiml import assemble, restart
-from mpiml.assemble import Model, Run
+from mpiml.assemble import Run
+from mpiml.build import Model
 from mpiml.clock import Clock
 from mpiml.config import Config, parse
 from mpiml.data.dataset import Dataset, open_dataset

@@ -31,6 +31,8 @@ class Split:
 class Dataset:
     """What a run learns from. Integer labels make it a classification, floating-point labels a regression.
 
+    A label is one number, or a row of them; a class of -1 is no label and does not count.
+
     Raises DataError if the four sources do not fit together.
     """
 
@@ -49,8 +51,6 @@ class Dataset:
                 raise DataError(f"{self.name}: rows of {column}_train are {train.shape}, of {column}_test {test.shape}")
         if (self.train.y.dtype.kind == "f") != (self.test.y.dtype.kind == "f"):
             raise DataError(f"{self.name}: y_train is {self.train.y.dtype}, but y_test is {self.test.y.dtype}")
-        if self.classification and self.train.y.shape:
-            raise DataError(f"{self.name}: integer labels are one number a row, but y_train has {self.train.y.shape}")
         if len(self.train.y.shape) > 1:
             raise DataError(f"{self.name}: labels are at most one axis a row, but y_train has {self.train.y.shape}")
 
@@ -77,12 +77,14 @@ def open_dataset(spec: str) -> Dataset:
 
 @dataclass
 class Findings:
-    """What a look at every value of some rows found: range of the values, and rows that are not finite."""
+    """What a look at every value of some rows found: the range of integers, how many are -1, and which rows are not
+    finite."""
 
     lowest: float = np.inf
     highest: float = -np.inf
     bad_rows: int = 0
     first_bad: int | None = None
+    masked: int = 0
 
     def __or__(self, other: Findings) -> Findings:
         first = [row for row in (self.first_bad, other.first_bad) if row is not None]
@@ -91,6 +93,7 @@ class Findings:
             max(self.highest, other.highest),
             self.bad_rows + other.bad_rows,
             min(first, default=None),
+            self.masked + other.masked,
         )
 
 
@@ -107,7 +110,7 @@ def inspect(source: Source, start: int, stop: int) -> Findings:
             if len(bad):
                 found |= Findings(bad_rows=len(bad), first_bad=first + int(bad[0]))
         elif flat.size:
-            found |= Findings(lowest=int(flat.min()), highest=int(flat.max()))
+            found |= Findings(int(flat.min()), int(flat.max()), masked=int(np.count_nonzero(flat == -1)))
     return found
 
 

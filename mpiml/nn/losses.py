@@ -9,6 +9,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from mpiml.nn.blocks import blocks
+
 Array = NDArray[np.floating]
 Labels = NDArray[np.generic]
 
@@ -34,16 +36,26 @@ class Metric(Protocol):
 
 
 def softmax_cross_entropy(y: Array, labels: Labels) -> tuple[float, float, Array]:
-    """-log softmax(y)[label]; y (rows, classes), labels (rows,) integers in 0..classes-1."""
-    rows = np.arange(len(y))
-    shifted = y - y.max(axis=1, keepdims=True, initial=-np.inf)
-    chosen = shifted[rows, labels]
-    dy = np.exp(shifted, out=shifted)
-    total = dy.sum(axis=1, keepdims=True)
-    loss = float(np.add.reduce(np.log(total[:, 0]) - chosen, dtype=np.float64))
-    dy /= total
-    dy[rows, labels] -= 1
-    return loss, float(len(y)), dy
+    """-log softmax(y)[label] for every label that counts, each with weight one.
+
+    y (rows, ..., classes), labels (rows, ...) integers in 0..classes-1; one of -1 (padding, a masked token) has
+    weight zero.
+    """
+    outputs, goals = y.reshape(-1, y.shape[-1]), labels.reshape(-1).astype(np.intp, copy=False)
+    dy, losses = np.empty(outputs.shape, y.dtype), np.empty(len(outputs), y.dtype)
+    for block in blocks(len(outputs), outputs.shape[1] * y.itemsize):
+        part = np.subtract(outputs[block], outputs[block].max(axis=1, keepdims=True), out=dy[block])
+        label = np.arange(len(part)), goals[block]
+        chosen = part[label]
+        total = np.exp(part, out=part).sum(axis=1, keepdims=True)
+        losses[block] = np.log(total[:, 0]) - chosen
+        part /= total
+        part[label] -= 1
+    masked = goals < 0
+    losses[masked] = 0
+    dy[masked] = 0
+    loss = float(np.add.reduce(losses, dtype=np.float64))
+    return loss, float(np.count_nonzero(~masked)), dy.reshape(y.shape)
 
 
 def mean_squared_error(y: Array, labels: Labels) -> tuple[float, float, Array]:
@@ -55,13 +67,13 @@ def mean_squared_error(y: Array, labels: Labels) -> tuple[float, float, Array]:
 
 
 class Accuracy:
-    """The fraction of rows whose largest output is the label's."""
+    """The fraction of labels that are their largest output; those of -1 do not count."""
 
     name = "accuracy"
     columns = 2
 
     def sums(self, y: Array, labels: Labels) -> NDArray[np.float64]:
-        return np.array([np.count_nonzero(y.argmax(axis=1) == labels), len(y)], np.float64)
+        return np.array([np.count_nonzero(y.argmax(axis=-1) == labels), np.count_nonzero(labels != -1)], np.float64)
 
     def value(self, totals: Sequence[float]) -> float:
         return totals[0] / totals[1] if totals[1] else math.nan

@@ -125,3 +125,8 @@ def constant(value: float) -> Init:
 def uniform(bound: float) -> Init:
     """Uniform in [-bound, bound)."""
     return lambda random, count: random.uniform(-bound, bound, count)
+
+
+def normal(deviation: float) -> Init:
+    """Normal with mean 0 and that standard deviation."""
+    return lambda random, count: random.normal(0.0, deviation, count)

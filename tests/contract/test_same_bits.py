@@ -125,6 +125,44 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> str:
     return small_data(tmp_path_factory.mktemp("small") / "data.npz", 30)
 
 
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Rows of tokens, of which later rows, and so later micro-batches, have ever more that do not count."""
+    random = np.random.default_rng(0)
+    rows = random.integers(0, 11, (90, 13), np.uint8)
+    rows[:, 1::2] = rows[:, :-1:2] * 3 % 11  # every second one can be told
+    x, y = rows[:, :-1], rows[:, 1:].astype(np.int16)
+    y[np.arange(12) > 14 - np.arange(90)[:, None] % 60 // 5] = -1
+    path = tmp_path_factory.mktemp("tokens") / "tokens.npz"
+    np.savez(path, x_train=x[:60], y_train=y[:60], x_test=x[60:], y_test=y[60:])
+    return f"--data {path} --model gpt --width 16 --heads 2 --dropout 0.1 --optimizer sgd --quiet"
+
+
+IMAGES = "--model cnn --channels 6 --steps 8 --batch 60 --microbatches 6 --dropout 0.1 --clip 0.3 --log-every 1 --quiet"
+
+
+@pytest.mark.parametrize(("ranks", "grid"), [(2, ""), (2, "--pipe 2"), (4, "--pipe 2")])
+@pytest.mark.parametrize("model", ["cnn", "gpt"])
+def test_same_bits_of_images_and_tokens(
+    alone: Alone, train: Train, tokens: str, model: str, ranks: int, grid: str
+) -> None:
+    arguments = IMAGES if model == "cnn" else f"{tokens} --steps 8 --batch 25 --microbatches 6 --log-every 1"
+    assert_same(train(ranks, f"{arguments} {grid}"), alone(arguments))
+
+
+@pytest.mark.parametrize(("ranks", "grid"), [(1, ""), (4, ""), (4, "--pipe 2")])
+def test_masked_tokens_weigh_nothing_wherever_they_are(
+    alone: Alone, train: Train, tokens: str, ranks: int, grid: str
+) -> None:
+    """One step on all rows in parts of unequal weight is the step on all rows at once."""
+    arguments = f"{tokens} --dropout 0 --dtype float64 --steps 1 --batch 60 --log-every 1"
+    job, whole = train(ranks, f"{arguments} --microbatches 5 {grid}"), alone(f"{arguments} --microbatches 1")
+    assert job.code == 0, job.err
+    assert job.result["loss"] == pytest.approx(whole.result["loss"], rel=1e-13)
+    for name, array in saved(whole).items():
+        np.testing.assert_allclose(saved(job)[name], array, rtol=1e-10, atol=1e-13, err_msg=name)
+
+
 @pytest.mark.parametrize("microbatches", [29, 30])
 @pytest.mark.parametrize(("ranks", "grid"), [(3, ""), (4, "--pipe 2")])
 def test_empty_micro_batches(alone: Alone, train: Train, small: str, ranks: int, grid: str, microbatches: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -10,23 +11,90 @@ import numpy as np
 import pytest
 
 from mpiml.nn import layers as nn
-from mpiml.nn.layers import GELU, At, Dropout, Flatten, Layer, LayerNorm, Linear, ReLU, Residual, Tanh
+from mpiml.nn.layers import (
+    GELU,
+    At,
+    AvgPool2d,
+    CausalSelfAttention,
+    Conv2d,
+    Dropout,
+    Embedding,
+    Flatten,
+    GlobalAvgPool,
+    GroupNorm,
+    Layer,
+    LayerNorm,
+    Linear,
+    MaxPool2d,
+    PositionalEmbedding,
+    ReLU,
+    Reshape,
+    Residual,
+    RMSNorm,
+    SiLU,
+    Tanh,
+)
 from mpiml.nn.parameters import Gradients, Layout
 
 AT = At(training=True, seed=3, step=5, microbatch=2)
+TOKENS = 7
 GARBAGE = 1e30  # what gradients hold before `backward`: a backward that adds, or leaves some out, is seen
 
 Stack = Callable[[], list[Layer]]
 CASES: dict[str, tuple[Stack, tuple[int, ...]]] = {
     "linear": (lambda: [Linear(3, 4)], (3,)),
+    "linear of two axes": (lambda: [Linear(3, 4)], (2, 3)),
     "relu": (lambda: [ReLU()], (5,)),
     "tanh": (lambda: [Tanh()], (5,)),
     "gelu": (lambda: [GELU()], (5,)),
+    "silu": (lambda: [SiLU()], (5,)),
     "layer norm": (lambda: [LayerNorm(6)], (6,)),
     "layer norm of two axes": (lambda: [LayerNorm(5)], (2, 5)),
     "layer norm, large epsilon": (lambda: [LayerNorm(4, epsilon=0.5)], (4,)),
+    "rms norm": (lambda: [RMSNorm(6)], (6,)),
+    "rms norm of two axes": (lambda: [RMSNorm(5)], (2, 5)),
+    "group norm": (lambda: [GroupNorm(2, 6)], (3, 2, 6)),
+    "group norm of one group": (lambda: [GroupNorm(1, 4)], (2, 2, 4)),
+    "group norm of each channel": (lambda: [GroupNorm(3, 3)], (2, 2, 3)),
+    "group norm of one axis": (lambda: [GroupNorm(2, 8)], (8,)),
+    "convolution": (lambda: [Conv2d(2, 3)], (4, 5, 2)),
+    "convolution of one channel": (lambda: [Conv2d(1, 2)], (3, 3, 1)),
+    "convolution without padding": (lambda: [Conv2d(2, 3, padding=0)], (4, 3, 2)),
+    "convolution, stride 2": (lambda: [Conv2d(2, 3, stride=2)], (5, 4, 2)),
+    "convolution, stride 2, a rest": (lambda: [Conv2d(1, 2, stride=2, padding=0)], (6, 5, 1)),
+    "convolution, stride beyond kernel": (lambda: [Conv2d(1, 2, 2, 3, 1)], (6, 7, 1)),
+    "convolution 1 x 1": (lambda: [Conv2d(3, 2, 1)], (2, 3, 3)),
+    "convolution 5 x 5, stride 3": (lambda: [Conv2d(1, 2, 5, 3, 1)], (7, 8, 1)),
+    "max pool": (lambda: [MaxPool2d()], (4, 6, 2)),
+    "max pool with a rest": (lambda: [MaxPool2d(2)], (5, 3, 2)),
+    "max pool of three": (lambda: [MaxPool2d(3)], (3, 7, 1)),
+    "average pool": (lambda: [AvgPool2d()], (4, 2, 2)),
+    "average pool with a rest": (lambda: [AvgPool2d(3)], (4, 5, 2)),
+    "global average pool": (lambda: [GlobalAvgPool()], (2, 3, 4)),
+    "images": (
+        lambda: [Reshape((4, 4, 1)), Conv2d(1, 4), GroupNorm(2, 4), SiLU(), MaxPool2d(), Conv2d(4, 2), GlobalAvgPool()],
+        (16,),
+    ),
+    "embedding": (lambda: [Embedding(TOKENS, 4)], (5,)),
+    "embedding of one id a row": (lambda: [Embedding(TOKENS, 4)], ()),
+    "positional embedding": (lambda: [PositionalEmbedding(3, 4)], (3, 4)),
+    "attention": (lambda: [CausalSelfAttention(6, 2)], (5, 6)),
+    "attention of one head": (lambda: [CausalSelfAttention(4, 1)], (3, 4)),
+    "attention of one place": (lambda: [CausalSelfAttention(4, 2)], (1, 4)),
+    "tokens": (
+        lambda: [
+            Embedding(TOKENS, 4),
+            PositionalEmbedding(3, 4),
+            Residual(LayerNorm(4), CausalSelfAttention(4, 2)),
+            Residual(RMSNorm(4), Linear(4, 5), GELU(), Linear(5, 4)),
+            LayerNorm(4),
+            Linear(4, TOKENS),
+        ],
+        (3,),
+    ),
     "dropout": (lambda: [Dropout(0.4)], (9,)),
     "flatten": (lambda: [Flatten()], (2, 3)),
+    "reshape": (lambda: [Reshape((3, 2, 1))], (2, 3)),
     "residual": (lambda: [Residual(Linear(4, 4))], (4,)),
     "residual of a stack": (lambda: [Residual(Linear(4, 6), Tanh(), Dropout(0.3), Linear(6, 4))], (4,)),
     "residual in residual": (lambda: [Residual(Tanh(), Residual(Linear(3, 3), GELU()))], (3,)),
@@ -43,6 +111,7 @@ CASES: dict[str, tuple[Stack, tuple[int, ...]]] = {
         (2, 3),
     ),
 }
+TAKE_TOKENS = {"embedding", "embedding of one id a row", "tokens"}  # whose input has no gradient
 every_case = pytest.mark.parametrize("case", CASES)
 
 
@@ -51,6 +120,7 @@ class Bench:
 
     def __init__(self, case: str, dtype: str = "float64", skip_first_dx: bool = False):
         build, self.shape = CASES[case]
+        self.tokens = case in TAKE_TOKENS
         self.layers = build()
         nn.name(self.layers)
         if skip_first_dx:
@@ -64,6 +134,8 @@ class Bench:
     def rows(self, count: int, seed: int = 0) -> np.ndarray:
         """Inputs at a distance from 0, where ReLU has no derivative."""
         random = np.random.default_rng(seed)
+        if self.tokens:
+            return random.integers(0, TOKENS - 1, (count, *self.shape)).astype(self.layout.dtype)  # the last is rare
         x = random.uniform(0.1, 1.5, (count, *self.shape)) * random.choice([-1.0, 1.0], (count, *self.shape))
         return x.astype(self.layout.dtype)
 
@@ -76,12 +148,13 @@ class Bench:
         return nn.forward(self.layers, x, at)
 
     def both(self, x: np.ndarray, at: At = AT, seed: int = 9) -> list[np.ndarray]:
-        """Forward and backward of some dy: dx and the gradient of every parameter."""
+        """Forward and backward of some dy: dx, zero where there is none, and the gradient of every parameter."""
         y, backward = self.forward(x, at)
         dy = np.random.default_rng(seed).standard_normal(y.shape).astype(y.dtype)
         grads = self.gradients()
         dx = backward(dy, grads)
-        return [dx, *(grads[p].copy() for p in self.layout.parameters)]
+        assert dx is not None or self.tokens or not self.layers[0].needs_dx
+        return [np.zeros(x.shape) if dx is None else dx, *(grads[p].copy() for p in self.layout.parameters)]
 
 
 def slopes(f: Callable[[], float], where: np.ndarray, h: float = 1e-5) -> np.ndarray:
@@ -107,7 +180,8 @@ def test_gradients_are_the_slopes(case: str) -> None:
         return float(np.sum(bench.forward(x)[0] * dy))
 
     dx, *found = bench.both(x)
-    np.testing.assert_allclose(dx, slopes(f, x), rtol=1e-6, atol=1e-8)
+    if not bench.tokens:
+        np.testing.assert_allclose(dx, slopes(f, x), rtol=1e-6, atol=1e-8)
     for parameter, gradient in zip(bench.layout.parameters, found, strict=True):
         np.testing.assert_allclose(gradient, slopes(f, parameter.value), rtol=1e-6, atol=1e-8, err_msg=parameter.name)
 
@@ -123,7 +197,7 @@ def test_microbatches_in_flight_do_not_mix(case: str) -> None:
         y, backward = flying[m]
         grads = bench.gradients()
         dx = backward(np.random.default_rng(9).standard_normal(y.shape), grads)
-        together = [dx, *(grads[p] for p in bench.layout.parameters)]
+        together = [np.zeros(xs[m].shape) if dx is None else dx, *(grads[p] for p in bench.layout.parameters)]
         for mine, expected in zip(together, alone[m], strict=True):
             np.testing.assert_array_equal(mine, expected)
 
@@ -139,7 +213,7 @@ def test_nothing_given_or_held_is_written(case: str) -> None:
     y, backward = bench.forward(x)
     y.flags.writeable = False
     first, second = bench.gradients(), bench.gradients()
-    dx = backward(dy, first).copy()
+    dx = copy.copy(backward(dy, first))
     np.testing.assert_array_equal(backward(dy, second), dx)  # so nothing that it holds has changed
     np.testing.assert_array_equal(first.vector, second.vector)
     np.testing.assert_array_equal(x, kept[0])
@@ -161,7 +235,8 @@ def test_numbers_keep_their_kind(case: str) -> None:
     bench = Bench(case, "float32")
     y, backward = bench.forward(bench.rows(3))
     assert y.dtype == np.float32
-    assert backward(np.ones(y.shape, np.float32), bench.gradients()).dtype == np.float32
+    dx = backward(np.ones(y.shape, np.float32), bench.gradients())
+    assert bench.tokens or dx.dtype == np.float32
 
 
 @every_case
@@ -177,13 +252,21 @@ def test_shape_is_known_beforehand(case: str) -> None:
         (ReLU(), [-2.0, 0.0, 3.0], [0, 0, 3]),
         (Tanh(), [0.0, math.log(2)], [0, 0.6]),  # (2 - 1/2) / (2 + 1/2)
         (GELU(), [-1.0, 0.0, 1.0, 2.0], [-0.158808, 0, 0.841192, 1.954598]),
+        (SiLU(), [0.0, math.log(3), -1e4], [0, 0.75 * math.log(3), 0]),
         (LayerNorm(4), [1.0, 1.0, 3.0, 3.0], [-1, -1, 1, 1]),
+        (RMSNorm(2), [1.0, 7.0], [0.2, 1.4]),  # the mean square is 25
+        (GroupNorm(2, 4), [1.0, 3.0, 5.0, 5.0], [-1, 1, 0, 0]),
+        (GroupNorm(1, 2), [[1.0, 1.0], [3.0, 3.0]], [[-1, -1], [1, 1]]),
+        (MaxPool2d(), [[[1.0], [2.0], [9.0]], [[4.0], [-3.0], [9.0]]], [[[4]]]),
+        (AvgPool2d(), [[[1.0], [2.0], [9.0]], [[4.0], [-3.0], [9.0]]], [[[1]]]),
+        (GlobalAvgPool(), [[[1.0, 5.0], [2.0, 7.0]]], [1.5, 6]),
+        (Reshape((2, 1)), [4.0, 5.0], [[4], [5]]),
         (LayerNorm(2, epsilon=3.0), [1.0, 3.0], [-0.5, 0.5]),  # 1 / sqrt(1 + 3)
         (Residual(ReLU()), [-2.0, 3.0], [-2, 6]),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Layer) else "",
 )
-def test_values_by_hand(layer: Layer, x: list[float], y: list[float]) -> None:
+def test_values_by_hand(layer: Layer, x: list, y: list) -> None:
     for parameter in nn.parameters([layer]):
         parameter.value = parameter.init(np.random.default_rng(), parameter.shape)
     np.testing.assert_allclose(layer(np.array([x]), AT)[0], [y], rtol=1e-5)
@@ -215,11 +298,23 @@ def test_only_the_first_layer_with_parameters_skips_dx() -> None:
 @pytest.mark.parametrize(
     ("layer", "given", "named"),
     [
-        (Linear(3, 4), (5,), ["(3,)", "(5,)"]),
-        (Linear(3, 4), (2, 3), ["(3,)", "(2, 3)"]),
+        (Linear(3, 4), (5,), ["3", "(5,)"]),
+        (Linear(3, 4), (), ["3", "()"]),
         (LayerNorm(6), (2, 5), ["6", "(2, 5)"]),
+        (RMSNorm(6), (2, 5), ["6", "(2, 5)"]),
+        (GroupNorm(2, 6), (2, 5), ["6", "(2, 5)"]),
+        (Conv2d(3, 4), (8, 8), ["(H, W, 3)", "(8, 8)"]),
+        (Conv2d(3, 4), (8, 8, 1), ["(H, W, 3)", "(8, 8, 1)"]),
+        (Conv2d(3, 4, 5, padding=1), (8, 2, 3), ["at least 3", "(8, 2, 3)"]),
+        (MaxPool2d(), (8, 1, 3), ["at least 2", "(8, 1, 3)"]),
+        (AvgPool2d(3), (8,), ["at least 3", "(8,)"]),
+        (GlobalAvgPool(), (8, 8), ["(H, W, channels)", "(8, 8)"]),
+        (Reshape((2, 3)), (7,), ["6", "(7,)"]),
+        (PositionalEmbedding(3, 4), (2, 4), ["(3, 4)", "(2, 4)"]),
+        (CausalSelfAttention(4, 2), (3, 5), ["(T, 4)", "(3, 5)"]),
+        (CausalSelfAttention(4, 2), (4,), ["(T, 4)", "(4,)"]),
         (Residual(Linear(3, 4)), (3,), ["(3,)", "(4,)"]),
-        (Residual(Linear(3, 3)), (7,), ["(3,)", "(7,)"]),
+        (Residual(Linear(3, 3)), (7,), ["3", "(7,)"]),
     ],
 )
 def test_shapes_that_do_not_fit_are_both_named(layer: Layer, given: tuple[int, ...], named: list[str]) -> None:
@@ -269,3 +364,79 @@ def test_dropout_is_off_in_evaluation_and_at_rate_0() -> None:
 def test_dropout_rate_is_a_probability_below_1(rate: float) -> None:
     with pytest.raises(ValueError, match="dropout rate"):
         Dropout(rate)
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda: GroupNorm(3, 8), ["3 groups", "8 channels"]),
+        (lambda: CausalSelfAttention(8, 3), ["3 heads", "8 features"]),
+        (lambda: Conv2d(1, 1, 3, padding=3), ["padding 3", "kernel 3"]),
+        (lambda: Conv2d(1, 1, 3, stride=0), ["stride 0"]),
+        (lambda: MaxPool2d(0), ["MaxPool2d(0)"]),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(make: Callable[[], Layer], named: list[str]) -> None:
+    with pytest.raises(ValueError) as error:
+        make()
+    assert all(word in str(error.value) for word in named)
+
+
+def test_equal_values_in_a_window_share_no_gradient() -> None:
+    x = np.zeros((1, 2, 2, 1))
+    x[0, 1, :] = 5
+    _, backward = MaxPool2d()(x, AT)
+    np.testing.assert_array_equal(backward(np.full((1, 1, 1, 1), 3.0), None)[0, :, :, 0], [[0, 0], [3, 0]])
+
+
+def test_a_place_sees_none_that_comes_later() -> None:
+    bench = Bench("attention")
+    x = bench.rows(2)
+    y, _ = bench.forward(x)
+    x[:, 3:] += 1
+    changed, _ = bench.forward(x)
+    np.testing.assert_array_equal(changed[:, :3], y[:, :3])
+    assert np.all(changed[:, 3:] != y[:, 3:])
+
+
+@pytest.mark.parametrize("queries", [1, 2, 3])
+def test_attention_in_blocks_is_attention(monkeypatch: pytest.MonkeyPatch, queries: int) -> None:
+    bench = Bench("attention")
+    x = bench.rows(2)
+    whole = [bench.forward(x)[0], *bench.both(x)]
+    monkeypatch.setattr("mpiml.nn.attention.QUERIES", queries)
+    for part, expected in zip([bench.forward(x)[0], *bench.both(x)], whole, strict=True):
+        np.testing.assert_allclose(part, expected, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("case", ["gelu", "layer norm", "rms norm of two axes", "convolution", "convolution, stride 2"])
+def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    bench = Bench(case)
+    x = bench.rows(5)
+    whole = [bench.forward(x)[0], *bench.both(x)]
+    monkeypatch.setattr("mpiml.nn.convolution.CACHE", 2000)
+    monkeypatch.setattr("mpiml.nn.blocks.blocks.__defaults__", (100,))
+    for part, expected in zip([bench.forward(x)[0], *bench.both(x)], whole, strict=True):
+        np.testing.assert_allclose(part, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    bench = Bench("attention", "float32")
+    y, backward = bench.forward(bench.rows(2) * 1e4)
+    assert np.isfinite(y).all()
+    assert np.isfinite(backward(y, bench.gradients())).all()
+
+
+@pytest.mark.parametrize("token", [-1, TOKENS])
+def test_a_token_that_has_no_vector_is_refused(token: int) -> None:
+    with pytest.raises(ValueError, match=f"{token}.*0 to {TOKENS - 1}"):
+        Bench("embedding").forward(np.array([[0.0, 1, 2, 3, token]]))
+
+
+def test_equal_tokens_add_their_gradients() -> None:
+    bench = Bench("embedding")
+    grads, (weight,) = bench.gradients(), bench.layout.parameters
+    y, backward = bench.forward(np.array([[2.0, 5, 2, 2, 0]]))
+    np.testing.assert_array_equal(y[0], weight.value[[2, 5, 2, 2, 0]])
+    backward(np.arange(5.0)[None, :, None] * np.ones(4), grads)
+    np.testing.assert_array_equal(grads[weight], np.array([4, 0, 0 + 2 + 3, 0, 0, 1, 0])[:, None] * np.ones(4))

@@ -20,7 +20,19 @@ def values(rows: int = 6) -> tuple[np.ndarray, np.ndarray]:
     return random.standard_normal((rows, 3)), random.standard_normal((rows, 3))
 
 
-CASES = {"cross entropy": (softmax_cross_entropy, classes), "squared error": (mean_squared_error, values)}
+def tokens(rows: int = 6) -> tuple[np.ndarray, np.ndarray]:
+    """As many labels that count as rows, so that all cases weigh alike."""
+    random = np.random.default_rng(2)
+    y, labels = random.standard_normal((rows, 3, 4)), np.full((rows, 3), -1)
+    labels[np.arange(rows), random.integers(0, 3, rows)] = random.integers(0, 4, rows)
+    return y, labels
+
+
+CASES = {
+    "cross entropy": (softmax_cross_entropy, classes),
+    "masked tokens": (softmax_cross_entropy, tokens),
+    "squared error": (mean_squared_error, values),
+}
 every_loss = pytest.mark.parametrize(("loss", "data"), CASES.values(), ids=CASES.keys())
 
 
@@ -77,6 +89,23 @@ def test_cross_entropy_by_hand() -> None:
     np.testing.assert_allclose(dy, [[0.25, -0.25], [-0.5, 0.5]])
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_label_of_minus_one_weighs_nothing_whatever_the_output_is() -> None:
+    y = np.array([[[0.0, 0.0], [np.nan, 1.0]], [[np.inf, 0.0], [0.0, np.log(3)]]])
+    total, weight, dy = softmax_cross_entropy(y, np.array([[0, -1], [-1, 1]]))
+    assert total == pytest.approx(math.log(2) + math.log(4 / 3))
+    assert weight == 2
+    np.testing.assert_allclose(dy, [[[-0.5, 0.5], [0, 0]], [[0, 0], [0.25, -0.25]]])
+
+
+def test_cross_entropy_in_blocks_is_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = softmax_cross_entropy(*tokens())
+    monkeypatch.setattr("mpiml.nn.blocks.blocks.__defaults__", (100,))
+    total, weight, dy = softmax_cross_entropy(*tokens())
+    assert (total, weight) == whole[:2]
+    np.testing.assert_array_equal(dy, whole[2])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.filterwarnings("error")
 def test_large_outputs_stay_finite(dtype: str) -> None:
@@ -106,6 +135,12 @@ def test_accuracy_by_hand_and_in_parts() -> None:
     parts = [metric.sums(y[a:b], labels[a:b]) for a, b in ((0, 1), (1, 1), (1, 4))]
     assert all(len(part) == metric.columns for part in parts)
     assert metric.value(sum(parts)) == 0.75
+
+
+def test_accuracy_counts_tokens_that_are_not_masked() -> None:
+    y = np.array([[[0.1, 0.9], [0.8, 0.2]], [[0.3, 0.7], [0.6, 0.4]]])
+    metric = Accuracy()
+    np.testing.assert_array_equal(metric.sums(y, np.array([[1, -1], [0, 0]])), [2, 3])
 
 
 def test_r2_by_hand() -> None:

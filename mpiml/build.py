@@ -1,0 +1,104 @@
+"""From settings to what is trained: the model, its loss and its metric."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from mpiml.config import Config
+from mpiml.errors import ConfigError
+from mpiml.imports import is_name, named
+from mpiml.nn import layers as nn
+from mpiml.nn.losses import R2, Accuracy, Loss, Metric, mean_squared_error, softmax_cross_entropy
+from mpiml.nn.models import cnn, gpt, mlp, resnet
+from mpiml.nn.parameters import Shape
+
+Model = Sequence[nn.Layer] | Callable[[Shape, int], Sequence[nn.Layer]]
+Objective = Callable[[Any, Any, bool], tuple[list[float], Any]]
+
+
+def build_model(
+    config: Config, shape: Shape, outputs: int, tokens: int, final: Shape | None, model: Model | None
+) -> list[nn.Layer]:
+    """The layers, named.
+
+    Args:
+        shape: of an input row.
+        outputs: how many the model needs: classes, or values to predict.
+        tokens: how many token ids the inputs hold, if that is what they are.
+        final: the shape that a row of the output must have, or None for any.
+        model: layers, or a function (shape, outputs) that returns them, in place of config.model.
+    """
+    make = model or chosen(config, tokens)
+    try:
+        layers = _list_of_layers(make(shape, outputs) if callable(make) else make)
+        nn.name(layers)
+        found = nn.stack_shapes(layers, shape)[-1]
+    except ValueError as error:
+        raise ConfigError(f"the model does not fit the data: {error}") from None
+    if final is not None and found != final:
+        raise ConfigError(f"the model gives rows of shape {found}, but the labels need {final}")
+    nn.skip_first_dx(layers)
+    return layers
+
+
+def chosen(config: Config, tokens: int = 0) -> Model:
+    """What builds the model that --model names."""
+    if is_name(config.model):
+        model: Model = named(config.model, "--model")
+        return model
+    dropout, channels, blocks = config.dropout, config.channels, config.blocks
+    builders: dict[str, Model] = {
+        "mlp": functools.partial(mlp, hidden=config.hidden, activation=config.activation, dropout=dropout),
+        "cnn": functools.partial(cnn, channels=channels, dropout=dropout),
+        "resnet": functools.partial(resnet, channels=channels, blocks=blocks, dropout=dropout),
+        "gpt": functools.partial(
+            gpt, tokens=tokens, width=config.width, heads=config.heads, blocks=blocks, dropout=dropout
+        ),
+    }
+    return builders[config.model]
+
+
+def _list_of_layers(made: Any) -> list[nn.Layer]:
+    layers = list(made) if isinstance(made, Sequence) else [made]
+    for layer in layers:
+        if not isinstance(layer, nn.Layer):
+            raise ValueError(f"it must be a list of layers, but holds {type(layer).__name__}")
+    if not layers:
+        raise ValueError("it has no layers")
+    return layers
+
+
+def build_loss(config: Config) -> Loss:
+    """The loss that --loss names."""
+    if is_name(config.loss):
+        loss: Loss = named(config.loss, "--loss")
+        return loss
+    return softmax_cross_entropy if config.loss == "cross_entropy" else mean_squared_error
+
+
+def build_metric(config: Config, outputs: int) -> Metric:
+    """The metric that --metric names; one of a user's own is what the named function returns for `outputs`."""
+    if not is_name(config.metric):
+        return Accuracy() if config.metric == "accuracy" else R2(outputs)
+    metric: Metric = named(config.metric, "--metric")(outputs)
+    for attribute in ("name", "columns", "sums", "value"):
+        if not hasattr(metric, attribute):
+            raise ConfigError(f"--metric {config.metric}: {type(metric).__name__} has no {attribute}")
+    return metric
+
+
+def objective(loss: Loss, metric: Metric) -> Objective:
+    """What the last stage computes: (y, labels, measured) -> a row of the step record, and the gradient by the model's
+    output; the metric is summed only if it is to be measured."""
+
+    def score(y: Any, labels: Any, measured: bool) -> tuple[list[float], Any]:
+        total, weight, dy = loss(y, labels)
+        if dy.shape != y.shape:
+            raise ValueError(f"the loss gives a gradient of shape {dy.shape} for outputs of shape {y.shape}")
+        return [total, weight, *(metric.sums(y, labels) if measured else ())], np.ascontiguousarray(dy, y.dtype)
+
+    return score

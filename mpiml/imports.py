@@ -1,0 +1,31 @@
+"""What a user brings along, named on the command line as package.module:function."""
+
+import functools
+import importlib
+import re
+from typing import Any
+
+from mpiml.errors import ConfigError
+
+NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
+
+
+def is_name(text: str) -> bool:
+    """Whether that is how something is named."""
+    return NAME.fullmatch(text) is not None
+
+
+def named(text: str, flag: str) -> Any:
+    """What package.module:function names; the module is imported from the current directory or where Python looks.
+
+    Raises ConfigError if there is no such module or nothing of that name in it.
+    """
+    module, _, path = text.partition(":")
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"{flag} {text}: {error}") from None
+    try:
+        return functools.reduce(getattr, path.split("."), found)
+    except AttributeError as error:
+        raise ConfigError(f"{flag} {text}: {error}") from None

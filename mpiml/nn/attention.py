@@ -1,0 +1,115 @@
+"""Self-attention: each place of a row looks at those before it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from mpiml.nn.basic import Linear
+from mpiml.nn.layer import Array, At, Backward, Layer
+from mpiml.nn.parameters import Gradients, Shape
+
+QUERIES = 128  # places that look at once: their scores fit a second-level cache, and little is computed to be masked
+
+
+class CausalSelfAttention(Layer):
+    """y = softmax(Q K^T / sqrt(d) + mask) V for each head, and linear maps before and after; x, y (rows, T, features).
+
+    Q, K and V, of d = features / heads each, are a linear map of x; the mask hides places after one's own.
+    Vaswani et al., "Attention is all you need", NeurIPS 2017. The scores are not kept but computed again in the
+    backward pass from the softmax's normalisation: Dao et al., "FlashAttention", NeurIPS 2022.
+
+    Args:
+        gain: of the linear map after the heads; that before them has 1.
+    """
+
+    def __init__(self, features: int, heads: int, gain: float = 1.0):
+        if heads < 1 or features % heads:
+            raise ValueError(
+                f"CausalSelfAttention({features}, {heads}): {heads} heads do not divide {features} features"
+            )
+        self.features, self.heads = features, heads
+        self.project, self.combine = Linear(features, 3 * features, 1.0), Linear(features, features, gain)
+
+    def inner(self) -> Sequence[Layer]:
+        return self.project, self.combine
+
+    def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
+        rows, places = x.shape[:2]
+        projected, project_backward = self.project(x, at)
+        split = (rows, places, 3, self.heads, self.features // self.heads)
+        qkv = projected.reshape(split).transpose(2, 0, 3, 1, 4)  # (3, rows, heads, T, d)
+        attended = np.empty(x.shape, x.dtype)
+        heads = _heads(attended, self.heads)
+        log_sums = np.empty((*heads.shape[:3], 1), x.dtype)
+        for row, here, seen in _blocks(rows, places):
+            scores = _scores(qkv, row, here, seen)
+            highest = scores.max(axis=-1, keepdims=True)
+            scores -= highest
+            sums = np.exp(scores, out=scores).sum(axis=-1, keepdims=True)
+            heads[row, :, here] = scores @ qkv[2, row, :, seen] / sums
+            log_sums[row, :, here] = np.log(sums) + highest
+        y, combine_backward = self.combine(attended, at)
+
+        def backward(dy: Array, grads: Gradients) -> Array | None:
+            dattended = combine_backward(dy, grads)
+            assert dattended is not None, "an inner layer always gives its gradient by x"
+            dheads = _heads(dattended, self.heads)
+            along = np.add.reduce(dheads * heads, axis=-1, keepdims=True)
+            dprojected = np.zeros(projected.shape, x.dtype)
+            dq, dk, dv = dprojected.reshape(split).transpose(2, 0, 3, 1, 4)
+            for row, here, seen in _blocks(rows, places):
+                q, k, v = qkv[0, row, :, here], qkv[1, row, :, seen], qkv[2, row, :, seen]
+                p = _scores(qkv, row, here, seen)
+                p -= log_sums[row, :, here]
+                np.exp(p, out=p)
+                dv[row, :, seen] += p.swapaxes(1, 2) @ dheads[row, :, here]
+                dscores = dheads[row, :, here] @ v.swapaxes(1, 2)
+                dscores -= along[row, :, here]
+                dscores *= p
+                dscores *= 1 / math.sqrt(q.shape[-1])
+                dq[row, :, here] = dscores @ k
+                dk[row, :, seen] += dscores.swapaxes(1, 2) @ q
+            return project_backward(dprojected, grads)
+
+        return y, backward
+
+    def output_shape(self, shape: Shape) -> Shape:
+        if len(shape) != 2 or shape[1] != self.features:
+            raise ValueError(f"CausalSelfAttention takes rows of shape (T, {self.features}), got {shape}")
+        return shape
+
+    def flops(self, shape: Shape) -> int:
+        seen = shape[0] * (shape[0] + 1) // 2
+        return self.project.flops(shape) + self.combine.flops(shape) + 4 * self.features * seen
+
+
+def _heads(x: Array, heads: int) -> Array:
+    """The view (rows, heads, T, d) of x (rows, T, features)."""
+    return x.reshape(*x.shape[:2], heads, x.shape[2] // heads).swapaxes(1, 2)
+
+
+def _blocks(rows: int, places: int) -> Iterator[tuple[int, slice, slice]]:
+    """One row and a block of places at a time: (row, the places that look, those that any of them can see)."""
+    for row in range(rows):
+        for start in range(0, places, QUERIES):
+            stop = min(start + QUERIES, places)
+            yield row, slice(start, stop), slice(0, stop)
+
+
+def _scores(qkv: Array, row: int, here: slice, seen: slice) -> Array:
+    """Q K^T / sqrt(d) of all heads of a row, (heads, places here, places seen), -inf where a place comes later."""
+    q, k = qkv[0, row, :, here], qkv[1, row, :, seen]
+    scores: Array = q @ k.swapaxes(1, 2)
+    scores *= 1 / math.sqrt(q.shape[-1])
+    scores[:, :, here] += _mask(here.stop - here.start)
+    return scores
+
+
+@functools.cache
+def _mask(places: int) -> Array:
+    """0 where a place (row) may see another (column), -inf where that comes later."""
+    return np.triu(np.full((places, places), -np.inf, np.float32), 1)

@@ -1,0 +1,128 @@
+"""Linear maps, dropout, shapes and residual connections: what most models are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from mpiml.nn.layer import Array, At, Backward, Layer, forward, stack_flops, stack_shapes
+from mpiml.nn.parameters import Gradients, Parameter, Shape, constant, uniform
+from mpiml.random import generator
+
+
+class Linear(Layer):
+    """y = x W + b, with W (inputs, outputs); x (rows, ..., inputs), y (rows, ..., outputs).
+
+    He et al., "Delving deep into rectifiers", ICCV 2015, for the first values: uniform, variance 2 / inputs, or
+    `gain` squared / inputs.
+    """
+
+    def __init__(self, inputs: int, outputs: int, gain: float = math.sqrt(2.0)):
+        self.inputs, self.outputs = inputs, outputs
+        self.weight = Parameter((inputs, outputs), uniform(gain * math.sqrt(3.0 / inputs)))
+        self.bias = Parameter((outputs,), constant(0.0))
+
+    def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
+        weight = self.weight.value
+        flat = x.reshape(-1, self.inputs)
+        y = flat @ weight
+        y += self.bias.value
+
+        def backward(dy: Array, grads: Gradients) -> Array | None:
+            dy = dy.reshape(-1, self.outputs)
+            np.matmul(flat.T, dy, out=grads[self.weight])
+            np.add.reduce(dy, axis=0, out=grads[self.bias])
+            return (dy @ weight.T).reshape(x.shape) if self.needs_dx else None
+
+        return y.reshape(*x.shape[:-1], self.outputs), backward
+
+    def output_shape(self, shape: Shape) -> Shape:
+        if shape[-1:] != (self.inputs,):
+            raise ValueError(
+                f"Linear({self.inputs}, {self.outputs}) takes rows whose last axis is {self.inputs}, got {shape}"
+            )
+        return (*shape[:-1], self.outputs)
+
+    def flops(self, shape: Shape) -> int:
+        return 2 * math.prod(shape) * self.outputs
+
+
+class Dropout(Layer):
+    """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate), in training only.
+
+    Srivastava et al., "Dropout", JMLR 15, 2014.
+    """
+
+    def __init__(self, rate: float):
+        if not 0 <= rate < 1:
+            raise ValueError(f"dropout rate {rate}: must be at least 0 and less than 1")
+        self.rate = rate
+
+    def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
+        if not at.training or self.rate == 0:
+            return x, lambda dy, grads: dy
+        random = generator(at.seed, "dropout", self.path, at.step, at.microbatch)
+        keep = random.random(x.shape, dtype=np.float32) >= self.rate
+        scale = np.multiply(keep, 1 / (1 - self.rate), dtype=x.dtype)
+        return x * scale, lambda dy, grads: dy * scale
+
+
+class Flatten(Layer):
+    """Rows of any shape become rows of one axis."""
+
+    def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
+        return x.reshape(len(x), math.prod(x.shape[1:])), lambda dy, grads: dy.reshape(x.shape)
+
+    def output_shape(self, shape: Shape) -> Shape:
+        return (math.prod(shape),)
+
+    def flops(self, shape: Shape) -> int:
+        return 0
+
+
+class Reshape(Layer):
+    """Rows of any shape become rows of `shape`, which has as many values."""
+
+    def __init__(self, shape: Shape):
+        self.shape = shape
+
+    def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
+        return x.reshape(len(x), *self.shape), lambda dy, grads: dy.reshape(x.shape)
+
+    def output_shape(self, shape: Shape) -> Shape:
+        if math.prod(shape) != math.prod(self.shape):
+            raise ValueError(f"Reshape{self.shape} takes rows of {math.prod(self.shape)} values, got {shape}")
+        return self.shape
+
+    def flops(self, shape: Shape) -> int:
+        return 0
+
+
+class Residual(Layer):
+    """y = x + f(x), where f is a stack of layers that keeps the shape: He et al., "Deep residual learning", 2015."""
+
+    def __init__(self, *layers: Layer):
+        self.layers = list(layers)
+
+    def inner(self) -> Sequence[Layer]:
+        return self.layers
+
+    def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
+        y, inner_backward = forward(self.layers, x, at)
+
+        def backward(dy: Array, grads: Gradients) -> Array | None:
+            dx = inner_backward(dy, grads)
+            return None if dx is None else dy + dx
+
+        return x + y, backward
+
+    def output_shape(self, shape: Shape) -> Shape:
+        inside = stack_shapes(self.layers, shape)[-1]
+        if inside != shape:
+            raise ValueError(f"Residual needs layers that keep the shape of a row, but they turn {shape} into {inside}")
+        return shape
+
+    def flops(self, shape: Shape) -> int:
+        return sum(stack_flops(self.layers, shape)) + math.prod(shape)

@@ -1,0 +1,67 @@
+"""From token ids to vectors, and where in the row they stand."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mpiml.nn.layer import Array, At, Backward, Layer
+from mpiml.nn.parameters import Gradients, Parameter, Shape, normal
+
+
+class Embedding(Layer):
+    """y = W[x], with W (tokens, features): a vector for each token id; x (rows, ...), y (rows, ..., features).
+
+    Ids come as numbers of the run's dtype, as all inputs do; float32 holds those below 2^24. They have no gradient.
+    First values are normal with standard deviation `deviation`.
+    """
+
+    def __init__(self, tokens: int, features: int, deviation: float = 0.02):
+        self.tokens, self.features = tokens, features
+        self.weight = Parameter((tokens, features), normal(deviation))
+
+    def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
+        ids = x.astype(np.intp)
+        if ids.size and not 0 <= ids.min() <= ids.max() < self.tokens:
+            raise ValueError(
+                f"token ids are {ids.min()} to {ids.max()}, but Embedding has those of 0 to {self.tokens - 1}"
+            )
+
+        def backward(dy: Array, grads: Gradients) -> None:
+            grads[self.weight].fill(0)
+            order = np.argsort(ids, axis=None, kind="stable")
+            ordered = ids.reshape(-1)[order]
+            starts = np.flatnonzero(np.diff(ordered, prepend=-1))
+            if len(starts):
+                sums = np.add.reduceat(dy.reshape(-1, self.features)[order], starts, axis=0)
+                grads[self.weight][ordered[starts]] = sums
+
+        return self.weight.value[ids], backward
+
+    def output_shape(self, shape: Shape) -> Shape:
+        return (*shape, self.features)
+
+    def flops(self, shape: Shape) -> int:
+        return 0
+
+
+class PositionalEmbedding(Layer):
+    """y = x + P, with P (places, features): one vector for each place in the row; x (rows, places, features).
+
+    First values as of Embedding.
+    """
+
+    def __init__(self, places: int, features: int, deviation: float = 0.02):
+        self.shape = (places, features)
+        self.weight = Parameter(self.shape, normal(deviation))
+
+    def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
+        def backward(dy: Array, grads: Gradients) -> Array:
+            np.add.reduce(dy, axis=0, out=grads[self.weight])
+            return dy
+
+        return x + self.weight.value, backward
+
+    def output_shape(self, shape: Shape) -> Shape:
+        if shape != self.shape:
+            raise ValueError(f"PositionalEmbedding{self.shape} takes rows of shape {self.shape}, got {shape}")
+        return shape

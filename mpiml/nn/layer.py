@@ -1,0 +1,142 @@
+"""What a layer is, and what a list of layers can do.
+
+A layer is called as `y, backward = layer(x, at)`; later `dx = backward(dy, grads)`.
+
+x and y hold one row per example, first axis. `backward` writes the gradients of the layer's parameters into
+`grads[parameter]` and returns the gradient by x, or None where nobody needs it. What `backward` needs it holds
+itself, so any number of micro-batches may be in flight; nothing that it holds, and no argument, is written to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpiml.nn.parameters import Gradients, Parameter, Shape
+
+Array = NDArray[np.floating]
+Backward = Callable[[Array, Gradients], Array | None]
+
+
+@dataclass(frozen=True)
+class At:
+    """Where in the run a layer is called: all that a layer may depend on besides its input and its parameters."""
+
+    training: bool
+    seed: int = 0
+    step: int = 0
+    microbatch: int = 0
+
+
+class Layer:
+    """What every layer has. A layer of one's own derives from this and defines `__call__`, and `output_shape` and
+    `flops` where the defaults (same shape; one operation per element) are wrong.
+
+    Attributes:
+        path: "layers.2", the place in the model; names of parameters and keys of random numbers begin with it.
+        needs_dx: False on the first layer with parameters: nobody reads its gradient by x.
+    """
+
+    path = ""
+    needs_dx = True
+
+    def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
+        raise TypeError(f"{type(self).__name__} defines no __call__")
+
+    def output_shape(self, shape: Shape) -> Shape:
+        """The shape of a row of y for rows of `shape`. Raises ValueError for rows that the layer cannot take."""
+        return shape
+
+    def flops(self, shape: Shape) -> int:
+        """Floating-point operations of the forward pass for a row of `shape`."""
+        return math.prod(shape)
+
+    def inner(self) -> Sequence[Layer]:
+        """The layers that this one is made of."""
+        return ()
+
+
+def forward(layers: Sequence[Layer], x: Array, at: At) -> tuple[Array, Backward]:
+    """Calls the layers one after the other: a stack of layers is a layer.
+
+    What one hands to the next is made what a message between stages would make it: rows one after the other in
+    memory, in the input's dtype. A cut between two layers then changes nothing.
+    """
+    backwards: list[Backward] = []
+    for layer in layers:
+        y, backward_of_layer = layer(x, at)
+        x = np.ascontiguousarray(y, x.dtype)
+        if at.training:
+            backwards.append(backward_of_layer)
+
+    def backward(dy: Array, grads: Gradients) -> Array | None:
+        for index in reversed(range(len(backwards))):
+            dx = backwards[index](dy, grads)
+            if dx is None:
+                if parameters(layers[:index]):
+                    raise ValueError(f"{type(layers[index]).__name__} gives no gradient to the layers before it")
+                return None
+            dy = np.ascontiguousarray(dx, dy.dtype)
+        return dy
+
+    return x, backward
+
+
+def stack_shapes(layers: Sequence[Layer], shape: Shape) -> list[Shape]:
+    """The shape of a row before each layer, and after the last."""
+    shapes = [shape]
+    for layer in layers:
+        shapes.append(layer.output_shape(shapes[-1]))
+    return shapes
+
+
+def stack_flops(layers: Sequence[Layer], shape: Shape) -> list[int]:
+    """Forward floating-point operations of each layer for a row of `shape`."""
+    return [layer.flops(before) for layer, before in zip(layers, stack_shapes(layers, shape), strict=False)]
+
+
+def name(layers: Sequence[Layer], prefix: str = "layers") -> None:
+    """Give every layer its path and every parameter its name.
+
+    Raises ValueError for a layer that stands in two places: its parameters have room for one gradient.
+    """
+    flat = list(everything(layers))
+    if len({id(layer) for layer in flat}) < len(flat):
+        twice = next(layer for index, layer in enumerate(flat) if any(layer is other for other in flat[:index]))
+        raise ValueError(f"one {type(twice).__name__} stands in two places of the model; make two")
+    for index, layer in enumerate(layers):
+        layer.path = f"{prefix}.{index}"
+        for attribute, parameter in own_parameters(layer):
+            parameter.name = f"{layer.path}.{attribute}"
+        name(layer.inner(), f"{layer.path}.layers")
+
+
+def everything(layers: Sequence[Layer]) -> Iterator[Layer]:
+    """All layers, also those inside others."""
+    for layer in layers:
+        yield layer
+        yield from everything(layer.inner())
+
+
+def own_parameters(layer: Layer) -> Iterator[tuple[str, Parameter]]:
+    """The parameters that are attributes of the layer itself, with the attributes' names."""
+    return ((key, value) for key, value in vars(layer).items() if isinstance(value, Parameter))
+
+
+def parameters(layers: Sequence[Layer]) -> list[Parameter]:
+    """All parameters in layer order."""
+    return [parameter for layer in everything(layers) for _, parameter in own_parameters(layer)]
+
+
+def skip_first_dx(layers: Sequence[Layer]) -> None:
+    """Tell the first layer with parameters, and those before it, that nobody reads their gradients by x."""
+    for layer in everything(layers):
+        layer.needs_dx = True
+    for layer in layers:
+        layer.needs_dx = False
+        if parameters([layer]):
+            break
