@@ -7,16 +7,18 @@ import itertools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpiml.clock import Clock
 from mpiml.config import Config
-from mpiml.data.dataset import Batch, Dataset, Findings, inspect
+from mpiml.data.dataset import Batch, Dataset, open_dataset
+from mpiml.data.formats import Options
+from mpiml.data.inspection import Findings, inspect, problem
 from mpiml.data.shards import Shards, chunks
-from mpiml.data.sources import Source
+from mpiml.data.sources import Indices, Source
 from mpiml.errors import ConfigError, DataError
 from mpiml.nn import layers as nn
 from mpiml.nn import optimizers
@@ -38,6 +40,7 @@ from mpiml.partition import part
 from mpiml.run.verdict import together
 
 DEFAULT_EPOCHS = 30
+T = TypeVar("T")
 Agree = Callable[[NDArray[np.float64], bool, bool], Record]
 Model = Sequence[nn.Layer] | Callable[[Shape, int], Sequence[nn.Layer]]
 
@@ -121,7 +124,8 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
     shards = Shards(data.train, config.microbatches, config.batch, config.seed, *block, config.dtype)
     test_chunks = -(-len(data.test) // config.eval_rows)
     test_block = part(grid.replica, grid.replicas, test_chunks)
-    outputs = look_at(data, grid, clock, shards.hold(), tuple(c * config.eval_rows for c in test_block))
+    test_rows = np.arange(test_block[0] * config.eval_rows, min(test_block[1] * config.eval_rows, len(data.test)))
+    outputs = look_at(data, grid, clock, shards.rows(), test_rows)
 
     layers = together(grid.comm, clock, functools.partial(build_model, config, data.train.x.shape, outputs, model))
     shapes = nn.stack_shapes(layers, data.train.x.shape)
@@ -225,53 +229,66 @@ def find_cuts(config: Config, layers: Sequence[nn.Layer], shape: Shape) -> Seque
     return split.balanced(nn.stack_flops(layers, shape), config.pipe)
 
 
-def look_at(data: Dataset, grid: Grid, clock: Clock, train: tuple[int, int], test: tuple[int, ...]) -> int:
+def open_data(config: Config) -> Dataset:
+    """The data set that the settings name. Raises DataError or ConfigError."""
+    return open_dataset(config.data, Options(config.label, config.context, config.held_out, config.token_dtype))
+
+
+def look_at(data: Dataset, grid: Grid, clock: Clock, train: Indices, test: Indices) -> int:
     """Read the rows that this rank will use, and check all values of the data set; collective.
 
     Inputs are read by the first stage, labels by the last, each row of the training set by one replica.
 
     Args:
-        train, test: the (start, stop) of this replica's rows.
+        train, test: the numbers of this replica's rows.
 
     Returns:
         How many outputs a model needs: the number of classes, or of values per label.
     """
     ends = {"x": grid.stage == 0, "y": grid.stage == grid.stages - 1}
-    test_rows = (test[0], min(test[1], len(data.test)))
-    classes = 0
-    for which, split_, rows in (("train", data.train, train), ("test", data.test, test_rows)):
+    classes = data.classes or 0
+    for split_, rows in ((data.train, train), (data.test, test)):
         for column, mine in ends.items():
             source: Source = getattr(split_, column)
-            read = functools.partial(_read, clock, source, *rows) if mine else Findings
-            found = functools.reduce(operator.or_, grid.comm.allgather(together(grid.comm, clock, read)))
-            name = f"{data.name}: {column}_{which}"
-            problem = None
-            if found.first_bad is not None:
-                problem = f"{found.bad_rows} rows hold values that are not finite, the first is row {found.first_bad}"
-            elif column == "y" and data.classification:
-                classes = max(classes, int(found.highest) + 1)
-                if found.lowest < 0:
-                    problem = f"a label is {found.lowest:g}; classes are counted from 0"
-                elif found.highest >= len(data.train):
-                    problem = (
-                        f"a label is {found.highest:.0f}, which makes more classes than the {len(data.train)} rows"
-                    )
-                    problem += " of x_train; for a regression, save the labels as floating-point numbers"
-            if problem:
-                raise _alike(DataError(f"{name}: {problem}"))
+            read = naming(grid.launched[grid.comm.rank], grid.comm.size, functools.partial(_read, clock, source, rows))
+            everyones = grid.comm.allgather(together(grid.comm, clock, read if mine else Findings))
+            found = functools.reduce(operator.or_, everyones)
+            if wrong := problem(data, column, found):
+                rows_of = [problem(data, column, its) for its in everyones]
+                reader = next(rank for rank, its in enumerate(rows_of) if its and its[1] == wrong[1])
+                raise _alike(DataError(f"{source.name}: {wrong[0]} {wrong[1]}"), grid.launched[reader], grid.comm.size)
+            if column == "y" or data.language_model:
+                classes = max(classes, 1 + int(max(found.highest[0], -1)))
     return classes if data.classification else int(np.prod(data.train.y.shape))
 
 
-def _read(clock: Clock, source: Source, start: int, stop: int) -> Findings:
+def _read(clock: Clock, source: Source, rows: Indices) -> Findings:
     clock("data")
-    source.hold(start, stop)
-    return inspect(source, start, stop)
+    source.hold(rows)
+    return inspect(source, rows)
 
 
-def _alike(error: DataError) -> DataError:
-    """An error that every rank comes to by itself from what all know."""
-    error.everywhere = True
+def _alike(error: DataError, rank: int, ranks: int) -> DataError:
+    """An error that every rank comes to by itself from what all know, of data that `rank` has read."""
+    error = _of_rank(error, rank, ranks)
+    error.rank, error.everywhere = rank, True
     return error
+
+
+def naming(rank: int, ranks: int, action: Callable[[], T]) -> Callable[[], T]:
+    """`action`, which names this rank in a DataError that it raises: a file may be bad on one node alone."""
+
+    def named() -> T:
+        try:
+            return action()
+        except DataError as error:
+            raise _of_rank(error, rank, ranks) from error
+
+    return named
+
+
+def _of_rank(error: DataError, rank: int, ranks: int) -> DataError:
+    return DataError(f"{error} (rank {rank})" if ranks > 1 else str(error))
 
 
 def grid_text(run: Run) -> str:

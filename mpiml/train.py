@@ -30,7 +30,7 @@ from mpiml import assemble, restart
 from mpiml.assemble import Model, Run
 from mpiml.clock import Clock
 from mpiml.config import Config, parse
-from mpiml.data.dataset import Dataset, open_dataset
+from mpiml.data.dataset import Dataset
 from mpiml.errors import SAVED, NotFiniteError
 from mpiml.parallel import grid as grids
 from mpiml.parallel.record import Record, agree
@@ -81,7 +81,7 @@ def _train(
         prepare_process(cfg.threads)
         if done := on_rank_0(comm, clock, lambda: restart.finished(cfg)):
             return done
-        dataset = data or together(comm, clock, lambda: open_dataset(cfg.data))
+        dataset = data or together(comm, clock, assemble.naming(comm.rank, comm.size, lambda: assemble.open_data(cfg)))
         replicas = comm.size // cfg.pipe
         cfg = together(comm, clock, lambda: assemble.resolve(cfg, len(dataset.train), dataset.classification, replicas))
         if done := on_rank_0(comm, clock, lambda: restart.finished(cfg)):  # --epochs has become steps

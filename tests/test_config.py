@@ -17,6 +17,10 @@ from mpiml.errors import ConfigError
 # For every setting another value than the default: as text, as TOML, and what it becomes.
 OTHERS = {
     "data": ("d.npz", '"d.npz"', "d.npz"),
+    "label": ("y", '"y"', "y"),
+    "context": ("64", "64", 64),
+    "held_out": ("0.2", "0.2", 0.2),
+    "token_dtype": ("uint32", '"uint32"', "uint32"),
     "model": ("mlp", '"mlp"', "mlp"),
     "hidden": ("64,32", "[64, 32]", (64, 32)),
     "activation": ("tanh", '"tanh"', "tanh"),

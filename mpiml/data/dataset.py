@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from mpiml.data.sources import ArraySource, Source, npz_member
+from mpiml import entrypoint
+from mpiml.data.formats import Options, open_files
+from mpiml.data.sources import ArraySource, Source
 from mpiml.errors import DataError
 
 DIGITS = Path(__file__).with_name("digits.npz")
-SCAN = 1 << 24  # bytes of a source that are looked at together
 
 
 @dataclass
@@ -31,12 +32,20 @@ class Split:
 class Dataset:
     """What a run learns from. Integer labels make it a classification, floating-point labels a regression.
 
+    Integer labels may also be several a row, as many as the row has inputs: a language model.
+
+    Attributes:
+        files: where it comes from; two ranks, or a run and the run that it goes on with, must see the same.
+        classes: how many there are; None if that is to be found in the labels.
+
     Raises DataError if the four sources do not fit together.
     """
 
     train: Split
     test: Split
     name: str = "arrays"
+    files: Sequence[Path] = field(default=())
+    classes: int | None = None
 
     def __post_init__(self) -> None:
         for which, split in (("train", self.train), ("test", self.test)):
@@ -44,13 +53,18 @@ class Dataset:
                 raise DataError(f"{self.name}: x_{which} has {len(split.x)} rows, but y_{which} has {len(split.y)}")
             if not len(split):
                 raise DataError(f"{self.name}: x_{which} has no rows")
+            if 0 in split.x.shape:
+                raise DataError(f"{self.name}: rows of x_{which} are {split.x.shape}: they have no values")
         for column, train, test in (("x", self.train.x, self.test.x), ("y", self.train.y, self.test.y)):
             if train.shape != test.shape:
                 raise DataError(f"{self.name}: rows of {column}_train are {train.shape}, of {column}_test {test.shape}")
         if (self.train.y.dtype.kind == "f") != (self.test.y.dtype.kind == "f"):
             raise DataError(f"{self.name}: y_train is {self.train.y.dtype}, but y_test is {self.test.y.dtype}")
-        if self.classification and self.train.y.shape:
-            raise DataError(f"{self.name}: integer labels are one number a row, but y_train has {self.train.y.shape}")
+        if self.classification and self.train.y.shape not in ((), self.train.x.shape):
+            raise DataError(
+                f"{self.name}: integer labels are one number a row, or one for each input of a row, but y_train has "
+                f"{self.train.y.shape} and x_train {self.train.x.shape}"
+            )
         if len(self.train.y.shape) > 1:
             raise DataError(f"{self.name}: labels are at most one axis a row, but y_train has {self.train.y.shape}")
 
@@ -65,50 +79,26 @@ class Dataset:
         """Whether labels are classes."""
         return self.train.y.dtype.kind != "f"
 
-
-def open_dataset(spec: str) -> Dataset:
-    """The data set named by `--data`: "digits", or a .npz file with x_train, y_train, x_test and y_test."""
-    path = DIGITS if spec == "digits" else Path(spec)
-    if path.suffix != ".npz":
-        raise DataError(f"--data {spec}: choose digits or a .npz file with x_train, y_train, x_test, y_test")
-    x_train, y_train, x_test, y_test = (npz_member(path, key) for key in ("x_train", "y_train", "x_test", "y_test"))
-    return Dataset(Split(x_train, y_train), Split(x_test, y_test), path.stem)
+    @property
+    def language_model(self) -> bool:
+        """Whether there is a class for each input of a row, and inputs are classes too."""
+        return self.classification and bool(self.train.y.shape)
 
 
-@dataclass
-class Findings:
-    """What a look at every value of some rows found: range of the values, and rows that are not finite."""
+def open_dataset(spec: str, options: Options | None = None) -> Dataset:
+    """The data set named by `--data`: digits, files at a path, or what a function package.module:name returns.
 
-    lowest: float = np.inf
-    highest: float = -np.inf
-    bad_rows: int = 0
-    first_bad: int | None = None
-
-    def __or__(self, other: Findings) -> Findings:
-        first = [row for row in (self.first_bad, other.first_bad) if row is not None]
-        return Findings(
-            min(self.lowest, other.lowest),
-            max(self.highest, other.highest),
-            self.bad_rows + other.bad_rows,
-            min(first, default=None),
-        )
-
-
-def inspect(source: Source, start: int, stop: int) -> Findings:
-    """Look at rows start..stop-1 of a source, a few megabytes at a time."""
-    found = Findings()
-    row_bytes = max(int(np.prod(source.shape)) * source.dtype.itemsize, 1)
-    chunk = max(SCAN // row_bytes, 1)
-    for first in range(start, stop, chunk):
-        rows = source.rows(np.arange(first, min(first + chunk, stop)))
-        flat = rows.reshape(len(rows), -1)
-        if source.dtype.kind == "f":
-            bad = np.flatnonzero(~np.isfinite(flat).all(axis=1))
-            if len(bad):
-                found |= Findings(bad_rows=len(bad), first_bad=first + int(bad[0]))
-        elif flat.size:
-            found |= Findings(lowest=int(flat.min()), highest=int(flat.max()))
-    return found
+    Raises DataError or ConfigError if there is none.
+    """
+    if entrypoint.is_entry_point(spec):
+        made = entrypoint.load(spec, "--data")()
+        if not isinstance(made, Dataset):
+            raise DataError(f"--data {spec}: must return a Dataset, but returns {type(made).__name__}")
+        return made
+    columns = open_files(str(DIGITS) if spec == "digits" else spec, options or Options())
+    x_train, y_train, x_test, y_test = columns.sources
+    name = "digits" if spec == "digits" else "".join(c for c in Path(spec).stem if c not in "*?[]") or "text"
+    return Dataset(Split(x_train, y_train), Split(x_test, y_test), name, columns.files, columns.classes)
 
 
 @dataclass

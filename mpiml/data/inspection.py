@@ -1,0 +1,76 @@
+"""A look at every value of some rows before a run begins: what would spoil it is found, and named by its row."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpiml.data.dataset import Dataset
+from mpiml.data.sources import Indices, Source
+
+SCAN = 1 << 24  # bytes of a source that are looked at together
+
+
+@dataclass
+class Findings:
+    """What a look at some rows found: of integers the extremes, each with its first row, and rows not finite."""
+
+    lowest: tuple[float, int] = (math.inf, 0)
+    highest: tuple[float, int] = (-math.inf, 0)
+    bad_rows: int = 0
+    first_bad: int | None = None
+
+    def __or__(self, other: Findings) -> Findings:
+        first = [row for row in (self.first_bad, other.first_bad) if row is not None]
+        return Findings(
+            min(self.lowest, other.lowest),
+            max(self.highest, other.highest, key=lambda found: (found[0], -found[1])),
+            self.bad_rows + other.bad_rows,
+            min(first, default=None),
+        )
+
+
+def inspect(source: Source, rows: Indices) -> Findings:
+    """Look at some rows of a source, numbers rising, a few megabytes at a time."""
+    found = Findings()
+    row_bytes = max(math.prod(source.shape) * source.dtype.itemsize, 1)
+    chunk = max(SCAN // row_bytes, 1)
+    for first in range(0, len(rows), chunk):
+        numbers = rows[first : first + chunk]
+        flat = source.rows(numbers).reshape(len(numbers), -1)
+        if source.dtype.kind == "f":
+            bad = np.flatnonzero(~np.isfinite(flat).all(axis=1))
+            if len(bad):
+                found |= Findings(bad_rows=len(bad), first_bad=int(numbers[bad[0]]))
+        elif flat.size:
+            low, high = (int(place) // flat.shape[1] for place in (flat.argmin(), flat.argmax()))
+            extremes = (int(flat[low].min()), int(numbers[low])), (int(flat[high].max()), int(numbers[high]))
+            found |= Findings(*extremes)
+    return found
+
+
+def problem(data: Dataset, column: str, found: Findings) -> tuple[str, int] | None:
+    """What is wrong with the values of column "x" or "y", and the row where; None if nothing is."""
+    if found.first_bad is not None:
+        return f"{found.bad_rows} rows hold values that are not finite, the first is row", found.first_bad
+    if not (data.language_model or (column == "y" and data.classification)):
+        return None
+    (lowest, low_row), (highest, high_row) = found.lowest, found.highest
+    what = "label" if column == "y" else "token"
+    if lowest < 0:
+        return f"{what} {lowest:.0f} is below 0, from which classes are counted, in row", low_row
+    if data.classes and highest >= data.classes:
+        return (
+            f"{what} {highest:.0f} is not one of the {data.classes} classes 0 to {data.classes - 1}, in row",
+            high_row,
+        )
+    labels = len(data.train) * math.prod(data.train.y.shape)
+    if highest >= labels:
+        return (
+            f"{what} {highest:.0f} makes more classes than there are labels to train on, {labels} (for a regression, "
+            "save the labels as floating-point numbers); it is in row",
+            high_row,
+        )
+    return None
