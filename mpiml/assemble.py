@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import functools
 import itertools
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpiml.clock import Clock
 from mpiml.config import Config
-from mpiml.data.dataset import Batch, Dataset, open_dataset
-from mpiml.data.formats import Options
-from mpiml.data.inspection import Findings, inspect, problem
+from mpiml.data.dataset import Batch, Dataset
+from mpiml.data.fingerprint import Fingerprint
 from mpiml.data.shards import Shards, chunks
-from mpiml.data.sources import Indices, Source
-from mpiml.errors import ConfigError, DataError
+from mpiml.errors import ConfigError
+from mpiml.load import look_at
 from mpiml.nn import layers as nn
 from mpiml.nn import optimizers
 from mpiml.nn.losses import R2, Accuracy, Loss, Metric, mean_squared_error, softmax_cross_entropy
@@ -40,7 +38,6 @@ from mpiml.partition import part
 from mpiml.run.verdict import together
 
 DEFAULT_EPOCHS = 30
-T = TypeVar("T")
 Agree = Callable[[NDArray[np.float64], bool, bool], Record]
 Model = Sequence[nn.Layer] | Callable[[Shape, int], Sequence[nn.Layer]]
 
@@ -62,6 +59,7 @@ class Run:
     state: State
     agree: Agree
     notes: list[str]
+    fingerprint: Fingerprint
     learning_rate: Callable[[int], float]
 
     @property
@@ -164,6 +162,7 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
         layouts=layouts,
         agree=agreement,
         notes=notes,
+        fingerprint=data.fingerprint,
         stage=Stage(grid.pipe, here, sum_, SCHEDULES[config.schedule], clock),
         update=update,
         state=State(grid, sum_, update.states),
@@ -227,68 +226,6 @@ def find_cuts(config: Config, layers: Sequence[nn.Layer], shape: Shape) -> Seque
         split.check_cuts(config.cuts, len(layers), config.pipe)
         return config.cuts
     return split.balanced(nn.stack_flops(layers, shape), config.pipe)
-
-
-def open_data(config: Config) -> Dataset:
-    """The data set that the settings name. Raises DataError or ConfigError."""
-    return open_dataset(config.data, Options(config.label, config.context, config.held_out, config.token_dtype))
-
-
-def look_at(data: Dataset, grid: Grid, clock: Clock, train: Indices, test: Indices) -> int:
-    """Read the rows that this rank will use, and check all values of the data set; collective.
-
-    Inputs are read by the first stage, labels by the last, each row of the training set by one replica.
-
-    Args:
-        train, test: the numbers of this replica's rows.
-
-    Returns:
-        How many outputs a model needs: the number of classes, or of values per label.
-    """
-    ends = {"x": grid.stage == 0, "y": grid.stage == grid.stages - 1}
-    classes = data.classes or 0
-    for split_, rows in ((data.train, train), (data.test, test)):
-        for column, mine in ends.items():
-            source: Source = getattr(split_, column)
-            read = naming(grid.launched[grid.comm.rank], grid.comm.size, functools.partial(_read, clock, source, rows))
-            everyones = grid.comm.allgather(together(grid.comm, clock, read if mine else Findings))
-            found = functools.reduce(operator.or_, everyones)
-            if wrong := problem(data, column, found):
-                rows_of = [problem(data, column, its) for its in everyones]
-                reader = next(rank for rank, its in enumerate(rows_of) if its and its[1] == wrong[1])
-                raise _alike(DataError(f"{source.name}: {wrong[0]} {wrong[1]}"), grid.launched[reader], grid.comm.size)
-            if column == "y" or data.language_model:
-                classes = max(classes, 1 + int(max(found.highest[0], -1)))
-    return classes if data.classification else int(np.prod(data.train.y.shape))
-
-
-def _read(clock: Clock, source: Source, rows: Indices) -> Findings:
-    clock("data")
-    source.hold(rows)
-    return inspect(source, rows)
-
-
-def _alike(error: DataError, rank: int, ranks: int) -> DataError:
-    """An error that every rank comes to by itself from what all know, of data that `rank` has read."""
-    error = _of_rank(error, rank, ranks)
-    error.rank, error.everywhere = rank, True
-    return error
-
-
-def naming(rank: int, ranks: int, action: Callable[[], T]) -> Callable[[], T]:
-    """`action`, which names this rank in a DataError that it raises: a file may be bad on one node alone."""
-
-    def named() -> T:
-        try:
-            return action()
-        except DataError as error:
-            raise _of_rank(error, rank, ranks) from error
-
-    return named
-
-
-def _of_rank(error: DataError, rank: int, ranks: int) -> DataError:
-    return DataError(f"{error} (rank {rank})" if ranks > 1 else str(error))
 
 
 def grid_text(run: Run) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from mpiml import assemble, restart
+from mpiml import assemble, load, restart
 from mpiml.assemble import Model, Run
 from mpiml.clock import Clock
 from mpiml.config import Config, parse
@@ -81,7 +81,7 @@ def _train(
         prepare_process(cfg.threads)
         if done := on_rank_0(comm, clock, lambda: restart.finished(cfg)):
             return done
-        dataset = data or together(comm, clock, assemble.naming(comm.rank, comm.size, lambda: assemble.open_data(cfg)))
+        dataset = load.open_data(cfg, comm, clock, data)
         replicas = comm.size // cfg.pipe
         cfg = together(comm, clock, lambda: assemble.resolve(cfg, len(dataset.train), dataset.classification, replicas))
         if done := on_rank_0(comm, clock, lambda: restart.finished(cfg)):  # --epochs has become steps

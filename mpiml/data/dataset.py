@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from mpiml import entrypoint
+from mpiml.data.fingerprint import Fingerprint, of_files
 from mpiml.data.formats import Options, open_files
 from mpiml.data.sources import ArraySource, Source
 from mpiml.errors import DataError
@@ -73,6 +75,13 @@ class Dataset:
         """A data set from arrays in memory, first axis rows."""
         x, y = ArraySource(x_train, "x_train"), ArraySource(y_train, "y_train")
         return cls(Split(x, y), Split(ArraySource(x_test, "x_test"), ArraySource(y_test, "y_test")))
+
+    @functools.cached_property
+    def fingerprint(self) -> Fingerprint:
+        """What tells these files and columns from others of the same names."""
+        columns = {f"{c}_{w}": getattr(s, c) for w, s in (("train", self.train), ("test", self.test)) for c in "xy"}
+        shapes = [[name, f"{len(of):,} rows of {of.shape} {of.dtype}"] for name, of in columns.items()]
+        return of_files(self.files) + shapes
 
     @property
     def classification(self) -> bool:

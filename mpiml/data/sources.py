@@ -104,6 +104,8 @@ class StreamedSource(HeldSource):
                 _skip(stream, (int(rows[first]) - at) * row_bytes, self.name)
                 _fill(stream, held[first:last].reshape(-1).view(np.uint8), self.name)
                 at = int(rows[last - 1]) + 1
+            if at == self.length and _read(stream, 1, self.name, at_end=True):  # also checks the whole stream's sum
+                raise DataError(f"{self.name}: goes on after its last row")
         return held
 
 
@@ -179,11 +181,11 @@ def _fill(stream: IO[bytes], target: NDArray[np.uint8], name: str) -> None:
         done += len(chunk)
 
 
-def _read(stream: IO[bytes], count: int, name: str) -> bytes:
+def _read(stream: IO[bytes], count: int, name: str, at_end: bool = False) -> bytes:
     try:
         chunk = stream.read(count)
     except Exception as error:  # zlib, bz2, lzma, zipfile and gzip each raise classes of their own
         raise DataError(f"{name}: damaged: {error}") from None
-    if not chunk:
+    if not chunk and not at_end:
         raise DataError(f"{name}: ends too early")
     return chunk

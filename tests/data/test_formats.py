@@ -73,7 +73,11 @@ def test_both_halves_of_a_table_are_read_at_once(tmp_path: Path, name: str, monk
     for rows in (np.arange(5), np.arange(3, 9)):
         data.train.x.hold(rows)
         data.train.y.hold(rows)
+        assert not data.train.x.shared._left  # nothing is kept twice
     assert reads == [5, 6]
+    data.train.x.hold(np.arange(5))
+    data.train.y.hold(np.arange(3, 9))
+    np.testing.assert_array_equal(data.train.y.rows(np.arange(3, 9)), ARRAYS["y_train"][3:9])
 
 
 def test_row_groups_of_others_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,6 +140,17 @@ def test_csv_as_others_write_it(tmp_path: Path, text: str) -> None:
     np.testing.assert_array_equal(data.train.y.rows(np.arange(2)), [2, 0])
 
 
+def test_byte_order_mark_is_no_part_of_a_name(tmp_path: Path) -> None:
+    assert len(table(tmp_path, "\ufeffy,a\n1,2\n").train) == 1
+
+
+def test_npy_in_column_order(tmp_path: Path) -> None:
+    for key, array in ARRAYS.items():
+        np.save(tmp_path / f"{key}.npy", np.asfortranarray(array))
+    rows = open_dataset(str(tmp_path)).train.x.rows(np.array([4, 2]))
+    np.testing.assert_array_equal(rows, ARRAYS["x_train"][[4, 2]])
+
+
 def test_first_label_says_what_is_learned(tmp_path: Path) -> None:
     assert not table(tmp_path, "a,y\n1,2.0\n2,3\n").classification
     assert table(tmp_path, "a,y\n1,-2\n2,3\n").classification
@@ -163,6 +178,9 @@ def test_a_function_gives_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         open_dataset("my_rows:none")
     with pytest.raises(ConfigError, match="no_rows:mine: no module no_rows"):
         open_dataset("no_rows:mine")
+    (tmp_path / "needs_more.py").write_text("import no_such_thing\n")
+    with pytest.raises(ModuleNotFoundError, match="no_such_thing"):  # with a traceback: it is the module's own mistake
+        open_dataset("needs_more:mine")
 
 
 @pytest.mark.parametrize(("module", "write", "extra"), [("h5py", hdf5, "hdf5"), ("pyarrow", parquet, "parquet")])
