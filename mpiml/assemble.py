@@ -15,9 +15,10 @@ from mpiml.clock import Clock
 from mpiml.config import Config
 from mpiml.data.dataset import Batch, Dataset
 from mpiml.data.fingerprint import Fingerprint
+from mpiml.data.prefetch import ReadAhead, in_memory
 from mpiml.data.shards import Shards, chunks
 from mpiml.errors import ConfigError
-from mpiml.load import look_at
+from mpiml.load import look_at, look_for_starving
 from mpiml.nn import layers as nn
 from mpiml.nn import optimizers
 from mpiml.nn.losses import R2, Accuracy, Loss, Metric, mean_squared_error, softmax_cross_entropy
@@ -50,6 +51,7 @@ class Run:
     grid: Grid
     clock: Clock
     shards: Shards
+    ahead: ReadAhead
     tests: list[Batch]
     test_chunks: int
     metric: Metric
@@ -119,11 +121,22 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
     assert config.microbatches, "settings are resolved before a run is assembled"
     clock("joining")
     block = part(grid.replica, grid.replicas, config.microbatches)
-    shards = Shards(data.train, config.microbatches, config.batch, config.seed, *block, config.dtype)
+    shards = Shards(
+        data.train,
+        config.microbatches,
+        config.batch,
+        config.seed,
+        *block,
+        dtype=config.dtype,
+        shuffle=config.shuffle,
+        block_rows=config.block_rows,
+        strided=config.shards == "strided",
+    )
     test_chunks = -(-len(data.test) // config.eval_rows)
     test_block = part(grid.replica, grid.replicas, test_chunks)
     test_rows = np.arange(test_block[0] * config.eval_rows, min(test_block[1] * config.eval_rows, len(data.test)))
     outputs = look_at(data, grid, clock, shards.rows(), test_rows)
+    starving = look_for_starving(data, grid, clock, shards, outputs)
 
     layers = together(grid.comm, clock, functools.partial(build_model, config, data.train.x.shape, outputs, model))
     shapes = nn.stack_shapes(layers, data.train.x.shape)
@@ -156,18 +169,26 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
         grid=grid,
         clock=clock,
         shards=shards,
+        ahead=read_ahead(config, shards, grid),
         tests=chunks(data.test, config.eval_rows, *test_block, config.dtype),
         test_chunks=test_chunks,
         metric=metric,
         layouts=layouts,
         agree=agreement,
-        notes=notes,
+        notes=[*starving, *notes],
         fingerprint=data.fingerprint,
         stage=Stage(grid.pipe, here, sum_, SCHEDULES[config.schedule], clock),
         update=update,
         state=State(grid, sum_, update.states),
         learning_rate=learning_rate(config.lr or 0.0, config.warmup_steps, config.decay, config.decay_steps or 1),
     )
+
+
+def read_ahead(config: Config, shards: Shards, grid: Grid) -> ReadAhead:
+    """The training rows, read as far ahead as the settings say."""
+    default = 0 if in_memory(shards.split) else 2
+    steps = default if config.prefetch is None else config.prefetch
+    return ReadAhead(shards, steps, config.steps or 0, grid.stage == 0, grid.stage == grid.stages - 1)
 
 
 def place(config: Config, grid: Grid, layout: Layout, columns: int) -> tuple[GradientSum, Agree, list[str]]:

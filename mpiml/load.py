@@ -8,6 +8,7 @@ import operator
 from collections.abc import Callable
 from typing import TypeVar
 
+import numpy as np
 from mpi4py import MPI
 
 from mpiml.clock import Clock
@@ -16,6 +17,7 @@ from mpiml.data.dataset import Dataset, open_dataset
 from mpiml.data.fingerprint import Fingerprint, difference
 from mpiml.data.formats import Options
 from mpiml.data.inspection import Findings, inspect, problem
+from mpiml.data.shards import Shards, classes_seen, starved
 from mpiml.data.sources import Indices, Source
 from mpiml.errors import DataError
 from mpiml.parallel.grid import Grid
@@ -72,6 +74,21 @@ def look_at(data: Dataset, grid: Grid, clock: Clock, train: Indices, test: Indic
             if column == "y" or data.language_model:
                 classes = max(classes, 1 + int(max(found.highest[0], -1)))
     return classes if data.classification else math.prod(data.train.y.shape)
+
+
+def look_for_starving(data: Dataset, grid: Grid, clock: Clock, shards: Shards, classes: int) -> list[str]:
+    """A warning if the shards of sorted labels have only some of the classes each; collective."""
+    if not data.classification or data.language_model or shards.strided:
+        return []
+    counts, seen = np.zeros(classes, np.int64), np.zeros(shards.microbatches, np.int64)
+    if grid.stage == grid.stages - 1:
+        clock("data")
+        counts, seen = classes_seen(shards, classes)
+    clock("joining")
+    for array in (counts, seen):
+        grid.comm.Allreduce(MPI.IN_PLACE, array)
+    warning = starved(counts, seen)
+    return [f"warning: {warning}"] if warning else []
 
 
 def _read(clock: Clock, source: Source, rows: Indices) -> Findings:

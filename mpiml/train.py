@@ -95,7 +95,10 @@ def _train(
                 logger.open_console(start + 1, run.steps, cfg.quiet)
                 for line in [*directory.notes, *run.notes, *notes, assemble.grid_text(run)]:
                     logger.say(line)
-                with np.errstate(all="ignore"):  # numbers that are not finite end the run, with a better message
+                with (
+                    run.ahead,
+                    np.errstate(all="ignore"),
+                ):  # numbers that are not finite end the run, with a better message
                     outcome = history | _loop(run, start, directory.checkpoints, logger, stop)
                 outcome["samples_per_second"] = logger.samples_per_second()
                 outcome["seconds"] = round(perf_counter() - began, 3)
@@ -114,7 +117,7 @@ def _loop(run: Run, start: int, checkpoints: Path, logger: log.Log, stop: StopRe
         began = perf_counter()
         clock.step = step
         table = run.record(cfg.microbatches)
-        run.stage.train(step, run.shards.batches(step), table)
+        run.stage.train(step, run.ahead.batches(step), table)
         clock("communication")
         record = run.agree(table, not run.update.finite, stop.asked)
         _refuse_not_finite(run, step, record)

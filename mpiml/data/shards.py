@@ -13,7 +13,6 @@ from mpiml.random import generator
 
 Rows = NDArray[np.int64]
 Order = Callable[[int, int], Rows]  # (a, b) -> the places in a shard that come a-th to (b-1)-th in an epoch
-BLOCK_ROWS = 256
 
 
 class Shards:
@@ -38,7 +37,7 @@ class Shards:
         last: int,
         dtype: DTypeLike,
         shuffle: str = "rows",
-        block_rows: int = BLOCK_ROWS,
+        block_rows: int = 256,
         strided: bool = False,
     ):
         self.split, self.microbatches, self.seed, self.dtype = split, microbatches, seed, dtype
@@ -103,6 +102,30 @@ def blocks(length: int, block: int, random: np.random.Generator) -> Order:
         return moved
 
     return order
+
+
+def classes_seen(shards: Shards, classes: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How often these shards' labels are of each class, and of how many classes each shard has any (0: not ours)."""
+    counts, seen = np.zeros(classes, np.int64), np.zeros(shards.microbatches, np.int64)
+    for m in range(shards.first, shards.last):
+        labels = shards.split.y.rows(np.array(shards.shard(m), np.int64))
+        mine = np.bincount(labels.astype(np.intp), minlength=classes)
+        counts += mine
+        seen[m] = np.count_nonzero(mine)
+    return counts, seen
+
+
+def starved(counts: NDArray[np.int64], seen: NDArray[np.int64]) -> str | None:
+    """A warning if shards have far fewer classes than as many rows drawn at random would have."""
+    share = counts / counts.sum()
+    expected = float((1 - (1 - share) ** (counts.sum() / len(seen))).sum())
+    if seen.mean() >= 0.8 * expected:
+        return None
+    return (
+        f"a shard has labels of {seen.mean():.1f} classes on average, but rows drawn at random would have "
+        f"{expected:.1f}: the labels seem to be sorted, and a micro-batch never sees most classes; "
+        "--shards strided deals the rows out"
+    )
 
 
 def chunks(split: Split, chunk_rows: int, first: int, last: int, dtype: DTypeLike) -> list[Batch]:

@@ -45,7 +45,7 @@ class ArraySource:
     """An array in memory, or mapped into it."""
 
     def __init__(self, array: ArrayLike, name: str = "array"):
-        self.array = np.asarray(array)
+        self.array = np.asanyarray(array)
         self.name = name
         check_rows(self.array.shape, self.array.dtype, name)
         self.shape, self.dtype = self.array.shape[1:], self.array.dtype

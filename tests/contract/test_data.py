@@ -42,6 +42,57 @@ def test_every_format_trains_to_the_same_bits_on_any_layout(train: Any, tmp_path
             assert job.result[key] == expected.result[key]
 
 
+@pytest.mark.parametrize("order", ["--shuffle none", "--shuffle blocks --block-rows 3", "--shards strided"])
+def test_every_order_has_the_same_bits_on_any_layout_and_when_resumed(train: Any, tmp_path: Path, order: str) -> None:
+    flags = f"--microbatches 6 --batch 100 --hidden 8 --epochs 2 --save-every 10 {order}"
+    whole = train(1, flags, out="whole")
+    assert whole.code == 0, whole.err
+    for ranks, layout in ((4, ""), (4, "--pipe 2")):
+        assert (
+            train(ranks, f"{flags} {layout}", out=f"on{layout}").result["weights_sha256"]
+            == whole.result["weights_sha256"]
+        )
+    cut = train(2, f"{flags} --steps 10".replace("--epochs 2", ""), out="cut")
+    assert cut.code == 0, cut.err
+    assert train(3, "--resume --steps 30", out="cut").result["weights_sha256"] == whole.result["weights_sha256"]
+    assert train(1, flags.replace(order, ""), out="other").result["weights_sha256"] != whole.result["weights_sha256"]
+
+
+@pytest.mark.parametrize("kind", ["raise", "exit0", "sleep"])
+def test_trouble_of_the_thread_that_reads_ahead_ends_the_job(tmp_path: Path, kind: str) -> None:
+    arguments = f"0 data {kind} --out {tmp_path / 'run'} --pipe 2 --steps 20 --prefetch 2 --stall-timeout 3".split()
+    done = launch(4, str(Path(__file__).with_name("trouble.py")), *arguments, limit=20)
+    assert done.returncode == 70
+    words = {"raise": "this rank is in trouble (rank 0, step ", "exit0": "sys.exit", "sleep": "rank 0 has made"}
+    assert words[kind] in done.stderr
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 4])
+def test_reading_ahead_changes_no_bits(train: Any, prefetch: int) -> None:
+    flags = "--microbatches 6 --batch 100 --hidden 8 --steps 20 --dropout 0.1"
+    expected = train(1, f"{flags} --prefetch 2", out="expected")
+    for ranks, layout in ((2, ""), (4, "--pipe 2")):
+        job = train(ranks, f"{flags} {layout} --prefetch {prefetch}", out=f"on{layout}")
+        assert job.result["weights_sha256"] == expected.result["weights_sha256"]
+
+
+def test_sorted_labels_are_warned_of(train: Any, tmp_path: Path) -> None:
+    y = np.repeat(np.arange(8), 30)
+    x = np.random.default_rng(0).random((240, 4))
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    flags = f"--data {tmp_path / 'd.npz'} --hidden 8 --steps 2 --microbatches 8"
+    assert "the labels seem to be sorted" in train(2, f"{flags} --pipe 2", out="a").out
+    assert "warning" not in train(2, f"{flags} --shards strided", out="b").out
+
+
+def test_rank_that_read_the_first_bad_row_is_named_though_others_read_bad_rows_too(train: Any, tmp_path: Path) -> None:
+    samples.npy(tmp_path)
+    x = ARRAYS["x_train"].astype(np.float32)
+    x[[10, 21]] = np.inf
+    np.save(tmp_path / "x_train.npy", x)
+    refused(train(3, f"--data {tmp_path} {FLAGS} --shards strided"), "2 rows hold", "the first is row 10 (rank 1)")
+
+
 def damaged(path: Path, write: Callable[[Path], Path], file: str, damage: Callable[[Path], object]) -> Path:
     spec = write(path)
     damage(path / file)

@@ -303,7 +303,7 @@ CSV: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty value": (line(7, GOOD.replace("5", "")), "line 7: could not convert string '' to float64"),
     "word": (line(24, GOOD.replace("5", "five")), "line 24: could not convert string 'five' to float64"),
     "empty line": (line(3, ""), "line 3: has 0 values"),
-    "empty lines": (of_text("a,kind\n1,2\n\n\n"), "line 3: has 0 values"),
+    "empty lines": (of_text("a,kind\n1,2.0\n\n\n"), "line 3: has 0 values"),
     "nothing but empty lines": (of_text("a,kind\n\n\n"), "line 2: has 0 values"),
     "comment": (line(3, "# no data"), "line 3: has 1 values"),
     "quote not closed": (line(4, GOOD.replace("5", '"5')), "line 4"),
@@ -328,7 +328,7 @@ def test_csv(tmp_path: Path, what: str) -> None:
     damage, words = CSV[what]
     damage(samples.csv(tmp_path) / "train.csv")
     if what in ("names alone", "empty lines", "nothing but empty lines"):
-        of_text("a,kind\n1,2\n")(tmp_path / "test.csv")
+        of_text("a,kind\n1,2\n" if what == "names alone" else "a,kind\n\n")(tmp_path / "test.csv")
     message = refusal(tmp_path)
     assert words in message
     assert "train.csv" in message or "x_train" in message
