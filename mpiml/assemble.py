@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,11 +14,13 @@ from mpiml import waiting
 from mpiml.build import Model, build_loss, build_metric, build_model, objective
 from mpiml.clock import Clock
 from mpiml.config import Config
-from mpiml.data.dataset import Batch, Dataset, Findings, inspect
+from mpiml.data.dataset import Batch, Dataset
+from mpiml.data.fingerprint import Fingerprint
+from mpiml.data.prefetch import ReadAhead, in_memory
 from mpiml.data.shards import Shards, chunks
-from mpiml.data.sources import Source
-from mpiml.errors import ConfigError, DataError
+from mpiml.errors import ConfigError
 from mpiml.imports import is_name
+from mpiml.load import look_at, look_for_starving
 from mpiml.nn import layers as nn
 from mpiml.nn import optimizers
 from mpiml.nn.losses import Metric
@@ -50,6 +51,7 @@ class Run:
     grid: Grid
     clock: Clock
     shards: Shards
+    ahead: ReadAhead
     tests: list[Batch]
     test_chunks: int
     metric: Metric
@@ -59,6 +61,7 @@ class Run:
     state: State
     agree: Agree
     notes: list[str]
+    fingerprint: Fingerprint
     learning_rate: Callable[[int], float]
 
     @property
@@ -121,11 +124,22 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
     clock("joining")
     waiting.share_cores(grid.node.size * config.threads, grid.cores)
     block = part(grid.replica, grid.replicas, config.microbatches)
-    shards = Shards(data.train, config.microbatches, config.batch, config.seed, *block, config.dtype)
+    shards = Shards(
+        data.train,
+        config.microbatches,
+        config.batch,
+        config.seed,
+        *block,
+        dtype=config.dtype,
+        shuffle=config.shuffle,
+        block_rows=config.block_rows,
+        strided=config.shards == "strided",
+    )
     test_chunks = -(-len(data.test) // config.eval_rows)
     test_block = part(grid.replica, grid.replicas, test_chunks)
-    test_rows = tuple(c * config.eval_rows for c in test_block)
-    seen = look_at(data, grid, clock, shards.hold(), test_rows, config.classes)
+    test_rows = np.arange(test_block[0] * config.eval_rows, min(test_block[1] * config.eval_rows, len(data.test)))
+    seen = look_at(data, grid, clock, shards.rows(), test_rows, config.classes)
+    starving = look_for_starving(data, grid, clock, shards, seen.outputs)
 
     shape, outputs = data.train.x.shape, seen.outputs
     loss = together(grid.comm, clock, functools.partial(build_loss, config))
@@ -163,17 +177,26 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
         grid=grid,
         clock=clock,
         shards=shards,
+        ahead=read_ahead(config, shards, grid),
         tests=chunks(data.test, config.eval_rows, *test_block, config.dtype),
         test_chunks=test_chunks,
         metric=metric,
         layouts=layouts,
         agree=agreement,
-        notes=[*seen.notes, *notes],
+        notes=[*seen.notes, *starving, *notes],
+        fingerprint=data.fingerprint,
         stage=Stage(grid.pipe, here, sum_, SCHEDULES[config.schedule], clock),
         update=update,
         state=State(grid, sum_, update.states),
         learning_rate=learning_rate(config.lr or 0.0, config.warmup_steps, config.decay, config.decay_steps or 1),
     )
+
+
+def read_ahead(config: Config, shards: Shards, grid: Grid) -> ReadAhead:
+    """The training rows, read as far ahead as the settings say."""
+    default = 0 if in_memory(shards.split) else 2
+    steps = default if config.prefetch is None else config.prefetch
+    return ReadAhead(shards, steps, config.steps or 0, grid.stage == 0, grid.stage == grid.stages - 1)
 
 
 def place(config: Config, grid: Grid, layout: Layout, columns: int) -> tuple[GradientSum, Agree, list[str]]:
@@ -205,86 +228,6 @@ def find_cuts(config: Config, layers: Sequence[nn.Layer], shape: Shape) -> Seque
         split.check_cuts(config.cuts, len(layers), config.pipe)
         return config.cuts
     return split.balanced(nn.stack_flops(layers, shape), config.pipe)
-
-
-@dataclass
-class Seen:
-    """What the data set asks of a model.
-
-    Attributes:
-        outputs: the number of classes, or of values per label.
-        tokens: one more than the highest integer input; 0 if inputs are not integers.
-        notes: what a person should know.
-    """
-
-    outputs: int
-    tokens: int
-    notes: list[str]
-
-
-def look_at(
-    data: Dataset, grid: Grid, clock: Clock, train: tuple[int, int], test: tuple[int, ...], classes: int | None
-) -> Seen:
-    """Read the rows that this rank will use, and check all values of the data set; collective.
-
-    Inputs are read by the first stage, labels by the last, each row of the training set by one replica.
-
-    Args:
-        train, test: the (start, stop) of this replica's rows.
-        classes: how many there are, if that has been said.
-    """
-    ends = {"x": grid.stage == 0, "y": grid.stage == grid.stages - 1}
-    test_rows = (test[0], min(test[1], len(data.test)))
-    seen = Seen(classes or 0, 0, [])
-    for which, split_, rows in (("train", data.train, train), ("test", data.test, test_rows)):
-        for column, mine in ends.items():
-            source: Source = getattr(split_, column)
-            read = functools.partial(_read, clock, source, *rows) if mine else Findings
-            found = functools.reduce(operator.or_, grid.comm.allgather(together(grid.comm, clock, read)))
-            name = f"{data.name}: {column}_{which}"
-            problem = None
-            if found.first_bad is not None:
-                problem = f"{found.bad_rows} rows hold values that are not finite, the first is row {found.first_bad}"
-            elif column == "x":
-                seen.tokens = max(seen.tokens, int(found.highest) + 1 if np.isfinite(found.highest) else 0)
-            elif data.classification:
-                problem = label_problem(found, data, classes)
-                seen.outputs = max(seen.outputs, int(found.highest) + 1)
-                if found.masked:
-                    seen.notes.append(f"{name}: {found.masked} labels are -1 and do not count")
-            if problem:
-                raise _alike(DataError(f"{name}: {problem}"))
-    if not data.classification:
-        seen.outputs = int(np.prod(data.train.y.shape))
-    return seen
-
-
-def label_problem(found: Findings, data: Dataset, classes: int | None) -> str | None:
-    """What is wrong with labels that should be classes, if anything is."""
-    if found.lowest < -1:
-        return f"a label is {found.lowest:g}; classes are counted from 0, and only -1, which does not count, is below"
-    if found.highest < 0:
-        return "all labels are -1, so none counts"
-    if classes and found.highest >= classes:
-        return f"a label is {found.highest:.0f}, but --classes is {classes}"
-    if not classes and not data.train.y.shape and found.highest >= len(data.train):
-        return (
-            f"a label is {found.highest:.0f}, which makes more classes than the {len(data.train)} rows of x_train; "
-            "for a regression, save the labels as floating-point numbers"
-        )
-    return None
-
-
-def _read(clock: Clock, source: Source, start: int, stop: int) -> Findings:
-    clock("data")
-    source.hold(start, stop)
-    return inspect(source, start, stop)
-
-
-def _alike(error: DataError) -> DataError:
-    """An error that every rank comes to by itself from what all know."""
-    error.everywhere = True
-    return error
 
 
 def grid_text(run: Run) -> str:

@@ -53,7 +53,11 @@ class Config:
     Raises ConfigError for a value that cannot be.
     """
 
-    data: str = setting("digits", GROUPS[0], "digits, or a .npz file with x_train, y_train, x_test, y_test")
+    data: str = setting("digits", GROUPS[0], "digits, a file or directory, or package.module:function", metavar="SPEC")
+    label: str | None = setting(None, GROUPS[0], "column of a CSV or Parquet file that holds the labels")
+    context: int | None = setting(None, GROUPS[0], "bytes of a text, or tokens, that make a row", low=1)
+    held_out: float = setting(0.1, GROUPS[0], "part of a text to test on if it has no test file", low=0, below=1)
+    token_dtype: str = setting("uint16", GROUPS[0], "of the tokens in .bin files", choices=["uint16", "uint32"])
     model: str = setting(
         "mlp",
         GROUPS[0],
@@ -94,6 +98,22 @@ class Config:
     batch: int = setting(128, GROUPS[2], "rows of a step, over all ranks", low=1)
     microbatches: int | None = setting(
         None, GROUPS[2], "parts of a step, over all ranks (default: replicas, or 2 x stages x replicas)", low=1
+    )
+    shuffle: str = setting(
+        "rows",
+        GROUPS[2],
+        "of every epoch, within a shard: rows; blocks of consecutive rows, which big files give faster; none",
+        choices=["none", "rows", "blocks"],
+    )
+    block_rows: int = setting(256, GROUPS[2], "rows of a block for --shuffle blocks", low=1)
+    shards: str = setting(
+        "contiguous",
+        GROUPS[2],
+        "of M micro-batches, the m-th reads the m-th part of all rows, or (strided) every M-th row from row m on",
+        choices=["contiguous", "strided"],
+    )
+    prefetch: int | None = setting(
+        None, GROUPS[2], "steps whose rows are read ahead (default: 2 from files, 0 from memory)", low=0, on_resume=True
     )
     epochs: int | None = setting(None, GROUPS[2], "passes over the data (default: 30)", low=1, on_resume=True)
     steps: int | None = setting(None, GROUPS[2], "steps, instead of epochs", low=1, on_resume=True)
@@ -157,6 +177,8 @@ class Config:
             object.__setattr__(self, "given", changed)
         if self.epochs and self.steps and {"epochs", "steps"} <= (self.given or frozenset()):
             raise ConfigError(f"--epochs {self.epochs} --steps {self.steps}: give one of the two")
+        if self.shuffle == "blocks" and self.shards == "strided":
+            raise ConfigError("--shuffle blocks --shards strided: strided shards have no consecutive rows")
         if self.resume and not self.out:
             raise ConfigError("--resume: say which run with --out DIR")
 

@@ -18,13 +18,16 @@ def is_name(text: str) -> bool:
 def named(text: str, flag: str) -> Any:
     """What package.module:function names; the module is imported from the current directory or where Python looks.
 
-    Raises ConfigError if there is no such module or nothing of that name in it.
+    Raises ConfigError if there is no such module or nothing of that name in it. What the module itself raises while
+    it is imported passes through.
     """
     module, _, path = text.partition(":")
     try:
         found = importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(f"{flag} {text}: {error}") from None
+    except ModuleNotFoundError as error:
+        if error.name and f"{module}.".startswith(f"{error.name}."):
+            raise ConfigError(f"{flag} {text}: no module {error.name} here or on PYTHONPATH") from None
+        raise
     try:
         return functools.reduce(getattr, path.split("."), found)
     except AttributeError as error:

@@ -13,11 +13,13 @@ from typing import Any
 from mpiml.assemble import Run
 from mpiml.config import Config, flag, from_toml, typed
 from mpiml.config import settings as all_settings
-from mpiml.errors import ConfigError, OutputError
+from mpiml.data.fingerprint import difference
+from mpiml.errors import ConfigError, DataError, OutputError
 from mpiml.parallel.state import VALUES
 from mpiml.run import checkpoint, environment, log
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.run.directory import CHECKPOINTS, CONFIG, METRICS, RunDirectory, read_result, write_atomically, write_result
+from mpiml.run.environment import ENVIRONMENT
 from mpiml.run.verdict import on_rank_0
 
 
@@ -107,6 +109,7 @@ def opened(run: Run, name: str) -> Iterator[Opened]:
             notes.append("the last job in this directory ended without a word: killed, or its node failed")
         elif before.get("status") == "failed":
             notes.append(f"the last job in this directory failed: {before.get('reason')}")
+        _check_same_data(run, held[0].path)
         _begin(run, held[0].path, ranks or [])
         return Opened(held[0].path, f"{os.getpid()}-{time.time_ns()}", notes)
 
@@ -118,9 +121,16 @@ def opened(run: Run, name: str) -> Iterator[Opened]:
             directory.close()
 
 
+def _check_same_data(run: Run, path: Path) -> None:
+    """Raise DataError if the run in a directory was trained on other data."""
+    before = environment.data(path)
+    if before and (other := difference(run.fingerprint, before, "in the run so far")):
+        raise DataError(f"{run.config.data} has changed since the run in {path} began: {other}")
+
+
 def _begin(run: Run, path: Path, ranks: list[dict[str, Any]]) -> None:
     write_atomically(path / CONFIG, run.config.to_toml())
-    write_atomically(path / "environment.json", environment.to_json(ranks))
+    write_atomically(path / ENVIRONMENT, environment.to_json(ranks, run.fingerprint))
     running = {
         "status": "running",
         "exit_code": None,

@@ -28,12 +28,12 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from mpiml import assemble, restart
+from mpiml import assemble, load, restart
 from mpiml.assemble import Run
 from mpiml.build import Model
 from mpiml.clock import Clock
 from mpiml.config import Config, parse
-from mpiml.data.dataset import Dataset, open_dataset
+from mpiml.data.dataset import Dataset
 from mpiml.errors import SAVED, NotFiniteError
 from mpiml.parallel import grid as grids
 from mpiml.parallel.record import Record, agree
@@ -89,7 +89,7 @@ def _train(
         prepare_process(cfg.threads)
         if done := on_rank_0(comm, clock, lambda: restart.finished(cfg)):
             return done
-        dataset = data or together(comm, clock, lambda: open_dataset(cfg.data))
+        dataset = load.open_data(cfg, comm, clock, data)
         replicas = comm.size // cfg.pipe
         cfg = together(comm, clock, lambda: assemble.resolve(cfg, len(dataset.train), dataset.classification, replicas))
         if done := on_rank_0(comm, clock, lambda: restart.finished(cfg)):  # --epochs has become steps
@@ -103,7 +103,8 @@ def _train(
                 logger.open_console(start + 1, run.steps, cfg.quiet)
                 for line in [*directory.notes, *run.notes, *notes, assemble.grid_text(run)]:
                     logger.say(line)
-                with np.errstate(all="ignore"):  # numbers that are not finite end the run, with a better message
+                # Numbers that are not finite end the run, with a better message than NumPy's.
+                with run.ahead, np.errstate(all="ignore"):
                     outcome = history | _loop(run, start, directory.checkpoints, logger, stop)
                 outcome["samples_per_second"] = logger.samples_per_second()
                 outcome["seconds"] = round(perf_counter() - began, 3)
@@ -124,7 +125,7 @@ def _loop(run: Run, start: int, checkpoints: Path, logger: log.Log, stop: StopRe
         last = step == run.steps
         log_due = _due(step, cfg.log_every, last)
         table = run.record(cfg.microbatches)
-        run.stage.train(step, run.shards.batches(step), table, measured=log_due)
+        run.stage.train(step, run.ahead.batches(step), table, measured=log_due)
         clock("communication")
         record = run.agree(table, not run.update.finite, stop.asked)
         _refuse_not_finite(run, step, record)

@@ -17,6 +17,10 @@ from mpiml.errors import ConfigError
 # For every setting another value than the default: as text, as TOML, and what it becomes.
 OTHERS = {
     "data": ("d.npz", '"d.npz"', "d.npz"),
+    "label": ("y", '"y"', "y"),
+    "context": ("64", "64", 64),
+    "held_out": ("0.2", "0.2", 0.2),
+    "token_dtype": ("uint32", '"uint32"', "uint32"),
     "model": ("cnn", '"cnn"', "cnn"),
     "hidden": ("64,32", "[64, 32]", (64, 32)),
     "activation": ("tanh", '"tanh"', "tanh"),
@@ -34,6 +38,10 @@ OTHERS = {
     "schedule": ("gpipe", '"gpipe"', "gpipe"),
     "batch": ("96", "96", 96),
     "microbatches": ("12", "12", 12),
+    "shuffle": ("blocks", '"blocks"', "blocks"),
+    "block_rows": ("64", "64", 64),
+    "shards": ("strided", '"strided"', "strided"),
+    "prefetch": ("3", "3", 3),
     "epochs": ("7", "7", 7),
     "steps": ("70", "70", 70),
     "optimizer": ("nesterov", '"nesterov"', "nesterov"),
@@ -60,7 +68,7 @@ OTHERS = {
     "quiet": ("", "true", True),
 }
 LAYOUT_AND_LOGGING = {"pipe", "cuts", "schedule", "epochs", "steps", "out", "resume", "quiet", "keep", "stall_timeout"}
-LAYOUT_AND_LOGGING |= {"memory", "eval_every", "save_every", "log_every"}
+LAYOUT_AND_LOGGING |= {"memory", "prefetch", "eval_every", "save_every", "log_every"}
 every_setting = pytest.mark.parametrize("name", OTHERS)
 
 
@@ -155,6 +163,7 @@ def test_underscores_and_lists_of_one_are_fine_in_a_file(tmp_path: Path) -> None
         (["--quiet=yes"], ["--quiet", "yes"]),
         (["--epochs", "3", "--steps", "9"], ["--epochs 3", "--steps 9", "one of the two"]),
         (["--resume"], ["--resume", "--out DIR"]),
+        (["--shuffle", "blocks", "--shards", "strided"], ["--shuffle blocks", "--shards strided"]),
         (["--out", ""], ["--out", "empty"]),
         (["--config", "none.toml"], ["--config none.toml", "No such file"]),
     ],

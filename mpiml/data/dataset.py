@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from mpiml.data.sources import ArraySource, Source, npz_member
+from mpiml.data.fingerprint import Fingerprint, of_files
+from mpiml.data.formats import Options, open_files
+from mpiml.data.sources import ArraySource, Source
 from mpiml.errors import DataError
+from mpiml.imports import is_name, named
 
 DIGITS = Path(__file__).with_name("digits.npz")
-SCAN = 1 << 24  # bytes of a source that are looked at together
 
 
 @dataclass
@@ -33,12 +36,18 @@ class Dataset:
 
     A label is one number, or a row of them; a class of -1 is no label and does not count.
 
+    Attributes:
+        files: where it comes from; two ranks, or a run and the run that it goes on with, must see the same.
+        classes: how many there are; None if that is to be found in the labels.
+
     Raises DataError if the four sources do not fit together.
     """
 
     train: Split
     test: Split
     name: str = "arrays"
+    files: Sequence[Path] = field(default=())
+    classes: int | None = None
 
     def __post_init__(self) -> None:
         for which, split in (("train", self.train), ("test", self.test)):
@@ -46,6 +55,8 @@ class Dataset:
                 raise DataError(f"{self.name}: x_{which} has {len(split.x)} rows, but y_{which} has {len(split.y)}")
             if not len(split):
                 raise DataError(f"{self.name}: x_{which} has no rows")
+            if 0 in split.x.shape:
+                raise DataError(f"{self.name}: rows of x_{which} are {split.x.shape}: they have no values")
         for column, train, test in (("x", self.train.x, self.test.x), ("y", self.train.y, self.test.y)):
             if train.shape != test.shape:
                 raise DataError(f"{self.name}: rows of {column}_train are {train.shape}, of {column}_test {test.shape}")
@@ -60,58 +71,38 @@ class Dataset:
         x, y = ArraySource(x_train, "x_train"), ArraySource(y_train, "y_train")
         return cls(Split(x, y), Split(ArraySource(x_test, "x_test"), ArraySource(y_test, "y_test")))
 
+    @functools.cached_property
+    def fingerprint(self) -> Fingerprint:
+        """What tells these files and columns from others of the same names."""
+        columns = {f"{c}_{w}": getattr(s, c) for w, s in (("train", self.train), ("test", self.test)) for c in "xy"}
+        shapes = [[name, f"{len(of):,} rows of {of.shape} {of.dtype}"] for name, of in columns.items()]
+        return of_files(self.files) + shapes
+
     @property
     def classification(self) -> bool:
         """Whether labels are classes."""
         return self.train.y.dtype.kind != "f"
 
-
-def open_dataset(spec: str) -> Dataset:
-    """The data set named by `--data`: "digits", or a .npz file with x_train, y_train, x_test and y_test."""
-    path = DIGITS if spec == "digits" else Path(spec)
-    if path.suffix != ".npz":
-        raise DataError(f"--data {spec}: choose digits or a .npz file with x_train, y_train, x_test, y_test")
-    x_train, y_train, x_test, y_test = (npz_member(path, key) for key in ("x_train", "y_train", "x_test", "y_test"))
-    return Dataset(Split(x_train, y_train), Split(x_test, y_test), path.stem)
+    @property
+    def language_model(self) -> bool:
+        """Whether there is a class for each input of a row, and inputs are classes too."""
+        return self.classification and bool(self.train.y.shape)
 
 
-@dataclass
-class Findings:
-    """What a look at every value of some rows found: the range of integers, how many are -1, and which rows are not
-    finite."""
+def open_dataset(spec: str, options: Options | None = None) -> Dataset:
+    """The data set named by `--data`: digits, files at a path, or what a function package.module:name returns.
 
-    lowest: float = np.inf
-    highest: float = -np.inf
-    bad_rows: int = 0
-    first_bad: int | None = None
-    masked: int = 0
-
-    def __or__(self, other: Findings) -> Findings:
-        first = [row for row in (self.first_bad, other.first_bad) if row is not None]
-        return Findings(
-            min(self.lowest, other.lowest),
-            max(self.highest, other.highest),
-            self.bad_rows + other.bad_rows,
-            min(first, default=None),
-            self.masked + other.masked,
-        )
-
-
-def inspect(source: Source, start: int, stop: int) -> Findings:
-    """Look at rows start..stop-1 of a source, a few megabytes at a time."""
-    found = Findings()
-    row_bytes = max(int(np.prod(source.shape)) * source.dtype.itemsize, 1)
-    chunk = max(SCAN // row_bytes, 1)
-    for first in range(start, stop, chunk):
-        rows = source.rows(np.arange(first, min(first + chunk, stop)))
-        flat = rows.reshape(len(rows), -1)
-        if source.dtype.kind == "f":
-            bad = np.flatnonzero(~np.isfinite(flat).all(axis=1))
-            if len(bad):
-                found |= Findings(bad_rows=len(bad), first_bad=first + int(bad[0]))
-        elif flat.size:
-            found |= Findings(int(flat.min()), int(flat.max()), masked=int(np.count_nonzero(flat == -1)))
-    return found
+    Raises DataError or ConfigError if there is none.
+    """
+    if is_name(spec):
+        made = named(spec, "--data")()
+        if not isinstance(made, Dataset):
+            raise DataError(f"--data {spec}: must return a Dataset, but returns {type(made).__name__}")
+        return made
+    columns = open_files(str(DIGITS) if spec == "digits" else spec, options or Options())
+    x_train, y_train, x_test, y_test = columns.sources
+    name = "digits" if spec == "digits" else "".join(c for c in Path(spec).stem if c not in "*?[]") or "text"
+    return Dataset(Split(x_train, y_train), Split(x_test, y_test), name, columns.files, columns.classes)
 
 
 @dataclass

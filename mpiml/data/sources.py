@@ -1,13 +1,15 @@
-"""Sources of rows: arrays in memory and the members of .npz files, read no further than asked."""
+"""Sources of rows: what they have in common, and those in memory, mapped into it or streamed."""
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import math
-import struct
-import tokenize
-import zipfile
-import zlib
+import os
+import stat
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Protocol
 
 import numpy as np
@@ -16,14 +18,16 @@ from numpy.typing import ArrayLike, NDArray
 from mpiml.errors import DataError
 
 Rows = NDArray[np.generic]
-CHUNK = 1 << 22  # bytes that are read at once from a compressed member
+Indices = NDArray[np.integer]
+CHUNK = 1 << 22  # bytes of a stream that are read at once
 
 
 class Source(Protocol):
     """A column of a data set: what `len` gives many rows, each of `shape` and `dtype`.
 
-    `rows(indices)` returns a fresh array of those rows; `hold(start, stop)` says beforehand that no others will
-    be asked for, so that a source that cannot be read at random keeps just these.
+    `rows(indices)` returns a fresh array of those rows; `hold(rows)` says beforehand, with their numbers in rising
+    order, that no others will be asked for, so that a source that cannot be read at random keeps just these.
+    Reading ahead calls `rows` in a thread of its own, at the same time as others read other sources.
     """
 
     name: str
@@ -32,123 +36,141 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def hold(self, start: int, stop: int) -> None: ...
+    def hold(self, rows: Indices) -> None: ...
 
-    def rows(self, indices: NDArray[np.integer]) -> Rows: ...
-
-
-def check_dtype(dtype: np.dtype, name: str) -> None:
-    """Raise DataError unless `dtype` is of real numbers."""
-    if dtype.kind not in "biuf":
-        raise DataError(f"{name} has dtype {dtype}; real numbers are needed (pickled objects are never read)")
+    def rows(self, indices: Indices) -> Rows: ...
 
 
 class ArraySource:
     """An array in memory, or mapped into it."""
 
     def __init__(self, array: ArrayLike, name: str = "array"):
-        self.array = np.asarray(array)
+        self.array = np.asanyarray(array)
         self.name = name
-        if self.array.ndim == 0:
-            raise DataError(f"{name} is a single number; a data set needs rows")
-        check_dtype(self.array.dtype, name)
+        check_rows(self.array.shape, self.array.dtype, name)
         self.shape, self.dtype = self.array.shape[1:], self.array.dtype
 
     def __len__(self) -> int:
         return len(self.array)
 
-    def hold(self, start: int, stop: int) -> None:
+    def hold(self, rows: Indices) -> None:
         pass
 
-    def rows(self, indices: NDArray[np.integer]) -> Rows:
+    def rows(self, indices: Indices) -> Rows:
         return np.take(self.array, indices, axis=0)
 
 
-class CompressedSource:
-    """A compressed member of a zip file: streamed once, of which the held rows stay in memory."""
+class HeldSource:
+    """A source that can only be read from its start: it is read once, and of it the held rows stay in memory.
 
-    def __init__(self, path: Path, member: str, name: str, shape: tuple[int, ...], dtype: np.dtype):
-        self.path, self.member, self.name = path, member, name
-        self.length, self.shape, self.dtype = shape[0], shape[1:], dtype
-        self._start, self._held = 0, np.empty((0, *self.shape), dtype)
+    Subclasses say how in `read(rows)`, which returns those rows.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, ...], dtype: np.dtype):
+        check_rows(shape, dtype, name)
+        self.name, self.length, self.shape, self.dtype = name, shape[0], shape[1:], dtype
+        self._rows, self._held = np.empty(0, np.int64), np.empty((0, *self.shape), dtype)
 
     def __len__(self) -> int:
         return self.length
 
-    def hold(self, start: int, stop: int) -> None:
-        row_bytes = math.prod(self.shape) * self.dtype.itemsize
-        with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as stream:
-            _read_header(stream, self.name)
-            _skip(stream, start * row_bytes, self.name)
-            held = np.empty((stop - start, *self.shape), self.dtype)
-            _fill(stream, held.reshape(-1).view(np.uint8), self.name)
-        self._start, self._held = start, held
+    def read(self, rows: Indices) -> Rows:
+        raise NotImplementedError
 
-    def rows(self, indices: NDArray[np.integer]) -> Rows:
-        places = indices - self._start
-        if places.size and places.min() < 0:
-            raise IndexError(f"{self.name}: row {indices.min()} is before the rows that are held")
+    def hold(self, rows: Indices) -> None:
+        self._held = self.read(rows)
+        self._rows = np.array(rows)
+
+    def rows(self, indices: Indices) -> Rows:
+        places = np.searchsorted(self._rows, indices)
+        missing = places == len(self._rows)
+        missing |= self._rows[np.where(missing, 0, places)] != indices if len(self._rows) else True
+        if missing.any():
+            raise IndexError(f"{self.name}: row {indices[missing][0]} is not one of the rows that are held")
         return np.take(self._held, places, axis=0)
 
 
-def npz_member(path: Path, key: str) -> Source:
-    """The array `key` of a .npz file as a source; of its contents only the header is read.
+class StreamedSource(HeldSource):
+    """Rows of fixed size, one after the other in a stream of bytes that `open_stream` opens at the first of them."""
 
-    Raises DataError for a file or a member that is missing, damaged, pickled or not an array.
+    def open_stream(self) -> IO[bytes]:
+        raise NotImplementedError
+
+    def read(self, rows: Indices) -> Rows:
+        row_bytes, at = math.prod(self.shape) * self.dtype.itemsize, 0
+        held = np.empty((len(rows), *self.shape), self.dtype)
+        with self.open_stream() as stream:
+            for first, last in runs(rows):
+                _skip(stream, (int(rows[first]) - at) * row_bytes, self.name)
+                _fill(stream, held[first:last].reshape(-1).view(np.uint8), self.name)
+                at = int(rows[last - 1]) + 1
+            if at == self.length and _read(stream, 1, self.name, at_end=True):  # also checks the whole stream's sum
+                raise DataError(f"{self.name}: goes on after its last row")
+        return held
+
+
+def mapped(
+    path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype, offset: int, holds: int, order: str = "C"
+) -> ArraySource:
+    """An array in a file by memory map: only rows that are asked for are read.
+
+    Args:
+        offset: where in the file it begins, in bytes.
+        holds: how many bytes of it the file holds.
     """
-    name, member = f"{path}: {key}", f"{key}.npy"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if member not in archive.namelist():
-                there = ", ".join(sorted(n.removesuffix(".npy") for n in archive.namelist())) or "nothing"
-                raise DataError(f"{path} has no array {key}; it holds {there}")
-            info = archive.getinfo(member)
-            with archive.open(member) as stream:
-                shape, fortran, dtype = _read_header(stream, name)
-                header = stream.tell()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
-    except zipfile.BadZipFile as error:
-        raise DataError(f"{path} is no .npz file: {error}") from None
-    except (RuntimeError, NotImplementedError, zlib.error) as error:  # encrypted, unknown method, damaged
-        raise DataError(f"{name}: damaged: {error}") from None
+    declared = check_size(shape, dtype, name, holds)
+    array = np.memmap(path, dtype, "r", offset, shape, order) if declared else np.empty(shape, dtype)  # type: ignore[call-overload]
+    return ArraySource(array, name)
+
+
+def check_rows(shape: tuple[int, ...], dtype: np.dtype, name: str) -> None:
+    """Raise DataError unless these are rows of real numbers."""
+    if dtype.kind not in "biuf":
+        raise DataError(f"{name} has dtype {dtype}; real numbers are needed (pickled objects are never read)")
     if not shape:
         raise DataError(f"{name} is a single number; a data set needs rows")
-    size = math.prod(shape) * dtype.itemsize
-    if info.file_size != header + size:
-        raise DataError(f"{name}: its header declares {size:,} bytes, but the file holds {info.file_size - header:,}")
-    if info.compress_type == zipfile.ZIP_STORED:
-        offset = _stored_offset(path, info) + header
-        mapped = np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C") if size else np.empty(shape, dtype)
-        return ArraySource(mapped, name)
-    if fortran:
-        raise DataError(f"{name} is compressed in column order, which cannot be streamed by rows: save it in C order")
-    return CompressedSource(path, member, name, shape, dtype)
 
 
-def _read_header(stream: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+def check_size(shape: tuple[int, ...], dtype: np.dtype, name: str, holds: int) -> int:
+    """The bytes of an array. Raises DataError if they are not as many as the file holds: headers may lie."""
+    check_rows(shape, dtype, name)
+    declared = math.prod(shape) * dtype.itemsize
+    if declared != holds or min(shape) < 0:
+        raise DataError(f"{name}: its header declares {declared:,} bytes, but the file holds {holds:,}")
+    return declared
+
+
+def file_size(path: Path) -> int:
+    """The bytes of a file. Raises DataError if it is no regular file (a pipe would never end) or cannot be read."""
     try:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(stream)
-    except (ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:
-        raise DataError(f"{name} is no array in .npy format: {error}") from None
-    check_dtype(dtype, name)
-    return shape, fortran, dtype
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            what = "Is a directory" if stat.S_ISDIR(status.st_mode) else "is no regular file"
+            raise DataError(f"cannot read {path}: {what}")
+        with open(path, "rb"):
+            return status.st_size
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def _stored_offset(path: Path, info: zipfile.ZipInfo) -> int:
-    """Where a stored member's bytes begin: after its local header, whose name and extra field have own lengths."""
-    with open(path, "rb") as file:
-        file.seek(info.header_offset + 26)
-        lengths: tuple[int, int] = struct.unpack("<HH", file.read(4))
-    return info.header_offset + 30 + sum(lengths)
+def runs(rows: Indices) -> Iterator[tuple[int, int]]:
+    """Where in `rows` runs of consecutive numbers begin and end, as (first, last + 1)."""
+    edges = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+    return itertools.pairwise(edges) if len(rows) else iter(())
+
+
+def extra(module: str, name: str, why: str) -> ModuleType:
+    """Import what an extra of this package brings. Raises DataError, naming the extra, if it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise DataError(f'{why} needs {package}: pip install "mpiml[{name}]" ({error})') from None
 
 
 def _skip(stream: IO[bytes], count: int, name: str) -> None:
     while count:
-        chunk = len(_read(stream, min(count, CHUNK), name))
-        count -= chunk
+        count -= len(_read(stream, min(count, CHUNK), name))
 
 
 def _fill(stream: IO[bytes], target: NDArray[np.uint8], name: str) -> None:
@@ -159,13 +181,11 @@ def _fill(stream: IO[bytes], target: NDArray[np.uint8], name: str) -> None:
         done += len(chunk)
 
 
-def _read(stream: IO[bytes], count: int, name: str) -> bytes:
+def _read(stream: IO[bytes], count: int, name: str, at_end: bool = False) -> bytes:
     try:
         chunk = stream.read(count)
-    except (OSError, zipfile.BadZipFile, EOFError, ValueError) as error:
+    except Exception as error:  # zlib, bz2, lzma, zipfile and gzip each raise classes of their own
         raise DataError(f"{name}: damaged: {error}") from None
-    except Exception as error:  # zlib, bz2 and lzma each raise an error class of their own
-        raise DataError(f"{name}: damaged: {error}") from None
-    if not chunk:
+    if not chunk and not at_end:
         raise DataError(f"{name}: ends too early")
     return chunk

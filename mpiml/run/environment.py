@@ -12,6 +12,7 @@ from mpi4py import MPI
 
 import mpiml
 
+ENVIRONMENT = "environment.json"
 PACKAGES = ("numpy", "mpi4py", "threadpoolctl", "safetensors")
 
 
@@ -26,8 +27,8 @@ def of_rank(threads: int) -> dict[str, Any]:
     }
 
 
-def to_json(ranks: list[dict[str, Any]]) -> str:
-    """The content of environment.json, from what each rank runs on."""
+def to_json(ranks: list[dict[str, Any]], data: list[list[str]]) -> str:
+    """The content of environment.json, from what each rank runs on and the data set's fingerprint."""
     job = {
         "mpiml": mpiml.__version__,
         "python": platform.python_version(),
@@ -35,9 +36,19 @@ def to_json(ranks: list[dict[str, Any]]) -> str:
         "mpi": MPI.Get_library_version().splitlines()[0].strip("\x00 "),
         "blas": blas(),
         "packages": {name: _version(name) for name in PACKAGES},
+        "data": data,
         "ranks": ranks,
     }
     return json.dumps(job, indent=2) + "\n"
+
+
+def data(run: Path) -> list[list[str]] | None:
+    """The fingerprint of the data of the run in a directory, if it is known."""
+    try:
+        found: list[list[str]] | None = json.loads((run / ENVIRONMENT).read_text()).get("data")
+    except (OSError, ValueError):
+        return None
+    return found
 
 
 def warnings(ranks: list[dict[str, Any]]) -> list[str]:

@@ -16,9 +16,9 @@ import numpy as np
 from mpi4py import MPI
 
 import mpiml
+from mpiml import load
 from mpiml.clock import SHARES, Clock
 from mpiml.config import Config, parse
-from mpiml.data.dataset import open_dataset
 from mpiml.parallel import grid as grids
 from mpiml.run import environment
 from mpiml.run.directory import write_atomically
@@ -59,8 +59,10 @@ def point(comm: MPI.Intracomm, path: Path, warm_up: int, steps: int, config: Con
     """Measure a point and let rank 0 write what is found, with all that it depends on, to `path`; collective."""
     grids.check(comm.size, config.pipe)
     prepare_process(config.threads)
-    trainer = Trainer(comm, config, open_dataset(config.data))
-    found = measure(comm, trainer, warm_up, steps)
+    data = load.open_data(config, comm, Clock(), None)
+    trainer = Trainer(comm, config.replace(steps=warm_up + steps, epochs=None), data)
+    with trainer.run.ahead:
+        found = measure(comm, trainer, warm_up, steps)
     ranks = comm.gather(environment.of_rank(config.threads))
     if comm.rank == 0:
         run = trainer.run
@@ -76,7 +78,7 @@ def point(comm: MPI.Intracomm, path: Path, warm_up: int, steps: int, config: Con
             "microbatches": run.config.microbatches,
             "rows": run.shards.rows_per_step,
             "settings": run.config.to_toml(),
-            "environment": json.loads(environment.to_json(ranks)),
+            "environment": json.loads(environment.to_json(ranks, data.fingerprint)),
         }
         write_atomically(path, json.dumps(found, indent=1) + "\n")
 

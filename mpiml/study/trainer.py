@@ -40,7 +40,7 @@ class Trainer:
         self.number += 1
         run = self.run
         table = run.record(run.config.microbatches or 1)
-        run.stage.train(self.number, run.shards.batches(self.number), table, measured=False)
+        run.stage.train(self.number, run.ahead.batches(self.number), table, measured=False)
         run.clock("communication")
         record = run.agree(table, not run.update.finite, False)
         run.update.step(run.learning_rate(self.number), record.weight, self.number, False)

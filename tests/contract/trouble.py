@@ -109,9 +109,9 @@ class TroubledSource:
     def __len__(self) -> int:
         return len(self.source)
 
-    def hold(self, start: int, stop: int) -> None:
+    def hold(self, rows: Any) -> None:
         trouble("start")
-        self.source.hold(start, stop)
+        self.source.hold(rows)
 
     def rows(self, indices: Any) -> Any:
         self.reads += 1

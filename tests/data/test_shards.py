@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mpiml.data.dataset import Split
-from mpiml.data.shards import Shards, chunks
+from mpiml.data.shards import Shards, blocks, chunks, classes_seen, starved
 from mpiml.data.sources import ArraySource
 from mpiml.partition import part
 
@@ -45,11 +45,11 @@ class Recorder(ArraySource):
 
 
 def shards(
-    rows: int, microbatches: int, batch: int, block: tuple[int, int] | None = None, seed: int = SEED
+    rows: int, microbatches: int, batch: int, block: tuple[int, int] | None = None, seed: int = SEED, **order: Any
 ) -> tuple[Shards, Recorder]:
     source = Recorder(rows)
     first, last = block or (0, microbatches)
-    return Shards(Split(source, source), microbatches, batch, seed, first, last, "float64"), source
+    return Shards(Split(source, source), microbatches, batch, seed, first, last, "float64", **order), source
 
 
 def epoch(of: Shards, number: int = 0) -> list[list[np.ndarray]]:
@@ -62,10 +62,22 @@ def flat(steps: list[list[np.ndarray]]) -> np.ndarray:
     return np.concatenate([rows for step in steps for rows in step])
 
 
+ORDERS: list[dict[str, Any]] = [
+    {},
+    {"shuffle": "none"},
+    {"shuffle": "blocks", "block_rows": 1},
+    {"shuffle": "blocks", "block_rows": 5},
+    {"shuffle": "blocks", "block_rows": 1000},
+    {"strided": True},
+    {"shuffle": "none", "strided": True},
+]
+
+
 @every_case
 @pytest.mark.parametrize("number", [0, 3])
-def test_every_row_once_an_epoch(rows: int, microbatches: int, batch: int, number: int) -> None:
-    of, _ = shards(rows, microbatches, batch)
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_every_row_once_an_epoch(rows: int, microbatches: int, batch: int, number: int, order: Any) -> None:
+    of, _ = shards(rows, microbatches, batch, **order)
     assert of.steps_per_epoch == math.ceil(rows / batch)
     assert sorted(flat(epoch(of, number))) == list(range(rows))
 
@@ -81,11 +93,14 @@ def test_a_microbatch_says_how_many_rows_it_has(rows: int, microbatches: int, ba
 
 @every_case
 @pytest.mark.parametrize("replicas", [2, 3, 5])
-def test_replicas_together_read_what_one_would(rows: int, microbatches: int, batch: int, replicas: int) -> None:
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_replicas_together_read_what_one_would(
+    rows: int, microbatches: int, batch: int, replicas: int, order: Any
+) -> None:
     replicas = min(replicas, microbatches)
-    alone = epoch(shards(rows, microbatches, batch)[0], 1)
-    blocks = [part(replica, replicas, microbatches) for replica in range(replicas)]
-    together = [epoch(shards(rows, microbatches, batch, block)[0], 1) for block in blocks]
+    alone = epoch(shards(rows, microbatches, batch, **order)[0], 1)
+    ours = [part(replica, replicas, microbatches) for replica in range(replicas)]
+    together = [epoch(shards(rows, microbatches, batch, block, **order)[0], 1) for block in ours]
     for step, expected in enumerate(alone):
         joined = [rows_of for replica in together for rows_of in replica[step]]
         assert len(joined) == len(expected)
@@ -93,18 +108,19 @@ def test_replicas_together_read_what_one_would(rows: int, microbatches: int, bat
 
 
 @every_case
-def test_a_replica_reads_only_what_it_holds(rows: int, microbatches: int, batch: int) -> None:
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_a_replica_reads_only_what_it_holds(rows: int, microbatches: int, batch: int, order: Any) -> None:
     replicas = min(3, microbatches)
-    held = []
+    held: list[int] = []
     for replica in range(replicas):
-        of, source = shards(rows, microbatches, batch, part(replica, replicas, microbatches))
+        of, source = shards(rows, microbatches, batch, part(replica, replicas, microbatches), **order)
         epoch(of)
-        start, stop = of.hold()
-        assert source.read == set(range(start, stop))
-        held.append((start, stop))
-    assert held[0][0] == 0
-    assert held[-1][1] == rows
-    assert all(left[1] == right[0] for left, right in itertools.pairwise(held))
+        assert source.read == set(of.rows().tolist())
+        assert (np.diff(of.rows()) > 0).all()
+        held += of.rows().tolist()
+    assert sorted(held) == list(range(rows))
+    if not order.get("strided"):
+        assert held == list(range(rows))
 
 
 @every_case
@@ -162,6 +178,79 @@ def test_a_step_depends_on_its_number_alone() -> None:
     np.testing.assert_array_equal(np.concatenate([b.y() for b in kept]), ahead[1])
     for step, rows in ahead.items():
         np.testing.assert_array_equal(np.concatenate([b.y() for b in shards(40, 4, 7)[0].batches(step)]), rows)
+
+
+def test_rows_in_the_order_in_which_they_are_stored() -> None:
+    assert flat(epoch(shards(40, 1, 7, shuffle="none")[0], 5)).tolist() == list(range(40))
+    strided = np.concatenate([step[1] for step in epoch(shards(40, 3, 7, shuffle="none", strided=True)[0])])
+    assert strided.tolist() == list(range(1, 40, 3))
+
+
+def test_blocks_are_runs_of_consecutive_rows() -> None:
+    for number in (0, 1):
+        (order,) = (
+            np.concatenate([step[0] for step in epoch(shards(50, 1, 9, shuffle="blocks", block_rows=8)[0], number)]),
+        )
+        runs = np.split(order, np.flatnonzero(np.diff(order) != 1) + 1)
+        assert all(run[0] % 8 == 0 for run in runs)
+        assert all(len(run) % 8 == 0 or run[-1] == 49 for run in runs)
+        assert len(runs) > 3
+
+
+def test_blocks_come_in_another_order_for_epoch_seed_and_shard() -> None:
+    def orders(number: int, seed: int = SEED) -> list[list[int]]:
+        steps = epoch(shards(400, 2, 20, seed=seed, shuffle="blocks", block_rows=4)[0], number)
+        return [(np.concatenate([step[m] for step in steps]) - 200 * m).tolist() for m in (0, 1)]
+
+    assert orders(0) == orders(0)
+    assert len(set(map(tuple, [*orders(0), *orders(1), *orders(0, seed=12)]))) == 6
+
+
+@pytest.mark.parametrize(("length", "block"), [(1, 1), (10, 3), (12, 4), (5, 9), (64, 7)])
+def test_any_part_of_an_order_of_blocks(length: int, block: int) -> None:
+    order = blocks(length, block, np.random.default_rng(3))
+    whole = order(0, length)
+    assert sorted(whole) == list(range(length))
+    for a in range(length + 1):
+        for b in range(a, length + 1):
+            np.testing.assert_array_equal(order(a, b), whole[a:b])
+
+
+def test_blocks_need_no_permutation_of_the_rows() -> None:
+    import tracemalloc
+
+    of, _ = shards(4, 1, 1)
+    of.shuffle, of.block_rows = "blocks", 4096
+    tracemalloc.start()
+    rows = of._draw(0, 0, 1 << 40 >> 10)(1 << 29, (1 << 29) + 9)  # 2^30 rows: a permutation has 8 GiB
+    assert len(rows) == 9
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    tracemalloc.stop()
+
+
+def labelled(labels: np.ndarray, microbatches: int, strided: bool = False) -> str | None:
+    split = Split(ArraySource(labels), ArraySource(labels))
+    first, last = (
+        Shards(split, microbatches, 10, 0, *block, "float32", strided=strided)
+        for block in ((0, microbatches // 2), (microbatches // 2, microbatches))
+    )
+    classes = int(labels.max()) + 1
+    (counts, seen), (others, also) = (classes_seen(half, classes) for half in (first, last))
+    return starved(counts + others, seen + also)
+
+
+@pytest.mark.parametrize("microbatches", [2, 4, 16, 60])
+@pytest.mark.parametrize("classes", [2, 10, 40])
+def test_sorted_labels_starve_contiguous_shards(microbatches: int, classes: int) -> None:
+    random = np.random.default_rng(0)
+    labels = random.integers(0, classes, 1200)
+    skewed = np.minimum(random.geometric(0.9, 1200) - 1, classes - 1)  # nine tenths are of one class
+    assert labelled(labels, microbatches) is None
+    assert labelled(skewed, microbatches) is None
+    assert labelled(np.sort(labels), microbatches, strided=True) is None
+    warning = labelled(np.sort(labels), microbatches)
+    assert warning is not None
+    assert "--shards strided" in warning
 
 
 @pytest.mark.parametrize(("rows", "chunk_rows"), [(10, 4), (8, 4), (3, 10), (1, 1)])

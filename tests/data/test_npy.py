@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpiml.data.sources import CHUNK, ArraySource, CompressedSource, Source, npz_member
+from mpiml.data.npy import CompressedSource, npz_member
+from mpiml.data.sources import CHUNK, ArraySource, Source
 from mpiml.errors import DataError
 
 RANDOM = np.random.default_rng(0)
@@ -39,7 +40,7 @@ def test_rows_are_those_that_were_saved(tmp_path: Path, save: Callable, kind: st
     array = ARRAYS[kind]
     source = opened(tmp_path / "a.npz", save, array)
     assert (len(source), source.shape, source.dtype) == (len(array), array.shape[1:], array.dtype)
-    source.hold(0, len(array))
+    source.hold(np.arange(len(array)))
     indices = np.array([7, 0, 19, 7]) if len(array) else np.arange(0)
     np.testing.assert_array_equal(source.rows(indices), array[indices])
 
@@ -47,7 +48,7 @@ def test_rows_are_those_that_were_saved(tmp_path: Path, save: Callable, kind: st
 @save_either
 def test_rows_are_fresh(tmp_path: Path, save: Callable) -> None:
     source = opened(tmp_path / "a.npz", save, ARRAYS["float64"])
-    source.hold(0, 20)
+    source.hold(np.arange(20))
     rows = source.rows(np.arange(20))
     rows += 1
     np.testing.assert_array_equal(source.rows(np.arange(20)), ARRAYS["float64"])
@@ -57,7 +58,7 @@ def test_rows_are_fresh(tmp_path: Path, save: Callable) -> None:
 @pytest.mark.parametrize("span", [(0, 5), (7, 13), (15, 20), (4, 4), (0, 20)])
 def test_held_rows_keep_their_numbers(tmp_path: Path, save: Callable, span: tuple[int, int]) -> None:
     source = opened(tmp_path / "a.npz", save, ARRAYS["float16 images"])
-    source.hold(*span)
+    source.hold(np.arange(*span))
     np.testing.assert_array_equal(source.rows(np.arange(*span)), ARRAYS["float16 images"][slice(*span)])
 
 
@@ -67,7 +68,7 @@ def test_a_compressed_source_keeps_only_what_it_holds(tmp_path: Path) -> None:
     assert isinstance(source, CompressedSource)
     assert len(source._held) == 0
     for start, stop in ((len(array) - 9, len(array)), (100, len(array) - 100)):
-        source.hold(start, stop)
+        source.hold(np.arange(start, stop))
         assert len(source._held) == stop - start
         np.testing.assert_array_equal(source.rows(np.arange(start, stop)), array[start:stop])
 
@@ -86,7 +87,7 @@ def test_a_stored_array_may_be_in_column_order(tmp_path: Path) -> None:
 def read(path: Path) -> np.ndarray:
     """All rows of the array x of a file."""
     source = npz_member(path, "x")
-    source.hold(0, len(source))
+    source.hold(np.arange(len(source)))
     return source.rows(np.arange(len(source)))
 
 

@@ -1,0 +1,152 @@
+"""Which file format a data set is in, by the name of its file or by the files in its directory."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mpiml.data import idx, text
+from mpiml.data.hdf5 import HDF5Source, open_hdf5
+from mpiml.data.npy import npy_file, npz_member
+from mpiml.data.sources import Source
+from mpiml.data.tables import CSV, Parquet, table_sources
+from mpiml.errors import DataError
+
+KEYS = ("x_train", "y_train", "x_test", "y_test")
+CHOICES = (
+    "choose digits, a .npz or HDF5 file with x_train, y_train, x_test, y_test, a directory with x_train.npy and so on, "
+    "with MNIST's files, or with train.csv and test.csv or train.parquet and test.parquet, text or tokens with "
+    "--context, or package.module:function"
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What some formats need to know.
+
+    Attributes:
+        label: the column of a table that holds the labels.
+        context: tokens of a row.
+        held_out: the part of a text to test on, if there is none of its own.
+        tokens: the dtype of a token in a .bin file.
+    """
+
+    label: str | None = None
+    context: int | None = None
+    held_out: float = 0.1
+    tokens: str = "uint16"
+
+
+@dataclass
+class Columns:
+    """The columns of a data set in the order of KEYS, and their files; `classes` if the format knows how many."""
+
+    sources: Sequence[Source]
+    files: Sequence[Path]
+    classes: int | None = None
+
+
+def open_files(spec: str, options: Options) -> Columns:
+    """The columns of the data set at a path. Raises DataError if there is none, or a damaged one."""
+    path = Path(spec)
+    opener = by_suffix(path) or (by_files(path) if path.is_dir() else None)
+    if options.context is not None:
+        if opener is not None:
+            raise DataError(f"--context {options.context}: {spec} is neither text nor tokens")
+        return open_tokens(path, options)
+    if opener is None:
+        if path.suffix in (".txt", ".bin"):
+            raise DataError(f"--data {spec}: text and tokens need --context T, how many of them make a row")
+        if path.suffix in (".csv", ".parquet"):
+            names = f"train{path.suffix} and test{path.suffix}"
+            raise DataError(f"--data {spec}: name the two files {names}, and give their directory")
+        missing = "" if path.exists() else "there is no such file or directory; "
+        raise DataError(f"--data {spec}: {missing}{CHOICES}")
+    return opener(path, options)
+
+
+Opener = Callable[[Path, Options], Columns]
+
+
+def by_suffix(path: Path) -> Opener | None:
+    """How to open a file of this name."""
+    return {".npz": open_npz, ".h5": open_h5, ".hdf5": open_h5, ".hdf": open_h5}.get(path.suffix.lower())
+
+
+def by_files(directory: Path) -> Opener | None:
+    """How to open a directory that holds these files."""
+    if any((directory / f"{key}.npy").exists() for key in KEYS):
+        return open_npy
+    if any(idx.find(directory, key) for key in KEYS):
+        return open_idx
+    for suffix in (".csv", ".parquet"):
+        if any((directory / f"{which}{suffix}").exists() for which in ("train", "test")):
+            return open_table
+    return None
+
+
+def open_npz(path: Path, options: Options) -> Columns:
+    return Columns([npz_member(path, key) for key in KEYS], [path])
+
+
+def open_h5(path: Path, options: Options) -> Columns:
+    file = open_hdf5(path)
+    return Columns([HDF5Source(file, path, key) for key in KEYS], [path])
+
+
+def open_npy(path: Path, options: Options) -> Columns:
+    files = [path / f"{key}.npy" for key in KEYS]
+    return Columns([npy_file(file) for file in files], files)
+
+
+def open_idx(path: Path, options: Options) -> Columns:
+    files = [idx.find(path, key) or path / idx.NAMES[key] for key in KEYS]
+    return Columns([idx.idx_file(file) for file in files], files)
+
+
+def open_table(path: Path, options: Options) -> Columns:
+    plain = any((path / f"{which}.csv").exists() for which in ("train", "test"))
+    kind, suffix = (CSV, ".csv") if plain else (Parquet, ".parquet")
+    files = [path / f"train{suffix}", path / f"test{suffix}"]
+    train, test = (kind(file, options.label) for file in files)
+    if train.names != test.names:
+        raise DataError(f"{files[0]} has columns {', '.join(train.names)}, {files[1]} {', '.join(test.names)}")
+    return Columns([*table_sources(train), *table_sources(test)], files)
+
+
+def open_tokens(path: Path, options: Options) -> Columns:
+    assert options.context, "text and tokens are opened by their context"
+    train, test = _token_files(path)
+    suffixes = {file.suffix for file in [*train, *test]}
+    pretokenised = suffixes <= {".npy", ".bin"}
+    dtype = np.dtype(options.tokens).newbyteorder("<") if pretokenised else text.BYTES
+    tokens = [text.Tokens(files, dtype) for files in (train, test) if files]
+    columns = text.windows(tokens[0], tokens[1] if test else None, options.context, options.held_out, str(path))
+    return Columns(columns, [*train, *test], None if pretokenised else 256)
+
+
+def _token_files(path: Path) -> tuple[Sequence[Path], Sequence[Path]]:
+    """The files to train and to test on. The second list is empty if the first is to be divided."""
+    for train, test in (("train", "test"), ("train", "val")):
+        for suffix in ("", ".txt", ".bin", ".npy"):
+            if (path / f"{train}{suffix}").exists() and (path / f"{test}{suffix}").exists():
+                return _files(path / f"{train}{suffix}"), _files(path / f"{test}{suffix}")
+    return _files(path), []
+
+
+def _files(path: Path) -> list[Path]:
+    """The files at a path: itself, those below a directory, or those that a pattern with * fits; sorted."""
+    if path.is_dir():
+        found = [file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts)]
+    elif glob.has_magic(str(path)) and not path.exists():
+        found = [Path(file) for file in glob.glob(str(path), recursive=True)]
+    else:
+        return [path]
+    files = sorted(file for file in found if file.is_file())
+    if not files:
+        raise DataError(f"--data {path}: there are no files")
+    return files

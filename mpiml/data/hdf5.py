@@ -1,0 +1,71 @@
+"""HDF5 files with one data set per column; every rank opens the file by itself and reads only its rows."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpiml.data.sources import Indices, Rows, check_rows, extra, file_size, runs
+from mpiml.errors import DataError
+
+
+def open_hdf5(path: Path) -> Any:
+    """The open file. Raises DataError if it is damaged or no HDF5 file."""
+    h5py = extra("h5py", "hdf5", f"--data {path}")
+    file_size(path)
+    try:
+        return h5py.File(path, "r", locking=False)  # parallel file systems often have no locks, and nobody writes
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error}") from None
+
+
+class HDF5Source:
+    """The data set `key` of an open file, read in runs of consecutive rows."""
+
+    def __init__(self, file: Any, path: Path, key: str):
+        self.name = f"{path}: {key}"
+        try:
+            self.values = file[key]
+        except (KeyError, OSError):
+            there = ", ".join(sorted(file)) or "nothing"
+            raise DataError(f"{path} has no data set {key}; it holds {there}") from None
+        if not hasattr(self.values, "dtype"):
+            raise DataError(f"{self.name} is a group, not a data set")
+        if self.values.shape is None:
+            raise DataError(f"{self.name} is empty: it has no rows")
+        check_rows(self.values.shape, self.values.dtype, self.name)
+        self.shape, self.dtype = self.values.shape[1:], self.values.dtype
+        self._check_written()
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def hold(self, rows: Indices) -> None:
+        pass
+
+    def rows(self, indices: Indices) -> Rows:
+        order = np.argsort(indices, kind="stable")
+        rising = indices[order]
+        found = np.empty((len(indices), *self.shape), self.dtype)
+        try:
+            for first, last in runs(rising):
+                found[order[first:last]] = self.values[rising[first] : rising[last - 1] + 1]
+        except OSError as error:
+            raise DataError(f"{self.name}: damaged at row {rising[first]} or after it: {error}") from None
+        return found
+
+    def _check_written(self) -> None:
+        """HDF5 gives zeros for what was declared but never written: a writer that died would go unnoticed."""
+        values = self.values
+        declared = math.prod(values.shape) * values.dtype.itemsize
+        if values.chunks:
+            needed = math.prod(-(-n // c) for n, c in zip(values.shape, values.chunks, strict=True))
+            written = values.id.get_num_chunks()
+            if written < needed:
+                raise DataError(f"{self.name}: its header declares {needed:,} chunks, but the file holds {written:,}")
+        elif not values.is_virtual and not values.external and values.id.get_storage_size() < declared:
+            holds = values.id.get_storage_size()
+            raise DataError(f"{self.name}: its header declares {declared:,} bytes, but the file holds {holds:,}")

@@ -1,0 +1,101 @@
+"""NumPy's own files: .npy files and the members of .npz archives, of which at first only the headers are read."""
+
+from __future__ import annotations
+
+import struct
+import tokenize
+import zlib
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+import numpy as np
+
+from mpiml.data.sources import Source, StreamedSource, check_size, file_size, mapped
+from mpiml.errors import DataError
+
+if TYPE_CHECKING:
+    import zipfile
+
+Header = tuple[tuple[int, ...], bool, np.dtype]  # shape, whether in column order, dtype
+LONGEST_HEADER = 10_000  # bytes; NumPy refuses longer ones too, but only after reading them
+
+
+def npy_file(path: Path) -> Source:
+    """The array of a .npy file, by memory map. Raises DataError for a file that is missing, damaged or pickled."""
+    size = file_size(path)
+    with open(path, "rb") as stream:
+        shape, columns, dtype = _read_header(stream, str(path))
+        offset = stream.tell()
+    return mapped(path, str(path), shape, dtype, offset, size - offset, "F" if columns else "C")
+
+
+class CompressedSource(StreamedSource):
+    """A compressed member of a .npz file."""
+
+    def __init__(self, path: Path, member: str, name: str, shape: tuple[int, ...], dtype: np.dtype):
+        super().__init__(name, shape, dtype)
+        self.path, self.member = path, member
+
+    def open_stream(self) -> IO[bytes]:
+        import zipfile
+
+        with zipfile.ZipFile(self.path) as archive:  # closed only when its member is, too
+            stream = archive.open(self.member)
+            _read_header(stream, self.name)
+            return stream
+
+
+def npz_member(path: Path, key: str) -> Source:
+    """The array `key` of a .npz file: by memory map if it is stored, else streamed.
+
+    Raises DataError for a file or a member that is missing, damaged, pickled or not an array.
+    """
+    import zipfile
+
+    name, member = f"{path}: {key}", f"{key}.npy"
+    file_size(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if member not in archive.namelist():
+                there = ", ".join(sorted(n.removesuffix(".npy") for n in archive.namelist())) or "nothing"
+                raise DataError(f"{path} has no array {key}; it holds {there}")
+            info = archive.getinfo(member)
+            with archive.open(member) as stream:
+                shape, columns, dtype = _read_header(stream, name)
+                header = stream.tell()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+    except zipfile.BadZipFile as error:
+        raise DataError(f"{path} is no .npz file: {error}") from None
+    except (RuntimeError, NotImplementedError, zlib.error) as error:  # encrypted, unknown method, damaged
+        raise DataError(f"{name}: damaged: {error}") from None
+    if info.compress_type == zipfile.ZIP_STORED:
+        offset = _stored_offset(path, info) + header
+        return mapped(path, name, shape, dtype, offset, info.file_size - header, "F" if columns else "C")
+    check_size(shape, dtype, name, info.file_size - header)
+    if columns:
+        raise DataError(f"{name} is compressed in column order, which cannot be streamed by rows: save it in C order")
+    return CompressedSource(path, member, name, shape, dtype)
+
+
+def _read_header(stream: IO[bytes], name: str) -> Header:
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version > (1, 0):
+            (length,) = struct.unpack("<I", stream.read(4).ljust(4, b"\0"))
+            if length > LONGEST_HEADER:
+                raise ValueError(f"its header claims {length:,} bytes")
+            stream.seek(-4, 1)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return read(stream)
+    except (ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{name} is no array in .npy format: {reason}") from None
+
+
+def _stored_offset(path: Path, info: zipfile.ZipInfo) -> int:
+    """Where a stored member's bytes begin: after its local header, whose name and extra field have own lengths."""
+    with open(path, "rb") as file:
+        file.seek(info.header_offset + 26)
+        lengths: tuple[int, int] = struct.unpack("<HH", file.read(4))
+    return info.header_offset + 30 + sum(lengths)

@@ -1,0 +1,108 @@
+"""Text and tokens for language models: a row is a window of T of them, its labels are those that come next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpiml.data.npy import npy_file
+from mpiml.data.sources import ArraySource, Indices, Rows, file_size
+from mpiml.errors import DataError
+
+BYTES = np.dtype(np.uint8)
+
+
+class Tokens:
+    """Files one after the other as one sequence, each mapped into memory when it is first read.
+
+    Args:
+        dtype: of a token; a .npy file has its own.
+    """
+
+    def __init__(self, paths: Sequence[Path], dtype: np.dtype):
+        self.paths, self.dtype = paths, dtype
+        self._mapped: dict[int, NDArray[np.generic]] = {}
+        sizes = [self._length(number, path) for number, path in enumerate(paths)]
+        self.ends = np.cumsum(sizes, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def read(self, start: int, stop: int, out: NDArray[np.generic]) -> None:
+        """Tokens start..stop-1."""
+        number, at = int(np.searchsorted(self.ends, start, side="right")), start
+        while at < stop:
+            begin = int(self.ends[number - 1]) if number else 0
+            until = min(stop, int(self.ends[number]))
+            if until > at:  # an empty file cannot be mapped
+                out[at - start : until - start] = self._file(number)[at - begin : until - begin]
+            at, number = until, number + 1
+
+    def _length(self, number: int, path: Path) -> int:
+        if path.suffix == ".npy" and self.dtype != BYTES:
+            source = npy_file(path)
+            if not isinstance(source, ArraySource) or source.shape or source.dtype.kind not in "ui":
+                raise DataError(f"{path} is {source.dtype} in rows of {source.shape}; tokens are integers on one axis")
+            if number and source.dtype != self.dtype:
+                raise DataError(f"{path} is {source.dtype}, but {self.paths[0]} is {self.dtype}")
+            self.dtype, self._mapped[number] = source.dtype, source.array
+            return len(source)
+        length, odd = divmod(file_size(path), self.dtype.itemsize)
+        if odd:
+            raise DataError(f"{path}: its {file_size(path):,} bytes are no whole number of {self.dtype} tokens")
+        return length
+
+    def _file(self, number: int) -> NDArray[np.generic]:
+        if number not in self._mapped:
+            self._mapped[number] = np.memmap(self.paths[number], self.dtype, "r")
+        return self._mapped[number]
+
+
+class Windows:
+    """Rows of `context` tokens, one after the other, of tokens start..stop-1.
+
+    Args:
+        shift: 0 for inputs, 1 for labels.
+    """
+
+    def __init__(self, tokens: Tokens, context: int, start: int, stop: int, shift: int, name: str):
+        self.tokens, self.context, self.first, self.name = tokens, context, start + shift, name
+        self.length = max((stop - start - 1) // context, 0)
+        self.shape: tuple[int, ...] = (context,)
+        self.dtype = tokens.dtype
+
+    def __len__(self) -> int:
+        return self.length
+
+    def hold(self, rows: Indices) -> None:
+        pass
+
+    def rows(self, indices: Indices) -> Rows:
+        found = np.empty((len(indices), self.context), self.dtype)
+        for place, row in enumerate(indices.tolist()):
+            if not 0 <= row < self.length:
+                raise IndexError(f"{self.name} has no row {row}")
+            start = self.first + row * self.context
+            self.tokens.read(start, start + self.context, found[place])
+        return found
+
+
+def windows(train: Tokens, test: Tokens | None, context: int, held_out: float, name: str) -> list[Windows]:
+    """x_train, y_train, x_test and y_test of text or tokens.
+
+    Args:
+        test: the tokens to test on; if there are none, the last part, `held_out`, of those to train on.
+    """
+    cut = len(train) if test else len(train) - round(held_out * len(train))
+    spans = {"train": (train, 0, cut), "test": (test, 0, len(test)) if test else (train, cut, len(train))}
+    for which, (_, start, stop) in spans.items():
+        if stop - start <= context:
+            raise DataError(f"{name}: {stop - start} tokens to {which} on are no row of {context} and one more")
+    return [
+        Windows(tokens, context, start, stop, shift, f"{name}: {column}_{which}")
+        for which, (tokens, start, stop) in spans.items()
+        for shift, column in enumerate("xy")
+    ]

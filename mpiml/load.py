@@ -1,0 +1,142 @@
+"""The data of a run: opened on all ranks, compared between them, and looked at, every value, before the first step."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from mpi4py import MPI
+
+from mpiml.clock import Clock
+from mpiml.config import Config
+from mpiml.data.dataset import Dataset, open_dataset
+from mpiml.data.fingerprint import Fingerprint, difference
+from mpiml.data.formats import Options
+from mpiml.data.inspection import Findings, inspect, problem
+from mpiml.data.shards import Shards, classes_seen, starved
+from mpiml.data.sources import Indices, Source
+from mpiml.errors import DataError
+from mpiml.parallel.grid import Grid
+from mpiml.run.verdict import together
+
+T = TypeVar("T")
+
+
+def open_data(config: Config, comm: MPI.Intracomm, clock: Clock, data: Dataset | None) -> Dataset:
+    """The data set that the settings name, or `data`, the same on all ranks; collective.
+
+    Raises, on all ranks alike, DataError or ConfigError if there is none, or if some rank has another.
+    """
+    options = Options(config.label, config.context, config.held_out, config.token_dtype)
+
+    def opened() -> tuple[Dataset, Fingerprint]:
+        opened = data or open_dataset(config.data, options)
+        return opened, opened.fingerprint
+
+    mine, fingerprint = together(comm, clock, naming(comm.rank, comm.size, opened))
+    first = comm.bcast(fingerprint)
+
+    def same() -> None:
+        if other := difference(fingerprint, first, "on rank 0"):
+            raise DataError(f"{mine.name}: ranks have different data: {other}")
+
+    together(comm, clock, naming(comm.rank, comm.size, same))
+    return mine
+
+
+@dataclass
+class Seen:
+    """What the data set asks of a model.
+
+    Attributes:
+        outputs: the number of classes, or of values per label.
+        tokens: one more than the highest integer input; 0 if inputs are not integers.
+        notes: what a person should know.
+    """
+
+    outputs: int
+    tokens: int
+    notes: list[str]
+
+
+def look_at(data: Dataset, grid: Grid, clock: Clock, train: Indices, test: Indices, classes: int | None) -> Seen:
+    """Read the rows that this rank will use, and check all values of the data set; collective.
+
+    Inputs are read by the first stage, labels by the last, each row of the training set by one replica.
+
+    Args:
+        train, test: the numbers of this replica's rows.
+        classes: how many there are, if that has been said; else the data set may know it, or the labels tell.
+    """
+    ends = {"x": grid.stage == 0, "y": grid.stage == grid.stages - 1}
+    classes = classes or data.classes
+    seen = Seen(classes or 0, 0, [])
+    for split_, rows in ((data.train, train), (data.test, test)):
+        for column, mine in ends.items():
+            source: Source = getattr(split_, column)
+            read = naming(grid.launched[grid.comm.rank], grid.comm.size, functools.partial(_read, clock, source, rows))
+            everyones = grid.comm.allgather(together(grid.comm, clock, read if mine else Findings))
+            found = functools.reduce(operator.or_, everyones)
+            if wrong := problem(data, column, found, classes):
+                rows_of = [problem(data, column, its, classes) for its in everyones]
+                reader = next(rank for rank, its in enumerate(rows_of) if its and its[1] == wrong[1])
+                raise _alike(DataError(f"{source.name}: {wrong[0]} {wrong[1]}"), grid.launched[reader], grid.comm.size)
+            highest = int(max(found.highest[0], -1))
+            if column == "x":
+                seen.tokens = max(seen.tokens, highest + 1)
+            elif data.classification:
+                seen.outputs = max(seen.outputs, highest + 1)
+                if found.masked:
+                    seen.notes.append(f"{source.name}: {found.masked} labels are -1 and do not count")
+    if not data.classification:
+        seen.outputs = math.prod(data.train.y.shape)
+    return seen
+
+
+def look_for_starving(data: Dataset, grid: Grid, clock: Clock, shards: Shards, classes: int) -> list[str]:
+    """A warning if the shards of sorted labels have only some of the classes each; collective."""
+    if not data.classification or data.language_model or shards.strided:
+        return []
+    counts, seen = np.zeros(classes, np.int64), np.zeros(shards.microbatches, np.int64)
+    if grid.stage == grid.stages - 1:
+        clock("data")
+        counts, seen = classes_seen(shards, classes)
+    clock("joining")
+    for array in (counts, seen):
+        grid.comm.Allreduce(MPI.IN_PLACE, array)
+    warning = starved(counts, seen)
+    return [f"warning: {warning}"] if warning else []
+
+
+def _read(clock: Clock, source: Source, rows: Indices) -> Findings:
+    clock("data")
+    source.hold(rows)
+    return inspect(source, rows)
+
+
+def _alike(error: DataError, rank: int, ranks: int) -> DataError:
+    """An error that every rank comes to by itself from what all know, of data that `rank` has read."""
+    error = _of_rank(error, rank, ranks)
+    error.rank, error.everywhere = rank, True
+    return error
+
+
+def naming(rank: int, ranks: int, action: Callable[[], T]) -> Callable[[], T]:
+    """`action`, which names this rank in a DataError that it raises: a file may be bad on one node alone."""
+
+    def named() -> T:
+        try:
+            return action()
+        except DataError as error:
+            raise _of_rank(error, rank, ranks) from error
+
+    return named
+
+
+def _of_rank(error: DataError, rank: int, ranks: int) -> DataError:
+    return DataError(f"{error} (rank {rank})" if ranks > 1 else str(error))

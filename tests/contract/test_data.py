@@ -1,0 +1,203 @@
+"""Data through the real command: every format on every layout, and bad data refused on all ranks before step 1."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conftest import LIMIT, Job, launch, mpirun
+from tests.data import samples
+from tests.data.samples import ARRAYS, FORMATS, TABLES
+
+pytestmark = pytest.mark.contract
+
+FLAGS = "--label kind --hidden 8 --microbatches 3 --batch 6 --steps 6"
+
+
+def refused(job: Job, *words: str) -> None:
+    assert job.code == 65, job.err
+    assert all(word in job.err for word in words), job.err
+    assert len(job.err.strip().splitlines()) == 1, job.err
+    assert not job.run.exists()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_trains_to_the_same_bits_on_any_layout(train: Any, tmp_path: Path, name: str) -> None:
+    (tmp_path / "d").mkdir()
+    spec = FORMATS[name](tmp_path / "d")
+    np.savez(tmp_path / "r.npz", **{key: samples.values(name, key) for key in ARRAYS})
+    expected = train(1, f"--data {tmp_path / 'r.npz'} {FLAGS}", out="expected")
+    for ranks, layout in ((3, ""), (2, "--pipe 2")):
+        job = train(ranks, f"--data {spec} {FLAGS} {layout}", out=f"on-{ranks}")
+        assert job.code == 0, job.err
+        for key in ("weights_sha256", "accuracy", "test_loss"):
+            assert job.result[key] == expected.result[key]
+
+
+@pytest.mark.parametrize("order", ["--shuffle none", "--shuffle blocks --block-rows 3", "--shards strided"])
+def test_every_order_has_the_same_bits_on_any_layout_and_when_resumed(train: Any, tmp_path: Path, order: str) -> None:
+    flags = f"--microbatches 6 --batch 100 --hidden 8 --epochs 2 --save-every 10 {order}"
+    whole = train(1, flags, out="whole")
+    assert whole.code == 0, whole.err
+    for ranks, layout in ((4, ""), (4, "--pipe 2")):
+        assert (
+            train(ranks, f"{flags} {layout}", out=f"on{layout}").result["weights_sha256"]
+            == whole.result["weights_sha256"]
+        )
+    cut = train(2, f"{flags} --steps 10".replace("--epochs 2", ""), out="cut")
+    assert cut.code == 0, cut.err
+    assert train(3, "--resume --steps 30", out="cut").result["weights_sha256"] == whole.result["weights_sha256"]
+    assert train(1, flags.replace(order, ""), out="other").result["weights_sha256"] != whole.result["weights_sha256"]
+
+
+@pytest.mark.parametrize("kind", ["raise", "exit0", "sleep"])
+def test_trouble_of_the_thread_that_reads_ahead_ends_the_job(tmp_path: Path, kind: str) -> None:
+    arguments = f"0 data {kind} --out {tmp_path / 'run'} --pipe 2 --steps 20 --prefetch 2 --stall-timeout 3".split()
+    done = launch(4, str(Path(__file__).with_name("trouble.py")), *arguments, limit=20)
+    assert done.returncode == 70
+    words = {"raise": "this rank is in trouble (rank 0, step ", "exit0": "sys.exit", "sleep": "rank 0 has made"}
+    assert words[kind] in done.stderr
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 4])
+def test_reading_ahead_changes_no_bits(train: Any, prefetch: int) -> None:
+    flags = "--microbatches 6 --batch 100 --hidden 8 --steps 20 --dropout 0.1"
+    expected = train(1, f"{flags} --prefetch 2", out="expected")
+    for ranks, layout in ((2, ""), (4, "--pipe 2")):
+        job = train(ranks, f"{flags} {layout} --prefetch {prefetch}", out=f"on{layout}")
+        assert job.result["weights_sha256"] == expected.result["weights_sha256"]
+
+
+def test_sorted_labels_are_warned_of(train: Any, tmp_path: Path) -> None:
+    y = np.repeat(np.arange(8), 30)
+    x = np.random.default_rng(0).random((240, 4))
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    flags = f"--data {tmp_path / 'd.npz'} --hidden 8 --steps 2 --microbatches 8"
+    assert "the labels seem to be sorted" in train(2, f"{flags} --pipe 2", out="a").out
+    assert "warning" not in train(2, f"{flags} --shards strided", out="b").out
+
+
+def test_rank_that_read_the_first_bad_row_is_named_though_others_read_bad_rows_too(train: Any, tmp_path: Path) -> None:
+    samples.npy(tmp_path)
+    x = ARRAYS["x_train"].astype(np.float32)
+    x[[10, 21]] = np.inf
+    np.save(tmp_path / "x_train.npy", x)
+    refused(train(3, f"--data {tmp_path} {FLAGS} --shards strided"), "2 rows hold", "the first is row 10 (rank 1)")
+
+
+def damaged(path: Path, write: Callable[[Path], Path], file: str, damage: Callable[[Path], object]) -> Path:
+    spec = write(path)
+    damage(path / file)
+    return spec
+
+
+def row_of_nan(path: Path) -> None:
+    array = ARRAYS["x_train"].astype(np.float32)
+    array[[9, 22], 1] = np.nan
+    np.save(path, array)
+
+
+BAD: dict[str, tuple[Callable[[Path], Path], str, Callable[[Path], object], list[str]]] = {
+    "npy cut": (samples.npy, "x_train.npy", lambda p: p.write_bytes(p.read_bytes()[:-1]), ["declares", "(rank 0)"]),
+    "nan": (samples.npy, "x_train.npy", row_of_nan, ["x_train.npy: 2 rows", "first is row 9 (rank 1)"]),
+    "label": (
+        samples.npy,
+        "y_test.npy",
+        lambda p: np.save(p, np.full(7, -2)),
+        ["y_test.npy: label -2 is below -1", "row 0 (rank "],
+    ),
+    "gzip": (
+        samples.gzipped_idx,
+        "train-images-idx3-ubyte.gz",
+        lambda p: p.write_bytes(p.read_bytes()[:40] + bytes(200) + p.read_bytes()[240:]),
+        ["train-images-idx3-ubyte.gz: damaged", "(rank "],
+    ),
+    "csv": (
+        samples.csv,
+        "train.csv",
+        lambda p: p.write_text(p.read_text().replace("\n", "\nx", 20)),
+        ["train.csv, line 2: could not", "(rank 0)"],
+    ),
+    "hdf5": (samples.hdf5, "d.h5", lambda p: p.write_bytes(p.read_bytes()[:-1]), ["truncated file", "(rank 0)"]),
+    "parquet": (samples.parquet, "test.parquet", Path.unlink, ["test.parquet: No such file", "(rank 0)"]),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_data_are_refused_before_step_1(train: Any, tmp_path: Path, what: str) -> None:
+    write, file, damage, words = BAD[what]
+    (tmp_path / "d").mkdir()
+    spec = damaged(tmp_path / "d", write, file, damage)
+    refused(train(3, f"--data {spec} {FLAGS}"), *words)
+
+
+@pytest.mark.parametrize("change", ["other values", "fewer rows", "damaged"])
+def test_file_that_differs_between_ranks(tmp_path: Path, change: str) -> None:
+    for rank in (0, 1):
+        (tmp_path / str(rank)).mkdir()
+        samples.npz(tmp_path / str(rank))
+    mine = tmp_path / "1" / "d.npz"
+    arrays = ARRAYS | ({"x_test": ARRAYS["x_test"] + 1} if change == "other values" else {})
+    if change == "fewer rows":
+        arrays |= {key: ARRAYS[key][:-1] for key in ("x_test", "y_test")}
+    np.savez(mine, **arrays)
+    if change == "damaged":
+        mine.write_bytes(mine.read_bytes()[:-1])
+    (launcher, *_), program = mpirun(1), [sys.executable, "-m", "mpiml.train", "--data", "d.npz", "--hidden", "8"]
+    program += ["--out", str(tmp_path / "run")]
+    there = [["-n", "1", "-wdir", str(tmp_path / str(rank)), *program] for rank in (0, 1)]
+    path = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [launcher, *there[0], ":", *there[1]],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    job = Job(done.returncode, done.stdout, done.stderr, tmp_path / "run")
+    if change == "damaged":
+        refused(job, "d.npz is no .npz file", "(rank 1)")
+    else:
+        refused(job, "ranks have different data: d.npz has ", " here, but ", " on rank 0", "(rank 1)")
+
+
+def test_resumed_run_on_changed_data_is_refused(train: Any, tmp_path: Path) -> None:
+    spec = samples.npz(tmp_path)
+    flags = f"--data {spec} {FLAGS}"
+    assert train(2, flags).code == 0
+    kept = tmp_path / "kept.npz"
+    shutil.copy(spec, kept)
+    np.savez(spec, **(ARRAYS | {"x_train": ARRAYS["x_train"] + 1}))
+    job = train(2, "--resume --steps 9")
+    assert job.code == 65
+    assert "d.npz has changed since the run in" in job.err
+    assert job.result["status"] == "done"
+    shutil.copy(kept, spec)
+    assert train(1, "--resume --steps 9").code == 0
+
+
+def test_data_of_a_function(tmp_path: Path) -> None:
+    lines = ["import numpy as np", "from mpiml.data.dataset import Dataset", "def rows():"]
+    lines += ["    x, y = np.eye(12), np.arange(12) % 3", "    return Dataset.from_arrays(x, y, x, y)"]
+    (tmp_path / "my_rows.py").write_text("\n".join(lines) + "\n")
+    arguments = f"--data my_rows:rows --steps 3 --out {tmp_path / 'run'}".split()
+    done = launch(2, "-m", "mpiml.train", *arguments, PYTHONPATH=f"{tmp_path}:{Path(__file__).parents[2]}")
+    assert done.returncode == 0, done.stderr
+    done = launch(2, "-m", "mpiml.train", "--data", "none:rows", "--out", str(tmp_path / "r2"))
+    assert done.returncode == 78
+    assert "no module none" in done.stderr
+
+
+def test_tables_need_a_label(train: Any, tmp_path: Path) -> None:
+    for name in TABLES:
+        (tmp_path / name).mkdir()
+        refused(train(2, f"--data {TABLES[name](tmp_path / name)}"), "with --label; there are", "(rank 0)")

@@ -1,0 +1,67 @@
+"""Fingerprints: the same for the same data wherever they lie, another when a file has changed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mpiml.data.dataset import open_dataset
+from mpiml.data.fingerprint import BLOCK, difference, of_files
+from mpiml.data.formats import Options
+from mpiml.errors import DataError
+from tests.data.samples import FORMATS, OPTIONS
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_same_wherever_the_files_lie(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a").mkdir()
+    spec = FORMATS[name](tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    one, other = (
+        open_dataset(str(p), OPTIONS).fingerprint for p in (spec, tmp_path / "b" / spec.relative_to(tmp_path / "a"))
+    )
+    assert one == other
+    assert difference(one, other, "there") is None
+
+
+@pytest.mark.parametrize("size", [1, BLOCK - 1, BLOCK, BLOCK + 1, 16 * BLOCK, 200 * BLOCK])
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_first_and_last_byte_count_always(tmp_path: Path, size: int, where: str) -> None:
+    path = tmp_path / "d.bin"
+    path.write_bytes(bytes(size))
+    before = of_files([path])
+    with open(path, "r+b") as file:
+        file.seek(0 if where == "first" else size - 1)
+        file.write(b"\1")
+    found = difference(of_files([path]), before, "before")
+    assert found is not None
+    assert found.startswith(f"d.bin has {size:,} bytes, samples ")
+    assert found.endswith(" before")
+
+
+def test_every_byte_of_a_small_file_counts(tmp_path: Path) -> None:
+    path = tmp_path / "d.bin"
+    prints = set()
+    for place in range(0, 4 * BLOCK, BLOCK // 3):
+        path.write_bytes(bytes(place) + b"\1" + bytes(4 * BLOCK - place))
+        prints.add(of_files([path])[0][1])
+    assert len(prints) == len(range(0, 4 * BLOCK, BLOCK // 3))
+
+
+def test_files_are_told_by_their_place_below_the_directory(tmp_path: Path) -> None:
+    for name in ("a/1.txt", "b/1.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(bytes(100))
+    data = open_dataset(str(tmp_path), Options(context=4))
+    assert [name for name, _ in data.fingerprint][:2] == ["a/1.txt", "b/1.txt"]
+    (tmp_path / "c.txt").write_bytes(bytes(9))
+    more = open_dataset(str(tmp_path), Options(context=4)).fingerprint
+    assert difference(data.fingerprint, more, "there") == "x_train here, but c.txt there"
+    assert difference(more[:2], more, "there") == "2 files and columns here, but 7 there"
+
+
+def test_file_that_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot read .*d\.bin"):
+        of_files([tmp_path / "d.bin"])

@@ -1,0 +1,97 @@
+"""A look at the data before a run: what would spoil it is found on whatever rank, and its row is named."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from mpiml.data.dataset import Dataset
+from mpiml.data.inspection import SCAN, Findings, inspect, problem
+from mpiml.data.sources import ArraySource
+
+
+def source(values: object) -> ArraySource:
+    return ArraySource(np.asarray(values), "x")
+
+
+def test_inspect_counts_rows_that_are_not_finite_and_names_the_first() -> None:
+    values = np.zeros((9, 2, 2))
+    values[2, 0, 0], values[4, 1, 1], values[4, 0, 1], values[7, 0, 1] = np.nan, np.inf, np.nan, -np.inf
+    assert inspect(source(values), np.arange(0, 9)) == Findings(bad_rows=3, first_bad=2)
+    assert inspect(source(values), np.arange(3, 7)) == Findings(bad_rows=1, first_bad=4)
+    assert inspect(source(values), np.arange(5, 7)) == Findings()
+    assert inspect(source(values), np.arange(4, 4)) == Findings()
+
+
+def test_inspect_finds_the_range_of_integers() -> None:
+    labels = source([5, -2, 7, 3])
+    assert inspect(labels, np.arange(0, 4)) == Findings(lowest=(-2, 1), highest=(7, 2))
+    assert inspect(source([[-1, 3], [4, -1]]), np.arange(2)) == Findings((-1, 0), (4, 1), masked=2)
+    assert inspect(labels, np.arange(3, 4)) == Findings(lowest=(3, 3), highest=(3, 3))
+
+
+def test_inspect_looks_at_all_of_a_source_longer_than_its_scan() -> None:
+    values = np.zeros((4, SCAN // 8 // 2 + 1))  # a row is more than half a scan, so that each is a scan of its own
+    values[[1, 3], -1] = np.inf
+    assert inspect(source(values), np.arange(0, 4)) == Findings(bad_rows=2, first_bad=1)
+    assert inspect(source(values), np.arange(2, 4)) == Findings(bad_rows=1, first_bad=3)
+
+
+def test_findings_join_in_any_order() -> None:
+    parts = [
+        Findings(),
+        Findings(bad_rows=2, first_bad=40),
+        Findings(bad_rows=1, first_bad=7),
+        Findings((-1, 3), (9, 5), masked=3),
+        Findings((-1, 2), (9, 6)),
+    ]
+    for order in itertools.permutations(parts):
+        joined = Findings()
+        for part in order:
+            joined |= part
+        assert joined == Findings(lowest=(-1, 2), highest=(9, 5), bad_rows=3, first_bad=7, masked=3)
+
+
+def test_inspect_names_the_first_row_of_an_extreme() -> None:
+    ids = np.zeros((6, 4), np.uint16)
+    ids[2, 3], ids[4, 0] = 9, 9
+    assert inspect(source(ids), np.arange(6)) == Findings(lowest=(0, 0), highest=(9, 2))
+    assert inspect(source(ids), np.array([1, 3, 4])) == Findings(lowest=(0, 1), highest=(9, 4))
+
+
+X = np.zeros((6, 3))
+PROBLEMS = {
+    "inputs may be any finite numbers": (X, np.zeros(6, int), None, "x", Findings((-9, 1), (99, 2)), None),
+    "classes": (X, np.zeros(6, int), None, "y", Findings((0, 1), (5, 2)), None),
+    "regression": (X, np.zeros(6), None, "y", Findings(), None),
+    "not finite": (X, np.zeros(6), None, "y", Findings(bad_rows=2, first_bad=4), ("2 rows hold", 4)),
+    "no label": (X, np.zeros(6, int), None, "y", Findings((-1, 3), (1, 0), masked=2), None),
+    "below": (X, np.zeros(6, int), None, "y", Findings((-2, 3), (1, 0)), ("label -2 is below -1", 3)),
+    "no labels": (X, np.zeros(6, int), None, "y", Findings((-1, 0), (-1, 0)), ("all labels are -1", 0)),
+    "below tokens": (
+        np.zeros((6, 3), int),
+        np.zeros((6, 3), int),
+        None,
+        "x",
+        Findings((-1, 3)),
+        ("token -1 is below", 3),
+    ),
+    "too many": (X, np.zeros(6, int), None, "y", Findings((0, 0), (6, 5)), ("label 6 makes more classes", 5)),
+    "declared": (X, np.zeros(6, int), 3, "y", Findings((0, 0), (3, 5)), ("label 3 is not one of the 3", 5)),
+    "tokens": (np.zeros((6, 3), int), np.zeros((6, 3), int), None, "x", Findings((0, 0), (17, 5)), None),
+    "token": (np.zeros((6, 3), int), np.zeros((6, 3), int), 9, "x", Findings((0, 0), (9, 5)), ("token 9 is", 5)),
+}
+
+
+@pytest.mark.parametrize("what", PROBLEMS)
+def test_what_is_wrong_and_where(what: str) -> None:
+    x, y, classes, column, found, expected = PROBLEMS[what]
+    data = Dataset.from_arrays(x, y, x, y)
+    wrong = problem(data, column, found, classes)
+    if expected is None:
+        assert wrong is None
+    else:
+        assert wrong is not None
+        assert (wrong[0].startswith(expected[0]), wrong[1]) == (True, expected[1])

@@ -1,0 +1,144 @@
+"""Reading ahead: the same rows, read while others are used, and an end whatever happens."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpiml.data.dataset import Split, open_dataset
+from mpiml.data.prefetch import ReadAhead, in_memory
+from mpiml.data.shards import Shards
+from mpiml.data.sources import ArraySource
+from mpiml.errors import DataError
+from tests.data.samples import FORMATS, OPTIONS
+
+ROWS, MICROBATCHES, BATCH, STEPS = 50, 7, 9, 14  # two epochs and two steps; some micro-batches are empty
+
+
+class Watched(ArraySource):
+    """Row i holds the number i. Notes which threads read, and can be made to fail."""
+
+    def __init__(self) -> None:
+        super().__init__(np.arange(float(ROWS)))
+        self.threads: set[str] = set()
+        self.reads = 0
+        self.fails_at = -1
+
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        self.threads.add(threading.current_thread().name)
+        self.reads += 1
+        if self.reads == self.fails_at:
+            raise DataError("row 3 cannot be read")
+        return super().rows(indices)
+
+
+def ahead(steps: int, x: bool = True, y: bool = True) -> tuple[ReadAhead, Watched, Watched]:
+    inputs, labels = Watched(), Watched()
+    shards = Shards(Split(inputs, labels), MICROBATCHES, BATCH, 3, 0, MICROBATCHES, "float32")
+    return ReadAhead(shards, steps, STEPS, x, y), inputs, labels
+
+
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("reading ahead")]
+
+
+def taken(of: ReadAhead, first: int = 1) -> list[list[Any]]:
+    with of:
+        steps = [of.batches(step) for step in range(first, STEPS + 1)]
+        return [[(b.index, b.rows, b.x().tolist(), b.y().tolist()) for b in step if b.rows] for step in steps]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 100])
+@pytest.mark.parametrize("first", [1, 6])
+def test_the_same_rows_as_without(steps: int, first: int) -> None:
+    of, x, y = ahead(steps)
+    assert taken(of, first) == taken(ahead(0)[0], first)
+    assert all(len(source.threads) == 1 for source in (x, y))
+    assert not {"MainThread"} & (x.threads | y.threads)
+    assert not readers()
+
+
+def test_without_it_there_is_no_thread() -> None:
+    of, x, _ = ahead(0)
+    with of:
+        of.batches(1)[0].x()
+        assert not readers()
+    assert x.threads == {"MainThread"}
+
+
+@pytest.mark.parametrize(("x", "y"), [(True, False), (False, True)])
+def test_only_what_the_rank_needs_is_read(x: bool, y: bool) -> None:
+    of, inputs, labels = ahead(2, x, y)
+    with of:
+        for step in range(1, STEPS + 1):
+            for batch in of.batches(step):
+                if batch.rows:
+                    batch.x() if x else batch.y()
+    assert (inputs.reads > 0, labels.reads > 0) == (x, y)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_it_reads_so_many_steps_ahead_and_no_further(steps: int) -> None:
+    of, x, _ = ahead(steps)
+    per_step = [sum(b.rows > 0 for b in of.shards.batches(step)) for step in range(1, STEPS + 1)]
+    with of:
+        of.batches(1)
+        deadline = time.monotonic() + 10
+        while x.reads < sum(per_step[: 1 + steps]) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.02)
+        assert x.reads == sum(per_step[: 1 + steps])
+        of.batches(STEPS - 1)
+        of.batches(STEPS)
+        assert not of._pending.keys() - set(range(1, STEPS + 1))
+
+
+def test_an_error_is_raised_where_the_rows_are_wanted() -> None:
+    of, x, _ = ahead(2)
+    x.fails_at = 12
+    with pytest.raises(DataError, match="row 3 cannot be read"):
+        taken(of)
+    deadline = time.monotonic() + 10
+    while readers() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert not readers()
+
+
+def test_sys_exit_in_the_thread_is_not_lost() -> None:
+    of, x, _ = ahead(2)
+    x.rows = lambda indices: exec("raise SystemExit(3)")  # type: ignore[method-assign]
+    with pytest.raises(SystemExit), of:
+        next(b for b in of.batches(1) if b.rows).x()
+
+
+def test_stopping_early_ends_the_thread() -> None:
+    of, _, _ = ahead(5)
+    with of:
+        of.batches(1)
+        of.batches(2)
+    assert not readers()
+
+
+def test_error_of_the_rank_does_not_wait_for_a_read_that_hangs() -> None:
+    of, x, _ = ahead(1)
+    go = threading.Event()
+    x.rows = lambda indices: go.wait(20)  # type: ignore[assignment, method-assign]
+    began = time.monotonic()
+    of.__enter__()
+    of.batches(1)
+    of.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
+    assert time.monotonic() - began < 10
+    go.set()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("npz", False), ("compressed_npz", True), ("hdf5", False), ("csv", True)]
+)
+def test_what_is_in_memory(tmp_path: Path, name: str, expected: bool) -> None:
+    assert in_memory(open_dataset(str(FORMATS[name](tmp_path)), OPTIONS).train) is expected
+    assert in_memory(Split(ArraySource([1.0]), ArraySource([1.0])))
