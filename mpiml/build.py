@@ -32,7 +32,7 @@ def build_model(
         final: the shape that a row of the output must have, or None for any.
         model: layers, or a function (shape, outputs) that returns them, in place of config.model.
     """
-    make = model or chosen(config, tokens)
+    make = chosen(config, tokens) if model is None else model
     try:
         layers = _list_of_layers(make(shape, outputs) if callable(make) else make)
         nn.name(layers)

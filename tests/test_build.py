@@ -110,6 +110,14 @@ def test_models_that_do_not_work(settings: dict, words: list[str]) -> None:
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
+def test_a_given_model_stands_in_place_of_the_named_one() -> None:
+    given = [Linear(64, 3)]
+    assert build_model(Config(model="gpt"), (64,), 3, 5, (3,), given) == given
+    assert len(build_model(Config(model="gpt"), (64,), 3, 5, (3,), lambda shape, outputs: given)) == 1
+    with pytest.raises(ConfigError, match="no layers"):
+        build_model(Config(), (64,), 3, 5, (3,), [])
+
+
 def test_any_shape_will_do_where_loss_and_metric_are_ones_own() -> None:
     assert len(layers(None, model="mine_of_a_test:model")) == 3
 

@@ -163,6 +163,52 @@ def test_masked_tokens_weigh_nothing_wherever_they_are(
         np.testing.assert_allclose(saved(job)[name], array, rtol=1e-10, atol=1e-13, err_msg=name)
 
 
+OWN = """
+import numpy as np
+from mpiml.nn.layers import Linear, Tanh
+
+def model(shape, outputs):
+    return [Linear(*shape, 8), Tanh(), Linear(8, 1)]
+
+def loss(y, labels):
+    value, weight = labels[:, :1], labels[:, 1:]
+    error = y - value
+    return np.sum(weight * error**2, dtype=float), np.sum(weight, dtype=float), 2 * weight * error
+
+class Error:
+    name, columns = "error", 2
+
+    def __init__(self, outputs):
+        assert outputs == 2
+
+    def sums(self, y, labels):
+        return np.array([np.sum(labels[:, 1] * abs(y[:, 0] - labels[:, 0])), np.sum(labels[:, 1])])
+
+    def value(self, totals):
+        return totals[0] / totals[1]
+"""
+
+
+def test_ones_own_model_loss_and_metric_with_weighted_rows(train: Train, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    x = random.standard_normal((90, 5))
+    y = np.stack([x[:, 0] * x[:, 1], np.linspace(0, 4, 90) ** 2], axis=1)  # value and weight
+    np.savez(tmp_path / "data.npz", x_train=x[:60], y_train=y[:60], x_test=x[60:], y_test=y[60:])
+    (tmp_path / "own.py").write_text(OWN)
+    arguments = f"--data {tmp_path}/data.npz --model own:model --loss own:loss --metric own:Error --dtype float64 "
+    arguments += "--steps 6 --batch 60 --optimizer sgd --log-every 1 --quiet --microbatches"
+    runs = [("6", 1), ("6", 3), ("6 --pipe 2", 4), ("1", 1)]
+    jobs = [
+        train(ranks, f"{arguments} {rest}", out=f"{ranks}-{rest[0]}", PYTHONPATH=str(tmp_path)) for rest, ranks in runs
+    ]
+    assert [job.code for job in jobs] == [0] * 4, [job.err for job in jobs]
+    assert len({job.result["weights_sha256"] for job in jobs[:3]}) == 1
+    assert len({job.result["error"] for job in jobs[:3]}) == 1
+    for name, array in saved(jobs[3]).items():  # all rows at once
+        np.testing.assert_allclose(saved(jobs[0])[name], array, rtol=1e-9, atol=1e-12, err_msg=name)
+    assert jobs[0].result["error"] == pytest.approx(jobs[3].result["error"], rel=1e-9)
+
+
 @pytest.mark.parametrize("microbatches", [29, 30])
 @pytest.mark.parametrize(("ranks", "grid"), [(3, ""), (4, "--pipe 2")])
 def test_empty_micro_batches(alone: Alone, train: Train, small: str, ranks: int, grid: str, microbatches: int) -> None:
