@@ -61,7 +61,7 @@ def test_every_order_has_the_same_bits_on_any_layout_and_when_resumed(train: Any
 @pytest.mark.parametrize("kind", ["raise", "exit0", "sleep"])
 def test_trouble_of_the_thread_that_reads_ahead_ends_the_job(tmp_path: Path, kind: str) -> None:
     arguments = f"0 data {kind} --out {tmp_path / 'run'} --pipe 2 --steps 20 --prefetch 2 --stall-timeout 3".split()
-    done = launch(4, str(Path(__file__).with_name("trouble.py")), *arguments, limit=20)
+    done = launch(4, str(Path(__file__).with_name("trouble.py")), *arguments, limit=60)
     assert done.returncode == 70
     words = {"raise": "this rank is in trouble (rank 0, step ", "exit0": "sys.exit", "sleep": "rank 0 has made"}
     assert words[kind] in done.stderr
