@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpiml import entrypoint
 from mpiml.clock import Clock
 from mpiml.config import Config
 from mpiml.data.dataset import Batch, Dataset
@@ -131,11 +132,12 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
         shuffle=config.shuffle,
         block_rows=config.block_rows,
         strided=config.shards == "strided",
+        transform=together(grid.comm, clock, functools.partial(find_transform, config)),
     )
     test_chunks = -(-len(data.test) // config.eval_rows)
     test_block = part(grid.replica, grid.replicas, test_chunks)
     test_rows = np.arange(test_block[0] * config.eval_rows, min(test_block[1] * config.eval_rows, len(data.test)))
-    outputs = look_at(data, grid, clock, shards.rows(), test_rows)
+    outputs = look_at(data, grid, clock, shards.rows(), test_rows, both=shards.transform is not None)
     starving = look_for_starving(data, grid, clock, shards, outputs)
 
     layers = together(grid.comm, clock, functools.partial(build_model, config, data.train.x.shape, outputs, model))
@@ -184,9 +186,14 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
     )
 
 
+def find_transform(config: Config) -> Callable[..., Any] | None:
+    """The user's function for rows to train on, if there is one. Raises ConfigError if it is not where it should be."""
+    return entrypoint.load(config.transform, "--transform") if config.transform else None
+
+
 def read_ahead(config: Config, shards: Shards, grid: Grid) -> ReadAhead:
     """The training rows, read as far ahead as the settings say."""
-    default = 0 if in_memory(shards.split) else 2
+    default = 0 if in_memory(shards.split) and not shards.transform else 2
     steps = default if config.prefetch is None else config.prefetch
     return ReadAhead(shards, steps, config.steps or 0, grid.stage == 0, grid.stage == grid.stages - 1)
 

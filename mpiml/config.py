@@ -52,6 +52,12 @@ class Config:
     context: int | None = setting(None, GROUPS[0], "bytes of a text, or tokens, that make a row", low=1)
     held_out: float = setting(0.1, GROUPS[0], "part of a text to test on if it has no test file", low=0, below=1)
     token_dtype: str = setting("uint16", GROUPS[0], "of the tokens in .bin files", choices=["uint16", "uint32"])
+    transform: str | None = setting(
+        None,
+        GROUPS[0],
+        "function (x, y, rng) -> x, y that every micro-batch of training passes",
+        metavar="package.module:function",
+    )
     model: str = setting("mlp", GROUPS[0], "what to train", choices=["mlp"])
     hidden: tuple[int, ...] = setting((128, 128), GROUPS[0], "widths of the mlp's hidden layers", low=1)
     activation: str = setting("relu", GROUPS[0], "after each hidden layer", choices=["relu", "gelu", "tanh"])

@@ -48,24 +48,28 @@ def open_data(config: Config, comm: MPI.Intracomm, clock: Clock, data: Dataset |
     return mine
 
 
-def look_at(data: Dataset, grid: Grid, clock: Clock, train: Indices, test: Indices) -> int:
+def look_at(data: Dataset, grid: Grid, clock: Clock, train: Indices, test: Indices, both: bool = False) -> int:
     """Read the rows that this rank will use, and check all values of the data set; collective.
 
     Inputs are read by the first stage, labels by the last, each row of the training set by one replica.
 
     Args:
         train, test: the numbers of this replica's rows.
+        both: whether those who train on inputs need labels too, and the other way round.
 
     Returns:
         How many outputs a model needs: the number of classes, or of values per label.
     """
     ends = {"x": grid.stage == 0, "y": grid.stage == grid.stages - 1}
+    also = both and any(ends.values())
     classes = data.classes or 0
     for split_, rows in ((data.train, train), (data.test, test)):
         for column, mine in ends.items():
             source: Source = getattr(split_, column)
-            read = naming(grid.launched[grid.comm.rank], grid.comm.size, functools.partial(_read, clock, source, rows))
-            everyones = grid.comm.allgather(together(grid.comm, clock, read if mine else Findings))
+            hold = mine or (also and split_ is data.train)
+            read = functools.partial(_read, clock, source, rows, hold, mine)
+            named = naming(grid.launched[grid.comm.rank], grid.comm.size, read)
+            everyones = grid.comm.allgather(together(grid.comm, clock, named))
             found = functools.reduce(operator.or_, everyones)
             if wrong := problem(data, column, found):
                 rows_of = [problem(data, column, its) for its in everyones]
@@ -91,10 +95,11 @@ def look_for_starving(data: Dataset, grid: Grid, clock: Clock, shards: Shards, c
     return [f"warning: {warning}"] if warning else []
 
 
-def _read(clock: Clock, source: Source, rows: Indices) -> Findings:
+def _read(clock: Clock, source: Source, rows: Indices, hold: bool, look: bool) -> Findings:
     clock("data")
-    source.hold(rows)
-    return inspect(source, rows)
+    if hold:
+        source.hold(rows)
+    return inspect(source, rows) if look else Findings()
 
 
 def _alike(error: DataError, rank: int, ranks: int) -> DataError:

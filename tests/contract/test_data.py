@@ -76,6 +76,33 @@ def test_reading_ahead_changes_no_bits(train: Any, prefetch: int) -> None:
         assert job.result["weights_sha256"] == expected.result["weights_sha256"]
 
 
+@pytest.mark.parametrize("data", ["digits", "csv"])
+def test_transform_has_the_same_bits_on_any_layout(tmp_path: Path, data: str) -> None:
+    lines = ["def noisy(x, y, random):", "    return x + random.normal(size=x.shape), y"]
+    lines += ["def shorter(x, y, random): return x[1:], y"]
+    (tmp_path / "my_noise.py").write_text("\n".join(lines) + "\n")
+    if data == "csv":
+        samples.csv(tmp_path)
+    flags = f"--data {tmp_path if data == 'csv' else data} --label kind --microbatches 4 --hidden 8 --steps 9 --batch 9"
+
+    def job(ranks: int, more: str, out: str) -> Job:
+        arguments = f"-m mpiml.train --out {tmp_path / out} {flags} {more}".split()
+        done = launch(ranks, *arguments, PYTHONPATH=f"{tmp_path}:{Path(__file__).parents[2]}")
+        return Job(done.returncode, done.stdout, done.stderr, tmp_path / out)
+
+    expected = job(1, "--transform my_noise:noisy", "expected")
+    assert expected.code == 0, expected.err
+    for ranks, layout in ((3, "--prefetch 0"), (4, "--pipe 2"), (3, "--pipe 3")):
+        found = job(ranks, f"--transform my_noise:noisy {layout}", f"on{layout}".replace(" ", ""))
+        assert found.code == 0, found.err
+        assert found.result["weights_sha256"] == expected.result["weights_sha256"]
+    assert job(1, "", "plain").result["weights_sha256"] != expected.result["weights_sha256"]
+    wrong = job(2, "--transform my_noise:shorter", "wrong")
+    assert wrong.code == 65
+    assert "--transform gave x of shape" in wrong.err
+    assert job(2, "--transform my_noise:none", "none").code == 78
+
+
 def test_sorted_labels_are_warned_of(train: Any, tmp_path: Path) -> None:
     y = np.repeat(np.arange(8), 30)
     x = np.random.default_rng(0).random((240, 4))
