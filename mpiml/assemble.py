@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from mpiml import entrypoint
 from mpiml.clock import Clock
 from mpiml.config import Config
-from mpiml.data.dataset import Batch, Dataset
+from mpiml.data.dataset import Batch, Dataset, Split
 from mpiml.data.fingerprint import Fingerprint
+from mpiml.data.normalize import Normalization, NormalizedSource
 from mpiml.data.prefetch import ReadAhead, in_memory
 from mpiml.data.shards import Shards, chunks
 from mpiml.errors import ConfigError
-from mpiml.load import look_at, look_for_starving
+from mpiml.load import look_at, look_for_starving, measure
 from mpiml.nn import layers as nn
 from mpiml.nn import optimizers
 from mpiml.nn.losses import R2, Accuracy, Loss, Metric, mean_squared_error, softmax_cross_entropy
@@ -62,6 +63,7 @@ class Run:
     state: State
     agree: Agree
     notes: list[str]
+    normalization: Normalization | None
     fingerprint: Fingerprint
     learning_rate: Callable[[int], float]
 
@@ -139,6 +141,13 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
     test_rows = np.arange(test_block[0] * config.eval_rows, min(test_block[1] * config.eval_rows, len(data.test)))
     outputs = look_at(data, grid, clock, shards.rows(), test_rows, both=shards.transform is not None)
     starving = look_for_starving(data, grid, clock, shards, outputs)
+    normalization, tests = None, data.test
+    if config.normalize:
+        normalization = measure(data, grid, clock, shards)
+        shards.split, tests = (
+            Split(NormalizedSource(split_.x, normalization, config.dtype), split_.y)
+            for split_ in (data.train, data.test)
+        )
 
     layers = together(grid.comm, clock, functools.partial(build_model, config, data.train.x.shape, outputs, model))
     shapes = nn.stack_shapes(layers, data.train.x.shape)
@@ -172,12 +181,13 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
         clock=clock,
         shards=shards,
         ahead=read_ahead(config, shards, grid),
-        tests=chunks(data.test, config.eval_rows, *test_block, config.dtype),
+        tests=chunks(tests, config.eval_rows, *test_block, config.dtype),
         test_chunks=test_chunks,
         metric=metric,
         layouts=layouts,
         agree=agreement,
         notes=[*starving, *notes],
+        normalization=normalization,
         fingerprint=data.fingerprint,
         stage=Stage(grid.pipe, here, sum_, SCHEDULES[config.schedule], clock),
         update=update,

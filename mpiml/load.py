@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable
@@ -17,11 +18,12 @@ from mpiml.data.dataset import Dataset, open_dataset
 from mpiml.data.fingerprint import Fingerprint, difference
 from mpiml.data.formats import Options
 from mpiml.data.inspection import Findings, inspect, problem
+from mpiml.data.normalize import Moments, Normalization, moments
 from mpiml.data.shards import Shards, classes_seen, starved
 from mpiml.data.sources import Indices, Source
-from mpiml.errors import DataError
+from mpiml.errors import ConfigError, DataError
 from mpiml.parallel.grid import Grid
-from mpiml.run.verdict import together
+from mpiml.run.verdict import on_rank_0, together
 
 T = TypeVar("T")
 
@@ -78,6 +80,20 @@ def look_at(data: Dataset, grid: Grid, clock: Clock, train: Indices, test: Indic
             if column == "y" or data.language_model:
                 classes = max(classes, 1 + int(max(found.highest[0], -1)))
     return classes if data.classification else math.prod(data.train.y.shape)
+
+
+def measure(data: Dataset, grid: Grid, clock: Clock, shards: Shards) -> Normalization:
+    """Mean and deviation of the inputs over all training rows, each read by one rank; collective."""
+
+    def mine() -> list[Moments]:
+        if data.language_model:
+            raise ConfigError("--normalize: the data set's inputs are tokens, not numbers")
+        clock("data")
+        numbers = range(shards.first, shards.last) if grid.stage == 0 else ()
+        return [moments(data.train.x, np.array(shards.shard(m), np.int64)) for m in numbers]
+
+    everyones = grid.comm.gather(together(grid.comm, clock, mine))
+    return on_rank_0(grid.comm, clock, lambda: Normalization.of(itertools.chain(*(everyones or []))))
 
 
 def look_for_starving(data: Dataset, grid: Grid, clock: Clock, shards: Shards, classes: int) -> list[str]:
