@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +15,14 @@ from mpiml import waiting
 from mpiml.build import Model, build_loss, build_metric, build_model, objective
 from mpiml.clock import Clock
 from mpiml.config import Config
-from mpiml.data.dataset import Batch, Dataset
+from mpiml.data.dataset import Batch, Dataset, Split
 from mpiml.data.fingerprint import Fingerprint
+from mpiml.data.normalize import Normalization, NormalizedSource
 from mpiml.data.prefetch import ReadAhead, in_memory
 from mpiml.data.shards import Shards, chunks
 from mpiml.errors import ConfigError
-from mpiml.imports import is_name
-from mpiml.load import look_at, look_for_starving
+from mpiml.imports import is_name, named
+from mpiml.load import look_at, look_for_starving, measure
 from mpiml.nn import layers as nn
 from mpiml.nn import optimizers
 from mpiml.nn.losses import Metric
@@ -61,6 +63,7 @@ class Run:
     state: State
     agree: Agree
     notes: list[str]
+    normalization: Normalization | None
     fingerprint: Fingerprint
     learning_rate: Callable[[int], float]
 
@@ -134,12 +137,21 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
         shuffle=config.shuffle,
         block_rows=config.block_rows,
         strided=config.shards == "strided",
+        transform=together(grid.comm, clock, functools.partial(find_transform, config)),
     )
     test_chunks = -(-len(data.test) // config.eval_rows)
     test_block = part(grid.replica, grid.replicas, test_chunks)
     test_rows = np.arange(test_block[0] * config.eval_rows, min(test_block[1] * config.eval_rows, len(data.test)))
-    seen = look_at(data, grid, clock, shards.rows(), test_rows, config.classes)
+    also = shards.transform is not None
+    seen = look_at(data, grid, clock, shards.rows(), test_rows, config.classes, both=also)
     starving = look_for_starving(data, grid, clock, shards, seen.outputs)
+    normalization, tests = None, data.test
+    if config.normalize:
+        normalization = measure(data, grid, clock, shards)
+        shards.split, tests = (
+            Split(NormalizedSource(split_.x, normalization, config.dtype), split_.y)
+            for split_ in (data.train, data.test)
+        )
 
     shape, outputs = data.train.x.shape, seen.outputs
     loss = together(grid.comm, clock, functools.partial(build_loss, config))
@@ -178,12 +190,13 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
         clock=clock,
         shards=shards,
         ahead=read_ahead(config, shards, grid),
-        tests=chunks(data.test, config.eval_rows, *test_block, config.dtype),
+        tests=chunks(tests, config.eval_rows, *test_block, config.dtype),
         test_chunks=test_chunks,
         metric=metric,
         layouts=layouts,
         agree=agreement,
         notes=[*seen.notes, *starving, *notes],
+        normalization=normalization,
         fingerprint=data.fingerprint,
         stage=Stage(grid.pipe, here, sum_, SCHEDULES[config.schedule], clock),
         update=update,
@@ -192,9 +205,14 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
     )
 
 
+def find_transform(config: Config) -> Callable[..., Any] | None:
+    """The user's function for rows to train on, if there is one. Raises ConfigError if it is not where it should be."""
+    return named(config.transform, "--transform") if config.transform else None
+
+
 def read_ahead(config: Config, shards: Shards, grid: Grid) -> ReadAhead:
     """The training rows, read as far ahead as the settings say."""
-    default = 0 if in_memory(shards.split) else 2
+    default = 0 if in_memory(shards.split) and not shards.transform else 2
     steps = default if config.prefetch is None else config.prefetch
     return ReadAhead(shards, steps, config.steps or 0, grid.stage == 0, grid.stage == grid.stages - 1)
 

@@ -58,6 +58,15 @@ class Config:
     context: int | None = setting(None, GROUPS[0], "bytes of a text, or tokens, that make a row", low=1)
     held_out: float = setting(0.1, GROUPS[0], "part of a text to test on if it has no test file", low=0, below=1)
     token_dtype: str = setting("uint16", GROUPS[0], "of the tokens in .bin files", choices=["uint16", "uint32"])
+    normalize: bool = setting(
+        False, GROUPS[0], "inputs minus their mean over the training rows, divided by their standard deviation"
+    )
+    transform: str | None = setting(
+        None,
+        GROUPS[0],
+        "function (x, y, rng) -> x, y that every micro-batch of training passes",
+        metavar="package.module:function",
+    )
     model: str = setting(
         "mlp",
         GROUPS[0],

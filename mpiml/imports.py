@@ -18,9 +18,11 @@ def is_name(text: str) -> bool:
 def named(text: str, flag: str) -> Any:
     """What package.module:function names; the module is imported from the current directory or where Python looks.
 
-    Raises ConfigError if there is no such module or nothing of that name in it. What the module itself raises while
+    Raises ConfigError if the text names nothing so, or if there is no such module or nothing of that name in it. What the module itself raises while
     it is imported passes through.
     """
+    if not is_name(text):
+        raise ConfigError(f"{flag} {text}: must be package.module:function")
     module, _, path = text.partition(":")
     try:
         found = importlib.import_module(module)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable
@@ -18,11 +19,12 @@ from mpiml.data.dataset import Dataset, open_dataset
 from mpiml.data.fingerprint import Fingerprint, difference
 from mpiml.data.formats import Options
 from mpiml.data.inspection import Findings, inspect, problem
+from mpiml.data.normalize import Moments, Normalization, moments
 from mpiml.data.shards import Shards, classes_seen, starved
 from mpiml.data.sources import Indices, Source
-from mpiml.errors import DataError
+from mpiml.errors import ConfigError, DataError
 from mpiml.parallel.grid import Grid
-from mpiml.run.verdict import together
+from mpiml.run.verdict import on_rank_0, together
 
 T = TypeVar("T")
 
@@ -64,7 +66,9 @@ class Seen:
     notes: list[str]
 
 
-def look_at(data: Dataset, grid: Grid, clock: Clock, train: Indices, test: Indices, classes: int | None) -> Seen:
+def look_at(
+    data: Dataset, grid: Grid, clock: Clock, train: Indices, test: Indices, classes: int | None, both: bool = False
+) -> Seen:
     """Read the rows that this rank will use, and check all values of the data set; collective.
 
     Inputs are read by the first stage, labels by the last, each row of the training set by one replica.
@@ -72,15 +76,19 @@ def look_at(data: Dataset, grid: Grid, clock: Clock, train: Indices, test: Indic
     Args:
         train, test: the numbers of this replica's rows.
         classes: how many there are, if that has been said; else the data set may know it, or the labels tell.
+        both: whether those who train on inputs need labels too, and the other way round.
     """
     ends = {"x": grid.stage == 0, "y": grid.stage == grid.stages - 1}
+    also = both and any(ends.values())
     classes = classes or data.classes
     seen = Seen(classes or 0, 0, [])
     for split_, rows in ((data.train, train), (data.test, test)):
         for column, mine in ends.items():
             source: Source = getattr(split_, column)
-            read = naming(grid.launched[grid.comm.rank], grid.comm.size, functools.partial(_read, clock, source, rows))
-            everyones = grid.comm.allgather(together(grid.comm, clock, read if mine else Findings))
+            hold = mine or (also and split_ is data.train)
+            read = functools.partial(_read, clock, source, rows, hold, mine)
+            named = naming(grid.launched[grid.comm.rank], grid.comm.size, read)
+            everyones = grid.comm.allgather(together(grid.comm, clock, named))
             found = functools.reduce(operator.or_, everyones)
             if wrong := problem(data, column, found, classes):
                 rows_of = [problem(data, column, its, classes) for its in everyones]
@@ -98,6 +106,20 @@ def look_at(data: Dataset, grid: Grid, clock: Clock, train: Indices, test: Indic
     return seen
 
 
+def measure(data: Dataset, grid: Grid, clock: Clock, shards: Shards) -> Normalization:
+    """Mean and deviation of the inputs over all training rows, each read by one rank; collective."""
+
+    def mine() -> list[Moments]:
+        if data.language_model:
+            raise ConfigError("--normalize: the data set's inputs are tokens, not numbers")
+        clock("data")
+        numbers = range(shards.first, shards.last) if grid.stage == 0 else ()
+        return [moments(data.train.x, np.array(shards.shard(m), np.int64)) for m in numbers]
+
+    everyones = grid.comm.gather(together(grid.comm, clock, mine))
+    return on_rank_0(grid.comm, clock, lambda: Normalization.of(itertools.chain(*(everyones or []))))
+
+
 def look_for_starving(data: Dataset, grid: Grid, clock: Clock, shards: Shards, classes: int) -> list[str]:
     """A warning if the shards of sorted labels have only some of the classes each; collective."""
     if not data.classification or data.language_model or shards.strided:
@@ -113,10 +135,11 @@ def look_for_starving(data: Dataset, grid: Grid, clock: Clock, shards: Shards, c
     return [f"warning: {warning}"] if warning else []
 
 
-def _read(clock: Clock, source: Source, rows: Indices) -> Findings:
+def _read(clock: Clock, source: Source, rows: Indices, hold: bool, look: bool) -> Findings:
     clock("data")
-    source.hold(rows)
-    return inspect(source, rows)
+    if hold:
+        source.hold(rows)
+    return inspect(source, rows) if look else Findings()
 
 
 def _alike(error: DataError, rank: int, ranks: int) -> DataError:

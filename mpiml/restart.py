@@ -14,6 +14,7 @@ from mpiml.assemble import Run
 from mpiml.config import Config, flag, from_toml, typed
 from mpiml.config import settings as all_settings
 from mpiml.data.fingerprint import difference
+from mpiml.data.normalize import Normalization
 from mpiml.errors import ConfigError, DataError, OutputError
 from mpiml.parallel.state import VALUES
 from mpiml.run import checkpoint, environment, log
@@ -164,8 +165,8 @@ def restore(run: Run, path: Path) -> tuple[int, list[str], dict[str, Any]]:
     cfg, comm = run.config, run.grid.comm
     whole: list[Mapping[str, Any]] = []
 
-    def read() -> tuple[int, list[str], dict[str, Any], tuple[str, ...]]:
-        found, notes, history = None, [], {}
+    def read() -> tuple[int, list[str], dict[str, Any], tuple[str, ...], Normalization | None]:
+        found, notes, history, saved = None, [], {}, None
         if cfg.resume:
             found, problems = checkpoint.newest(path / CHECKPOINTS)
             notes += [f"warning: skipped {problem}" for problem in problems]
@@ -182,11 +183,15 @@ def restore(run: Run, path: Path) -> tuple[int, list[str], dict[str, Any]]:
         if found:
             if step:
                 _check_same_run(cfg, of_checkpoint(found))
+            if step and run.normalization:
+                saved = Normalization(*(found.arrays[name] for name in run.normalization.arrays()))
             whole.extend(vectors(run, found, names))
-        return step, notes, history, names
+        return step, notes, history, names, saved
 
     run.clock("checkpoint")
-    step, notes, history, names = on_rank_0(comm, run.clock, read)
+    step, notes, history, names, saved = on_rank_0(comm, run.clock, read)
+    if saved and run.normalization:
+        run.normalization.take(saved)
     if names:
         run.state.distribute(whole, *names)
     return step, notes, history
@@ -208,6 +213,8 @@ def save(run: Run, step: int, directory: Path) -> None:
         def write() -> None:
             run.clock("checkpoint")
             arrays = named(run, stages, *run.state.mine)
+            if run.normalization:
+                arrays |= run.normalization.arrays()
             checkpoint.save(directory, Checkpoint(step, run.config.to_toml(), arrays), run.config.keep)
 
         on_rank_0(run.grid.comm, run.clock, write)

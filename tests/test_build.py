@@ -98,7 +98,10 @@ def test_a_model_of_ones_own() -> None:
         ({"model": "mine_of_a_test:nothing"}, ["list of layers", "NoneType"]),
         ({"model": "mine_of_a_test:empty"}, ["no layers"]),
         ({"model": "mine_of_a_test:modle"}, ["--model mine_of_a_test:modle", "modle"]),
-        ({"model": "no_such_module_here:model"}, ["--model no_such_module_here:model", "no module no_such_module_here"]),
+        (
+            {"model": "no_such_module_here:model"},
+            ["--model no_such_module_here:model", "no module no_such_module_here"],
+        ),
         ({"model": "gpt"}, ["(64, 3)", "(3,)"]),
         ({"model": "gpt", "heads": 3}, ["3 heads", "128 features"]),
         ({"model": "cnn", "shape": (65,)}, ["(65,)", "(height, width, channels)"]),

@@ -21,6 +21,8 @@ OTHERS = {
     "context": ("64", "64", 64),
     "held_out": ("0.2", "0.2", 0.2),
     "token_dtype": ("uint32", '"uint32"', "uint32"),
+    "normalize": ("", "true", True),
+    "transform": ("my:augment", '"my:augment"', "my:augment"),
     "model": ("cnn", '"cnn"', "cnn"),
     "hidden": ("64,32", "[64, 32]", (64, 32)),
     "activation": ("tanh", '"tanh"', "tanh"),

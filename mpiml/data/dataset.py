@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -105,12 +106,16 @@ def open_dataset(spec: str, options: Options | None = None) -> Dataset:
     return Dataset(Split(x_train, y_train), Split(x_test, y_test), name, columns.files, columns.classes)
 
 
+Transform = Callable[[NDArray[Any], NDArray[Any]], tuple[Any, Any]]  # of a micro-batch's x and y into other ones
+
+
 @dataclass
 class Batch:
     """The rows that a stage passes at once: a micro-batch, or a chunk of an evaluation.
 
     `index` is its number in the whole step or evaluation, `rows` how many rows it has. Nothing is read before
-    x() or y() is called, for only the first stage needs inputs and only the last needs labels.
+    x() or y() is called, for only the first stage needs inputs and only the last needs labels; a `transform` needs
+    both, wherever it is called.
     """
 
     index: int
@@ -118,12 +123,33 @@ class Batch:
     split: Split
     select: Callable[[], NDArray[np.integer]]
     dtype: DTypeLike
+    transform: Transform | None = None
 
     def x(self) -> NDArray[np.floating]:
         """The inputs, in the run's dtype."""
-        return self.split.x.rows(self.select()).astype(self.dtype, copy=False)
+        return self._transformed[0] if self.transform else self._x()
 
     def y(self) -> NDArray[np.generic]:
         """The labels: integers as they index, numbers in the run's dtype."""
-        y = self.split.y
-        return y.rows(self.select()).astype(self.dtype if y.dtype.kind == "f" else np.intp, copy=False)
+        return self._transformed[1] if self.transform else self._y()
+
+    def _x(self) -> NDArray[np.floating]:
+        return self.split.x.rows(self.select()).astype(self.dtype, copy=False)
+
+    def _y(self) -> NDArray[np.generic]:
+        return self.split.y.rows(self.select()).astype(self._label_dtype, copy=False)
+
+    @property
+    def _label_dtype(self) -> DTypeLike:
+        return self.dtype if self.split.y.dtype.kind == "f" else np.intp
+
+    @functools.cached_property
+    def _transformed(self) -> tuple[NDArray[np.floating], NDArray[np.generic]]:
+        """x and y as the user's function gives them. Raises DataError unless they are rows as before."""
+        assert self.transform, "only a batch with a transform is transformed"
+        x, y = self.transform(self._x(), self._y())
+        for name, given, source in (("x", x, self.split.x), ("y", y, self.split.y)):
+            needed = (self.rows, *source.shape)
+            if np.shape(given) != needed:
+                raise DataError(f"--transform gave {name} of shape {np.shape(given)}; {needed} is needed")
+        return np.asarray(x, self.dtype), np.asarray(y, self._label_dtype)

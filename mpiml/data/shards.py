@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from mpiml.data.dataset import Batch, Split
+from mpiml.data.dataset import Batch, Split, Transform
 from mpiml.partition import part
 from mpiml.random import generator
 
@@ -25,6 +26,7 @@ class Shards:
     Args:
         shuffle: of a shard in every epoch: "none", "rows", or "blocks" of `block_rows` consecutive rows.
         strided: whether shard m is every M-th row from row m on, not the m-th part of all rows.
+        transform: (x, y, random numbers of this step and micro-batch) -> x and y to train on.
     """
 
     def __init__(
@@ -39,10 +41,11 @@ class Shards:
         shuffle: str = "rows",
         block_rows: int = 256,
         strided: bool = False,
+        transform: Callable[..., Any] | None = None,
     ):
         self.split, self.microbatches, self.seed, self.dtype = split, microbatches, seed, dtype
         self.first, self.last = first, last
-        self.shuffle, self.block_rows, self.strided = shuffle, block_rows, strided
+        self.shuffle, self.block_rows, self.strided, self.transform = shuffle, block_rows, strided, transform
         self.steps_per_epoch = -(-len(split) // batch)
         self.rows_per_step = len(split) / self.steps_per_epoch
         self._epoch, self._orders = -1, dict[int, Order]()
@@ -70,7 +73,13 @@ class Shards:
         def select() -> Rows:
             return rows.start + rows.step * self._order(epoch, m, len(rows))(a, b)
 
-        return Batch(m, b - a, self.split, select, self.dtype)
+        return Batch(m, b - a, self.split, select, self.dtype, self._transform(epoch * steps + t + 1, m))
+
+    def _transform(self, step: int, m: int) -> Transform | None:
+        function = self.transform
+        if function is None:
+            return None
+        return lambda x, y: function(x, y, generator(self.seed, "transform", step, m))
 
     def _order(self, epoch: int, m: int, length: int) -> Order:
         if epoch != self._epoch:

@@ -61,7 +61,7 @@ def test_every_order_has_the_same_bits_on_any_layout_and_when_resumed(train: Any
 @pytest.mark.parametrize("kind", ["raise", "exit0", "sleep"])
 def test_trouble_of_the_thread_that_reads_ahead_ends_the_job(tmp_path: Path, kind: str) -> None:
     arguments = f"0 data {kind} --out {tmp_path / 'run'} --pipe 2 --steps 20 --prefetch 2 --stall-timeout 3".split()
-    done = launch(4, str(Path(__file__).with_name("trouble.py")), *arguments, limit=20)
+    done = launch(4, str(Path(__file__).with_name("trouble.py")), *arguments, limit=60)
     assert done.returncode == 70
     words = {"raise": "this rank is in trouble (rank 0, step ", "exit0": "sys.exit", "sleep": "rank 0 has made"}
     assert words[kind] in done.stderr
@@ -74,6 +74,73 @@ def test_reading_ahead_changes_no_bits(train: Any, prefetch: int) -> None:
     for ranks, layout in ((2, ""), (4, "--pipe 2")):
         job = train(ranks, f"{flags} {layout} --prefetch {prefetch}", out=f"on{layout}")
         assert job.result["weights_sha256"] == expected.result["weights_sha256"]
+
+
+@pytest.mark.parametrize("order", ["", "--shards strided"])
+def test_normalized_inputs_have_the_same_bits_on_any_layout_and_when_resumed(train: Any, order: str) -> None:
+    flags = f"--normalize --microbatches 6 --batch 100 --hidden 8 --save-every 10 {order}"
+    whole = train(1, f"{flags} --steps 20", out="whole")
+    assert whole.code == 0, whole.err
+    for ranks, layout in ((4, ""), (4, "--pipe 2 --prefetch 2")):
+        found = train(ranks, f"{flags} --steps 20 {layout}", out=f"on{layout}")
+        assert found.result["weights_sha256"] == whole.result["weights_sha256"]
+        assert found.result["test_loss"] == whole.result["test_loss"]
+    assert train(2, f"{flags} --steps 10", out="cut").code == 0
+    assert train(3, "--resume --steps 20", out="cut").result["weights_sha256"] == whole.result["weights_sha256"]
+    plain = train(1, f"{flags.replace('--normalize', '')} --steps 20", out="plain")
+    assert plain.result["weights_sha256"] != whole.result["weights_sha256"]
+
+
+def test_checkpoint_holds_mean_and_scale_and_a_resumed_run_uses_them(train: Any) -> None:
+    from safetensors.numpy import load_file
+
+    from mpiml.data.dataset import open_dataset
+    from mpiml.run import checkpoint
+
+    flags = "--normalize --microbatches 4 --hidden 8 --save-every 5"
+    whole, cut = train(2, f"{flags} --steps 10", out="whole"), train(2, f"{flags} --steps 5", out="cut")
+    digits = open_dataset("digits").train.x
+    digits.hold(np.arange(len(digits)))
+    x = digits.rows(np.arange(len(digits))).astype(np.float64)
+    name = f"checkpoints/{checkpoint.file_name(5)}"
+    saved = load_file(cut.run / name)
+    np.testing.assert_allclose(saved["data.mean"], x.mean(axis=0), rtol=1e-12)
+    deviation = x.std(axis=0)
+    np.testing.assert_allclose(saved["data.scale"], 1 / np.where(deviation > 0, deviation, 1), rtol=1e-12)
+    loaded = checkpoint.load(cut.run / name)
+    arrays = dict(loaded.arrays) | {"data.mean": loaded.arrays["data.mean"] + 1}
+    (cut.run / name).unlink()
+    checkpoint.save(cut.run / "checkpoints", checkpoint.Checkpoint(5, loaded.config, arrays), 9)
+    shifted = train(1, "--resume --steps 10", out="cut")
+    assert shifted.code == 0, shifted.err
+    assert shifted.result["weights_sha256"] != whole.result["weights_sha256"]
+
+
+@pytest.mark.parametrize("data", ["digits", "csv"])
+def test_transform_has_the_same_bits_on_any_layout(tmp_path: Path, data: str) -> None:
+    lines = ["def noisy(x, y, random):", "    return x + random.normal(size=x.shape), y"]
+    lines += ["def shorter(x, y, random): return x[1:], y"]
+    (tmp_path / "my_noise.py").write_text("\n".join(lines) + "\n")
+    if data == "csv":
+        samples.csv(tmp_path)
+    flags = f"--data {tmp_path if data == 'csv' else data} --label kind --microbatches 4 --hidden 8 --steps 9 --batch 9"
+
+    def job(ranks: int, more: str, out: str) -> Job:
+        arguments = f"-m mpiml.train --out {tmp_path / out} {flags} {more}".split()
+        done = launch(ranks, *arguments, PYTHONPATH=f"{tmp_path}:{Path(__file__).parents[2]}")
+        return Job(done.returncode, done.stdout, done.stderr, tmp_path / out)
+
+    expected = job(1, "--transform my_noise:noisy", "expected")
+    assert expected.code == 0, expected.err
+    for ranks, layout in ((3, "--prefetch 0"), (4, "--pipe 2"), (3, "--pipe 3")):
+        found = job(ranks, f"--transform my_noise:noisy {layout}", f"on{layout}".replace(" ", ""))
+        assert found.code == 0, found.err
+        assert found.result["weights_sha256"] == expected.result["weights_sha256"]
+    assert job(1, "", "plain").result["weights_sha256"] != expected.result["weights_sha256"]
+    wrong = job(2, "--transform my_noise:shorter", "wrong")
+    assert wrong.code == 65
+    assert "--transform gave x of shape" in wrong.err
+    assert job(2, "--transform my_noise:none", "none").code == 78
 
 
 def test_sorted_labels_are_warned_of(train: Any, tmp_path: Path) -> None:

@@ -180,6 +180,16 @@ def test_a_step_depends_on_its_number_alone() -> None:
         np.testing.assert_array_equal(np.concatenate([b.y() for b in shards(40, 4, 7)[0].batches(step)]), rows)
 
 
+def test_random_numbers_of_a_transform_belong_to_the_step_and_the_microbatch() -> None:
+    def numbers(step: int, m: int, seed: int = SEED) -> float:
+        of, _ = shards(40, 4, 7, (m, m + 1), seed, transform=lambda x, y, random: (x * 0 + random.random(), y))
+        return float(of.batches(step)[0].x()[0])
+
+    drawn = [numbers(step, m) for step in (1, 2, 7, 8) for m in (0, 3)]
+    assert len({*drawn, numbers(1, 0, 12)}) == 9
+    assert numbers(8, 3) == drawn[-1]
+
+
 def test_rows_in_the_order_in_which_they_are_stored() -> None:
     assert flat(epoch(shards(40, 1, 7, shuffle="none")[0], 5)).tolist() == list(range(40))
     strided = np.concatenate([step[1] for step in epoch(shards(40, 3, 7, shuffle="none", strided=True)[0])])

@@ -1,0 +1,92 @@
+"""Normalisation: each input minus its mean over the training rows, divided by its standard deviation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from mpiml.data.sources import Indices, Rows, Source
+
+Floats = NDArray[np.float64]
+SCAN = 1 << 22  # bytes of a source, in float64, that are added up together
+CONSTANT = 1e-10  # an input that varies by less, relative to its mean, is only centred
+
+
+@dataclass
+class Moments:
+    """Of some rows: how many, and of each input the mean and the sum of squared deviations from it."""
+
+    rows: int
+    mean: Floats
+    squares: Floats
+
+    def __add__(self, other: Moments) -> Moments:
+        """Of both (Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm", 1979)."""
+        rows = self.rows + other.rows
+        if not rows:
+            return self
+        shift, share = other.mean - self.mean, other.rows / rows
+        squares = self.squares + other.squares + shift * shift * (self.rows * share)
+        return Moments(rows, self.mean + shift * share, squares)
+
+
+def moments(source: Source, rows: Indices) -> Moments:
+    """Of some rows of a source, added up in chunks that depend on nothing but their shape."""
+    total = Moments(0, np.zeros(source.shape), np.zeros(source.shape))
+    chunk = max(SCAN // (8 * math.prod(source.shape)), 1)
+    for first in range(0, len(rows), chunk):
+        x = source.rows(rows[first : first + chunk]).astype(np.float64)
+        mean = np.add.reduce(x, axis=0) / len(x)
+        x -= mean
+        total += Moments(len(x), mean, np.add.reduce(np.square(x, out=x), axis=0))
+    return total
+
+
+@dataclass
+class Normalization:
+    """What inputs are shifted and multiplied by; float64, of the shape of a row."""
+
+    mean: Floats
+    scale: Floats
+
+    @classmethod
+    def of(cls, shards: Iterable[Moments]) -> Normalization:
+        """From the moments of all shards in their order, whoever has added them up: the same bits on every layout."""
+        first, *others = shards
+        total = sum(others, first)
+        deviation = np.sqrt(total.squares / total.rows)
+        constant = deviation <= CONSTANT * np.abs(total.mean)
+        return cls(total.mean, np.where(constant, 1.0, 1 / np.where(constant, 1.0, deviation)))
+
+    def arrays(self) -> dict[str, Floats]:
+        """As a checkpoint holds it."""
+        return {"data.mean": self.mean, "data.scale": self.scale}
+
+    def take(self, other: Normalization) -> None:
+        """Become another, in all sources that use this one."""
+        self.mean[...], self.scale[...] = other.mean, other.scale
+
+
+class NormalizedSource:
+    """A source of normalised rows in the run's dtype."""
+
+    def __init__(self, source: Source, by: Normalization, dtype: DTypeLike):
+        self.source, self.by = source, by
+        self.name, self.shape, self.dtype = source.name, source.shape, np.dtype(dtype)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def hold(self, rows: Indices) -> None:
+        self.source.hold(rows)
+
+    def rows(self, indices: Indices) -> Rows:
+        x = self.source.rows(indices).astype(np.float64)  # for inputs far from 0
+        x -= self.by.mean
+        x *= self.by.scale
+        normalized: Rows = x.astype(self.dtype, copy=False)
+        return normalized

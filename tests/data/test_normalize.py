@@ -1,0 +1,55 @@
+"""Normalisation: mean 0 and deviation 1 over the training rows, with bits that no layout changes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mpiml.data import normalize
+from mpiml.data.normalize import Normalization, NormalizedSource, moments
+from mpiml.data.sources import ArraySource
+
+X = np.random.default_rng(2).normal(1e6, 3, (500, 3, 2)).astype(np.float32)  # far from 0: squares would cancel
+X[:, 1, 0] = 0.1  # constant
+
+
+def over(shards: list[np.ndarray], x: np.ndarray = X) -> Normalization:
+    return Normalization.of([moments(ArraySource(x), shard) for shard in shards])
+
+
+@pytest.mark.parametrize("parts", [1, 2, 7, 500])
+@pytest.mark.parametrize("scan", [1, 1000, 1 << 22])
+def test_mean_0_and_deviation_1(parts: int, scan: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(normalize, "SCAN", scan)
+    found = over(np.array_split(np.arange(500), parts))
+    exact = X.astype(np.float64)
+    np.testing.assert_allclose(found.mean, exact.mean(axis=0), rtol=1e-13)
+    deviation = exact.std(axis=0)
+    deviation[1, 0] = 1
+    np.testing.assert_allclose(found.scale, 1 / deviation, rtol=1e-9)
+    rows = NormalizedSource(ArraySource(X), found, "float32").rows(np.arange(500))
+    assert rows.dtype == np.float32
+    np.testing.assert_allclose(rows.mean(axis=0), 0, atol=1e-5)
+    np.testing.assert_allclose(rows.std(axis=0), np.where(deviation == 1, 0, 1), atol=1e-4)
+    rows = NormalizedSource(ArraySource(X), found, "float64").rows(np.arange(500))
+    np.testing.assert_array_equal(rows, (exact - found.mean) * found.scale)
+
+
+def test_empty_shards_add_nothing() -> None:
+    empty = np.arange(0)
+    one, other = over([np.arange(500)]), over([empty, empty, np.arange(500), empty])
+    assert np.array_equal(one.mean, other.mean)
+    assert np.array_equal(one.scale, other.scale)
+
+
+def test_integers_are_normalized_too() -> None:
+    source = ArraySource(np.array([[0, 255], [10, 255]], np.uint8))
+    rows = NormalizedSource(source, over([np.arange(2)], source.array), "float64").rows(np.array([1, 0]))
+    np.testing.assert_array_equal(rows, [[1, 0], [-1, 0]])
+
+
+def test_what_is_taken_from_a_checkpoint_is_used_by_all_sources() -> None:
+    mine = over([np.arange(500)])
+    source = NormalizedSource(ArraySource(X), mine, "float64")
+    mine.take(Normalization(np.zeros((3, 2)), np.full((3, 2), 2.0)))
+    np.testing.assert_array_equal(source.rows(np.array([3])), 2.0 * X[[3]])
