@@ -99,6 +99,14 @@ class Config:
         choices=["auto", "shared", "private"],
         on_resume=True,
     )
+    bucket: float = setting(
+        0.0,
+        GROUPS[1],
+        "megabytes of gradients that are sent to other nodes as soon as backward has them; 0: all when it is done",
+        low=0,
+        on_resume=True,
+        metavar="MB",
+    )
     threads: int = setting(1, GROUPS[4], "BLAS threads of a rank", low=1)
 
     eval_every: int = setting(
@@ -132,6 +140,8 @@ class Config:
             object.__setattr__(self, "given", changed)
         if self.epochs and self.steps and {"epochs", "steps"} <= (self.given or frozenset()):
             raise ConfigError(f"--epochs {self.epochs} --steps {self.steps}: give one of the two")
+        if self.bucket and self.allreduce == "mpi":
+            raise ConfigError(f"--bucket {_text(self.bucket)} --allreduce mpi: MPI_Allreduce sums all at once")
         if self.resume and not self.out:
             raise ConfigError("--resume: say which run with --out DIR")
 
