@@ -112,21 +112,21 @@ class OrderedSum:
         self.values = memory.common(size, dtype)
         depth = max(len(self.plan.sources), *(len(m.sources) for m in self.plan.messages), 1)
         scratch = [vectors.empty(PIECE, dtype) for _ in range(min(depth, 2 * microbatches.bit_length()))]
-        self._exchanges = [
+        self.exchanges = [
             Exchange(comm, nodes, self.plan, everyone, self.values, run, scratch)
             for run in buckets(blocks, bucket if len(nodes) > 1 else 0)
         ]
         self.holders = [
-            (owner, *held) for e in self._exchanges for owner, held in enumerate(e.slices) if held[1] > held[0]
+            (owner, *held) for e in self.exchanges for owner, held in enumerate(e.slices) if held[1] > held[0]
         ]
         self.held = [(start, stop) for owner, start, stop in self.holders if owner == comm.rank]
-        self.pieces = [piece for e in self._exchanges for piece in e.pieces]
-        self._totals = [(e, index) for e in self._exchanges for index in range(len(e.pieces))]
+        self.pieces = [piece for e in self.exchanges for piece in e.pieces]
+        self._totals = [(e, index) for e in self.exchanges for index in range(len(e.pieces))]
         self._receives, self._sends, self._takes, self._gives = (
-            [request for e in self._exchanges for request in getattr(e, name)]
+            [request for e in self.exchanges for request in getattr(e, name)]
             for name in ("receives", "sends", "takes", "gives")
         )
-        self.complete: Callable[[int], None] | None = self._complete if len(self._exchanges) > 1 else None
+        self.complete: Callable[[int], None] | None = self._complete if len(self.exchanges) > 1 else None
         self._begun = False
         self._merged = self._sent = 0  # buckets of this step
         self._before = 0  # buckets of all steps before, as posted
@@ -144,7 +144,7 @@ class OrderedSum:
 
     def start(self) -> None:
         self._begin()
-        self._send(len(self._exchanges))
+        self._send(len(self.exchanges))
         wait(self._receives)
 
     def total(self, index: int, out: Vector) -> Vector:
@@ -175,8 +175,8 @@ class OrderedSum:
     def _complete(self, offset: int) -> None:
         self._begin()
         last = len(self.plan.counts) - 1
-        while self._merged < len(self._exchanges) and self._exchanges[self._merged].start >= offset:
-            bucket = slice(self._exchanges[self._merged].start, self._exchanges[self._merged].stop)
+        while self._merged < len(self.exchanges) and self.exchanges[self._merged].start >= offset:
+            bucket = slice(self.exchanges[self._merged].start, self.exchanges[self._merged].stop)
             accumulate(self.plan, [slot[bucket] for slot in self.slots], last)
             self._merged += 1
         self.memory.post(self._before + self._merged)
@@ -186,7 +186,7 @@ class OrderedSum:
 
     def _send(self, count: int) -> None:
         """Send what there is to send of the first `count` buckets."""
-        for exchange in self._exchanges[self._sent : max(count, 0)]:
+        for exchange in self.exchanges[self._sent : max(count, 0)]:
             exchange.send()
             self._sent += 1
 
@@ -194,7 +194,7 @@ class OrderedSum:
         """Return when nobody needs this step's slots and messages any more."""
         wait([*self._sends, *self._gives, *self._takes])
         self.memory.barrier()
-        self._before += len(self._exchanges)
+        self._before += len(self.exchanges)
         self._merged = self._sent = 0
         self._begun = False
 
