@@ -136,7 +136,7 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
 
     loss: Loss = softmax_cross_entropy if config.loss == "cross_entropy" else mean_squared_error
     metric: Metric = Accuracy() if config.loss == "cross_entropy" else R2(outputs)
-    sum_, agreement, notes = place(config, grid, layout, 2 + metric.columns)
+    sum_, agreement, notes = place(config, grid, layout, 2 + metric.columns, clock)
     layout.bind(sum_.values)
     layout.initialise(sum_.values, config.seed, *sum_.worker)
     here = Part(
@@ -177,7 +177,9 @@ def gradients(layout: Layout, sum_: GradientSum) -> list[Gradients]:
     return [*(of_slot[slot] for slot in slots), Gradients(layout, sum_.slots[last], sum_.complete)]
 
 
-def place(config: Config, grid: Grid, layout: Layout, columns: int) -> tuple[GradientSum, Agree, list[str]]:
+def place(
+    config: Config, grid: Grid, layout: Layout, columns: int, clock: Clock
+) -> tuple[GradientSum, Agree, list[str]]:
     """The stage's gradient sum and the agreement on the step record, in the memory that `config` asks for.
 
     Collective. `columns` are those of the record's table. Also returns what there is to say.
@@ -195,7 +197,7 @@ def place(config: Config, grid: Grid, layout: Layout, columns: int) -> tuple[Gra
     notes = [f"warning: {text}" for text in (problem, also) if text]
     nodes = [1] * grid.replicas if isinstance(memory, PrivateMemory) else grid.nodes
     bucket = math.ceil(config.bucket * 2**20 / layout.dtype.itemsize)
-    sum_ = OrderedSum(grid.data, memory, nodes, *sum_arguments, bucket)
+    sum_ = OrderedSum(grid.data, memory, nodes, *sum_arguments, bucket, clock)
     if isinstance(board, SharedMemory):
         return sum_, Agreement(grid, board, microbatches, columns), notes
     return sum_, private, notes

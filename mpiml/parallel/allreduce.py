@@ -14,6 +14,7 @@ from mpi4py import MPI
 from numpy.typing import DTypeLike
 
 from mpiml import vectors
+from mpiml.clock import Clock
 from mpiml.parallel.exchange import Exchange
 from mpiml.parallel.memory import Memory
 from mpiml.parallel.slices import Block, Piece, Range, bounds, buckets, pieces
@@ -92,6 +93,7 @@ class OrderedSum:
         microbatches: of a step, over all replicas.
         size, blocks, dtype: of the flat vectors; size in elements.
         bucket: elements of a bucket; 0 for one bucket.
+        clock: is told of the time that messages take from a backward pass.
     """
 
     def __init__(
@@ -104,8 +106,9 @@ class OrderedSum:
         blocks: Sequence[Block],
         dtype: DTypeLike,
         bucket: int = 0,
+        clock: Clock | None = None,
     ):
-        self.memory = memory
+        self.memory, self._clock = memory, clock or Clock()
         self.plan = plan(comm.rank, nodes, microbatches)
         everyone = memory.own(self.plan.depth, size, dtype)
         self.slots = everyone[memory.rank]
@@ -170,7 +173,8 @@ class OrderedSum:
         """Be ready for what others send before they do."""
         if not self._begun:
             self._begun = True
-            MPI.Prequest.Startall(self._receives)
+            with self._clock.booked("communication"):
+                MPI.Prequest.Startall(self._receives)
 
     def _complete(self, offset: int) -> None:
         self._begin()
@@ -180,9 +184,10 @@ class OrderedSum:
             accumulate(self.plan, [slot[bucket] for slot in self.slots], last)
             self._merged += 1
         self.memory.post(self._before + self._merged)
-        self._send(self.memory.posted() - self._before)
-        if self._receives:
-            MPI.Prequest.Testall(self._receives)  # messages move only while the MPI library is called
+        with self._clock.booked("communication"):
+            self._send(self.memory.posted() - self._before)
+            if self._receives:
+                MPI.Prequest.Testall(self._receives)  # messages move only while the MPI library is called
 
     def _send(self, count: int) -> None:
         """Send what there is to send of the first `count` buckets."""
