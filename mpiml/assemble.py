@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -168,7 +169,7 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
     layouts = [Layout(nn.parameters(stage), config.dtype) for stage in stages]
     layout = layouts[grid.stage]
 
-    sum_, agreement, notes = place(config, grid, layout, 2 + metric.columns)
+    sum_, agreement, notes = place(config, grid, layout, 2 + metric.columns, clock)
     layout.bind(sum_.values)
     layout.initialise(sum_.values, config.seed, *sum_.worker)
     here = Part(
@@ -180,7 +181,7 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
         dtype=config.dtype,
         learns=any(layout.size for layout in layouts[: grid.stage + 1]),
         learned=any(layout.size for layout in layouts[: grid.stage]),
-        gradients=[Gradients(layout, slot) for slot in sum_.slots],
+        gradients=gradients(layout, sum_),
     )
     optimizer = optimizers.build(config.optimizer, config.momentum, config.weight_decay or 0.0)
     update = Update(grid.comm, grid.replica, sum_, optimizer, config.clip, clock)
@@ -217,7 +218,16 @@ def read_ahead(config: Config, shards: Shards, grid: Grid) -> ReadAhead:
     return ReadAhead(shards, steps, config.steps or 0, grid.stage == 0, grid.stage == grid.stages - 1)
 
 
-def place(config: Config, grid: Grid, layout: Layout, columns: int) -> tuple[GradientSum, Agree, list[str]]:
+def gradients(layout: Layout, sum_: GradientSum) -> list[Gradients]:
+    """For each of this replica's micro-batches what its backward pass writes into; the sum watches the last."""
+    of_slot = [Gradients(layout, slot) for slot in sum_.slots]
+    *slots, last = sum_.plan.slots
+    return [*(of_slot[slot] for slot in slots), Gradients(layout, sum_.slots[last], sum_.complete)]
+
+
+def place(
+    config: Config, grid: Grid, layout: Layout, columns: int, clock: Clock
+) -> tuple[GradientSum, Agree, list[str]]:
     """The stage's gradient sum and the agreement on the step record, in the memory that `config` asks for.
 
     Collective. `columns` are those of the record's table. Also returns what there is to say.
@@ -234,7 +244,8 @@ def place(config: Config, grid: Grid, layout: Layout, columns: int) -> tuple[Gra
     board, also = share(grid.comm, grid.node, 0, board_bytes, "private" if problem else config.memory)
     notes = [f"warning: {text}" for text in (problem, also) if text]
     nodes = [1] * grid.replicas if isinstance(memory, PrivateMemory) else grid.nodes
-    sum_ = OrderedSum(grid.data, memory, nodes, *sum_arguments)
+    bucket = math.ceil(config.bucket * 2**20 / layout.dtype.itemsize)
+    sum_ = OrderedSum(grid.data, memory, nodes, *sum_arguments, bucket, clock)
     if isinstance(board, SharedMemory):
         return sum_, Agreement(grid, board, microbatches, columns), notes
     return sum_, private, notes

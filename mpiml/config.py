@@ -153,6 +153,14 @@ class Config:
         choices=["auto", "shared", "private"],
         on_resume=True,
     )
+    bucket: float = setting(
+        0.0,
+        GROUPS[1],
+        "megabytes of gradients that are sent to other nodes as soon as backward has them; 0: all when it is done",
+        low=0,
+        on_resume=True,
+        metavar="MB",
+    )
     threads: int = setting(1, GROUPS[4], "BLAS threads of a rank", low=1)
 
     eval_every: int = setting(
@@ -188,6 +196,8 @@ class Config:
             raise ConfigError(f"--epochs {self.epochs} --steps {self.steps}: give one of the two")
         if self.shuffle == "blocks" and self.shards == "strided":
             raise ConfigError("--shuffle blocks --shards strided: strided shards have no consecutive rows")
+        if self.bucket and self.allreduce == "mpi":
+            raise ConfigError(f"--bucket {_text(self.bucket)} --allreduce mpi: MPI_Allreduce sums all at once")
         if self.resume and not self.out:
             raise ConfigError("--resume: say which run with --out DIR")
 

@@ -18,8 +18,8 @@ def is_name(text: str) -> bool:
 def named(text: str, flag: str) -> Any:
     """What package.module:function names; the module is imported from the current directory or where Python looks.
 
-    Raises ConfigError if the text names nothing so, or if there is no such module or nothing of that name in it. What the module itself raises while
-    it is imported passes through.
+    Raises ConfigError if the text is of another form, or if there is no such module or nothing of that name in it.
+    What the module itself raises while it is imported passes through.
     """
     if not is_name(text):
         raise ConfigError(f"{flag} {text}: must be package.module:function")

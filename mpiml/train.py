@@ -188,6 +188,7 @@ def _refuse_not_finite(run: Run, step: int, record: Record, norm: float | None =
     if reason:
         error = NotFiniteError(f"{reason}; a smaller --lr, --warmup-steps or --clip may help")
         error.rank, error.everywhere = rank, True
+        run.stage.sum.drop()
         raise error
 
 

@@ -58,6 +58,7 @@ OTHERS = {
     "dtype": ("float64", '"float64"', "float64"),
     "allreduce": ("mpi", '"mpi"', "mpi"),
     "memory": ("private", '"private"', "private"),
+    "bucket": ("2.5", "2.5", 2.5),
     "threads": ("2", "2", 2),
     "eval_every": ("0", "0", 0),
     "eval_rows": ("32", "32", 32),
@@ -70,7 +71,7 @@ OTHERS = {
     "quiet": ("", "true", True),
 }
 LAYOUT_AND_LOGGING = {"pipe", "cuts", "schedule", "epochs", "steps", "out", "resume", "quiet", "keep", "stall_timeout"}
-LAYOUT_AND_LOGGING |= {"memory", "prefetch", "eval_every", "save_every", "log_every"}
+LAYOUT_AND_LOGGING |= {"memory", "bucket", "prefetch", "eval_every", "save_every", "log_every"}
 every_setting = pytest.mark.parametrize("name", OTHERS)
 
 
@@ -153,6 +154,7 @@ def test_underscores_and_lists_of_one_are_fine_in_a_file(tmp_path: Path) -> None
         (["--lr", "-1"], ["--lr -1", "at least 0"]),
         (["--lr", "nan"], ["--lr nan"]),
         (["--clip", "inf"], ["--clip inf"]),
+        (["--bucket", "4", "--allreduce", "mpi"], ["--bucket 4.0 --allreduce mpi", "all at once"]),
         (["--dropout", "1"], ["--dropout 1", "at least 0", "less than 1"]),
         (["--momentum", "-0.1"], ["--momentum -0.1", "at least 0", "less than 1"]),
         (["--hidden", "64,0"], ["--hidden 64,0", "at least 1"]),

@@ -76,6 +76,8 @@ def forward(layers: Sequence[Layer], x: Array, at: At) -> tuple[Array, Backward]
     def backward(dy: Array, grads: Gradients) -> Array | None:
         for index in reversed(range(len(backwards))):
             dx = backwards[index](dy, grads)
+            if grads.complete:
+                grads.finished(parameters([layers[index]]))
             if dx is None:
                 if parameters(layers[:index]):
                     raise ValueError(f"{type(layers[index]).__name__} gives no gradient to the layers before it")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,14 +41,37 @@ class Parameter:
 
 
 class Gradients:
-    """A flat vector for the gradients of one micro-batch: `gradients[parameter]` is the parameter's view of it."""
+    """A flat vector for the gradients of one micro-batch: `gradients[parameter]` is the parameter's view of it.
 
-    def __init__(self, layout: Layout, vector: Vector):
-        self.vector = vector
+    Args:
+        complete: is told during the backward pass from which offset on, to its end, the vector is written.
+    """
+
+    def __init__(self, layout: Layout, vector: Vector, complete: Callable[[int], None] | None = None):
+        self.vector, self.complete = vector, complete
         self._views = dict(layout.views(vector))
+        self._offsets = layout.offsets
+        self.begin()
 
     def __getitem__(self, parameter: Parameter) -> NDArray[np.floating]:
         return self._views[parameter]
+
+    def begin(self) -> None:
+        """A backward pass begins: nothing is written yet."""
+        self._written: set[Parameter] = set()
+        self._missing = list(self._offsets) if self.complete else []
+
+    def finished(self, parameters: Iterable[Parameter]) -> None:
+        """The backward pass has written the gradients of these. In whatever order layers finish, the vector counts as
+        complete down to the first parameter that is missing."""
+        if self.complete:
+            self._written.update(parameters)
+            while self._missing and self._missing[-1] in self._written:
+                self._missing.pop()
+            self.complete(self._end_of(self._missing[-1]) if self._missing else 0)
+
+    def _end_of(self, parameter: Parameter) -> int:
+        return self._offsets[parameter] + parameter.size
 
 
 @dataclass(frozen=True)
@@ -64,8 +87,9 @@ class Layout:
     """Where each of a list of parameters lies in a flat vector.
 
     Every parameter starts on a 64-byte boundary, and the padding is zero in every vector, for ever: no update
-    changes a zero whose gradient is zero. Parameters that decay come first, so that an optimizer meets long runs
-    of one kind.
+    changes a zero whose gradient is zero. Parameters without decay come first, so that an optimizer meets long runs
+    of one kind; those with decay, nearly all elements, follow in layer order: a backward pass completes the vector
+    from its end.
     """
 
     def __init__(self, parameters: Sequence[Parameter], dtype: DTypeLike):
@@ -74,7 +98,7 @@ class Layout:
         self.offsets: dict[Parameter, int] = {}
         per_line = ALIGNMENT // self.dtype.itemsize
         self.size = 0
-        for parameter in sorted(self.parameters, key=lambda p: not p.decay):
+        for parameter in sorted(self.parameters, key=lambda p: p.decay):
             self.offsets[parameter] = self.size
             self.size += -(-parameter.size // per_line) * per_line
 

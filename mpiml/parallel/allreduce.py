@@ -7,21 +7,20 @@ of piece i of what this replica updates, and `publish` hands the new values to a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from mpi4py import MPI
 from numpy.typing import DTypeLike
 
 from mpiml import vectors
+from mpiml.clock import Clock
+from mpiml.parallel.exchange import Exchange
 from mpiml.parallel.memory import Memory
-from mpiml.parallel.slices import Block, Piece, bounds, owned, pieces
-from mpiml.parallel.tree import Plan, lane, plan
+from mpiml.parallel.slices import Block, Piece, Range, bounds, buckets, pieces
+from mpiml.parallel.tree import Plan, plan
 from mpiml.vectors import PIECE, Vector
 from mpiml.waiting import wait
-
-VALUES_TAG = 0  # partial sum p has tag 1 + p
-Addition = tuple[Vector, Vector, Vector]  # left, right, where their sum goes
 
 
 class GradientSum(Protocol):
@@ -31,17 +30,20 @@ class GradientSum(Protocol):
         plan: which micro-batches are this replica's, and into which slots they go.
         values: the flat vector of values.
         slots: gradient vectors of this replica.
-        pieces: what this replica updates; held: the same as (start, stop).
+        pieces: what this replica updates; held: the same as ranges (start, stop).
         worker: (rank, ranks) of those that share `values`.
         holders: (replica, start, stop) of parts that hold the whole vector between them, each element once.
+        complete: wants to be told, during the backward pass of this replica's last micro-batch, from which offset to
+            its end the vector is written; None if nothing can be begun before the rest is.
     """
 
     plan: Plan
     values: Vector
     slots: list[Vector]
     pieces: list[Piece]
-    held: tuple[int, int]
+    held: list[Range]
     holders: list[tuple[int, int, int]]
+    complete: Callable[[int], None] | None
 
     @property
     def worker(self) -> tuple[int, int]: ...
@@ -60,6 +62,10 @@ class GradientSum(Protocol):
     def publish(self) -> None:
         """Hand the values of this replica's part to all; afterwards all replicas hold equal values."""
 
+    def drop(self) -> None:
+        """In place of `start` and `publish`, or of `publish` alone: the step's sum is not wanted after all, and only
+        what has been begun is brought to an end."""
+
     def free(self) -> None:
         """Give back what the MPI library holds for this sum."""
 
@@ -73,10 +79,12 @@ def accumulate(own: Plan, slots: list[Vector], index: int) -> None:
 
 
 class OrderedSum:
-    """The canonical tree (mpiml.parallel.tree). Each replica owns a slice of the vector: it gets the others'
-    partial sums of it, adds them up piece by piece while a piece is in cache, and gives the new values back.
+    """The canonical tree (mpiml.parallel.tree). Each replica owns slices of the vector: it gets the others' partial
+    sums of them, adds them up piece by piece while a piece is in cache, and gives the new values back.
 
-    Replicas of a node read each other's partial sums where they lie; messages go between nodes only.
+    Replicas of a node read each other's partial sums where they lie; messages go between nodes only. The vector is
+    exchanged bucket by bucket from its end: a bucket's messages start when all replicas of the node have its
+    gradients, which they post, or at the latest in `start`.
 
     Args:
         comm: the replicas of a stage.
@@ -84,6 +92,8 @@ class OrderedSum:
         nodes: how many replicas each node has, in order.
         microbatches: of a step, over all replicas.
         size, blocks, dtype: of the flat vectors; size in elements.
+        bucket: elements of a bucket; 0 for one bucket.
+        clock: is told of the time that messages take from a backward pass.
     """
 
     def __init__(
@@ -95,111 +105,103 @@ class OrderedSum:
         size: int,
         blocks: Sequence[Block],
         dtype: DTypeLike,
+        bucket: int = 0,
+        clock: Clock | None = None,
     ):
-        self.memory = memory
+        self.memory, self._clock = memory, clock or Clock()
         self.plan = plan(comm.rank, nodes, microbatches)
         everyone = memory.own(self.plan.depth, size, dtype)
         self.slots = everyone[memory.rank]
         self.values = memory.common(size, dtype)
-        runs = owned(blocks, comm.size)
-        self.holders = [(owner, *bounds(run)) for owner, run in enumerate(runs)]
-        self.held = bounds(runs[comm.rank])
-        self.pieces = pieces(runs[comm.rank])
         depth = max(len(self.plan.sources), *(len(m.sources) for m in self.plan.messages), 1)
-        self._scratch = [vectors.empty(PIECE, dtype) for _ in range(min(depth, 2 * microbatches.bit_length()))]
-        self._plan_sends(comm, everyone, dtype)
-        self._plan_sum(comm, nodes, everyone, dtype)
+        scratch = [vectors.empty(PIECE, dtype) for _ in range(min(depth, 2 * microbatches.bit_length()))]
+        self.exchanges = [
+            Exchange(comm, nodes, self.plan, everyone, self.values, run, scratch)
+            for run in buckets(blocks, bucket if len(nodes) > 1 else 0)
+        ]
+        self.holders = [
+            (owner, *held) for e in self.exchanges for owner, held in enumerate(e.slices) if held[1] > held[0]
+        ]
+        self.held = [(start, stop) for owner, start, stop in self.holders if owner == comm.rank]
+        self.pieces = [piece for e in self.exchanges for piece in e.pieces]
+        self._totals = [(e, index) for e in self.exchanges for index in range(len(e.pieces))]
+        self._receives, self._sends, self._takes, self._gives = (
+            [request for e in self.exchanges for request in getattr(e, name)]
+            for name in ("receives", "sends", "takes", "gives")
+        )
+        self.complete: Callable[[int], None] | None = self._complete if len(self.exchanges) > 1 else None
+        self._begun = False
+        self._merged = self._sent = 0  # buckets of this step
+        self._before = 0  # buckets of all steps before, as posted
 
     @property
     def worker(self) -> tuple[int, int]:
         return self.memory.rank, self.memory.ranks
 
     def accumulate(self, index: int) -> None:
-        accumulate(self.plan, self.slots, index)
+        self._begin()
+        if index == len(self.plan.counts) - 1:
+            self._complete(0)
+        else:
+            accumulate(self.plan, self.slots, index)
 
     def start(self) -> None:
-        MPI.Prequest.Startall(self._receives)
-        for addition in self._packing:
-            vectors.add(*addition)
-        MPI.Prequest.Startall(self._sends)
+        self._begin()
+        self._send(len(self.exchanges))
         wait(self._receives)
 
     def total(self, index: int, out: Vector) -> Vector:
-        additions, left, right = self._totals[index]
-        for addition in additions:
-            vectors.add(*addition)
-        if right is None:
-            return left
-        vectors.add(left, right, out)
-        return out
+        exchange, piece = self._totals[index]
+        return exchange.total(piece, out)
 
     def publish(self) -> None:
         MPI.Prequest.Startall(self._takes)
         MPI.Prequest.Startall(self._gives)
-        wait([*self._sends, *self._gives, *self._takes])
-        self.memory.barrier()
+        self._finish()
+
+    def drop(self) -> None:
+        if self._begun:
+            self.start()
+            self._finish()
 
     def free(self) -> None:
+        self.drop()
         for request in (*self._sends, *self._receives, *self._gives, *self._takes):
             request.Free()
 
-    def _plan_sends(self, comm: MPI.Intracomm, everyone: list[list[Vector]], dtype: DTypeLike) -> None:
-        """For each slice that another node owns: which partial sums of this node go there, and values come back."""
-        self._packing: list[Addition] = []
-        self._sends: list[MPI.Prequest] = []
-        for message in self.plan.messages:
-            _, start, stop = self.holders[message.owner]
-            parts = [everyone[source.rank][source.partial][start:stop] for source in message.sources]
-            partial = parts[0] if len(parts) == 1 else vectors.empty(stop - start, dtype)
-            for a in range(0, stop - start, PIECE):
-                b = min(a + PIECE, stop - start)
-                self._packing += self._additions([part[a:b] for part in parts], message.counts, partial[a:b])
-            if stop > start:
-                self._sends.append(comm.Send_init(partial, message.owner, 1 + message.partial))
-        taken = [(owner, start, stop) for owner, start, stop in self.holders if owner in set(self.plan.owners)]
-        self._takes = [comm.Recv_init(self.values[a:b], owner, VALUES_TAG) for owner, a, b in taken if b > a]
+    def _begin(self) -> None:
+        """Be ready for what others send before they do."""
+        if not self._begun:
+            self._begun = True
+            with self._clock.booked("communication"):
+                MPI.Prequest.Startall(self._receives)
 
-    def _plan_sum(
-        self, comm: MPI.Intracomm, nodes: Sequence[int], everyone: list[list[Vector]], dtype: DTypeLike
-    ) -> None:
-        """For this replica's own slice: what comes from other nodes, and how all of it is added up."""
-        start, stop = self.held
-        self._gives: list[MPI.Prequest] = []
-        self._receives: list[MPI.Prequest] = []
-        self._totals: list[tuple[list[Addition], Vector, Vector | None]] = []
-        if start == stop:
-            return
-        values = self.values[start:stop]
-        self._gives = [comm.Send_init(values, other, VALUES_TAG) for other in self.plan.lanes]
-        parts = []
-        for source in self.plan.sources:
-            if source.node is None:
-                parts.append(everyone[source.rank][source.partial][start:stop])
-            else:
-                parts.append(vectors.empty(stop - start, dtype))
-                speaker = lane(comm.rank, source.node, nodes)
-                self._receives.append(comm.Recv_init(parts[-1], speaker, 1 + source.partial))
-        for piece in self.pieces:
-            views = [part[piece.start - start : piece.stop - start] for part in parts]
-            additions = self._additions(views, self.plan.root_counts)
-            left, right = additions.pop()[:2] if additions else (views[0], None)
-            self._totals.append((additions, left, right))
+    def _complete(self, offset: int) -> None:
+        self._begin()
+        last = len(self.plan.counts) - 1
+        while self._merged < len(self.exchanges) and self.exchanges[self._merged].start >= offset:
+            bucket = slice(self.exchanges[self._merged].start, self.exchanges[self._merged].stop)
+            accumulate(self.plan, [slot[bucket] for slot in self.slots], last)
+            self._merged += 1
+        self.memory.post(self._before + self._merged)
+        with self._clock.booked("communication"):
+            self._send(self.memory.posted() - self._before)
+            if self._receives:
+                MPI.Prequest.Testall(self._receives)  # messages move only while the MPI library is called
 
-    def _additions(self, parts: Sequence[Vector], counts: Sequence[int], out: Vector | None = None) -> list[Addition]:
-        """The additions of a shift-reduce plan over `parts`; sums go to scratch, the last one to `out` if given."""
-        stack: list[Vector] = []
-        additions: list[Addition] = []
-        for part, count in zip(parts, counts, strict=True):
-            stack.append(part)
-            for _ in range(count):
-                right = stack.pop()
-                target = self._scratch[len(stack) - 1][: len(right)]
-                additions.append((stack[-1], right, target))
-                stack[-1] = target
-        if additions and out is not None:
-            left, right, _ = additions[-1]
-            additions[-1] = (left, right, out)
-        return additions
+    def _send(self, count: int) -> None:
+        """Send what there is to send of the first `count` buckets."""
+        for exchange in self.exchanges[self._sent : max(count, 0)]:
+            exchange.send()
+            self._sent += 1
+
+    def _finish(self) -> None:
+        """Return when nobody needs this step's slots and messages any more."""
+        wait([*self._sends, *self._gives, *self._takes])
+        self.memory.barrier()
+        self._before += len(self.exchanges)
+        self._merged = self._sent = 0
+        self._begun = False
 
 
 class LibrarySum:
@@ -208,6 +210,8 @@ class LibrarySum:
     Faster where the library knows the network better; the bits then depend on the number of replicas. Arguments as
     of OrderedSum.
     """
+
+    complete: Callable[[int], None] | None = None
 
     def __init__(
         self,
@@ -224,8 +228,8 @@ class LibrarySum:
         self.slots = memory.own(self.plan.depth, size, dtype)[0]
         self.values = memory.common(size, dtype)
         self.pieces = pieces(blocks)
-        self.held = bounds(blocks)
-        self.holders = [(0, *self.held)]
+        self.held = [bounds(blocks)] if blocks else []
+        self.holders = [(0, start, stop) for start, stop in self.held]
 
     @property
     def worker(self) -> tuple[int, int]:
@@ -245,6 +249,9 @@ class LibrarySum:
         return self.slots[0][piece.start : piece.stop]
 
     def publish(self) -> None:
+        pass
+
+    def drop(self) -> None:
         pass
 
     def free(self) -> None:

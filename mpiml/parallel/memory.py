@@ -27,7 +27,9 @@ class Memory(Protocol):
 
     `own` allocates `count` vectors for this rank and returns those of all ranks, by rank, for every rank may read
     the others'; `common` allocates one vector for all of them. Vectors start as zeros. `barrier` returns when all
-    ranks have come to it, and what any of them wrote before can then be read.
+    ranks have come to it, and what any of them wrote before can then be read. `post` says how far this rank is, by
+    a number that never falls; how far all ranks are at least, `posted` says, and what each of them wrote before it
+    posted that can then be read.
     """
 
     rank: int
@@ -39,12 +41,19 @@ class Memory(Protocol):
 
     def barrier(self) -> None: ...
 
+    def post(self, count: int) -> None: ...
+
+    def posted(self) -> int: ...
+
 
 class PrivateMemory:
     """Each replica by itself, as if it were alone on its node."""
 
     rank = 0
     ranks = 1
+
+    def __init__(self) -> None:
+        self._posted = 0
 
     def own(self, count: int, size: int, dtype: DTypeLike) -> list[list[Vector]]:
         return [[vectors.zeros(size, dtype) for _ in range(count)]]
@@ -54,6 +63,12 @@ class PrivateMemory:
 
     def barrier(self) -> None:
         pass
+
+    def post(self, count: int) -> None:
+        self._posted = count
+
+    def posted(self) -> int:
+        return self._posted
 
 
 class SharedMemory:
@@ -69,7 +84,7 @@ class SharedMemory:
     def __init__(self, comm: MPI.Intracomm, own_bytes: int, common_bytes: int):
         self.comm, self.rank, self.ranks = comm, comm.rank, comm.size
         sizes = comm.allgather(_pages(own_bytes))
-        slots = _pages((comm.size + 1) * ALIGNMENT)
+        slots = _pages((1 + 2 * comm.size) * ALIGNMENT)
         common = _pages(common_bytes)
         starts = [slots + common + sum(sizes[:rank]) for rank in range(comm.size)]
         self._map = _map(comm, starts[-1] + sizes[-1], starts[self.rank], sizes[self.rank], slots + common)
@@ -108,6 +123,13 @@ class SharedMemory:
             action()
         words[0] = self._epoch
 
+    def post(self, count: int) -> None:
+        self._words[(1 + self.ranks + self.rank) * (ALIGNMENT // 8)] = count
+
+    def posted(self) -> int:
+        apart = ALIGNMENT // 8
+        return min(self._words[index * apart] for index in range(1 + self.ranks, 1 + 2 * self.ranks))
+
     def _reached(self, index: int) -> Callable[[], bool]:
         words, epoch = self._words, self._epoch
         return lambda: words[index] >= epoch
@@ -125,6 +147,10 @@ class FencedMemory(SharedMemory):
             if self.rank == 0:
                 action()
             wait([self.comm.Ibarrier()])
+
+    def posted(self) -> int:
+        """Nothing is known before a barrier."""
+        return 0
 
 
 def share(

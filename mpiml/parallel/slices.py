@@ -8,6 +8,8 @@ from typing import Protocol
 
 from mpiml.vectors import PIECE
 
+Range = tuple[int, int]
+
 
 class Block(Protocol):
     """vector[start:stop], a run of elements of one parameter (mpiml.nn.parameters.Block)."""
@@ -30,17 +32,38 @@ class Piece:
     blocks: list[tuple[int, int]]
 
 
+def buckets(blocks: Sequence[Block], size: int) -> list[Sequence[Block]]:
+    """Cut blocks into runs of `size` elements or a little more, the last run first: in the order in which a backward
+    pass completes them. With size 0 one run is all of them."""
+    runs, stop = [], len(blocks)
+    for index in reversed(range(len(blocks))):
+        if index == 0 or 0 < size <= blocks[stop - 1].stop - blocks[index].start:
+            runs.append(blocks[index:stop])
+            stop = index
+    return runs
+
+
 def owned(blocks: Sequence[Block], owners: int) -> list[Sequence[Block]]:
     """Give each owner a contiguous run of blocks, of nearly equal length; some may get none."""
     starts = [block.start for block in blocks]
-    size = blocks[-1].stop if blocks else 0
-    bounds = [bisect_left(starts, size * owner / owners) for owner in range(owners)] + [len(blocks)]
-    return [blocks[a:b] for a, b in itertools.pairwise(bounds)]
+    first, stop = bounds(blocks)
+    cuts = [bisect_left(starts, first + (stop - first) * owner / owners) for owner in range(owners)] + [len(blocks)]
+    return [blocks[a:b] for a, b in itertools.pairwise(cuts)]
 
 
 def bounds(run: Sequence[Block]) -> tuple[int, int]:
     """Where a run of blocks starts and stops."""
     return (run[0].start, run[-1].stop) if run else (0, 0)
+
+
+def place(ranges: Sequence[Range], start: int, stop: int) -> slice:
+    """Where vector[start:stop], part of one of these ranges, lies in a vector of them alone, one after another."""
+    before = 0
+    for first, last in ranges:
+        if first <= start < last:
+            return slice(before + start - first, before + stop - first)
+        before += last - first
+    raise ValueError(f"{start} to {stop} is in none of {ranges}")
 
 
 def pieces(run: Sequence[Block]) -> list[Piece]:

@@ -43,7 +43,7 @@ class Part:
         x_shape, y_shape: of a row that comes in and of one that goes out.
         learns: whether this stage has parameters, or one before it: whether it needs a gradient.
         learned: whether a stage before it has parameters, and so needs a gradient from this one.
-        gradients: what backward writes into, by slot of the gradient sum.
+        gradients: what backward writes into, by micro-batch of this replica.
     """
 
     forward: Callable[[Array, Any], tuple[Array, Backward]]
@@ -120,12 +120,13 @@ class Stage:
 
     def _backward(self, batch: Batch, index: int, backward: Backward | None, dy: Array | None) -> None:
         if self.part.learns:
-            gradients = self.part.gradients[self.sum.plan.slots[index]]
+            gradients = self.part.gradients[index]
             if backward is None:
                 self.sum.slots[self.sum.plan.slots[index]].fill(0)
             else:
                 if dy is None:
                     dy = self._receive(self.stage + 1, (batch.rows, *self.part.y_shape))
+                gradients.begin()
                 dx = backward(dy, gradients)
                 if self.part.learned and dx is not None:
                     self._send(self.stage - 1, dx)

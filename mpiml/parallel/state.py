@@ -8,6 +8,7 @@ from mpi4py import MPI
 
 from mpiml.parallel.allreduce import GradientSum
 from mpiml.parallel.grid import Grid
+from mpiml.parallel.slices import Range, place
 from mpiml.vectors import Vector
 from mpiml.waiting import wait
 
@@ -20,25 +21,32 @@ class _Holding:
 
     stage: int
     size: int
-    start: int
-    stop: int
+    ranges: list[Range]
     counts: bool
+
+    def parts(self, vector: Vector) -> list[Vector]:
+        """The parts of the stage's vector that the rank holds."""
+        return [vector[start:stop] for start, stop in self.ranges]
 
 
 class State:
     """Values and optimizer state of all stages; collective to make and to use.
 
     Args:
-        states: the optimizer's state vectors of this rank, over the part that its gradient sum holds.
+        states: the optimizer's state vectors of this rank, over the parts that its gradient sum holds.
+
+    Attributes:
+        mine: this rank's parts of all vectors, by name.
     """
 
     def __init__(self, grid: Grid, sum_: GradientSum, states: Mapping[str, Vector]):
         self.comm, self.stages, self.sum = grid.comm, grid.stages, sum_
-        start, stop = sum_.held
         self.dtype = sum_.values.dtype
-        self.mine = {VALUES: sum_.values[start:stop], **states}
         counts = grid.replica in {holder for holder, _, _ in sum_.holders}
-        self.holdings: list[_Holding] = self.comm.allgather(_Holding(grid.stage, sum_.values.size, start, stop, counts))
+        holding = _Holding(grid.stage, sum_.values.size, sum_.held, counts)
+        self.mine = {VALUES: holding.parts(sum_.values)}
+        self.mine |= {name: [state[place(sum_.held, *held)] for held in sum_.held] for name, state in states.items()}
+        self.holdings: list[_Holding] = self.comm.allgather(holding)
 
     def collect(self, *names: str) -> list[dict[str, Vector]]:
         """Each stage's vectors of these names (default: all), on rank 0; empty dictionaries elsewhere."""
@@ -50,13 +58,14 @@ class State:
                 for tag, name in enumerate(wanted):
                     if name not in whole[holding.stage]:
                         whole[holding.stage][name] = np.zeros(holding.size, self.dtype)
-                    part = whole[holding.stage][name][holding.start : holding.stop]
+                    parts = holding.parts(whole[holding.stage][name])
                     if rank == 0:
-                        part[...] = self.mine[name]
+                        for part, mine in zip(parts, self.mine[name], strict=True):
+                            part[...] = mine
                     elif holding.counts:
-                        requests.append(self.comm.Irecv(part, rank, tag))
+                        requests += [self.comm.Irecv(part, rank, tag) for part in parts]
         elif self.holdings[self.comm.rank].counts:
-            requests = [self.comm.Isend(self.mine[name], 0, tag) for tag, name in enumerate(wanted)]
+            requests = [self.comm.Isend(mine, 0, tag) for tag, name in enumerate(wanted) for mine in self.mine[name]]
         wait(requests)
         return whole
 
@@ -66,13 +75,14 @@ class State:
         requests: list[MPI.Request] = []
         for tag, name in enumerate(wanted):
             if self.comm.rank:
-                requests.append(self.comm.Irecv(self.mine[name], 0, tag))
+                requests += [self.comm.Irecv(mine, 0, tag) for mine in self.mine[name]]
                 continue
             for rank, holding in enumerate(self.holdings):
-                part = whole[holding.stage][name][holding.start : holding.stop]
+                parts = holding.parts(whole[holding.stage][name])
                 if rank == 0:
-                    self.mine[name][...] = part
+                    for part, mine in zip(parts, self.mine[name], strict=True):
+                        mine[...] = part
                 else:
-                    requests.append(self.comm.Isend(part, rank, tag))
+                    requests += [self.comm.Isend(part, rank, tag) for part in parts]
         wait(requests)
         self.sum.publish()

@@ -9,6 +9,7 @@ from mpi4py import MPI
 from mpiml import vectors
 from mpiml.clock import Clock
 from mpiml.parallel.allreduce import GradientSum
+from mpiml.parallel.slices import place
 from mpiml.vectors import Scratch, Vector
 from mpiml.waiting import wait
 
@@ -43,7 +44,7 @@ class Update:
         clock: is told what the update does.
 
     Attributes:
-        states: the optimizer's state for this replica's part of the vector, by name.
+        states: the optimizer's state by name, for the parts of the vector that this replica holds, one after another.
         finite: whether all values that this rank computed in its last step are finite.
     """
 
@@ -58,14 +59,13 @@ class Update:
     ):
         self.comm, self.sum, self.optimizer, self.clip, self.clock = comm, sum_, optimizer, clip, clock or Clock()
         self.finite = True
-        start, stop = sum_.held
         dtype = sum_.values.dtype
-        self.states = {name: vectors.zeros(stop - start, dtype) for name in optimizer.states}
+        size = sum(stop - start for start, stop in sum_.held)
+        self.states = {name: vectors.zeros(size, dtype) for name in optimizer.states}
         self._values = [sum_.values[piece.start : piece.stop] for piece in sum_.pieces]
         self._kept = [sum_.slots[0][piece.start : piece.stop] for piece in sum_.pieces]
-        self._states = [
-            [state[piece.start - start : piece.stop - start] for state in self.states.values()] for piece in sum_.pieces
-        ]
+        places = [place(sum_.held, piece.start, piece.stop) for piece in sum_.pieces]
+        self._states = [[state[where] for state in self.states.values()] for where in places]
         lengths = [piece.stop - piece.start for piece in sum_.pieces]
         grad, spare = (vectors.empty(max(lengths, default=0), dtype) for _ in range(2))
         self._scratch = [(grad[:length], spare[:length]) for length in lengths]
@@ -81,6 +81,7 @@ class Update:
             finite, or if there is no weight, nothing has been changed.
         """
         if not weight:
+            self.sum.drop()
             return 0.0
         self.clock("communication")
         self.sum.start()

@@ -107,6 +107,21 @@ def test_same_bits_on_several_nodes(alone: Alone, train: Train, ranks: int, grid
     assert_same(train(ranks, f"{FIXED} {grid}", MPIML_NODES=nodes), alone(FIXED))
 
 
+@pytest.mark.parametrize(
+    ("ranks", "grid", "nodes"),
+    [
+        (4, "", "2,2"),
+        (5, "--memory private", "3,2"),
+        (6, "--pipe 2", "3,3"),
+        (8, "", "2,2,2,2"),
+        (8, "--pipe 4 --schedule gpipe", "2,4,2"),
+    ],
+)
+def test_same_bits_when_sums_start_early(alone: Alone, train: Train, ranks: int, grid: str, nodes: str) -> None:
+    """Every matrix in a bucket of its own."""
+    assert_same(train(ranks, f"{FIXED} {grid} --bucket 0.0005", MPIML_NODES=nodes), alone(FIXED))
+
+
 @pytest.mark.parametrize("memory", ["shared", "private"])
 def test_same_bits_in_either_memory(alone: Alone, train: Train, memory: str) -> None:
     assert_same(train(6, f"{FIXED} --pipe 2 --memory {memory}"), alone(FIXED))
@@ -215,6 +230,14 @@ def test_empty_micro_batches(alone: Alone, train: Train, small: str, ranks: int,
     """Seven rows a step for 29 or 30 micro-batches."""
     arguments = f"{small} --microbatches {microbatches}"
     assert_same(train(ranks, f"{arguments} {grid}"), alone(arguments))
+
+
+def test_steps_without_rows_whose_sums_have_begun(alone: Alone, train: Train, small: str) -> None:
+    """Of 30 steps of an epoch about half have no row in any of the four micro-batches."""
+    arguments = f"{small} --batch 1 --microbatches 4"
+    job = train(4, f"{arguments} --bucket 0.0001", MPIML_NODES="2,2")
+    assert_same(job, alone(arguments))
+    assert {0.0} < {line["loss"] for line in job.metrics if "loss" in line}
 
 
 @pytest.mark.parametrize(

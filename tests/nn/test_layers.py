@@ -187,6 +187,24 @@ def test_gradients_are_the_slopes(case: str) -> None:
 
 
 @every_case
+def test_what_backward_calls_complete_stays_as_it_is(case: str) -> None:
+    bench = Bench(case, skip_first_dx=True)
+    told: list[tuple[int, np.ndarray]] = []
+    vector = bench.layout.zeros() + GARBAGE
+    gradients = Gradients(bench.layout, vector, lambda offset: told.append((offset, vector[offset:].copy())))
+    for seed in range(2):
+        told.clear()
+        gradients.begin()
+        y, backward = bench.forward(bench.rows(4, seed))
+        backward(np.random.default_rng(seed).standard_normal(y.shape), gradients)
+        for offset, complete in told:
+            np.testing.assert_array_equal(vector[offset:], complete)
+        if bench.layout.parameters:
+            assert told[-1][0] == 0
+            assert len({offset for offset, _ in told}) >= min(2, sum(p.decay for p in bench.layout.parameters))
+
+
+@every_case
 def test_microbatches_in_flight_do_not_mix(case: str) -> None:
     bench = Bench(case)
     xs, ats = [bench.rows(3, seed=0), bench.rows(2, seed=1)], [dataclasses.replace(AT, microbatch=m) for m in (0, 1)]

@@ -74,12 +74,27 @@ def test_views_are_the_vector() -> None:
         assert np.shares_memory(Gradients(layout, values)[parameter], parameter.value)
 
 
-def test_decaying_parameters_come_first() -> None:
+def test_decaying_parameters_come_last_in_layer_order() -> None:
     layout = layout_of(model())
     decays = [p.decay for p, _ in sorted(layout.offsets.items(), key=lambda item: item[1])]
-    assert decays == [True] * 3 + [False] * 5
+    assert decays == [False] * 5 + [True] * 3
+    assert [p for p in layout.offsets if p.decay] == [p for p in layout.parameters if p.decay]
     assert [p.decay for p in layout.parameters] != decays  # while names keep the order of the layers
     assert list(layout.named(layout.zeros()))[:3] == ["layers.0.weight", "layers.0.bias", "layers.2.gain"]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
+def test_complete_down_to_the_first_that_is_missing(order: tuple[int, ...]) -> None:
+    layout = Layout([Parameter((3, 3), constant(0.0)) for _ in range(4)], "float64")  # at 0, 16, 32 and 48
+    told: list[int] = []
+    gradients = Gradients(layout, layout.zeros(), told.append)
+    for _ in range(2):
+        told.clear()
+        gradients.begin()
+        for index in order:
+            gradients.finished([layout.parameters[index]])
+        missing = [set(order[count:]) for count in range(1, 5)]
+        assert told == [16 * max(left) + 9 if left else 0 for left in missing]
 
 
 def test_matrices_decay_unless_said_otherwise() -> None:
@@ -106,7 +121,7 @@ def test_blocks_cover_each_parameter_from_its_own_start() -> None:
 def test_blocks_of_a_parameter_do_not_depend_on_its_neighbours() -> None:
     # Norms are sums over blocks: were they cut elsewhere on another stage, their bits would change with the grid.
     lengths = [b.stop - b.start for b in blocky().blocks()]
-    assert lengths == [BLOCK] * 3 + [25] + [7] + [BLOCK] + [BLOCK, 1]
+    assert lengths == [7] + [BLOCK] + [BLOCK, 1] + [BLOCK] * 3 + [25]
 
 
 @pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "adam", "adamw"])

@@ -66,6 +66,21 @@ def test_barrier_lets_nobody_go_early(kind: type[SharedMemory]) -> None:
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_all_have_posted_can_be_read(kind: type[SharedMemory]) -> None:
+    memory = make(kind, 64, 1)
+    everyone, seen = memory.own(1, 64, np.float32), []
+    for turn in range(1, 50):
+        everyone[COMM.rank][0][:] = turn
+        memory.post(turn)
+        if memory.posted() >= turn:
+            seen.append(all((vector[0] >= turn).all() for vector in everyone))
+    assert all(seen)
+    COMM.Barrier()
+    assert memory.posted() == (49 if kind is SharedMemory else 0)  # the other cannot know
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("kind", KINDS)
 def test_action_is_done_when_all_have_come_and_before_any_goes(kind: type[SharedMemory]) -> None:
     memory = make(kind, 1, COMM.size + 1)
     board = memory.common(COMM.size + 1, np.float64)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import pytest
 
-from mpiml.parallel.slices import bounds, owned, pieces
+from mpiml.parallel.slices import bounds, buckets, owned, pieces, place
 from mpiml.vectors import PIECE
 
 
@@ -17,12 +17,12 @@ class Block(NamedTuple):
 
 
 def random_blocks(seed: int, longest: int = PIECE) -> list[Block]:
-    """Runs with gaps, as padding makes them; those that decay first, as in a layout."""
+    """Runs with gaps, as padding makes them; those that decay last, as in a layout."""
     draw = random.Random(seed)
     blocks, end = [], 0
     for index in range(draw.randint(1, 30)):
         length = draw.randint(1, longest)
-        blocks.append(Block(end, end + length, index < 12))
+        blocks.append(Block(end, end + length, index >= 12))
         end += length + draw.randint(0, 15)
     return blocks
 
@@ -30,17 +30,48 @@ def random_blocks(seed: int, longest: int = PIECE) -> list[Block]:
 @pytest.mark.parametrize("owners", [1, 2, 3, 4, 7, 16])
 @pytest.mark.parametrize("seed", range(8))
 def test_owners_get_neighbouring_runs_of_nearly_equal_length(seed: int, owners: int) -> None:
-    blocks = random_blocks(seed)
+    blocks = random_blocks(seed)[seed % 3 :]  # a bucket begins anywhere
     runs = owned(blocks, owners)
     assert len(runs) == owners
     assert list(itertools.chain(*runs)) == blocks
-    share, longest = blocks[-1].stop / owners, max(b.stop - b.start for b in blocks) + 15
+    if not blocks:
+        return
+    share, longest = (blocks[-1].stop - blocks[0].start) / owners, max(b.stop - b.start for b in blocks) + 15
     assert all(stop - start <= share + longest for start, stop in map(bounds, runs))
 
 
 def test_a_run_begins_at_the_first_block_after_its_fair_share() -> None:
     blocks = [Block(10 * i, 10 * i + 10, True) for i in range(10)]
     assert [bounds(run) for run in owned(blocks, 4)] == [(0, 30), (30, 50), (50, 80), (80, 100)]
+
+
+def test_owners_share_a_bucket_as_they_share_the_whole() -> None:
+    blocks = [Block(10 * i, 10 * i + 10, True) for i in range(10, 20)]
+    assert [bounds(run) for run in owned(blocks, 4)] == [(100, 130), (130, 150), (150, 180), (180, 200)]
+
+
+@pytest.mark.parametrize("size", [1, 1000, PIECE, 10 * PIECE, 10**9])
+@pytest.mark.parametrize("seed", range(8))
+def test_buckets_come_from_the_end_and_are_hardly_longer_than_asked(seed: int, size: int) -> None:
+    blocks = random_blocks(seed)
+    runs = buckets(blocks, size)
+    assert list(itertools.chain(*reversed(runs))) == blocks
+    assert all(run[-1].stop - run[0].start >= size for run in runs[:-1])
+    assert all(run[-1].stop - run[1].start < size for run in runs if len(run) > 1)
+
+
+def test_bucket_of_size_zero_is_everything() -> None:
+    blocks = random_blocks(3)
+    assert buckets(blocks, 0) == [blocks]
+    assert buckets([], 0) == buckets([], 5) == []
+
+
+def test_places_in_a_vector_of_ranges_alone() -> None:
+    ranges = [(100, 110), (40, 47), (0, 3)]
+    found = [place(ranges, *some) for some in [(100, 110), (104, 106), (40, 41), (46, 47), (0, 3)]]
+    assert found == [slice(0, 10), slice(4, 6), slice(10, 11), slice(16, 17), slice(17, 20)]
+    with pytest.raises(ValueError, match="47 to 48"):
+        place(ranges, 47, 48)
 
 
 def test_more_owners_than_blocks_leave_some_with_nothing() -> None:

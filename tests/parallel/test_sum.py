@@ -1,7 +1,9 @@
 """Tests of the gradient sum and the update on any number of ranks, against the same arithmetic done here, serially."""
 
 import math
+import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 from mpiml.nn import optimizers
 from mpiml.nn.parameters import Block, Layout, Parameter, constant
 from mpiml.parallel.allreduce import GradientSum, LibrarySum, OrderedSum
-from mpiml.parallel.memory import PrivateMemory, SharedMemory, bytes_of
+from mpiml.parallel.memory import FencedMemory, PrivateMemory, SharedMemory, bytes_of
 from mpiml.parallel.tree import depth
 from mpiml.parallel.update import Update
 from mpiml.vectors import BLOCK
@@ -67,26 +69,35 @@ def serial_sum(parts: Sequence[Array]) -> Array:
     return tree(parts, 0, 1 << (len(parts) - 1).bit_length())
 
 
-def feed(sum_: GradientSum, parts: Sequence[Array]) -> None:
-    """What a step's backward passes do."""
+def feed(sum_: GradientSum, parts: Sequence[Array], stride: int = 0) -> None:
+    """What a step's backward passes do; the last of them writes `stride` elements at a time, or all at once."""
     for index, m in enumerate(range(*sum_.plan.block)):
-        sum_.slots[sum_.plan.slots[index]][...] = parts[m]
+        slot, last = sum_.slots[sum_.plan.slots[index]], m + 1 == sum_.plan.block[1]
+        if last and sum_.complete and stride:
+            slot[...] = np.nan
+            for start in reversed(range(0, len(slot), stride)):
+                slot[start : start + stride] = parts[m][start : start + stride]
+                sum_.complete(start)
+        else:
+            slot[...] = parts[m]
         sum_.accumulate(index)
     WORLD.Barrier()  # the step record is agreed on before the sum starts
 
 
 def make(
-    kind: type, layout: Layout, microbatches: int, comm: MPI.Intracomm = WORLD, where: str = "private"
-) -> GradientSum:
-    """A sum whose ranks live on one node ("shared"), on nodes of three and fewer ("nodes"), or each by itself."""
-    arguments = (microbatches, layout.size, layout.blocks(), layout.dtype)
+    kind: type, layout: Layout, microbatches: int, comm: MPI.Intracomm = WORLD, where: str = "private", bucket: int = 0
+) -> Any:
+    """A sum whose ranks live on one node ("shared"), on nodes of three and fewer ("nodes"; "fenced": where stores may
+    be reordered), or each by itself."""
+    arguments = (microbatches, layout.size, layout.blocks(), layout.dtype, *([bucket] if bucket else []))
     if where == "private":
         return kind(comm, PrivateMemory(), [1] * comm.size, *arguments)
     at_once = comm.size if where == "shared" else 3
     nodes = [min(at_once, comm.size - first) for first in range(0, comm.size, at_once)]
     local = comm.Split(comm.rank // at_once, comm.rank)
     each = bytes_of(layout.size, layout.dtype)
-    memory = SharedMemory(local, depth(comm.rank, comm.size, microbatches) * each, each)
+    shared = FencedMemory if where == "fenced" else SharedMemory
+    memory = shared(local, depth(comm.rank, comm.size, microbatches) * each, each)
     return kind(comm, memory, nodes, *arguments)
 
 
@@ -104,26 +115,66 @@ def test_these_numbers_tell_orders_apart() -> None:
 def test_ordered_sum_has_the_bits_of_the_tree(size: str, microbatches: int, dtype: str, where: str) -> None:
     layout = layout_of(size, dtype)
     sum_ = make(OrderedSum, layout, microbatches, where=where)
+    assert all(has_the_bits_of_the_tree(sum_, layout, microbatches, step) for step in range(2))
+
+
+def has_the_bits_of_the_tree(sum_: OrderedSum, layout: Layout, microbatches: int, step: int, stride: int = 0) -> bool:
+    """Whether a step, in which nothing may be left of the one before, sums what it should, and all ranks get it."""
     good = []
-    for step in range(2):  # of a step before, nothing may be left
-        parts = [scattered(layout, step, m) for m in range(microbatches)]
-        expected = serial_sum(parts)
-        feed(sum_, parts)
-        sum_.start()
-        for index, piece in enumerate(sum_.pieces):
-            total = sum_.total(index, np.full(piece.stop - piece.start, np.nan, dtype))
-            good.append(total.tobytes() == expected[piece.start : piece.stop].tobytes())
-            sum_.values[piece.start : piece.stop] = total
-        sum_.publish()
-        good.append(sum_.values.tobytes() == expected.tobytes())
+    parts = [scattered(layout, step, m) for m in range(microbatches)]
+    expected = serial_sum(parts)
+    feed(sum_, parts, stride)
+    sum_.start()
+    for index, piece in enumerate(sum_.pieces):
+        total = sum_.total(index, np.full(piece.stop - piece.start, np.nan, layout.dtype))
+        good.append(total.tobytes() == expected[piece.start : piece.stop].tobytes())
+        sum_.values[piece.start : piece.stop] = total
+    sum_.publish()
+    return all(good) and sum_.values.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("where", ["private", "shared", "nodes", "fenced"])
+@pytest.mark.parametrize(
+    ("size", "microbatches", "bucket"), [("tiny", 16, 1), ("small", 24, 1), ("small", 37, 30), ("large", 37, 60_000)]
+)
+def test_buckets_change_no_bit(size: str, microbatches: int, bucket: int, where: str) -> None:
+    """Though ranks write at their own pace, some nothing before the end, and a step between is dropped."""
+    layout = layout_of(size, "float32")
+    sum_ = make(OrderedSum, layout, microbatches, where=where, bucket=bucket)
+    good = []
+    for step in range(4):
+        stride = (0 if (step + WORLD.rank) % 4 == 3 else layout.size // 7 + 11 * WORLD.rank) + 1
+        good.append(has_the_bits_of_the_tree(sum_, layout, microbatches, step, stride))
+        feed(sum_, [scattered(layout, 9)] * microbatches, stride)
+        sum_.drop()
+    sum_.free()
     assert all(good)
 
 
-def test_holders_hold_each_element_once() -> None:
+def test_a_bucket_arrives_before_the_next_is_written() -> None:
     layout = layout_of("large", "float32")
-    for kind in (OrderedSum, LibrarySum):
+    sum_ = make(OrderedSum, layout, WORLD.size, bucket=60_000)
+    if WORLD.size == 1:
+        assert sum_.complete is None  # nothing to send: backward need not tell
+        return
+    first = sum_.exchanges[0]
+    assert 0 < first.start < first.stop
+    sum_.slots[0][first.start :] = 1.0
+    limit = time.monotonic() + 20
+    while not MPI.Prequest.Testall(first.receives) and time.monotonic() < limit:
+        sum_.complete(first.start)
+    in_time = time.monotonic() < limit
+    WORLD.Barrier()
+    sum_.free()  # though the other buckets' receives wait for messages
+    assert in_time
+
+
+@pytest.mark.parametrize("bucket", [0, 60_000])
+def test_holders_hold_each_element_once(bucket: int) -> None:
+    layout = layout_of("large", "float32")
+    for sum_ in (make(OrderedSum, layout, 16, bucket=bucket), make(LibrarySum, layout, 16)):
         held = np.zeros(layout.size, int)
-        for _, start, stop in make(kind, layout, 16).holders:
+        for _, start, stop in sum_.holders:
             held[start:stop] += 1
         assert (held[is_real(layout)] == 1).all()
 
@@ -135,7 +186,7 @@ def test_a_stage_without_parameters() -> None:
         feed(sum_, [layout.zeros()] * 16)
         sum_.start()
         sum_.publish()
-        assert (sum_.pieces, sum_.held, sum_.values.size) == ([], (0, 0), 0)
+        assert (sum_.pieces, sum_.held, sum_.values.size) == ([], [], 0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -180,9 +231,10 @@ class Serial:
 
 @pytest.mark.parametrize("clip", [0.0, 0.01, 1e9])
 @pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "adam", "adamw"])
-def test_update_has_the_bits_of_a_serial_one(name: str, clip: float) -> None:
+@pytest.mark.parametrize("bucket", [0, 30])
+def test_update_has_the_bits_of_a_serial_one(name: str, clip: float, bucket: int) -> None:
     layout, microbatches, weight = layout_of("small", "float32"), 37, 101.0
-    sum_ = make(OrderedSum, layout, microbatches)
+    sum_ = make(OrderedSum, layout, microbatches, bucket=bucket)
     optimizer = optimizers.build(name, 0.9, 0.1)
     update = Update(WORLD, WORLD.rank, sum_, optimizer, clip)
     serial = Serial(optimizer, layout.blocks(), scattered(layout, 99), clip)
@@ -195,8 +247,9 @@ def test_update_has_the_bits_of_a_serial_one(name: str, clip: float) -> None:
         norm = update.step(0.1, weight, step, measure)
         good.append(norm == (expected if measure or clip else None))
         good.append(sum_.values.tobytes() == serial.values.tobytes())
-        held = slice(*sum_.held)
-        good += [state.tobytes() == serial.states[key][held].tobytes() for key, state in update.states.items()]
+        for key, state in update.states.items():
+            held = [serial.states[key][start:stop].tobytes() for start, stop in sum_.held]
+            good.append(state.tobytes() == b"".join(held))
     assert all(good)
 
 
@@ -253,11 +306,14 @@ def test_values_that_are_not_finite_are_noticed() -> None:
     assert all(good)
 
 
-def test_a_batch_of_weight_zero_changes_nothing() -> None:
+@pytest.mark.parametrize("bucket", [0, 30])
+def test_a_batch_of_weight_zero_changes_nothing(bucket: int) -> None:
     layout = layout_of("small", "float32")
-    sum_ = make(OrderedSum, layout, 16)
+    sum_ = make(OrderedSum, layout, 16, bucket=bucket)
     update = Update(WORLD, WORLD.rank, sum_, optimizers.build("sgd", 0.0, 0.0), 0.0)
     sum_.values[...] = before = scattered(layout, 1)
-    feed(sum_, [layout.zeros()] * 16)
+    feed(sum_, [layout.zeros()] * 16, 20)
     assert update.step(0.1, 0.0, 1, True) == 0.0
     assert sum_.values.tobytes() == before.tobytes()
+    sum_.values.fill(0)
+    assert has_the_bits_of_the_tree(sum_, layout, 16, 2, 20)
