@@ -35,11 +35,12 @@ def shell(text: str, cwd: Path) -> None:
 
 
 def test_commands(tmp_path: Path) -> None:
-    python = "\n".join(blocks("python"))
-    (tmp_path / "page.py").write_text(python)
+    for block in blocks("python"):
+        named = re.match(r"# (\w+\.py)\n", block)
+        (tmp_path / (named[1] if named else "page.py")).write_text(block)
     shell("python page.py", tmp_path)
     commands = [block for block in blocks("sh") if "mpiml" in block]
-    assert len(commands) == 3
+    assert len(commands) == 5
     for block in commands:
         shell(block, tmp_path)
 
