@@ -156,7 +156,7 @@ class Config:
     bucket: float = setting(
         0.0,
         GROUPS[1],
-        "megabytes of gradients that are sent to other nodes as soon as backward has them; 0: all when it is done",
+        "megabytes of gradients that go to other nodes while backward still runs: 4, say, on a slow network; 0: off",
         low=0,
         on_resume=True,
         metavar="MB",

@@ -100,8 +100,10 @@ def test_stall_timeout_0_watches_nothing(tmp_path: Path) -> None:
         trouble(tmp_path, 1, "forward", "sleep", "--stall-timeout 0", limit=8)
 
 
-def test_loss_that_is_not_finite_stops_in_that_step(train: Any) -> None:
-    job = train(4, "--optimizer sgd --lr 1e30 --steps 50 --save-every 1 --pipe 2")
+@pytest.mark.parametrize(("flags", "nodes"), [("--pipe 2", ""), ("--bucket 0.001", "2,2")])
+def test_loss_that_is_not_finite_stops_in_that_step(train: Any, flags: str, nodes: str) -> None:
+    """Even if the sum has begun."""
+    job = train(4, f"--optimizer sgd --lr 1e30 --steps 50 --save-every 1 {flags}", MPIML_NODES=nodes)
     assert job.code == 70
     assert "not finite" in job.result["reason"]
     assert job.err.count("\n") == 1

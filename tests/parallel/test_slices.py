@@ -60,7 +60,7 @@ def test_buckets_come_from_the_end_and_are_hardly_longer_than_asked(seed: int, s
     assert all(run[-1].stop - run[1].start < size for run in runs if len(run) > 1)
 
 
-def test_bucket_of_just_the_size_and_of_size_zero_which_is_everything() -> None:
+def test_a_bucket_ends_as_soon_as_it_is_long_enough_and_without_a_size_never() -> None:
     blocks = [Block(10 * i, 10 * i + 10, True) for i in range(5)]
     assert [bounds(run) for run in buckets(blocks, 20)] == [(30, 50), (10, 30), (0, 10)]
     assert buckets(blocks, 0) == [blocks]
