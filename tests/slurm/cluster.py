@@ -69,14 +69,14 @@ def install() -> None:
     """Install SLURM where that can be done: by apt-get, as root."""
     if not (missing() and os.geteuid() == 0 and shutil.which("apt-get")):
         return
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": 300, "check": False}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": 300}
     command = (
         "apt-get install -y --no-install-recommends -o DPkg::Lock::Timeout=200 slurm-wlm munge util-linux shellcheck"
     )
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    if subprocess.run(command.split(), env=environment, **quiet).returncode:
-        subprocess.run(["apt-get", "update"], **quiet)
-        subprocess.run(command.split(), env=environment, **quiet)
+    if subprocess.run(command.split(), check=False, env=environment, **quiet).returncode:
+        subprocess.run(["apt-get", "update"], check=False, **quiet)
+        subprocess.run(command.split(), check=False, env=environment, **quiet)
 
 
 def free_ports(count: int) -> int:
