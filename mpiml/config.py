@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import mpiml
 from mpiml.errors import ConfigError
 from mpiml.imports import is_name
+from mpiml.run import deadline
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 GROUPS = ("data and model", "grid", "steps and batches", "optimizer", "arithmetic", "evaluation and output")
 
 
-OF_THE_JOB = ("out", "resume", "quiet")  # belong to one job and not to the run that it is part of
+OF_THE_JOB = ("out", "resume", "quiet", "time_limit")  # belong to one job and not to the run that it is part of
 
 
 def setting(
@@ -177,6 +178,13 @@ class Config:
     stall_timeout: float = setting(
         600.0, GROUPS[5], "seconds without progress of a rank that end the job; 0: off", low=0, on_resume=True
     )
+    time_limit: str | None = setting(
+        None,
+        GROUPS[5],
+        "save and stop before this is over: minutes, h:mm:ss or d-hh:mm:ss, as for SLURM, whose own limit counts too",
+        on_resume=True,
+        metavar="TIME",
+    )
     quiet: bool = setting(False, GROUPS[5], "print nothing but errors", on_resume=True)
 
     given: frozenset[str] | None = dataclasses.field(default=None, repr=False, compare=False)
@@ -192,6 +200,11 @@ class Config:
         if self.given is None:
             changed = frozenset(f.name for f in settings() if getattr(self, f.name) != f.default)
             object.__setattr__(self, "given", changed)
+        if self.time_limit:
+            try:
+                deadline.seconds(self.time_limit)
+            except ValueError as error:
+                raise ConfigError(f"--time-limit {self.time_limit}: {error}") from None
         if self.epochs and self.steps and {"epochs", "steps"} <= (self.given or frozenset()):
             raise ConfigError(f"--epochs {self.epochs} --steps {self.steps}: give one of the two")
         if self.shuffle == "blocks" and self.shards == "strided":

@@ -204,8 +204,9 @@ def _check_same_run(cfg: Config, saved: Config) -> None:
             raise OutputError(f"the newest checkpoint is of another run: {flag(field.name)} {theirs}, here {mine}")
 
 
-def save(run: Run, step: int, directory: Path) -> None:
-    """Write a checkpoint; collective."""
+def save(run: Run, step: int, directory: Path) -> float:
+    """Write a checkpoint; collective. Returns the seconds that it took."""
+    began = time.monotonic()
     with run.clock.booked("checkpoint"):
         run.clock("joining")
         stages = run.state.collect()
@@ -218,6 +219,12 @@ def save(run: Run, step: int, directory: Path) -> None:
             checkpoint.save(directory, Checkpoint(step, run.config.to_toml(), arrays), run.config.keep)
 
         on_rank_0(run.grid.comm, run.clock, write)
+    return time.monotonic() - began
+
+
+def size(run: Run) -> int:
+    """The bytes of a checkpoint."""
+    return sum(layout.size * layout.dtype.itemsize for layout in run.layouts) * len(run.state.mine)
 
 
 def digest(run: Run) -> str:

@@ -19,6 +19,9 @@ if __name__ == "__main__":
 
         with contextlib.suppress(ConfigError):  # is found again, and told, when MPI is up
             parse(sys.argv[1:])
+    from mpiml.run.process import StopRequest
+
+    StopRequest().__enter__()  # a signal that comes before MPI is up must not kill; train() takes it over
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,8 +41,9 @@ from mpiml.errors import SAVED, NotFiniteError
 from mpiml.parallel import grid as grids
 from mpiml.parallel.record import Record, agree
 from mpiml.run import log
+from mpiml.run.deadline import Deadline
 from mpiml.run.failure import Guard, exit_code
-from mpiml.run.process import StopRequest, prepare_process
+from mpiml.run.process import StopRequest, ignore_signals, prepare_process
 from mpiml.run.verdict import on_rank_0, together
 from mpiml.run.watch import Watch
 from mpiml.waiting import broadcast
@@ -84,7 +88,8 @@ def _train(
     first = broadcast(comm, asked)
     together(comm, clock, lambda: restart.check_settings(asked, first))
     cfg = on_rank_0(comm, clock, lambda: restart.settings(asked))
-    with Watch(comm.Dup(), clock, cfg.stall_timeout, guard.fail), StopRequest() as stop:
+    stop = StopRequest(Deadline(cfg.time_limit, os.environ))
+    with Watch(comm.Dup(), clock, cfg.stall_timeout, guard.fail), stop:
         together(comm, clock, lambda: grids.check(comm.size, cfg.pipe))
         prepare_process(cfg.threads)
         if done := on_rank_0(comm, clock, lambda: restart.finished(cfg)):
@@ -119,6 +124,10 @@ def _loop(run: Run, start: int, checkpoints: Path, logger: log.Log, stop: StopRe
     cfg, comm, clock = run.config, run.grid.comm, run.clock
     assert cfg.microbatches, "settings are resolved before a run is assembled"
     outcome: dict[str, Any] = {"status": "done", "exit_code": 0, "step": start}
+    stop.deadline.expect(restart.size(run))
+    if start < run.steps and agree(comm, run.record(0), stop=stop.now()).stop:  # all that there is is saved
+        outcome |= {"status": "stopped", "exit_code": SAVED, "reason": stop.reason()}
+        return outcome | {"weights_sha256": restart.digest(run)}
     for step in range(start + 1, run.steps + 1):
         began = perf_counter()
         clock.step = step
@@ -127,7 +136,7 @@ def _loop(run: Run, start: int, checkpoints: Path, logger: log.Log, stop: StopRe
         table = run.record(cfg.microbatches)
         run.stage.train(step, run.ahead.batches(step), table, measured=log_due)
         clock("communication")
-        record = run.agree(table, not run.update.finite, stop.asked)
+        record = run.agree(table, not run.update.finite, stop.now())
         _refuse_not_finite(run, step, record)
         eval_due = _due(step, cfg.eval_every, last)
         save_due = _due(step, cfg.save_every, last) or record.stop
@@ -147,9 +156,9 @@ def _loop(run: Run, start: int, checkpoints: Path, logger: log.Log, stop: StopRe
         if eval_due:
             outcome |= evaluate(run, step, epoch, logger)
         if save_due:
-            restart.save(run, step, checkpoints)
+            stop.deadline.saved(restart.save(run, step, checkpoints))
         if record.stop and not last:
-            outcome |= {"status": "stopped", "exit_code": SAVED, "reason": "asked to stop by a signal"}
+            outcome |= {"status": "stopped", "exit_code": SAVED, "reason": stop.reason()}
             break
     return outcome | {"weights_sha256": restart.digest(run)}
 
@@ -220,4 +229,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    ignore_signals()
+    sys.exit(code)

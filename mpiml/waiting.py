@@ -26,11 +26,16 @@ def share_cores(threads: int, cores: int) -> None:
 
 
 def until(done: Callable[[], bool]) -> None:
-    """Return when `done()` is true. Asks at once, then yields the core at every try, then sleeps between tries."""
+    """Return when `done()` is true. Asks at once, then yields the core at every try, then sleeps between tries.
+
+    Before it sleeps it drives the MPI library: between nodes, what this rank has sent may still be on its way, and
+    whoever is to make `done()` true may wait for it.
+    """
     tries = 0
     while not done():
         tries += 1
         if tries > _yields:
+            MPI.COMM_SELF.Iprobe()
             time.sleep(NAP)
         else:
             os.sched_yield()

@@ -17,6 +17,7 @@ from mpiml.clock import SHARES, Clock
 from mpiml.run.directory import named_errors, write_atomically
 from mpiml.run.terminal import width
 from mpiml.run.verdict import on_rank_0
+from mpiml.waiting import wait
 
 CONSOLE_PAUSE = 5.0  # seconds between lines where nobody sits at a terminal
 WARM_UP = 10  # steps that the speed leaves out
@@ -71,8 +72,7 @@ class Log:
         mine = np.concatenate([seconds, [sum(recent)]])
         low, high = np.empty_like(mine), np.empty_like(mine)
         self.clock("joining")
-        self.comm.Allreduce(mine, low, MPI.MIN)
-        self.comm.Allreduce(mine, high, MPI.MAX)
+        wait([self.comm.Iallreduce(mine, low, MPI.MIN), self.comm.Iallreduce(mine, high, MPI.MAX)])
         speed = len(recent) * self.rows / high[-1] if high[-1] else 0.0
         times = {name: {"min": round(a, 6), "max": round(b, 6)} for name, a, b in zip(SHARES, low, high, strict=False)}
         self._write(
@@ -102,7 +102,7 @@ class Log:
         if not self.step_seconds:
             return None
         slowest = np.array(self.step_seconds)
-        self.comm.Allreduce(MPI.IN_PLACE, slowest, MPI.MAX)
+        wait([self.comm.Iallreduce(MPI.IN_PLACE, slowest, MPI.MAX)])
         timed = np.sort(slowest[WARM_UP:] if len(slowest) > WARM_UP else slowest)
         middle = timed[(len(timed) - 1) // 2 : len(timed) // 2 + 1]  # np.median would import half of NumPy for this
         return round(self.rows / float(middle.mean()), 1)
@@ -111,7 +111,7 @@ class Log:
         """The mean over ranks of each share of the time of all steps."""
         mine = np.array(self.clock.shares())
         total = np.empty_like(mine)
-        self.comm.Allreduce(mine, total)
+        wait([self.comm.Iallreduce(mine, total)])
         return dict(zip(SHARES, (total / max(total.sum(), 1e-9)).tolist(), strict=True))
 
     def _write(self, entry: dict[str, Any]) -> None:

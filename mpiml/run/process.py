@@ -8,8 +8,11 @@ import threading
 import time
 from typing import Any
 
+from mpiml.run.deadline import Deadline
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+SOON = 1.0  # seconds by which ranks' clocks may differ
 DOUBLE = 1.0  # seconds within which two Ctrl-C are one
 KEEP = 1 << 30  # bytes up to which freed memory stays with the process
 
@@ -27,22 +30,42 @@ def prepare_process(threads: int) -> None:
     mallopt(M_TRIM_THRESHOLD, KEEP)
 
 
+def ignore_signals() -> None:
+    """Let none of the signals end a process that has nothing left to stop: Python gives up its handlers before it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class StopRequest:
-    """Whether SIGUSR1, SIGTERM or Ctrl-C has asked this process, in a block, to save and stop.
+    """Whether SIGUSR1, SIGTERM or Ctrl-C has asked this process, in a block, to save and stop, or its time is up.
 
     Twice is as good as once, but for Ctrl-C: a second one, after a while, interrupts at once. After a while because
-    one keystroke may come twice, from the terminal and from the launcher.
+    one keystroke may come twice, from the terminal and from the launcher. A block inside another's takes over what
+    that one was asked.
     """
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, deadline: Deadline | None = None) -> None:
+        self.deadline = deadline or Deadline()
+        self.asked = False  # by a signal
         self._asked_at = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+            outer = getattr(self._before[signal.SIGTERM], "__self__", None)
+            self.asked = self.asked or (isinstance(outer, StopRequest) and outer.asked)
         return self
+
+    def now(self) -> bool:
+        """Whether to stop after the step that is under way. Is asked once in each step."""
+        late = self.deadline.near()
+        return self.asked or late
+
+    def reason(self) -> str:
+        """Why the ranks have agreed to stop, as far as this one knows."""
+        late = self.deadline.passed(SOON)
+        return "time is nearly up" if late and not self.asked else "asked to stop by a signal"
 
     def _ask(self, number: int, frame: object) -> None:
         if number == signal.SIGINT and self.asked and time.monotonic() - self._asked_at > DOUBLE:

@@ -158,6 +158,57 @@ def test_signal_saves_and_stops(train: Any, tmp_path: Path, number: signal.Signa
     assert resumed.result["weights_sha256"] == uninterrupted.result["weights_sha256"]
 
 
+TROUBLE = [str(Path(__file__).with_name("trouble.py")), "1"]
+SIXTEEN = "--steps 16 --microbatches 4 --save-every 6"
+
+
+@pytest.mark.parametrize(("phase", "step"), [("start", 0), ("save", 7), ("end", 16)])
+def test_signal_in_the_start_in_a_save_or_at_the_end(tmp_path: Path, phase: str, step: int) -> None:
+    """It may come again and again; the run that goes on ends as one that nobody asked to stop."""
+    out = ["--out", str(tmp_path / "run"), *SIXTEEN.split()]
+    done = launch(2, *TROUBLE, phase, "term", *out)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    status, code = ("stopped", 75) if step < 16 else ("done", 0)
+    assert (done.returncode, result["status"], result["exit_code"], result["step"]) == (code, status, code, step)
+    resumed = launch(2, *TROUBLE, "never", "term", *out, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    whole = launch(1, *TROUBLE, "never", "term", "--out", str(tmp_path / "whole"), *SIXTEEN.split())
+    assert whole.returncode == 0, whole.stderr
+    ends = [json.loads((tmp_path / name / "result.json").read_text())["weights_sha256"] for name in ("run", "whole")]
+    assert ends[0] == ends[1]
+
+
+def test_signal_before_mpi_is_up_stops_too(tmp_path: Path) -> None:
+    """Sent at once and again until the end: whatever is loading at the time, none of them kills."""
+    command = [sys.executable, "-m", "mpiml.train", "--out", str(tmp_path / "run"), "--steps", "5000"]
+    job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    handled = 1 << (signal.SIGUSR1 - 1)
+    status = Path(f"/proc/{job.pid}/status")
+    wait_until(lambda: int(status.read_text().split("SigCgt:")[1].split()[0], 16) & handled)
+    mapped = Path(f"/proc/{job.pid}/maps").read_text()
+    while job.poll() is None:
+        job.send_signal(signal.SIGUSR1)
+        time.sleep(0.02)
+    assert "libmpi" not in mapped
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (job.returncode, result["status"], result["step"]) == (75, "stopped", 0)
+
+
+@pytest.mark.parametrize("limit", ["flag", "slurm"])
+def test_time_limit_saves_and_stops_in_time(train: Any, tmp_path: Path, limit: str) -> None:
+    flags = "--steps 100000 --microbatches 4 --hidden 32 --save-every 0"
+    environment = {"SLURM_JOB_END_TIME": str(int(time.time()) + 8)} if limit == "slurm" else {}
+    began = time.monotonic()
+    job = train(2, flags + (" --time-limit 0:05" if limit == "flag" else ""), **environment)
+    assert time.monotonic() - began < 10 if limit == "flag" else 8
+    assert (job.code, job.result["status"], job.result["reason"]) == (75, "stopped", "time is nearly up"), job.err
+    step = job.result["step"]
+    assert step > 10
+    assert "time-limit" not in (job.run / "config.toml").read_text()
+    whole = train(1, f"{flags} --steps {step}", out="whole")
+    assert job.result["weights_sha256"] == whole.result["weights_sha256"]
+
+
 def wait_until(condition: Any, limit: float = 30) -> None:
     deadline = time.monotonic() + limit
     while not condition():

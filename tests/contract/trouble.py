@@ -17,6 +17,7 @@ from mpiml.data.dataset import Dataset, Split, open_dataset
 from mpiml.data.sources import Source
 from mpiml.nn.layers import At, Layer
 from mpiml.nn.models import mlp
+from mpiml.parallel.state import State
 from mpiml.run.failure import exit_code
 from mpiml.train import train
 
@@ -67,6 +68,7 @@ KINDS: dict[str, Any] = {
     "os-exit0": lambda: os._exit(0),
     "os-exit3": lambda: os._exit(3),
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
     "segv": lambda: os.kill(os.getpid(), signal.SIGSEGV),
     "stop": stop,
     "sleep": lambda: time.sleep(300),
@@ -132,7 +134,13 @@ def at_end(run: Any, path: Any, outcome: Any) -> Any:
     return finish(run, path, outcome)
 
 
+def in_save(*arguments: Any) -> Any:
+    trouble("save")
+    return collect(*arguments)
+
+
 finish, restart.finish = restart.finish, at_end
+collect, State.collect = State.collect, in_save  # type: ignore[method-assign]
 digits = open_dataset("digits")
 data = Dataset(Split(TroubledSource(digits.train.x), TroubledSource(digits.train.y)), digits.test, "digits")
 try:

@@ -1,0 +1,53 @@
+# shellcheck shell=bash
+# What differs from site to site, and what all scripts here share; they read this file. README.md explains it.
+
+# module load python mpich                      # the site's own MPI and Python, if you use them
+PYTHON=${PYTHON:-.venv/mpich/bin/python}
+PROGRAM=${PROGRAM:--m mpiml.train}              # or a program of yours that calls mpiml.train.train
+LAUNCH=${LAUNCH:-srun --mpi=pmi2 --cpu-bind=cores}   # this is the line to change for mpirun:
+# LAUNCH=${LAUNCH:-mpirun -n $SLURM_NTASKS}
+
+# The run directory: the same when SLURM starts a job again, another for each task of an array.
+OUT=${OUT:-runs/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}
+
+# Threads that BLAS may start; how many it uses is the setting --threads, for the results depend on it.
+export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
+export OPENBLAS_NUM_THREADS=$OMP_NUM_THREADS MKL_NUM_THREADS=$OMP_NUM_THREADS
+
+# srun does not take over the job's --cpus-per-task. Not for mpirun: it starts one process per node by srun, and
+# all ranks of the node would have to live on that one's cores.
+[[ $LAUNCH != srun* ]] || export SRUN_CPUS_PER_TASK=$OMP_NUM_THREADS
+
+# A run ends itself in time if it knows the job's end. Older versions of SLURM do not tell it.
+if [[ -z ${SLURM_JOB_END_TIME:-} ]] && end=$(squeue --noheader --job "$SLURM_JOB_ID" --format %e); then
+    SLURM_JOB_END_TIME=$(date --date "$end" +%s) && export SLURM_JOB_END_TIME
+fi
+
+# train FLAGS: start the run, or go on with it. Call it in a subshell, which becomes the launcher: a signal to it
+# is one to the launcher, and both srun and mpirun pass SIGUSR1 on to the ranks.
+train() {
+    # shellcheck disable=SC2086  # the launcher and the program are several words each
+    exec $LAUNCH "$PYTHON" $PROGRAM --resume --out "$OUT" ${SLURM_ARRAY_TASK_ID:+--seed "$SLURM_ARRAY_TASK_ID"} "$@"
+}
+
+# verdict: what became of the run: done, saved (stopped, and further than before), or failed. It is taken from
+# result.json and the checkpoints: launchers may lose exit codes, and one that cannot start leaves an old result.
+verdict() {
+    case $(result status) in
+        'done') echo 'done' ;;
+        stopped) if [[ $(newest) != "$BEFORE" ]]; then echo saved; else echo failed; fi ;;
+        *) echo failed ;;
+    esac
+}
+
+# result KEY: what result.json says; nothing if there is none.
+result() {
+    "$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]])' "$OUT/result.json" "$1" 2>/dev/null
+}
+
+# newest: the newest checkpoint.
+newest() {
+    local files=("$OUT"/checkpoints/step-*)
+    echo "${files[-1]}"
+}
+BEFORE=$(newest)

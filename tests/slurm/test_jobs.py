@@ -1,0 +1,151 @@
+"""The scripts of jobs/ on a real SLURM: whatever interrupts a run, it ends with the weights of one that never stopped.
+
+Most of the time jobs wait: for SLURM, or in steps that sleep. So all scenarios run at once, and each has a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.conftest import launch
+from tests.slurm.conftest import Cluster, wait_until
+
+pytestmark = pytest.mark.slurm
+
+STEPS = 60
+FLAGS = f"--steps {STEPS} --microbatches 16 --hidden 24 --save-every 5 --log-every 5"
+TWO = "--nodes=1 --ntasks-per-node=2"
+SLOW = {"PROGRAM": "-m tests.slurm.slow", "PACE": "0.15"}
+SCENARIOS: list[Callable[[Cluster], Ended]] = []
+
+
+@dataclass
+class Ended:
+    """What is left of a job: what SLURM says of it, its result.json, and what it printed."""
+
+    job: dict[str, str]
+    result: dict[str, Any]
+    log: str
+
+    @property
+    def restarts(self) -> int:
+        return int(self.job["Restarts"])
+
+
+def scenario(function: Callable[[Cluster], Ended]) -> Callable[[Cluster], Ended]:
+    SCENARIOS.append(function)
+    return function
+
+
+def submit(cluster: Cluster, out: str, flags: str = "", script: str = "train_resume.sbatch", **environment: str) -> str:
+    return cluster.submit(f"{TWO} {flags}", script, FLAGS, out, **(SLOW | environment))
+
+
+def ended(cluster: Cluster, job: str, out: str) -> Ended:
+    return Ended(cluster.wait(job), cluster.result(out), cluster.log(out))
+
+
+def wait_for_checkpoint(cluster: Cluster, job: str, out: str) -> None:
+    wait_until(lambda: cluster.checkpoints(out) or cluster.has_ended(job), f"a checkpoint of {out}")
+    assert cluster.checkpoints(out), cluster.log(out)
+
+
+@scenario
+def signalled(cluster: Cluster) -> Ended:
+    job = submit(cluster, "signalled", "--nodes=2 --ntasks-per-node=1")
+    wait_for_checkpoint(cluster, job, "signalled")
+    cluster.call("scancel", "--batch", "--signal=USR1", job)
+    return ended(cluster, job, "signalled")
+
+
+@scenario
+def signalled_under_mpirun(cluster: Cluster) -> Ended:
+    job = submit(cluster, "under-mpirun", LAUNCH="mpirun -n 2")
+    wait_for_checkpoint(cluster, job, "under-mpirun")
+    cluster.call("scancel", "--batch", "--signal=USR1", job)
+    return ended(cluster, job, "under-mpirun")
+
+
+@scenario
+def preempted(cluster: Cluster) -> Ended:
+    job = submit(cluster, "preempted", "--partition=low --exclusive")
+    wait_for_checkpoint(cluster, job, "preempted")
+    urgent = submit(cluster, "urgent", "--partition=urgent --exclusive", "train.sbatch", PACE="0")
+    assert cluster.wait(urgent)["JobState"] == "COMPLETED"
+    return ended(cluster, job, "preempted")
+
+
+@scenario
+def node_down(cluster: Cluster) -> Ended:
+    job = submit(cluster, "node-down", "--partition=odd")
+    wait_for_checkpoint(cluster, job, "node-down")
+    node = cluster.show(job)["NodeList"]
+    cluster.call("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    return ended(cluster, job, "node-down")
+
+
+@pytest.fixture(scope="module")
+def scenarios(cluster: Cluster) -> Iterator[dict[str, Future[Ended]]]:
+    with ThreadPoolExecutor(len(SCENARIOS)) as pool:
+        yield {function.__name__: pool.submit(function, cluster) for function in SCENARIOS}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cluster: Cluster) -> str:
+    """The digest of the weights of the run that all others are compared to, on one rank and without SLURM."""
+    done = launch(0, "-m", "mpiml.train", "--out", str(cluster.path / "uninterrupted"), *FLAGS.split())
+    assert done.returncode == 0, done.stderr
+    return str(cluster.result("uninterrupted")["weights_sha256"])
+
+
+@pytest.fixture
+def end(request: pytest.FixtureRequest, scenarios: dict[str, Future[Ended]]) -> Ended:
+    """How the scenario ended that the test is named for."""
+    return scenarios[request.function.__name__.removeprefix("test_")].result()
+
+
+def assert_same_end(end: Ended, digest: str) -> None:
+    assert end.job["JobState"] == "COMPLETED", f"{end.job}\n{end.log}"
+    assert (end.result["status"], end.result["step"], end.result["weights_sha256"]) == ("done", STEPS, digest), end.log
+
+
+def test_signalled(end: Ended, uninterrupted: str) -> None:
+    assert_same_end(end, uninterrupted)
+    assert end.restarts == 1
+    assert "asked to stop by a signal" in end.log
+
+
+def test_signalled_under_mpirun(end: Ended, uninterrupted: str) -> None:
+    assert_same_end(end, uninterrupted)
+    assert end.restarts == 1
+    assert "asked to stop by a signal" in end.log
+
+
+def test_preempted(end: Ended, uninterrupted: str) -> None:
+    assert_same_end(end, uninterrupted)
+    assert end.restarts == 1
+    assert "asked to stop by a signal" in end.log
+
+
+def test_node_down(end: Ended, uninterrupted: str) -> None:
+    assert_same_end(end, uninterrupted)
+    assert end.restarts == 1
+    assert "going on after step" in end.log
+
+
+@pytest.mark.parametrize("launcher", ["srun --mpi=pmi2 --cpu-bind=cores", "mpirun -n 16"])
+def test_four_nodes_sixteen_ranks(cluster: Cluster, uninterrupted: str, launcher: str) -> None:
+    out = f"sixteen-{launcher.split()[0]}"
+    job = cluster.submit("", "train.sbatch", f"{FLAGS} --pipe 2", out, LAUNCH=launcher)
+    end = ended(cluster, job, out)
+    assert_same_end(end, uninterrupted)
+    assert end.result["ranks"] == 16
+
+
+def test_every_scenario_has_its_test() -> None:
+    assert {function.__name__ for function in SCENARIOS} <= {name.removeprefix("test_") for name in globals()}
