@@ -166,8 +166,9 @@ class OrderedSum:
 
     def free(self) -> None:
         self.drop()
-        for request in (*self._sends, *self._receives, *self._gives, *self._takes):
-            request.Free()
+        for requests in (self._sends, self._receives, self._gives, self._takes):
+            while requests:
+                requests.pop().Free()
 
     def _begin(self) -> None:
         """Be ready for what others send before they do."""

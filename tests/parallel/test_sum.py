@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,15 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
     "large": [(300, 500), (500,), (BLOCK + 1, 3), (3,)],
 }
 MICROBATCHES = [16, 24, 37]
+MADE: list[GradientSum] = []
+
+
+@pytest.fixture(autouse=True)
+def _free_sums() -> Iterator[None]:
+    """Sums hold requests of the MPI library, which complains of those that are left at the end."""
+    yield
+    while MADE:
+        MADE.pop().free()
 
 
 def layout_of(name: str, dtype: str) -> Layout:
@@ -91,14 +100,16 @@ def make(
     be reordered), or each by itself."""
     arguments = (microbatches, layout.size, layout.blocks(), layout.dtype, *([bucket] if bucket else []))
     if where == "private":
-        return kind(comm, PrivateMemory(), [1] * comm.size, *arguments)
+        MADE.append(kind(comm, PrivateMemory(), [1] * comm.size, *arguments))
+        return MADE[-1]
     at_once = comm.size if where == "shared" else 3
     nodes = [min(at_once, comm.size - first) for first in range(0, comm.size, at_once)]
     local = comm.Split(comm.rank // at_once, comm.rank)
     each = bytes_of(layout.size, layout.dtype)
     shared = FencedMemory if where == "fenced" else SharedMemory
     memory = shared(local, depth(comm.rank, comm.size, microbatches) * each, each)
-    return kind(comm, memory, nodes, *arguments)
+    MADE.append(kind(comm, memory, nodes, *arguments))
+    return MADE[-1]
 
 
 def test_these_numbers_tell_orders_apart() -> None:
