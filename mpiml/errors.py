@@ -8,6 +8,7 @@ class RunError(Exception):
         exit_code: what the process returns.
         rank: whose fault it is, where one rank is to blame.
         everywhere: whether every rank raises this error now, so that none is left waiting.
+        silent: whether another process tells of it: one that is not of this job, but was to be.
     """
 
     exit_code = 70
@@ -16,6 +17,7 @@ class RunError(Exception):
         super().__init__(message)
         self.rank: int | None = None
         self.everywhere = False
+        self.silent = False
 
 
 class DataError(RunError, ValueError):

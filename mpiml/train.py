@@ -40,7 +40,7 @@ from mpiml.data.dataset import Dataset
 from mpiml.errors import SAVED, NotFiniteError
 from mpiml.parallel import grid as grids
 from mpiml.parallel.record import Record, agree
-from mpiml.run import log
+from mpiml.run import launch, log
 from mpiml.run.deadline import Deadline
 from mpiml.run.failure import Guard, exit_code
 from mpiml.run.process import StopRequest, ignore_signals, prepare_process
@@ -84,6 +84,8 @@ def _train(
     asked: Config, comm: MPI.Intracomm, model: Model | None, data: Dataset | None, clock: Clock, guard: Guard
 ) -> dict[str, Any]:
     began = perf_counter()
+    launch.check_size(MPI.COMM_WORLD.size)
+    launch.check_alike(comm, clock, launch.software())
     clock("joining")
     first = broadcast(comm, asked)
     together(comm, clock, lambda: restart.check_settings(asked, first))

@@ -23,6 +23,7 @@ def of_rank(threads: int) -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": threads,
+        "blas": blas(),
         "pid": os.getpid(),
     }
 
@@ -54,9 +55,10 @@ def data(run: Path) -> list[list[str]] | None:
 def warnings(ranks: list[dict[str, Any]]) -> list[str]:
     """What in the environment may surprise."""
     found = []
-    models = sorted({rank["cpu"] for rank in ranks})
-    if len(models) > 1:
-        found.append(f"ranks run on different processors ({'; '.join(models)}): bits may differ from another run's")
+    for key, what in (("cpu", "processors"), ("blas", "BLAS libraries or kernels")):
+        kinds = sorted({rank[key] for rank in ranks})
+        if len(kinds) > 1:
+            found.append(f"ranks run on different {what} ({'; '.join(kinds)}): bits may differ from another run's")
     return found
 
 

@@ -50,7 +50,7 @@ class Guard:
         if error is None:
             return
         if isinstance(error, RunError) and error.everywhere:
-            if self.comm.rank == 0:
+            if self.comm.rank == 0 and not error.silent:
                 self._report(error)
         elif self.comm.size == 1:
             self._report(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,39 @@ def test_ranks_with_different_settings_are_refused(tmp_path: Path, first: str, s
     assert word in job.stderr
     assert job.stderr.count("mpiml.train:") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_ranks_with_another_version_are_refused(tmp_path: Path) -> None:
+    (launcher, *_) = mpirun(1)
+    flags = ["--out", str(tmp_path / "run"), "--steps", "3"]
+    other = "import sys, mpiml; mpiml.__version__ = '0'; from mpiml.train import main; sys.exit(main())"
+    command = [launcher, "-n", "1", sys.executable, "-m", "mpiml.train", *flags, ":"]
+    command += ["-n", "1", sys.executable, "-c", other, *flags]
+    began = time.monotonic()
+    job = subprocess.run(command, check=False, capture_output=True, text=True, timeout=LIMIT)
+    assert time.monotonic() - began < 5
+    assert job.returncode == 78
+    assert "ranks differ in mpiml: 0 (rank 1 on" in job.stderr
+    assert job.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("ranks", [0, 1])
+def test_a_process_alone_is_a_job(train: Any, ranks: int) -> None:
+    assert train(ranks, "--steps 1").code == 0
+
+
+def test_processes_that_another_launcher_means_to_be_one_job_are_refused(tmp_path: Path) -> None:
+    began = time.monotonic()
+    job = launch(0, "-m", "mpiml.train", "--out", str(tmp_path / "run"), SLURM_STEP_NUM_TASKS="4", SLURM_PROCID="0")
+    assert time.monotonic() - began < 5
+    assert job.returncode == 78
+    assert "4 processes were started, but" in job.stderr
+    assert "srun --mpi=pmi2" in job.stderr
+    assert job.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    other = launch(0, "-m", "mpiml.train", "--out", str(tmp_path / "run"), SLURM_STEP_NUM_TASKS="4", SLURM_PROCID="1")
+    assert (other.returncode, other.stderr) == (78, "")
 
 
 def test_init_takes_the_weights_and_starts_at_step_0(train: Any) -> None:

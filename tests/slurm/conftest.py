@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -63,6 +65,18 @@ class Cluster:
         """What SLURM says of a job when it has ended."""
         wait_until(lambda: self.has_ended(job), f"job {job} to end")
         return self.show(job)
+
+    def fail(self, node: str) -> None:
+        """Kill all that runs on a node, and set it down, as SLURM does when a node is silent for long enough.
+
+        What was killed is told by the node's mounts; a SLURM without them is only told that the node is down.
+        """
+        mounts = os.readlink(f"/proc/{(self.path / f'slurmd-{node}.pid').read_text().strip()}/ns/mnt")
+        for process in Path("/proc").glob("[0-9]*") if mounts != os.readlink("/proc/self/ns/mnt") else ():
+            with contextlib.suppress(OSError):  # it may have ended by itself
+                if os.readlink(process / "ns" / "mnt") == mounts:
+                    os.kill(int(process.name), signal.SIGKILL)
+        self.call("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
 
     def log(self, out: str) -> str:
         """What the job of a run has printed."""

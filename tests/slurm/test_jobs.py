@@ -84,9 +84,48 @@ def preempted(cluster: Cluster) -> Ended:
 def node_down(cluster: Cluster) -> Ended:
     job = submit(cluster, "node-down", "--partition=odd")
     wait_for_checkpoint(cluster, job, "node-down")
-    node = cluster.show(job)["NodeList"]
-    cluster.call("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    cluster.fail(cluster.show(job)["NodeList"])
     return ended(cluster, job, "node-down")
+
+
+@scenario
+def time_limit(cluster: Cluster) -> Ended:
+    """A minute, the least that SLURM knows; the steps take two thirds more."""
+    return ended(cluster, submit(cluster, "time-limit", "--time=1 --signal=B:USR1@0", PACE="1.5"), "time-limit")
+
+
+@scenario
+def chain(cluster: Cluster) -> Ended:
+    environment = {"OUT": str(cluster.path / "chain"), "SBATCH_OUTPUT": f"{cluster.path}/chain.log"}
+    flags = [*FLAGS.split(), "--time-limit", "0:08"]
+    small = {"SLURM_JOB_NUM_NODES": "1"} | SLOW | {"PACE": "0.25", "LAUNCH": "srun --mpi=pmi2 --nodes=1 --ntasks=2"}
+    jobs = cluster.call("jobs/chain.sh", "4", *flags, **environment, **small).split()
+    assert len(jobs) == 4
+    return ended(cluster, jobs[-1], "chain")
+
+
+@scenario
+def broken_chain(cluster: Cluster) -> Ended:
+    environment = {"OUT": str(cluster.path / "broken"), "SBATCH_OUTPUT": f"{cluster.path}/broken.log"}
+    jobs = cluster.call("jobs/chain.sh", "2", "--lrr", "1", **environment).split()
+    return ended(cluster, jobs[-1], "broken")
+
+
+@scenario
+def not_one_job(cluster: Cluster) -> Ended:
+    """Four processes that do not know of each other."""
+    return ended(cluster, submit(cluster, "not-one", "--ntasks-per-node=4", LAUNCH="srun --mpi=none"), "not-one")
+
+
+@scenario
+def array(cluster: Cluster) -> Ended:
+    """Two runs; the first is seed 0, which is the default."""
+    job = submit(cluster, "array", "--array=0-1", "train.sbatch", PACE="0")
+    tasks = [cluster.wait(f"{job}_{task}") for task in (0, 1)]
+    assert [task["JobState"] for task in tasks] == ["COMPLETED"] * 2, cluster.log("array")
+    digests = [cluster.result(f"array-{task}")["weights_sha256"] for task in (0, 1)]
+    assert digests[0] != digests[1]
+    return Ended(tasks[0], cluster.result("array-0"), cluster.log("array"))
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +177,24 @@ def test_node_down(end: Ended, uninterrupted: str) -> None:
     assert "going on after step" in end.log
 
 
+def test_array(end: Ended, uninterrupted: str) -> None:
+    assert_same_end(end, uninterrupted)
+
+
+def test_broken_chain(end: Ended) -> None:
+    """The link after the one that failed does not wait for ever."""
+    assert end.job["JobState"] == "CANCELLED"
+    assert end.result == {}
+    assert "--lrr" in end.log
+
+
+def test_not_one_job(end: Ended) -> None:
+    assert end.job["JobState"] == "FAILED"
+    assert end.result == {}
+    assert end.log.count("mpiml.train:") == 1
+    assert "4 processes" in end.log
+
+
 @pytest.mark.parametrize("launcher", ["srun --mpi=pmi2 --cpu-bind=cores", "mpirun -n 16"])
 def test_four_nodes_sixteen_ranks(cluster: Cluster, uninterrupted: str, launcher: str) -> None:
     out = f"sixteen-{launcher.split()[0]}"
@@ -145,6 +202,22 @@ def test_four_nodes_sixteen_ranks(cluster: Cluster, uninterrupted: str, launcher
     end = ended(cluster, job, out)
     assert_same_end(end, uninterrupted)
     assert end.result["ranks"] == 16
+
+
+def test_chain(end: Ended, uninterrupted: str) -> None:
+    assert_same_end(end, uninterrupted)
+    assert "stopped, step" in end.log
+    assert "time is nearly up" in end.log
+
+
+def test_time_limit(end: Ended, uninterrupted: str) -> None:
+    assert_same_end(end, uninterrupted)
+    assert end.restarts >= 1
+    assert "time is nearly up" in end.log
+
+
+def test_shell_scripts_are_sound(cluster: Cluster) -> None:
+    assert cluster.call("sh", "-c", "shellcheck jobs/*.s*") == ""
 
 
 def test_every_scenario_has_its_test() -> None:

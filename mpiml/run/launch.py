@@ -1,0 +1,74 @@
+"""Whether the processes started are one job: as many ranks as the launcher meant, all with the same software."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import numpy as np
+from mpi4py import MPI
+
+import mpiml
+from mpiml.clock import Clock
+from mpiml.errors import ConfigError
+from mpiml.run.verdict import together
+from mpiml.waiting import broadcast
+
+HINT = "start it by the mpirun of that MPI library, or by srun --mpi=pmi2 or --mpi=pmix (srun --mpi=list)"
+
+
+def expected_size(environment: Mapping[str, str]) -> int:
+    """How many ranks the launcher means the job to have.
+
+    SLURM_NTASKS does not tell: it is the allocation's, and under mpirun the job may be smaller. Nor does the step's
+    number of tasks under a PMIx server that is not SLURM's: mpirun starts its daemons as a step of its own.
+    """
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if name in environment:
+            return int(environment[name])
+    if environment.get("PMIX_NAMESPACE", "slurm.").startswith("slurm."):
+        return int(environment.get("SLURM_STEP_NUM_TASKS", 1))
+    return 1
+
+
+def is_first(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the launcher counts this process as the first: of many that do not know of each other, it speaks."""
+    for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
+        if name in environment:
+            return environment[name] == "0"
+    return True
+
+
+def check_size(size: int, environment: Mapping[str, str] = os.environ) -> None:
+    """Raise ConfigError, on all ranks alike, if the MPI library sees another number of ranks than was launched."""
+    expected = expected_size(environment)
+    if size == expected:
+        return
+    library = MPI.Get_library_version().split("\n")[0].strip("\x00 ")
+    error = ConfigError(f"{expected} processes were started, but {library} makes them jobs of {size}: {HINT}")
+    error.everywhere, error.silent = True, not is_first(environment)
+    raise error
+
+
+def software() -> dict[str, str]:
+    """What has to be the same on all ranks of a run."""
+    library = MPI.Get_library_version().split("\n")[0].strip("\x00 ")
+    return {"MPI library": library, "mpiml": mpiml.__version__, "NumPy": np.__version__}
+
+
+def check_alike(comm: MPI.Intracomm, clock: Clock, mine: Mapping[str, str]) -> None:
+    """Raise ConfigError, on all ranks alike, if some rank has other values than rank 0; collective.
+
+    Args:
+        mine: what this rank has, under names that a message can use.
+    """
+    clock("joining")
+    first = broadcast(comm, dict(mine))
+
+    def compare() -> None:
+        for name, value in mine.items():
+            if value != first[name]:
+                where = f"rank {comm.rank} on {os.uname().nodename}"
+                raise ConfigError(f"ranks differ in {name}: {value} ({where}), {first[name]} (rank 0)")
+
+    together(comm, clock, compare)

@@ -1,0 +1,47 @@
+"""How many ranks a launcher meant, from what it leaves in the environment; measured, not read in manuals."""
+
+from __future__ import annotations
+
+import pytest
+
+from mpiml.errors import ConfigError
+from mpiml.run import environment, launch
+
+STEP = {"SLURM_NTASKS": "16", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}
+
+
+@pytest.mark.parametrize(
+    ("found", "size"),
+    [
+        ({}, 1),
+        ({"SLURM_NTASKS": "16"}, 1),  # plain python in a batch script
+        ({"PMI_SIZE": "4"}, 4),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "PMIX_NAMESPACE": "prterun-host-1@1"}, 4),
+        ({**STEP, "PMI_SIZE": "4"}, 4),  # srun --mpi=pmi2
+        ({**STEP, "PMIX_NAMESPACE": "slurm.pmix.7.0"}, 4),
+        (STEP, 4),  # srun --mpi=none
+        ({**STEP, "PMI_SIZE": "16"}, 16),  # MPICH's mpirun, whose proxies are a step
+        ({**STEP, "PMIX_NAMESPACE": "prterun-host-1@1"}, 1),
+    ],
+)
+def test_expected_size(found: dict[str, str], size: int) -> None:
+    assert launch.expected_size(found) == size
+    launch.check_size(size, found)
+    with pytest.raises(ConfigError, match=f"{size} process"):
+        launch.check_size(size + 1, found)
+
+
+def test_of_processes_that_are_each_alone_the_first_speaks() -> None:
+    silent = []
+    for rank in range(4):
+        with pytest.raises(ConfigError) as caught:
+            launch.check_size(1, {**STEP, "SLURM_PROCID": str(rank)})
+        silent.append(caught.value.silent)
+    assert silent == [False, True, True, True]
+
+
+def test_different_processors_or_kernels_are_a_warning() -> None:
+    one = {"cpu": "A", "blas": "openblas 1 (Zen)"}
+    assert environment.warnings([one, one]) == []
+    assert ["A; B" in text for text in environment.warnings([one, one | {"cpu": "B"}])] == [True]
+    assert ["Zen); x" in text for text in environment.warnings([one, one | {"blas": "x"}])] == [True]
