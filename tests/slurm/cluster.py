@@ -24,6 +24,7 @@ from pathlib import Path
 NODES = ("n0", "n1", "n2", "n3", "low0", "odd0", "odd1")  # that they have more CPUs than the machine does not matter
 PR_SET_CHILD_SUBREAPER = 36  # of prctl(2)
 READY = "ready"
+os.environ["PATH"] += ":/usr/sbin:/sbin"  # where the daemons are, which not every shell looks at
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "unshare", "shellcheck")
 
 # cred_expire and the intervals: a requeued job starts again after 6 seconds instead of minutes.

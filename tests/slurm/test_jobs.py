@@ -90,8 +90,8 @@ def node_down(cluster: Cluster) -> Ended:
 
 @scenario
 def time_limit(cluster: Cluster) -> Ended:
-    """A minute, the least that SLURM knows; the steps take two thirds more."""
-    return ended(cluster, submit(cluster, "time-limit", "--time=1 --signal=B:USR1@0", PACE="1.5"), "time-limit")
+    """A minute, the least that SLURM knows; the steps take a little more."""
+    return ended(cluster, submit(cluster, "time-limit", "--time=1 --signal=B:USR1@0", PACE="1.1"), "time-limit")
 
 
 @scenario
