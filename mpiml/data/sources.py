@@ -57,7 +57,7 @@ class ArraySource:
         pass
 
     def rows(self, indices: Indices) -> Rows:
-        return np.take(self.array, indices, axis=0)
+        return self.array.take(indices, axis=0)
 
 
 class HeldSource:

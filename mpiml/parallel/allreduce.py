@@ -130,6 +130,7 @@ class OrderedSum:
             for name in ("receives", "sends", "takes", "gives")
         )
         self.complete: Callable[[int], None] | None = self._complete if len(self.exchanges) > 1 else None
+        self._alone = len(nodes) == 1  # no messages then
         self._begun = False
         self._merged = self._sent = 0  # buckets of this step
         self._before = 0  # buckets of all steps before, as posted
@@ -174,8 +175,9 @@ class OrderedSum:
         """Be ready for what others send before they do."""
         if not self._begun:
             self._begun = True
-            with self._clock.booked("communication"):
-                MPI.Prequest.Startall(self._receives)
+            if self._receives:
+                with self._clock.booked("communication"):
+                    MPI.Prequest.Startall(self._receives)
 
     def _complete(self, offset: int) -> None:
         self._begin()
@@ -184,6 +186,8 @@ class OrderedSum:
             bucket = slice(self.exchanges[self._merged].start, self.exchanges[self._merged].stop)
             accumulate(self.plan, [slot[bucket] for slot in self.slots], last)
             self._merged += 1
+        if self._alone:
+            return
         self.memory.post(self._before + self._merged)
         with self._clock.booked("communication"):
             self._send(self.memory.posted() - self._before)
