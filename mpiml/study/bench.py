@@ -98,7 +98,7 @@ ROWS = [
         Row(DATA, f"the same, {text}, H = {h}", 2, ("weak_scaling", f"{h}-{h}", b, how), None, least)
         for text, how, least in (
             ("weak-scaling efficiency", "together", 0.95),
-            ("efficiency of ranks that share only the machine", "apart", None),
+            ("of ranks that share no data but meet at every step", "apart", None),
         )
         for h, b in (("256", "64"), ("1024", "64"), ("2048", "128"))
     ),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import resource
 import sys
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from mpiml.nn.optimizers import SGD, Optimizer
 from mpiml.nn.parameters import Layout, Parameter, constant
 from mpiml.parallel import grid as grids
 from mpiml.parallel.allreduce import OrderedSum
-from mpiml.parallel.memory import PrivateMemory, bytes_of, share
+from mpiml.parallel.memory import PrivateMemory, SharedMemory, bytes_of, share
 from mpiml.parallel.update import Update
 from mpiml.run.process import prepare_process
 from mpiml.study.byhand import Perceptron
@@ -38,6 +39,7 @@ from mpiml.study.trainer import (
     tower,
 )
 from mpiml.vectors import PIECE, Scratch, Vector
+from mpiml.waiting import share_cores
 
 WORLD = MPI.COMM_WORLD
 
@@ -198,13 +200,22 @@ def pipeline(width: str, batch: str, microbatches: str) -> Ratio:
 def weak_scaling(hidden: str, rows: str, how: str) -> Ratio:
     """Time of one rank alone over that of all ranks with as many rows each.
 
-    They train "together", or each by itself ("apart"): what they lose then, they lose to the machine.
+    They train "together", or each by itself but that they meet after every step ("apart"): what they lose then, they
+    lose to the machine, which lets now one rank wait and now another.
     """
     comm = WORLD if how == "together" else MPI.COMM_SELF
     everyone = perceptron(comm, widths(hidden), int(rows) * comm.size, comm.size)
     alone = solo(hidden, rows, "1", "momentum")
+    share_cores(WORLD.size, len(os.sched_getaffinity(0)))
+    meeting = SharedMemory(WORLD, 0, 0)
+
+    def step() -> None:
+        everyone.step()
+        if how == "apart":
+            meeting.barrier()
+
     count = repeats(perceptron_operations(widths(hidden), int(rows)))
-    together, single = times(WORLD, [everyone.step, alone.step if alone else None], [count, count])
+    together, single = times(WORLD, [step, alone.step if alone else None], [count, count])
     return Ratio.of(single, together)
 
 
