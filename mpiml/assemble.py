@@ -24,7 +24,7 @@ from mpiml.data.shards import Shards, chunks
 from mpiml.errors import ConfigError
 from mpiml.imports import is_name, named
 from mpiml.load import look_at, look_for_starving, measure
-from mpiml.nn import layers as nn
+from mpiml.nn import layer as nn
 from mpiml.nn import optimizers
 from mpiml.nn.losses import Metric
 from mpiml.nn.parameters import Gradients, Layout, Shape

@@ -11,9 +11,8 @@ import numpy as np
 from mpiml.config import Config
 from mpiml.errors import ConfigError
 from mpiml.imports import is_name, named
-from mpiml.nn import layers as nn
+from mpiml.nn import layer as nn
 from mpiml.nn.losses import R2, Accuracy, Loss, Metric, mean_squared_error, softmax_cross_entropy
-from mpiml.nn.models import cnn, gpt, mlp, resnet
 from mpiml.nn.parameters import Shape
 
 Model = Sequence[nn.Layer] | Callable[[Shape, int], Sequence[nn.Layer]]
@@ -50,16 +49,16 @@ def chosen(config: Config, tokens: int = 0) -> Model:
     if is_name(config.model):
         model: Model = named(config.model, "--model")
         return model
-    dropout, channels, blocks = config.dropout, config.channels, config.blocks
-    builders: dict[str, Model] = {
-        "mlp": functools.partial(mlp, hidden=config.hidden, activation=config.activation, dropout=dropout),
-        "cnn": functools.partial(cnn, channels=channels, dropout=dropout),
-        "resnet": functools.partial(resnet, channels=channels, blocks=blocks, dropout=dropout),
-        "gpt": functools.partial(
-            gpt, tokens=tokens, width=config.width, heads=config.heads, blocks=blocks, dropout=dropout
-        ),
+    channels, blocks = config.channels, config.blocks
+    transformer = {"tokens": tokens, "width": config.width, "heads": config.heads, "blocks": blocks}
+    builders: dict[str, tuple[str, dict[str, Any]]] = {
+        "mlp": ("mpiml.nn.models:mlp", {"hidden": config.hidden, "activation": config.activation}),
+        "cnn": ("mpiml.nn.convnets:cnn", {"channels": channels}),
+        "resnet": ("mpiml.nn.convnets:resnet", {"channels": channels, "blocks": blocks}),
+        "gpt": ("mpiml.nn.transformers:gpt", transformer),
     }
-    return builders[config.model]
+    name, sizes = builders[config.model]
+    return functools.partial(named(name, "--model"), **sizes, dropout=config.dropout)
 
 
 def _list_of_layers(made: Any) -> list[nn.Layer]:

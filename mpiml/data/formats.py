@@ -9,11 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mpiml.data import idx, text
-from mpiml.data.hdf5 import HDF5Source, open_hdf5
+from mpiml.data import idx
 from mpiml.data.npy import npy_file, npz_member
 from mpiml.data.sources import Source
-from mpiml.data.tables import CSV, Parquet, table_sources
 from mpiml.errors import DataError
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -94,6 +92,8 @@ def open_npz(path: Path, options: Options) -> Columns:
 
 
 def open_h5(path: Path, options: Options) -> Columns:
+    from mpiml.data.hdf5 import HDF5Source, open_hdf5
+
     file = open_hdf5(path)
     return Columns([HDF5Source(file, path, key) for key in KEYS], [path])
 
@@ -109,6 +109,8 @@ def open_idx(path: Path, options: Options) -> Columns:
 
 
 def open_table(path: Path, options: Options) -> Columns:
+    from mpiml.data.tables import CSV, Parquet, table_sources
+
     plain = any((path / f"{which}.csv").exists() for which in ("train", "test"))
     kind, suffix = (CSV, ".csv") if plain else (Parquet, ".parquet")
     files = [path / f"train{suffix}", path / f"test{suffix}"]
@@ -119,6 +121,8 @@ def open_table(path: Path, options: Options) -> Columns:
 
 
 def open_tokens(path: Path, options: Options) -> Columns:
+    from mpiml.data import text
+
     assert options.context, "text and tokens are opened by their context"
     train, test = _token_files(path)
     suffixes = {file.suffix for file in [*train, *test]}

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from mpiml.nn import layers as nn
-from mpiml.nn.models import as_image, cnn, gpt, mlp, resnet
+from mpiml.nn.convnets import as_image, cnn, resnet
+from mpiml.nn.models import mlp
 from mpiml.nn.parameters import Gradients, Layout
+from mpiml.nn.transformers import gpt
 
 AT = nn.At(training=True, seed=3)
 Build = Callable[[], list[nn.Layer]]

@@ -1,0 +1,79 @@
+"""Models for images: convolutional networks, plain and residual."""
+
+from __future__ import annotations
+
+import math
+
+from mpiml.nn.activations import ReLU
+from mpiml.nn.basic import Flatten, Linear, Reshape, Residual
+from mpiml.nn.convolution import Conv2d
+from mpiml.nn.layer import Layer, stack_shapes
+from mpiml.nn.models import dropout_if_any
+from mpiml.nn.norms import GroupNorm
+from mpiml.nn.parameters import Shape
+from mpiml.nn.pooling import GlobalAvgPool, MaxPool2d
+
+GROUP = 8  # channels that GroupNorm takes together; all of them, where their number is no multiple
+
+
+def cnn(shape: Shape, outputs: int, channels: int = 32, dropout: float = 0.0) -> list[Layer]:
+    """A small convolutional network: two 3 x 3 convolutions, of `channels` channels and twice as many, each with max
+    pooling of 2 x 2 and ReLU, and a linear output layer after dropout.
+
+    Args:
+        shape: of an input row, as for `as_image`.
+        outputs: width of the output: classes, or values to predict.
+    """
+    layers, inputs = as_image(shape)
+    for width in (channels, 2 * channels):
+        layers += [Conv2d(inputs, width), MaxPool2d(), ReLU()]  # as good as ReLU first, on a quarter of the values
+        inputs = width
+    layers += [Flatten(), *dropout_if_any(dropout)]
+    (features,) = stack_shapes(layers, shape)[-1]
+    return [*layers, Linear(features, outputs, gain=1.0)]
+
+
+def resnet(shape: Shape, outputs: int, channels: int = 32, blocks: int = 2, dropout: float = 0.0) -> list[Layer]:
+    """A small residual network: `blocks` residual blocks of two 3 x 3 convolutions at each of three sizes of image.
+
+    He et al., "Identity mappings in deep residual networks", ECCV 2016, with group normalisation; images are halved,
+    and channels doubled, by a convolution of stride 2 between the blocks.
+
+    Args:
+        shape: of an input row, as for `as_image`.
+        outputs: width of the output: classes, or values to predict.
+        channels: at the full size of the image.
+    """
+    layers, inputs = as_image(shape)
+    for size in range(3):
+        width = channels << size
+        layers.append(Conv2d(inputs, width, stride=2 if size else 1))
+        layers += [Residual(*_convolution(width), *_convolution(width)) for _ in range(blocks)]
+        inputs = width
+    layers += [_group_norm(inputs), ReLU(), GlobalAvgPool(), *dropout_if_any(dropout)]
+    return [*layers, Linear(inputs, outputs, gain=1.0)]
+
+
+def as_image(shape: Shape) -> tuple[list[Layer], int]:
+    """The layers that make rows of `shape` images (height, width, channels), and the number of channels.
+
+    Rows (height, width) have one channel, and so have flat rows of a square number of pixels. Raises ValueError for
+    other rows.
+    """
+    if len(shape) == 3:
+        return [], shape[2]
+    side = math.isqrt(math.prod(shape))
+    image = (*shape, 1) if len(shape) == 2 else (side, side, 1)
+    if not 1 <= len(shape) <= 2 or math.prod(image) != math.prod(shape):
+        raise ValueError(
+            f"images are rows of shape (height, width, channels), (height, width) or (pixels,) of a square, got {shape}"
+        )
+    return [Reshape(image)], 1
+
+
+def _convolution(channels: int) -> list[Layer]:
+    return [_group_norm(channels), ReLU(), Conv2d(channels, channels)]
+
+
+def _group_norm(channels: int) -> GroupNorm:
+    return GroupNorm(1 if channels % GROUP else channels // GROUP, channels)
