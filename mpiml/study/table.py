@@ -14,8 +14,6 @@ from mpiml.errors import ConfigError
 from mpiml.study.fits import Interval, karp_flatt, median_interval, speed_up
 from mpiml.study.points import POINTS, STUDY, Point, same_parts
 
-BUSY = ("compute", "update")
-
 
 @dataclass(frozen=True)
 class Line:

@@ -112,4 +112,5 @@ def test_on_real_ranks() -> None:
     assert all(rate > 1e8 for rate in found["facts"]["gemm"] + found["facts"]["copy"])
     assert all(1e-8 < seconds < 10 for _, seconds in found["facts"]["allreduce"])
     assert abs(found["facts"]["skew"]["2"]) < 0.1
+    assert all(0.05 < place["age"] < 60 for place in found["facts"]["places"])
     assert {"MPI", "all-reduce", "between nodes", "on a node"} <= {line["name"] for line in found["findings"]}

@@ -55,8 +55,10 @@ def test_repeats_are_shuffled_alike_each_time() -> None:
     points = plan("strong", [1, 2, 4, 8], [1], 64, None)
     order = runs(points, 3)
     assert order == runs(points, 3)
-    assert sorted(order) == sorted((point, repeat) for point in points for repeat in range(3))
-    assert [point for point, _ in order] != sorted(point for point, _ in order)
+    plain = [(point, repeat) for point in points for repeat in range(3)]
+    assert sorted(order) == sorted(plain)
+    assert order != plain
+    assert [point for point, _ in order[:3]] != [points[0]] * 3  # a point's repeats are apart
 
 
 def made(directory: Path, mode: str, step_ms: dict[Point, list[float]]) -> Path:
@@ -141,7 +143,8 @@ def test_a_real_study(tmp_path: Path) -> None:
     found = json.loads(files[-1].read_text())
     assert (found["ranks"], found["microbatches"], len(found["step_seconds"])) == (2, 2, 3)
     assert all(0 < seconds < 10 for seconds in found["step_seconds"])
-    assert 0.5 < sum(found["shares"].values()) / (sum(found["step_seconds"]) / 3) < 1.5
+    # The mean over ranks; each step's seconds are of its slowest rank, so they are more, if not by much.
+    assert 0.7 < sum(found["shares"].values()) / (sum(found["step_seconds"]) / 3) < 1.1
 
     files[0].unlink()
     again = scaling("run", "--ranks", "2", *study, "--", "--hidden", "16", "--quiet")
