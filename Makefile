@@ -57,6 +57,7 @@ bench: $(VENV)/installed
 $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python -a -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --editable ".$(if $(EXTRA),[$(EXTRA)])"
+	$(BIN)/python -m compileall -q mpiml # else every rank does it at every start, where Python may not write here
 	touch $@
 
 $(VENV)/tested: $(VENV)/installed

@@ -241,6 +241,10 @@ class Config:
             changes["cuts"] = ()
         return stored.replace(**changes)
 
+    def by_flag(self) -> dict[str, str]:
+        """Every setting as text, under its flag."""
+        return {flag(field.name): _text(getattr(self, field.name)) for field in settings()}
+
     def to_toml(self) -> str:
         """The settings as TOML, with the flags' names; those that are None, or of one job alone, are left out."""
         values = ((f.name, getattr(self, f.name)) for f in settings() if f.name not in OF_THE_JOB)

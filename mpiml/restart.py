@@ -15,7 +15,7 @@ from mpiml.config import Config, flag, from_toml, typed
 from mpiml.config import settings as all_settings
 from mpiml.data.fingerprint import difference
 from mpiml.data.normalize import Normalization
-from mpiml.errors import ConfigError, DataError, OutputError
+from mpiml.errors import DataError, OutputError
 from mpiml.parallel.state import VALUES
 from mpiml.run import checkpoint, environment, log
 from mpiml.run.checkpoint import Checkpoint
@@ -43,16 +43,6 @@ def of_checkpoint(saved: Checkpoint) -> Config:
     import tomllib
 
     return Config(**typed(tomllib.loads(saved.config), "the checkpoint"))
-
-
-def check_settings(asked: Config, first: Config) -> None:
-    """Raise ConfigError if this rank was given other settings than rank 0."""
-    for field in all_settings():
-        mine, theirs = getattr(asked, field.name), getattr(first, field.name)
-        if mine != theirs:
-            raise ConfigError(
-                f"ranks were given different settings: {flag(field.name)} {mine} here, {theirs} on rank 0"
-            )
 
 
 def check_init(run: Run) -> None:

@@ -46,7 +46,6 @@ from mpiml.run.failure import Guard, exit_code
 from mpiml.run.process import StopRequest, ignore_signals, prepare_process
 from mpiml.run.verdict import on_rank_0, together
 from mpiml.run.watch import Watch
-from mpiml.waiting import broadcast
 
 if __name__ == "__main__":
     gc.freeze()
@@ -85,24 +84,22 @@ def _train(
 ) -> dict[str, Any]:
     began = perf_counter()
     launch.check_size(MPI.COMM_WORLD.size)
-    launch.check_alike(comm, clock, launch.software())
-    clock("joining")
-    first = broadcast(comm, asked)
-    together(comm, clock, lambda: restart.check_settings(asked, first))
-    cfg = on_rank_0(comm, clock, lambda: restart.settings(asked))
+    launch.check_alike(comm, clock, launch.software() | asked.by_flag())
+    cfg = on_rank_0(comm, clock, lambda: restart.settings(asked)) if asked.resume else asked
     stop = StopRequest(Deadline(cfg.time_limit, os.environ))
     with Watch(comm.Dup(), clock, cfg.stall_timeout, guard.fail), stop:
         together(comm, clock, lambda: grids.check(comm.size, cfg.pipe))
         prepare_process(cfg.threads)
-        if done := on_rank_0(comm, clock, lambda: restart.finished(cfg)):
+        if cfg.resume and (done := on_rank_0(comm, clock, lambda: restart.finished(cfg))):
             return done
         dataset = load.open_data(cfg, comm, clock, data)
         replicas = comm.size // cfg.pipe
         cfg = together(comm, clock, lambda: assemble.resolve(cfg, len(dataset.train), dataset.classification, replicas))
-        if done := on_rank_0(comm, clock, lambda: restart.finished(cfg)):  # --epochs has become steps
+        if cfg.resume and (done := on_rank_0(comm, clock, lambda: restart.finished(cfg))):  # --epochs has become steps
             return done
         run = assemble.assemble(cfg, dataset, grids.build(comm, cfg.pipe), clock, model)
-        on_rank_0(comm, clock, lambda: restart.check_init(run))
+        if cfg.init:
+            on_rank_0(comm, clock, lambda: restart.check_init(run))
         with restart.opened(run, dataset.name) as directory:
             guard.run, guard.token = directory.path, directory.token
             start, notes, history = restart.restore(run, directory.path)

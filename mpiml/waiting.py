@@ -6,16 +6,18 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import numpy as np
 from mpi4py import MPI
 
 T = TypeVar("T")
 
 YIELDS = 50
-NAP = 50e-6  # seconds
+NAP = 50e-6  # seconds, the shortest
+LONGEST = 2e-3
+PART = 1 / 16  # of the time waited so far: the most that naps add to a wait
 PATIENCE = (
     40  # times as many yields, about a millisecond, where every thread has a core: a nap lasts longer than it says
 )
+ENVELOPE = 4096  # bytes that a broadcast begins with
 _yields = YIELDS
 
 
@@ -28,17 +30,20 @@ def share_cores(threads: int, cores: int) -> None:
 def until(done: Callable[[], bool]) -> None:
     """Return when `done()` is true. Asks at once, then yields the core at every try, then sleeps between tries.
 
-    Before it sleeps it drives the MPI library: between nodes, what this rank has sent may still be on its way, and
-    whoever is to make `done()` true may wait for it.
+    The longer it has waited, the longer it sleeps: where there are more ranks than cores, polling takes time from the
+    very ranks that are waited for. Before it sleeps it drives the MPI library: between nodes, what this rank has sent
+    may still be on its way, and whoever is to make `done()` true may wait for it.
     """
     tries = 0
+    began = 0.0
     while not done():
         tries += 1
-        if tries > _yields:
-            MPI.COMM_SELF.Iprobe()
-            time.sleep(NAP)
-        else:
+        if tries <= _yields:
             os.sched_yield()
+            continue
+        began = began or time.monotonic()
+        MPI.COMM_SELF.Iprobe()
+        time.sleep(min(max(NAP, PART * (time.monotonic() - began)), LONGEST))
 
 
 def wait(requests: Sequence[MPI.Request]) -> None:
@@ -53,13 +58,13 @@ def wait(requests: Sequence[MPI.Request]) -> None:
 
 def broadcast(comm: MPI.Intracomm, value: T, root: int = 0) -> T:
     """What `value` is on rank `root`, on all ranks; collective. comm.bcast would poll without a pause."""
-    content = bytearray(pickle.dumps(value) if comm.rank == root else b"")
-    size = np.array([len(content)])
-    wait([comm.Ibcast(size, root)])
-    if comm.rank == root:
-        wait([comm.Ibcast(content, root)])
-        return value
-    content = bytearray(int(size[0]))
-    wait([comm.Ibcast(content, root)])
-    received: T = pickle.loads(content)
+    content = pickle.dumps(value) if comm.rank == root else b""
+    first = bytearray(ENVELOPE)  # how long the content is, and its beginning: mostly all of it
+    first[: 8 + len(content)] = len(content).to_bytes(8) + content[: ENVELOPE - 8]
+    wait([comm.Ibcast(first, root)])
+    size = int.from_bytes(first[:8])
+    rest = bytearray(content[ENVELOPE - 8 :] if comm.rank == root else max(size - (ENVELOPE - 8), 0))
+    if rest:
+        wait([comm.Ibcast(rest, root)])
+    received: T = value if comm.rank == root else pickle.loads(first[8 : 8 + size] + rest)
     return received

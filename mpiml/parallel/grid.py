@@ -59,19 +59,17 @@ def build(comm: MPI.Intracomm, stages: int) -> Grid:
     """Make the grid; collective over `comm`. Call `check` first."""
     home = nodes_of_ranks(comm)
     launched = sorted(range(comm.size), key=lambda rank: (home[rank], rank))
-    ordered = comm.Create(comm.Get_group().Incl(launched))
-    cartesian = MPI.Intracomm(ordered).Create_cart([stages, ordered.size // stages])
-    ordered.Free()
-    stage, replica = cartesian.coords
-    pipe, data = cartesian.Sub([True, False]), cartesian.Sub([False, True])
+    ordered = MPI.Intracomm(comm.Create(comm.Get_group().Incl(launched)))
+    stage, replica = divmod(ordered.rank, ordered.size // stages)
+    pipe, data = (MPI.Intracomm(ordered.Split(other)) for other in (replica, stage))
     here = home[comm.rank]
     of_stage = [home[rank] for rank in launched[stage * data.size : (stage + 1) * data.size]]
-    node = MPI.Intracomm(cartesian.Split(here))
-    leaders = MPI.Intracomm(cartesian.Split(0 if node.rank == 0 else MPI.UNDEFINED))
-    if leaders != MPI.COMM_NULL and leaders.size == 1:
-        leaders.Free()
+    node = MPI.Intracomm(ordered.Split(here))
+    leaders = MPI.COMM_NULL
+    if len(set(home)) > 1:
+        leaders = ordered.Split(0 if node.rank == 0 else MPI.UNDEFINED)
     return Grid(
-        comm=cartesian,
+        comm=ordered,
         pipe=pipe,
         data=data,
         stage=stage,
@@ -82,7 +80,7 @@ def build(comm: MPI.Intracomm, stages: int) -> Grid:
         nodes=[of_stage.count(name) for name in dict.fromkeys(of_stage)],
         node=node,
         local=MPI.Intracomm(data.Split(here)),
-        leaders=None if leaders == MPI.COMM_NULL else leaders,
+        leaders=None if leaders == MPI.COMM_NULL else MPI.Intracomm(leaders),
         cores=len(set[int]().union(*node.allgather(os.sched_getaffinity(0)))),
     )
 

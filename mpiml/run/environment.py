@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
-import platform
+import sys
 from pathlib import Path
 from typing import Any
 
 from mpi4py import MPI
 
 import mpiml
+from mpiml.run.process import thread_pools
 
 ENVIRONMENT = "environment.json"
 PACKAGES = ("numpy", "mpi4py", "threadpoolctl", "safetensors")
@@ -19,7 +21,7 @@ PACKAGES = ("numpy", "mpi4py", "threadpoolctl", "safetensors")
 def of_rank(threads: int) -> dict[str, Any]:
     """What this rank runs on."""
     return {
-        "host": platform.node(),
+        "host": os.uname().nodename,
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": threads,
@@ -30,10 +32,11 @@ def of_rank(threads: int) -> dict[str, Any]:
 
 def to_json(ranks: list[dict[str, Any]], data: list[list[str]]) -> str:
     """The content of environment.json, from what each rank runs on and the data set's fingerprint."""
+    system = os.uname()
     job = {
         "mpiml": mpiml.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
+        "python": sys.version.split()[0],
+        "platform": f"{system.sysname} {system.release} {system.machine}",
         "mpi": MPI.Get_library_version().splitlines()[0].strip("\x00 "),
         "blas": blas(),
         "packages": {name: _version(name) for name in PACKAGES},
@@ -70,23 +73,20 @@ def cpu_model() -> str:
                 return line.split(":", 1)[1].strip()
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    return os.uname().machine
 
 
 def blas() -> str:
     """The BLAS library that NumPy uses, with its version and the kernels it has chosen: bits depend on them."""
-    import numpy  # noqa: F401 (loads it)
-    from threadpoolctl import threadpool_info
-
-    found = (library for library in threadpool_info() if library["user_api"] == "blas")
+    found = (library for library in thread_pools().info() if library["user_api"] == "blas")
     names = [f"{lib['internal_api']} {lib['version']} ({lib.get('architecture', '')})" for lib in found]
     return ", ".join(names) or "unknown"
 
 
 def _version(name: str) -> str | None:
-    from importlib import metadata  # only rank 0 needs it, and it brings much along
-
+    """The version that a package gives itself: to ask importlib.metadata takes longer than a small job's first step."""
     try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
+        version: str | None = getattr(importlib.import_module(name), "__version__", None)
+    except ModuleNotFoundError:
         return None
+    return version

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import signal
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpiml.run.deadline import Deadline
+
+if TYPE_CHECKING:
+    from threadpoolctl import ThreadpoolController
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -19,15 +23,22 @@ KEEP = 1 << 30  # bytes up to which freed memory stays with the process
 
 def prepare_process(threads: int) -> None:
     """Give BLAS `threads` threads, and make fresh arrays reuse freed memory instead of faulting in new pages."""
-    from threadpoolctl import threadpool_limits
-
-    threadpool_limits(threads)
+    thread_pools().limit(limits=threads)
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return  # not glibc: a matter of speed only
     mallopt(M_MMAP_THRESHOLD, KEEP)
     mallopt(M_TRIM_THRESHOLD, KEEP)
+
+
+@functools.cache
+def thread_pools() -> ThreadpoolController:
+    """The thread pools of the libraries that NumPy has loaded; finding them takes some milliseconds."""
+    import numpy  # noqa: F401 (loads them)
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
 
 
 def ignore_signals() -> None:

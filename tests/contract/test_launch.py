@@ -30,8 +30,8 @@ def of_two(first: str, second: str, out: Path) -> subprocess.CompletedProcess[st
         ("", "--stpes 3", "--stpes"),
         ("--stpes 3", "", "--stpes"),
         ("", "--config /nowhere.toml", "/nowhere.toml"),
-        ("--batch 64", "--batch 32", "--batch 32 here, 64 on rank 0"),
-        ("", "--pipe 2", "--pipe 2 here, 1 on rank 0"),
+        ("--batch 64", "--batch 32", "ranks differ in --batch: 32 (rank 1 on"),
+        ("", "--pipe 2", "ranks differ in --pipe: 2 (rank 1 on"),
     ],
 )
 def test_ranks_with_different_settings_are_refused(tmp_path: Path, first: str, second: str, word: str) -> None:

@@ -1,0 +1,44 @@
+"""Waiting leaves the cores to those who work, and a broadcast brings everything, however long it is."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from mpi4py import MPI
+
+from mpiml import waiting
+from mpiml.waiting import ENVELOPE, broadcast, until
+
+COMM = MPI.COMM_WORLD
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("root", [0, -1])
+def test_broadcast_of_every_length(root: int) -> None:
+    """Around the length at which a second message is needed, too."""
+    root %= COMM.size
+    for length in (0, 1, *range(ENVELOPE - 100, ENVELOPE + 20), 100_000):
+        text = bytes(index % 251 for index in range(length))
+        assert broadcast(COMM, text if COMM.rank == root else None, root) == text
+
+
+def test_a_long_wait_asks_seldom_and_a_short_one_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What naps add to a wait is a small part of it; they never are longer than the longest."""
+    monkeypatch.setattr(waiting, "_yields", 0)
+    naps: list[float] = []
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        naps.append(seconds)
+        now += seconds
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(time, "monotonic", lambda: 1000 + now)
+    until(lambda: now > 1.0)
+    assert naps == sorted(naps)
+    assert (naps[0], naps[-1]) == (waiting.NAP, waiting.LONGEST)
+    waited = [sum(naps[:index]) for index in range(len(naps))]
+    assert all(nap <= max(waiting.NAP, before / 16 + 1e-9) for nap, before in zip(naps, waited, strict=True))
+    assert len(naps) < 700
