@@ -1,6 +1,5 @@
 """The update: sum, divide, clip and optimize, piece by piece while each is in cache."""
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -9,8 +8,8 @@ from mpi4py import MPI
 from mpiml import vectors
 from mpiml.clock import Clock
 from mpiml.parallel.allreduce import GradientSum
-from mpiml.parallel.slices import place
-from mpiml.vectors import Scratch, Vector
+from mpiml.parallel.slices import Piece, place
+from mpiml.vectors import Operands, Vector
 from mpiml.waiting import wait
 
 
@@ -20,17 +19,7 @@ class Optimizer(Protocol):
     @property
     def states(self) -> tuple[str, ...]: ...
 
-    def update(
-        self,
-        value: Vector,
-        total: Vector,
-        scale: float,
-        scratch: Scratch,
-        states: Sequence[Vector],
-        rate: float,
-        decay: bool,
-        step: int,
-    ) -> None: ...
+    def update(self, on: Operands, scale: float, rate: float, step: int) -> None: ...
 
 
 class Update:
@@ -62,13 +51,10 @@ class Update:
         dtype = sum_.values.dtype
         size = sum(stop - start for start, stop in sum_.held)
         self.states = {name: vectors.zeros(size, dtype) for name in optimizer.states}
-        self._values = [sum_.values[piece.start : piece.stop] for piece in sum_.pieces]
         self._kept = [sum_.slots[0][piece.start : piece.stop] for piece in sum_.pieces]
-        places = [place(sum_.held, piece.start, piece.stop) for piece in sum_.pieces]
-        self._states = [[state[where] for state in self.states.values()] for where in places]
-        lengths = [piece.stop - piece.start for piece in sum_.pieces]
-        grad, spare = (vectors.empty(max(lengths, default=0), dtype) for _ in range(2))
-        self._scratch = [(grad[:length], spare[:length]) for length in lengths]
+        longest = max((piece.stop - piece.start for piece in sum_.pieces), default=0)
+        scratch = [vectors.empty(longest, dtype) for _ in range(2)]
+        self._operands = [self._work_on(piece, *scratch) for piece in sum_.pieces]
         self._counts_in_norm = replica in {holder for holder, _, _ in sum_.holders}
         squares = sum(len(piece.blocks) for piece in sum_.pieces) if self._counts_in_norm else 0
         self._squares = comm.allgather(squares)
@@ -95,15 +81,20 @@ class Update:
             if self.clip and norm > self.clip:
                 scale *= self.clip / norm
         finite = True
-        for index, piece in enumerate(self.sum.pieces):
-            value, scratch = self._values[index], self._scratch[index]
-            total = self.sum.total(index, scratch[0]) if norm is None else self._kept[index]
-            self.optimizer.update(value, total, scale, scratch, self._states[index], rate, piece.decay, step)
-            finite = finite and vectors.is_finite(value)
+        for index, on in enumerate(self._operands):
+            on.total = self.sum.total(index, on.scratch[0]) if norm is None else self._kept[index]
+            self.optimizer.update(on, scale, rate, step)
+            finite = finite and vectors.is_finite(on.value)
         self.finite = finite
         self.clock("communication")
         self.sum.publish()
         return norm
+
+    def _work_on(self, piece: Piece, grad: Vector, spare: Vector) -> Operands:
+        length, where = piece.stop - piece.start, place(self.sum.held, piece.start, piece.stop)
+        states = [state[where] for state in self.states.values()]
+        scratch = grad[:length], spare[:length]
+        return Operands(self.sum.values[piece.start : piece.stop], states, scratch, scratch[0], piece.decay)
 
     def _norm(self) -> float:
         """The norm of the summed gradient over all stages; the sum is kept in this replica's first slot."""

@@ -12,7 +12,7 @@ from mpiml.nn import optimizers
 from mpiml.nn.layers import LayerNorm, Linear, ReLU, Residual
 from mpiml.nn.models import mlp
 from mpiml.nn.parameters import Gradients, Layout, Parameter, constant
-from mpiml.vectors import ALIGNMENT, BLOCK
+from mpiml.vectors import ALIGNMENT, BLOCK, Operands
 
 both_dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
@@ -137,7 +137,7 @@ def test_padding_stays_zero(name: str, dtype: str) -> None:
         gradient = layout.zeros()
         for _, view in layout.views(gradient):
             view[...] = np.random.default_rng(step).standard_normal(view.shape)
-        optimizer.update(values, gradient, 1.0, (gradient, spare), states, 0.1, True, step)
+        optimizer.update(Operands(values, states, (gradient, spare), gradient, True), 1.0, 0.1, step)
     free = padding(layout)
     assert free.any()
     for vector in (values, *states):

@@ -16,7 +16,7 @@ from mpiml.parallel.allreduce import GradientSum, LibrarySum, OrderedSum
 from mpiml.parallel.memory import FencedMemory, PrivateMemory, SharedMemory, bytes_of
 from mpiml.parallel.tree import depth
 from mpiml.parallel.update import Update
-from mpiml.vectors import BLOCK
+from mpiml.vectors import BLOCK, Operands
 
 pytestmark = pytest.mark.mpi
 WORLD = MPI.COMM_WORLD
@@ -237,7 +237,7 @@ class Serial:
             span = slice(block.start, block.stop)
             grad, states = total[span].copy(), [state[span] for state in self.states.values()]
             scratch = np.empty_like(grad), np.empty_like(grad)
-            self.optimizer.update(self.values[span], grad, scale, scratch, states, rate, block.decay, step)
+            self.optimizer.update(Operands(self.values[span], states, scratch, grad, block.decay), scale, rate, step)
         return norm
 
 
