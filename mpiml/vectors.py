@@ -82,6 +82,15 @@ class Operands:
     decays: bool
 
 
+def average(on: Operands, scale: float, momentum: float) -> None:
+    """value += momentum * (mean - value), where total times `scale` is the mean."""
+    value, (mean, _) = on.value, on.scratch
+    np.multiply(on.total, scale, out=mean)
+    np.subtract(mean, value, out=mean)
+    np.multiply(mean, momentum, out=mean)
+    np.add(value, mean, out=value)
+
+
 def sgd(on: Operands, scale: float, rate: float, decay: float) -> None:
     """value -= rate * (grad + decay * value), with the learning rate and the weight decay."""
     value, total, (grad, spare) = on.value, on.total, on.scratch

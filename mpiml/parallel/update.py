@@ -1,5 +1,6 @@
 """The update: sum, divide, clip and optimize, piece by piece while each is in cache."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -30,6 +31,7 @@ class Update:
         replica: of this rank.
         sum_: of this stage.
         clip: the largest norm that the gradient may have; 0 for any.
+        rows: (step) -> how many rows it has over all replicas; is asked where the values hold running averages.
         clock: is told what the update does.
 
     Attributes:
@@ -44,10 +46,11 @@ class Update:
         sum_: GradientSum,
         optimizer: Optimizer,
         clip: float,
+        rows: Callable[[int], int],
         clock: Clock | None = None,
     ):
         self.comm, self.sum, self.optimizer, self.clip, self.clock = comm, sum_, optimizer, clip, clock or Clock()
-        self.finite = True
+        self.rows, self.finite = rows, True
         dtype = sum_.values.dtype
         size = sum(stop - start for start, stop in sum_.held)
         self.states = {name: vectors.zeros(size, dtype) for name in optimizer.states}
@@ -55,9 +58,10 @@ class Update:
         longest = max((piece.stop - piece.start for piece in sum_.pieces), default=0)
         scratch = [vectors.empty(longest, dtype) for _ in range(2)]
         self._operands = [self._work_on(piece, *scratch) for piece in sum_.pieces]
-        self._counts_in_norm = replica in {holder for holder, _, _ in sum_.holders}
-        squares = sum(len(piece.blocks) for piece in sum_.pieces) if self._counts_in_norm else 0
-        self._squares = comm.allgather(squares)
+        counts = replica in {holder for holder, _, _ in sum_.holders}
+        self._in_norm = [counts and piece.momentum is None for piece in sum_.pieces]
+        blocks = [len(piece.blocks) for piece, counted in zip(sum_.pieces, self._in_norm, strict=True) if counted]
+        self._squares = comm.allgather(sum(blocks))
 
     def step(self, rate: float, weight: float, step: int, measure: bool) -> float | None:
         """Do step 1, 2, ... with learning rate `rate` on a batch whose weights sum to `weight`.
@@ -81,9 +85,12 @@ class Update:
             if self.clip and norm > self.clip:
                 scale *= self.clip / norm
         finite = True
-        for index, on in enumerate(self._operands):
+        for index, (piece, on) in enumerate(zip(self.sum.pieces, self._operands, strict=True)):
             on.total = self.sum.total(index, on.scratch[0]) if norm is None else self._kept[index]
-            self.optimizer.update(on, scale, rate, step)
+            if piece.momentum is None:
+                self.optimizer.update(on, scale, rate, step)
+            else:
+                vectors.average(on, 1.0 / self.rows(step), piece.momentum)
             finite = finite and vectors.is_finite(on.value)
         self.finite = finite
         self.clock("communication")
@@ -101,7 +108,7 @@ class Update:
         squares: list[float] = []
         for index, piece in enumerate(self.sum.pieces):
             self.sum.total(index, self._kept[index])
-            if self._counts_in_norm:
+            if self._in_norm[index]:
                 squares += vectors.square_sums(self._kept[index], piece.blocks)
         everyone = np.empty(sum(self._squares))
         self.clock("communication")

@@ -96,7 +96,7 @@ def ordered(size: int, memory_kind: str, optimizer: Optimizer) -> tuple[OrderedS
         raise SystemExit(problem)
     sum_ = OrderedSum(grid.data, memory, nodes, WORLD.size, layout.size, layout.blocks(), layout.dtype)
     sum_.slots[0][:] = WORLD.rank
-    return sum_, Update(grid.comm, grid.replica, sum_, optimizer, 0.0)
+    return sum_, Update(grid.comm, grid.replica, sum_, optimizer, 0.0, lambda step: WORLD.size)
 
 
 def allreduce(megabytes: str, what: str, memory_kind: str) -> Ratio:

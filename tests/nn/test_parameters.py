@@ -11,7 +11,7 @@ from mpiml.nn import layers as nn
 from mpiml.nn import optimizers
 from mpiml.nn.layers import LayerNorm, Linear, ReLU, Residual
 from mpiml.nn.models import mlp
-from mpiml.nn.parameters import Gradients, Layout, Parameter, constant
+from mpiml.nn.parameters import Gradients, Layout, Parameter, Statistic, constant
 from mpiml.vectors import ALIGNMENT, BLOCK, Operands
 
 both_dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -95,6 +95,17 @@ def test_complete_down_to_the_first_that_is_missing(order: tuple[int, ...]) -> N
             gradients.finished([layout.parameters[index]])
         missing = [set(order[count:]) for count in range(1, 5)]
         assert told == [16 * max(left) + 9 if left else 0 for left in missing]
+
+
+def test_statistics_come_first_and_do_not_decay() -> None:
+    """First is last: backward completes the vector from its end, and nothing with decay has to wait for them."""
+    made = [Parameter((3, 3), constant(0.0)), Statistic((3,), constant(0.0), 0.1), Parameter((2,), constant(0.0))]
+    made += [Statistic((3, 3), constant(0.0), 0.2), Parameter((2, 2), constant(0.0))]
+    layout = Layout(made, "float64")
+    assert list(layout.offsets) == [made[1], made[3], made[2], made[0], made[4]]
+    assert [block.momentum for block in layout.blocks()] == [0.1, 0.2, None, None, None]
+    assert [block.decay for block in layout.blocks()] == [False, False, False, True, True]
+    assert layout.parameters == made
 
 
 def test_matrices_decay_unless_said_otherwise() -> None:
