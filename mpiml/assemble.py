@@ -184,7 +184,7 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
         gradients=gradients(layout, sum_),
     )
     optimizer = optimizers.build(config.optimizer, config.momentum, config.weight_decay or 0.0)
-    update = Update(grid.comm, grid.replica, sum_, optimizer, config.clip, clock)
+    update = Update(grid.comm, grid.replica, sum_, optimizer, config.clip, shards.rows_of, clock)
     return Run(
         config=config,
         grid=grid,

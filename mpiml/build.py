@@ -54,7 +54,7 @@ def chosen(config: Config, tokens: int = 0) -> Model:
     builders: dict[str, tuple[str, dict[str, Any]]] = {
         "mlp": ("mpiml.nn.models:mlp", {"hidden": config.hidden, "activation": config.activation}),
         "cnn": ("mpiml.nn.convnets:cnn", {"channels": channels}),
-        "resnet": ("mpiml.nn.convnets:resnet", {"channels": channels, "blocks": blocks}),
+        "resnet": ("mpiml.nn.convnets:resnet", {"channels": channels, "blocks": blocks, "norm": config.norm}),
         "gpt": ("mpiml.nn.transformers:gpt", transformer),
     }
     name, sizes = builders[config.model]

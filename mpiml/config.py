@@ -79,6 +79,12 @@ class Config:
     activation: str = setting("relu", GROUPS[0], "after each hidden layer", choices=["relu", "gelu", "tanh"])
     channels: int = setting(32, GROUPS[0], "of cnn's and resnet's first convolution; later ones have more", low=1)
     blocks: int = setting(2, GROUPS[0], "residual blocks of resnet, at each of three sizes, or of gpt", low=1)
+    norm: str = setting(
+        "group",
+        GROUPS[0],
+        "of resnet: by groups of channels of each row, or by channels over each micro-batch, whose size then matters",
+        choices=["group", "batch"],
+    )
     width: int = setting(128, GROUPS[0], "of the vector that stands for a token in gpt", low=1)
     heads: int = setting(4, GROUPS[0], "of gpt's attention", low=1)
     dropout: float = setting(0.0, GROUPS[0], "probability of zeroing a hidden value", low=0, below=1)

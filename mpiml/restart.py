@@ -226,12 +226,16 @@ def digest(run: Run) -> str:
 
 
 def named(run: Run, stages: Sequence[Mapping[str, Any]], *names: str) -> dict[str, Any]:
-    """All stages' vectors as arrays: weights under their names, state NAME as optimizer.NAME.(weight's name)."""
+    """All stages' vectors as arrays: weights under their names, state NAME as optimizer.NAME.(weight's name).
+
+    Statistics, which no optimizer changes, have no state.
+    """
     arrays: dict[str, Any] = {}
     for vector in names:
         prefix = "" if vector == VALUES else f"optimizer.{vector}."
         for layout, vectors_of_stage in zip(run.layouts, stages, strict=True):
-            arrays |= {prefix + name: array for name, array in layout.named(vectors_of_stage[vector]).items()}
+            views = layout.views(vectors_of_stage[vector])
+            arrays |= {prefix + p.name: view for p, view in views if vector == VALUES or p.momentum is None}
     return arrays
 
 

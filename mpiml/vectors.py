@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -63,16 +64,36 @@ def is_finite(vector: Vector) -> bool:
     return math.isfinite(np.dot(vector, vector)) or bool(np.isfinite(vector).all())
 
 
-# The updates below change `value` and the states in place. `total` is the summed gradient and `scale` what makes the
-# mean of it. `scratch` is two vectors of the same length, of which the first may be `total` itself. `rate` is the
-# learning rate, `decay` the weight decay.
+@dataclass(slots=True)
+class Operands:
+    """What the update of a piece works on: vectors of one length.
 
-Scratch = tuple[Vector, Vector]
+    Attributes:
+        value, states: are changed in place.
+        scratch: two vectors to write into, of which the first may be `total`.
+        total: the summed gradient; a scale makes the mean of it.
+        decays: whether weight decay applies.
+    """
+
+    value: Vector
+    states: Sequence[Vector]
+    scratch: tuple[Vector, Vector]
+    total: Vector
+    decays: bool
 
 
-def sgd(value: Vector, total: Vector, scale: float, scratch: Scratch, rate: float, decay: float) -> None:
-    """value -= rate * (grad + decay * value)."""
-    grad, spare = scratch
+def average(on: Operands, scale: float, momentum: float) -> None:
+    """value += momentum * (mean - value), where total times `scale` is the mean."""
+    value, (mean, _) = on.value, on.scratch
+    np.multiply(on.total, scale, out=mean)
+    np.subtract(mean, value, out=mean)
+    np.multiply(mean, momentum, out=mean)
+    np.add(value, mean, out=value)
+
+
+def sgd(on: Operands, scale: float, rate: float, decay: float) -> None:
+    """value -= rate * (grad + decay * value), with the learning rate and the weight decay."""
+    value, total, (grad, spare) = on.value, on.total, on.scratch
     if decay:
         np.multiply(total, scale, out=grad)
         np.multiply(value, decay, out=spare)
@@ -83,22 +104,12 @@ def sgd(value: Vector, total: Vector, scale: float, scratch: Scratch, rate: floa
     np.subtract(value, grad, out=value)
 
 
-def momentum_sgd(
-    value: Vector,
-    total: Vector,
-    scale: float,
-    scratch: Scratch,
-    states: Sequence[Vector],
-    rate: float,
-    decay: float,
-    momentum: float,
-    nesterov: bool,
-) -> None:
+def momentum_sgd(on: Operands, scale: float, rate: float, decay: float, momentum: float, nesterov: bool) -> None:
     """velocity = momentum * velocity + grad; value -= rate * velocity (Nesterov: grad + momentum * velocity).
 
     Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML 2013.
     """
-    (velocity,), (grad, spare) = states, scratch
+    value, total, (velocity,), (grad, spare) = on.value, on.total, on.states, on.scratch
     np.multiply(total, scale, out=grad)
     if decay:
         np.multiply(value, decay, out=spare)
@@ -115,11 +126,8 @@ def momentum_sgd(
 
 
 def adam(
-    value: Vector,
-    total: Vector,
+    on: Operands,
     scale: float,
-    scratch: Scratch,
-    states: Sequence[Vector],
     rate: float,
     decay: float,
     decoupled: bool,
@@ -131,7 +139,7 @@ def adam(
 
     Kingma and Ba, "Adam", ICLR 2015; Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019.
     """
-    (mean, variance), (grad, spare) = states, scratch
+    value, total, (mean, variance), (grad, spare) = on.value, on.total, on.states, on.scratch
     first, second = betas
     np.multiply(total, scale, out=grad)
     if decay and decoupled:

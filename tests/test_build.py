@@ -12,7 +12,17 @@ from mpiml.build import build_loss, build_metric, build_model, objective
 from mpiml.config import Config
 from mpiml.errors import ConfigError
 from mpiml.imports import is_name, named
-from mpiml.nn.layers import CausalSelfAttention, Conv2d, Dropout, Embedding, Layer, Linear, Residual
+from mpiml.nn.layers import (
+    BatchNorm2d,
+    CausalSelfAttention,
+    Conv2d,
+    Dropout,
+    Embedding,
+    GroupNorm,
+    Layer,
+    Linear,
+    Residual,
+)
 from mpiml.nn.losses import R2, Accuracy, mean_squared_error, softmax_cross_entropy
 
 MINE = """
@@ -76,6 +86,9 @@ def test_settings_reach_the_model() -> None:
     assert [layer.outputs for layer in kinds(residual, Conv2d)] == [8, 16, 32]
     assert len(kinds(residual, Residual)) == 9
     assert len(kinds(residual, Dropout)) == 1
+    assert kinds(residual, GroupNorm)
+    assert not kinds(residual, BatchNorm2d)
+    assert kinds(layers(model="resnet", norm="batch"), BatchNorm2d)
     tokens = layers((64, 3), model="gpt", blocks=3, width=12, heads=6, dropout=0.1)
     assert (tokens[0].tokens, tokens[0].features) == (5, 12) if isinstance(tokens[0], Embedding) else False
     assert len(kinds(tokens, Residual)) == 6

@@ -28,6 +28,7 @@ OTHERS = {
     "activation": ("tanh", '"tanh"', "tanh"),
     "channels": ("16", "16", 16),
     "blocks": ("3", "3", 3),
+    "norm": ("batch", '"batch"', "batch"),
     "width": ("64", "64", 64),
     "heads": ("2", "2", 2),
     "dropout": ("0.25", "0.25", 0.25),

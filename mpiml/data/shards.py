@@ -65,15 +65,25 @@ class Shards:
         epoch, t = divmod(step - 1, self.steps_per_epoch)
         return [self._batch(epoch, t, m) for m in range(self.first, self.last)]
 
-    def _batch(self, epoch: int, t: int, m: int) -> Batch:
-        rows, steps = self.shard(m), self.steps_per_epoch
+    def rows_of(self, step: int) -> int:
+        """How many rows step 1, 2, ... has over all shards, others' included."""
+        ends = (self._places((step - 1) % self.steps_per_epoch, m) for m in range(self.microbatches))
+        return sum(b - a for a, b in ends)
+
+    def _places(self, t: int, m: int) -> tuple[int, int]:
+        """From which place in its order for an epoch to which shard m goes in step t of it."""
+        rows, steps = len(self.shard(m)), self.steps_per_epoch
         offset = steps * m // self.microbatches
-        a, b = (len(rows) * t + offset) // steps, (len(rows) * (t + 1) + offset) // steps
+        return (rows * t + offset) // steps, (rows * (t + 1) + offset) // steps
+
+    def _batch(self, epoch: int, t: int, m: int) -> Batch:
+        rows = self.shard(m)
+        a, b = self._places(t, m)
 
         def select() -> Rows:
             return rows.start + rows.step * self._order(epoch, m, len(rows))(a, b)
 
-        return Batch(m, b - a, self.split, select, self.dtype, self._transform(epoch * steps + t + 1, m))
+        return Batch(m, b - a, self.split, select, self.dtype, self._transform(epoch * self.steps_per_epoch + t + 1, m))
 
     def _transform(self, step: int, m: int) -> Transform | None:
         function = self.transform

@@ -6,6 +6,7 @@ import math
 
 from mpiml.nn.activations import ReLU
 from mpiml.nn.basic import Flatten, Linear, Reshape, Residual
+from mpiml.nn.batchnorm import BatchNorm2d
 from mpiml.nn.convolution import Conv2d
 from mpiml.nn.layer import Layer, stack_shapes
 from mpiml.nn.models import dropout_if_any
@@ -33,24 +34,27 @@ def cnn(shape: Shape, outputs: int, channels: int = 32, dropout: float = 0.0) ->
     return [*layers, Linear(features, outputs, gain=1.0)]
 
 
-def resnet(shape: Shape, outputs: int, channels: int = 32, blocks: int = 2, dropout: float = 0.0) -> list[Layer]:
+def resnet(
+    shape: Shape, outputs: int, channels: int = 32, blocks: int = 2, norm: str = "group", dropout: float = 0.0
+) -> list[Layer]:
     """A small residual network: `blocks` residual blocks of two 3 x 3 convolutions at each of three sizes of image.
 
-    He et al., "Identity mappings in deep residual networks", ECCV 2016, with group normalisation; images are halved,
-    and channels doubled, by a convolution of stride 2 between the blocks.
+    He et al., "Identity mappings in deep residual networks", ECCV 2016; images are halved, and channels doubled, by a
+    convolution of stride 2 between the blocks.
 
     Args:
         shape: of an input row, as for `as_image`.
         outputs: width of the output: classes, or values to predict.
         channels: at the full size of the image.
+        norm: "group" for GroupNorm, "batch" for BatchNorm2d.
     """
     layers, inputs = as_image(shape)
     for size in range(3):
         width = channels << size
         layers.append(Conv2d(inputs, width, stride=2 if size else 1))
-        layers += [Residual(*_convolution(width), *_convolution(width)) for _ in range(blocks)]
+        layers += [Residual(*_convolution(width, norm), *_convolution(width, norm)) for _ in range(blocks)]
         inputs = width
-    layers += [_group_norm(inputs), ReLU(), GlobalAvgPool(), *dropout_if_any(dropout)]
+    layers += [_norm(inputs, norm), ReLU(), GlobalAvgPool(), *dropout_if_any(dropout)]
     return [*layers, Linear(inputs, outputs, gain=1.0)]
 
 
@@ -71,9 +75,11 @@ def as_image(shape: Shape) -> tuple[list[Layer], int]:
     return [Reshape(image)], 1
 
 
-def _convolution(channels: int) -> list[Layer]:
-    return [_group_norm(channels), ReLU(), Conv2d(channels, channels)]
+def _convolution(channels: int, norm: str) -> list[Layer]:
+    return [_norm(channels, norm), ReLU(), Conv2d(channels, channels)]
 
 
-def _group_norm(channels: int) -> GroupNorm:
+def _norm(channels: int, norm: str) -> Layer:
+    if norm == "batch":
+        return BatchNorm2d(channels)
     return GroupNorm(1 if channels % GROUP else channels // GROUP, channels)

@@ -3,6 +3,7 @@
 from mpiml.nn.activations import GELU, ReLU, SiLU, Tanh
 from mpiml.nn.attention import CausalSelfAttention
 from mpiml.nn.basic import Dropout, Flatten, Linear, Reshape, Residual
+from mpiml.nn.batchnorm import BatchNorm2d
 from mpiml.nn.convolution import Conv2d
 from mpiml.nn.embedding import Embedding, PositionalEmbedding
 from mpiml.nn.layer import (
@@ -28,7 +29,7 @@ __all__ = [
     "forward", "stack_shapes", "stack_flops", "name", "everything", "own_parameters", "parameters", "skip_first_dx",
     "Linear", "Dropout", "Flatten", "Reshape", "Residual",
     "ReLU", "Tanh", "GELU", "SiLU",
-    "LayerNorm", "RMSNorm", "GroupNorm",
+    "LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm2d",
     "Conv2d", "MaxPool2d", "AvgPool2d", "GlobalAvgPool",
     "Embedding", "PositionalEmbedding", "CausalSelfAttention",
 ]

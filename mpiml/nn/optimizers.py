@@ -1,10 +1,9 @@
 """Optimizers: which state each keeps, and its update of one piece of the flat vectors."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mpiml import vectors
-from mpiml.vectors import Scratch, Vector
+from mpiml.vectors import Operands
 
 
 @dataclass(frozen=True)
@@ -12,9 +11,8 @@ class Optimizer:
     """What all optimizers share.
 
     `states` names the state vectors; each has the values' size and starts at zero. `update` changes a piece of
-    the values and of the states in place: `total` times `scale` is the batch's mean gradient; `scratch` is two
-    vectors of the piece's length, of which the first may be `total` itself; `rate` is the learning rate, `decay`
-    whether weight decay applies to the piece, and `step` counts from 1.
+    the values and of the states in place: its total times `scale` is the batch's mean gradient, `rate` is the
+    learning rate, and `step` counts from 1.
     """
 
     weight_decay: float = 0.0
@@ -22,18 +20,11 @@ class Optimizer:
     states: tuple[str, ...] = ()
     default_rate = 0.0
 
-    def update(
-        self,
-        value: Vector,
-        total: Vector,
-        scale: float,
-        scratch: Scratch,
-        states: Sequence[Vector],
-        rate: float,
-        decay: bool,
-        step: int,
-    ) -> None:
+    def update(self, on: Operands, scale: float, rate: float, step: int) -> None:
         raise TypeError(f"{type(self).__name__} defines no update")
+
+    def _decay(self, on: Operands) -> float:
+        return self.weight_decay if on.decays else 0.0
 
 
 @dataclass(frozen=True)
@@ -42,18 +33,8 @@ class SGD(Optimizer):
 
     default_rate = 0.1
 
-    def update(
-        self,
-        value: Vector,
-        total: Vector,
-        scale: float,
-        scratch: Scratch,
-        states: Sequence[Vector],
-        rate: float,
-        decay: bool,
-        step: int,
-    ) -> None:
-        vectors.sgd(value, total, scale, scratch, rate, self.weight_decay if decay else 0.0)
+    def update(self, on: Operands, scale: float, rate: float, step: int) -> None:
+        vectors.sgd(on, scale, rate, self._decay(on))
 
 
 @dataclass(frozen=True)
@@ -65,19 +46,8 @@ class Momentum(Optimizer):
     states: tuple[str, ...] = ("velocity",)
     default_rate = 0.05
 
-    def update(
-        self,
-        value: Vector,
-        total: Vector,
-        scale: float,
-        scratch: Scratch,
-        states: Sequence[Vector],
-        rate: float,
-        decay: bool,
-        step: int,
-    ) -> None:
-        wd = self.weight_decay if decay else 0.0
-        vectors.momentum_sgd(value, total, scale, scratch, states, rate, wd, self.momentum, self.nesterov)
+    def update(self, on: Operands, scale: float, rate: float, step: int) -> None:
+        vectors.momentum_sgd(on, scale, rate, self._decay(on), self.momentum, self.nesterov)
 
 
 @dataclass(frozen=True)
@@ -90,19 +60,8 @@ class Adam(Optimizer):
     states: tuple[str, ...] = ("mean", "variance")
     default_rate = 0.001
 
-    def update(
-        self,
-        value: Vector,
-        total: Vector,
-        scale: float,
-        scratch: Scratch,
-        states: Sequence[Vector],
-        rate: float,
-        decay: bool,
-        step: int,
-    ) -> None:
-        wd = self.weight_decay if decay else 0.0
-        vectors.adam(value, total, scale, scratch, states, rate, wd, self.decoupled, self.betas, self.epsilon, step)
+    def update(self, on: Operands, scale: float, rate: float, step: int) -> None:
+        vectors.adam(on, scale, rate, self._decay(on), self.decoupled, self.betas, self.epsilon, step)
 
 
 def build(name: str, momentum: float, weight_decay: float) -> Optimizer:

@@ -29,7 +29,10 @@ class Parameter:
     Attributes:
         name: "layers.3.weight", the path from the model's list of layers.
         value: a view of the flat vector of values, once that is allocated.
+        momentum: of a running average; None where an optimizer makes the changes.
     """
+
+    momentum: float | None = None
 
     def __init__(self, shape: Shape, init: Init, decay: bool | None = None):
         self.shape = shape
@@ -38,6 +41,18 @@ class Parameter:
         self.decay = len(shape) > 1 if decay is None else decay
         self.name = ""
         self.value: NDArray[np.floating]
+
+
+class Statistic(Parameter):
+    """An array that training averages and does not optimise, such as a running mean.
+
+    In the place of a gradient, backward writes what the micro-batch finds times its rows. A step with n rows in all
+    then does value += momentum * (sum / n - value). Norm, clipping, weight decay and optimizer pass it by.
+    """
+
+    def __init__(self, shape: Shape, init: Init, momentum: float):
+        super().__init__(shape, init, decay=False)
+        self.momentum = momentum
 
 
 class Gradients:
@@ -81,15 +96,16 @@ class Block:
     start: int
     stop: int
     decay: bool
+    momentum: float | None = None
 
 
 class Layout:
     """Where each of a list of parameters lies in a flat vector.
 
     Every parameter starts on a 64-byte boundary, and the padding is zero in every vector, for ever: no update
-    changes a zero whose gradient is zero. Parameters without decay come first, so that an optimizer meets long runs
-    of one kind; those with decay, nearly all elements, follow in layer order: a backward pass completes the vector
-    from its end.
+    changes a zero whose gradient is zero. Statistics come first and then parameters without decay, so that an update
+    meets long runs of one kind; parameters with decay, nearly all elements, follow in layer order: a backward pass
+    completes the vector from its end.
     """
 
     def __init__(self, parameters: Sequence[Parameter], dtype: DTypeLike):
@@ -98,14 +114,14 @@ class Layout:
         self.offsets: dict[Parameter, int] = {}
         per_line = ALIGNMENT // self.dtype.itemsize
         self.size = 0
-        for parameter in sorted(self.parameters, key=lambda p: p.decay):
+        for parameter in sorted(self.parameters, key=lambda p: (p.momentum is None, p.decay)):
             self.offsets[parameter] = self.size
             self.size += -(-parameter.size // per_line) * per_line
 
     def blocks(self) -> list[Block]:
         """All blocks in the order of the vector; each parameter is cut from its own start."""
         return [
-            Block(offset + a, offset + min(a + BLOCK, parameter.size), parameter.decay)
+            Block(offset + a, offset + min(a + BLOCK, parameter.size), parameter.decay, parameter.momentum)
             for parameter, offset in self.offsets.items()
             for a in range(0, parameter.size, BLOCK)
         ]

@@ -20,15 +20,21 @@ class Block(Protocol):
     def stop(self) -> int: ...
     @property
     def decay(self) -> bool: ...
+    @property
+    def momentum(self) -> float | None: ...
 
 
 @dataclass(frozen=True)
 class Piece:
-    """vector[start:stop], whose parameters all decay or all do not; `blocks` are relative to `start`."""
+    """vector[start:stop], whose parameters are of one kind; `blocks` are relative to `start`.
+
+    They all decay or all do not; with a momentum they are running averages, else an optimizer changes them.
+    """
 
     start: int
     stop: int
     decay: bool
+    momentum: float | None
     blocks: list[tuple[int, int]]
 
 
@@ -71,9 +77,10 @@ def pieces(run: Sequence[Block]) -> list[Piece]:
     joined: list[Piece] = []
     for block in run:
         last = joined[-1] if joined else None
-        if last and last.decay == block.decay and block.stop - last.start <= PIECE:
+        kind = block.decay, block.momentum
+        if last and (last.decay, last.momentum) == kind and block.stop - last.start <= PIECE:
             inside = [*last.blocks, (block.start - last.start, block.stop - last.start)]
-            joined[-1] = Piece(last.start, block.stop, block.decay, inside)
+            joined[-1] = Piece(last.start, block.stop, *kind, inside)
         else:
-            joined.append(Piece(block.start, block.stop, block.decay, [(0, block.stop - block.start)]))
+            joined.append(Piece(block.start, block.stop, *kind, [(0, block.stop - block.start)]))
     return joined

@@ -1,6 +1,6 @@
 """The update: sum, divide, clip and optimize, piece by piece while each is in cache."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -9,8 +9,8 @@ from mpi4py import MPI
 from mpiml import vectors
 from mpiml.clock import Clock
 from mpiml.parallel.allreduce import GradientSum
-from mpiml.parallel.slices import place
-from mpiml.vectors import Scratch, Vector
+from mpiml.parallel.slices import Piece, place
+from mpiml.vectors import Operands, Vector
 from mpiml.waiting import wait
 
 
@@ -20,17 +20,7 @@ class Optimizer(Protocol):
     @property
     def states(self) -> tuple[str, ...]: ...
 
-    def update(
-        self,
-        value: Vector,
-        total: Vector,
-        scale: float,
-        scratch: Scratch,
-        states: Sequence[Vector],
-        rate: float,
-        decay: bool,
-        step: int,
-    ) -> None: ...
+    def update(self, on: Operands, scale: float, rate: float, step: int) -> None: ...
 
 
 class Update:
@@ -41,6 +31,7 @@ class Update:
         replica: of this rank.
         sum_: of this stage.
         clip: the largest norm that the gradient may have; 0 for any.
+        rows: (step) -> how many rows it has over all replicas; is asked where the values hold running averages.
         clock: is told what the update does.
 
     Attributes:
@@ -55,23 +46,22 @@ class Update:
         sum_: GradientSum,
         optimizer: Optimizer,
         clip: float,
+        rows: Callable[[int], int],
         clock: Clock | None = None,
     ):
         self.comm, self.sum, self.optimizer, self.clip, self.clock = comm, sum_, optimizer, clip, clock or Clock()
-        self.finite = True
+        self.rows, self.finite = rows, True
         dtype = sum_.values.dtype
         size = sum(stop - start for start, stop in sum_.held)
         self.states = {name: vectors.zeros(size, dtype) for name in optimizer.states}
-        self._values = [sum_.values[piece.start : piece.stop] for piece in sum_.pieces]
         self._kept = [sum_.slots[0][piece.start : piece.stop] for piece in sum_.pieces]
-        places = [place(sum_.held, piece.start, piece.stop) for piece in sum_.pieces]
-        self._states = [[state[where] for state in self.states.values()] for where in places]
-        lengths = [piece.stop - piece.start for piece in sum_.pieces]
-        grad, spare = (vectors.empty(max(lengths, default=0), dtype) for _ in range(2))
-        self._scratch = [(grad[:length], spare[:length]) for length in lengths]
-        self._counts_in_norm = replica in {holder for holder, _, _ in sum_.holders}
-        squares = sum(len(piece.blocks) for piece in sum_.pieces) if self._counts_in_norm else 0
-        self._squares = comm.allgather(squares)
+        longest = max((piece.stop - piece.start for piece in sum_.pieces), default=0)
+        scratch = [vectors.empty(longest, dtype) for _ in range(2)]
+        self._operands = [self._work_on(piece, *scratch) for piece in sum_.pieces]
+        counts = replica in {holder for holder, _, _ in sum_.holders}
+        self._in_norm = [counts and piece.momentum is None for piece in sum_.pieces]
+        blocks = [len(piece.blocks) for piece, counted in zip(sum_.pieces, self._in_norm, strict=True) if counted]
+        self._squares = comm.allgather(sum(blocks))
 
     def step(self, rate: float, weight: float, step: int, measure: bool) -> float | None:
         """Do step 1, 2, ... with learning rate `rate` on a batch whose weights sum to `weight`.
@@ -95,22 +85,30 @@ class Update:
             if self.clip and norm > self.clip:
                 scale *= self.clip / norm
         finite = True
-        for index, piece in enumerate(self.sum.pieces):
-            value, scratch = self._values[index], self._scratch[index]
-            total = self.sum.total(index, scratch[0]) if norm is None else self._kept[index]
-            self.optimizer.update(value, total, scale, scratch, self._states[index], rate, piece.decay, step)
-            finite = finite and vectors.is_finite(value)
+        for index, (piece, on) in enumerate(zip(self.sum.pieces, self._operands, strict=True)):
+            on.total = self.sum.total(index, on.scratch[0]) if norm is None else self._kept[index]
+            if piece.momentum is None:
+                self.optimizer.update(on, scale, rate, step)
+            else:
+                vectors.average(on, 1.0 / self.rows(step), piece.momentum)
+            finite = finite and vectors.is_finite(on.value)
         self.finite = finite
         self.clock("communication")
         self.sum.publish()
         return norm
+
+    def _work_on(self, piece: Piece, grad: Vector, spare: Vector) -> Operands:
+        length, where = piece.stop - piece.start, place(self.sum.held, piece.start, piece.stop)
+        states = [state[where] for state in self.states.values()]
+        scratch = grad[:length], spare[:length]
+        return Operands(self.sum.values[piece.start : piece.stop], states, scratch, scratch[0], piece.decay)
 
     def _norm(self) -> float:
         """The norm of the summed gradient over all stages; the sum is kept in this replica's first slot."""
         squares: list[float] = []
         for index, piece in enumerate(self.sum.pieces):
             self.sum.total(index, self._kept[index])
-            if self._counts_in_norm:
+            if self._in_norm[index]:
                 squares += vectors.square_sums(self._kept[index], piece.blocks)
         everyone = np.empty(sum(self._squares))
         self.clock("communication")

@@ -10,7 +10,7 @@ import json
 import os
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,7 +38,7 @@ from mpiml.study.trainer import (
     repeats,
     tower,
 )
-from mpiml.vectors import PIECE, Scratch, Vector
+from mpiml.vectors import PIECE, Operands
 from mpiml.waiting import share_cores
 
 WORLD = MPI.COMM_WORLD
@@ -81,18 +81,8 @@ def page_faults(hidden: str, batch: str) -> Ratio:
 class Copy(Optimizer):
     """The sum itself as the new value, which makes an update a bare all-reduce."""
 
-    def update(
-        self,
-        value: Vector,
-        total: Vector,
-        scale: float,
-        scratch: Scratch,
-        states: Sequence[Vector],
-        rate: float,
-        decay: bool,
-        step: int,
-    ) -> None:
-        np.copyto(value, total)
+    def update(self, on: Operands, scale: float, rate: float, step: int) -> None:
+        np.copyto(on.value, on.total)
 
 
 def ordered(size: int, memory_kind: str, optimizer: Optimizer) -> tuple[OrderedSum, Update]:
@@ -106,7 +96,7 @@ def ordered(size: int, memory_kind: str, optimizer: Optimizer) -> tuple[OrderedS
         raise SystemExit(problem)
     sum_ = OrderedSum(grid.data, memory, nodes, WORLD.size, layout.size, layout.blocks(), layout.dtype)
     sum_.slots[0][:] = WORLD.rank
-    return sum_, Update(grid.comm, grid.replica, sum_, optimizer, 0.0)
+    return sum_, Update(grid.comm, grid.replica, sum_, optimizer, 0.0, lambda step: WORLD.size)
 
 
 def allreduce(megabytes: str, what: str, memory_kind: str) -> Ratio:
@@ -150,18 +140,20 @@ class Everywhere:
 
     def __init__(self, size: int, optimizer: Optimizer | None):
         self.optimizer = optimizer
-        self.values, self.gradient = np.zeros(size, np.float32), np.zeros(size, np.float32)
-        self.scratch = np.empty((2, PIECE), np.float32)
+        values, self.gradient = np.zeros(size, np.float32), np.zeros(size, np.float32)
+        grad, spare = np.empty((2, PIECE), np.float32)
+        self.pieces = []
+        for start in range(0, size, PIECE):
+            value, total = values[start : start + PIECE], self.gradient[start : start + PIECE]
+            self.pieces.append(Operands(value, [], (grad[: len(value)], spare[: len(value)]), total, False))
 
     def step(self) -> None:
         """Sum, divide, update."""
         WORLD.Allreduce(MPI.IN_PLACE, self.gradient)
         if self.optimizer is None:
             return
-        for start in range(0, len(self.values), PIECE):
-            value = self.values[start : start + PIECE]
-            grad, spare = self.scratch[:, : len(value)]
-            self.optimizer.update(value, self.gradient[start : start + PIECE], 1.0, (grad, spare), [], 0.0, False, 1)
+        for piece in self.pieces:
+            self.optimizer.update(piece, 1.0, 0.0, 1)
 
 
 def torch_ddp(hidden: str, rows: str) -> Ratio:

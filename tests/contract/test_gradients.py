@@ -37,6 +37,40 @@ def saved(job: Job, step: int) -> reference.Weights:
     return [(found[f"layers.{layer}.weight"], found[f"layers.{layer}.bias"]) for layer in layers]
 
 
+NORMAL = """
+from mpiml.nn.layers import BatchNorm2d, Flatten, Linear
+
+def model(shape, outputs):
+    return [BatchNorm2d(2, momentum=0.25), Flatten(), Linear(12, outputs)]
+"""
+
+
+@pytest.mark.parametrize(("ranks", "grid"), [(3, ""), (2, "--allreduce mpi"), (2, "--pipe 2")])
+def test_running_averages_are_means_over_rows_whatever_their_weight(
+    train: Train, tmp_path: Path, ranks: int, grid: str
+) -> None:
+    """Two steps on all rows, of which some do not count, in parts of 3 and 4 rows."""
+    random = np.random.default_rng(7)
+    x, y = random.standard_normal((2 * ROWS, 3, 2, 2)) * [1, 4] + [5, -3], random.integers(-1, 3, 2 * ROWS)
+    np.savez(tmp_path / "data.npz", x_train=x[:ROWS], y_train=y[:ROWS], x_test=x[ROWS:], y_test=y[ROWS:])
+    (tmp_path / "normal.py").write_text(NORMAL)
+    arguments = f"--data {tmp_path}/data.npz --model normal:model --batch {ROWS + 4} --dtype float64 --clip 0.1 --quiet"
+    how = f"{arguments} --microbatches 6 --shuffle none --steps 2 --weight-decay 0.5 {grid}"
+    own = {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
+    job = train(ranks, how, **own)
+    assert job.code == 0, job.err
+    found = load_file(job.run / "checkpoints" / "step-000000002.safetensors")
+    parts = np.split(x[:ROWS], [3, 7, 11, 15, 19])  # as ROWS * m // 6 cuts them
+    variance = sum(len(part) * part.var(axis=(0, 1, 2), ddof=1) for part in parts) / ROWS
+    mean, old = x[:ROWS].mean(axis=(0, 1, 2)), 0.75**2
+    np.testing.assert_allclose(found["layers.0.running_mean"], (1 - old) * mean, rtol=1e-12)
+    np.testing.assert_allclose(found["layers.0.running_variance"], old + (1 - old) * variance, rtol=1e-12)
+    assert not any(name.startswith("optimizer.") and "running" in name for name in found)
+    begun = train(ranks, f"{how} --steps 1 --init {job.run}/checkpoints/step-000000002.safetensors", "begun", **own)
+    found = load_file(begun.run / "checkpoints" / "step-000000001.safetensors")
+    np.testing.assert_allclose(found["layers.0.running_mean"], (1 - 0.75**3) * mean, rtol=1e-12)
+
+
 @dataclass
 class Given:
     """Where training begins: a file of data, its arrays, and the first weights."""

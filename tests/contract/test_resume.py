@@ -98,8 +98,9 @@ def test_finished_run_is_left_alone(whole: Job, train: Any, tmp_path: Path) -> N
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
-def test_longer_run_equals_one_that_was_long_from_the_start(train: Any) -> None:
-    flags = "--microbatches 4 --hidden 16 --log-every 1 --eval-every 5 --save-every 7"
+@pytest.mark.parametrize("model", ["--hidden 16", "--model resnet --norm batch --channels 2 --blocks 1 --batch 32"])
+def test_longer_run_equals_one_that_was_long_from_the_start(train: Any, model: str) -> None:
+    flags = f"--microbatches 4 {model} --log-every 1 --eval-every 5 --save-every 7"
     long = train(2, f"{flags} --steps 18", out="long")
     train(2, f"{flags} --steps 12", out="short")
     job = train(4, "--resume --steps 18", out="short")

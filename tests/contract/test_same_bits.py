@@ -165,6 +165,39 @@ def test_same_bits_of_images_and_tokens(
     assert_same(train(ranks, f"{arguments} {grid}"), alone(arguments))
 
 
+@pytest.fixture(scope="module")
+def normal(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A network with batch normalisation, on so few images that some micro-batches stay empty, whose labels do not all
+    count."""
+    random, path = np.random.default_rng(0), tmp_path_factory.mktemp("normal") / "images.npz"
+    x, y = random.standard_normal((90, 4, 5, 2)), random.integers(-1, 3, 90)
+    np.savez(path, x_train=x[:60], y_train=y[:60], x_test=x[60:], y_test=y[60:])
+    flags = "--model resnet --norm batch --channels 4 --blocks 1 --batch 9 --microbatches 13 --clip 0.3"
+    return f"--data {path} {flags} --steps 9 --log-every 1 --eval-every 4 --eval-rows 8 --quiet"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "grid", "nodes"),
+    [
+        (3, "", ""),
+        (4, "--pipe 2", ""),
+        (3, "--pipe 3 --schedule gpipe --dtype float64", ""),
+        (4, "--bucket 0.0005", "2,2"),
+        (3, "--batch 1", ""),
+    ],
+)
+def test_same_bits_of_running_averages(
+    alone: Alone, train: Train, normal: str, ranks: int, grid: str, nodes: str
+) -> None:
+    """--batch 1: most micro-batches are empty, and steps whose only row does not count change nothing."""
+    arithmetic = " ".join(words for words in ("--dtype float64", "--batch 1") if words in grid)
+    job = train(ranks, f"{normal} {grid}", MPIML_NODES=nodes)
+    assert_same(job, alone(f"{normal} {arithmetic}"))
+    averages = [name for name in saved(job) if "running" in name]
+    assert len(averages) == 2 * 7
+    assert not any(name.startswith("optimizer.") for name in averages)
+
+
 @pytest.mark.parametrize(("ranks", "grid"), [(1, ""), (4, ""), (4, "--pipe 2")])
 def test_masked_tokens_weigh_nothing_wherever_they_are(
     alone: Alone, train: Train, tokens: str, ranks: int, grid: str

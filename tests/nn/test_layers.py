@@ -15,6 +15,7 @@ from mpiml.nn.layers import (
     GELU,
     At,
     AvgPool2d,
+    BatchNorm2d,
     CausalSelfAttention,
     Conv2d,
     Dropout,
@@ -57,6 +58,8 @@ CASES: dict[str, tuple[Stack, tuple[int, ...]]] = {
     "group norm of one group": (lambda: [GroupNorm(1, 4)], (2, 2, 4)),
     "group norm of each channel": (lambda: [GroupNorm(3, 3)], (2, 2, 3)),
     "group norm of one axis": (lambda: [GroupNorm(2, 8)], (8,)),
+    "batch norm": (lambda: [BatchNorm2d(3)], (4, 2, 3)),
+    "batch norm of one place": (lambda: [BatchNorm2d(2, epsilon=0.5)], (1, 1, 2)),
     "convolution": (lambda: [Conv2d(2, 3)], (4, 5, 2)),
     "convolution of one channel": (lambda: [Conv2d(1, 2)], (3, 3, 1)),
     "convolution without padding": (lambda: [Conv2d(2, 3, padding=0)], (4, 3, 2)),
@@ -74,6 +77,10 @@ CASES: dict[str, tuple[Stack, tuple[int, ...]]] = {
     "images": (
         lambda: [Reshape((4, 4, 1)), Conv2d(1, 4), GroupNorm(2, 4), SiLU(), MaxPool2d(), Conv2d(4, 2), GlobalAvgPool()],
         (16,),
+    ),
+    "images, batch norm": (
+        lambda: [Conv2d(1, 3), BatchNorm2d(3), SiLU(), Residual(BatchNorm2d(3), Conv2d(3, 3)), GlobalAvgPool()],
+        (3, 2, 1),
     ),
     "embedding": (lambda: [Embedding(TOKENS, 4)], (5,)),
     "embedding of one id a row": (lambda: [Embedding(TOKENS, 4)], ()),
@@ -183,6 +190,8 @@ def test_gradients_are_the_slopes(case: str) -> None:
     if not bench.tokens:
         np.testing.assert_allclose(dx, slopes(f, x), rtol=1e-6, atol=1e-8)
     for parameter, gradient in zip(bench.layout.parameters, found, strict=True):
+        if parameter.momentum is not None:
+            continue  # a statistic, in whose place something else is written
         np.testing.assert_allclose(gradient, slopes(f, parameter.value), rtol=1e-6, atol=1e-8, err_msg=parameter.name)
 
 
@@ -322,6 +331,8 @@ def test_only_the_first_layer_with_parameters_skips_dx() -> None:
         (LayerNorm(6), (2, 5), ["6", "(2, 5)"]),
         (RMSNorm(6), (2, 5), ["6", "(2, 5)"]),
         (GroupNorm(2, 6), (2, 5), ["6", "(2, 5)"]),
+        (BatchNorm2d(3), (8, 8), ["(H, W, 3)", "(8, 8)"]),
+        (BatchNorm2d(3), (8, 8, 1), ["(H, W, 3)", "(8, 8, 1)"]),
         (Conv2d(3, 4), (8, 8), ["(H, W, 3)", "(8, 8)"]),
         (Conv2d(3, 4), (8, 8, 1), ["(H, W, 3)", "(8, 8, 1)"]),
         (Conv2d(3, 4, 5, padding=1), (8, 2, 3), ["at least 3", "(8, 2, 3)"]),
@@ -393,6 +404,7 @@ def test_dropout_rate_is_a_probability_below_1(rate: float) -> None:
         (lambda: Conv2d(1, 1, 3, padding=3), ["padding 3", "kernel 3"]),
         (lambda: Conv2d(1, 1, 3, stride=0), ["stride 0"]),
         (lambda: MaxPool2d(0), ["MaxPool2d(0)"]),
+        (lambda: BatchNorm2d(4, momentum=1.5), ["BatchNorm2d(4)", "momentum 1.5"]),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(make: Callable[[], Layer], named: list[str]) -> None:
@@ -428,7 +440,9 @@ def test_attention_in_blocks_is_attention(monkeypatch: pytest.MonkeyPatch, queri
         np.testing.assert_allclose(part, expected, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("case", ["gelu", "layer norm", "rms norm of two axes", "convolution", "convolution, stride 2"])
+@pytest.mark.parametrize(
+    "case", ["gelu", "layer norm", "rms norm of two axes", "batch norm", "convolution", "convolution, stride 2"]
+)
 def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     bench = Bench(case)
     x = bench.rows(5)

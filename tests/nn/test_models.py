@@ -20,6 +20,7 @@ MODELS: dict[str, tuple[Build, tuple[int, ...], tuple[int, ...]]] = {
     "cnn": (lambda: cnn((8, 9, 3), 5, channels=4, dropout=0.1), (8, 9, 3), (5,)),
     "cnn of flat rows": (lambda: cnn((64,), 5, channels=4), (64,), (5,)),
     "resnet": (lambda: resnet((9, 8), 5, channels=4, blocks=1, dropout=0.1), (9, 8), (5,)),
+    "resnet with batch norm": (lambda: resnet((9, 8), 5, channels=4, blocks=1, norm="batch"), (9, 8), (5,)),
     "gpt": (lambda: gpt((6,), 5, width=8, heads=2, dropout=0.1), (6,), (6, 5)),
 }
 every_model = pytest.mark.parametrize("model", MODELS)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mpiml.nn import optimizers
+from mpiml.vectors import Operands
 
 NAMES = ("sgd", "momentum", "nesterov", "adam", "adamw")
 every_optimizer = pytest.mark.parametrize("name", NAMES)
@@ -56,7 +57,8 @@ def run(name: str, weight_decay: float, pieces: list[slice], decay: bool = True,
             # What lies in scratch must not matter, and the total may be part of it.
             grad, spare = (np.full(len(total), np.nan, dtype) for _ in range(2))
             scratch = (total if step % 2 else grad, spare)
-            optimizer.update(values[piece], total, 0.25, scratch, [s[piece] for s in states], RATE, decay, step)
+            on = Operands(values[piece], [s[piece] for s in states], scratch, total, decay)
+            optimizer.update(on, 0.25, RATE, step)
     return values
 
 
@@ -91,7 +93,7 @@ def test_no_gradient_and_no_decay_change_nothing_at_rest(name: str) -> None:
     optimizer = optimizers.build(name, MOMENTUM, 0.0)
     values = first_values()
     states = [np.zeros(7) for _ in optimizer.states]
-    optimizer.update(values, np.zeros(7), 1.0, (np.zeros(7), np.zeros(7)), states, RATE, True, 1)
+    optimizer.update(Operands(values, states, (np.zeros(7), np.zeros(7)), np.zeros(7), True), 1.0, RATE, 1)
     np.testing.assert_array_equal(values, first_values())
 
 
@@ -100,7 +102,7 @@ def test_the_first_step_of_adam_is_the_rate_whatever_the_gradient() -> None:
         value = np.zeros(1)
         adam = optimizers.build("adam", 0.0, 0.0)
         scratch, states = (np.zeros(1), np.zeros(1)), [np.zeros(1), np.zeros(1)]
-        adam.update(value, np.array([-size]), 1.0, scratch, states, RATE, False, 1)
+        adam.update(Operands(value, states, scratch, np.array([-size]), False), 1.0, RATE, 1)
         assert value[0] == pytest.approx(RATE, rel=1e-4)
 
 

@@ -11,8 +11,8 @@ from mpiml.nn import layers as nn
 from mpiml.nn import optimizers
 from mpiml.nn.layers import LayerNorm, Linear, ReLU, Residual
 from mpiml.nn.models import mlp
-from mpiml.nn.parameters import Gradients, Layout, Parameter, constant
-from mpiml.vectors import ALIGNMENT, BLOCK
+from mpiml.nn.parameters import Gradients, Layout, Parameter, Statistic, constant
+from mpiml.vectors import ALIGNMENT, BLOCK, Operands
 
 both_dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
@@ -97,6 +97,17 @@ def test_complete_down_to_the_first_that_is_missing(order: tuple[int, ...]) -> N
         assert told == [16 * max(left) + 9 if left else 0 for left in missing]
 
 
+def test_statistics_come_first_and_do_not_decay() -> None:
+    """First is last: backward completes the vector from its end, and nothing with decay has to wait for them."""
+    made = [Parameter((3, 3), constant(0.0)), Statistic((3,), constant(0.0), 0.1), Parameter((2,), constant(0.0))]
+    made += [Statistic((3, 3), constant(0.0), 0.2), Parameter((2, 2), constant(0.0))]
+    layout = Layout(made, "float64")
+    assert list(layout.offsets) == [made[1], made[3], made[2], made[0], made[4]]
+    assert [block.momentum for block in layout.blocks()] == [0.1, 0.2, None, None, None]
+    assert [block.decay for block in layout.blocks()] == [False, False, False, True, True]
+    assert layout.parameters == made
+
+
 def test_matrices_decay_unless_said_otherwise() -> None:
     assert Parameter((2, 2), constant(0.0)).decay
     assert not Parameter((2,), constant(0.0)).decay
@@ -137,7 +148,7 @@ def test_padding_stays_zero(name: str, dtype: str) -> None:
         gradient = layout.zeros()
         for _, view in layout.views(gradient):
             view[...] = np.random.default_rng(step).standard_normal(view.shape)
-        optimizer.update(values, gradient, 1.0, (gradient, spare), states, 0.1, True, step)
+        optimizer.update(Operands(values, states, (gradient, spare), gradient, True), 1.0, 0.1, step)
     free = padding(layout)
     assert free.any()
     for vector in (values, *states):

@@ -86,6 +86,33 @@ def test_layer(case: str) -> None:
         close(grads[parameter], weight.grad)
 
 
+def test_batch_norm_and_its_running_averages() -> None:
+    layer, theirs = nn.BatchNorm2d(16), torch.nn.BatchNorm2d(16)
+    nn.name([layer])
+    layout = Layout(nn.parameters([layer]), "float32")
+    layout.bind(values := layout.zeros())
+    layout.initialise(values, 0)
+    random = np.random.default_rng(0)
+    for rows in (6, 70, 3):
+        x, dy = ((random.standard_normal((rows, 9, 8, 16)) * 3 + 1).astype("float32") for _ in range(2))
+        tx = as_torch(x)
+        theirs.zero_grad()
+        ty = image(theirs)(tx)
+        ty.backward(torch.from_numpy(dy))
+        y, backward = layer(x, nn.At(training=True))
+        grads = Gradients(layout, layout.zeros())
+        for mine, other in ((y, ty), (backward(dy, grads), tx.grad)):
+            close(mine, other)
+        close(grads[layer.gain], theirs.weight.grad)
+        close(grads[layer.bias], theirs.bias.grad)
+        for statistic in (layer.running_mean, layer.running_variance):
+            statistic.value += layer.running_mean.momentum * (grads[statistic] / rows - statistic.value)
+        close(layer.running_mean.value, theirs.running_mean)
+        close(layer.running_variance.value, theirs.running_var)
+    theirs.eval()
+    close(layer(x, nn.At(training=False))[0], image(theirs)(torch.from_numpy(x)))
+
+
 def close(mine: Array, theirs: Any) -> None:
     """Equal but for rounding, which is of the size of the largest values that are added up."""
     expected = theirs.detach().numpy()

@@ -14,15 +14,16 @@ class Block(NamedTuple):
     start: int
     stop: int
     decay: bool
+    momentum: float | None = None
 
 
 def random_blocks(seed: int, longest: int = PIECE) -> list[Block]:
-    """Runs with gaps, as padding makes them; those that decay last, as in a layout."""
+    """Runs with gaps, as padding makes them; averages first and those that decay last, as in a layout."""
     draw = random.Random(seed)
     blocks, end = [], 0
     for index in range(draw.randint(1, 30)):
         length = draw.randint(1, longest)
-        blocks.append(Block(end, end + length, index >= 12))
+        blocks.append(Block(end, end + length, index >= 12, [0.1, 0.2, None][min(index // 4, 2)]))
         end += length + draw.randint(0, 15)
     return blocks
 
@@ -92,11 +93,14 @@ def test_pieces_hold_each_block_once_and_fit_the_cache(seed: int, longest: int) 
     blocks = random_blocks(seed, longest)
     found = pieces(blocks)
     inside = [
-        Block(piece.start + start, piece.start + stop, piece.decay) for piece in found for start, stop in piece.blocks
+        Block(piece.start + start, piece.start + stop, piece.decay, piece.momentum)
+        for piece in found
+        for start, stop in piece.blocks
     ]
     assert inside == blocks
     for piece in found:
         assert piece.stop - piece.start <= PIECE
         assert (piece.blocks[0][0], piece.blocks[-1][1]) == (0, piece.stop - piece.start)
     for left, right in itertools.pairwise(found):
-        assert left.decay != right.decay or left.start + PIECE < right.start + right.blocks[0][1], "could be joined"
+        kinds = [(piece.decay, piece.momentum) for piece in (left, right)]
+        assert kinds[0] != kinds[1] or left.start + PIECE < right.start + right.blocks[0][1], "could be joined"

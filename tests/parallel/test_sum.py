@@ -11,12 +11,12 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from mpiml.nn import optimizers
-from mpiml.nn.parameters import Block, Layout, Parameter, constant
+from mpiml.nn.parameters import Block, Layout, Parameter, Statistic, constant
 from mpiml.parallel.allreduce import GradientSum, LibrarySum, OrderedSum
 from mpiml.parallel.memory import FencedMemory, PrivateMemory, SharedMemory, bytes_of
 from mpiml.parallel.tree import depth
 from mpiml.parallel.update import Update
-from mpiml.vectors import BLOCK
+from mpiml.vectors import BLOCK, Operands
 
 pytestmark = pytest.mark.mpi
 WORLD = MPI.COMM_WORLD
@@ -28,6 +28,7 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
     "large": [(300, 500), (500,), (BLOCK + 1, 3), (3,)],
 }
 MICROBATCHES = [16, 24, 37]
+ROWS = {1: 50, 2: 1, 3: 77}.__getitem__  # of a step
 MADE: list[GradientSum] = []
 
 
@@ -41,6 +42,13 @@ def _free_sums() -> Iterator[None]:
 
 def layout_of(name: str, dtype: str) -> Layout:
     return Layout([Parameter(shape, constant(0.0)) for shape in SHAPES[name]], dtype)
+
+
+def with_averages(name: str, dtype: str) -> Layout:
+    """The same with statistics of two momenta between them."""
+    made = [Parameter(shape, constant(0.0)) for shape in SHAPES[name]]
+    made[1:1] = [Statistic((5,), constant(0.0), 0.1), Statistic((3,), constant(0.0), 0.3)]
+    return Layout([*made, Statistic((4, 5), constant(0.0), 0.1)], dtype)
 
 
 def pool() -> NDArray[np.float64]:
@@ -228,16 +236,20 @@ class Serial:
 
     def step(self, total: Array, rate: float, weight: float, step: int) -> float:
         """One step; returns the norm of the mean gradient."""
-        squares = [np.add.reduce(total[b.start : b.stop].astype(np.float64) ** 2) for b in self.blocks]
+        optimized = [block for block in self.blocks if block.momentum is None]
+        squares = [np.add.reduce(total[b.start : b.stop].astype(np.float64) ** 2) for b in optimized]
         norm = math.sqrt(math.fsum(squares)) * (1 / weight)
         scale = 1 / weight
         if self.clip and norm > self.clip:
             scale *= self.clip / norm
         for block in self.blocks:
             span = slice(block.start, block.stop)
+            if block.momentum is not None:
+                self.values[span] += block.momentum * (total[span] * (1 / ROWS(step)) - self.values[span])
+                continue
             grad, states = total[span].copy(), [state[span] for state in self.states.values()]
             scratch = np.empty_like(grad), np.empty_like(grad)
-            self.optimizer.update(self.values[span], grad, scale, scratch, states, rate, block.decay, step)
+            self.optimizer.update(Operands(self.values[span], states, scratch, grad, block.decay), scale, rate, step)
         return norm
 
 
@@ -245,10 +257,11 @@ class Serial:
 @pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "adam", "adamw"])
 @pytest.mark.parametrize("bucket", [0, 30])
 def test_update_has_the_bits_of_a_serial_one(name: str, clip: float, bucket: int) -> None:
-    layout, microbatches, weight = layout_of("small", "float32"), 37, 101.0
+    """Of parameters and statistics, of which the optimizer, the clipping and the weight know nothing."""
+    layout, microbatches, weight = with_averages("small", "float32"), 37, 101.0
     sum_ = make(OrderedSum, layout, microbatches, bucket=bucket)
     optimizer = optimizers.build(name, 0.9, 0.1)
-    update = Update(WORLD, WORLD.rank, sum_, optimizer, clip)
+    update = Update(WORLD, WORLD.rank, sum_, optimizer, clip, ROWS)
     serial = Serial(optimizer, layout.blocks(), scattered(layout, 99), clip)
     sum_.values[...] = serial.values
     good = []
@@ -271,11 +284,11 @@ def test_norm_is_over_all_stages(kind: type, stages: int) -> None:
     if WORLD.size % stages:
         return
     stage = WORLD.rank % stages
-    layouts = [layout_of("large" if s % 2 else "small", "float64") for s in range(stages)]
+    layouts = [with_averages("large" if s % 2 else "small", "float64") for s in range(stages)]
     comm = WORLD.Split(stage, WORLD.rank)
     sum_ = make(kind, layouts[stage], 16, comm)
     parts = [[np.round(scattered(layout, m)) for m in range(16)] for layout in layouts]  # exact in any order
-    update = Update(WORLD, comm.rank, sum_, optimizers.build("sgd", 0.0, 0.0), 0.0)
+    update = Update(WORLD, comm.rank, sum_, optimizers.build("sgd", 0.0, 0.0), 0.0, ROWS)
     feed(sum_, parts[stage])
     norm = update.step(0.1, 3.0, 1, True)
     totals = [serial_sum(of_stage) for of_stage in parts]
@@ -283,6 +296,7 @@ def test_norm_is_over_all_stages(kind: type, stages: int) -> None:
         np.add.reduce(total[b.start : b.stop] ** 2)
         for layout, total in zip(layouts, totals, strict=True)
         for b in layout.blocks()
+        if b.momentum is None
     ]
     comm.Free()
     assert norm == math.sqrt(math.fsum(squares)) * (1 / 3.0)
@@ -292,7 +306,7 @@ def test_norm_is_over_all_stages(kind: type, stages: int) -> None:
 def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
     layout = layout_of("small", "float32")
     sum_ = make(OrderedSum, layout, 16)
-    update = Update(WORLD, WORLD.rank, sum_, optimizers.build("adam", 0.0, 0.0), 1.0)
+    update = Update(WORLD, WORLD.rank, sum_, optimizers.build("adam", 0.0, 0.0), 1.0, ROWS)
     sum_.values[...] = before = scattered(layout, 1)
     parts = [scattered(layout, m) for m in range(16)]
     parts[11][0] = bad
@@ -307,7 +321,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
 def test_values_that_are_not_finite_are_noticed() -> None:
     layout = layout_of("small", "float32")
     sum_ = make(OrderedSum, layout, 16)
-    update = Update(WORLD, WORLD.rank, sum_, optimizers.build("sgd", 0.0, 0.0), 0.0)
+    update = Update(WORLD, WORLD.rank, sum_, optimizers.build("sgd", 0.0, 0.0), 0.0, ROWS)
     parts = [scattered(layout, m) for m in range(16)]
     good = []
     for step, bad in enumerate([1.0, math.inf], start=1):
@@ -320,9 +334,9 @@ def test_values_that_are_not_finite_are_noticed() -> None:
 
 @pytest.mark.parametrize("bucket", [0, 30])
 def test_a_batch_of_weight_zero_changes_nothing(bucket: int) -> None:
-    layout = layout_of("small", "float32")
+    layout = with_averages("small", "float32")
     sum_ = make(OrderedSum, layout, 16, bucket=bucket)
-    update = Update(WORLD, WORLD.rank, sum_, optimizers.build("sgd", 0.0, 0.0), 0.0)
+    update = Update(WORLD, WORLD.rank, sum_, optimizers.build("sgd", 0.0, 0.0), 0.0, ROWS)
     sum_.values[...] = before = scattered(layout, 1)
     feed(sum_, [layout.zeros()] * 16, 20)
     assert update.step(0.1, 0.0, 1, True) == 0.0
