@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,29 @@ from mpiml.nn.parameters import Shape
 
 Model = Sequence[nn.Layer] | Callable[[Shape, int], Sequence[nn.Layer]]
 Objective = Callable[[Any, Any, bool], tuple[list[float], Any]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a data set asks of a model.
+
+    Attributes:
+        shape, labels: of a row of inputs, and of its labels.
+        classification: whether labels are classes.
+        outputs: how many classes, or values to predict, there are.
+        tokens: one more than the highest integer input; 0 if inputs are not integers.
+    """
+
+    shape: Shape
+    labels: Shape
+    classification: bool
+    outputs: int
+    tokens: int
+
+    @property
+    def final(self) -> Shape:
+        """The shape that a row of the model's output must have."""
+        return (*self.labels, self.outputs) if self.classification else (self.outputs,)
 
 
 def build_model(

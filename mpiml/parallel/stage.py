@@ -43,7 +43,7 @@ class Part:
         x_shape, y_shape: of a row that comes in and of one that goes out.
         learns: whether this stage has parameters, or one before it: whether it needs a gradient.
         learned: whether a stage before it has parameters, and so needs a gradient from this one.
-        gradients: what backward writes into, by micro-batch of this replica.
+        gradients: what backward writes into, by micro-batch of this replica; empty where nothing is trained.
     """
 
     forward: Callable[[Array, Any], tuple[Array, Backward]]
@@ -54,7 +54,7 @@ class Part:
     dtype: DTypeLike
     learns: bool
     learned: bool
-    gradients: Sequence[Any]
+    gradients: Sequence[Any] = ()
 
 
 class Stage:
