@@ -36,7 +36,7 @@ from mpiml.parallel.grid import Grid
 from mpiml.parallel.memory import PrivateMemory, SharedMemory, bytes_of, share
 from mpiml.parallel.record import Agreement, Record, agree
 from mpiml.parallel.schedules import SCHEDULES
-from mpiml.parallel.stage import Part, Stage
+from mpiml.parallel.stage import Part, TrainingStage
 from mpiml.parallel.state import State
 from mpiml.parallel.tree import aligned, depth
 from mpiml.parallel.update import Update
@@ -60,7 +60,7 @@ class Run:
     task: Task
     metric: Metric
     layouts: list[Layout]
-    stage: Stage
+    stage: TrainingStage
     update: Update
     state: State
     agree: Agree
@@ -173,7 +173,7 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
         notes=[*seen.notes, *starving, *notes],
         normalization=normalization,
         fingerprint=data.fingerprint,
-        stage=Stage(grid.pipe, here, sum_, SCHEDULES[config.schedule], clock),
+        stage=TrainingStage(grid.pipe, here, sum_, SCHEDULES[config.schedule], clock),
         update=update,
         state=State(grid, sum_, update.states),
         learning_rate=learning_rate(config.lr or 0.0, config.warmup_steps, config.decay, config.decay_steps or 1),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +43,16 @@ class Task:
     def final(self) -> Shape:
         """The shape that a row of the model's output must have."""
         return (*self.labels, self.outputs) if self.classification else (self.outputs,)
+
+    def to_json(self) -> str:
+        """As a checkpoint holds it."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Task:
+        """The reverse of `to_json`."""
+        values = json.loads(text)
+        return cls(**values | {name: tuple(values[name]) for name in ("shape", "labels")})
 
 
 def build_model(
