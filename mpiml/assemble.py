@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mpiml import waiting
-from mpiml.build import Model, Task, build_loss, build_metric, build_model, objective
+from mpiml.build import Model, Task, build_loss, build_metric, model_for, objective
 from mpiml.clock import Clock
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset, Split
@@ -192,16 +192,11 @@ def build_stage(
 
     Raises, on all ranks alike, ConfigError for a model, a loss or a metric that does not fit.
     """
-    shape, outputs = task.shape, task.outputs
     loss = together(grid.comm, clock, functools.partial(build_loss, config))
-    metric = together(grid.comm, clock, functools.partial(build_metric, config, outputs))
-    final: Shape | None = task.final
-    if is_name(config.loss) and is_name(config.metric):
-        final = None  # nothing of ours looks at the outputs
-    build = functools.partial(build_model, config, shape, outputs, max(outputs, task.tokens), final, model)
-    layers = together(grid.comm, clock, build)
-    shapes = nn.stack_shapes(layers, shape)
-    cuts = together(grid.comm, clock, functools.partial(find_cuts, config, layers, shape))
+    metric = together(grid.comm, clock, functools.partial(build_metric, config, task.outputs))
+    layers = together(grid.comm, clock, functools.partial(model_for, config, task, model))
+    shapes = nn.stack_shapes(layers, task.shape)
+    cuts = together(grid.comm, clock, functools.partial(find_cuts, config, layers, task.shape))
     bounds = [0, *cuts, len(layers)]
     stages = [layers[a:b] for a, b in itertools.pairwise(bounds)]
     layouts = [Layout(nn.parameters(stage), config.dtype) for stage in stages]

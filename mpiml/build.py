@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mpiml.config import Config
-from mpiml.errors import ConfigError
+from mpiml.errors import ConfigError, OutputError
 from mpiml.imports import is_name, named
 from mpiml.nn import layer as nn
 from mpiml.nn.losses import R2, Accuracy, Loss, Metric, mean_squared_error, softmax_cross_entropy
@@ -50,9 +50,20 @@ class Task:
 
     @classmethod
     def from_json(cls, text: str) -> Task:
-        """The reverse of `to_json`."""
+        """The reverse of `to_json`. Raises OutputError for a checkpoint that holds none."""
+        if not text:
+            raise OutputError("the checkpoint does not say what its model takes: go on with the run for one that does")
         values = json.loads(text)
         return cls(**values | {name: tuple(values[name]) for name in ("shape", "labels")})
+
+
+def model_for(config: Config, task: Task, model: Model | None) -> list[nn.Layer]:
+    """The layers, named, for what a data set asks; `model` as of `build_model`."""
+    final: Shape | None = task.final
+    if is_name(config.loss) and is_name(config.metric):
+        final = None  # nothing of ours looks at the outputs
+    tokens = max(task.outputs, task.tokens)
+    return build_model(config, task.shape, task.outputs, tokens, final, model)
 
 
 def build_model(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mpiml.assemble import Run
-from mpiml.config import Config, flag, from_toml, typed
+from mpiml.config import Config, flag, from_toml, of_checkpoint
 from mpiml.config import settings as all_settings
 from mpiml.data.fingerprint import difference
 from mpiml.data.normalize import Normalization
@@ -36,14 +36,7 @@ def settings(asked: Config) -> Config:
     if stored.exists():
         return asked.resumed(Config(**from_toml(stored)))
     newest = checkpoint.newest(checkpoints)[0] if checkpoints.is_dir() else None
-    return asked.resumed(of_checkpoint(newest)) if newest else asked
-
-
-def of_checkpoint(saved: Checkpoint) -> Config:
-    """The settings of the run that a checkpoint is of."""
-    import tomllib
-
-    return Config(**typed(tomllib.loads(saved.config), "the checkpoint"))
+    return asked.resumed(of_checkpoint(newest.config)) if newest else asked
 
 
 def check_settings(asked: Config, first: Config) -> None:
@@ -183,7 +176,7 @@ def restore(run: Run, path: Path) -> tuple[int, list[str], dict[str, Any]]:
             notes.append(f"first weights from {cfg.init}")
         if found:
             if step:
-                _check_same_run(cfg, of_checkpoint(found))
+                _check_same_run(cfg, of_checkpoint(found.config))
             if step and run.normalization:
                 saved = Normalization.of_arrays(found.arrays)
             whole.extend(vectors(run.layouts, found, names))
@@ -253,12 +246,5 @@ def vectors(layouts: Sequence[Layout], found: Checkpoint, names: Sequence[str]) 
     """The reverse of `named`, for some vectors. Raises OutputError if the checkpoint is of another model."""
     stages = [{name: layout.zeros() for name in names} for layout in layouts]
     for name, target in named(layouts, stages, *names).items():
-        if name not in found.arrays:
-            raise OutputError(f"the checkpoint has no {name}: it is of another model or optimizer")
-        source = found.arrays[name]
-        if source.shape != target.shape or source.dtype != target.dtype:
-            raise OutputError(
-                f"the checkpoint's {name} is {source.dtype} {source.shape}, the model's {target.dtype} {target.shape}"
-            )
-        target[...] = source
+        target[...] = checkpoint.array(found, name, target.shape, target.dtype)
     return list(stages)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from mpiml.errors import NotFiniteError, OutputError
 from mpiml.run.directory import PARTIAL, named_errors, sync_directory
@@ -123,6 +123,17 @@ def load(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Check
     if claimed != found:
         raise OutputError(f"{path} is damaged: its content does not match its SHA-256")
     return Checkpoint(int(metadata["step"]), metadata["config"], kept, metadata.get("task", ""))
+
+
+def array(found: Checkpoint, name: str, shape: tuple[int, ...], dtype: DTypeLike | None = None) -> Array:
+    """An array of a checkpoint. Raises OutputError unless it has one of that name, shape and (if given) dtype."""
+    if name not in found.arrays:
+        raise OutputError(f"the checkpoint has no {name}: it is of another model or optimizer")
+    source = found.arrays[name]
+    needed = source.dtype if dtype is None else np.dtype(dtype)
+    if source.shape != shape or source.dtype != needed:
+        raise OutputError(f"the checkpoint's {name} is {source.dtype} {source.shape}, the model's {needed} {shape}")
+    return source
 
 
 def newest(directory: Path, wanted: Callable[[str], bool] = lambda name: True) -> tuple[Checkpoint | None, list[str]]:

@@ -18,7 +18,7 @@ from mpiml import load, restart, waiting
 from mpiml.assemble import build_stage, normalized
 from mpiml.build import Model, Task
 from mpiml.clock import Clock
-from mpiml.config import Config
+from mpiml.config import Config, of_checkpoint
 from mpiml.data.dataset import Dataset
 from mpiml.data.fingerprint import difference
 from mpiml.data.normalize import Normalization
@@ -117,9 +117,7 @@ def find(run: str | None, file: str | None, pipe: int) -> tuple[Found, Checkpoin
         if not (path / CHECKPOINTS).is_dir():
             raise ConfigError(f"--run {run}: " + ("holds no run" if path.is_dir() else "there is no such directory"))
         saved, problems = _newest(path / CHECKPOINTS, wanted)
-    if not saved.task:
-        raise OutputError("the checkpoint does not say what its model takes: go on with the run to get one that does")
-    config, task = restart.of_checkpoint(saved), Task.from_json(saved.task)
+    config, task = of_checkpoint(saved.config), Task.from_json(saved.task)
     config = config.replace(pipe=pipe, cuts=config.cuts if config.pipe == pipe else ())
     normalization = Normalization.of_arrays(saved.arrays) if config.normalize else None
     return Found(config, saved.step, task, normalization, path, [f"warning: skipped {p}" for p in problems]), saved
