@@ -48,6 +48,9 @@ def open_data(config: Config, comm: MPI.Intracomm, clock: Clock, data: Dataset |
             raise DataError(f"{mine.name}: ranks have different data: {other}")
 
     together(comm, clock, naming(comm.rank, comm.size, same))
+    if mine.check:
+        clock("data")
+        on_rank_0(comm, clock, naming(comm.rank, comm.size, mine.check))
     return mine
 
 
