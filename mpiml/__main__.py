@@ -6,6 +6,7 @@ print(
     f"""mpiml {mpiml.__version__}: MPI-first training, with the same bits on every layout
 
   mpirun -n 16 python -m mpiml.train    train a model          (--help lists the settings)
+  mpirun -n 4 python -m mpiml.evaluate  score a run's checkpoint, and write predictions
   mpirun -n 16 python -m mpiml.doctor   look at a job: ranks, cores, MPI, speed; what is wrong with it
   python -m mpiml.scaling run|report    a scaling study        (starts its own MPI jobs)
   python -m mpiml.bench                 measure this machine   (starts its own MPI jobs)"""

@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from mpiml import waiting
-from mpiml.build import Model, build_loss, build_metric, build_model, objective
+from mpiml.build import Model, Task, build_loss, build_metric, model_for, objective
 from mpiml.clock import Clock
 from mpiml.config import Config
-from mpiml.data.dataset import Batch, Dataset, Split
+from mpiml.data.dataset import Dataset, Split
 from mpiml.data.fingerprint import Fingerprint
 from mpiml.data.normalize import Normalization, NormalizedSource
 from mpiml.data.prefetch import ReadAhead, in_memory
-from mpiml.data.shards import Shards, chunks
+from mpiml.data.shards import Shards
 from mpiml.errors import ConfigError
+from mpiml.evaluation import Evaluation
 from mpiml.imports import is_name, named
 from mpiml.load import look_at, look_for_starving, measure
 from mpiml.nn import layer as nn
@@ -35,7 +36,7 @@ from mpiml.parallel.grid import Grid
 from mpiml.parallel.memory import PrivateMemory, SharedMemory, bytes_of, share
 from mpiml.parallel.record import Agreement, Record, agree
 from mpiml.parallel.schedules import SCHEDULES
-from mpiml.parallel.stage import Part, Stage
+from mpiml.parallel.stage import Part, TrainingStage
 from mpiml.parallel.state import State
 from mpiml.parallel.tree import aligned, depth
 from mpiml.parallel.update import Update
@@ -55,11 +56,11 @@ class Run:
     clock: Clock
     shards: Shards
     ahead: ReadAhead
-    tests: list[Batch]
-    test_chunks: int
+    tests: Evaluation
+    task: Task
     metric: Metric
     layouts: list[Layout]
-    stage: Stage
+    stage: TrainingStage
     update: Update
     state: State
     agree: Agree
@@ -80,7 +81,7 @@ class Run:
         self.grid.free()
 
     def record(self, entries: int) -> NDArray[np.float64]:
-        """An empty table for that many micro-batches or chunks."""
+        """An empty table for that many micro-batches."""
         return np.zeros((entries, 2 + self.metric.columns))
 
 
@@ -140,38 +141,65 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
         strided=config.shards == "strided",
         transform=together(grid.comm, clock, functools.partial(find_transform, config)),
     )
-    test_chunks = -(-len(data.test) // config.eval_rows)
-    test_block = part(grid.replica, grid.replicas, test_chunks)
-    test_rows = np.arange(test_block[0] * config.eval_rows, min(test_block[1] * config.eval_rows, len(data.test)))
+    tests = Evaluation(data.test, config.eval_rows, grid, config.dtype)
     also = shards.transform is not None
-    seen = look_at(data, grid, clock, shards.rows(), test_rows, config.classes, both=also)
+    seen = look_at(data, grid, clock, shards.rows(), tests.rows(), config.classes, both=also)
     starving = look_for_starving(data, grid, clock, shards, seen.outputs)
-    normalization, tests = None, data.test
+    normalization = None
     if config.normalize:
         normalization = measure(data, grid, clock, shards)
-        shards.split, tests = (
-            Split(NormalizedSource(split_.x, normalization, config.dtype), split_.y)
-            for split_ in (data.train, data.test)
-        )
+        shards.split, tests.split = (normalized(s, normalization, config.dtype) for s in (data.train, data.test))
 
-    shape, outputs = data.train.x.shape, seen.outputs
-    loss = together(grid.comm, clock, functools.partial(build_loss, config))
-    metric = together(grid.comm, clock, functools.partial(build_metric, config, outputs))
-    final: Shape | None = (*data.train.y.shape, outputs) if data.classification else (outputs,)
-    if is_name(config.loss) and is_name(config.metric):
-        final = None  # nothing of ours looks at the outputs
-    build = functools.partial(build_model, config, shape, outputs, max(outputs, seen.tokens), final, model)
-    layers = together(grid.comm, clock, build)
-    shapes = nn.stack_shapes(layers, shape)
-    cuts = together(grid.comm, clock, functools.partial(find_cuts, config, layers, shape))
-    bounds = [0, *cuts, len(layers)]
-    stages = [layers[a:b] for a, b in itertools.pairwise(bounds)]
-    layouts = [Layout(nn.parameters(stage), config.dtype) for stage in stages]
+    task = Task(data.train.x.shape, data.train.y.shape, data.classification, seen.outputs, seen.tokens)
+    layouts, metric, here = build_stage(config, task, grid, clock, model)
     layout = layouts[grid.stage]
-
     sum_, agreement, notes = place(config, grid, layout, 2 + metric.columns, clock)
     layout.bind(sum_.values)
     layout.initialise(sum_.values, config.seed, *sum_.worker)
+    here.gradients = gradients(layout, sum_)
+    optimizer = optimizers.build(config.optimizer, config.momentum, config.weight_decay or 0.0)
+    update = Update(grid.comm, grid.replica, sum_, optimizer, config.clip, shards.rows_of, clock)
+    return Run(
+        config=config,
+        grid=grid,
+        clock=clock,
+        shards=shards,
+        ahead=read_ahead(config, shards, grid),
+        tests=tests,
+        task=task,
+        metric=metric,
+        layouts=layouts,
+        agree=agreement,
+        notes=[*seen.notes, *starving, *notes],
+        normalization=normalization,
+        fingerprint=data.fingerprint,
+        stage=TrainingStage(grid.pipe, here, sum_, SCHEDULES[config.schedule], clock),
+        update=update,
+        state=State(grid, sum_, update.states),
+        learning_rate=learning_rate(config.lr or 0.0, config.warmup_steps, config.decay, config.decay_steps or 1),
+    )
+
+
+def normalized(split_: Split, by: Normalization, dtype: DTypeLike) -> Split:
+    """A split whose inputs are normalised."""
+    return Split(NormalizedSource(split_.x, by, dtype), split_.y)
+
+
+def build_stage(
+    config: Config, task: Task, grid: Grid, clock: Clock, model: Model | None
+) -> tuple[list[Layout], Metric, Part]:
+    """The model, cut into stages: every stage's layout, the metric, and what this rank's stage computes; collective.
+
+    Raises, on all ranks alike, ConfigError for a model, a loss or a metric that does not fit.
+    """
+    loss = together(grid.comm, clock, functools.partial(build_loss, config))
+    metric = together(grid.comm, clock, functools.partial(build_metric, config, task.outputs))
+    layers = together(grid.comm, clock, functools.partial(model_for, config, task, model))
+    shapes = nn.stack_shapes(layers, task.shape)
+    cuts = together(grid.comm, clock, functools.partial(find_cuts, config, layers, task.shape))
+    bounds = [0, *cuts, len(layers)]
+    stages = [layers[a:b] for a, b in itertools.pairwise(bounds)]
+    layouts = [Layout(nn.parameters(stage), config.dtype) for stage in stages]
     here = Part(
         forward=functools.partial(nn.forward, stages[grid.stage]),
         at=lambda training, step, m: nn.At(training, config.seed, step, m),
@@ -181,29 +209,8 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
         dtype=config.dtype,
         learns=any(layout.size for layout in layouts[: grid.stage + 1]),
         learned=any(layout.size for layout in layouts[: grid.stage]),
-        gradients=gradients(layout, sum_),
     )
-    optimizer = optimizers.build(config.optimizer, config.momentum, config.weight_decay or 0.0)
-    update = Update(grid.comm, grid.replica, sum_, optimizer, config.clip, shards.rows_of, clock)
-    return Run(
-        config=config,
-        grid=grid,
-        clock=clock,
-        shards=shards,
-        ahead=read_ahead(config, shards, grid),
-        tests=chunks(tests, config.eval_rows, *test_block, config.dtype),
-        test_chunks=test_chunks,
-        metric=metric,
-        layouts=layouts,
-        agree=agreement,
-        notes=[*seen.notes, *starving, *notes],
-        normalization=normalization,
-        fingerprint=data.fingerprint,
-        stage=Stage(grid.pipe, here, sum_, SCHEDULES[config.schedule], clock),
-        update=update,
-        state=State(grid, sum_, update.states),
-        learning_rate=learning_rate(config.lr or 0.0, config.warmup_steps, config.decay, config.decay_steps or 1),
-    )
+    return layouts, metric, here
 
 
 def find_transform(config: Config) -> Callable[..., Any] | None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mpiml.config import Config
-from mpiml.errors import ConfigError
+from mpiml.errors import ConfigError, OutputError
 from mpiml.imports import is_name, named
 from mpiml.nn import layer as nn
 from mpiml.nn.losses import R2, Accuracy, Loss, Metric, mean_squared_error, softmax_cross_entropy
@@ -17,6 +20,50 @@ from mpiml.nn.parameters import Shape
 
 Model = Sequence[nn.Layer] | Callable[[Shape, int], Sequence[nn.Layer]]
 Objective = Callable[[Any, Any, bool], tuple[list[float], Any]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a data set asks of a model.
+
+    Attributes:
+        shape, labels: of a row of inputs, and of its labels.
+        classification: whether labels are classes.
+        outputs: how many classes, or values to predict, there are.
+        tokens: one more than the highest integer input; 0 if inputs are not integers.
+    """
+
+    shape: Shape
+    labels: Shape
+    classification: bool
+    outputs: int
+    tokens: int
+
+    @property
+    def final(self) -> Shape:
+        """The shape that a row of the model's output must have."""
+        return (*self.labels, self.outputs) if self.classification else (self.outputs,)
+
+    def to_json(self) -> str:
+        """As a checkpoint holds it."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Task:
+        """The reverse of `to_json`. Raises OutputError for a checkpoint that holds none."""
+        if not text:
+            raise OutputError("the checkpoint does not say what its model takes: go on with the run for one that does")
+        values = json.loads(text)
+        return cls(**values | {name: tuple(values[name]) for name in ("shape", "labels")})
+
+
+def model_for(config: Config, task: Task, model: Model | None) -> list[nn.Layer]:
+    """The layers, named, for what a data set asks; `model` as of `build_model`."""
+    final: Shape | None = task.final
+    if is_name(config.loss) and is_name(config.metric):
+        final = None  # nothing of ours looks at the outputs
+    tokens = max(task.outputs, task.tokens)
+    return build_model(config, task.shape, task.outputs, tokens, final, model)
 
 
 def build_model(

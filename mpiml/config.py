@@ -302,6 +302,13 @@ def from_toml(path: Path) -> dict[str, Any]:
     return typed(table, str(path))
 
 
+def of_checkpoint(text: str) -> Config:
+    """The settings of the run that a checkpoint is of, from their TOML in it."""
+    import tomllib
+
+    return Config(**typed(tomllib.loads(text), "the checkpoint"))
+
+
 def typed(table: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """Settings under their flags' names as values of the right types."""
     values, types_of = {}, _types()

@@ -48,6 +48,9 @@ def open_data(config: Config, comm: MPI.Intracomm, clock: Clock, data: Dataset |
             raise DataError(f"{mine.name}: ranks have different data: {other}")
 
     together(comm, clock, naming(comm.rank, comm.size, same))
+    if mine.check:
+        clock("data")
+        on_rank_0(comm, clock, naming(comm.rank, comm.size, mine.check))
     return mine
 
 
@@ -67,22 +70,33 @@ class Seen:
 
 
 def look_at(
-    data: Dataset, grid: Grid, clock: Clock, train: Indices, test: Indices, classes: int | None, both: bool = False
+    data: Dataset,
+    grid: Grid,
+    clock: Clock,
+    train: Indices | None,
+    test: Indices,
+    classes: int | None,
+    both: bool = False,
+    tokens: int | None = None,
 ) -> Seen:
     """Read the rows that this rank will use, and check all values of the data set; collective.
 
     Inputs are read by the first stage, labels by the last, each row of the training set by one replica.
 
     Args:
-        train, test: the numbers of this replica's rows.
+        train, test: the numbers of this replica's rows; train is None if nobody trains, and then its rows are not read.
         classes: how many there are, if that has been said; else the data set may know it, or the labels tell.
         both: whether those who train on inputs need labels too, and the other way round.
+        tokens: how many token ids there are, if that has been said and is not the number of classes.
     """
     ends = {"x": grid.stage == 0, "y": grid.stage == grid.stages - 1}
     also = both and any(ends.values())
     classes = classes or data.classes
+    limits = {"x": tokens or classes, "y": classes}
     seen = Seen(classes or 0, 0, [])
     for split_, rows in ((data.train, train), (data.test, test)):
+        if rows is None:
+            continue
         for column, mine in ends.items():
             source: Source = getattr(split_, column)
             hold = mine or (also and split_ is data.train)
@@ -90,8 +104,8 @@ def look_at(
             named = naming(grid.launched[grid.comm.rank], grid.comm.size, read)
             everyones = grid.comm.allgather(together(grid.comm, clock, named))
             found = functools.reduce(operator.or_, everyones)
-            if wrong := problem(data, column, found, classes):
-                rows_of = [problem(data, column, its, classes) for its in everyones]
+            if wrong := problem(data, column, found, limits[column]):
+                rows_of = [problem(data, column, its, limits[column]) for its in everyones]
                 reader = next(rank for rank, its in enumerate(rows_of) if its and its[1] == wrong[1])
                 raise _alike(DataError(f"{source.name}: {wrong[0]} {wrong[1]}"), grid.launched[reader], grid.comm.size)
             highest = int(max(found.highest[0], -1))

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from mpiml.assemble import Run
-from mpiml.config import Config, flag, from_toml, typed
+from mpiml.config import Config, flag, from_toml, of_checkpoint
 from mpiml.config import settings as all_settings
 from mpiml.data.fingerprint import difference
 from mpiml.data.normalize import Normalization
 from mpiml.errors import DataError, OutputError
+from mpiml.nn.parameters import Layout
 from mpiml.parallel.state import VALUES
 from mpiml.run import checkpoint, environment, log
 from mpiml.run.checkpoint import Checkpoint
@@ -35,20 +36,13 @@ def settings(asked: Config) -> Config:
     if stored.exists():
         return asked.resumed(Config(**from_toml(stored)))
     newest = checkpoint.newest(checkpoints)[0] if checkpoints.is_dir() else None
-    return asked.resumed(of_checkpoint(newest)) if newest else asked
-
-
-def of_checkpoint(saved: Checkpoint) -> Config:
-    """The settings of the run that a checkpoint is of."""
-    import tomllib
-
-    return Config(**typed(tomllib.loads(saved.config), "the checkpoint"))
+    return asked.resumed(of_checkpoint(newest.config)) if newest else asked
 
 
 def check_init(run: Run) -> None:
     """Raise OutputError or ConfigError if --init cannot be used: before anything is written. Rank 0 calls it."""
     if run.config.init:
-        vectors(run, checkpoint.load(Path(run.config.init)), (VALUES,))
+        vectors(run.layouts, checkpoint.load(Path(run.config.init)), (VALUES,))
 
 
 def finished(cfg: Config) -> dict[str, Any] | None:
@@ -172,10 +166,10 @@ def restore(run: Run, path: Path) -> tuple[int, list[str], dict[str, Any]]:
             notes.append(f"first weights from {cfg.init}")
         if found:
             if step:
-                _check_same_run(cfg, of_checkpoint(found))
+                _check_same_run(cfg, of_checkpoint(found.config))
             if step and run.normalization:
-                saved = Normalization(*(found.arrays[name] for name in run.normalization.arrays()))
-            whole.extend(vectors(run, found, names))
+                saved = Normalization.of_arrays(found.arrays)
+            whole.extend(vectors(run.layouts, found, names))
         return step, notes, history, names, saved
 
     run.clock("checkpoint")
@@ -203,10 +197,11 @@ def save(run: Run, step: int, directory: Path) -> float:
 
         def write() -> None:
             run.clock("checkpoint")
-            arrays = named(run, stages, *run.state.mine)
+            arrays = named(run.layouts, stages, *run.state.mine)
             if run.normalization:
                 arrays |= run.normalization.arrays()
-            checkpoint.save(directory, Checkpoint(step, run.config.to_toml(), arrays), run.config.keep)
+            saved = Checkpoint(step, run.config.to_toml(), arrays, run.task.to_json())
+            checkpoint.save(directory, saved, run.config.keep)
 
         on_rank_0(run.grid.comm, run.clock, write)
     return time.monotonic() - began
@@ -222,10 +217,12 @@ def digest(run: Run) -> str:
     with run.clock.booked("checkpoint"):
         run.clock("joining")
         stages = run.state.collect(VALUES)
-        return on_rank_0(run.grid.comm, run.clock, lambda: checkpoint.digest(named(run, stages, VALUES)))
+        return on_rank_0(
+            run.grid.comm, run.clock, lambda: checkpoint.digest(named(run.layouts, stages, VALUES).items())
+        )
 
 
-def named(run: Run, stages: Sequence[Mapping[str, Any]], *names: str) -> dict[str, Any]:
+def named(layouts: Sequence[Layout], stages: Sequence[Mapping[str, Any]], *names: str) -> dict[str, Any]:
     """All stages' vectors as arrays: weights under their names, state NAME as optimizer.NAME.(weight's name).
 
     Statistics, which no optimizer changes, have no state.
@@ -233,22 +230,15 @@ def named(run: Run, stages: Sequence[Mapping[str, Any]], *names: str) -> dict[st
     arrays: dict[str, Any] = {}
     for vector in names:
         prefix = "" if vector == VALUES else f"optimizer.{vector}."
-        for layout, vectors_of_stage in zip(run.layouts, stages, strict=True):
+        for layout, vectors_of_stage in zip(layouts, stages, strict=True):
             views = layout.views(vectors_of_stage[vector])
             arrays |= {prefix + p.name: view for p, view in views if vector == VALUES or p.momentum is None}
     return arrays
 
 
-def vectors(run: Run, found: Checkpoint, names: Sequence[str]) -> list[Mapping[str, Any]]:
+def vectors(layouts: Sequence[Layout], found: Checkpoint, names: Sequence[str]) -> list[Mapping[str, Any]]:
     """The reverse of `named`, for some vectors. Raises OutputError if the checkpoint is of another model."""
-    stages = [{name: layout.zeros() for name in names} for layout in run.layouts]
-    for name, target in named(run, stages, *names).items():
-        if name not in found.arrays:
-            raise OutputError(f"the checkpoint has no {name}: it is of another model or optimizer")
-        source = found.arrays[name]
-        if source.shape != target.shape or source.dtype != target.dtype:
-            raise OutputError(
-                f"the checkpoint's {name} is {source.dtype} {source.shape}, the model's {target.dtype} {target.shape}"
-            )
-        target[...] = source
+    stages = [{name: layout.zeros() for name in names} for layout in layouts]
+    for name, target in named(layouts, stages, *names).items():
+        target[...] = checkpoint.array(found, name, target.shape, target.dtype)
     return list(stages)

@@ -163,15 +163,10 @@ def _loop(run: Run, start: int, checkpoints: Path, logger: log.Log, stop: StopRe
 
 
 def evaluate(run: Run, step: int, epoch: int, logger: log.Log) -> dict[str, float]:
-    """Score the test rows, chunk by chunk on all replicas; collective. Returns the metric under its name."""
-    with run.clock.booked("evaluation"):
-        table = run.record(run.test_chunks)
-        run.stage.evaluate(run.tests, table)
-        run.clock("communication")
-        record = agree(run.grid.comm, table)
-        _refuse_not_finite(run, step, record, test="test ")
-        score = run.metric.value(record.metric)
-        logger.evaluation(step, epoch, record.mean_loss, score, int(record.weight))
+    """Score the test rows on all replicas; collective. Returns the metric under its name."""
+    record = run.tests.score(run.stage, run.metric, run.clock, step)
+    score = run.metric.value(record.metric)
+    logger.evaluation(step, epoch, record.mean_loss, score, len(run.tests.split))
     return {run.metric.name: score, "test_loss": record.mean_loss}
 
 
@@ -179,13 +174,11 @@ def _due(step: int, every: int, last: bool) -> bool:
     return every > 0 and (last or step % every == 0)
 
 
-def _refuse_not_finite(run: Run, step: int, record: Record, norm: float | None = None, test: str = "") -> None:
+def _refuse_not_finite(run: Run, step: int, record: Record, norm: float | None = None) -> None:
     """End the run, on all ranks, if the loss of this step or what its gradient did is not finite; collective."""
     grid, reason, rank = run.grid, None, None
     if record.broken:
         reason = f"weights are not finite after step {step - 1}"
-    elif record.bad_entry is not None and test:
-        reason = f"the test loss is not finite after step {step} (chunk {record.bad_entry})"
     elif record.bad_entry is not None:
         replicas, total = grid.replicas, run.config.microbatches or 1
         replica = (replicas * (record.bad_entry + 1) - 1) // total

@@ -40,6 +40,7 @@ class Dataset:
     Attributes:
         files: where it comes from; two ranks, or a run and the run that it goes on with, must see the same.
         classes: how many there are; None if that is to be found in the labels.
+        check: raises DataError for damage that reading rows would not show; that one rank calls it is enough.
 
     Raises DataError if the four sources do not fit together.
     """
@@ -49,6 +50,7 @@ class Dataset:
     name: str = "arrays"
     files: Sequence[Path] = field(default=())
     classes: int | None = None
+    check: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         for which, split in (("train", self.train), ("test", self.test)):
@@ -103,7 +105,7 @@ def open_dataset(spec: str, options: Options | None = None) -> Dataset:
     columns = open_files(str(DIGITS) if spec == "digits" else spec, options or Options())
     x_train, y_train, x_test, y_test = columns.sources
     name = "digits" if spec == "digits" else "".join(c for c in Path(spec).stem if c not in "*?[]") or "text"
-    return Dataset(Split(x_train, y_train), Split(x_test, y_test), name, columns.files, columns.classes)
+    return Dataset(Split(x_train, y_train), Split(x_test, y_test), name, columns.files, columns.classes, columns.check)
 
 
 Transform = Callable[[NDArray[Any], NDArray[Any]], tuple[Any, Any]]  # of a micro-batch's x and y into other ones

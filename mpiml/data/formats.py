@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mpiml.data import idx
-from mpiml.data.npy import npy_file, npz_member
+from mpiml.data.npy import check_sums, npy_file, npz_member
 from mpiml.data.sources import Source
 from mpiml.errors import DataError
 
@@ -41,11 +41,13 @@ class Options:
 
 @dataclass
 class Columns:
-    """The columns of a data set in the order of KEYS, and their files; `classes` if the format knows how many."""
+    """The columns of a data set in the order of KEYS, and their files; `classes` if the format knows how many; `check`
+    as of mpiml.data.dataset.Dataset."""
 
     sources: Sequence[Source]
     files: Sequence[Path]
     classes: int | None = None
+    check: Callable[[], None] | None = None
 
 
 def open_files(spec: str, options: Options) -> Columns:
@@ -88,7 +90,7 @@ def by_files(directory: Path) -> Opener | None:
 
 
 def open_npz(path: Path, options: Options) -> Columns:
-    return Columns([npz_member(path, key) for key in KEYS], [path])
+    return Columns([npz_member(path, key) for key in KEYS], [path], check=lambda: check_sums(path, KEYS))
 
 
 def open_h5(path: Path, options: Options) -> Columns:

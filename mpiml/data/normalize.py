@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +65,11 @@ class Normalization:
     def arrays(self) -> dict[str, Floats]:
         """As a checkpoint holds it."""
         return {"data.mean": self.mean, "data.scale": self.scale}
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, Floats]) -> Normalization:
+        """The reverse of `arrays`."""
+        return cls(arrays["data.mean"], arrays["data.scale"])
 
     def take(self, other: Normalization) -> None:
         """Become another, in all sources that use this one."""

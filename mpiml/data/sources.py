@@ -57,6 +57,7 @@ class ArraySource:
         pass
 
     def rows(self, indices: Indices) -> Rows:
+        check_whole(self.array, self.name)
         return self.array.take(indices, axis=0)
 
 
@@ -123,6 +124,14 @@ def mapped(
     return ArraySource(array, name)
 
 
+def check_whole(array: Rows, name: str) -> None:
+    """Raise DataError if an array is mapped from a file that has been cut short since: to read what is gone would end
+    the process without a word (SIGBUS)."""
+    mapping = array._mmap if isinstance(array, np.memmap) else None  # type: ignore[attr-defined]
+    if mapping is not None and mapping.size() < (needed := array.offset + array.nbytes):  # type: ignore[attr-defined]
+        raise DataError(f"{name} was cut short while it was read: it holds {mapping.size():,} of {needed:,} bytes")
+
+
 def check_rows(shape: tuple[int, ...], dtype: np.dtype, name: str) -> None:
     """Raise DataError unless these are rows of real numbers."""
     if dtype.kind not in "biuf":
@@ -166,6 +175,12 @@ def extra(module: str, name: str, why: str) -> ModuleType:
     except ImportError as error:
         package = module.partition(".")[0]
         raise DataError(f'{why} needs {package}: pip install "mpiml[{name}]" ({error})') from None
+
+
+def read_all(stream: IO[bytes], name: str) -> None:
+    """Read to the end, where a stream checks its sum. Raises DataError if it is damaged."""
+    while _read(stream, CHUNK, name, at_end=True):
+        pass
 
 
 def _skip(stream: IO[bytes], count: int, name: str) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpiml.data.npy import npy_file
-from mpiml.data.sources import ArraySource, Indices, Rows, file_size
+from mpiml.data.sources import ArraySource, Indices, Rows, check_whole, file_size
 from mpiml.errors import DataError
 
 BYTES = np.dtype(np.uint8)
@@ -58,6 +58,7 @@ class Tokens:
     def _file(self, number: int) -> NDArray[np.generic]:
         if number not in self._mapped:
             self._mapped[number] = np.memmap(self.paths[number], self.dtype, "r")
+        check_whole(self._mapped[number], str(self.paths[number]))
         return self._mapped[number]
 
 

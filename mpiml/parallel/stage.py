@@ -43,7 +43,7 @@ class Part:
         x_shape, y_shape: of a row that comes in and of one that goes out.
         learns: whether this stage has parameters, or one before it: whether it needs a gradient.
         learned: whether a stage before it has parameters, and so needs a gradient from this one.
-        gradients: what backward writes into, by micro-batch of this replica.
+        gradients: what backward writes into, by micro-batch of this replica; empty where nothing is trained.
     """
 
     forward: Callable[[Array, Any], tuple[Array, Backward]]
@@ -54,7 +54,7 @@ class Part:
     dtype: DTypeLike
     learns: bool
     learned: bool
-    gradients: Sequence[Any]
+    gradients: Sequence[Any] = ()
 
 
 class Stage:
@@ -63,32 +63,14 @@ class Stage:
     Args:
         comm: the stages of this replica; rank is the stage.
         part: what it computes.
-        sum_: the gradient sum that the backward passes feed.
-        schedule: of training.
         clock: is told what the stage does.
     """
 
-    def __init__(self, comm: MPI.Intracomm, part: Part, sum_: GradientSum, schedule: Schedule, clock: Clock):
-        self.comm, self.part, self.sum, self.schedule, self.clock = comm, part, sum_, schedule, clock
+    def __init__(self, comm: MPI.Intracomm, part: Part, clock: Clock):
+        self.comm, self.part, self.clock = comm, part, clock
         self.stage, self.stages = comm.rank, comm.size
         self.first, self.last = self.stage == 0, self.stage == self.stages - 1
         self._sent: list[MPI.Request] = []
-
-    def train(self, step: int, batches: Sequence[Batch], record: NDArray[np.float64], measured: bool) -> None:
-        """Forward and backward of this replica's micro-batches of a step.
-
-        Gradients go into the gradient sum's slots; on the last stage the sums of micro-batch m go into record[m],
-        those of the metric only if it is to be measured.
-        """
-        in_flight: dict[int, tuple[Backward, Array | None]] = {}
-        for kind, index in self.schedule(self.stages, self.stage, len(batches)):
-            batch = batches[index]
-            if kind == "F" and batch.rows:
-                y, backward = self.part.forward(self._input(batch), self.part.at(True, step, batch.index))
-                in_flight[index] = backward, self._output(batch, y, record, measured)
-            elif kind == "B":
-                self._backward(batch, index, *in_flight.pop(index, (None, None)))
-        self._finish_sends()
 
     def evaluate(self, batches: Sequence[Batch], record: NDArray[np.float64]) -> None:
         """Forward passes alone; on the last stage the sums of chunk c go into record[c]."""
@@ -118,20 +100,6 @@ class Stage:
         record[batch.index, : len(sums)] = sums
         return dy
 
-    def _backward(self, batch: Batch, index: int, backward: Backward | None, dy: Array | None) -> None:
-        if self.part.learns:
-            gradients = self.part.gradients[index]
-            if backward is None:
-                self.sum.slots[self.sum.plan.slots[index]].fill(0)
-            else:
-                if dy is None:
-                    dy = self._receive(self.stage + 1, (batch.rows, *self.part.y_shape))
-                gradients.begin()
-                dx = backward(dy, gradients)
-                if self.part.learned and dx is not None:
-                    self._send(self.stage - 1, dx)
-        self.sum.accumulate(index)
-
     def _receive(self, source: int, shape: tuple[int, ...]) -> Array:
         """A message into a fresh array: backward passes still read the arrays of earlier messages."""
         self.clock("waiting")
@@ -150,3 +118,46 @@ class Stage:
         wait(self._sent)
         self._sent = []
         self.clock("compute")
+
+
+class TrainingStage(Stage):
+    """A stage that also learns.
+
+    Args:
+        sum_: the gradient sum that the backward passes feed.
+        schedule: of training.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, part: Part, sum_: GradientSum, schedule: Schedule, clock: Clock):
+        super().__init__(comm, part, clock)
+        self.sum, self.schedule = sum_, schedule
+
+    def train(self, step: int, batches: Sequence[Batch], record: NDArray[np.float64], measured: bool) -> None:
+        """Forward and backward of this replica's micro-batches of a step.
+
+        Gradients go into the gradient sum's slots; on the last stage the sums of micro-batch m go into record[m],
+        those of the metric only if it is to be measured.
+        """
+        in_flight: dict[int, tuple[Backward, Array | None]] = {}
+        for kind, index in self.schedule(self.stages, self.stage, len(batches)):
+            batch = batches[index]
+            if kind == "F" and batch.rows:
+                y, backward = self.part.forward(self._input(batch), self.part.at(True, step, batch.index))
+                in_flight[index] = backward, self._output(batch, y, record, measured)
+            elif kind == "B":
+                self._backward(batch, index, *in_flight.pop(index, (None, None)))
+        self._finish_sends()
+
+    def _backward(self, batch: Batch, index: int, backward: Backward | None, dy: Array | None) -> None:
+        if self.part.learns:
+            gradients = self.part.gradients[index]
+            if backward is None:
+                self.sum.slots[self.sum.plan.slots[index]].fill(0)
+            else:
+                if dy is None:
+                    dy = self._receive(self.stage + 1, (batch.rows, *self.part.y_shape))
+                gradients.begin()
+                dx = backward(dy, gradients)
+                if self.part.learned and dx is not None:
+                    self._send(self.stage - 1, dx)
+        self.sum.accumulate(index)

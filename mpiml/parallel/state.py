@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from mpi4py import MPI
 
-from mpiml.parallel.allreduce import GradientSum
 from mpiml.parallel.grid import Grid
 from mpiml.parallel.slices import Range, place
 from mpiml.vectors import Vector
@@ -29,6 +29,16 @@ class _Holding:
         return [vector[start:stop] for start, stop in self.ranges]
 
 
+class Holder(Protocol):
+    """What is asked of whoever holds a stage's values: `values`, `held`, `holders` and `publish` of a gradient sum."""
+
+    values: Vector
+    held: list[Range]
+    holders: list[tuple[int, int, int]]
+
+    def publish(self) -> None: ...
+
+
 class State:
     """Values and optimizer state of all stages; collective to make and to use.
 
@@ -39,7 +49,7 @@ class State:
         mine: this rank's parts of all vectors, by name.
     """
 
-    def __init__(self, grid: Grid, sum_: GradientSum, states: Mapping[str, Vector]):
+    def __init__(self, grid: Grid, sum_: Holder, states: Mapping[str, Vector]):
         self.comm, self.stages, self.sum = grid.comm, grid.stages, sum_
         self.dtype = sum_.values.dtype
         counts = grid.replica in {holder for holder, _, _ in sum_.holders}

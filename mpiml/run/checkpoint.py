@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from mpiml.errors import NotFiniteError, OutputError
 from mpiml.run.directory import PARTIAL, named_errors, sync_directory
 
-Arrays = Mapping[str, NDArray[Any]]
+Array = NDArray[Any]
+Arrays = Mapping[str, Array]
 FORMAT = "mpiml-1"
 
 
@@ -27,17 +28,19 @@ class Checkpoint:
     Attributes:
         arrays: parameters ("layers.3.weight") and optimizer state ("optimizer.mean.layers.3.weight").
         config: the run's settings, as TOML.
+        task: what the data asked of the model, as JSON, if that is known.
     """
 
     step: int
     config: str
     arrays: Arrays
+    task: str = ""
 
 
-def digest(arrays: Arrays) -> str:
-    """SHA-256 of arrays in their order: of each its name, shape, dtype and bytes, little-endian."""
+def digest(arrays: Iterable[tuple[str, Array]]) -> str:
+    """SHA-256 of named arrays in their order: of each its name, shape, dtype and bytes, little-endian."""
     sha = hashlib.sha256()
-    for name, array in arrays.items():
+    for name, array in arrays:
         little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
         sha.update(f"{name} {list(array.shape)} {little.dtype.name}\n".encode())
         sha.update(little.data)
@@ -66,8 +69,8 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
     path = directory / file_name(checkpoint.step)
     temporary = directory / f".{path.name}.{os.getpid()}{PARTIAL}"
     arrays = {name: np.ascontiguousarray(array) for name, array in checkpoint.arrays.items()}
-    metadata = {"format": FORMAT, "step": str(checkpoint.step), "config": checkpoint.config}
-    metadata["sha256"] = _content(metadata, arrays)
+    metadata = {"format": FORMAT, "step": str(checkpoint.step), "config": checkpoint.config, "task": checkpoint.task}
+    metadata["sha256"] = _content(metadata, sorted(arrays.items()))
     with named_errors("write the checkpoint", path):
         if path.exists():
             if _is_whole(path):
@@ -90,35 +93,58 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
     return path
 
 
-def load(path: Path) -> Checkpoint:
-    """Read and verify a checkpoint. Raises OutputError, naming what is wrong."""
+def load(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Checkpoint:
+    """Read a checkpoint, verify all of it, and keep the arrays whose names are wanted.
+
+    Raises OutputError, naming what is wrong.
+    """
     import safetensors
+
+    kept: dict[str, Array] = {}
+
+    def read(file: Any) -> Iterator[tuple[str, Array]]:
+        for name in sorted(file.keys()):
+            array = file.get_tensor(name)
+            if wanted(name):
+                kept[name] = array
+            yield name, array
 
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            claimed = metadata.pop("sha256", "")
+            found = _content(metadata, read(file))
     except OSError as error:
         raise OutputError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:  # safetensors raises a class of its own for damaged files
         raise OutputError(f"{path} is damaged: {error}") from None
     if metadata.get("format") != FORMAT:
         raise OutputError(f"{path} is not a checkpoint of mpiml")
-    claimed = metadata.pop("sha256", "")
-    if claimed != _content(metadata, arrays):
+    if claimed != found:
         raise OutputError(f"{path} is damaged: its content does not match its SHA-256")
-    return Checkpoint(int(metadata["step"]), metadata["config"], arrays)
+    return Checkpoint(int(metadata["step"]), metadata["config"], kept, metadata.get("task", ""))
 
 
-def newest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and what is wrong with newer ones.
+def array(found: Checkpoint, name: str, shape: tuple[int, ...], dtype: DTypeLike | None = None) -> Array:
+    """An array of a checkpoint. Raises OutputError unless it has one of that name, shape and (if given) dtype."""
+    if name not in found.arrays:
+        raise OutputError(f"the checkpoint has no {name}: it is of another model or optimizer")
+    source = found.arrays[name]
+    needed = source.dtype if dtype is None else np.dtype(dtype)
+    if source.shape != shape or source.dtype != needed:
+        raise OutputError(f"the checkpoint's {name} is {source.dtype} {source.shape}, the model's {needed} {shape}")
+    return source
+
+
+def newest(directory: Path, wanted: Callable[[str], bool] = lambda name: True) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies, as `load` reads it, and what is wrong with newer ones.
 
     None if there are no checkpoint files. Raises OutputError if there are some but none can be used.
     """
     problems: list[str] = []
     for path in listed(directory):
         try:
-            return load(path), problems
+            return load(path, wanted), problems
         except OutputError as error:
             problems.append(str(error))
     if problems:
@@ -132,9 +158,10 @@ def listed(directory: Path) -> list[Path]:
         return sorted(directory.glob("step-*.safetensors"), reverse=True)
 
 
-def _content(metadata: Mapping[str, str], arrays: Arrays) -> str:
+def _content(metadata: Mapping[str, str], arrays: Iterable[tuple[str, Array]]) -> str:
+    """SHA-256 of all that a checkpoint says; the arrays come in the order of their names."""
     head = json.dumps({**metadata, "sha256": ""}, sort_keys=True)
-    return hashlib.sha256(f"{head}{digest(dict(sorted(arrays.items())))}".encode()).hexdigest()
+    return hashlib.sha256(f"{head}{digest(arrays)}".encode()).hexdigest()
 
 
 def _is_whole(path: Path) -> bool:

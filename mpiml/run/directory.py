@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mpiml.errors import DirectoryError, OutputError
 
@@ -29,16 +29,28 @@ def named_errors(action: str, path: Path) -> Iterator[None]:
         raise OutputError(f"cannot {action} {path}: {error.strerror or error}") from error
 
 
-def write_atomically(path: Path, content: bytes | str) -> None:
-    """Put `content` at `path` so that at any moment, also after a crash, the old or the new is there whole."""
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to in a block, which is put at `path` so that at any moment, also after a crash, the old or the
+    new is there whole. After an error in the block the old one stays."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     with named_errors("write", path):
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         sync_directory(path.parent)
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Replace what is at `path` by `content`."""
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def sync_directory(path: Path) -> None:

@@ -237,6 +237,65 @@ def test_file_that_differs_between_ranks(tmp_path: Path, change: str) -> None:
         refused(job, "ranks have different data: d.npz has ", " here, but ", " on rank 0", "(rank 1)")
 
 
+def test_damage_that_only_a_checksum_shows_is_found_by_rank_0(train: Any, tmp_path: Path) -> None:
+    spec, x, y = tmp_path / "d.npz", np.random.default_rng(0).random((2000, 4)), np.arange(2000) % 2
+    np.savez(spec, x_train=x, y_train=y, x_test=x[:9], y_test=y[:9])
+    raw = bytearray(spec.read_bytes())
+    raw[raw.index(x.tobytes()) + 30_000] ^= 1
+    spec.write_bytes(raw)
+    refused(train(2, f"--data {spec} {FLAGS}"), "d.npz: x_train: damaged: Bad CRC-32", "(rank 0)")
+
+
+CUTTING = """
+import os, time
+from mpi4py import MPI
+from mpiml.data.dataset import Dataset, Split
+from mpiml.data.npy import npy_file
+from pathlib import Path
+
+class Cut:
+    def __init__(self, source):
+        self.source, self.name, self.shape, self.dtype, self.reads = source, source.name, source.shape, source.dtype, 0
+    def __len__(self):
+        return len(self.source)
+    def hold(self, rows):
+        pass
+    def rows(self, indices):
+        self.reads += 1
+        if self.reads == 40 and MPI.COMM_WORLD.rank == 1:
+            os.truncate(self.name, 200)
+        elif self.reads >= 40:
+            time.sleep(0.3)  # not while the file is cut
+        return self.source.rows(indices)
+
+def load():
+    x, y = (npy_file(Path(f"{column}_train.npy").absolute()) for column in "xy")
+    return Dataset(Split(Cut(x), y), Split(x, y))
+"""
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_file_cut_short_in_the_middle_of_a_run_ends_it_with_a_reason(tmp_path: Path, prefetch: int) -> None:
+    np.save(tmp_path / "x_train.npy", np.random.default_rng(0).random((4000, 6)))
+    np.save(tmp_path / "y_train.npy", np.arange(4000) % 2)
+    (tmp_path / "cutting.py").write_text(CUTTING)
+    flags = f"--out run --data cutting:load --hidden 4 --steps 5000 --eval-every 0 --prefetch {prefetch}".split()
+    command = [*mpirun(2), sys.executable, "-m", "mpiml.train", *flags]
+    path = f"{tmp_path}:{Path(__file__).parents[2]}"
+    done = subprocess.run(
+        command,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+    job = Job(done.returncode, done.stdout, done.stderr, tmp_path / "run")
+    assert (job.code, job.result["status"], job.result["exit_code"]) == (65, "failed", 65), job.err
+    assert "x_train.npy was cut short while it was read: it holds 200 of 192,128 bytes" in job.result["reason"]
+
+
 def test_resumed_run_on_changed_data_is_refused(train: Any, tmp_path: Path) -> None:
     spec = samples.npz(tmp_path)
     flags = f"--data {spec} {FLAGS}"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import mpiml.data
+from mpiml.data import npy
 from mpiml.data.dataset import DIGITS, Batch, Dataset, Split, open_dataset
+from mpiml.data.formats import Options
 from mpiml.data.sources import ArraySource
 from mpiml.errors import DataError
 
@@ -135,3 +138,35 @@ def test_digits_are_small_and_say_whose_they_are() -> None:
     about = Path(mpiml.data.__file__).with_name("DIGITS.txt").read_text()
     for word in ("Alpaydin", "Kaynak", "UCI", "10.24432/C50P49", "CC BY 4.0", "Changes made"):
         assert word in about
+
+
+@pytest.mark.parametrize("kind", ["npy", "npz", "tokens"])
+def test_a_mapped_file_that_is_cut_short_is_an_error_and_no_crash(tmp_path: Path, kind: str) -> None:
+    values, path = np.arange(40_000).reshape(-1, 4), tmp_path / "x_train.npy"
+    arrays = dict.fromkeys(KEYS, values) | dict.fromkeys(("y_train", "y_test"), values[:, 0])
+    if kind == "npz":
+        np.savez(path := tmp_path / "d.npz", **arrays)
+    for key, array in arrays.items() if kind == "npy" else ():
+        np.save(tmp_path / f"{key}.npy", array)
+    if kind == "tokens":
+        (path := tmp_path / "t.bin").write_bytes(values.astype("<u2").tobytes())
+    spec, options = str(tmp_path if kind == "npy" else path), Options(context=4 if kind == "tokens" else None)
+    source = open_dataset(spec, options).train.x
+    assert len(source.rows(np.arange(10))) == 10
+    os.truncate(path, path.stat().st_size // 8)
+    with pytest.raises(DataError, match=rf"{path.name}.* was cut short while it was read: it holds [\d,]+ of"):
+        source.rows(np.arange(len(source) - 10, len(source)))
+
+
+def test_stored_archive_is_compared_with_its_checksums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = {key: np.zeros((500, 4)) if key[0] == "x" else np.zeros(500) for key in KEYS}
+    np.savez(tmp_path / "d.npz", **arrays)
+    data = open_dataset(str(tmp_path / "d.npz"))
+    data.check()
+    raw = bytearray((tmp_path / "d.npz").read_bytes())
+    raw[9_000] ^= 1  # a value of x_train
+    (tmp_path / "d.npz").write_bytes(raw)
+    with pytest.raises(DataError, match=r"d.npz: x_train: damaged: Bad CRC-32"):
+        data.check()
+    monkeypatch.setattr(npy, "CHECKED", 8 * 500)
+    data.check()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
 from mpiml.nn import layers as nn
+from mpiml.nn.convnets import cnn, resnet
+from mpiml.nn.export import to_torch
 from mpiml.nn.losses import softmax_cross_entropy
+from mpiml.nn.models import mlp
 from mpiml.nn.parameters import Gradients, Layout
+from mpiml.nn.transformers import gpt
 
 torch = pytest.importorskip("torch")
 Array = np.ndarray
@@ -20,70 +23,148 @@ def as_torch(array: Array) -> Any:
     return torch.from_numpy(array.copy()).requires_grad_()
 
 
-def image(f: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of (rows, channels, H, W) as one of (rows, H, W, channels)."""
-    return lambda x, *weights: f(x.permute(0, 3, 1, 2), *weights).permute(0, 2, 3, 1)
+class Positional(torch.nn.Embedding):
+    def forward(self, x: Any) -> Any:
+        return x + self.weight
 
 
-def attention(heads: int) -> Callable[..., Any]:
-    def f(x: Any, w: Any, b: Any, out_w: Any, out_b: Any) -> Any:
-        rows, places, features = x.shape
-        qkv = (x @ w + b).view(rows, places, 3, heads, features // heads).permute(2, 0, 3, 1, 4)
-        y = torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=True)
-        return y.transpose(1, 2).reshape(x.shape) @ out_w + out_b
+class Causal(torch.nn.MultiheadAttention):
+    def __init__(self, features: int, heads: int):
+        super().__init__(features, heads, batch_first=True)
 
-    return f
-
-
-def convolution(stride: int, padding: int) -> Callable[..., Any]:
-    conv = torch.nn.functional.conv2d
-    return image(lambda x, w, b: conv(x, w.permute(3, 2, 0, 1), b, stride=stride, padding=padding))
+    def forward(self, x: Any) -> Any:
+        mask = torch.nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        return super().forward(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)[0]
 
 
-F = torch.nn.functional
+class Residual(torch.nn.Module):
+    def __init__(self, *modules: Any):
+        super().__init__()
+        self.layers = torch.nn.Sequential(*modules)
+
+    def forward(self, x: Any) -> Any:
+        return x + self.layers(x)
+
+
+F, T = torch.nn.functional, torch.nn
 CASES = {
-    "linear": (nn.Linear(30, 20), (7, 30), lambda x, w, b: x @ w + b),
-    "relu": (nn.ReLU(), (70, 90), F.relu),
-    "tanh": (nn.Tanh(), (70, 90), torch.tanh),
-    "gelu": (nn.GELU(), (70, 90), lambda x: F.gelu(x, approximate="tanh")),
-    "silu": (nn.SiLU(), (70, 90), F.silu),
-    "layer norm": (nn.LayerNorm(96), (40, 96), lambda x, g, b: F.layer_norm(x, (96,), g, b)),
-    "rms norm": (nn.RMSNorm(96), (40, 96), lambda x, g: F.rms_norm(x, (96,), g, 1e-5)),
-    "group norm": (nn.GroupNorm(4, 16), (9, 8, 16), image(lambda x, g, b: F.group_norm(x, 4, g, b))),
-    "convolution": (nn.Conv2d(8, 16), (28, 30, 8), convolution(1, 1)),
-    "convolution, stride 2": (nn.Conv2d(8, 16, stride=2), (27, 30, 8), convolution(2, 1)),
-    "convolution 5 x 5": (nn.Conv2d(3, 8, 5, 3, 1), (27, 30, 3), convolution(3, 1)),
-    "max pool": (nn.MaxPool2d(), (9, 8, 5), image(lambda x: F.max_pool2d(x, 2))),
-    "average pool": (nn.AvgPool2d(3), (9, 8, 5), image(lambda x: F.avg_pool2d(x, 3))),
-    "global average pool": (nn.GlobalAvgPool(), (9, 8, 5), lambda x: x.mean(dim=(1, 2))),
-    "positional embedding": (nn.PositionalEmbedding(9, 16), (9, 16), lambda x, w: x + w),
-    "attention": (nn.CausalSelfAttention(32, 4), (300, 32), attention(4)),
+    "linear": (nn.Linear(30, 20), (7, 30), T.Linear(30, 20)),
+    "relu": (nn.ReLU(), (70, 90), T.ReLU()),
+    "tanh": (nn.Tanh(), (70, 90), T.Tanh()),
+    "gelu": (nn.GELU(), (70, 90), T.GELU(approximate="tanh")),
+    "silu": (nn.SiLU(), (70, 90), T.SiLU()),
+    "layer norm": (nn.LayerNorm(96), (40, 96), T.LayerNorm(96)),
+    "rms norm": (nn.RMSNorm(96), (40, 96), T.RMSNorm(96, 1e-5)),
+    "group norm": (nn.GroupNorm(4, 16), (9, 8, 16), T.GroupNorm(4, 16)),
+    "convolution": (nn.Conv2d(8, 16), (28, 30, 8), T.Conv2d(8, 16, 3, 1, 1)),
+    "convolution, stride 2": (nn.Conv2d(8, 16, stride=2), (27, 30, 8), T.Conv2d(8, 16, 3, 2, 1)),
+    "convolution 5 x 5": (nn.Conv2d(3, 8, 5, 3, 1), (27, 30, 3), T.Conv2d(3, 8, 5, 3, 1)),
+    "max pool": (nn.MaxPool2d(), (9, 8, 5), T.MaxPool2d(2)),
+    "average pool": (nn.AvgPool2d(3), (9, 8, 5), T.AvgPool2d(3)),
+    "global average pool": (nn.GlobalAvgPool(), (9, 8, 5), T.Sequential(T.AdaptiveAvgPool2d(1), T.Flatten())),
+    "positional embedding": (nn.PositionalEmbedding(9, 16), (9, 16), Positional(9, 16)),
+    "attention": (nn.CausalSelfAttention(32, 4), (300, 32), Causal(32, 4)),
 }
+
+
+def placed(layers: list[nn.Layer]) -> Layout:
+    """Names the layers and gives them values: first ones, and noise, so that no two are alike."""
+    nn.name(layers)
+    layout = Layout(nn.parameters(layers), "float32")
+    values = layout.zeros()
+    layout.bind(values)
+    layout.initialise(values, 0)
+    values += np.random.default_rng(0).standard_normal(values.size).astype("float32") * 0.1
+    return layout
+
+
+def loaded(module: Any, layers: list[nn.Layer], shape: tuple[int, ...]) -> Any:
+    """PyTorch's module with our weights."""
+    arrays = to_torch(layers, {p.name: p.value for p in nn.parameters(layers)}, shape)
+    module.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
+    return module
+
+
+def outputs(module: Any, x: Any) -> Any:
+    """Of a module for rows as ours: images with channels last."""
+    y = module(x.permute(0, 3, 1, 2) if x.ndim == 4 else x)
+    return y.permute(0, 2, 3, 1) if y.ndim == 4 else y
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_layer(case: str) -> None:
     layer, shape, theirs = CASES[case]
-    nn.name([layer])
-    layout = Layout(nn.parameters([layer]), "float32")
-    values = layout.zeros()
-    layout.bind(values)
-    layout.initialise(values, 0)
+    layout, module = placed([layer]), T.Sequential(theirs)
     random = np.random.default_rng(0)
-    values += random.standard_normal(values.size).astype("float32") * 0.1
     x = random.standard_normal((6, *shape)).astype("float32")
     y, backward = layer(x, nn.At(training=True))
     dy = random.standard_normal(y.shape).astype("float32")
     grads = Gradients(layout, layout.zeros())
     dx = backward(dy, grads)
 
-    tx, *weights = map(as_torch, (x, *(p.value for p in layout.parameters)))
-    ty = theirs(tx, *weights)
+    tx = as_torch(x)
+    ty = outputs(loaded(module, [layer], shape), tx)
     ty.backward(torch.from_numpy(dy))
     close(y, ty)
     close(dx, tx.grad)
-    for parameter, weight in zip(layout.parameters, weights, strict=True):
-        close(grads[parameter], weight.grad)
+    mine = to_torch([layer], {p.name: grads[p] for p in layout.parameters}, shape)
+    assert list(mine) == [name for name, _ in module.named_parameters()]
+    for name, weight in module.named_parameters():
+        close(mine[name], weight.grad)
+
+
+def norm_relu_convolution(width: int) -> list[Any]:
+    return [T.GroupNorm(1, width), T.ReLU(), T.Conv2d(width, width, 3, padding=1)]
+
+
+def residual(width: int) -> Any:
+    return Residual(*norm_relu_convolution(width), *norm_relu_convolution(width))
+
+
+MODELS = {
+    "mlp": (mlp((5, 6), 3, [8]), (5, 6), T.Sequential(T.Flatten(), T.Linear(30, 8), T.ReLU(), T.Linear(8, 3))),
+    "images flattened at once": (
+        mlp((5, 6, 3), 3, [8]),
+        (5, 6, 3),
+        T.Sequential(T.Flatten(), T.Linear(90, 8), T.ReLU(), T.Linear(8, 3)),
+    ),
+    "cnn": (
+        cnn((12, 8, 3), 5, 4),
+        (12, 8, 3),
+        T.Sequential(
+            *(T.Conv2d(3, 4, 3, padding=1), T.MaxPool2d(2), T.ReLU()),
+            *(T.Conv2d(4, 8, 3, padding=1), T.MaxPool2d(2), T.ReLU(), T.Flatten(), T.Linear(48, 5)),
+        ),
+    ),
+    "resnet": (
+        resnet((8, 8, 3), 5, 2, 1),
+        (8, 8, 3),
+        T.Sequential(
+            *(T.Conv2d(3, 2, 3, padding=1), residual(2), T.Conv2d(2, 4, 3, 2, 1), residual(4)),
+            *(T.Conv2d(4, 8, 3, 2, 1), residual(8), T.GroupNorm(1, 8), T.ReLU()),
+            *(T.Sequential(T.AdaptiveAvgPool2d(1), T.Flatten()), T.Linear(8, 5)),
+        ),
+    ),
+    "gpt": (
+        gpt((7,), 11, width=8, heads=2, blocks=1),
+        (7,),
+        T.Sequential(
+            *(T.Embedding(11, 8), Positional(7, 8), Residual(T.LayerNorm(8), Causal(8, 2))),
+            Residual(T.LayerNorm(8), T.Linear(8, 32), T.GELU(approximate="tanh"), T.Linear(32, 8)),
+            *(T.LayerNorm(8), T.Linear(8, 11)),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_model(model: str) -> None:
+    layers, shape, theirs = MODELS[model]
+    placed(layers)
+    random = np.random.default_rng(0)
+    x = random.integers(0, 11, (4, *shape)) if model == "gpt" else random.random((4, *shape))
+    y, _ = nn.forward(layers, x.astype("float32"), nn.At(training=False))
+    close(y, outputs(loaded(theirs, layers, shape), torch.from_numpy(x if model == "gpt" else x.astype("float32"))))
 
 
 def test_batch_norm_and_its_running_averages() -> None:
@@ -97,7 +178,7 @@ def test_batch_norm_and_its_running_averages() -> None:
         x, dy = ((random.standard_normal((rows, 9, 8, 16)) * 3 + 1).astype("float32") for _ in range(2))
         tx = as_torch(x)
         theirs.zero_grad()
-        ty = image(theirs)(tx)
+        ty = outputs(theirs, tx)
         ty.backward(torch.from_numpy(dy))
         y, backward = layer(x, nn.At(training=True))
         grads = Gradients(layout, layout.zeros())
@@ -109,8 +190,8 @@ def test_batch_norm_and_its_running_averages() -> None:
             statistic.value += layer.running_mean.momentum * (grads[statistic] / rows - statistic.value)
         close(layer.running_mean.value, theirs.running_mean)
         close(layer.running_variance.value, theirs.running_var)
-    theirs.eval()
-    close(layer(x, nn.At(training=False))[0], image(theirs)(torch.from_numpy(x)))
+    module = loaded(T.Sequential(torch.nn.BatchNorm2d(16)), [layer], (9, 8, 16)).eval()
+    close(layer(x, nn.At(training=False))[0], outputs(module, torch.from_numpy(x)))
 
 
 def close(mine: Array, theirs: Any) -> None:

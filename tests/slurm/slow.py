@@ -4,9 +4,9 @@ import os
 import runpy
 import time
 
-from mpiml.parallel.stage import Stage
+from mpiml.parallel.stage import TrainingStage
 
-quick = Stage.train
+quick = TrainingStage.train
 
 
 def slow(*arguments, **flags):
@@ -14,5 +14,5 @@ def slow(*arguments, **flags):
     return quick(*arguments, **flags)
 
 
-Stage.train = slow
+TrainingStage.train = slow
 runpy.run_module("mpiml.train", run_name="__main__", alter_sys=True)

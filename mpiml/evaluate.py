@@ -1,0 +1,45 @@
+"""`python -m mpiml.evaluate`: what it can be asked; mpiml.study.evaluate does it."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from mpiml.errors import ConfigError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.removeprefix("argument "))
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """What a command line asks for. Raises ConfigError for what cannot be understood; `--help` raises SystemExit."""
+    parser = _Parser(
+        prog="python -m mpiml.evaluate",
+        usage="[mpirun -n RANKS] python -m mpiml.evaluate --run DIR [settings]",
+        description="Score a run's newest checkpoint on its test rows, with the same result on any grid.",
+        allow_abbrev=False,
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", metavar="DIR", help="run directory; the run may still be going on")
+    which.add_argument("--checkpoint", metavar="FILE", help="a checkpoint in place of a run's newest")
+    parser.add_argument("--data", metavar="SPEC", help="score the test rows of this data set, as for mpiml.train")
+    parser.add_argument(
+        "--predictions", metavar="FILE", help="write classes, or values, in row order; FILE ends in .npy or .csv"
+    )
+    parser.add_argument("--pipe", type=int, default=1, metavar="N", help="pipeline stages (default: 1)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")  # as in mpiml.train
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        parse(["--help"])  # works where MPI cannot start
+
+    from mpiml.study.evaluate import main
+
+    sys.exit(main())

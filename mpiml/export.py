@@ -1,0 +1,42 @@
+"""From a checkpoint to what other programs take: layers that compute by themselves, and a PyTorch state dict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mpiml.build import Model, Task, model_for
+from mpiml.config import of_checkpoint
+from mpiml.nn.layer import Layer, parameters
+from mpiml.nn.parameters import Shape
+from mpiml.run import checkpoint
+
+
+def trained(file: str | Path, model: Model | None = None) -> tuple[list[Layer], Shape]:
+    """The layers of a checkpoint's model with its weights as their values, and the shape of an input row.
+
+    Needs no MPI: `y, _ = forward(layers, x, At(training=False))` computes outputs. What --normalize does to inputs is
+    not part of the model; the checkpoint has it as data.mean and data.scale.
+
+    Args:
+        model: what the run was trained with, if that was given to `train` as an object.
+
+    Raises OutputError for a checkpoint that is damaged or of another model.
+    """
+    saved = checkpoint.load(Path(file), lambda name: not name.startswith("optimizer."))
+    task = Task.from_json(saved.task)
+    layers = model_for(of_checkpoint(saved.config), task, model)
+    for parameter in parameters(layers):
+        parameter.value = checkpoint.array(saved, parameter.name, parameter.shape)
+    return layers, task.shape
+
+
+def torch_state_dict(file: str | Path, model: Model | None = None) -> dict[str, Any]:
+    """The weights as torch tensors, as mpiml.nn.export.to_torch names and orders them. Arguments as of `trained`."""
+    import torch
+
+    from mpiml.nn.export import to_torch
+
+    layers, shape = trained(file, model)
+    arrays = to_torch(layers, {p.name: p.value for p in parameters(layers)}, shape)
+    return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}

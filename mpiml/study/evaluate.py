@@ -1,0 +1,238 @@
+"""Scores a checkpoint on test rows, on any grid: `mpirun -n 3 python -m mpiml.evaluate --run runs/mine`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from mpiml import load, restart, waiting
+from mpiml.assemble import build_stage, normalized
+from mpiml.build import Model, Task
+from mpiml.clock import Clock
+from mpiml.config import Config, of_checkpoint
+from mpiml.data.dataset import Dataset
+from mpiml.data.fingerprint import difference
+from mpiml.data.normalize import Normalization
+from mpiml.errors import ConfigError, DataError, OutputError
+from mpiml.evaluate import parse
+from mpiml.evaluation import Evaluation
+from mpiml.nn.parameters import Layout
+from mpiml.parallel import grid as grids
+from mpiml.parallel.grid import Grid
+from mpiml.parallel.memory import bytes_of, share
+from mpiml.parallel.stage import Stage
+from mpiml.parallel.state import VALUES, State
+from mpiml.parallel.values import Values
+from mpiml.run import checkpoint as checkpoints
+from mpiml.run import environment, launch
+from mpiml.run.checkpoint import Checkpoint
+from mpiml.run.directory import CHECKPOINTS
+from mpiml.run.failure import Guard, exit_code
+from mpiml.run.process import prepare_process
+from mpiml.run.verdict import on_rank_0, together
+from mpiml.run.watch import Watch
+from mpiml.study.predictions import Predictions, check_path
+
+PROGRAM = "mpiml.evaluate"
+
+
+@dataclass
+class Found:
+    """What all ranks know of a checkpoint."""
+
+    config: Config
+    step: int
+    task: Task
+    normalization: Normalization | None
+    run: Path
+    notes: list[str]
+
+
+def evaluate(
+    run: str | None = None,
+    *,
+    checkpoint: str | None = None,
+    data: str | Dataset | None = None,
+    predictions: str | None = None,
+    pipe: int = 1,
+    comm: MPI.Intracomm | None = None,
+    model: Model | None = None,
+) -> dict[str, Any]:
+    """Score a checkpoint as the command does; every rank of the communicator calls it alike. The run stays as it is.
+
+    Args:
+        run: a run directory, whose newest whole checkpoint is scored; or, in its place, the file `checkpoint`.
+        data: whose test rows, as the command takes it or as a data set; by default the run's own.
+        predictions: a file to write to, .npy or .csv.
+        pipe: stages.
+        comm: the ranks; all of the job's by default.
+        model: what the run was trained with, if that was given to `train` as an object.
+
+    Returns:
+        `test_loss` and the metric under its name, as a run logs them, with `step`, `rows`, `run` and `data`.
+
+    Raises:
+        RunError: as mpiml.train.train.
+    """
+    clock = Clock()
+    comm = MPI.COMM_WORLD if comm is None else comm
+    whole: list[Checkpoint] = []  # on rank 0
+
+    def look() -> Found:
+        if predictions:
+            check_path(Path(predictions))
+        found, saved = find(run, checkpoint, pipe)
+        whole.append(saved)
+        return found
+
+    with Guard(comm, clock, PROGRAM) as guard:
+        launch.check_size(MPI.COMM_WORLD.size)
+        launch.check_alike(comm, clock, launch.software())
+        together(comm, clock, lambda: grids.check(comm.size, pipe))
+        found = on_rank_0(comm, clock, look)
+        with Watch(comm.Dup(), clock, found.config.stall_timeout, guard.fail), np.errstate(all="ignore"):
+            return _evaluate(found, whole, data, predictions, comm, clock, model)
+
+
+def find(run: str | None, file: str | None, pipe: int) -> tuple[Found, Checkpoint]:
+    """The checkpoint to score, without optimizer state, and what there is to know of it. Rank 0 calls it."""
+
+    def wanted(name: str) -> bool:
+        return not name.startswith("optimizer.")
+
+    problems: list[str] = []
+    if file:
+        saved, path = checkpoints.load(Path(file), wanted), Path(file).absolute().parent.parent
+    else:
+        path = Path(run or "")
+        if not (path / CHECKPOINTS).is_dir():
+            raise ConfigError(f"--run {run}: " + ("holds no run" if path.is_dir() else "there is no such directory"))
+        saved, problems = _newest(path / CHECKPOINTS, wanted)
+    config, task = of_checkpoint(saved.config), Task.from_json(saved.task)
+    config = config.replace(pipe=pipe, cuts=config.cuts if config.pipe == pipe else ())
+    normalization = Normalization.of_arrays(saved.arrays) if config.normalize else None
+    return Found(config, saved.step, task, normalization, path, [f"warning: skipped {p}" for p in problems]), saved
+
+
+def _newest(directory: Path, wanted: Callable[[str], bool]) -> tuple[Checkpoint, list[str]]:
+    """The newest whole checkpoint, and what is wrong with newer ones. The run may remove files meanwhile."""
+    while True:
+        there = checkpoints.listed(directory)
+        try:
+            saved, problems = checkpoints.newest(directory, wanted)
+        except OutputError:
+            if there == checkpoints.listed(directory):
+                raise
+            continue
+        if saved:
+            return saved, problems
+        raise OutputError(f"{directory.parent} has no checkpoint yet")
+
+
+def _evaluate(
+    found: Found,
+    whole: list[Checkpoint],
+    data: str | Dataset | None,
+    predictions: str | None,
+    comm: MPI.Intracomm,
+    clock: Clock,
+    model: Model | None,
+) -> dict[str, Any]:
+    prepare_process(found.config.threads)
+    config = found.config.replace(data=data) if isinstance(data, str) else found.config
+    dataset = load.open_data(config, comm, clock, data if isinstance(data, Dataset) else None)
+    together(comm, clock, lambda: check_data(found, dataset, others=data is not None))
+    grid = grids.build(comm, config.pipe)
+    waiting.share_cores(grid.node.size * config.threads, grid.cores)
+    task, tests = found.task, Evaluation(dataset.test, config.eval_rows, grid, config.dtype)
+    classes = task.outputs if task.classification else None
+    seen = load.look_at(dataset, grid, clock, None, tests.rows(), classes, tokens=max(task.outputs, task.tokens))
+    if found.normalization:
+        tests.split = normalized(tests.split, found.normalization, config.dtype)
+    layouts, metric, here = build_stage(config, task, grid, clock, model)
+    values, problem = _place(config, grid, layouts, whole, clock)
+    for note in [*found.notes, *seen.notes, *([f"warning: {problem}"] if problem else [])]:
+        if comm.rank == 0:
+            print(note, file=sys.stderr, flush=True)
+    kept = Predictions(here, task) if predictions else None
+    stage = Stage(grid.pipe, here, clock)
+    record = tests.score(stage, metric, clock, found.step)
+    if kept:
+        kept.write(Path(predictions or ""), tests, clock)
+    values.free()
+    grid.free()
+    return {
+        "run": str(found.run),
+        "step": found.step,
+        "data": dataset.name if isinstance(data, Dataset) else config.data,
+        "rows": len(tests.split),
+        "test_loss": record.mean_loss,
+        metric.name: metric.value(record.metric),
+    }
+
+
+def check_data(found: Found, data: Dataset, others: bool) -> None:
+    """Raise DataError unless a data set is of the kind that the run's was, and unchanged if it is not `others`."""
+    task = found.task
+    for what, mine, its in (
+        ("rows of x_test are", data.test.x.shape, task.shape),
+        ("labels of a row are", data.test.y.shape, task.labels),
+        ("labels are", *("classes" if kind else "values" for kind in (data.classification, task.classification))),
+    ):
+        if mine != its:
+            raise DataError(f"{data.name}: {what} {mine}, but the run's {its}")
+    before = None if others else environment.data(found.run)
+    if before and (other := difference(data.fingerprint, before, "in the run")):
+        raise DataError(
+            f"{data.name} has changed since the run: {other}; to score it all the same, name it with --data"
+        )
+
+
+def _place(
+    config: Config, grid: Grid, layouts: Sequence[Layout], whole: list[Checkpoint], clock: Clock
+) -> tuple[Values, str | None]:
+    """The values of this rank's stage, from the checkpoint on rank 0; collective. Also why they are not shared."""
+    layout = layouts[grid.stage]
+    memory, problem = share(grid.comm, grid.local, 0, bytes_of(layout.size, layout.dtype), config.memory)
+    values = Values(grid, memory, layout.size, layout.dtype)
+    layout.bind(values.values)
+    stages: list[Mapping[str, Any]] = []
+    clock("checkpoint")
+    on_rank_0(grid.comm, clock, lambda: stages.extend(restart.vectors(layouts, whole.pop(), (VALUES,))))
+    State(grid, values, {}).distribute(stages, VALUES)
+    return values, problem
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """The result as a line."""
+    *_, (metric, score) = result.items()
+    return (
+        f"{result['run']}, step {result['step']}, {result['rows']} test rows of {result['data']}: "
+        f"loss {result['test_loss']:.4f}, {metric} {score:.4f}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit code."""
+    comm, clock = MPI.COMM_WORLD, Clock()
+    try:
+        with Guard(comm, clock, PROGRAM):
+            asked = on_rank_0(comm, clock, lambda: vars(parse(sys.argv[1:] if arguments is None else arguments)))
+        as_json = asked.pop("json")
+        result = evaluate(**asked)
+    except BaseException as error:  # reported already, and in a job of several ranks known to all
+        return exit_code(error)
+    if comm.rank == 0:
+        told = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in result.items()}
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            print(json.dumps(told) if as_json else text(result), flush=True)
+    return 0

@@ -1,0 +1,183 @@
+"""A checkpoint is scored to the same bits on every grid, and as its run scored it; nothing of the run changes."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpiml.data.dataset import Dataset, open_dataset
+from mpiml.errors import ConfigError, DataError, NotFiniteError, OutputError
+from mpiml.run import checkpoint
+from mpiml.study.evaluate import evaluate
+from tests.conftest import Job, launch
+
+pytestmark = pytest.mark.contract
+
+FLAGS = "--steps 30 --microbatches 4 --hidden 24,16 --normalize --dropout 0.1 --eval-every 10 --save-every 10"
+TWO_NODES = {"MPIML_NODES": "2,9"}
+FLAGS += " --eval-rows 50"  # 360 rows: the last chunk is ragged
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    path = tmp_path_factory.mktemp("scored") / "run"
+    done = launch(2, "-m", "mpiml.train", "--out", str(path), *FLAGS.split())
+    assert done.returncode == 0, done.stderr
+    return Job(done.returncode, done.stdout, done.stderr, path)
+
+
+def scored(ranks: int, *arguments: object, **environment: str) -> Any:
+    done = launch(ranks, "-m", "mpiml.evaluate", *map(str, arguments), "--json", **environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def files(path: Path) -> dict[Path, tuple[bytes, int]]:
+    return {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in path.rglob("*") if file.is_file()}
+
+
+def logged(run: Job, step: int) -> dict[str, Any]:
+    (line,) = (line["evaluation"] for line in run.metrics if "evaluation" in line and line["step"] == step)
+    return line
+
+
+@pytest.mark.parametrize(("ranks", "grid"), [(0, ""), (3, ""), (4, "--pipe 2"), (3, "--pipe 3"), (9, "")])  # 8 chunks
+def test_same_bits_on_every_grid_and_as_logged(run: Job, tmp_path: Path, ranks: int, grid: str) -> None:
+    before = files(run.run)
+    with open(run.run / ".lock") as lock:  # a job that still trains has it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = scored(ranks, "--run", run.run, "--predictions", tmp_path / "p.npy", *grid.split(), **TWO_NODES)
+    last = logged(run, 30)
+    assert (found["step"], found["test_loss"], found["accuracy"]) == (30, last["loss"], last["accuracy"])
+    assert found["rows"] == last["rows"] == 360
+    assert files(run.run) == before
+    classes, labels = np.load(tmp_path / "p.npy"), all_labels()
+    assert classes.shape == labels.shape
+    assert np.mean(classes == labels) == found["accuracy"]
+
+
+def all_labels() -> np.ndarray:
+    source = open_dataset("digits").test.y
+    source.hold(np.arange(len(source)))
+    return source.rows(np.arange(len(source)))
+
+
+def test_checkpoint_by_name_and_a_line_to_read(run: Job) -> None:
+    file = run.run / "checkpoints" / checkpoint.file_name(10)
+    found, expected = scored(2, "--checkpoint", file), logged(run, 10)
+    assert (found["step"], found["test_loss"], found["accuracy"]) == (10, expected["loss"], expected["accuracy"])
+    done = launch(2, "-m", "mpiml.evaluate", "--run", str(run.run))
+    line = f"{run.run}, step 30, 360 test rows of digits: loss {run.result['test_loss']:.4f}, "
+    assert done.stdout == f"{line}accuracy {run.result['accuracy']:.4f}\n"
+
+
+def test_language_model_counts_rows_and_predicts_each_token(train: Any, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("so it goes, and so it goes on. " * 40)
+    flags = f"--data {tmp_path / 't.txt'} --context 10 --held-out 0.3 --model gpt --width 8 --heads 2 --blocks 1"
+    job = train(2, f"{flags} --steps 2 --batch 16 --eval-rows 8")
+    assert job.code == 0, job.err
+    (line,) = (line["evaluation"] for line in job.metrics if "evaluation" in line)
+    assert line["rows"] == 37
+    found = scored(4, "--run", job.run, "--pipe", "2", "--predictions", tmp_path / "p.npy")
+    assert found == scored(0, "--run", job.run, "--predictions", tmp_path / "q.npy")
+    assert (found["rows"], found["test_loss"]) == (37, line["loss"])
+    assert np.load(tmp_path / "p.npy").shape == (37, 10)
+    assert (tmp_path / "p.npy").read_bytes() == (tmp_path / "q.npy").read_bytes()
+
+
+def test_regression_as_a_table_and_on_other_data(train: Any, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    x, y = random.random((60, 5)), random.random(60)
+    np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x[:21], y_test=y[:21])
+    np.savez(tmp_path / "other.npz", x_train=x, y_train=y, x_test=x[7:20], y_test=y[7:20])
+    job = train(2, f"--data {tmp_path / 'd.npz'} --hidden 8 --steps 4 --eval-rows 4")
+    file = tmp_path / "p.csv"
+    found = scored(3, "--run", job.run, "--predictions", file)
+    assert found["r2"] == job.result["r2"]
+    with open(file) as lines:
+        head, *rows = csv.reader(lines)
+    assert (head, [int(row) for row, _ in rows]) == (["row", "prediction"], list(range(21)))
+    values = np.array([float(value) for _, value in rows])
+    assert np.mean((values - y[:21]) ** 2) == pytest.approx(found["test_loss"])
+    other = scored(2, "--run", job.run, "--data", tmp_path / "other.npz")
+    assert other["rows"] == 13
+    assert other["test_loss"] == pytest.approx(np.mean((values[7:20] - y[7:20]) ** 2))
+
+
+def arrays(x: Any, y: Any) -> Dataset:
+    return Dataset.from_arrays(x, y, x, y)
+
+
+def test_data_that_do_not_fit(run: Job) -> None:
+    x, y = np.ones((20, 8, 8)), np.arange(20) % 10
+    assert evaluate(str(run.run), data=arrays(x, y))["rows"] == 20
+    assert evaluate(str(run.run), data=arrays(x[:3], y[:3]))["rows"] == 3  # of fewer classes
+    with pytest.raises(DataError, match=r"rows of x_test are \(8, 7\), but the run's \(8, 8\)"):
+        evaluate(str(run.run), data=arrays(x[:, :, :7], y))
+    with pytest.raises(DataError, match="labels are values, but the run's classes"):
+        evaluate(str(run.run), data=arrays(x, y * 0.5))
+    with pytest.raises(DataError, match="label 19 is not one of the 10 classes 0 to 9, in row 9"):
+        evaluate(str(run.run), data=arrays(x, y + 10))
+    with pytest.raises(NotFiniteError, match=r"test loss is not finite after step 30 \(chunk 0\)"):
+        evaluate(str(run.run), data=arrays(x * 1e300, y))
+
+
+def test_run_that_cannot_be_scored(run: Job, tmp_path: Path) -> None:
+    here = tmp_path / "run"
+    for problem, arguments in (
+        ("there is no such directory", {"run": str(here / "none")}),
+        ("holds no run", {"run": str(tmp_path)}),
+        ("1 ranks do not divide into pipelines of 2 stages", {"run": str(run.run), "pipe": 2}),
+        ("must end in .npy or .csv", {"run": str(run.run), "predictions": "p.txt"}),
+        ("there is no directory", {"run": str(run.run), "predictions": str(here / "p.npy")}),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            evaluate(**arguments)
+    with pytest.raises(OutputError, match="No such file"):
+        evaluate(checkpoint=str(here / "none"))
+    (here / "checkpoints").mkdir(parents=True)
+    with pytest.raises(OutputError, match="has no checkpoint yet"):
+        evaluate(str(here))
+
+
+def test_damaged_newest_checkpoint_is_skipped(run: Job, tmp_path: Path, capfd: Any) -> None:
+    shutil.copytree(run.run, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / checkpoint.file_name(30)
+    newest.write_bytes(newest.read_bytes()[:-1])
+    assert evaluate(str(tmp_path / "run"))["step"] == 20
+    assert "step-000000030.safetensors is damaged" in capfd.readouterr().err
+
+
+def test_own_data_that_have_changed(train: Any, tmp_path: Path) -> None:
+    def write(shift: int) -> str:
+        x, y = np.eye(12) + shift, np.arange(12) % 3
+        np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+        return str(tmp_path / "d.npz")
+
+    spec = write(0)
+    job = train(0, f"--data {spec} --hidden 4 --steps 2")
+    write(1)
+    with pytest.raises(
+        DataError, match=r"d.npz has .* but .* in the run; to score it all the same, name it with --data"
+    ):
+        evaluate(str(job.run))
+    assert evaluate(str(job.run), data=spec)["rows"] == 12
+
+
+def test_errors_of_the_command_are_one_line(run: Job, tmp_path: Path) -> None:
+    done = launch(0, "-m", "mpiml.evaluate")
+    assert (done.returncode, done.stderr.count("\n")) == (78, 1), done.stderr
+    for code, arguments in (
+        (78, ["--run", str(tmp_path), "--pipe", "2"]),
+        (74, ["--run", str(run.run), "--predictions", "/proc/p.npy"]),
+    ):
+        done = launch(3, "-m", "mpiml.evaluate", *arguments)
+        assert done.returncode == code, done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
