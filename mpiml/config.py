@@ -24,13 +24,8 @@ if TYPE_CHECKING:
 GROUPS = ("data and model", "grid", "steps and batches", "optimizer", "arithmetic", "evaluation and output")
 
 
-OF_THE_JOB = (
-    "out",
-    "resume",
-    "quiet",
-    "time_limit",
-    "trace",
-)  # belong to one job and not to the run that it is part of
+# Belong to one job and not to the run that it is part of.
+OF_THE_JOB = ("out", "resume", "quiet", "time_limit", "trace")
 
 
 def setting(

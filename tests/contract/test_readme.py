@@ -40,7 +40,7 @@ def test_commands(tmp_path: Path) -> None:
         (tmp_path / (named[1] if named else "page.py")).write_text(block)
     shell("python page.py", tmp_path)
     commands = [block for block in blocks("sh") if "mpiml" in block]
-    assert len(commands) == 5
+    assert len(commands) == 6
     for block in commands:
         shell(block, tmp_path)
 
