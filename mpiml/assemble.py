@@ -41,6 +41,7 @@ from mpiml.parallel.state import State
 from mpiml.parallel.tree import aligned, depth
 from mpiml.parallel.update import Update
 from mpiml.partition import part
+from mpiml.run.pace import Pace
 from mpiml.run.verdict import together
 
 DEFAULT_EPOCHS = 30
@@ -79,6 +80,13 @@ class Run:
         """Give back what the MPI library holds for the run; collective."""
         self.stage.sum.free()
         self.grid.free()
+
+    def pace(self) -> Pace:
+        """What compares the times of this run's ranks."""
+        grid, config = self.grid, self.config
+        blocks = (part(replica, grid.replicas, config.microbatches or 1) for replica in range(grid.replicas))
+        crowded = grid.node.size * config.threads > grid.cores
+        return Pace(grid.stages, [stop - start for start, stop in blocks], grid.launched, crowded)
 
     def record(self, entries: int) -> NDArray[np.float64]:
         """An empty table for that many micro-batches."""

@@ -33,6 +33,9 @@ class Clock:
         self.activity = activity
         self.moves += 1
 
+    def mark(self, part: str, microbatch: int) -> None:
+        """Say which part of the computing of a micro-batch begins: for whoever draws it (mpiml.run.trace)."""
+
     @contextmanager
     def booked(self, name: str) -> Iterator[None]:
         """Book all time in a block under `name`: an evaluation's compute is not the training's."""

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 GROUPS = ("data and model", "grid", "steps and batches", "optimizer", "arithmetic", "evaluation and output")
 
 
-OF_THE_JOB = ("out", "resume", "quiet", "time_limit")  # belong to one job and not to the run that it is part of
+# Belong to one job and not to the run that it is part of.
+OF_THE_JOB = ("out", "resume", "quiet", "time_limit", "trace")
 
 
 def setting(
@@ -190,6 +191,13 @@ class Config:
         "save and stop before this is over: minutes, h:mm:ss or d-hh:mm:ss, as for SLURM, whose own limit counts too",
         on_resume=True,
         metavar="TIME",
+    )
+    trace: str | None = setting(
+        None,
+        GROUPS[5],
+        "write what every rank does when to this file (.json or .json.gz), for ui.perfetto.dev",
+        on_resume=True,
+        metavar="FILE",
     )
     quiet: bool = setting(False, GROUPS[5], "print nothing but errors", on_resume=True)
 

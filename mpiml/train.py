@@ -40,7 +40,7 @@ from mpiml.data.dataset import Dataset
 from mpiml.errors import SAVED, NotFiniteError
 from mpiml.parallel import grid as grids
 from mpiml.parallel.record import Record, agree
-from mpiml.run import launch, log
+from mpiml.run import launch, log, trace
 from mpiml.run.deadline import Deadline
 from mpiml.run.failure import Guard, exit_code
 from mpiml.run.process import StopRequest, ignore_signals, prepare_process
@@ -73,8 +73,8 @@ def train(
         RunError: one of mpiml.errors, on all ranks alike. If one rank fails alone in a job of several, the whole
             job is ended instead, for the others would wait for it for ever.
     """
-    clock = Clock()
     comm = MPI.COMM_WORLD if comm is None else comm
+    clock = trace.clock_for(config.trace, comm.size)
     with Guard(comm, clock, PROGRAM) as guard:
         return _train(config, comm, model, data, clock, guard)
 
@@ -89,6 +89,8 @@ def _train(
     stop = StopRequest(Deadline(cfg.time_limit, os.environ))
     with Watch(comm.Dup(), clock, cfg.stall_timeout, guard.fail), stop:
         together(comm, clock, lambda: grids.check(comm.size, cfg.pipe))
+        if cfg.trace:
+            on_rank_0(comm, clock, lambda: trace.check(cfg.trace))
         prepare_process(cfg.threads)
         if cfg.resume and (done := on_rank_0(comm, clock, lambda: restart.finished(cfg))):
             return done
@@ -103,12 +105,14 @@ def _train(
         with restart.opened(run, dataset.name) as directory:
             guard.run, guard.token = directory.path, directory.token
             start, notes, history = restart.restore(run, directory.path)
-            with log.Log(run.grid.comm, directory.metrics, clock, run.shards.rows_per_step, run.metric.name) as logger:
+            rows, metric = run.shards.rows_per_step, run.metric.name
+            with log.Log(run.grid.comm, directory.metrics, clock, rows, metric, run.pace()) as logger:
                 logger.open_console(start + 1, run.steps, cfg.quiet)
                 for line in [*directory.notes, *run.notes, *notes, assemble.grid_text(run)]:
                     logger.say(line)
                 # Numbers that are not finite end the run, with a better message than NumPy's.
-                with run.ahead, np.errstate(all="ignore"):
+                drawn = trace.written(cfg.trace, run.grid, clock, logger.say)
+                with run.ahead, np.errstate(all="ignore"), drawn:
                     outcome = history | _loop(run, start, directory.checkpoints, logger, stop)
                 outcome["samples_per_second"] = logger.samples_per_second()
                 outcome["seconds"] = round(perf_counter() - began, 3)

@@ -56,6 +56,13 @@ def wait(requests: Sequence[MPI.Request]) -> None:
         until(lambda: MPI.Request.Testall(pending))
 
 
+def meet(comm: MPI.Intracomm) -> None:
+    """A barrier that leaves the cores alone: ranks that wait here must not slow down the ones that are measured."""
+    request = comm.Ibarrier()
+    while not request.Test():
+        time.sleep(0.002)
+
+
 def broadcast(comm: MPI.Intracomm, value: T, root: int = 0) -> T:
     """What `value` is on rank `root`, on all ranks; collective. comm.bcast would poll without a pause."""
     content = pickle.dumps(value) if comm.rank == root else b""

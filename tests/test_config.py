@@ -70,10 +70,11 @@ OTHERS = {
     "log_every": ("2", "2", 2),
     "stall_timeout": ("2.5", "2.5", 2.5),
     "time_limit": ("1:30:00", '"1:30:00"', "1:30:00"),
+    "trace": ("t.json", '"t.json"', "t.json"),
     "quiet": ("", "true", True),
 }
 LAYOUT_AND_LOGGING = {"pipe", "cuts", "schedule", "epochs", "steps", "out", "resume", "quiet", "keep", "stall_timeout"}
-LAYOUT_AND_LOGGING |= {"memory", "bucket", "prefetch", "time_limit", "eval_every", "save_every", "log_every"}
+LAYOUT_AND_LOGGING |= {"memory", "bucket", "prefetch", "time_limit", "eval_every", "save_every", "log_every", "trace"}
 every_setting = pytest.mark.parametrize("name", OTHERS)
 
 
@@ -219,7 +220,7 @@ def test_toml_is_read_back_alike(tmp_path: Path, name: str) -> None:
     (tmp_path / "c.toml").write_text(config.to_toml(), encoding="utf-8")
     assert not any("_" in key for key in tomllib.loads(config.to_toml()))
     back = Config(**from_toml(tmp_path / "c.toml"))
-    assert back == config.replace(out=None, resume=False, quiet=False, time_limit=None)
+    assert back == config.replace(out=None, resume=False, quiet=False, time_limit=None, trace=None)
 
 
 @pytest.mark.parametrize(

@@ -81,21 +81,24 @@ class Stage:
         self._finish_sends()
 
     def _input(self, batch: Batch) -> Array:
-        if not self.first:
-            return self._receive(self.stage - 1, (batch.rows, *self.part.x_shape))
-        self.clock("data")
-        x = batch.x()
-        self.clock("compute")
+        if self.first:
+            self.clock("data")
+            x = batch.x()
+            self.clock("compute")
+        else:
+            x = self._receive(self.stage - 1, (batch.rows, *self.part.x_shape))
+        self.clock.mark("forward", batch.index)
         return x
 
     def _output(self, batch: Batch, y: Array, record: NDArray[np.float64], measured: bool) -> Array | None:
         """Pass y on, or score it: then the gradient by y is returned."""
         if not self.last:
-            self._send(self.stage + 1, y)
+            self._send(self.stage + 1, y, batch)
             return None
         self.clock("data")
         labels = batch.y()
         self.clock("compute")
+        self.clock.mark("loss", batch.index)
         sums, dy = self.part.objective(y, labels, measured)
         record[batch.index, : len(sums)] = sums
         return dy
@@ -108,8 +111,9 @@ class Stage:
         self.clock("compute")
         return array
 
-    def _send(self, target: int, array: Array) -> None:
+    def _send(self, target: int, array: Array, batch: Batch) -> None:
         """Never blocks. The request keeps the array alive, so finished ones are dropped at every send."""
+        self.clock.mark("send", batch.index)
         self._sent = [request for request in self._sent if not request.Test()]
         self._sent.append(self.comm.Isend(np.ascontiguousarray(array), target))
 
@@ -156,8 +160,10 @@ class TrainingStage(Stage):
             else:
                 if dy is None:
                     dy = self._receive(self.stage + 1, (batch.rows, *self.part.y_shape))
+                self.clock.mark("backward", batch.index)
                 gradients.begin()
                 dx = backward(dy, gradients)
                 if self.part.learned and dx is not None:
-                    self._send(self.stage - 1, dx)
+                    self._send(self.stage - 1, dx, batch)
+        self.clock.mark("accumulate", batch.index)
         self.sum.accumulate(index)

@@ -55,6 +55,14 @@ def data(run: Path) -> list[list[str]] | None:
     return found
 
 
+def host(run: Path, rank: int) -> str:
+    """Where a rank of the job that holds a run directory is, as its environment.json says."""
+    try:
+        return str(json.loads((run / ENVIRONMENT).read_text())["ranks"][rank]["host"])
+    except (OSError, ValueError, LookupError):
+        return "unknown"
+
+
 def warnings(ranks: list[dict[str, Any]]) -> list[str]:
     """What in the environment may surprise."""
     found = []

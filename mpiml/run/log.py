@@ -7,14 +7,18 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
+from numpy.typing import NDArray
 
 from mpiml.clock import SHARES, Clock
+from mpiml.run import environment
 from mpiml.run.directory import named_errors, write_atomically
+from mpiml.run.pace import Pace
 from mpiml.run.terminal import width
 from mpiml.run.verdict import on_rank_0
 from mpiml.waiting import wait
@@ -32,10 +36,13 @@ class Log:
         clock: of this rank.
         rows: of a step on average, for samples per second.
         metric: name of the metric.
+        pace: finds out who is slow.
     """
 
-    def __init__(self, comm: MPI.Intracomm, metrics: Path, clock: Clock, rows: float, metric: str):
+    def __init__(self, comm: MPI.Intracomm, metrics: Path, clock: Clock, rows: float, metric: str, pace: Pace):
         self.comm, self.metrics, self.clock, self.rows, self.metric = comm, metrics, clock, rows, metric
+        self.pace = pace
+        self._named: set[int] = set()
         self.step_seconds: list[float] = []
         self._logged_at, self._shares = 0, np.array(clock.shares())
         self._console: Console | None = None
@@ -69,14 +76,17 @@ class Log:
         self._shares += seconds
         recent = self.step_seconds[self._logged_at :]
         self._logged_at = len(self.step_seconds)
-        mine = np.concatenate([seconds, [sum(recent)]])
-        low, high = np.empty_like(mine), np.empty_like(mine)
+        mine = np.concatenate([seconds, [sum(recent), self.pace.crowded]])
+        everyones = np.empty((self.comm.size, len(mine)))
         self.clock("joining")
-        wait([self.comm.Iallreduce(mine, low, MPI.MIN), self.comm.Iallreduce(mine, high, MPI.MAX)])
-        speed = len(recent) * self.rows / high[-1] if high[-1] else 0.0
-        times = {name: {"min": round(a, 6), "max": round(b, 6)} for name, a, b in zip(SHARES, low, high, strict=False)}
-        self._write(
-            {
+        wait([self.comm.Igather(mine, everyones)])
+
+        def entry() -> dict[str, Any]:
+            speed, times = self._times(everyones, len(recent))
+            if self._console:
+                text = f"step {step}  epoch {epoch}  loss {loss:.4f}  {self.metric} {score:.4f}  {speed:,.0f} samples/s"
+                self._console.now_and_then(text)
+            return {
                 "step": step,
                 "epoch": epoch,
                 "loss": loss,
@@ -86,15 +96,37 @@ class Log:
                 "samples_per_second": round(speed, 1),
                 "seconds": times,
             }
-        )
-        if self._console:
-            text = f"step {step}  epoch {epoch}  loss {loss:.4f}  {self.metric} {score:.4f}  {speed:,.0f} samples/s"
-            self._console.now_and_then(text)
+
+        self._write(entry)
+
+    def _times(self, everyones: NDArray[np.float64], steps: int) -> tuple[float, dict[str, Any]]:
+        """Samples per second and the times of a line, from all ranks' seconds per share and in all steps."""
+        low, high = everyones.min(axis=0).tolist(), everyones.max(axis=0).tolist()
+        *_, slowest_step, crowded = high
+        times: dict[str, Any] = {
+            name: {"min": round(a, 6), "max": round(b, 6)} for name, a, b in zip(SHARES, low, high, strict=False)
+        }
+        slow = None if crowded else self.pace.slowest(everyones[:, : len(SHARES)], slowest_step, steps)
+        if slow:
+            host = environment.host(self.metrics.parent, slow.place)
+            times["slowest"] = {
+                "rank": slow.rank,
+                "host": host,
+                "activity": slow.activity,
+                "times_median": round(slow.times, 2),
+            }
+            if slow.rank not in self._named:
+                self._named.add(slow.rank)
+                self.say(
+                    f"warning: the others wait for rank {slow.rank} (on {host}): its time in {slow.activity} is "
+                    f"{slow.times:.1f} times that of the other replicas"
+                )
+        return steps * self.rows / slowest_step if slowest_step else 0.0, times
 
     def evaluation(self, step: int, epoch: int, loss: float, score: float, rows: int) -> None:
         """Write the line of an evaluation."""
         result = {"loss": loss, self.metric: _number(score), "rows": rows}
-        self._write({"step": step, "epoch": epoch, "evaluation": result})
+        self._write(lambda: {"step": step, "epoch": epoch, "evaluation": result})
         self.say(f"step {step}  epoch {epoch}  test loss {loss:.4f}  test {self.metric} {score:.4f}")
 
     def samples_per_second(self) -> float | None:
@@ -114,12 +146,12 @@ class Log:
         wait([self.comm.Iallreduce(mine, total)])
         return dict(zip(SHARES, (total / max(total.sum(), 1e-9)).tolist(), strict=True))
 
-    def _write(self, entry: dict[str, Any]) -> None:
+    def _write(self, entry: Callable[[], dict[str, Any]]) -> None:
         self.clock("log")
 
         def append() -> None:
             with named_errors("write", self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write(json.dumps(entry()) + "\n")
 
         on_rank_0(self.comm, self.clock, append)
 

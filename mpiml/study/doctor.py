@@ -17,6 +17,7 @@ from mpi4py import MPI
 import mpiml
 from mpiml.parallel.grid import nodes_of_ranks
 from mpiml.run import environment
+from mpiml.run.clocks import clock_offset
 from mpiml.run.process import prepare_process
 from mpiml.study import probes
 
@@ -98,7 +99,7 @@ def examine(comm: MPI.Intracomm, age: float) -> Facts:
         gemm=probes.at_once(comm, probes.gemm_rate),
         copy=probes.at_once(comm, probes.copy_rate),
         allreduce=[(size, probes.allreduce_time(comm, size)) for size in SIZES] if comm.size > 1 else [],
-        skew={first: probes.clock_offset(comm, first) for first in firsts},
+        skew={first: clock_offset(comm, first) for first in firsts},
     )
     if neighbour is not None:
         facts.inside = _link(comm, neighbour)

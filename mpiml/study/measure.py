@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
+from mpiml.waiting import meet
+
 PAIRS = 9
 Action = Callable[[], None]
 
@@ -61,10 +63,3 @@ def seconds(action: Action | None, repeats: int) -> float:
     for _ in range(repeats):
         action()
     return (time.perf_counter() - begin) / repeats
-
-
-def meet(comm: MPI.Intracomm) -> None:
-    """A barrier that leaves the cores alone: ranks that wait here must not slow down the ones that are measured."""
-    request = comm.Ibarrier()
-    while not request.Test():
-        time.sleep(0.002)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from mpi4py import MPI
 
-from mpiml.study.measure import meet
+from mpiml.waiting import meet
 
 GEMM = 768  # rows and columns: large enough for the BLAS library's full rate, small enough for a blink
 COPY = 1 << 25  # bytes: more than a core's caches hold
@@ -97,30 +97,6 @@ def allreduce_time(comm: MPI.Intracomm, size: int) -> float:
         times[index] = time.perf_counter() - begin
     comm.Allreduce(MPI.IN_PLACE, times, MPI.MAX)
     return float(statistics.median(times))
-
-
-def clock_offset(comm: MPI.Intracomm, rank: int, tries: int = 20) -> float:
-    """Seconds that a rank's clock is ahead of rank 0's, by the quickest of some exchanges; collective, known to all.
-
-    Cristian, "Probabilistic clock synchronization", Distributed Computing 3, 1989.
-    """
-    meet(comm)
-    found: list[tuple[float, float]] = []
-    clock = np.zeros(1)
-    for _ in range(tries if rank else 0):
-        if comm.rank == 0:
-            begin = time.time()
-            comm.Send(clock, rank)
-            comm.Recv(clock, rank)
-            end = time.time()
-            found.append((end - begin, float(clock[0]) - (begin + end) / 2))
-        elif comm.rank == rank:
-            comm.Recv(clock, 0)
-            clock[0] = time.time()
-            comm.Send(clock, 0)
-    meet(comm)
-    result: float = comm.bcast(min(found)[1] if found else 0.0)
-    return result
 
 
 def seconds_since_start() -> float:

@@ -26,7 +26,7 @@ from mpiml.parallel.memory import PrivateMemory, SharedMemory, bytes_of, share
 from mpiml.parallel.update import Update
 from mpiml.run.process import prepare_process
 from mpiml.study.byhand import Perceptron
-from mpiml.study.measure import Ratio, meet, times
+from mpiml.study.measure import Ratio, times
 from mpiml.study.trainer import (
     MOMENTUM,
     RATE,
@@ -39,7 +39,7 @@ from mpiml.study.trainer import (
     tower,
 )
 from mpiml.vectors import PIECE, Operands
-from mpiml.waiting import share_cores
+from mpiml.waiting import meet, share_cores
 
 WORLD = MPI.COMM_WORLD
 

@@ -1,0 +1,225 @@
+"""A timeline of a job in the Trace Event Format, which ui.perfetto.dev and chrome://tracing draw: a track per rank.
+
+https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
+"""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from mpi4py import MPI
+
+from mpiml.clock import Clock
+from mpiml.errors import OutputError, RunError
+from mpiml.run.clocks import Ruler
+from mpiml.run.directory import PARTIAL, named_errors, write_atomically
+from mpiml.run.verdict import on_rank_0
+from mpiml.waiting import wait
+
+EVENTS = 500_000  # in a file, of all ranks: about 50 MB, which a browser still takes
+LEAST = 2_000  # of a rank, however many ranks there are
+
+
+Noted = tuple[float, int, str | None, str, int]  # the fields of an Event; making one takes too long
+
+
+class Event(NamedTuple):
+    """From `time` on a rank does `name`: an activity, or a part of computing for a micro-batch (else -1).
+
+    `within` is the activity that all of it is booked under, if it is another.
+    """
+
+    time: float
+    step: int
+    within: str | None
+    name: str
+    microbatch: int
+
+
+class Span(NamedTuple):
+    """What a rank did from `begin` to `end`, in seconds."""
+
+    begin: float
+    end: float
+    name: str
+    details: dict[str, int]
+
+
+class Recorder(Clock):
+    """A clock that remembers what began when, as much as fits into a file with what the other ranks remember."""
+
+    def __init__(self, ranks: int):
+        super().__init__()
+        self.limit = max(EVENTS // ranks, LEAST)
+        self.events: deque[Noted] = deque([(self._since, 0, None, self.activity, -1)], self.limit)
+
+    def __call__(self, activity: str) -> None:
+        super().__call__(activity)
+        self.events.append((self._since, self.step, self.within, activity, -1))
+
+    def mark(self, part: str, microbatch: int) -> None:
+        """The part goes on from when computing began, if no other has come between."""
+        time, *_, name, _ = self.events[-1]
+        if name == "compute":
+            self.events.pop()
+        else:
+            time = perf_counter()
+        self.events.append((time, self.step, self.within, part, microbatch))
+
+    @contextmanager
+    def booked(self, name: str) -> Iterator[None]:
+        """As of a Clock; the part of computing that it interrupts goes on after it."""
+        before = self.events[-1]
+        with super().booked(name):
+            yield
+        self.events.append((self._since, *before[1:]))
+
+    @property
+    def first(self) -> int:
+        """The first step of which nothing is forgotten."""
+        return 0 if len(self.events) < self.limit else self.events[0][1] + 1
+
+
+class Grid(Protocol):
+    """What a timeline needs of a grid (mpiml.parallel.grid)."""
+
+    comm: MPI.Intracomm
+    node: MPI.Intracomm
+    leaders: MPI.Intracomm | None
+    launched: list[int]
+    replicas: int
+
+
+def clock_for(path: str | None, ranks: int) -> Clock:
+    """The clock of a rank of a job that is to be traced to `path`, or of one that is not."""
+    return Recorder(ranks) if path else Clock()
+
+
+def check(path: str | None) -> None:
+    """Raise OutputError if nothing can be written to `path`. Rank 0 calls it, before anything else is written.
+
+    A missing directory will be made: it may be the run's own.
+    """
+    if not path:
+        return
+    with named_errors("write", Path(path)):
+        if Path(path).is_dir():
+            raise IsADirectoryError(None, "is a directory")
+        parent = next(folder for folder in Path(path).absolute().parents if folder.exists())
+        probe = parent / f".{Path(path).name}.{os.getpid()}{PARTIAL}"
+        probe.touch()
+        probe.unlink()
+
+
+@contextmanager
+def written(path: str | None, grid: Grid, clock: Clock, say: Callable[[str], None]) -> Iterator[None]:
+    """Write the timeline when a block ends, also if it ends by an error that all ranks know of; collective.
+
+    If it cannot be written, rank 0 says so: no reason to call a run failed.
+    """
+    if not (path and isinstance(clock, Recorder)):
+        yield
+        return
+    ruler = Ruler(grid.node, grid.leaders, perf_counter)
+    try:
+        yield
+    except RunError as error:
+        if error.everywhere:
+            _write(Path(path), grid, clock, ruler)
+        raise
+    if text := _write(Path(path), grid, clock, ruler):
+        say(text)
+
+
+def _write(path: Path, grid: Grid, clock: Recorder, ruler: Ruler) -> str:
+    """Returns what there is to say about it."""
+    clock("log")
+    known = np.array([clock.first])
+    wait([grid.comm.Iallreduce(MPI.IN_PLACE, known, MPI.MAX)])
+    first = min(int(known[0]), clock.step)  # the last step is shown even if not the whole of it is there
+    noted = [event for event in clock.events if event[1] >= first]
+    ruler.finish()
+    *times, end = ruler.times([*(event[0] for event in noted), perf_counter()])
+    origin = np.array(times[:1])
+    wait([grid.comm.Iallreduce(MPI.IN_PLACE, origin, MPI.MIN)])
+    events = [Event(time, *event[1:]) for time, event in zip(times, noted, strict=True)]
+    everyones = grid.comm.gather(lines(1 + grid.comm.rank, spans(events, end), float(origin[0])))
+
+    def write() -> str:
+        content = to_json(everyones or [], tracks(grid), f"{first or 1} to {clock.step}").encode()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, gzip.compress(content, 5, mtime=0) if path.suffix == ".gz" else content)
+        except (OSError, OutputError) as error:
+            print(f"warning: the timeline is lost: {error}", file=sys.stderr, flush=True)
+            return ""
+        return f"timeline: {path}" + (f" (from step {first} on; what was before did not fit)" if first else "")
+
+    return on_rank_0(grid.comm, clock, write)
+
+
+def tracks(grid: Grid) -> list[str]:
+    """The names of all ranks' tracks, by stage and replica."""
+    places = [divmod(rank, grid.replicas) for rank in range(grid.comm.size)]
+    return [f"rank {grid.launched[r]}: stage {stage}, replica {replica}" for r, (stage, replica) in enumerate(places)]
+
+
+def spans(events: Sequence[Event], end: float) -> Iterator[Span]:
+    """The spans of a rank's events, of which the last goes on until `end`; outer ones before what is in them.
+
+    A step is around all that is done in it; an evaluation and a checkpoint are around all that they do.
+    """
+    until = [*(event.time for event in events[1:]), end]
+    for step, group in itertools.groupby(zip(events, until, strict=True), key=lambda pair: pair[0].step):
+        inside = list(group)
+        yield Span(inside[0][0].time, inside[-1][1], f"step {step}" if step else "start", {})
+        for name, block in itertools.groupby(inside, key=lambda pair: pair[0].within or pair[0].name):
+            yield from _block(name, list(block))
+
+
+def _block(name: str, pairs: Sequence[tuple[Event, float]]) -> Iterator[Span]:
+    nested = any(event.within for event, _ in pairs)
+    if nested:
+        yield Span(pairs[0][0].time, pairs[-1][1], name, {})
+    for event, until in pairs:
+        if until <= event.time or (nested and event.name == name):
+            continue
+        if event.microbatch < 0:
+            yield Span(event.time, until, event.name, {})
+        else:
+            about = {"step": event.step, "micro-batch": event.microbatch}
+            yield Span(event.time, until, f"{event.name} {event.microbatch}", about)
+
+
+def lines(track: int, found: Iterable[Span], origin: float) -> str:
+    """A line of JSON for each span of a rank; in microseconds from `origin` on."""
+    encode = json.JSONEncoder(separators=(",", ":")).encode
+    texts = []
+    for span in found:
+        begin, end = (round((time - origin) * 1e9) for time in (span.begin, span.end))  # whole: no gaps, no overlaps
+        entry = {"ph": "X", "pid": 1, "tid": track, "ts": begin / 1e3, "dur": (end - begin) / 1e3, "name": span.name}
+        texts.append(encode({**entry, "args": span.details} if span.details else entry))
+    return ",\n".join(texts)
+
+
+def to_json(everyones: Sequence[str], names: Sequence[str], steps: str) -> str:
+    """The timeline from all ranks' lines and the names of their tracks."""
+    head: list[dict[str, Any]] = [{"name": "process_name", "args": {"name": "mpiml.train"}}]
+    for track, name in enumerate(names, 1):
+        head.append({"tid": track, "name": "thread_name", "args": {"name": name}})
+        head.append({"tid": track, "name": "thread_sort_index", "args": {"sort_index": track}})
+    texts = [json.dumps({"ph": "M", "pid": 1, **entry}) for entry in head]
+    about = json.dumps({"steps": steps})
+    events = ",\n".join([*texts, *everyones])
+    return f'{{"displayTimeUnit": "ms", "otherData": {about}, "traceEvents": [\n{events}\n]}}\n'
