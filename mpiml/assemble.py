@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpiml import waiting
-from mpiml.build import Model, build_loss, build_metric, build_model, objective
+from mpiml.build import Model, build_loss, build_metric, build_model, digest, objective
 from mpiml.clock import Clock
 from mpiml.config import Config
 from mpiml.data.dataset import Batch, Dataset, Split
@@ -40,9 +40,11 @@ from mpiml.parallel.state import State
 from mpiml.parallel.tree import aligned, depth
 from mpiml.parallel.update import Update
 from mpiml.partition import part
+from mpiml.run import launch
 from mpiml.run.verdict import together
 
 DEFAULT_EPOCHS = 30
+MODULES = "first values of the model (make it in a function, or call torch.manual_seed before)"
 Agree = Callable[[NDArray[np.float64], bool, bool], Record]
 
 
@@ -162,6 +164,7 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
         final = None  # nothing of ours looks at the outputs
     build = functools.partial(build_model, config, shape, outputs, max(outputs, seen.tokens), final, model)
     layers = together(grid.comm, clock, build)
+    launch.check_alike(grid.comm, clock, {MODULES: digest(layers)})
     shapes = nn.stack_shapes(layers, shape)
     cuts = together(grid.comm, clock, functools.partial(find_cuts, config, layers, shape))
     bounds = [0, *cuts, len(layers)]
