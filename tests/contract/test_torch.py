@@ -42,7 +42,8 @@ def plain(shape, outputs):
     return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, outputs))
 """
 ARGUMENTS = (
-    "--model net:net --batch 100 --lr 0.01 --microbatches 12 --clip 0.3 --log-every 1 --eval-every 8 --save-every 4 --quiet"
+    "--model net:net --batch 100 --lr 0.01 --microbatches 12 --clip 0.3 "
+    "--log-every 1 --eval-every 8 --save-every 4 --quiet"
 )
 STEPS = "--steps 8"
 
