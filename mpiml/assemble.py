@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mpiml import waiting
-from mpiml.build import Model, Task, build_loss, build_metric, model_for, objective
+from mpiml.build import Model, Task, build_loss, build_metric, digest, model_for, objective
 from mpiml.clock import Clock
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset, Split
@@ -41,10 +41,12 @@ from mpiml.parallel.state import State
 from mpiml.parallel.tree import aligned, depth
 from mpiml.parallel.update import Update
 from mpiml.partition import part
+from mpiml.run import launch
 from mpiml.run.pace import Pace
 from mpiml.run.verdict import together
 
 DEFAULT_EPOCHS = 30
+MODULES = "first values of the model (make it in a function, or call torch.manual_seed before)"
 Agree = Callable[[NDArray[np.float64], bool, bool], Record]
 
 
@@ -203,6 +205,7 @@ def build_stage(
     loss = together(grid.comm, clock, functools.partial(build_loss, config))
     metric = together(grid.comm, clock, functools.partial(build_metric, config, task.outputs))
     layers = together(grid.comm, clock, functools.partial(model_for, config, task, model))
+    launch.check_alike(grid.comm, clock, {MODULES: digest(layers)})
     shapes = nn.stack_shapes(layers, task.shape)
     cuts = together(grid.comm, clock, functools.partial(find_cuts, config, layers, task.shape))
     bounds = [0, *cuts, len(layers)]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import importlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +21,7 @@ from mpiml.nn import layer as nn
 from mpiml.nn.losses import R2, Accuracy, Loss, Metric, mean_squared_error, softmax_cross_entropy
 from mpiml.nn.parameters import Shape
 
-Model = Sequence[nn.Layer] | Callable[[Shape, int], Sequence[nn.Layer]]
+Model = Any  # layers, PyTorch modules, a list of both, or a function (shape, outputs) that returns such
 Objective = Callable[[Any, Any, bool], tuple[list[float], Any]]
 
 
@@ -76,13 +79,15 @@ def build_model(
         outputs: how many the model needs: classes, or values to predict.
         tokens: how many token ids the inputs hold, if that is what they are.
         final: the shape that a row of the output must have, or None for any.
-        model: layers, or a function (shape, outputs) that returns them, in place of config.model.
+        model: a Model in place of config.model.
     """
     make = chosen(config, tokens) if model is None else model
     try:
-        layers = _list_of_layers(make(shape, outputs) if callable(make) else make)
+        layers = _list_of_layers(_made(make, config, shape, outputs))
         nn.name(layers)
         found = nn.stack_shapes(layers, shape)[-1]
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(f"the model does not fit the data: {error}") from None
     if final is not None and found != final:
@@ -106,6 +111,33 @@ def chosen(config: Config, tokens: int = 0) -> Model:
     }
     name, sizes = builders[config.model]
     return functools.partial(named(name, "--model"), **sizes, dropout=config.dropout)
+
+
+def _made(model: Model, config: Config, shape: Shape, outputs: int) -> Any:
+    """The model, made if it is a function that makes it, with layers in place of PyTorch's modules.
+
+    What PyTorch draws for first values is a function of the seed alone.
+    """
+    modules = _torch_modules()
+    if isinstance(model, nn.Layer) or (modules and modules.is_module(model)) or not callable(model):
+        made = model
+    else:
+        with modules.keyed(config.seed, "init", "torch") if modules else contextlib.nullcontext():
+            made = model(shape, outputs)
+        if not modules and _torch_modules():  # the call itself has imported it, and drawn what it liked
+            return _made(model, config, shape, outputs)
+    return modules.as_layers(made, config.dtype, config.threads) if modules else made
+
+
+def digest(layers: Sequence[nn.Layer]) -> str:
+    """Of the first values that layers do not draw themselves."""
+    modules = _torch_modules()
+    return str(modules.digest(layers)) if modules else ""
+
+
+def _torch_modules() -> Any:
+    """What knows PyTorch, or None where nobody has imported that: it takes seconds."""
+    return importlib.import_module("mpiml.nn.torch_modules") if "torch" in sys.modules else None
 
 
 def _list_of_layers(made: Any) -> list[nn.Layer]:

@@ -10,6 +10,10 @@ def generator(seed: int, *purpose: str | int) -> np.random.Generator:
 
     Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox).
     """
+    return np.random.Generator(np.random.Philox(key=key(seed, *purpose)))
+
+
+def key(seed: int, *purpose: str | int) -> int:
+    """The key of that generator, 128 bits, for random numbers of another kind."""
     words = repr((seed, *purpose)).encode()
-    key = int.from_bytes(hashlib.blake2b(words, digest_size=16).digest(), "little")
-    return np.random.Generator(np.random.Philox(key=key))
+    return int.from_bytes(hashlib.blake2b(words, digest_size=16).digest(), "little")

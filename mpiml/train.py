@@ -62,8 +62,8 @@ def train(
     Args:
         config: the settings.
         comm: the ranks to train on; all of the job's by default.
-        model: a list of layers, or a function (shape of an input row, number of outputs) -> list of layers, in
-            place of config.model.
+        model: a list of layers, a PyTorch module, or a function (shape of an input row, number of outputs) that
+            returns one of these, in place of config.model.
         data: a data set in place of config.data.
 
     Returns:

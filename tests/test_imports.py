@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "mpiml"
 GROUND = {f"mpiml.{name}" for name in ("errors", "clock", "random", "partition", "vectors", "waiting", "imports")}
 ROOMS = ("nn", "data", "parallel", "run")
 PURE = [f"mpiml.parallel.{name}" for name in ("tree", "slices", "schedules", "simulator", "split")]
-TOP = ("mpiml.train", "mpiml.study")
+TOP = ("mpiml.train", "mpiml.study", "mpiml.examples")
+TORCH = ("mpiml.nn.torch_modules", "mpiml.examples.torch_resnet")  # stand for an extra: loaded where PyTorch is
 FORWARDERS = {"mpiml.bench", "mpiml.__main__", "mpiml.evaluate", "mpiml.scaling", "mpiml.plan", "mpiml.doctor"}
 
 
@@ -85,7 +86,7 @@ def test_no_mpi_in_pure_modules(name: str) -> None:
     assert {module for module in everything_below(name) if inside(module, "mpi4py")} == set()
 
 
-@pytest.mark.parametrize("name", [n for n in FILES if not inside(n, "mpiml.study") and n not in FORWARDERS])
+@pytest.mark.parametrize("name", [n for n in FILES if not inside(n, "mpiml.study", "mpiml.examples", *FORWARDERS)])
 def test_nobody_imports_the_programs(name: str) -> None:
     assert {module for module in ours(name) if inside(module, *TOP)} == set()
 
@@ -109,5 +110,7 @@ def at_start(path: Path) -> set[str]:
 @pytest.mark.parametrize("name", [name for name in FILES if not inside(name, "mpiml.study")])
 def test_a_thousand_ranks_load_little(name: str) -> None:
     """NumPy and mpi4py at the start; everything else where it is used."""
-    allowed = {*sys.stdlib_module_names, "numpy", "mpi4py", "mpiml"}
-    assert {module.split(".")[0] for module in at_start(FILES[name])} <= allowed
+    allowed = {*sys.stdlib_module_names, "numpy", "mpi4py", "mpiml", *(["torch"] if name in TORCH else [])}
+    found = at_start(FILES[name])
+    assert {module.split(".")[0] for module in found} <= allowed
+    assert found.isdisjoint(TORCH)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mpiml.nn.attention import CausalSelfAttention
 from mpiml.nn.basic import Flatten, Linear, Residual
 from mpiml.nn.convolution import Conv2d
-from mpiml.nn.layer import Layer, own_parameters, parameters, stack_shapes
+from mpiml.nn.layer import Layer, parameters, stack_shapes
 from mpiml.nn.parameters import Shape
 
 Array = NDArray[Any]
@@ -37,7 +37,7 @@ def to_torch(layers: Sequence[Layer], arrays: Mapping[str, Array], shape: Shape)
 def _all(layers: Sequence[Layer], arrays: Mapping[str, Array], shape: Shape) -> Iterator[tuple[str, Array]]:
     image: Shape | None = None  # that has been flattened, until its values are mixed
     for layer, before in zip(layers, stack_shapes(layers, shape), strict=False):
-        for attribute, parameter in own_parameters(layer):
+        for attribute, parameter in layer.own_parameters().items():
             array = arrays[parameter.name]
             yield f"{layer.path}.{NAMES.get(attribute, attribute)}", _turned(layer, attribute, array, image)
         if isinstance(layer, Flatten):

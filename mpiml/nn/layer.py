@@ -10,7 +10,7 @@ itself, so any number of micro-batches may be in flight; nothing that it holds, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +58,10 @@ class Layer:
     def inner(self) -> Sequence[Layer]:
         """The layers that this one is made of."""
         return ()
+
+    def own_parameters(self) -> Mapping[str, Parameter]:
+        """The parameters of the layer itself, by their names in it: those of the attributes that hold them."""
+        return {key: value for key, value in vars(self).items() if isinstance(value, Parameter)}
 
 
 def forward(layers: Sequence[Layer], x: Array, at: At) -> tuple[Array, Backward]:
@@ -112,8 +116,8 @@ def name(layers: Sequence[Layer], prefix: str = "layers") -> None:
         raise ValueError(f"one {type(twice).__name__} stands in two places of the model; make two")
     for index, layer in enumerate(layers):
         layer.path = f"{prefix}.{index}"
-        for attribute, parameter in own_parameters(layer):
-            parameter.name = f"{layer.path}.{attribute}"
+        for key, parameter in layer.own_parameters().items():
+            parameter.name = f"{layer.path}.{key}"
         name(layer.inner(), f"{layer.path}.layers")
 
 
@@ -124,14 +128,9 @@ def everything(layers: Sequence[Layer]) -> Iterator[Layer]:
         yield from everything(layer.inner())
 
 
-def own_parameters(layer: Layer) -> Iterator[tuple[str, Parameter]]:
-    """The parameters that are attributes of the layer itself, with the attributes' names."""
-    return ((key, value) for key, value in vars(layer).items() if isinstance(value, Parameter))
-
-
 def parameters(layers: Sequence[Layer]) -> list[Parameter]:
     """All parameters in layer order."""
-    return [parameter for layer in everything(layers) for _, parameter in own_parameters(layer)]
+    return [parameter for layer in everything(layers) for parameter in layer.own_parameters().values()]
 
 
 def skip_first_dx(layers: Sequence[Layer]) -> None:

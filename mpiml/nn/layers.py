@@ -14,7 +14,6 @@ from mpiml.nn.layer import (
     everything,
     forward,
     name,
-    own_parameters,
     parameters,
     skip_first_dx,
     stack_flops,
@@ -26,7 +25,7 @@ from mpiml.nn.pooling import AvgPool2d, GlobalAvgPool, MaxPool2d
 # fmt: off
 __all__ = [
     "Array", "At", "Backward", "Layer",
-    "forward", "stack_shapes", "stack_flops", "name", "everything", "own_parameters", "parameters", "skip_first_dx",
+    "forward", "stack_shapes", "stack_flops", "name", "everything", "parameters", "skip_first_dx",
     "Linear", "Dropout", "Flatten", "Reshape", "Residual",
     "ReLU", "Tanh", "GELU", "SiLU",
     "LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm2d",

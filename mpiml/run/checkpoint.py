@@ -68,7 +68,7 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
             raise NotFiniteError(f"{name} is not finite after step {checkpoint.step}; nothing of it is saved")
     path = directory / file_name(checkpoint.step)
     temporary = directory / f".{path.name}.{os.getpid()}{PARTIAL}"
-    arrays = {name: np.ascontiguousarray(array) for name, array in checkpoint.arrays.items()}
+    arrays = {name: np.asarray(array, order="C") for name, array in checkpoint.arrays.items()}
     metadata = {"format": FORMAT, "step": str(checkpoint.step), "config": checkpoint.config, "task": checkpoint.task}
     metadata["sha256"] = _content(metadata, sorted(arrays.items()))
     with named_errors("write the checkpoint", path):

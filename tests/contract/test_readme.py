@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -42,7 +43,8 @@ def test_commands(tmp_path: Path) -> None:
     commands = [block for block in blocks("sh") if "mpiml" in block]
     assert len(commands) == 6
     for block in commands:
-        shell(block, tmp_path)
+        if "mynet" not in block or importlib.util.find_spec("torch"):  # an extra that takes minutes to install
+            shell(block, tmp_path)
 
 
 def test_make_targets_exist() -> None:

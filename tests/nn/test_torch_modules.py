@@ -1,0 +1,328 @@
+"""PyTorch modules as layers: gradients are autograd's, bits do not depend on where arrays lie, and what is refused."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpiml.build import build_model
+from mpiml.config import Config
+from mpiml.errors import ConfigError
+from mpiml.nn import layers as nn
+from mpiml.nn.parameters import Gradients, Layout
+
+torch = pytest.importorskip("torch")
+from mpiml.nn import torch_modules  # noqa: E402
+from mpiml.nn.torch_modules import TorchLayer, as_layers, keyed, load_into  # noqa: E402
+
+AT = nn.At(training=True, seed=3, step=5, microbatch=2)
+Module, Sequential = torch.nn.Module, torch.nn.Sequential
+
+
+class Odd(Module):
+    """Parameters of all kinds: one number, used twice, tied, never used, constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+        self.scale = torch.nn.Parameter(torch.tensor(1.5))
+        self.unused = torch.nn.Parameter(torch.ones(3))
+        self.fixed = torch.nn.Parameter(torch.full((6,), 0.5), requires_grad=False)
+        self.register_buffer("offset", torch.arange(6.0))
+
+    def forward(self, x: Any) -> Any:
+        x = self.first(x) * self.scale + self.fixed
+        return torch.tanh(self.second(x) * self.scale + self.offset).transpose(1, 2)
+
+
+class Tokens(Module):
+    def __init__(self, sparse: bool = False) -> None:
+        super().__init__()
+        self.token, self.place = torch.nn.Embedding(7, 6, sparse=sparse), torch.nn.Parameter(torch.zeros(5, 6))
+
+    def forward(self, ids: Any) -> Any:
+        return self.token(ids) + self.place[: ids.shape[1]]
+
+
+class Lambda(Module):
+    def __init__(self, f: Callable[[Any], Any], **own: Any):
+        super().__init__()
+        self.f = f
+        for name, value in own.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Any) -> Any:
+        return self.f(x)
+
+
+CASES: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
+    "linear": (lambda: torch.nn.Linear(6, 4), (6,)),
+    "convolution": (lambda: torch.nn.Conv2d(2, 3, 3, stride=2, padding=1), (2, 5, 4)),
+    "a block": (
+        lambda: Sequential(torch.nn.Conv2d(2, 4, 3), torch.nn.GroupNorm(2, 4), torch.nn.ReLU(inplace=True)),
+        (2, 5, 4),
+    ),
+    "odd parameters": (Odd, (3, 6)),
+    "writes to its input": (lambda: torch.nn.Hardtanh(-0.5, 0.5, inplace=True), (6,)),
+    "writes to it at once": (lambda: Sequential(torch.nn.LeakyReLU(inplace=True), torch.nn.Linear(6, 4)), (6,)),
+    "gives its input": (torch.nn.Identity, (6,)),
+    "tokens": (Tokens, (5,)),
+    "tokens, sparse gradient": (lambda: Tokens(sparse=True), (5,)),
+    "batch norm without averages": (lambda: torch.nn.BatchNorm1d(6, track_running_stats=False), (6,)),
+}
+
+
+def prepared(layers: list[nn.Layer], dtype: str = "float64") -> Layout:
+    nn.name(layers)
+    layout = Layout(nn.parameters(layers), dtype)
+    values = layout.zeros()
+    layout.bind(values)
+    layout.initialise(values, 0)
+    return layout
+
+
+def inputs(case: str, rows: int, dtype: str = "float64") -> np.ndarray:
+    random, shape = np.random.default_rng(rows), (rows, *CASES[case][1])
+    return (
+        random.integers(0, 7, shape).astype(dtype) if "token" in case else random.standard_normal(shape).astype(dtype)
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_plain_pytorch(case: str) -> None:
+    """Of two micro-batches in flight, whose backward passes come in the other order."""
+    with keyed(0):
+        plain = CASES[case][0]().double()
+    with keyed(0):
+        (layer,) = as_layers([CASES[case][0]()], "float64", 1)
+    layout = prepared([layer])
+    flights = []
+    for rows in (4, 3):
+        x = inputs(case, rows)
+        before = x.copy()
+        y, backward = layer(x, AT)
+        assert y.shape[1:] == layer.output_shape(x.shape[1:])
+        flights.append((x, before, y, y.copy(), backward))
+    for x, before, y, first_y, backward in reversed(flights):
+        grads = Gradients(layout, layout.zeros() + 9)
+        dy = np.random.default_rng(1).standard_normal(y.shape)
+        dx = backward(dy, grads)
+        tx = torch.tensor(before, dtype=torch.long if "token" in case else None)
+        leaf = tx if "token" in case else tx.clone().requires_grad_()
+        plain.zero_grad()
+        ty = plain(leaf.clone())
+        np.testing.assert_allclose(y, ty.detach(), rtol=1e-12, atol=1e-13)
+        ty.backward(torch.from_numpy(dy))
+        assert dx is None if "token" in case else np.allclose(dx, leaf.grad, rtol=1e-11, atol=1e-13)
+        theirs = {name: tensor.grad for name, tensor in plain.named_parameters() if tensor.requires_grad}
+        assert list(theirs) == list(layer.own_parameters())
+        for name, parameter in layer.own_parameters().items():
+            expected = 0 if theirs[name] is None else theirs[name].to_dense()
+            np.testing.assert_allclose(grads[parameter], expected, rtol=1e-11, atol=1e-13, err_msg=name)
+        np.testing.assert_array_equal(x, before)
+        np.testing.assert_array_equal(y, first_y)
+
+
+def placed(array: np.ndarray, offset: int) -> np.ndarray:
+    """The same values elsewhere: in memory that begins so many bytes after a 64-byte boundary."""
+    raw = np.zeros(array.nbytes + 128, np.uint8)
+    start = -raw.ctypes.data % 64 + offset
+    there = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    there[...] = array
+    return there
+
+
+@pytest.mark.parametrize("case", ["linear of 5 rows", "a block", "one row"])
+def test_bits_do_not_depend_on_where_arrays_lie(case: str) -> None:
+    module = torch.nn.Linear(256, 10) if case == "linear of 5 rows" else torch.nn.Conv2d(1, 8, 3)
+    shape = (5, 256) if case == "linear of 5 rows" else (1 if case == "one row" else 3, 1, 9, 9)
+    (layer,) = as_layers([module], "float32", 1)
+    layout = prepared([layer], "float32")
+    x = np.random.default_rng(0).standard_normal(shape).astype("float32")
+    dy = np.random.default_rng(1).standard_normal((shape[0], *layer.output_shape(shape[1:]))).astype("float32")
+    found = []
+    for offset in (0, 4, 16, 60):
+        there, gradient = placed(x, offset), placed(dy, offset)
+        there.flags.writeable = offset != 16
+        if offset == 60:  # an axis of length 1 may have any stride
+            strides = [s if n > 1 else 4 * 10**6 for s, n in zip(there.strides, there.shape, strict=True)]
+            there = np.lib.stride_tricks.as_strided(there, there.shape, strides)
+        y, backward = layer(there, AT)
+        grads = Gradients(layout, layout.zeros())
+        dx = backward(gradient, grads)
+        found.append((y.tobytes(), dx.tobytes(), grads.vector.tobytes()))
+    assert len(set(found)) == 1
+
+
+def test_evaluation_draws_nothing_and_writes_nothing() -> None:
+    module = Sequential(torch.nn.ReLU(inplace=True), torch.nn.Dropout(0.5))
+    layers = as_layers([module], "float32", 1)
+    prepared(layers, "float32")
+    x = np.linspace(-1, 1, 64, dtype=np.float32).reshape(4, 16)
+    y, _ = layers[0](x, nn.At(training=False))
+    np.testing.assert_array_equal(y, np.maximum(x, 0))
+    assert x.min() == -1
+    y, _ = layers[0](x, AT)
+    assert (y != np.maximum(x, 0)).any()
+    assert x.min() == -1
+
+
+def test_what_is_drawn_depends_on_seed_place_step_and_micro_batch_alone() -> None:
+    layers = as_layers([torch.nn.Dropout(0.5), torch.nn.Dropout(0.5)], "float32", 1)
+    prepared(layers, "float32")
+    x = np.ones((4, 64), np.float32)
+    before = torch.get_rng_state()
+    places = [(layers[0], AT), (layers[1], AT)]
+    places += [(layers[0], nn.At(True, *key)) for key in ((4, 5, 2), (3, 6, 2), (3, 5, 1))]
+    first = [layer(x, at)[0].tobytes() for layer, at in places]
+    assert len(set(first)) == len(places)
+    torch.rand(7)
+    assert [layer(x, at)[0].tobytes() for layer, at in reversed(places)] == first[::-1]
+    torch.set_rng_state(before)
+    layers[0](x, AT)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_parameters_are_views_of_the_values_and_nothing_else_is_kept() -> None:
+    layers = as_layers(Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4)), "float32", 1)
+    nn.name(layers)
+    assert [p.name for p in nn.parameters(layers)] == [f"layers.{n}.{p}" for n in (0, 1) for p in ("weight", "bias")]
+    mine, other = (Layout(nn.parameters([layer]), "float32") for layer in layers)
+    values = mine.zeros()
+    mine.bind(values)
+    first = layers[0].module.weight.detach().clone()
+    mine.initialise(values, 0)
+    np.testing.assert_array_equal(mine.parameters[0].value, first)
+    layers[0](np.ones((3, 6), np.float32), AT)
+    for parameter, tensor in zip(mine.parameters, layers[0].module.parameters(), strict=True):
+        assert tensor.data_ptr() == parameter.value.ctypes.data
+    elsewhere = values + 1  # other values, as of a checkpoint that is evaluated
+    mine.bind(elsewhere)
+    y, _ = layers[0](np.ones((3, 6), np.float32), AT)
+    np.testing.assert_allclose(y, np.ones((3, 6)) @ mine.parameters[0].value.T + mine.parameters[1].value, rtol=1e-6)
+    module = weakref.ref(layers[1].module)
+    del layers[1], tensor
+    gc.collect()
+    assert module() is None  # of another stage: its layout is all that stays
+    assert other.size == 48
+
+
+def build(made: Any, shape: tuple[int, ...] = (6,), outputs: int = 4, seed: int = 0) -> list[nn.Layer]:
+    return build_model(Config(seed=seed), shape, outputs, 0, None, made)
+
+
+def test_a_sequential_is_cut_between_its_children() -> None:
+    relu = torch.nn.ReLU()
+    layers = build(Sequential(torch.nn.Linear(6, 5), relu, torch.nn.Linear(5, 5), relu, torch.nn.Linear(5, 4)))
+    assert len(layers) == 5
+    assert [layer.needs_dx for layer in layers] == [False, True, True, True, True]
+    assert nn.stack_shapes(layers, (6,)) == [(6,), (5,), (5,), (5,), (5,), (4,)]
+    assert nn.stack_flops(layers, (6,)) == [66, 5, 55, 5, 45]
+
+    class Sum(Sequential):
+        def forward(self, x: Any) -> Any:
+            return super().forward(x) + x
+
+    assert len(build(Sum(torch.nn.Linear(6, 6), torch.nn.Tanh()))) == 1
+    assert len(build(torch.nn.Linear(6, 4))) == 1
+    mixed = build([nn.Linear(6, 5), torch.nn.Linear(5, 5), nn.Tanh(), Sequential(torch.nn.Linear(5, 4))])
+    assert [type(layer) for layer in mixed] == [nn.Linear, TorchLayer, nn.Tanh, TorchLayer]
+
+
+def test_first_values_follow_the_seed() -> None:
+    def made(seed: int) -> Any:
+        torch.rand(3)
+        layers = build(lambda shape, outputs: torch.nn.Linear(*shape, outputs), seed=seed)
+        return layers[0].module.weight.detach().clone(), torch_modules.digest(layers)
+
+    (one, digest), (same, same_digest), (other, other_digest) = made(1), made(1), made(2)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert digest == same_digest != other_digest
+    assert torch_modules.digest(build([nn.Linear(6, 4)])) == torch_modules.digest([])
+
+
+def shared() -> Any:
+    one, other = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+    other.weight = one.weight
+    return Sequential(one, torch.nn.ReLU(), other)
+
+
+def counting() -> Any:
+    def step(x: Any) -> Any:
+        module.seen = module.seen + 1
+        return x * 1
+
+    module = Lambda(step)
+    module.register_buffer("seen", torch.zeros(1))
+    return module
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: torch.nn.BatchNorm1d(6), ["layers.0, BatchNorm1d,", "running_var", "GroupNorm"]),
+        (lambda: Sequential(torch.nn.Identity(), Sequential(torch.nn.BatchNorm1d(6))), ["layers.1", "0.running_var"]),
+        (lambda: [torch.nn.Unflatten(1, (2, 3)), torch.nn.InstanceNorm1d(2, track_running_stats=True)], ["layers.1"]),
+        (lambda: torch.nn.utils.spectral_norm(torch.nn.Linear(6, 4)), ["weight_u"]),
+        (lambda: [torch.nn.Embedding(4, 4, max_norm=1.0)], ["changes weight"]),
+        (counting, ["changes seen"]),
+        (shared, ["layers 0 and 2", "share weight"]),
+        (lambda: torch.nn.LazyLinear(4), ["weight has no shape"]),
+        (lambda: torch.nn.Linear(6, 4, device="meta"), ["on meta", "CPU"]),
+        (lambda: torch.nn.Linear(6, 4, dtype=torch.complex64), ["weight is complex"]),
+        (
+            lambda: torch.nn.Linear(7, 4),
+            ["does not fit the data", "layers.0, Linear, takes no rows of shape (6,)", "7"],
+        ),
+        (lambda: Sequential(Tokens(), torch.nn.Linear(6, 4)), ["(6,)", "size of tensor a (6)"]),
+        (lambda: torch.nn.LSTM(6, 4), ["returns a tuple"]),
+        (lambda: torch.nn.Flatten(0), ["shape (12,)"]),
+        (lambda: Lambda(lambda x: x.argmax(1)), ["torch.int64"]),
+        (lambda: torch.nn.ModuleList([torch.nn.Linear(6, 4)]), ["ModuleList", "forward"]),
+        (Sequential, ["no layers"]),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(make: Callable[[], Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        build(make())
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_an_error_in_ones_own_code_stays_what_it_is() -> None:
+    with pytest.raises(AttributeError):
+        build(Lambda(lambda x: x.no_such_thing))
+
+
+def test_weights_go_back_into_a_module(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    def make() -> Any:
+        return Sequential(torch.nn.Linear(6, 5), Odd(), torch.nn.Linear(5, 4))
+
+    source = make()
+    names = {f"layers.{name}": p.detach().numpy() for name, p in source.named_parameters() if p.requires_grad}
+    save_file(names, tmp_path / "whole")
+    target = make()
+    assert load_into(target, tmp_path / "whole") is target
+    state = target.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in source.state_dict().items())
+    with pytest.raises(ValueError, match=r"another model: layers\.0\.weight \(5, 7\), has one of shape \(5, 6\)"):
+        load_into([torch.nn.Linear(7, 5)], tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"layers\.0\.weight \(\), has none|layers\.1\.weight"):
+        load_into([nn.Linear(6, 5), torch.nn.Linear(6, 5)], tmp_path / "whole")
+
+
+def test_pytorch_is_not_imported_for_other_models() -> None:
+    import subprocess
+
+    code = "import sys, mpiml.train, mpiml.build; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
