@@ -149,6 +149,7 @@ def _write(path: Path, grid: Grid, clock: Recorder, ruler: Ruler) -> str:
     wait([grid.comm.Iallreduce(MPI.IN_PLACE, known, MPI.MAX)])
     first = min(int(known[0]), clock.step)  # the last step is shown even if not the whole of it is there
     noted = [event for event in clock.events if event[1] >= first]
+    steps = f"{next((event[1] for event in noted if event[1]), 0)} to {clock.step}"
     ruler.finish()
     *times, end = ruler.times([*(event[0] for event in noted), perf_counter()])
     origin = np.array(times[:1])
@@ -157,7 +158,7 @@ def _write(path: Path, grid: Grid, clock: Recorder, ruler: Ruler) -> str:
     everyones = grid.comm.gather(lines(1 + grid.comm.rank, spans(events, end), float(origin[0])))
 
     def write() -> str:
-        content = to_json(everyones or [], tracks(grid), f"{first or 1} to {clock.step}").encode()
+        content = to_json(everyones or [], tracks(grid), steps).encode()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, gzip.compress(content, 5, mtime=0) if path.suffix == ".gz" else content)

@@ -66,7 +66,7 @@ def test_limit_is_one_and_a_half_times_the_median_of_the_others() -> None:
 def test_what_hardly_matters_is_left_alone() -> None:
     """Less than 2 ms of a step, or than a twentieth of it."""
     data = line([20] * 3, [0.1, 0.1, 2.0])
-    assert after(of(3), *[data] * 5) is None
+    assert after(of(3), *[data] * 5, step=0.03) is None
     data = line([20] * 3, [0.1, 0.1, 2.2])
     assert after(of(3), *[data] * 5, step=0.03) is not None
     assert after(of(3), *[data] * 5, step=0.05) is None

@@ -89,12 +89,12 @@ def test_spans_nest() -> None:
     ]
 
 
-def traced(path: Path, steps: int, error: Exception | None = None) -> list[str]:
+def traced(path: Path, steps: int, error: Exception | None = None, begin: int = 1) -> list[str]:
     """What a job says that does as many things in a step as its rank's number and two more."""
     grid, said = grids.build(WORLD, 1), []
     clock = Recorder(WORLD.size)
     with trace.written(str(path), grid, clock, said.append):
-        for clock.step in range(1, steps + 1):
+        for clock.step in range(begin, steps + 1):
             for _ in range(WORLD.rank + 2):
                 clock("data")
         if error:
@@ -121,6 +121,14 @@ def test_what_does_not_fit_is_forgotten_alike_on_all_ranks(tmp_path: Path, monke
     steps = {f"step {step}" for step in range(22, 31)}
     assert shown(path) == dict.fromkeys(range(1, WORLD.size + 1), steps)
     assert json.loads(path.read_text())["otherData"] == {"steps": "22 to 30"}
+
+
+@pytest.mark.mpi
+def test_steps_of_a_run_that_goes_on_are_those_of_this_job(tmp_path: Path) -> None:
+    path = Path(WORLD.bcast(str(tmp_path))) / "t.json"
+    (text,) = traced(path, 8, begin=5)
+    assert text == f"timeline: {path}"
+    assert json.loads(path.read_text())["otherData"] == {"steps": "5 to 8"}
 
 
 @pytest.mark.mpi
