@@ -136,7 +136,7 @@ class TorchLayer(Layer):
             raise ValueError(f"it returns a {type(y).__name__}, but a layer gives one tensor")
         if not y.is_floating_point() or not y.ndim or len(y) != ROWS:
             raise ValueError(f"for {ROWS} rows it returns {y.dtype} of shape {tuple(y.shape)}")
-        if changed := _changed(before, _state(self.module)):
+        if changed := [name for name, number in _state(self.module).items() if before.get(name) != number]:
             raise ConfigError(
                 f"{self._name()} changes {', '.join(changed[:3])} as it computes, and each rank would come to values "
                 "of its own; GroupNorm would work, or BatchNorm with track_running_stats=False"
@@ -275,20 +275,11 @@ def _gradients(y: Tensor, wanted: Sequence[Tensor], dy: Tensor) -> Sequence[Tens
     return [torch.zeros_like(of) if g is None else g.to_dense() for of, g in zip(wanted, found, strict=True)]
 
 
-def _state(module: torch.nn.Module) -> dict[str, tuple[Tensor, int]]:
-    """Parameters and buffers, each with a number that another tells that it was written to."""
-    versions = {name: (tensor, tensor._version) for name, tensor in module.named_parameters()}
+def _state(module: torch.nn.Module) -> dict[str, int]:
+    """For each parameter and buffer a number that another tells that it was written to."""
+    versions = {name: tensor._version for name, tensor in module.named_parameters()}
     # By content: what torch's normalisations write does not count as a version.
-    return versions | {name: (tensor, _checksum(tensor)) for name, tensor in module.named_buffers()}
-
-
-def _changed(before: Mapping[str, tuple[Tensor, int]], after: Mapping[str, tuple[Tensor, int]]) -> list[str]:
-    """The names of what was replaced or written to."""
-    return [
-        name
-        for name, (tensor, number) in after.items()
-        if name not in before or tensor is not before[name][0] or number != before[name][1]
-    ]
+    return versions | {name: _checksum(tensor) for name, tensor in module.named_buffers()}
 
 
 def _checksum(tensor: Tensor) -> int:
