@@ -53,7 +53,7 @@ CASES = {
     "convolution": (nn.Conv2d(8, 16), (28, 30, 8), convolution(1, 1)),
     "convolution, stride 2": (nn.Conv2d(8, 16, stride=2), (27, 30, 8), convolution(2, 1)),
     "convolution 5 x 5": (nn.Conv2d(3, 8, 5, 3, 1), (27, 30, 3), convolution(3, 1)),
-    "max pool": (nn.MaxPool2d(), (9, 8, 5), image(lambda x: F.max_pool2d(x, 2))),
+    "max pool": (nn.MaxPool2d(), (91, 80, 8), image(lambda x: F.max_pool2d(x, 2))),
     "average pool": (nn.AvgPool2d(3), (9, 8, 5), image(lambda x: F.avg_pool2d(x, 3))),
     "global average pool": (nn.GlobalAvgPool(), (9, 8, 5), lambda x: x.mean(dim=(1, 2))),
     "positional embedding": (nn.PositionalEmbedding(9, 16), (9, 16), lambda x, w: x + w),
