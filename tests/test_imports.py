@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "mpiml"
 GROUND = {f"mpiml.{name}" for name in ("errors", "clock", "random", "partition", "vectors", "waiting", "imports")}
 ROOMS = ("nn", "data", "parallel", "run")
 PURE = [f"mpiml.parallel.{name}" for name in ("tree", "slices", "schedules", "simulator", "split")]
-TOP = ("mpiml.train", "mpiml.study")
+TOP = ("mpiml.train", "mpiml.study", "mpiml.examples")
 FORWARDERS = {"mpiml.bench", "mpiml.__main__", "mpiml.evaluate", "mpiml.scaling", "mpiml.plan", "mpiml.doctor"}
 
 
@@ -85,7 +85,7 @@ def test_no_mpi_in_pure_modules(name: str) -> None:
     assert {module for module in everything_below(name) if inside(module, "mpi4py")} == set()
 
 
-@pytest.mark.parametrize("name", [n for n in FILES if not inside(n, "mpiml.study") and n not in FORWARDERS])
+@pytest.mark.parametrize("name", [n for n in FILES if not inside(n, *TOP[1:]) and n not in FORWARDERS])
 def test_nobody_imports_the_programs(name: str) -> None:
     assert {module for module in ours(name) if inside(module, *TOP)} == set()
 

@@ -78,7 +78,7 @@ class MaxPool2d(_Pool):
 
     @staticmethod
     def _keep_first(hit: NDArray[np.bool_]) -> None:
-        """Of several hits in a window leave the first; hit (rows, windows down, size, windows right, size, channels)."""
+        """Leave the first of each window's hits; hit (rows, windows down, size, windows right, size, channels)."""
         free = np.ones(hit[:, :, 0, :, 0].shape, bool)
         for i, j in np.ndindex(hit.shape[2], hit.shape[4]):
             place = hit[:, :, i, :, j]
