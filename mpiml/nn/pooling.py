@@ -6,9 +6,13 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
+from mpiml.nn.blocks import blocks
 from mpiml.nn.layer import Array, At, Backward, Layer
 from mpiml.nn.parameters import Gradients, Shape
+
+CACHE = 1 << 19  # bytes of images whose gradient is computed at once
 
 
 class _Pool(Layer):
@@ -33,6 +37,17 @@ class _Pool(Layer):
         height, width = (side // size * size for side in x.shape[1:3])
         return (x[:, i:height:size, j:width:size] for i in range(size) for j in range(size))
 
+    def _lines(self, x: Array) -> Array:
+        """The view (rows, windows down, size, a line of all windows) of x: long runs, which are passed fastest."""
+        size, (rows, *image, channels) = self.size, x.shape
+        height, width = (side // size * size for side in image)
+        return x[:, :height, :width].reshape(rows, height // size, size, width * channels)
+
+    def _spread(self, y: Array) -> Array:
+        """One value a window, given once for every place of a line of it: an array that goes with `_lines`."""
+        rows, down, right, channels = y.shape
+        return np.repeat(y, self.size, axis=2).reshape(rows, down, 1, right * self.size * channels)
+
     def _room_for_dx(self, x: Array) -> Array:
         """An array like x, undefined in the windows and zero outside them."""
         dx = np.empty(x.shape, x.dtype)
@@ -52,15 +67,23 @@ class MaxPool2d(_Pool):
 
         def backward(dy: Array, grads: Gradients) -> Array:
             dx = self._room_for_dx(x)
-            free = np.ones(y.shape, bool)
-            for place, dplace in zip(self._places(x), self._places(dx), strict=True):
-                hit = place == y
-                hit &= free
-                free ^= hit
-                np.multiply(dy, hit, out=dplace)
+            for some in blocks(len(x), math.prod(x.shape[1:]) * x.itemsize, CACHE):
+                hit = self._lines(x[some]) == self._spread(y[some])
+                if np.count_nonzero(hit) != y[some].size:
+                    self._keep_first(hit.reshape(*y[some].shape[:2], self.size, y.shape[2], self.size, y.shape[3]))
+                np.multiply(self._spread(dy[some]), hit, out=self._lines(dx[some]))
             return dx
 
         return y, backward
+
+    @staticmethod
+    def _keep_first(hit: NDArray[np.bool_]) -> None:
+        """Leave the first of each window's hits; hit (rows, windows down, size, windows right, size, channels)."""
+        free = np.ones(hit[:, :, 0, :, 0].shape, bool)
+        for i, j in np.ndindex(hit.shape[2], hit.shape[4]):
+            place = hit[:, :, i, :, j]
+            place &= free
+            free ^= place
 
 
 class AvgPool2d(_Pool):
@@ -75,9 +98,7 @@ class AvgPool2d(_Pool):
 
         def backward(dy: Array, grads: Gradients) -> Array:
             dx = self._room_for_dx(x)
-            share = dy * (1 / self.size**2)
-            for dplace in self._places(dx):
-                dplace[...] = share
+            self._lines(dx)[...] = self._spread(dy * (1 / self.size**2))
             return dx
 
         return y, backward

@@ -47,6 +47,7 @@ class Row:
 
 
 STEP = "one rank's step: time / time of NumPy by hand"
+LAYERS = "forward, backward and update on one core: samples/s / PyTorch's"
 SUM = "all-reduce of the gradient: time / time of MPI_Allreduce"
 DATA = "data-parallel training"
 PIPE = "pipeline"
@@ -59,6 +60,18 @@ ROWS = [
     ),
     Row(STEP, "many small layers, batch 128, M = 4", 1, ("by_hand", SMALL_LAYERS, "128", "4", "sgd"), at_most=1.25),
     Row(STEP, "page faults of a step, 784-2048-2048-10", 1, ("page_faults", "2048-2048", "128"), at_most=1.0),
+    *(
+        Row(LAYERS, text, 1, ("torch_step", images, *model), at_least=least)
+        for text, images, model, least in (
+            ("mlp 784-256-256-10, 64 rows", "channels_last", ("mlp", "256", "64"), 1.0),
+            ("mlp 784-1024-1024-10, 64 rows", "channels_last", ("mlp", "1024", "64"), 1.0),
+            ("mlp 784-2048-2048-10, 128 rows", "channels_last", ("mlp", "2048", "128"), 1.0),
+            ("gpt, 4 blocks of width 256, 8 rows of 128 tokens", "channels_last", ("gpt",), 0.8),
+            ("cnn, 64 images of 28 x 28, PyTorch's in channels_last", "channels_last", ("cnn",), 0.6),
+            ("cnn, 64 images of 28 x 28, PyTorch's in its default format", "contiguous_format", ("cnn",), None),
+        )
+    ),
+    Row(LAYERS, "that gpt: memory / PyTorch's, a process each", 2, ("torch_memory",), at_most=1.2),
     *(
         Row(SUM, f"{size} with SGD, node memory shared", ranks, ("allreduce", mb, "update", "shared"), at_most=limit)
         for ranks in (2, 4)

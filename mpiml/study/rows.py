@@ -26,6 +26,7 @@ from mpiml.parallel.memory import PrivateMemory, SharedMemory, bytes_of, share
 from mpiml.parallel.update import Update
 from mpiml.run.process import prepare_process
 from mpiml.study.byhand import Perceptron
+from mpiml.study.layers import torch_memory, torch_step
 from mpiml.study.measure import Ratio, times
 from mpiml.study.trainer import (
     MOMENTUM,
@@ -262,6 +263,8 @@ MEASUREMENTS: list[Callable[..., Ratio]] = [
     weak_scaling,
     oversubscribed,
     memory,
+    torch_step,
+    torch_memory,
 ]
 
 

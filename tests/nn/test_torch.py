@@ -59,7 +59,7 @@ CASES = {
     "convolution": (nn.Conv2d(8, 16), (28, 30, 8), T.Conv2d(8, 16, 3, 1, 1)),
     "convolution, stride 2": (nn.Conv2d(8, 16, stride=2), (27, 30, 8), T.Conv2d(8, 16, 3, 2, 1)),
     "convolution 5 x 5": (nn.Conv2d(3, 8, 5, 3, 1), (27, 30, 3), T.Conv2d(3, 8, 5, 3, 1)),
-    "max pool": (nn.MaxPool2d(), (9, 8, 5), T.MaxPool2d(2)),
+    "max pool": (nn.MaxPool2d(), (91, 80, 8), T.MaxPool2d(2)),
     "average pool": (nn.AvgPool2d(3), (9, 8, 5), T.AvgPool2d(3)),
     "global average pool": (nn.GlobalAvgPool(), (9, 8, 5), T.Sequential(T.AdaptiveAvgPool2d(1), T.Flatten())),
     "positional embedding": (nn.PositionalEmbedding(9, 16), (9, 16), Positional(9, 16)),

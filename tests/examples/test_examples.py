@@ -1,0 +1,100 @@
+"""The examples that `make` runs: digits as images, and a gpt beside a bigram model."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mpiml.data.dataset import Dataset
+from mpiml.examples import gpt_stdlib
+from tests.conftest import Job, launch
+
+ROOT = Path(__file__).parents[2]
+TINY = ["--context", "16", "--width", "16", "--blocks", "1", "--held-out", "0.2", "--batch", "16"]
+
+
+def made(target: str) -> list[str]:
+    """What a target of the Makefile passes to Python's -m."""
+    done = subprocess.run(["make", "-n", target], check=True, cwd=ROOT, capture_output=True, text=True)
+    (command,) = (line for line in done.stdout.splitlines() if "-m mpiml" in line)
+    assert " -n 4 " in command
+    return command.split(" -m ")[1].split()
+
+
+@pytest.mark.contract
+def test_cnn_knows_the_digits(train: Callable[..., Job]) -> None:
+    program, *flags = made("example-cnn")
+    assert program == "mpiml.train"
+    assert train(4, " ".join([*flags, "--quiet"])).result["accuracy"] > 0.97
+
+
+def gpt(ranks: int, text: str, out: Path, *flags: str) -> tuple[int, str, dict[str, float]]:
+    """The example on a text: exit code, what it says of the two models, result.json."""
+    source = out.with_suffix(".txt")
+    source.write_text(text)
+    (program,) = made("example-gpt")
+    done = launch(ranks, "-m", program, *TINY, "--data", str(source), "--out", str(out), *flags)
+    said = [line for line in done.stdout.splitlines() if "bigram" in line]
+    assert len(said) == 1, done.stderr
+    return done.returncode, said[0], json.loads((out / "result.json").read_text())
+
+
+@pytest.mark.contract
+def test_gpt_sees_further_than_a_byte(tmp_path: Path) -> None:
+    """In aabbaabb... either letter follows a letter as often: ln 2 nats for a bigram, nothing to guess for a gpt."""
+    code, said, result = gpt(4, "aabb" * 4000, tmp_path / "four", "--steps", "60")
+    assert code == 0
+    assert re.fullmatch(rf".*: gpt {result['test_loss']:.3f}, bigram model 0\.69\d: the gpt is below", said)
+    one = gpt(1, "aabb" * 4000, tmp_path / "one", "--steps", "60")
+    assert one[2]["weights_sha256"] == result["weights_sha256"]
+
+
+@pytest.mark.contract
+def test_gpt_that_is_no_better_is_told_so(tmp_path: Path) -> None:
+    code, said, _ = gpt(2, "ab" * 4000, tmp_path / "run", "--steps", "1")
+    assert code == 1
+    assert said.endswith("the gpt is NOT below")
+
+
+def test_bigram_loss_by_hand() -> None:
+    """Byte 1 has been followed by 1 and 2, and 2 by 1; asked is for 2 after either."""
+    rows = [np.array(part, np.uint8) for part in ([[1, 1], [2, 3]], [[1, 2], [1, 3]], [[1, 2]], [[2, 2]])]
+    x_train, y_train, x_test, y_test = rows
+    dataset = Dataset.from_arrays(x_train, y_train, x_test, y_test)
+    everywhere = 256 * gpt_stdlib.UNSEEN
+    after_1, after_2 = 1.1 / (2 + everywhere), 0.1 / (1 + everywhere)
+    assert gpt_stdlib.bigram_loss(dataset) == pytest.approx(-(math.log(after_1) + math.log(after_2)) / 2)
+
+
+def test_bigram_counts_every_row_once() -> None:
+    random = np.random.default_rng(0)
+    x, y = random.integers(0, 256, (2, 2500, 3))
+    counts = gpt_stdlib.pairs(Dataset.from_arrays(x, y, x, y).train)
+    assert counts.sum() == x.size
+    expected = np.zeros((256, 256))
+    np.add.at(expected, (x, y), 1)
+    np.testing.assert_array_equal(counts, expected)
+
+
+def test_the_example_reads_the_standard_library() -> None:
+    assert gpt_stdlib.settings([]).data == str(Path(sysconfig.get_path("stdlib")) / "*.py")
+
+
+def test_without_a_standard_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    library = tmp_path / "python[3].zip"
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(library))
+    assert gpt_stdlib.main([]) == 65
+    (said,) = capfd.readouterr().err.splitlines()
+    assert str(library) in said
+    assert "--data" in said
+    assert gpt_stdlib.settings(["--data", "mine.txt"]).data == "mine.txt"
