@@ -92,7 +92,10 @@ def accuracy(axes: Any, study: Study) -> None:
             "not reached", (count, 0.5), xycoords=("data", "axes fraction"), rotation=90, ha="right", va="center"
         )
     _logarithmic(axes, sorted([*ranks, *missed]), f"time to a test score of {study.target:g} (s)")
-    _decades(axes)
+    if lines:
+        _decades(axes)
+    else:
+        axes.set_yticks([])
 
 
 PLOTS: dict[str, Draw] = {"time": step_time, "speed-up": speed, "efficiency": efficiency, "shares": shares}

@@ -64,7 +64,7 @@ def submit(
             text += f"; {_submit(directory, chosen, settings, threads, ranks, repeat, missing)}"
         print(text, flush=True)
     there = sum(task.done for task in tasks)
-    print(f"{there} of {len(tasks)} measured; {submitted} jobs submitted, {waiting} queued or running before", end="")
+    print(f"{there} of {len(tasks)} measured; jobs submitted: {submitted}, queued or running before: {waiting}", end="")
     print("" if there == len(tasks) else "; the same command tells how far they are, and submits again what failed")
 
 

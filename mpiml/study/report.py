@@ -84,8 +84,8 @@ def notes(study: Study) -> list[str]:
         )
     if study.target is not None:
         found.append(
-            f"Steps to {study.target:g}: of a training run of at most {study.max_epochs} epochs, until an evaluation "
-            "gave a test score of that; one run for each batch and number of micro-batches, for its weights are the "
+            f"Steps to {study.target:g}: in a training run of {study.max_epochs} epochs, the first after which an "
+            "evaluation gave that test score; one run for each batch and number of micro-batches, for its weights are the "
             "same, bit for bit, on any grid. All other settings are the same for all, the learning rate too. Seconds "
             "are as many steps of the point's median time, without evaluations."
         )

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,9 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns 1 if a point failed, 78 if it was asked for what cannot be."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if "--sbatch" in given[:-1]:  # what begins with a dash and has no space would be taken for a flag
+        at = given.index("--sbatch")
+        given[at : at + 2] = ["=".join(given[at : at + 2])]
     split = given.index("--") if "--" in given else len(given)
     try:
         chosen = _parser().parse_args(given[:split])
@@ -171,8 +175,16 @@ def _launch(chosen: argparse.Namespace, task: Task) -> str | None:
         return f"no end within --timeout {chosen.timeout:g} s"
     if task.done:
         return None
-    lines = [line for line in done.stderr.splitlines() if line.startswith("mpiml")] or done.stderr.splitlines()
-    return f"failed, exit code {done.returncode}: {lines[0] if lines else 'it said nothing'}"
+    return f"failed, exit code {done.returncode}: {_reason(done.stderr.splitlines())}"
+
+
+def _reason(lines: Sequence[str]) -> str:
+    """The line of many that says what went wrong: launchers have much to say besides."""
+    for pattern in (r"mpiml", r"\w*(Error|Exception)\b", r""):
+        for line in lines:
+            if re.match(pattern, line):
+                return line
+    return "it said nothing"
 
 
 def launcher(given: str | None, ranks: int, node_ranks: int | None = None) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -256,9 +257,9 @@ def markdown(study: Study) -> str:
             f"{point.batch / point.ranks:g}",
             str(point.microbatches),
             str(len(line.medians)),
-            f"{step.value * 1e3:.2f} ({step.low * 1e3:.2f} to {step.high * 1e3:.2f})",
+            _estimate(Interval(1e3 * step.value, 1e3 * step.low, 1e3 * step.high)),
             f"{line.samples_per_second:,.0f}",
-            f"{up.value:.2f} ({up.low:.2f} to {up.high:.2f})",
+            _estimate(up),
             f"{line.same_parts:.2f}" if line.same_parts else "",
             f"{line.efficiency.value:.0%}",
             f"{line.share('communication', 'waiting'):.0%}",
@@ -267,6 +268,13 @@ def markdown(study: Study) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _estimate(found: Interval) -> str:
+    """A value with its interval, if the repeats give one."""
+    if found.low == found.high or math.isinf(found.high):
+        return f"{found.value:.2f}"
+    return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
 
 
 def _to_target(line: Line) -> tuple[str, str, str]:
