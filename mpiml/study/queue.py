@@ -21,8 +21,7 @@ from mpiml.run.directory import write_atomically
 from mpiml.study.points import JOBS
 from mpiml.study.tasks import Task
 
-KEPT = ("ranks", "mode", "pipes", "repeats", "steps", "warm_up", "timeout", "node_ranks", "launcher")
-KEPT += ("target", "max_epochs")
+KEPT = ("ranks", "mode", "pipes", "repeats", "steps", "warm_up", "timeout", "node_ranks", "launcher", "target")
 
 SCRIPT = """#!/bin/bash
 # Repeat {repeat} of what is measured on {ranks} ranks; python -m mpiml.scaling run --slurm wrote this.
@@ -92,7 +91,7 @@ def _submit(
     path = directory / JOBS / f"ranks-{ranks:05d}_{repeat}.sbatch"
     log = path.with_suffix(".log")
     kept = {name: getattr(chosen, name) for name in KEPT if getattr(chosen, name) is not None}
-    kept |= {"out": directory, "only": [ranks, repeat]}
+    kept |= {"max_epochs": chosen.max_epochs, "out": directory, "only": [ranks, repeat]}
     flags = [f"--{name.replace('_', '-')}={_text(value)}" for name, value in kept.items()]
     script = SCRIPT.format(
         repeat=repeat,

@@ -85,9 +85,9 @@ def notes(study: Study) -> list[str]:
     if study.target is not None:
         found.append(
             f"Steps to {study.target:g}: in a training run of {study.max_epochs} epochs, the first after which an "
-            "evaluation gave that test score; one run for each batch and number of micro-batches, for its weights are the "
-            "same, bit for bit, on any grid. All other settings are the same for all, the learning rate too. Seconds "
-            "are as many steps of the point's median time, without evaluations."
+            "evaluation gave that test score; one run for each batch and number of micro-batches, for its weights are "
+            "the same, bit for bit, on any grid. All other settings, the learning rate too, are the same for all. "
+            "Seconds are as many steps of the point's median time, without evaluations."
         )
     if study.open:
         found.append(f"Not complete: {study.open} of the study's jobs are open. The same command goes on with it.")

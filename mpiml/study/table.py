@@ -191,7 +191,7 @@ def load(directory: Path) -> Study:
 def _open(
     about: Mapping[str, Any], directory: Path, asked: Collection[Point], repeats: Mapping[Point, Sequence[object]]
 ) -> int:
-    missing = sum(max(about.get("repeats", 0) - len(repeats.get(point, ())), 0) for point in asked)
+    missing: int = sum(max(about.get("repeats", 0) - len(repeats.get(point, ())), 0) for point in asked)
     if about.get("target") is not None:
         missing += sum(_target(about, directory, point) is None for point in trained(list(asked)))
     return missing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -89,9 +90,11 @@ def tasks(
         path = directory / POINTS / f"{point.name}_{repeat}.json"
         words = ["-m", "mpiml.study.timing", str(path), *map(str, timed), *settings, *point.settings()]
         found.append(Timing(point, repeat, path, words))
-    if epochs and not config.eval_every:
+    if not epochs:
+        return found
+    if not config.eval_every:
         raise ConfigError("--target needs evaluations: leave out --eval-every 0")
-    for point in trained(points) if epochs else ():
+    for point in trained(points):
         path = directory / TRAINING / training(point, epochs)
         every = max(1, config.eval_every * config.batch // point.batch)  # after as many rows, whatever the batch
         run = [f"--epochs={epochs}", f"--eval-every={every}", "--save-every=0", "--quiet", "--resume", f"--out={path}"]
@@ -116,4 +119,6 @@ def evaluations(run: Path) -> tuple[str, list[tuple[int, float]]]:
     lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
     found = [(line["step"], line["evaluation"]) for line in lines if "evaluation" in line]
     (metric,) = found[0][1].keys() - {"loss", "rows"}
-    return metric, [(step, evaluation[metric] or 0.0) for step, evaluation in found]
+    return metric, [
+        (step, -math.inf if evaluation[metric] is None else evaluation[metric]) for step, evaluation in found
+    ]
