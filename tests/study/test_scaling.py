@@ -19,7 +19,7 @@ from mpiml.study.report import notes
 from mpiml.study.scaling import launcher
 from mpiml.study.table import load, markdown
 from mpiml.study.tasks import Training, tasks, trained, training
-from tests.conftest import mpirun
+from tests.conftest import launch, mpirun
 
 
 def test_strong_points_keep_the_batch() -> None:
@@ -188,8 +188,8 @@ def scaling(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.contract
 def test_a_real_study(tmp_path: Path) -> None:
     """Measured, a lost and a failed point measured again, reported."""
-    launch = " ".join([*mpirun(1)[:-1], "{ranks}"])
-    study = ["--steps", "3", "--warm-up", "1", "--repeats", "2", "--out", str(tmp_path / "s"), "--launcher", launch]
+    start = " ".join([*mpirun(1)[:-1], "{ranks}"])
+    study = ["--steps", "3", "--warm-up", "1", "--repeats", "2", "--out", str(tmp_path / "s"), "--launcher", start]
     accuracy = ["--target", "0.01", "--max-epochs", "1"]
     done = scaling("run", "--ranks", "2", *study, *accuracy, "--", "--hidden", "16", "--quiet")
     assert done.returncode == 0, done.stderr
@@ -227,7 +227,7 @@ def test_a_real_study(tmp_path: Path) -> None:
 
 @pytest.mark.contract
 def test_failed_jobs_are_told_and_tried_again(tmp_path: Path) -> None:
-    launch = " ".join([*mpirun(1)[:-1], "{ranks}"])
+    start = " ".join([*mpirun(1)[:-1], "{ranks}"])
     study = [
         "run",
         "--ranks",
@@ -237,7 +237,7 @@ def test_failed_jobs_are_told_and_tried_again(tmp_path: Path) -> None:
         "--out",
         str(tmp_path / "s"),
         "--launcher",
-        launch,
+        start,
         "--steps",
         "2",
     ]
@@ -269,3 +269,11 @@ def test_without_slurm_nothing_is_submitted(tmp_path: Path, flags: list[str], na
     env = {name: value for name, value in os.environ.items() if name != "PATH"}
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=env | {"PATH": "/nowhere"})
     assert (done.returncode, named in done.stderr) == (78, True), done.stderr
+
+
+@pytest.mark.contract
+def test_processes_that_are_not_one_job_measure_nothing(tmp_path: Path) -> None:
+    """As a launcher makes them that does not suit the MPI library."""
+    done = launch(0, "-m", "mpiml.study.timing", str(tmp_path / "x.json"), "1", "1", SLURM_STEP_NUM_TASKS="4")
+    assert (done.returncode, "4 processes" in done.stderr) == (78, True), done.stderr
+    assert not (tmp_path / "x.json").exists()
