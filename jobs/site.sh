@@ -7,6 +7,10 @@ PROGRAM=${PROGRAM:--m mpiml.train}              # or a program of yours that cal
 LAUNCH=${LAUNCH:-srun --mpi=pmi2 --cpu-bind=cores}   # this is the line to change for mpirun:
 # LAUNCH=${LAUNCH:-mpirun -n $SLURM_NTASKS}
 
+# The same for a part of the job's ranks, packed onto nodes: scaling studies fill in the numbers.
+LAUNCH_SOME="${LAUNCH/ -n $SLURM_NTASKS/} -n {ranks}"
+[[ $LAUNCH != srun* ]] || LAUNCH_SOME+=" -N {nodes}"
+
 # The run directory: the same when SLURM starts a job again, another for each task of an array.
 OUT=${OUT:-runs/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}}${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}
 
@@ -30,6 +34,16 @@ train() {
     exec $LAUNCH "$PYTHON" $PROGRAM --resume --out "$OUT" ${SLURM_ARRAY_TASK_ID:+--seed "$SLURM_ARRAY_TASK_ID"} "$@"
 }
 
+# study MODE FLAGS: a scaling study on 1, 2, 4, ... ranks, up to all of the job's, or go on with it; then its report.
+study() {
+    local ranks=1 more
+    for ((more = 2; more < SLURM_NTASKS; more *= 2)); do ranks+=,$more; done
+    "$PYTHON" -m mpiml.scaling run --mode "$1" --ranks "$ranks,$SLURM_NTASKS" --out "$OUT" \
+        --launcher "$LAUNCH_SOME" "${@:2}"
+    rm -f "$OUT/scaling.json"
+    "$PYTHON" -m mpiml.scaling report "$OUT"
+}
+
 # verdict: what became of the run: done, saved (stopped, and further than before), or failed. It is taken from
 # result.json and the checkpoints: launchers may lose exit codes, and one that cannot start leaves an old result.
 verdict() {
@@ -40,9 +54,10 @@ verdict() {
     esac
 }
 
-# result KEY: what result.json says; nothing if there is none.
+# result KEY [FILE]: what result.json, or another file of the run directory, says; nothing if there is none.
 result() {
-    "$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]])' "$OUT/result.json" "$1" 2>/dev/null
+    "$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]])' "$OUT/${2:-result.json}" "$1" \
+        2>/dev/null
 }
 
 # newest: the newest checkpoint.

@@ -10,6 +10,8 @@ from mpiml.errors import ConfigError
 
 STUDY = "study.json"  # of a study's directory: what it asks for
 POINTS = "points"  # and the directory of what was measured, a file for each repeat
+TRAINING = "training"  # that of training runs to a target
+JOBS = "jobs"  # and that of SLURM jobs and their logs
 
 
 @dataclass(frozen=True, order=True)

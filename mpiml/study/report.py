@@ -14,10 +14,11 @@ from mpiml.run.directory import write_atomically
 from mpiml.study.fits import Fit, Interval, amdahl, gustafson, universal
 from mpiml.study.table import Study, load, markdown
 
-STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; font-size: 13px } td, th { padding: .2em .6em; border-bottom: 1px solid #ddd;
-text-align: right } th { border-bottom: 2px solid #888 } .plots { display: flex; flex-wrap: wrap }
-.plots svg { width: 48%; height: auto } pre { font-size: 12px; background: #f6f6f6; padding: 1em; overflow-x: auto }"""
+STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 84em; margin: 2em auto; padding: 0 1em; color: #222 }
+p, li { max-width: 62em } .table { overflow-x: auto } table { border-collapse: collapse; font-size: 12px }
+td, th { padding: .2em .5em; border-bottom: 1px solid #ddd; text-align: right } td { white-space: nowrap }
+th { border-bottom: 2px solid #888 } .plots { display: flex; flex-wrap: wrap } .plots svg { width: 48%; height: auto }
+pre { font-size: 12px; background: #f6f6f6; padding: 1em; overflow-x: auto }"""
 
 
 def report(directory: Path) -> None:
@@ -33,6 +34,7 @@ def report(directory: Path) -> None:
         "mode": study.mode,
         "settings": list(study.settings),
         "base": study.base.row(),
+        "open": study.open,
         "rows": rows,
         "fits": [asdict(law) for law in fits],
         "environment": study.environment,
@@ -40,10 +42,12 @@ def report(directory: Path) -> None:
     write_atomically(directory / "scaling.json", json.dumps(_finite(content), indent=1) + "\n")
     write_atomically(directory / "scaling.csv", _csv(rows))
     write_atomically(directory / "scaling.jsonl", extra_p(study))
-    write_atomically(directory / "scaling.md", table + "\n" + fits_text(fits) + "\n" + base_text(study) + "\n")
+    text = f"{table}\n{fits_text(fits)}\n\n" + "\n\n".join(notes(study)) + "\n"
+    write_atomically(directory / "scaling.md", text)
+    print(text)
     plots = draw(study, directory)
     write_atomically(directory / "scaling.html", page(study, fits, plots))
-    print(f"{table}\n{fits_text(fits)}\n{base_text(study)}\n{directory / 'scaling.html'}")
+    print(directory / "scaling.html")
 
 
 def fit(study: Study) -> list[Fit]:
@@ -64,16 +68,30 @@ def fits_text(fits: list[Fit]) -> str:
     )
 
 
-def base_text(study: Study) -> str:
+def notes(study: Study) -> list[str]:
     """What speed-up is measured against, in absolute numbers, and what else the table needs to be understood."""
     base = study.base
-    return (
-        f"Speed-up is against one rank with {base.point.microbatches} micro-batches, which suit it best: "
+    found = [
+        f"Speed-up is against one rank with M = {base.point.microbatches}, which suits it best: "
         f"{base.step.value * 1e3:.2f} ms a step, {base.samples_per_second:,.0f} samples/s; same M: against one rank "
         "with micro-batches of the same size. Intervals are of 95 % (or the range of fewer than 6 repeats); the time "
-        "of a step is its slowest rank's. Communication includes waiting for other stages. "
-        "* more ranks than cores: they took turns."
-    )
+        "of a step is its slowest rank's. Grid: stages x replicas. M: micro-batches. Communication includes "
+        "waiting for other stages."
+    ]
+    if any(line.oversubscribed for line in study.lines):
+        found.append(
+            "Marked * are more ranks than cores: they took turns. It says nothing of a machine with more cores."
+        )
+    if study.target is not None:
+        found.append(
+            f"Steps to {study.target:g}: in a training run of {study.max_epochs} epochs, the first after which an "
+            "evaluation gave that test score; one run for each batch and number of micro-batches, for its weights are "
+            "the same, bit for bit, on any grid. All other settings, the learning rate too, are the same for all. "
+            "Seconds are as many steps of the point's median time, without evaluations."
+        )
+    if study.open:
+        found.append(f"Not complete: {study.open} of the study's jobs are open. The same command goes on with it.")
+    return found
 
 
 def extra_p(study: Study) -> str:
@@ -92,6 +110,7 @@ def page(study: Study, fits: list[Fit], plots: dict[str, str]) -> str:
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in cells[0])
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in cells[1:])
     drawn = "".join(text[text.index("<svg") :] for text in plots.values())
+    said = "".join(f"<p>{html.escape(note)}</p>" for note in notes(study))
     laws = "".join(f"<li>{html.escape(line[2:])}</li>" for line in fits_text(fits).splitlines())
     environment = html.escape(json.dumps(study.environment, indent=1))
     settings = html.escape(" ".join(study.settings)) or "defaults"
@@ -99,8 +118,8 @@ def page(study: Study, fits: list[Fit], plots: dict[str, str]) -> str:
 <html lang="en"><meta charset="utf-8"><title>{study.mode} scaling</title><style>{STYLE}</style>
 <h1>{study.mode.capitalize()} scaling</h1>
 <p>Settings: <code>{settings}</code></p>
-<table><tr>{head}</tr>{body}</table>
-<p>{html.escape(base_text(study))}</p>
+<div class="table"><table><tr>{head}</tr>{body}</table></div>
+{said}
 <div class="plots">{drawn}</div>
 <h2>Laws</h2><ul>{laws}</ul>
 <h2>Environment</h2><pre>{environment}</pre>

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from mpiml.config import parse
 from mpiml.errors import ConfigError, RunError
 from mpiml.run.directory import write_atomically
-from mpiml.study.points import POINTS, STUDY, Point, plan, runs
+from mpiml.study.points import POINTS, STUDY, TRAINING, Point, plan
+from mpiml.study.queue import submit
+from mpiml.study.tasks import Task, tasks
 
 HELP = "Everything after -- are settings of mpiml.train: model, data, --batch (of a rank, in weak scaling), ..."
 
@@ -29,6 +33,9 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns 1 if a point failed, 78 if it was asked for what cannot be."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if "--sbatch" in given[:-1]:  # what begins with a dash and has no space would be taken for a flag
+        at = given.index("--sbatch")
+        given[at : at + 2] = ["=".join(given[at : at + 2])]
     split = given.index("--") if "--" in given else len(given)
     try:
         chosen = _parser().parse_args(given[:split])
@@ -62,95 +69,136 @@ def _parser() -> argparse.ArgumentParser:
         "--launcher", metavar="TEXT", help='how to start a job, "srun -n {ranks}" say (default: srun in a job, mpirun)'
     )
     measure.add_argument("--timeout", type=float, default=600.0, metavar="X", help="seconds for a job (default: 600)")
+    measure.add_argument("--node-ranks", type=_count, metavar="N", help="ranks that a node takes; --slurm needs it")
+    measure.add_argument("--only", type=_job, metavar="N,K", help="of N ranks in repeat K: what a job of --slurm runs")
+    accuracy = measure.add_argument_group("time to accuracy")
+    accuracy.add_argument(
+        "--target",
+        type=float,
+        metavar="X",
+        help="also train, once for each batch and number of micro-batches, and tell when the test metric reaches this",
+    )
+    accuracy.add_argument("--max-epochs", type=_count, default=30, metavar="N", help="of these runs (default: 30)")
+    queue = measure.add_argument_group("in SLURM's queue")
+    queue.add_argument(
+        "--slurm", action="store_true", help="submit a job for each number of ranks and repeat, and do not wait"
+    )
+    queue.add_argument("--sbatch", default="", metavar="TEXT", help='flags of sbatch, "--partition=x --account=y" say')
     tell = commands.add_parser("report", help="tables, plots and a page", allow_abbrev=False)
     tell.add_argument("directory", metavar="DIR", help="of a study")
     return parser
 
 
 def _numbers(text: str) -> list[int]:
-    numbers = sorted({int(item) for item in text.split(",")})
-    if numbers[0] < 1:
+    return sorted({_count(item) for item in text.split(",")})
+
+
+def _count(text: str) -> int:
+    if int(text) < 1:
         raise ValueError(text)
-    return numbers
+    return int(text)
+
+
+def _job(text: str) -> list[int]:
+    ranks, repeat = text.split(",")
+    return [int(ranks), int(repeat)]
 
 
 def run(chosen: argparse.Namespace, settings: Sequence[str]) -> int:
-    """Measure every repeat of every point that has not been measured yet."""
+    """Measure, here or in SLURM jobs, every repeat of every point that has not been measured yet."""
     config = parse(settings)
     for name in {"pipe", "steps", "epochs", "out", "resume"} & (config.given or set()):
         raise ConfigError(f"--{name} is the study's to choose; leave it out after --")
+    if chosen.sbatch and not chosen.slurm:
+        raise ConfigError("--sbatch: these are flags for --slurm, which is not given")
     ranks = sorted({1, *chosen.ranks})
     points = plan(chosen.mode, ranks, chosen.pipes, config.batch, config.microbatches)
-    directory = Path(chosen.out)
-    study = {
-        "mode": chosen.mode,
-        "steps": chosen.steps,
-        "warm_up": chosen.warm_up,
-        "settings": list(settings),
-    }
-    _open(directory, study, points)
-    todo = [(point, repeat) for point, repeat in runs(points, chosen.repeats)]
+    directory = Path(chosen.out).absolute()
+    epochs = None if chosen.target is None else chosen.max_epochs
+    timed = (chosen.warm_up, chosen.steps)
+    todo = tasks(directory, points, chosen.repeats, timed, config, settings, epochs)
+    _open(directory, chosen, settings, points)
+    if chosen.slurm:
+        submit(directory, todo, chosen, settings, config.threads)
+        return 0
+    if chosen.only:
+        todo = [task for task in todo if [task.point.ranks, task.repeat] == chosen.only]
+    return _work(chosen, todo)
+
+
+def _work(chosen: argparse.Namespace, todo: Sequence[Task]) -> int:
+    """Run what is not done, one after the other. Returns 1 if something failed."""
     failed = 0
-    for number, (point, repeat) in enumerate(todo, 1):
-        path = directory / POINTS / f"{point.name}_{repeat}.json"
+    for number, task in enumerate(todo, 1):
+        point = task.point
         grid = f"{point.stages} x {point.ranks // point.stages}"
         text = f"[{number}/{len(todo)}] ranks {point.ranks} = {grid}, M = {point.microbatches}"
-        if path.exists():
+        if task.done:
             print(f"{text}: there already", flush=True)
             continue
-        problem = _launch(chosen, point, path, settings)
+        problem = _launch(chosen, task)
         failed += bool(problem)
-        print(f"{text}: {problem or _told(json.loads(path.read_text()))}", flush=True)
+        print(f"{text}: {problem or task.told()}", flush=True)
     if failed:
         print(f"{failed} of {len(todo)} jobs failed; the same command tries them again", file=sys.stderr)
     return int(failed > 0)
 
 
-def _told(found: dict[str, Any]) -> str:
-    middle = sorted(found["step_seconds"])[len(found["step_seconds"]) // 2]
-    return f"{middle * 1e3:.2f} ms a step, {found['rows'] / middle:,.0f} samples/s"
-
-
-def _open(directory: Path, study: dict[str, Any], points: Sequence[Point]) -> None:
-    """Make the directory of a study, or go on in it, with more points perhaps. Raises ConfigError if it is of another
-    study."""
+def _open(directory: Path, chosen: argparse.Namespace, settings: Sequence[str], points: Sequence[Point]) -> None:
+    """Make the directory of a study, or go on in it, with more points, repeats or another target perhaps. Raises
+    ConfigError if it is of another study."""
     path = directory / STUDY
-    there = json.loads(path.read_text()) if path.exists() else study
+    study = {"mode": chosen.mode, "steps": chosen.steps, "warm_up": chosen.warm_up, "settings": list(settings)}
+    text = path.read_text() if path.exists() else ""
+    there = json.loads(text) if text else study
     for key, value in study.items():
         if there.get(key) != value:
             raise ConfigError(f"{directory} is a study with {key} {there.get(key)}, not {value}; choose another --out")
     known = {Point(**point) for point in there.get("points", ())} | set(points)
-    (directory / POINTS).mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(study | {"points": [asdict(p) for p in sorted(known)]}, indent=1) + "\n")
+    study |= {"repeats": max(chosen.repeats, there.get("repeats", 0))}
+    asked = {"target": chosen.target, "max_epochs": chosen.max_epochs} if chosen.target is not None else {}
+    study |= {key: value for key, value in there.items() if key not in (*study, "points")} | asked
+    for name in (POINTS, TRAINING):
+        (directory / name).mkdir(parents=True, exist_ok=True)
+    written = json.dumps(study | {"points": [asdict(p) for p in sorted(known)]}, indent=1) + "\n"
+    if written != text:
+        write_atomically(path, written)
 
 
-def _launch(chosen: argparse.Namespace, point: Point, path: Path, settings: Sequence[str]) -> str | None:
-    """Run a job that writes `path`. Returns what went wrong, if anything did."""
-    command = [
-        *launcher(chosen.launcher, point.ranks),
-        *(sys.executable, "-m", "mpiml.study.timing", str(path.absolute()), str(chosen.warm_up), str(chosen.steps)),
-        *settings,
-        *point.settings(),
-    ]
+def _launch(chosen: argparse.Namespace, task: Task) -> str | None:
+    """Run a job. Returns what went wrong, if anything did."""
+    command = [*launcher(chosen.launcher, task.point.ranks, chosen.node_ranks), sys.executable, *task.words]
     env = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | os.environ
     try:
         done = subprocess.run(command, check=False, capture_output=True, text=True, env=env, timeout=chosen.timeout)
     except subprocess.TimeoutExpired:
         return f"no end within --timeout {chosen.timeout:g} s"
-    if path.exists():
+    if task.done:
         return None
-    lines = [line for line in done.stderr.splitlines() if line.startswith("mpiml")] or done.stderr.splitlines()
-    return f"failed, exit code {done.returncode}: {lines[0] if lines else 'it said nothing'}"
+    return f"failed, exit code {done.returncode}: {_reason(done.stderr.splitlines())}"
 
 
-def launcher(given: str | None, ranks: int) -> list[str]:
-    """The words that start a job of some ranks."""
+def _reason(lines: Sequence[str]) -> str:
+    """The line of many that says what went wrong: launchers have much to say besides."""
+    for pattern in (r"mpiml", r"\w*(Error|Exception)\b", r""):
+        for line in lines:
+            if re.match(pattern, line):
+                return line
+    return "it said nothing"
+
+
+def launcher(given: str | None, ranks: int, node_ranks: int | None = None) -> list[str]:
+    """The words that start a job of some ranks, on as few nodes as hold them if `node_ranks` is how many one takes."""
+    node_ranks = node_ranks or int(os.environ.get("SLURM_NTASKS_PER_NODE", "0"))
+    nodes = math.ceil(ranks / node_ranks) if node_ranks else None
     if given:
         if "{ranks}" not in given:
             raise ConfigError(f"--launcher {given!r}: must say {{ranks}} where the number of ranks goes")
-        return [word.replace("{ranks}", str(ranks)) for word in given.split()]
+        if "{nodes}" in given and not nodes:
+            raise ConfigError(f"--launcher {given!r}: {{nodes}} needs --node-ranks N, the ranks that a node takes")
+        return [word.replace("{ranks}", str(ranks)).replace("{nodes}", str(nodes)) for word in given.split()]
     if "SLURM_JOB_ID" in os.environ and shutil.which("srun"):
-        return ["srun", "-n", str(ranks)]
+        return ["srun", "-n", str(ranks), *(["-N", str(nodes)] if nodes else [])]
     beside = Path(sys.executable).with_name("mpirun")
     found = str(beside) if beside.exists() else shutil.which("mpirun")
     if not found:

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mpiml.errors import ConfigError
+from mpiml.run.directory import read_result
 from mpiml.study.fits import Interval, karp_flatt, median_interval, speed_up
-from mpiml.study.points import POINTS, STUDY, Point, same_parts
+from mpiml.study.points import POINTS, STUDY, TRAINING, Point, same_parts
+from mpiml.study.tasks import evaluations, trained, training
+
+
+@dataclass(frozen=True)
+class Target:
+    """How far training went with a point's batch and micro-batches.
+
+    Attributes:
+        metric, target: the test score that is asked for.
+        best: the best score of the run.
+        steps: after which an evaluation reached the target; None if none did.
+    """
+
+    metric: str
+    target: float
+    best: float
+    steps: int | None
 
 
 @dataclass(frozen=True)
@@ -25,6 +44,7 @@ class Line:
         shares: seconds of a step by activity, the mean over ranks and repeats.
         speed_up: times as many rows a second as one rank does with the micro-batches that suit it best.
         same_parts: the same against one rank with micro-batches of the same size.
+        target: what training came to, if a target is asked for and the run has ended.
     """
 
     point: Point
@@ -36,6 +56,7 @@ class Line:
     shares: Mapping[str, float]
     speed_up: Interval
     same_parts: float
+    target: Target | None = None
 
     @property
     def step(self) -> Interval:
@@ -51,6 +72,11 @@ class Line:
         """Speed-up per rank."""
         up, ranks = self.speed_up, self.point.ranks
         return Interval(up.value / ranks, up.low / ranks, up.high / ranks)
+
+    @property
+    def seconds_to_target(self) -> float | None:
+        """As many steps as the training run needed, each as long as the point's median."""
+        return self.target.steps * self.step.value if self.target and self.target.steps else None
 
     @property
     def oversubscribed(self) -> bool:
@@ -90,6 +116,10 @@ class Line:
             "waiting_share": self.share("waiting"),
             "node_hours_per_million_samples": node_hours * 1e6 / self.rows,
             "oversubscribed": self.oversubscribed,
+            "steps_to_target": self.target.steps if self.target else None,
+            "samples_to_target": self.target.steps * self.rows if self.target and self.target.steps else None,
+            "seconds_to_target": self.seconds_to_target,
+            "best_score": self.target.best if self.target else None,
         }
 
 
@@ -101,6 +131,8 @@ class Study:
         lines: of all points that have been measured, those asked for first.
         base: one rank with the micro-batches that suit it best.
         environment: of the first job.
+        open: how many of its jobs, timed or trained, have not been done yet.
+        target, max_epochs: what training runs are to reach, and within how many epochs, if there are any.
     """
 
     mode: str
@@ -108,6 +140,9 @@ class Study:
     lines: list[Line]
     base: Line
     environment: dict[str, Any]
+    open: int = 0
+    target: float | None = None
+    max_epochs: int = 0
 
     def asked(self) -> list[Line]:
         """Without the points that are there only to compare with."""
@@ -140,13 +175,38 @@ def load(directory: Path) -> Study:
     if not bases:
         raise ConfigError(f"{directory}: no job of one rank has been measured yet; run the study again")
     base = min(bases, key=lambda point: statistics.median(_rates(repeats[point], inverse=True)))
+    lines = [_line(about, directory, point, repeats, base) for point in sorted(repeats, key=lambda p: (p.extra, p))]
     return Study(
         mode=about["mode"],
         settings=about["settings"],
-        lines=[_line(about["mode"], point, repeats, base) for point in sorted(repeats, key=lambda p: (p.extra, p))],
-        base=_line(about["mode"], base, repeats, base),
+        lines=lines,
+        base=next(line for line in lines if line.point == base),
         environment=repeats[base][0]["environment"],
+        open=_open(about, directory, asked, repeats),
+        target=about.get("target"),
+        max_epochs=about.get("max_epochs", 0),
     )
+
+
+def _open(
+    about: Mapping[str, Any], directory: Path, asked: Collection[Point], repeats: Mapping[Point, Sequence[object]]
+) -> int:
+    missing: int = sum(max(about.get("repeats", 0) - len(repeats.get(point, ())), 0) for point in asked)
+    if about.get("target") is not None:
+        missing += sum(_target(about, directory, point) is None for point in trained(list(asked)))
+    return missing
+
+
+def _target(about: Mapping[str, Any], directory: Path, point: Point) -> Target | None:
+    """What the training run came to that speaks for a point; None if there is none, or it has not ended."""
+    if about.get("target") is None:
+        return None
+    run = directory / TRAINING / training(point, about["max_epochs"])
+    if read_result(run).get("status") != "done":
+        return None
+    metric, scores = evaluations(run)
+    steps = next((step for step, score in scores if score >= about["target"]), None)
+    return Target(metric, about["target"], max(score for _, score in scores), steps)
 
 
 def _rates(jobs: Sequence[Mapping[str, Any]], inverse: bool = False) -> list[float]:
@@ -155,9 +215,15 @@ def _rates(jobs: Sequence[Mapping[str, Any]], inverse: bool = False) -> list[flo
     return found if inverse else [1 / seconds for seconds in found]
 
 
-def _line(mode: str, point: Point, repeats: Mapping[Point, Sequence[Mapping[str, Any]]], base: Point) -> Line:
+def _line(
+    about: Mapping[str, Any],
+    directory: Path,
+    point: Point,
+    repeats: Mapping[Point, Sequence[Mapping[str, Any]]],
+    base: Point,
+) -> Line:
     jobs = repeats[point]
-    same = [p for p in repeats if p.ranks == 1 and p.microbatches == same_parts(mode, point)]
+    same = [p for p in repeats if p.ranks == 1 and p.microbatches == same_parts(about["mode"], point)]
     mine = _rates(jobs, inverse=True)
     return Line(
         point=point,
@@ -169,6 +235,7 @@ def _line(mode: str, point: Point, repeats: Mapping[Point, Sequence[Mapping[str,
         shares={name: statistics.mean(job["shares"][name] for job in jobs) for name in jobs[0]["shares"]},
         speed_up=speed_up({0: mine}, _rates(repeats[base], inverse=True))[0],
         same_parts=statistics.median(_rates(repeats[same[0]], inverse=True)) / statistics.median(mine) if same else 0.0,
+        target=_target(about, directory, point),
     )
 
 
@@ -176,6 +243,8 @@ def markdown(study: Study) -> str:
     """The table for a proposal; what is marked with * ran on more ranks than cores."""
     heads = ["nodes", "ranks", "grid", "threads", "batch", "of a rank", "M", "repeats", "step ms (95 %)", "samples/s"]
     heads += ["speed-up (95 %)", "same M", "efficiency", "communication", "node-h / 10^6"]
+    if study.target is not None:
+        heads += [f"steps to {study.target:g}", "samples to it", "seconds to it"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---:|" * len(heads)]
     for line in study.asked():
         point, step, up = line.point, line.step, line.speed_up
@@ -188,13 +257,30 @@ def markdown(study: Study) -> str:
             f"{point.batch / point.ranks:g}",
             str(point.microbatches),
             str(len(line.medians)),
-            f"{step.value * 1e3:.2f} ({step.low * 1e3:.2f} to {step.high * 1e3:.2f})",
+            _estimate(Interval(1e3 * step.value, 1e3 * step.low, 1e3 * step.high)),
             f"{line.samples_per_second:,.0f}",
-            f"{up.value:.2f} ({up.low:.2f} to {up.high:.2f})",
+            _estimate(up),
             f"{line.same_parts:.2f}" if line.same_parts else "",
             f"{line.efficiency.value:.0%}",
             f"{line.share('communication', 'waiting'):.0%}",
             f"{line.row()['node_hours_per_million_samples']:.4f}",
+            *(_to_target(line) if study.target is not None else ()),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _estimate(found: Interval) -> str:
+    """A value with its interval, if the repeats give one."""
+    if found.low == found.high or math.isinf(found.high):
+        return f"{found.value:.2f}"
+    return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+
+
+def _to_target(line: Line) -> tuple[str, str, str]:
+    """Steps, samples and seconds to the target."""
+    if not line.target:
+        return "open", "", ""
+    if not line.target.steps:
+        return f"not reached ({line.target.best:.4g})", "", ""
+    return str(line.target.steps), f"{line.target.steps * line.rows:,.0f}", f"{line.seconds_to_target:.3g}"

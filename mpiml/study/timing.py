@@ -20,7 +20,7 @@ from mpiml import load
 from mpiml.clock import SHARES, Clock
 from mpiml.config import Config, parse
 from mpiml.parallel import grid as grids
-from mpiml.run import environment
+from mpiml.run import environment, launch
 from mpiml.run.directory import write_atomically
 from mpiml.run.failure import Guard
 from mpiml.run.process import prepare_process
@@ -52,6 +52,7 @@ def measure(comm: MPI.Intracomm, trainer: Trainer, warm_up: int, steps: int) -> 
 def main() -> None:
     """Measure a point."""
     with Guard(MPI.COMM_WORLD, Clock(), "mpiml.study.timing"):
+        launch.check_size(MPI.COMM_WORLD.size)
         point(MPI.COMM_WORLD, Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), parse(sys.argv[4:]))
 
 

@@ -1,8 +1,8 @@
 """A real SLURM on one machine: `python -m tests.slurm.cluster` runs one until its standard input ends.
 
-It starts munged, slurmctld and seven slurmd in the foreground, below a directory and on ports of its own, as whoever
-calls it, and touches nothing that is installed. By whatever way its parent ends, standard input ends with it; then
-all daemons and all processes of jobs are killed and the directory is removed.
+It starts munged, slurmctld and a slurmd for each node in the foreground, below a directory and on ports of its own, as
+whoever calls it, and touches nothing that is installed. By whatever way its parent ends, standard input ends with it;
+then all daemons and all processes of jobs are killed and the directory is removed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,17 @@ import tempfile
 import time
 from pathlib import Path
 
-NODES = ("n0", "n1", "n2", "n3", "low0", "odd0", "odd1")  # that they have more CPUs than the machine does not matter
+NODES = (
+    "n0",
+    "n1",
+    "n2",
+    "n3",
+    "low0",
+    "odd0",
+    "odd1",
+    "s0",
+    "s1",
+)  # that they have more CPUs than the machine does not matter
 PR_SET_CHILD_SUBREAPER = 36  # of prctl(2)
 READY = "ready"
 os.environ["PATH"] += ":/usr/sbin:/sbin"  # where the daemons are, which not every shell looks at
@@ -58,6 +68,7 @@ PartitionName=main Nodes=n[0-3] Default=YES PreemptMode=OFF
 PartitionName=low Nodes=low0 PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
 PartitionName=urgent Nodes=low0 PriorityTier=10 PreemptMode=OFF
 PartitionName=odd Nodes=odd[0-1]
+PartitionName=studies Nodes=s[0-1]
 """
 
 

@@ -83,9 +83,9 @@ class Cluster:
         path = self.path / f"{out}.log"
         return path.read_text() if path.exists() else ""
 
-    def result(self, out: str) -> dict[str, Any]:
-        """The result.json of a run; empty if there is none."""
-        path = self.path / out / "result.json"
+    def result(self, out: str, name: str = "result.json") -> dict[str, Any]:
+        """The result.json of a run, or another such file; empty if there is none."""
+        path = self.path / out / name
         return json.loads(path.read_text()) if path.exists() else {}
 
     def checkpoints(self, out: str) -> list[Path]:

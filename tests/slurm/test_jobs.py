@@ -5,6 +5,8 @@ Most of the time jobs wait: for SLURM, or in steps that sleep. So all scenarios 
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ STEPS = 60
 FLAGS = f"--steps {STEPS} --microbatches 16 --hidden 24 --save-every 5 --log-every 5"
 TWO = "--nodes=1 --ntasks-per-node=2"
 SLOW = {"PROGRAM": "-m tests.slurm.slow", "PACE": "0.15"}
+STUDY = "--repeats 1 --steps 3 --warm-up 1"
 SCENARIOS: list[Callable[[Cluster], Ended]] = []
 
 
@@ -128,6 +131,48 @@ def array(cluster: Cluster) -> Ended:
     return Ended(tasks[0], cluster.result("array-0"), cluster.log("array"))
 
 
+def study(cluster: Cluster, script: str, nodes: int, launch: str) -> Ended:
+    """A study of one and two ranks in one job."""
+    flags = f"--partition=studies --nodes={nodes} --ntasks-per-node={2 // nodes}"
+    job = cluster.submit(flags, f"{script}.sbatch", f"{STUDY} -- --hidden 16", script, LAUNCH=launch)
+    return Ended(cluster.wait(job), cluster.result(script, "scaling.json"), cluster.log(script))
+
+
+@scenario
+def strong_scaling(cluster: Cluster) -> Ended:
+    return study(cluster, "strong_scaling", 2, "srun --mpi=pmi2 --cpu-bind=cores")
+
+
+@scenario
+def weak_scaling_under_mpirun(cluster: Cluster) -> Ended:
+    return study(cluster, "weak_scaling", 1, "mpirun -n 2")
+
+
+@scenario
+def queued_study(cluster: Cluster) -> Ended:
+    """Two jobs wait; asked again, nothing is submitted; one is cancelled, and only that one is submitted again."""
+    out = str(cluster.path / "queued")
+    command = [sys.executable, "-m", "mpiml.scaling", "run", "--slurm", "--ranks", "2", "--node-ranks", "2"]
+    command += ["--out", out, *STUDY.split()]
+
+    def run(sbatch: str) -> dict[str, str]:
+        told = cluster.call(*command, "--sbatch", sbatch, "--", "--hidden", "16", LAUNCH="srun --mpi=pmi2")
+        return dict(re.findall(r"^ranks (\d+), repeat 0: (.*)", told, re.MULTILINE))
+
+    first, second = run("--partition=studies --hold"), run("--partition=studies --hold")
+    jobs = {ranks: re.findall(r"submitted as job (\d+)", what)[0] for ranks, what in first.items()}
+    assert second == {ranks: f"0 of {3 - int(ranks)} there; job {job} is pending" for ranks, job in jobs.items()}
+    cluster.call("scontrol", "release", jobs["1"])
+    cluster.call("scancel", jobs["2"])
+    assert cluster.wait(jobs["1"])["JobState"] == "COMPLETED"
+    third = run("--partition=studies")
+    assert third["1"] == "2 of 2 there"
+    job = re.findall(r"0 of 1 there; submitted as job (\d+)", third["2"])[0]
+    state = cluster.wait(job)
+    cluster.call(sys.executable, "-m", "mpiml.scaling", "report", out)
+    return Ended(state, cluster.result("queued", "scaling.json"), "")
+
+
 @pytest.fixture(scope="module")
 def scenarios(cluster: Cluster) -> Iterator[dict[str, Future[Ended]]]:
     with ThreadPoolExecutor(len(SCENARIOS)) as pool:
@@ -214,6 +259,24 @@ def test_time_limit(end: Ended, uninterrupted: str) -> None:
     assert_same_end(end, uninterrupted)
     assert end.restarts >= 1
     assert "time is nearly up" in end.log
+
+
+def assert_whole_study(end: Ended) -> None:
+    assert end.job["JobState"] == "COMPLETED", end.log
+    assert end.result["open"] == 0
+    assert {row["ranks"] for row in end.result["rows"]} == {1, 2}
+
+
+def test_strong_scaling(end: Ended) -> None:
+    assert_whole_study(end)
+
+
+def test_weak_scaling_under_mpirun(end: Ended) -> None:
+    assert_whole_study(end)
+
+
+def test_queued_study(end: Ended) -> None:
+    assert_whole_study(end)
 
 
 def test_shell_scripts_are_sound(cluster: Cluster) -> None:
