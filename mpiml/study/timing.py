@@ -19,7 +19,7 @@ import mpiml
 from mpiml import load
 from mpiml.clock import SHARES, Clock
 from mpiml.config import Config, parse
-from mpiml.parallel import grid as grids
+from mpiml.parallel.split import check_ranks
 from mpiml.run import environment
 from mpiml.run.directory import write_atomically
 from mpiml.run.failure import Guard
@@ -57,7 +57,7 @@ def main() -> None:
 
 def point(comm: MPI.Intracomm, path: Path, warm_up: int, steps: int, config: Config) -> None:
     """Measure a point and let rank 0 write what is found, with all that it depends on, to `path`; collective."""
-    grids.check(comm.size, config.pipe)
+    check_ranks(comm.size, config.pipe)
     prepare_process(config.threads)
     data = load.open_data(config, comm, Clock(), None)
     trainer = Trainer(comm, config.replace(steps=warm_up + steps, epochs=None), data)
