@@ -79,7 +79,7 @@ def test_rooms_know_only_themselves_and_the_ground_floor(name: str) -> None:
     assert {module for module in ours(name) - GROUND if not inside(module, room)} == set()
 
 
-@pytest.mark.parametrize("name", [*of("mpiml.nn", "mpiml.data"), *PURE, "mpiml.config", "mpiml.design"])
+@pytest.mark.parametrize("name", [*of("mpiml.nn", "mpiml.data"), *PURE, "mpiml.config", "mpiml.design", "mpiml.plan"])
 def test_no_mpi_in_pure_modules(name: str) -> None:
     """Nor through what they import: --help and all that is planned beforehand work where MPI does not."""
     assert {module for module in everything_below(name) if inside(module, "mpi4py")} == set()
