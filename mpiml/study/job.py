@@ -15,6 +15,8 @@ from mpiml.data.dataset import Dataset
 from mpiml.data.inspection import inspect, problem
 from mpiml.design import StageDesign, cut, final_shape, resolve
 from mpiml.errors import DataError
+from mpiml.nn.layer import Layer
+from mpiml.nn.parameters import Shape
 from mpiml.parallel.split import check_ranks
 from mpiml.partition import part
 
@@ -102,12 +104,41 @@ def needs(data: Dataset, classes: int | None) -> tuple[int, int]:
     return highest["y"] + 1, highest["x"] + 1
 
 
-def job_of(config: Config, ranks: int, node_ranks: int, data: Dataset) -> Job:
-    """What mpiml.train would run with these settings. Raises ConfigError or DataError as it would."""
-    check_ranks(ranks, config.pipe)
-    config = resolve(config, len(data.train), data.classification, ranks // config.pipe)
+@dataclass(frozen=True)
+class Training:
+    """What is trained, whatever the grid: layers, the shape of an input row, rows, and what else a Job has."""
+
+    layers: Sequence[Layer]
+    shape: Shape
+    rows: int
+    classification: bool
+    columns: int
+
+    def on(self, config: Config, ranks: int, node_ranks: int, rows: int | None = None) -> Job:
+        """The job on a grid, on as many rows as there are or on others. Raises ConfigError as mpiml.train would."""
+        rows = rows or self.rows
+        check_ranks(ranks, config.pipe)
+        config = resolve(config, rows, self.classification, ranks // config.pipe)
+        return Job(config, cut(config, self.layers, self.shape), ranks, node_ranks, rows, self.columns)
+
+
+def training(config: Config, data: Dataset) -> Training:
+    """What mpiml.train would train with these settings. Raises ConfigError or DataError as it would."""
+    config = resolve(config.replace(pipe=1, cuts=(), microbatches=1), len(data.train), data.classification, 1)
     outputs, tokens = needs(data, config.classes)
     shape = data.train.x.shape
     layers = build_model(config, shape, outputs, max(outputs, tokens), final_shape(data, outputs), None)
     columns = 2 + build_metric(config, outputs).columns
-    return Job(config, cut(config, layers, shape), ranks, node_ranks, len(data.train), columns)
+    return Training(layers, shape, len(data.train), data.classification, columns)
+
+
+def job_of(config: Config, ranks: int, node_ranks: int, data: Dataset) -> Job:
+    """The job that mpiml.train would be on so many ranks. Raises ConfigError or DataError as it would."""
+    check_ranks(ranks, config.pipe)
+    resolve(config, len(data.train), data.classification, ranks // config.pipe)  # before data are read
+    return training(config, data).on(config, ranks, node_ranks)
+
+
+def kind(layer: Layer) -> str:
+    inner = ", ".join(kind(one) for one in layer.inner())
+    return f"{type(layer).__name__}({inner})" if inner else type(layer).__name__

@@ -18,13 +18,12 @@ from mpiml.config import parse
 from mpiml.design import grid_text, open_data
 from mpiml.errors import ConfigError, RunError
 from mpiml.nn import layer as nn
-from mpiml.nn.layer import Layer
 from mpiml.nn.parameters import Shape
 from mpiml.parallel.split import check_ranks
 from mpiml.study import activations, costs
 from mpiml.study.columns import count, size, table
 from mpiml.study.costs import BACKWARD
-from mpiml.study.job import Job, job_of
+from mpiml.study.job import Job, job_of, kind
 
 TRAINING = 1 + BACKWARD  # times the operations of a forward pass
 
@@ -148,13 +147,8 @@ def _layers(job: Job) -> list[LayerLine]:
         shapes = nn.stack_shapes(stage.layers, stage.x_shape)
         for layer, before, after in zip(stage.layers, shapes, shapes[1:], strict=False):
             size = sum(parameter.size for parameter in nn.parameters([layer]))
-            lines.append(LayerLine(layer.path, _kind(layer), after, size, layer.flops(before), number))
+            lines.append(LayerLine(layer.path, kind(layer), after, size, layer.flops(before), number))
     return lines
-
-
-def _kind(layer: Layer) -> str:
-    inner = ", ".join(_kind(one) for one in layer.inner())
-    return f"{type(layer).__name__}({inner})" if inner else type(layer).__name__
 
 
 def _stage(job: Job, number: int, memory: costs.Memory, flops: int) -> StageLine:

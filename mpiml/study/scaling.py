@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from mpiml.config import parse
 from mpiml.errors import ConfigError, RunError
 from mpiml.run.directory import write_atomically
+from mpiml.study import predict
 from mpiml.study.points import POINTS, STUDY, Point, plan, runs
 
 HELP = "Everything after -- are settings of mpiml.train: model, data, --batch (of a rank, in weak scaling), ..."
@@ -32,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     split = given.index("--") if "--" in given else len(given)
     try:
         chosen = _parser().parse_args(given[:split])
+        if "act" in chosen:
+            return int(chosen.act(chosen))
         if chosen.command == "run":
             return run(chosen, given[split + 1 :])
         from mpiml.study.report import report
@@ -62,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         "--launcher", metavar="TEXT", help='how to start a job, "srun -n {ranks}" say (default: srun in a job, mpirun)'
     )
     measure.add_argument("--timeout", type=float, default=600.0, metavar="X", help="seconds for a job (default: 600)")
+    predict.register(commands)
     tell = commands.add_parser("report", help="tables, plots and a page", allow_abbrev=False)
     tell.add_argument("directory", metavar="DIR", help="of a study")
     return parser
