@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,31 +20,30 @@ from mpiml.data.fingerprint import Fingerprint
 from mpiml.data.normalize import Normalization, NormalizedSource
 from mpiml.data.prefetch import ReadAhead, in_memory
 from mpiml.data.shards import Shards
-from mpiml.errors import ConfigError
+from mpiml.design import cut
 from mpiml.evaluation import Evaluation
-from mpiml.imports import is_name, named
+from mpiml.imports import named
 from mpiml.load import look_at, look_for_starving, measure
 from mpiml.nn import layer as nn
 from mpiml.nn import optimizers
 from mpiml.nn.losses import Metric
-from mpiml.nn.parameters import Gradients, Layout, Shape
+from mpiml.nn.parameters import Gradients, Layout
 from mpiml.nn.rates import learning_rate
-from mpiml.parallel import split
 from mpiml.parallel.allreduce import GradientSum, LibrarySum, OrderedSum
 from mpiml.parallel.grid import Grid
-from mpiml.parallel.memory import PrivateMemory, SharedMemory, bytes_of, share
+from mpiml.parallel.memory import PrivateMemory, SharedMemory, share
 from mpiml.parallel.record import Agreement, Record, agree
 from mpiml.parallel.schedules import SCHEDULES
 from mpiml.parallel.stage import Part, TrainingStage
 from mpiml.parallel.state import State
-from mpiml.parallel.tree import aligned, depth
+from mpiml.parallel.tree import depth
 from mpiml.parallel.update import Update
 from mpiml.partition import part
 from mpiml.run import launch
 from mpiml.run.pace import Pace
 from mpiml.run.verdict import together
+from mpiml.vectors import bytes_of
 
-DEFAULT_EPOCHS = 30
 MODULES = "first values of the model (make it in a function, or call torch.manual_seed before)"
 Agree = Callable[[NDArray[np.float64], bool, bool], Record]
 
@@ -93,41 +91,6 @@ class Run:
     def record(self, entries: int) -> NDArray[np.float64]:
         """An empty table for that many micro-batches."""
         return np.zeros((entries, 2 + self.metric.columns))
-
-
-def resolve(config: Config, rows: int, classification: bool, replicas: int) -> Config:
-    """The config with all that was left open decided, so that its text repeats the run on any grid.
-
-    Raises ConfigError for micro-batches that the replicas or the rows cannot share.
-    """
-    default = replicas if config.pipe == 1 else min(2 * config.pipe * replicas, rows)
-    microbatches = config.microbatches or default
-    if microbatches < replicas:
-        ranks = replicas * config.pipe
-        fits = next(s for s in range(config.pipe, ranks + 1) if ranks % s == 0 and ranks // s <= microbatches)
-        raise ConfigError(
-            f"--microbatches {microbatches}: {replicas} replicas need at least one each; "
-            f"at least {replicas}, or fewer replicas (--pipe {fits}, say)"
-        )
-    if microbatches > rows:
-        raise ConfigError(f"--microbatches {microbatches}: the data set has only {rows} rows to share out")
-    steps = config.steps or (config.epochs or DEFAULT_EPOCHS) * -(-rows // config.batch)
-    loss, metric = ("cross_entropy", "accuracy") if classification else ("mse", "r2")
-    for flag, value, fitting in (("--loss", config.loss, loss), ("--metric", config.metric, metric)):
-        if value not in ("auto", fitting) and not is_name(value):
-            kind = "integers" if classification else "not integers"
-            raise ConfigError(f"{flag} {value}: the data set's labels are {kind}; leave it at auto")
-    decay = config.weight_decay
-    return config.replace(
-        microbatches=microbatches,
-        steps=steps,
-        epochs=None,
-        loss=loss if config.loss == "auto" else config.loss,
-        metric=metric if config.metric == "auto" else config.metric,
-        lr=optimizers.default_rate(config.optimizer) if config.lr is None else config.lr,
-        weight_decay=(0.01 if config.optimizer == "adamw" else 0.0) if decay is None else decay,
-        decay_steps=config.decay_steps or steps,
-    )
 
 
 def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Model | None) -> Run:
@@ -206,22 +169,19 @@ def build_stage(
     metric = together(grid.comm, clock, functools.partial(build_metric, config, task.outputs))
     layers = together(grid.comm, clock, functools.partial(model_for, config, task, model))
     launch.check_alike(grid.comm, clock, {MODULES: digest(layers)})
-    shapes = nn.stack_shapes(layers, task.shape)
-    cuts = together(grid.comm, clock, functools.partial(find_cuts, config, layers, task.shape))
-    bounds = [0, *cuts, len(layers)]
-    stages = [layers[a:b] for a, b in itertools.pairwise(bounds)]
-    layouts = [Layout(nn.parameters(stage), config.dtype) for stage in stages]
+    stages = together(grid.comm, clock, functools.partial(cut, config, layers, task.shape))
+    stage = stages[grid.stage]
     here = Part(
-        forward=functools.partial(nn.forward, stages[grid.stage]),
+        forward=functools.partial(nn.forward, stage.layers),
         at=lambda training, step, m: nn.At(training, config.seed, step, m),
         objective=objective(loss, metric),
-        x_shape=shapes[bounds[grid.stage]],
-        y_shape=shapes[bounds[grid.stage + 1]],
+        x_shape=stage.x_shape,
+        y_shape=stage.y_shape,
         dtype=config.dtype,
-        learns=any(layout.size for layout in layouts[: grid.stage + 1]),
-        learned=any(layout.size for layout in layouts[: grid.stage]),
+        learns=stage.learned or stage.layout.size > 0,
+        learned=stage.learned,
     )
-    return layouts, metric, here
+    return [stage.layout for stage in stages], metric, here
 
 
 def find_transform(config: Config) -> Callable[..., Any] | None:
@@ -267,24 +227,3 @@ def place(
     if isinstance(board, SharedMemory):
         return sum_, Agreement(grid, board, microbatches, columns), notes
     return sum_, private, notes
-
-
-def find_cuts(config: Config, layers: Sequence[nn.Layer], shape: Shape) -> Sequence[int]:
-    """Where stages begin: as --cuts says, or so that the slowest stage is as fast as it can be."""
-    if config.cuts:
-        split.check_cuts(config.cuts, len(layers), config.pipe)
-        return config.cuts
-    return split.balanced(nn.stack_flops(layers, shape), config.pipe)
-
-
-def grid_text(run: Run) -> str:
-    """One line on the grid, with the flag that repeats the run's arithmetic on another."""
-    grid, config = run.grid, run.config
-    stages = f"{grid.stages} stage{'s' if grid.stages > 1 else ''}"
-    replicas = f"{grid.replicas} replica{'s' if grid.replicas > 1 else ''}"
-    ranks = f"{grid.comm.size} rank{'s' if grid.comm.size > 1 else ''}"
-    text = f"{ranks} = {stages} x {replicas}; --microbatches {config.microbatches} repeats these bits on any grid"
-    if not aligned(grid.replicas, config.microbatches or 1):
-        power = 1 << ((config.microbatches or 1) // grid.replicas).bit_length() - 1
-        text += f" (--microbatches {power * grid.replicas} would need the fewest messages on this one)"
-    return text

@@ -62,11 +62,7 @@ class Task:
 
 def model_for(config: Config, task: Task, model: Model | None) -> list[nn.Layer]:
     """The layers, named, for what a data set asks; `model` as of `build_model`."""
-    final: Shape | None = task.final
-    if is_name(config.loss) and is_name(config.metric):
-        final = None  # nothing of ours looks at the outputs
-    tokens = max(task.outputs, task.tokens)
-    return build_model(config, task.shape, task.outputs, tokens, final, model)
+    return build_model(config, task.shape, task.outputs, max(task.outputs, task.tokens), task.final, model)
 
 
 def build_model(
@@ -90,7 +86,8 @@ def build_model(
         raise
     except ValueError as error:
         raise ConfigError(f"the model does not fit the data: {error}") from None
-    if final is not None and found != final:
+    ours = not (is_name(config.loss) and is_name(config.metric))  # else nothing of ours looks at the outputs
+    if ours and final is not None and found != final:
         raise ConfigError(f"the model gives rows of shape {found}, but the labels need {final}")
     nn.skip_first_dx(layers)
     return layers

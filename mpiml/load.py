@@ -13,11 +13,11 @@ from typing import TypeVar
 import numpy as np
 from mpi4py import MPI
 
+from mpiml import design
 from mpiml.clock import Clock
 from mpiml.config import Config
-from mpiml.data.dataset import Dataset, open_dataset
+from mpiml.data.dataset import Dataset
 from mpiml.data.fingerprint import Fingerprint, difference
-from mpiml.data.formats import Options
 from mpiml.data.inspection import Findings, inspect, problem
 from mpiml.data.normalize import Moments, Normalization, moments
 from mpiml.data.shards import Shards, classes_seen, starved
@@ -34,10 +34,9 @@ def open_data(config: Config, comm: MPI.Intracomm, clock: Clock, data: Dataset |
 
     Raises, on all ranks alike, DataError or ConfigError if there is none, or if some rank has another.
     """
-    options = Options(config.label, config.context, config.held_out, config.token_dtype)
 
     def opened() -> tuple[Dataset, Fingerprint]:
-        opened = data or open_dataset(config.data, options)
+        opened = data or design.open_data(config)
         return opened, opened.fingerprint
 
     mine, fingerprint = together(comm, clock, naming(comm.rank, comm.size, opened))

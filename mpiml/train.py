@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from mpiml import assemble, load, restart
+from mpiml import assemble, design, load, restart
 from mpiml.assemble import Run
 from mpiml.build import Model
 from mpiml.clock import Clock
@@ -40,6 +40,7 @@ from mpiml.data.dataset import Dataset
 from mpiml.errors import SAVED, NotFiniteError
 from mpiml.parallel import grid as grids
 from mpiml.parallel.record import Record, agree
+from mpiml.parallel.split import check_ranks
 from mpiml.run import launch, log, trace
 from mpiml.run.deadline import Deadline
 from mpiml.run.failure import Guard, exit_code
@@ -88,7 +89,7 @@ def _train(
     cfg = on_rank_0(comm, clock, lambda: restart.settings(asked)) if asked.resume else asked
     stop = StopRequest(Deadline(cfg.time_limit, os.environ))
     with Watch(comm.Dup(), clock, cfg.stall_timeout, guard.fail), stop:
-        together(comm, clock, lambda: grids.check(comm.size, cfg.pipe))
+        together(comm, clock, lambda: check_ranks(comm.size, cfg.pipe))
         if cfg.trace:
             on_rank_0(comm, clock, lambda: trace.check(cfg.trace))
         prepare_process(cfg.threads)
@@ -96,7 +97,7 @@ def _train(
             return done
         dataset = load.open_data(cfg, comm, clock, data)
         replicas = comm.size // cfg.pipe
-        cfg = together(comm, clock, lambda: assemble.resolve(cfg, len(dataset.train), dataset.classification, replicas))
+        cfg = together(comm, clock, lambda: design.resolve(cfg, len(dataset.train), dataset.classification, replicas))
         if cfg.resume and (done := on_rank_0(comm, clock, lambda: restart.finished(cfg))):  # --epochs has become steps
             return done
         run = assemble.assemble(cfg, dataset, grids.build(comm, cfg.pipe), clock, model)
@@ -108,7 +109,8 @@ def _train(
             rows, metric = run.shards.rows_per_step, run.metric.name
             with log.Log(run.grid.comm, directory.metrics, clock, rows, metric, run.pace()) as logger:
                 logger.open_console(start + 1, run.steps, cfg.quiet)
-                for line in [*directory.notes, *run.notes, *notes, assemble.grid_text(run)]:
+                grid = design.grid_text(run.grid.stages, run.grid.replicas, cfg.microbatches or 1)
+                for line in [*directory.notes, *run.notes, *notes, grid]:
                     logger.say(line)
                 # Numbers that are not finite end the run, with a better message than NumPy's.
                 drawn = trace.written(cfg.trace, run.grid, clock, logger.say)

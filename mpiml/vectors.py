@@ -29,6 +29,11 @@ def zeros(size: int, dtype: DTypeLike) -> Vector:
     return vector
 
 
+def bytes_of(size: int, dtype: DTypeLike) -> int:
+    """What a vector takes, with what keeps the next one on a cache line."""
+    return -(-size * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT
+
+
 def add(left: Vector, right: Vector, out: Vector) -> None:
     """out = left + right, all of one length; `out` may be `left`."""
     np.add(left, right, out=out)

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpiml.assemble import resolve
 from mpiml.build import build_loss, build_metric, build_model, objective
 from mpiml.config import Config
+from mpiml.design import resolve
 from mpiml.errors import ConfigError
 from mpiml.imports import is_name, named
 from mpiml.nn.layers import (

@@ -5,15 +5,6 @@ from dataclasses import dataclass
 
 from mpi4py import MPI
 
-from mpiml.errors import ConfigError
-
-
-def check(ranks: int, pipe: int) -> None:
-    """Raise ConfigError unless `ranks` divide into pipelines of `pipe` stages."""
-    if pipe > ranks or ranks % pipe:
-        fits = ", ".join(str(s) for s in range(1, ranks + 1) if ranks % s == 0)
-        raise ConfigError(f"{ranks} ranks do not divide into pipelines of {pipe} stages; --pipe {fits} would work")
-
 
 @dataclass
 class Grid:

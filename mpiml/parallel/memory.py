@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike
 
 from mpiml import vectors
 from mpiml.errors import ConfigError
-from mpiml.vectors import ALIGNMENT, Vector
+from mpiml.vectors import ALIGNMENT, Vector, bytes_of
 from mpiml.waiting import until, wait
 
 PAGE = mmap.PAGESIZE
@@ -188,11 +188,6 @@ def share(
         refusal.everywhere = True
         raise refusal
     return PrivateMemory(), f"{problems[0]}: each rank keeps its own copy of the model"
-
-
-def bytes_of(size: int, dtype: DTypeLike) -> int:
-    """What a vector takes, with what keeps the next one on a cache line."""
-    return -(-size * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT
 
 
 def _pages(size: int) -> int:

@@ -1,5 +1,6 @@
 """A simulator for schedules: finds deadlocks, gives times and memory, draws the picture; no MPI."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mpiml.parallel.schedules import Action, Schedule
@@ -34,13 +35,24 @@ class Deadlock(Exception):
 
 
 def simulate(
-    schedule: Schedule, stages: int, microbatches: int, forward: float = 1.0, backward: float = 1.0
+    schedule: Schedule,
+    stages: int,
+    microbatches: int,
+    forward: float | Sequence[float] = 1.0,
+    backward: float | Sequence[float] = 1.0,
+    message: float | Sequence[float] = 0.0,
 ) -> Simulation:
-    """Run a schedule on all stages. An action begins when its stage is free and its message has been sent; sends
-    take no time and block nobody, receives wait; nothing is buffered that a receive would not find.
+    """Run a schedule on all stages. An action begins when its stage is free and its message has arrived; sends
+    take no time of their stage and block nobody, receives wait; nothing is buffered that a receive would not find.
+
+    Args:
+        forward, backward: time of a pass, of all stages or of each.
+        message: time on the way, of all messages or of those between each stage and the next.
 
     Raises Deadlock, naming what each stage waits for.
     """
+    passes = {"F": _of_each(forward, stages), "B": _of_each(backward, stages)}
+    way = _of_each(message, stages - 1)
     ended: dict[tuple[int, Action], float] = {}
     todo = [list(schedule(stages, stage, microbatches)) for stage in range(stages)]
     place, clock = [0] * stages, [0.0] * stages
@@ -55,8 +67,9 @@ def simulate(
                 needs = _needs(stages, stage, action)
                 if any(need not in ended for need in needs):
                     break
-                begin = max([clock[stage], *(ended[need] for need in needs)])
-                end = begin + (forward if action.kind == "F" else backward)
+                arrived = (ended[need] + (way[min(stage, need[0])] if need[0] != stage else 0) for need in needs)
+                begin = max([clock[stage], *arrived])
+                end = begin + passes[action.kind][stage]
                 ended[stage, action] = clock[stage] = end
                 slots.append(Slot(stage, action, begin, end))
                 flight[stage] += 1 if action.kind == "F" else -1
@@ -67,6 +80,10 @@ def simulate(
     if stuck:
         raise Deadlock("; ".join(stuck))
     return Simulation(slots, max(clock, default=0.0), peak)
+
+
+def _of_each(times: float | Sequence[float], count: int) -> Sequence[float]:
+    return times if isinstance(times, Sequence) else [times] * count
 
 
 def _needs(stages: int, stage: int, action: Action) -> list[tuple[int, Action]]:

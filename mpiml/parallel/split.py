@@ -1,9 +1,16 @@
-"""Cutting a list of layers into stages; no MPI."""
+"""Cutting ranks into pipelines, and a list of layers into stages; no MPI."""
 
 import itertools
 from collections.abc import Sequence
 
 from mpiml.errors import ConfigError
+
+
+def check_ranks(ranks: int, pipe: int) -> None:
+    """Raise ConfigError unless `ranks` divide into pipelines of `pipe` stages."""
+    if pipe > ranks or ranks % pipe:
+        fits = ", ".join(str(s) for s in range(1, ranks + 1) if ranks % s == 0)
+        raise ConfigError(f"{ranks} ranks do not divide into pipelines of {pipe} stages; --pipe {fits} would work")
 
 
 def balanced(costs: Sequence[int], stages: int) -> list[int]:

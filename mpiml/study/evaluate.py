@@ -28,7 +28,8 @@ from mpiml.evaluation import Evaluation
 from mpiml.nn.parameters import Layout
 from mpiml.parallel import grid as grids
 from mpiml.parallel.grid import Grid
-from mpiml.parallel.memory import bytes_of, share
+from mpiml.parallel.memory import share
+from mpiml.parallel.split import check_ranks
 from mpiml.parallel.stage import Stage
 from mpiml.parallel.state import VALUES, State
 from mpiml.parallel.values import Values
@@ -41,6 +42,7 @@ from mpiml.run.process import prepare_process
 from mpiml.run.verdict import on_rank_0, together
 from mpiml.run.watch import Watch
 from mpiml.study.predictions import Predictions, check_path
+from mpiml.vectors import bytes_of
 
 PROGRAM = "mpiml.evaluate"
 
@@ -97,7 +99,7 @@ def evaluate(
     with Guard(comm, clock, PROGRAM) as guard:
         launch.check_size(MPI.COMM_WORLD.size)
         launch.check_alike(comm, clock, launch.software())
-        together(comm, clock, lambda: grids.check(comm.size, pipe))
+        together(comm, clock, lambda: check_ranks(comm.size, pipe))
         found = on_rank_0(comm, clock, look)
         with Watch(comm.Dup(), clock, found.config.stall_timeout, guard.fail), np.errstate(all="ignore"):
             return _evaluate(found, whole, data, predictions, comm, clock, model)

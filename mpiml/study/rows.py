@@ -22,7 +22,7 @@ from mpiml.nn.optimizers import SGD, Optimizer
 from mpiml.nn.parameters import Layout, Parameter, constant
 from mpiml.parallel import grid as grids
 from mpiml.parallel.allreduce import OrderedSum
-from mpiml.parallel.memory import PrivateMemory, SharedMemory, bytes_of, share
+from mpiml.parallel.memory import PrivateMemory, SharedMemory, share
 from mpiml.parallel.update import Update
 from mpiml.run.process import prepare_process
 from mpiml.study.byhand import Perceptron
@@ -39,7 +39,7 @@ from mpiml.study.trainer import (
     repeats,
     tower,
 )
-from mpiml.vectors import PIECE, Operands
+from mpiml.vectors import PIECE, Operands, bytes_of
 from mpiml.waiting import meet, share_cores
 
 WORLD = MPI.COMM_WORLD

@@ -18,6 +18,7 @@ from typing import NoReturn
 from mpiml.config import parse
 from mpiml.errors import ConfigError, RunError
 from mpiml.run.directory import write_atomically
+from mpiml.study import predict
 from mpiml.study.points import POINTS, STUDY, TRAINING, Point, plan
 from mpiml.study.queue import submit
 from mpiml.study.tasks import Task, tasks
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     split = given.index("--") if "--" in given else len(given)
     try:
         chosen = _parser().parse_args(given[:split])
+        if "act" in chosen:
+            return int(chosen.act(chosen))
         if chosen.command == "run":
             return run(chosen, given[split + 1 :])
         from mpiml.study.report import report
@@ -84,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         "--slurm", action="store_true", help="submit a job for each number of ranks and repeat, and do not wait"
     )
     queue.add_argument("--sbatch", default="", metavar="TEXT", help='flags of sbatch, "--partition=x --account=y" say')
+    predict.register(commands)
     tell = commands.add_parser("report", help="tables, plots and a page", allow_abbrev=False)
     tell.add_argument("directory", metavar="DIR", help="of a study")
     return parser

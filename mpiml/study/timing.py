@@ -19,10 +19,10 @@ import mpiml
 from mpiml import load
 from mpiml.clock import SHARES, Clock
 from mpiml.config import Config, parse
-from mpiml.parallel import grid as grids
+from mpiml.parallel.split import check_ranks
 from mpiml.run import environment, launch
 from mpiml.run.directory import write_atomically
-from mpiml.run.failure import Guard
+from mpiml.run.failure import Guard, exit_code
 from mpiml.run.process import prepare_process
 from mpiml.study.trainer import Trainer
 
@@ -49,16 +49,20 @@ def measure(comm: MPI.Intracomm, trainer: Trainer, warm_up: int, steps: int) -> 
     return {"step_seconds": seconds.tolist(), "shares": dict(zip(SHARES, shares.tolist(), strict=True))}
 
 
-def main() -> None:
-    """Measure a point."""
-    with Guard(MPI.COMM_WORLD, Clock(), "mpiml.study.timing"):
-        launch.check_size(MPI.COMM_WORLD.size)
-        point(MPI.COMM_WORLD, Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), parse(sys.argv[4:]))
+def main() -> int:
+    """Measure a point. Returns the exit code."""
+    try:
+        with Guard(MPI.COMM_WORLD, Clock(), "mpiml.study.timing"):
+            launch.check_size(MPI.COMM_WORLD.size)
+            point(MPI.COMM_WORLD, Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), parse(sys.argv[4:]))
+        return 0
+    except BaseException as error:  # reported already
+        return exit_code(error)
 
 
 def point(comm: MPI.Intracomm, path: Path, warm_up: int, steps: int, config: Config) -> None:
     """Measure a point and let rank 0 write what is found, with all that it depends on, to `path`; collective."""
-    grids.check(comm.size, config.pipe)
+    check_ranks(comm.size, config.pipe)
     prepare_process(config.threads)
     data = load.open_data(config, comm, Clock(), None)
     trainer = Trainer(comm, config.replace(steps=warm_up + steps, epochs=None), data)
@@ -85,4 +89,4 @@ def point(comm: MPI.Intracomm, path: Path, warm_up: int, steps: int, config: Con
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,7 +8,7 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import ArrayLike
 
-from mpiml import assemble
+from mpiml import assemble, design
 from mpiml.clock import Clock
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
@@ -31,7 +31,7 @@ class Trainer:
 
     def __init__(self, comm: MPI.Intracomm, config: Config, data: Dataset, layers: Sequence[Layer] | None = None):
         replicas = comm.size // config.pipe
-        config = assemble.resolve(config, len(data.train), data.classification, replicas)
+        config = design.resolve(config, len(data.train), data.classification, replicas)
         self.run = assemble.assemble(config, data, grids.build(comm, config.pipe), Clock(), layers)
         self.number = 0
 

@@ -3,29 +3,10 @@
 import pytest
 from mpi4py import MPI
 
-from mpiml.errors import ConfigError
 from mpiml.parallel import grid as grids
 from tests.conftest import launch
 
 WORLD = MPI.COMM_WORLD
-
-
-@pytest.mark.parametrize(
-    ("ranks", "pipe", "message"),
-    [
-        (6, 4, r"^6 ranks do not divide into pipelines of 4 stages; --pipe 1, 2, 3, 6 would work$"),
-        (4, 8, r"^4 ranks do not divide into pipelines of 8 stages; --pipe 1, 2, 4 would work$"),
-        (1, 2, r"^1 ranks do not divide into pipelines of 2 stages; --pipe 1 would work$"),
-    ],
-)
-def test_refused_grids_say_what_would_work(ranks: int, pipe: int, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        grids.check(ranks, pipe)
-
-
-@pytest.mark.parametrize(("ranks", "pipe"), [(1, 1), (6, 1), (6, 2), (6, 3), (6, 6), (16, 4)])
-def test_good_grids(ranks: int, pipe: int) -> None:
-    grids.check(ranks, pipe)
 
 
 @pytest.mark.mpi

@@ -16,7 +16,8 @@ from mpi4py import MPI
 
 from mpiml.errors import ConfigError
 from mpiml.parallel import memory as memories
-from mpiml.parallel.memory import FencedMemory, PrivateMemory, SharedMemory, bytes_of, share
+from mpiml.parallel.memory import FencedMemory, PrivateMemory, SharedMemory, share
+from mpiml.vectors import bytes_of
 from tests.conftest import mpirun
 
 COMM = MPI.COMM_WORLD

@@ -49,6 +49,14 @@ def test_schedule_is_as_good_as_theory(name: str, stages: int) -> None:
         assert simulation.bubble() == pytest.approx((stages - 1) / (microbatches + stages - 1))
 
 
+def test_stages_and_messages_may_take_times_of_their_own() -> None:
+    """Two stages, two micro-batches: by hand, F0 F1 [0] [1] on the first, F0 [0] F1 [1] on the second."""
+    simulation = simulate(one_f_one_b, 2, 2, [1, 3], [2, 6], [10])
+    ends = [(slot.stage, str(slot.action), slot.end) for slot in simulation.slots]
+    assert [end for stage, _, end in ends if stage == 0] == [1, 2, 32, 41]
+    assert [end for stage, _, end in ends if stage == 1] == [14, 20, 23, 29]
+
+
 @pytest.mark.parametrize("stages", [1, 3])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_no_micro_batches(name: str, stages: int) -> None:

@@ -1,4 +1,4 @@
-"""Tests of cutting layers into stages, against all possible cuts."""
+"""Tests of cutting ranks into pipelines, and layers into stages, against all possible cuts."""
 
 import itertools
 import random
@@ -6,7 +6,25 @@ import random
 import pytest
 
 from mpiml.errors import ConfigError
-from mpiml.parallel.split import balanced, check_cuts
+from mpiml.parallel.split import balanced, check_cuts, check_ranks
+
+
+@pytest.mark.parametrize(
+    ("ranks", "pipe", "message"),
+    [
+        (6, 4, r"^6 ranks do not divide into pipelines of 4 stages; --pipe 1, 2, 3, 6 would work$"),
+        (4, 8, r"^4 ranks do not divide into pipelines of 8 stages; --pipe 1, 2, 4 would work$"),
+        (1, 2, r"^1 ranks do not divide into pipelines of 2 stages; --pipe 1 would work$"),
+    ],
+)
+def test_refused_grids_say_what_would_work(ranks: int, pipe: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_ranks(ranks, pipe)
+
+
+@pytest.mark.parametrize(("ranks", "pipe"), [(1, 1), (6, 1), (6, 2), (6, 3), (6, 6), (16, 4)])
+def test_good_grids(ranks: int, pipe: int) -> None:
+    check_ranks(ranks, pipe)
 
 
 def dearest(costs: list[int], cuts: list[int]) -> int:

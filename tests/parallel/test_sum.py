@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from mpiml.nn import optimizers
 from mpiml.nn.parameters import Block, Layout, Parameter, Statistic, constant
 from mpiml.parallel.allreduce import GradientSum, LibrarySum, OrderedSum
-from mpiml.parallel.memory import FencedMemory, PrivateMemory, SharedMemory, bytes_of
+from mpiml.parallel.memory import FencedMemory, PrivateMemory, SharedMemory
 from mpiml.parallel.tree import depth
 from mpiml.parallel.update import Update
-from mpiml.vectors import BLOCK, Operands
+from mpiml.vectors import BLOCK, Operands, bytes_of
 
 pytestmark = pytest.mark.mpi
 WORLD = MPI.COMM_WORLD

@@ -1,0 +1,113 @@
+"""What a run will be, decided before it begins: steps, micro-batches, layers, stages; no MPI."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mpiml.config import Config
+from mpiml.data.dataset import Dataset, open_dataset
+from mpiml.data.formats import Options
+from mpiml.errors import ConfigError
+from mpiml.imports import is_name
+from mpiml.nn import layer as nn
+from mpiml.nn import optimizers
+from mpiml.nn.parameters import Layout, Shape
+from mpiml.parallel import split
+from mpiml.parallel.tree import aligned
+
+DEFAULT_EPOCHS = 30
+
+
+def open_data(config: Config) -> Dataset:
+    """The data set that the settings name. Raises DataError or ConfigError if there is none."""
+    return open_dataset(config.data, Options(config.label, config.context, config.held_out, config.token_dtype))
+
+
+def resolve(config: Config, rows: int, classification: bool, replicas: int) -> Config:
+    """The config with all that was left open decided, so that its text repeats the run on any grid.
+
+    Raises ConfigError for micro-batches that the replicas or the rows cannot share.
+    """
+    default = replicas if config.pipe == 1 else min(2 * config.pipe * replicas, rows)
+    microbatches = config.microbatches or default
+    if microbatches < replicas:
+        ranks = replicas * config.pipe
+        fits = next(s for s in range(config.pipe, ranks + 1) if ranks % s == 0 and ranks // s <= microbatches)
+        raise ConfigError(
+            f"--microbatches {microbatches}: {replicas} replicas need at least one each; "
+            f"at least {replicas}, or fewer replicas (--pipe {fits}, say)"
+        )
+    if microbatches > rows:
+        raise ConfigError(f"--microbatches {microbatches}: the data set has only {rows} rows to share out")
+    steps = config.steps or (config.epochs or DEFAULT_EPOCHS) * -(-rows // config.batch)
+    loss, metric = ("cross_entropy", "accuracy") if classification else ("mse", "r2")
+    for flag, value, fitting in (("--loss", config.loss, loss), ("--metric", config.metric, metric)):
+        if value not in ("auto", fitting) and not is_name(value):
+            kind = "integers" if classification else "not integers"
+            raise ConfigError(f"{flag} {value}: the data set's labels are {kind}; leave it at auto")
+    decay = config.weight_decay
+    return config.replace(
+        microbatches=microbatches,
+        steps=steps,
+        epochs=None,
+        loss=loss if config.loss == "auto" else config.loss,
+        metric=metric if config.metric == "auto" else config.metric,
+        lr=optimizers.default_rate(config.optimizer) if config.lr is None else config.lr,
+        weight_decay=(0.01 if config.optimizer == "adamw" else 0.0) if decay is None else decay,
+        decay_steps=config.decay_steps or steps,
+    )
+
+
+@dataclass(frozen=True)
+class StageDesign:
+    """Consecutive layers of a model.
+
+    Attributes:
+        first: the number of its first layer in the model.
+        x_shape, y_shape: of a row that comes in and of one that goes out.
+        layout: of its parameters.
+        learned: whether a stage before it has parameters, and so needs a gradient from this one.
+        flops: floating-point operations of the forward pass for a row.
+    """
+
+    first: int
+    layers: list[nn.Layer]
+    x_shape: Shape
+    y_shape: Shape
+    layout: Layout
+    learned: bool
+    flops: int
+
+
+def cut(config: Config, layers: Sequence[nn.Layer], shape: Shape) -> list[StageDesign]:
+    """The stages that the settings cut a model into: as --cuts says, or so that the slowest is as fast as it can be.
+
+    Raises ConfigError if there are too few layers.
+    """
+    shapes, flops = nn.stack_shapes(layers, shape), nn.stack_flops(layers, shape)
+    if config.cuts:
+        split.check_cuts(config.cuts, len(layers), config.pipe)
+    cuts = config.cuts or split.balanced(flops, config.pipe)
+    stages: list[StageDesign] = []
+    for a, b in itertools.pairwise([0, *cuts, len(layers)]):
+        layout = Layout(nn.parameters(layers[a:b]), config.dtype)
+        learned = any(stage.layout.size for stage in stages)
+        stages.append(StageDesign(a, list(layers[a:b]), shapes[a], shapes[b], layout, learned, sum(flops[a:b])))
+    return stages
+
+
+def grid_text(stages: int, replicas: int, microbatches: int) -> str:
+    """One line on a grid, with the flag that repeats the run's arithmetic on another."""
+    ranks = stages * replicas
+    text = f"{_count(ranks, 'rank')} = {_count(stages, 'stage')} x {_count(replicas, 'replica')}"
+    text += f"; --microbatches {microbatches} repeats these bits on any grid"
+    if not aligned(replicas, microbatches):
+        power = 1 << (microbatches // replicas).bit_length() - 1
+        text += f" (--microbatches {power * replicas} would need the fewest messages on this one)"
+    return text
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" + ("s" if number > 1 else "")
