@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -79,8 +80,9 @@ class Pieces:
         self.run, self.layers = trainer.run, layers
         self._random = np.random.default_rng(0)
 
-    def passes(self, rows: int) -> Seconds:
-        """Measures inputs, each layer forward, the loss, each layer backward in this order: of `rows` random rows."""
+    def step(self, rows: int) -> Seconds:
+        """Measures inputs, each layer forward, the loss, each layer backward, and sum and update, in this order: of
+        `rows` random rows. One after the other as in training, for each finds in cache what the others leave there."""
         part, split, dtype = self.run.stage.part, self.run.shards.split, self.run.config.dtype
         gradients, transform = part.gradients[0], self.run.shards.batches(1)[0].transform
 
@@ -101,23 +103,22 @@ class Pieces:
                 dx = backward(dy, gradients) if dy is not None else None
                 dy = None if dx is None else np.ascontiguousarray(dx, dtype)
                 marks.append(time.perf_counter())
+            self.run.update.step(0.0, 1.0, 1, False)
+            marks.append(time.perf_counter())
             return np.diff(marks).tolist()
-
-        return parts
-
-    def update(self, rows: int) -> Seconds:
-        """Measures summing and optimizing, after a pass of `rows` rows: what is in cache is what then is."""
-        before, update = self.passes(rows), self.run.update
-
-        def parts() -> list[float]:
-            before()
-            return timed(lambda: update.step(0.0, 1.0, 1, False))()
 
         return parts
 
     def add(self) -> None:
         slots = self.run.stage.sum.slots
         vectors.add(slots[0], slots[1], out=slots[0])
+
+
+def in_parts(found: Sequence[Sequence[float]], layers: int) -> dict[str, Any]:
+    """What Pieces.step has measured for some numbers of rows, as curves; those of layers in the order of layers."""
+    inputs, *middle, update = (list(curve) for curve in zip(*found, strict=True))
+    forward, loss, backward = middle[:layers], middle[layers], middle[layers + 1 :]
+    return {"inputs": inputs, "forward": forward, "loss": loss, "backward": backward[::-1], "update": update}
 
 
 class Idle:
@@ -171,19 +172,18 @@ class Calibration:
         config = self.config.replace(pipe=1, cuts=(), microbatches=2, bucket=0.0)
         trainer = Trainer(MPI.COMM_SELF, config, self.data, self.layers)
         own = Pieces(trainer, self.layers)
-        curves = [measure(own.passes(rows)) for rows in self.rows]
-        inputs, *middle = (list(curve) for curve in zip(*curves, strict=True))
-        count = len(self.layers)
-        update, add = measure(own.update(self.rows[-1]))[0], measure(timed(own.add))[0]
+        curves = [measure(own.step(rows)) for rows in self.rows]
+        parts = in_parts(curves, len(self.layers))
+        add = measure(timed(own.add))[0]
         size = max(trainer.run.stage.sum.values.size, 1)
         trainer.run.free()
         step, microbatch, fixed = self._overhead(comm, measure)
         return Pace(
-            inputs=inputs,
-            forward=middle[:count],
-            loss=middle[count],
-            backward=middle[:count:-1],
-            update=max(update - fixed, 0.0) / size,
+            inputs=parts["inputs"],
+            forward=parts["forward"],
+            loss=parts["loss"],
+            backward=parts["backward"],
+            update=max(parts["update"][-1] - fixed, 0.0) / size,
             add=add / size,
             microbatch=microbatch,
             step=step,
@@ -194,12 +194,11 @@ class Calibration:
         one, many = (Idle(comm, self.config, count * comm.size) for count in (1, MANY))
         alone = Idle(MPI.COMM_SELF, self.config, 1)
         few, more = (measure(lambda idle=idle: [idle.step()], 1)[0] for idle in (one, many))
-        update = measure(alone.pieces.update(1))[0]
-        passes = sum(measure(alone.pieces.passes(1)))
+        *passes, update = measure(alone.pieces.step(1))
         for idle in (one, many, alone):
             idle.trainer.run.free()
         microbatch = (more - few) / (MANY - 1)
-        return max(few - microbatch, 0.0), max(microbatch - passes, 0.0), update
+        return max(few - microbatch, 0.0), max(microbatch - sum(passes), 0.0), update
 
     def _here(self, parts: Seconds, few: int = FEW) -> list[float]:
         """Measured on rank 0 alone, known to all."""

@@ -78,12 +78,16 @@ def exchange(job: Job, stage: int) -> Exchange:
     left = [node_partials(sum(groups[:g]), groups[g], replicas, job.microbatches) for g in range(len(groups))]
     everyone, of_node = sum(count for count, _ in left), np.bincount(homes, slices)
     groups_of_node = np.bincount(homes[np.cumsum([0, *groups[:-1]])], minlength=len(of_node))
+    all_lanes = {
+        count: np.array([np.bincount(owner % count, amounts) for amounts in (slices, parts)], np.int64)
+        for count in set(groups)
+    }
     first = 0
     for count, (partial, added) in zip(groups, left, strict=True):
         mine = slice(first, first + count)
-        lanes = np.zeros((2, count), np.int64)  # bytes, and parts, of others' slices that each rank speaks for
+        lanes = all_lanes[count].copy()  # bytes, and parts, of others' slices that each rank speaks for
         for row, amounts in enumerate((slices, parts)):
-            lanes[row] = np.bincount(owner % count, amounts) - np.bincount(owner[mine] % count, amounts[mine], count)
+            lanes[row] -= np.bincount(owner[mine] % count, amounts[mine], count).astype(np.int64)
         others = len(groups) - 1
         found.gradients_out[mine], found.values_in[mine] = partial * lanes[0], lanes[0]
         found.packed[mine], found.messages[mine] = added * lanes[0], partial * lanes[1] + others * parts[mine]

@@ -15,7 +15,7 @@ import numpy as np
 
 from mpiml.errors import ConfigError
 
-MACHINE = "machine.json"  # in the directory of a study
+MACHINE = "machine"  # of a study's directory: what was measured, a file for each time
 Curve = Sequence[float]  # seconds, by rows of a micro-batch
 Part = TypeVar("Part", "Pace", "Link")
 
@@ -130,15 +130,20 @@ class Machine:
 
 
 def load(directory: Path) -> Machine:
-    """What was measured for a study. Raises ConfigError if nothing was."""
-    path = directory / MACHINE
-    try:
-        return Machine.from_json(path.read_text())
-    except OSError:
-        makes = f"python -m mpiml.scaling calibrate {directory}"
-        raise ConfigError(f"{directory} has no {MACHINE}: {makes} measures what there must be known") from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{path} cannot be used: {error}") from None
+    """What was measured for a study, the median of all times. Raises ConfigError if nothing was."""
+    found = []
+    for path in sorted((directory / MACHINE).glob("*.json")):
+        try:
+            found.append(Machine.from_json(path.read_text()))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"{path} cannot be used: {error}; delete it, or calibrate another study") from None
+    if not found:
+        raise ConfigError(
+            f"{directory} knows nothing of the machine: python -m mpiml.scaling calibrate {directory} measures it"
+        )
+    if len({(len(one.rows), len(one.layers), one.ranks, one.cores) for one in found}) > 1:
+        raise ConfigError(f"{directory / MACHINE}: measured on different numbers of ranks, or on different machines")
+    return Machine.typical(found)
 
 
 def interpolated(places: Sequence[float], values: Sequence[float], at: float) -> float:

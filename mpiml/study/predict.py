@@ -20,7 +20,6 @@ from typing import Any
 from mpiml.config import parse
 from mpiml.design import open_data
 from mpiml.errors import ConfigError
-from mpiml.run.directory import write_atomically
 from mpiml.study import table
 from mpiml.study.columns import table as columns
 from mpiml.study.job import Job, Training, training
@@ -50,7 +49,13 @@ def register(commands: Any) -> None:
     measure.add_argument("directory", metavar="DIR", help="of a study")
     measure.add_argument("--ranks", type=int, metavar="N", help="that compute at once (default: the node's cores)")
     measure.add_argument("--launcher", metavar="TEXT", help="as of run")
-    measure.add_argument("--repeats", type=int, default=3, metavar="N", help="jobs; medians count (default: 3)")
+    measure.add_argument(
+        "--repeats",
+        type=int,
+        default=3,
+        metavar="N",
+        help="jobs; medians count, also of earlier ones (default: 3)",
+    )
     measure.set_defaults(act=calibrate)
     tell = commands.add_parser("predict", help="the step on grids that are not measured", allow_abbrev=False)
     tell.add_argument("directory", metavar="DIR", help="of a study")
@@ -76,17 +81,16 @@ def calibrate(chosen: argparse.Namespace) -> int:
     directory = Path(chosen.directory)
     config = parse(_study(directory)["settings"])
     ranks = chosen.ranks or max(len(os.sched_getaffinity(0)) // config.threads, 1)
-    path = (directory / MACHINE).absolute()
-    command = [*launcher(chosen.launcher, ranks), sys.executable, "-m", "mpiml.study.calibration", str(path)]
+    target = (directory / MACHINE).absolute()
+    target.mkdir(exist_ok=True)
+    command = [*launcher(chosen.launcher, ranks), sys.executable, "-m", "mpiml.study.calibration"]
     env = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | os.environ
-    found = []
     for _ in range(max(chosen.repeats, 1)):
-        done = subprocess.run([*command, *_study(directory)["settings"]], check=False, env=env)
+        path = target / f"{len(list(target.iterdir())):03d}.json"
+        done = subprocess.run([*command, str(path), *_study(directory)["settings"]], check=False, env=env)
         if done.returncode:
             return done.returncode
-        found.append(load(directory))
-    machine = Machine.typical(found)
-    write_atomically(path, machine.to_json())
+    machine = load(directory)
     print(told(machine, machine.between or Link.assumed(LATENCY, BANDWIDTH), machine.between is not None))
     return 0
 
@@ -109,7 +113,7 @@ class Predictor:
         self.config = parse(study["settings"])
         self.training: Training = training(self.config, open_data(self.config))
         if len(self.training.layers) != len(self.machine.layers):
-            raise ConfigError(f"{directory}: {MACHINE} is of another model; calibrate again")
+            raise ConfigError(f"{directory / MACHINE} is of another model: delete it and calibrate again")
         measured = None if latency or bandwidth else self.machine.between
         self.network = measured or Link.assumed(latency or LATENCY, bandwidth or BANDWIDTH)
 
@@ -133,7 +137,7 @@ class Predictor:
     def _microbatches(self, stages: int, replicas: int, batch: int) -> list[int]:
         if self.config.microbatches:
             return [self.config.microbatches] if replicas <= self.config.microbatches <= batch else []
-        each = [1] if stages == 1 else [stages * 2**power for power in range(5)]
+        each = sorted({1} | ({stages * 2**power for power in range(5)} if stages > 1 else set()))
         return [count * replicas for count in each if count * replicas <= batch]
 
 
