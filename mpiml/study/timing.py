@@ -22,7 +22,7 @@ from mpiml.config import Config, parse
 from mpiml.parallel import grid as grids
 from mpiml.run import environment, launch
 from mpiml.run.directory import write_atomically
-from mpiml.run.failure import Guard
+from mpiml.run.failure import Guard, exit_code
 from mpiml.run.process import prepare_process
 from mpiml.study.trainer import Trainer
 
@@ -49,11 +49,15 @@ def measure(comm: MPI.Intracomm, trainer: Trainer, warm_up: int, steps: int) -> 
     return {"step_seconds": seconds.tolist(), "shares": dict(zip(SHARES, shares.tolist(), strict=True))}
 
 
-def main() -> None:
-    """Measure a point."""
-    with Guard(MPI.COMM_WORLD, Clock(), "mpiml.study.timing"):
-        launch.check_size(MPI.COMM_WORLD.size)
-        point(MPI.COMM_WORLD, Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), parse(sys.argv[4:]))
+def main() -> int:
+    """Measure a point. Returns the exit code."""
+    try:
+        with Guard(MPI.COMM_WORLD, Clock(), "mpiml.study.timing"):
+            launch.check_size(MPI.COMM_WORLD.size)
+            point(MPI.COMM_WORLD, Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), parse(sys.argv[4:]))
+        return 0
+    except BaseException as error:  # reported already
+        return exit_code(error)
 
 
 def point(comm: MPI.Intracomm, path: Path, warm_up: int, steps: int, config: Config) -> None:
@@ -85,4 +89,4 @@ def point(comm: MPI.Intracomm, path: Path, warm_up: int, steps: int, config: Con
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
