@@ -41,7 +41,7 @@ def test_commands(tmp_path: Path) -> None:
         (tmp_path / (named[1] if named else "page.py")).write_text(block)
     shell("python page.py", tmp_path)
     commands = [block for block in blocks("sh") if "mpiml" in block]
-    assert len(commands) == 6
+    assert len(commands) == 8
     for block in commands:
         if "mynet" not in block or importlib.util.find_spec("torch"):  # an extra that takes minutes to install
             shell(block, tmp_path)
