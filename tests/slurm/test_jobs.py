@@ -280,7 +280,7 @@ def test_queued_study(end: Ended) -> None:
 
 
 def test_shell_scripts_are_sound(cluster: Cluster) -> None:
-    assert cluster.call("sh", "-c", "shellcheck jobs/*.s*") == ""
+    assert cluster.call("sh", "-c", "shellcheck jobs/*.sh jobs/*.sbatch") == ""
 
 
 def test_every_scenario_has_its_test() -> None:
