@@ -20,13 +20,13 @@ from mpiml.data.fingerprint import Fingerprint
 from mpiml.data.normalize import Normalization, NormalizedSource
 from mpiml.data.prefetch import ReadAhead, in_memory
 from mpiml.data.shards import Shards
-from mpiml.design import cut
+from mpiml.design import StageDesign, cut
 from mpiml.evaluation import Evaluation
 from mpiml.imports import named
 from mpiml.load import look_at, look_for_starving, measure
 from mpiml.nn import layer as nn
 from mpiml.nn import optimizers
-from mpiml.nn.losses import Metric
+from mpiml.nn.losses import Loss, Metric
 from mpiml.nn.parameters import Gradients, Layout
 from mpiml.nn.rates import learning_rate
 from mpiml.parallel.allreduce import GradientSum, LibrarySum, OrderedSum
@@ -165,11 +165,13 @@ def build_stage(
 
     Raises, on all ranks alike, ConfigError for a model, a loss or a metric that does not fit.
     """
-    loss = together(grid.comm, clock, functools.partial(build_loss, config))
-    metric = together(grid.comm, clock, functools.partial(build_metric, config, task.outputs))
-    layers = together(grid.comm, clock, functools.partial(model_for, config, task, model))
+
+    def made() -> tuple[Loss, Metric, list[nn.Layer], list[StageDesign]]:
+        layers = model_for(config, task, model)
+        return build_loss(config), build_metric(config, task.outputs), layers, cut(config, layers, task.shape)
+
+    loss, metric, layers, stages = together(grid.comm, clock, made)
     launch.check_alike(grid.comm, clock, {MODULES: digest(layers)})
-    stages = together(grid.comm, clock, functools.partial(cut, config, layers, task.shape))
     stage = stages[grid.stage]
     here = Part(
         forward=functools.partial(nn.forward, stage.layers),

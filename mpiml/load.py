@@ -25,6 +25,7 @@ from mpiml.data.sources import Indices, Source
 from mpiml.errors import ConfigError, DataError
 from mpiml.parallel.grid import Grid
 from mpiml.run.verdict import on_rank_0, together
+from mpiml.waiting import wait
 
 T = TypeVar("T")
 
@@ -93,27 +94,32 @@ def look_at(
     classes = classes or data.classes
     limits = {"x": tokens or classes, "y": classes}
     seen = Seen(classes or 0, 0, [])
-    for split_, rows in ((data.train, train), (data.test, test)):
-        if rows is None:
-            continue
-        for column, mine in ends.items():
-            source: Source = getattr(split_, column)
-            hold = mine or (also and split_ is data.train)
-            read = functools.partial(_read, clock, source, rows, hold, mine)
-            named = naming(grid.launched[grid.comm.rank], grid.comm.size, read)
-            everyones = grid.comm.allgather(together(grid.comm, clock, named))
-            found = functools.reduce(operator.or_, everyones)
-            if wrong := problem(data, column, found, limits[column]):
-                rows_of = [problem(data, column, its, limits[column]) for its in everyones]
-                reader = next(rank for rank, its in enumerate(rows_of) if its and its[1] == wrong[1])
-                raise _alike(DataError(f"{source.name}: {wrong[0]} {wrong[1]}"), grid.launched[reader], grid.comm.size)
-            highest = int(max(found.highest[0], -1))
-            if column == "x":
-                seen.tokens = max(seen.tokens, highest + 1)
-            elif data.classification:
-                seen.outputs = max(seen.outputs, highest + 1)
-                if found.masked:
-                    seen.notes.append(f"{source.name}: {found.masked} labels are -1 and do not count")
+    splits = [(split_, rows) for split_, rows in ((data.train, train), (data.test, test)) if rows is not None]
+    columns = [(split_, rows, column) for split_, rows in splits for column in ends]
+
+    def read() -> list[Findings]:
+        findings = []
+        for split_, rows, column in columns:
+            hold = ends[column] or (also and split_ is data.train)
+            findings.append(_read(clock, getattr(split_, column), rows, hold, ends[column]))
+        return findings
+
+    mine = together(grid.comm, clock, naming(grid.launched[grid.comm.rank], grid.comm.size, read))
+    everyones = grid.comm.allgather(mine)
+    for (split_, _, column), findings in zip(columns, zip(*everyones, strict=True), strict=True):
+        source: Source = getattr(split_, column)
+        found = functools.reduce(operator.or_, findings)
+        if wrong := problem(data, column, found, limits[column]):
+            rows_of = [problem(data, column, its, limits[column]) for its in findings]
+            reader = next(rank for rank, its in enumerate(rows_of) if its and its[1] == wrong[1])
+            raise _alike(DataError(f"{source.name}: {wrong[0]} {wrong[1]}"), grid.launched[reader], grid.comm.size)
+        highest = int(max(found.highest[0], -1))
+        if column == "x":
+            seen.tokens = max(seen.tokens, highest + 1)
+        elif data.classification:
+            seen.outputs = max(seen.outputs, highest + 1)
+            if found.masked:
+                seen.notes.append(f"{source.name}: {found.masked} labels are -1 and do not count")
     if not data.classification:
         seen.outputs = math.prod(data.train.y.shape)
     return seen
@@ -137,13 +143,13 @@ def look_for_starving(data: Dataset, grid: Grid, clock: Clock, shards: Shards, c
     """A warning if the shards of sorted labels have only some of the classes each; collective."""
     if not data.classification or data.language_model or shards.strided:
         return []
-    counts, seen = np.zeros(classes, np.int64), np.zeros(shards.microbatches, np.int64)
+    found = np.zeros(classes + shards.microbatches, np.int64)
+    counts, seen = found[:classes], found[classes:]
     if grid.stage == grid.stages - 1:
         clock("data")
-        counts, seen = classes_seen(shards, classes)
+        counts[:], seen[:] = classes_seen(shards, classes)
     clock("joining")
-    for array in (counts, seen):
-        grid.comm.Allreduce(MPI.IN_PLACE, array)
+    wait([grid.comm.Iallreduce(MPI.IN_PLACE, found)])
     warning = starved(counts, seen)
     return [f"warning: {warning}"] if warning else []
 

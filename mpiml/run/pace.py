@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -80,7 +79,7 @@ class Pace:
         for stage, times in enumerate((seconds.reshape(self.stages, replicas) / self.microbatches).tolist()):
             replica = max(range(replicas), key=times.__getitem__)
             slowest = times.pop(replica)
-            if times and slowest > SLOW * (usual := statistics.median(times)):
+            if times and slowest > SLOW * (usual := float(np.median(times))):
                 behind = (slowest - usual) * float(self.microbatches[replica])
                 place = stage * replicas + replica
                 found.append(Slow(place, self.launched[place], activity, slowest / max(usual, 1e-9), behind))

@@ -5,7 +5,6 @@ https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
 
 from __future__ import annotations
 
-import gzip
 import itertools
 import json
 import os
@@ -158,6 +157,8 @@ def _write(path: Path, grid: Grid, clock: Recorder, ruler: Ruler) -> str:
     everyones = grid.comm.gather(lines(1 + grid.comm.rank, spans(events, end), float(origin[0])))
 
     def write() -> str:
+        import gzip
+
         content = to_json(everyones or [], tracks(grid), steps).encode()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

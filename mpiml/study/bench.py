@@ -129,7 +129,8 @@ ROWS = [
         for h, b, x in (("256", "256", 2.5), ("512", "256", 1.4), ("1024", "512", 1.0))
     ),
     Row(PIPE, "throughput / that of one rank x 2 x (1 - bubble)", 2, ("pipeline", "1024", "1024", "8"), at_least=0.90),
-    Row(OTHER, "train --steps 1: time / NumPy, mpi4py, one Allreduce", 16, ("start",), at_most=1.3),
+    Row(OTHER, "train --steps 1: time / NumPy, mpi4py, one Allreduce", 16, ("start", "train"), at_most=1.3),
+    Row(OTHER, "of it, importing train beside these", 16, ("start", "import")),
     Row(OTHER, "100 M parameters, Adam: resident / what is needed", 4, ("memory", "1e8"), at_most=1.10),
 ]
 
@@ -138,8 +139,8 @@ def measure(row: Row) -> dict[str, Any]:
     """Measure one row, in jobs of its own: a dictionary with median, low and high, or with an error."""
     if row.call[0].startswith("torch") and not importlib.util.find_spec("torch"):
         return {"error": "needs torch"}
-    if row.call == ("start",):
-        return start(row.ranks)
+    if row.call[0] == "start":
+        return start(row.ranks, row.call[1])
     done = run(row.ranks, ["-m", "mpiml.study.rows", *row.call], row.nodes)
     if done.returncode:
         return {"error": (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]}
@@ -147,15 +148,16 @@ def measure(row: Row) -> dict[str, Any]:
     return result
 
 
-def start(ranks: int, pairs: int = 5) -> dict[str, Any]:
-    """Time of a training job of one step over that of the least that any such job does; of both, all is compiled."""
+def start(ranks: int, what: str, pairs: int = 5) -> dict[str, Any]:
+    """Time of a job that trains for one step, or only imports the trainer and meets, over that of the least that any
+    such job does; of both, all is compiled."""
     compileall.compile_dir(Path(mpiml.__file__).parent, quiet=1)
     least = "import numpy, mpi4py.MPI as M; M.COMM_WORLD.Allreduce(M.IN_PLACE, numpy.zeros(1))"
-    train = ["-m", "mpiml.train", "--steps", "1", "--out"]
+    other = ["-m", "mpiml.train", "--steps", "1"] if what == "train" else ["-c", f"import mpiml.train; {least}"]
     ratios = []
     for pair in range(pairs + 1):
         spent = []
-        for arguments in ([*train, f"start-{pair}"], ["-c", least]):
+        for arguments in (other, ["-c", least]):
             begin = time.perf_counter()
             done = run(ranks, arguments)
             spent.append(time.perf_counter() - begin)
