@@ -25,7 +25,7 @@ from mpiml.data.sources import Indices, Source
 from mpiml.errors import ConfigError, DataError
 from mpiml.parallel.grid import Grid
 from mpiml.run.verdict import on_rank_0, together
-from mpiml.waiting import wait
+from mpiml.waiting import allgather, broadcast, wait
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ def open_data(config: Config, comm: MPI.Intracomm, clock: Clock, data: Dataset |
         return opened, opened.fingerprint
 
     mine, fingerprint = together(comm, clock, naming(comm.rank, comm.size, opened))
-    first = comm.bcast(fingerprint)
+    first = broadcast(comm, fingerprint)
 
     def same() -> None:
         if other := difference(fingerprint, first, "on rank 0"):
@@ -105,7 +105,7 @@ def look_at(
         return findings
 
     mine = together(grid.comm, clock, naming(grid.launched[grid.comm.rank], grid.comm.size, read))
-    everyones = grid.comm.allgather(mine)
+    everyones = allgather(grid.comm, mine)
     for (split_, _, column), findings in zip(columns, zip(*everyones, strict=True), strict=True):
         source: Source = getattr(split_, column)
         found = functools.reduce(operator.or_, findings)

@@ -1,11 +1,13 @@
 """Waiting for other ranks without keeping a core from those that have work."""
 
+import itertools
 import os
 import pickle
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import numpy as np
 from mpi4py import MPI
 
 T = TypeVar("T")
@@ -75,3 +77,14 @@ def broadcast(comm: MPI.Intracomm, value: T, root: int = 0) -> T:
         wait([comm.Ibcast(rest, root)])
     received: T = value if comm.rank == root else pickle.loads(first[8 : 8 + size] + rest)
     return received
+
+
+def allgather(comm: MPI.Intracomm, value: T) -> list[T]:
+    """The values of all ranks, on all ranks; collective. comm.allgather would poll without a pause."""
+    content = pickle.dumps(value)
+    sizes = np.empty(comm.size, np.int64)
+    wait([comm.Iallgather(np.array([len(content)]), sizes)])
+    ends = list(itertools.accumulate(sizes.tolist(), initial=0))
+    everything = bytearray(ends[-1])
+    wait([comm.Iallgatherv(content, [everything, sizes.tolist()])])
+    return [pickle.loads(everything[start:stop]) for start, stop in itertools.pairwise(ends)]

@@ -1,4 +1,4 @@
-"""Waiting leaves the cores to those who work, and a broadcast brings everything, however long it is."""
+"""Waiting leaves the cores to those who work, and what ranks tell each other arrives whole, however long it is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from mpi4py import MPI
 
 from mpiml import waiting
-from mpiml.waiting import ENVELOPE, broadcast, until
+from mpiml.waiting import ENVELOPE, allgather, broadcast, until
 
 COMM = MPI.COMM_WORLD
 
@@ -21,6 +21,12 @@ def test_broadcast_of_every_length(root: int) -> None:
     for length in (0, 1, *range(ENVELOPE - 100, ENVELOPE + 20), 100_000):
         text = bytes(index % 251 for index in range(length))
         assert broadcast(COMM, text if COMM.rank == root else None, root) == text
+
+
+@pytest.mark.mpi
+def test_allgather_of_values_of_all_lengths() -> None:
+    found = allgather(COMM, ["x" * COMM.rank * 5000, COMM.rank, None])
+    assert found == [["x" * rank * 5000, rank, None] for rank in range(COMM.size)]
 
 
 def test_a_long_wait_asks_seldom_and_a_short_one_often(monkeypatch: pytest.MonkeyPatch) -> None:

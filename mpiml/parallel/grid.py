@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from mpi4py import MPI
 
+from mpiml.waiting import allgather
+
 
 @dataclass
 class Grid:
@@ -19,6 +21,7 @@ class Grid:
         node: the ranks of this node; `local`, those of them that are replicas of this stage.
         cores: how many cores the ranks of this node may use, all together.
         leaders: the first ranks of all nodes; None on other ranks, and if there is one node only.
+        made: the communicators that there are, without those that are others under another name.
     """
 
     comm: MPI.Intracomm
@@ -34,12 +37,12 @@ class Grid:
     local: MPI.Intracomm
     leaders: MPI.Intracomm | None
     cores: int
+    made: list[MPI.Intracomm]
 
     def free(self) -> None:
         """Give the communicators back: an MPI library has only some thousands. Collective."""
-        for comm in (self.pipe, self.data, self.node, self.local, self.leaders, self.comm):
-            if comm is not None:
-                comm.Free()
+        for comm in self.made:
+            comm.Free()
 
     def rank_of(self, stage: int, replica: int) -> int:
         """The rank in `comm` at a place of the grid."""
@@ -55,10 +58,12 @@ def build(comm: MPI.Intracomm, stages: int) -> Grid:
     pipe, data = (MPI.Intracomm(ordered.Split(other)) for other in (replica, stage))
     here = home[comm.rank]
     of_stage = [home[rank] for rank in launched[stage * data.size : (stage + 1) * data.size]]
-    node = MPI.Intracomm(ordered.Split(here))
-    leaders = MPI.COMM_NULL
+    node, local, leaders, made = ordered, data, None, [pipe, data, ordered]
     if len(set(home)) > 1:
-        leaders = ordered.Split(0 if node.rank == 0 else MPI.UNDEFINED)
+        node, local = (MPI.Intracomm(among.Split(here)) for among in (ordered, data))
+        first = ordered.Split(0 if node.rank == 0 else MPI.UNDEFINED)
+        leaders = None if first == MPI.COMM_NULL else MPI.Intracomm(first)
+        made += [comm for comm in (node, local, leaders) if comm]
     return Grid(
         comm=ordered,
         pipe=pipe,
@@ -70,9 +75,10 @@ def build(comm: MPI.Intracomm, stages: int) -> Grid:
         launched=launched,
         nodes=[of_stage.count(name) for name in dict.fromkeys(of_stage)],
         node=node,
-        local=MPI.Intracomm(data.Split(here)),
-        leaders=None if leaders == MPI.COMM_NULL else MPI.Intracomm(leaders),
-        cores=len(set[int]().union(*node.allgather(os.sched_getaffinity(0)))),
+        local=local,
+        leaders=leaders,
+        cores=len(set[int]().union(*allgather(node, os.sched_getaffinity(0)))),
+        made=made,
     )
 
 
@@ -86,6 +92,6 @@ def nodes_of_ranks(comm: MPI.Intracomm) -> list[int]:
         sizes = [int(size) for size in pretended.split(",")]
         return [sum(sizes[:node]) for node, size in enumerate(sizes) for _ in range(size)]
     node = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
-    first: list[int] = comm.allgather(node.bcast(comm.rank))
+    (first,) = MPI.Group.Translate_ranks(node.Get_group(), [0], comm.Get_group())
     node.Free()
-    return first
+    return allgather(comm, first)

@@ -16,7 +16,7 @@ from numpy.typing import DTypeLike
 from mpiml import vectors
 from mpiml.errors import ConfigError
 from mpiml.vectors import ALIGNMENT, Vector, bytes_of
-from mpiml.waiting import until, wait
+from mpiml.waiting import allgather, broadcast, until, wait
 
 PAGE = mmap.PAGESIZE
 SHM = "/dev/shm/"
@@ -83,7 +83,7 @@ class SharedMemory:
 
     def __init__(self, comm: MPI.Intracomm, own_bytes: int, common_bytes: int):
         self.comm, self.rank, self.ranks = comm, comm.rank, comm.size
-        sizes = comm.allgather(_pages(own_bytes))
+        sizes = allgather(comm, _pages(own_bytes))
         slots = _pages((1 + 2 * comm.size) * ALIGNMENT)
         common = _pages(common_bytes)
         starts = [slots + common + sum(sizes[:rank]) for rank in range(comm.size)]
@@ -93,7 +93,7 @@ class SharedMemory:
         self._epoch = 0
 
     def own(self, count: int, size: int, dtype: DTypeLike) -> list[list[Vector]]:
-        counts = self.comm.allgather(count)
+        counts = allgather(self.comm, count)
         each, starts = bytes_of(size, dtype), self._free_own
         self._free_own = [start + count * each for start, count in zip(starts, counts, strict=True)]
         return [
@@ -180,7 +180,7 @@ def share(
     except OSError as error:
         needed = (own_bytes * node.size + common_bytes) / 2**20
         problem = f"{platform.node()}: {needed:,.0f} MiB of memory cannot be shared ({error.strerror or error})"
-    problems = [text for text in everyone.allgather(problem) if text]
+    problems = [text for text in allgather(everyone, problem) if text]
     if not problems:
         return memory, None
     if kind == "shared":
@@ -210,7 +210,7 @@ def _map(comm: MPI.Intracomm, total: int, start: int, length: int, common: int) 
                         os.posix_fallocate(descriptor, begin, claimed)
             except OSError as error:
                 problem = error
-            problems = [error for error in comm.allgather(problem) if error]
+            problems = [error for error in allgather(comm, problem) if error]
             if not problems:
                 return mmap.mmap(descriptor, total)
     raise problems[0]
@@ -228,13 +228,13 @@ def _open_together(
             os.ftruncate(descriptor, total)
     except OSError as error:
         problem = error
-    path = comm.bcast(path)
+    path = broadcast(comm, path)
     try:
         if comm.rank and path:
             descriptor = os.open(path, os.O_RDWR)
     except OSError as error:
         problem = error
-    comm.Barrier()
+    wait([comm.Ibarrier()])
     if comm.rank == 0 and path.startswith(SHM):
         os.unlink(path)
     try:

@@ -12,7 +12,7 @@ from mpiml.parallel.grid import Grid
 from mpiml.parallel.memory import SharedMemory
 from mpiml.partition import part
 from mpiml.vectors import ALIGNMENT
-from mpiml.waiting import wait
+from mpiml.waiting import allgather, wait
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Agreement:
         last = grid.stage == grid.stages - 1
         block = part(grid.replica, grid.replicas, microbatches) if last else (0, 0)
         self._block = slice(*block)
-        self._here = [slice(*other) for other in grid.node.allgather(block)]
+        self._here = [slice(*other) for other in allgather(grid.node, block)]
 
     @staticmethod
     def bytes_needed(ranks: int, microbatches: int, columns: int) -> int:

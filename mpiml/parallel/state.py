@@ -10,7 +10,7 @@ from mpi4py import MPI
 from mpiml.parallel.grid import Grid
 from mpiml.parallel.slices import Range, place
 from mpiml.vectors import Vector
-from mpiml.waiting import wait
+from mpiml.waiting import allgather, wait
 
 VALUES = "values"
 
@@ -56,7 +56,7 @@ class State:
         holding = _Holding(grid.stage, sum_.values.size, sum_.held, counts)
         self.mine = {VALUES: holding.parts(sum_.values)}
         self.mine |= {name: [state[place(sum_.held, *held)] for held in sum_.held] for name, state in states.items()}
-        self.holdings: list[_Holding] = self.comm.allgather(holding)
+        self.holdings: list[_Holding] = allgather(self.comm, holding)
 
     def collect(self, *names: str) -> list[dict[str, Vector]]:
         """Each stage's vectors of these names (default: all), on rank 0; empty dictionaries elsewhere."""

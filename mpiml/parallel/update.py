@@ -11,7 +11,7 @@ from mpiml.clock import Clock
 from mpiml.parallel.allreduce import GradientSum
 from mpiml.parallel.slices import Piece, place
 from mpiml.vectors import Operands, Vector
-from mpiml.waiting import wait
+from mpiml.waiting import allgather, wait
 
 
 class Optimizer(Protocol):
@@ -61,7 +61,7 @@ class Update:
         counts = replica in {holder for holder, _, _ in sum_.holders}
         self._in_norm = [counts and piece.momentum is None for piece in sum_.pieces]
         blocks = [len(piece.blocks) for piece, counted in zip(sum_.pieces, self._in_norm, strict=True) if counted]
-        self._squares = comm.allgather(sum(blocks))
+        self._squares = allgather(comm, sum(blocks))
 
     def step(self, rate: float, weight: float, step: int, measure: bool) -> float | None:
         """Do step 1, 2, ... with learning rate `rate` on a batch whose weights sum to `weight`.
