@@ -1,12 +1,9 @@
 """Optimizers: which state each keeps, and its update of one piece of the flat vectors."""
 
-from dataclasses import dataclass
-
 from mpiml import vectors
 from mpiml.vectors import Operands
 
 
-@dataclass(frozen=True)
 class Optimizer:
     """What all optimizers share.
 
@@ -15,10 +12,11 @@ class Optimizer:
     learning rate, and `step` counts from 1.
     """
 
-    weight_decay: float = 0.0
-
     states: tuple[str, ...] = ()
     default_rate = 0.0
+
+    def __init__(self, weight_decay: float = 0.0):
+        self.weight_decay = weight_decay
 
     def update(self, on: Operands, scale: float, rate: float, step: int) -> None:
         raise TypeError(f"{type(self).__name__} defines no update")
@@ -27,7 +25,6 @@ class Optimizer:
         return self.weight_decay if on.decays else 0.0
 
 
-@dataclass(frozen=True)
 class SGD(Optimizer):
     """Plain gradient descent."""
 
@@ -37,28 +34,35 @@ class SGD(Optimizer):
         vectors.sgd(on, scale, rate, self._decay(on))
 
 
-@dataclass(frozen=True)
 class Momentum(Optimizer):
     """Gradient descent with momentum, after Nesterov if so said."""
 
-    momentum: float = 0.9
-    nesterov: bool = False
-    states: tuple[str, ...] = ("velocity",)
+    states = ("velocity",)
     default_rate = 0.05
+
+    def __init__(self, weight_decay: float = 0.0, momentum: float = 0.9, nesterov: bool = False):
+        super().__init__(weight_decay)
+        self.momentum, self.nesterov = momentum, nesterov
 
     def update(self, on: Operands, scale: float, rate: float, step: int) -> None:
         vectors.momentum_sgd(on, scale, rate, self._decay(on), self.momentum, self.nesterov)
 
 
-@dataclass(frozen=True)
 class Adam(Optimizer):
     """Adam; with `decoupled` decay it is AdamW."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = 1e-8
-    decoupled: bool = False
-    states: tuple[str, ...] = ("mean", "variance")
+    states = ("mean", "variance")
     default_rate = 0.001
+
+    def __init__(
+        self,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        epsilon: float = 1e-8,
+        decoupled: bool = False,
+    ):
+        super().__init__(weight_decay)
+        self.betas, self.epsilon, self.decoupled = betas, epsilon, decoupled
 
     def update(self, on: Operands, scale: float, rate: float, step: int) -> None:
         vectors.adam(on, scale, rate, self._decay(on), self.decoupled, self.betas, self.epsilon, step)
