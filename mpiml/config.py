@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import math
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import mpiml
 from mpiml.errors import ConfigError
-from mpiml.imports import is_name
 from mpiml.run import deadline
+from mpiml.setting import check, convert, flag, guess, metavar, setting, text, toml
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
@@ -26,26 +23,6 @@ GROUPS = ("data and model", "grid", "steps and batches", "optimizer", "arithmeti
 
 # Belong to one job and not to the run that it is part of.
 OF_THE_JOB = ("out", "resume", "quiet", "time_limit", "trace")
-
-
-def setting(
-    default: Any,
-    group: str,
-    help: str,
-    *,
-    choices: Sequence[str] = (),
-    low: float | None = None,
-    below: float = math.inf,
-    on_resume: bool = False,
-    metavar: str | None = None,
-    or_named: bool = False,
-) -> Any:
-    """A field of Config: its help, what it may be, and whether a resumed run may change it.
-
-    `or_named`: besides the choices also package.module:function.
-    """
-    about = {"group": group, "help": help, "choices": tuple(choices), "low": low, "below": below, "or_named": or_named}
-    return dataclasses.field(default=default, metadata={**about, "on_resume": on_resume, "metavar": metavar})
 
 
 @dataclass(frozen=True)
@@ -208,9 +185,9 @@ class Config:
         for field in settings():
             value = getattr(self, field.name)
             if value is not None or field.default is not None:
-                value = _convert(types_of[field.name], value, f"{flag(field.name)} {_text(value)}")
+                value = convert(types_of[field.name], value, f"{flag(field.name)} {text(value)}")
                 object.__setattr__(self, field.name, value)
-            _check(field, value)
+            check(field, value)
         if self.given is None:
             changed = frozenset(f.name for f in settings() if getattr(self, f.name) != f.default)
             object.__setattr__(self, "given", changed)
@@ -224,7 +201,7 @@ class Config:
         if self.shuffle == "blocks" and self.shards == "strided":
             raise ConfigError("--shuffle blocks --shards strided: strided shards have no consecutive rows")
         if self.bucket and self.allreduce == "mpi":
-            raise ConfigError(f"--bucket {_text(self.bucket)} --allreduce mpi: MPI_Allreduce sums all at once")
+            raise ConfigError(f"--bucket {text(self.bucket)} --allreduce mpi: MPI_Allreduce sums all at once")
         if self.resume and not self.out:
             raise ConfigError("--resume: say which run with --out DIR")
 
@@ -245,7 +222,7 @@ class Config:
                 continue
             if not field.metadata["on_resume"]:
                 raise ConfigError(
-                    f"{flag(field.name)} {_text(value)}: the run in {self.out} has {_text(was)}, and another value "
+                    f"{flag(field.name)} {text(value)}: the run in {self.out} has {text(was)}, and another value "
                     "would change its results; leave the flag out, or start a new run with --init"
                 )
             changes[field.name] = value
@@ -257,23 +234,18 @@ class Config:
 
     def by_flag(self) -> dict[str, str]:
         """Every setting as text, under its flag."""
-        return {flag(field.name): _text(getattr(self, field.name)) for field in settings()}
+        return {flag(field.name): text(getattr(self, field.name)) for field in settings()}
 
     def to_toml(self) -> str:
         """The settings as TOML, with the flags' names; those that are None, or of one job alone, are left out."""
         values = ((f.name, getattr(self, f.name)) for f in settings() if f.name not in OF_THE_JOB)
-        lines = [f"{name.replace('_', '-')} = {_toml(value)}" for name, value in values if value is not None]
+        lines = [f"{name.replace('_', '-')} = {toml(value)}" for name, value in values if value is not None]
         return "\n".join(lines) + "\n"
 
 
 def settings() -> list[dataclasses.Field[Any]]:
     """The fields of Config that are settings."""
     return [field for field in dataclasses.fields(Config) if field.metadata]
-
-
-def flag(name: str) -> str:
-    """The flag of a setting."""
-    return "--" + name.replace("_", "-")
 
 
 def parse(arguments: Sequence[str], program: str = "mpiml.train") -> Config:
@@ -284,7 +256,7 @@ def parse(arguments: Sequence[str], program: str = "mpiml.train") -> Config:
     found, unknown = _parser(program).parse_known_args(arguments)
     if unknown:
         names = [flag(field.name) for field in settings()] + ["--config"]
-        raise ConfigError(f"{unknown[0]} is not a setting{_guess(unknown[0].split('=')[0], names)}; --help lists all")
+        raise ConfigError(f"{unknown[0]} is not a setting{guess(unknown[0].split('=')[0], names)}; --help lists all")
     raw = vars(found)
     path = raw.pop("config", None)
     values = from_toml(Path(path)) if path else {}
@@ -292,8 +264,8 @@ def parse(arguments: Sequence[str], program: str = "mpiml.train") -> Config:
     for name, other in (("steps", "epochs"), ("epochs", "steps")):
         if name in raw:
             values.pop(other, None)
-    for name, text in raw.items():
-        values[name] = _convert(types_of[name], text, f"{flag(name)} {text}")
+    for name, given in raw.items():
+        values[name] = convert(types_of[name], given, f"{flag(name)} {given}")
     return Config(**values, given=frozenset(values))
 
 
@@ -324,8 +296,8 @@ def typed(table: Mapping[str, Any], origin: str) -> dict[str, Any]:
         name = key.replace("-", "_")
         if name not in types_of:
             known = [known.replace("_", "-") for known in types_of]
-            raise ConfigError(f"{origin}: {key} is not a setting{_guess(key, known)}; --help lists all")
-        values[name] = _convert(types_of[name], value, f"{origin}: {key} = {value!r}")
+            raise ConfigError(f"{origin}: {key} is not a setting{guess(key, known)}; --help lists all")
+        values[name] = convert(types_of[name], value, f"{origin}: {key} = {value!r}")
     return values
 
 
@@ -353,77 +325,14 @@ def _parser(program: str) -> ArgumentParser:
         if field.default is False:
             group.add_argument(flag(field.name), action="store_const", const="true", help=about["help"])
             continue
-        shown = f" (default: {_text(field.default)})" if field.default not in (None, ()) else ""
+        shown = f" (default: {text(field.default)})" if field.default not in (None, ()) else ""
         choices = "|".join([*about["choices"], *(["MODULE:FUNCTION"] if about["or_named"] else [])])
-        metavar = choices or about["metavar"] or _metavar(types_of[field.name])
-        group.add_argument(flag(field.name), metavar=metavar, help=about["help"] + shown)
+        value = choices or about["metavar"] or metavar(types_of[field.name])
+        group.add_argument(flag(field.name), metavar=value, help=about["help"] + shown)
     return parser
-
-
-def _metavar(kind: Any) -> str:
-    text = str(kind)
-    return "N,N" if "tuple" in text else "N" if "int" in text else "X" if "float" in text else "NAME"
 
 
 @functools.cache
 def _types() -> dict[str, Any]:
     hints = typing.get_type_hints(Config)
     return {field.name: hints[field.name] for field in settings()}
-
-
-def _convert(kind: Any, raw: Any, what: str) -> Any:
-    """A raw value, text from a flag or something typed from TOML, as a value of type `kind`."""
-    if isinstance(kind, types.UnionType):
-        kind = typing.get_args(kind)[0]
-    if typing.get_origin(kind) is tuple:
-        items = raw.split(",") if isinstance(raw, str) else raw if isinstance(raw, (list, tuple)) else [raw]
-        return tuple(_convert(int, item, what) for item in items if item != "")
-    if kind is str and isinstance(raw, str):
-        if raw != raw.encode(errors="replace").decode():
-            raise ConfigError(f"{what!a}: must be text in UTF-8")
-        if not raw or "\0" in raw:
-            raise ConfigError(f"{what}: must not be empty")
-        return raw
-    if kind is bool and (isinstance(raw, bool) or raw == "true"):
-        return bool(raw)
-    if kind in (int, float) and not isinstance(raw, bool) and isinstance(raw, (str, int, float)):
-        try:
-            number = kind(raw)
-        except (ValueError, OverflowError):
-            number = None
-        if number is not None and (isinstance(raw, str) or number == raw):
-            return number
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    raise ConfigError(f"{what}: must be {names[kind]}")
-
-
-def _check(field: dataclasses.Field[Any], value: Any) -> None:
-    about, what = field.metadata, f"{flag(field.name)} {_text(value)}"
-    if value is None and field.default is None:
-        return
-    if about["choices"] and value not in about["choices"] and not (about["or_named"] and is_name(value)):
-        known = [*about["choices"], *(["package.module:function"] if about["or_named"] else [])]
-        raise ConfigError(f"{what}: choose from {', '.join(known)}{_guess(str(value), about['choices'])}")
-    if about["low"] is None:
-        return
-    for number in value if isinstance(value, tuple) else (value,):
-        if not (math.isfinite(number) and about["low"] <= number < about["below"]):
-            limit = f" and less than {about['below']:g}" if about["below"] < math.inf else ""
-            raise ConfigError(f"{what}: must be at least {about['low']:g}{limit}")
-
-
-def _guess(word: str, known: Sequence[str]) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(word, known, 1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def _text(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(_toml, value))}]"
-    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)

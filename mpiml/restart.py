@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mpiml.assemble import Run
-from mpiml.config import Config, flag, from_toml, of_checkpoint
+from mpiml.config import Config, from_toml, of_checkpoint
 from mpiml.config import settings as all_settings
 from mpiml.data.fingerprint import difference
 from mpiml.data.normalize import Normalization
@@ -23,6 +23,7 @@ from mpiml.run.checkpoint import Checkpoint
 from mpiml.run.directory import CHECKPOINTS, CONFIG, METRICS, RunDirectory, read_result, write_atomically, write_result
 from mpiml.run.environment import ENVIRONMENT
 from mpiml.run.verdict import on_rank_0
+from mpiml.setting import flag
 
 
 def settings(asked: Config) -> Config:
