@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -60,7 +61,7 @@ def wholes(text: str) -> list[int]:
     return sorted(set(map(int, items)))
 
 
-def number(text: str) -> float:
+def finite(text: str) -> float:
     """The type of an argument that is a finite number."""
     try:
         value = float(text)
@@ -73,15 +74,15 @@ def number(text: str) -> float:
 
 def positive(text: str) -> float:
     """The type of an argument that is a finite number above 0."""
-    value = number(text)
+    value = finite(text)
     if value <= 0:
         raise argparse.ArgumentTypeError(f"must be more than 0, not {text!r}")
     return value
 
 
-def telling(lines: Sequence[str], *words: str) -> str:
-    """The line of many that says what went wrong, for programs have much to say besides: the first that has the first
-    of `words` that any has; else the first."""
+def telling(lines: Sequence[str], *patterns: str) -> str:
+    """The line of many that says what went wrong, for programs have much to say besides: the first in which the first
+    of some regular expressions is found that is found in any; else the first."""
     said = [line.strip() for line in lines if line.strip()]
-    found = (line for word in words for line in said if word in line)
+    found = (line for pattern in patterns for line in said if re.search(pattern, line))
     return next(found, said[0] if said else "it said nothing")

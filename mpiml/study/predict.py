@@ -24,7 +24,7 @@ from mpiml.study import table
 from mpiml.study.columns import table as columns
 from mpiml.study.job import Job, Training, training
 from mpiml.study.machine import MACHINE, Link, Machine, load
-from mpiml.study.points import STUDY
+from mpiml.study.points import read
 from mpiml.study.step import Step, step
 
 LATENCY, BANDWIDTH = 2e-6, 10e9  # assumed of a network that was not measured: a second, and bytes per second
@@ -79,7 +79,7 @@ def calibrate(chosen: argparse.Namespace) -> int:
     from mpiml.study.scaling import launcher
 
     directory = Path(chosen.directory)
-    config = parse(_study(directory)["settings"])
+    config = parse(read(directory)["settings"])
     ranks = chosen.ranks or max(len(os.sched_getaffinity(0)) // config.threads, 1)
     target = (directory / MACHINE).absolute()
     target.mkdir(exist_ok=True)
@@ -87,7 +87,7 @@ def calibrate(chosen: argparse.Namespace) -> int:
     env = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | os.environ
     for _ in range(max(chosen.repeats, 1)):
         path = target / f"{len(list(target.iterdir())):03d}.json"
-        done = subprocess.run([*command, str(path), *_study(directory)["settings"]], check=False, env=env)
+        done = subprocess.run([*command, str(path), *read(directory)["settings"]], check=False, env=env)
         if done.returncode:
             return done.returncode
     machine = load(directory)
@@ -95,20 +95,11 @@ def calibrate(chosen: argparse.Namespace) -> int:
     return 0
 
 
-def _study(directory: Path) -> dict[str, Any]:
-    try:
-        study: dict[str, Any] = json.loads((directory / STUDY).read_text())
-    except (OSError, ValueError):
-        makes = f"python -m mpiml.scaling run --out {directory}"
-        raise ConfigError(f"{directory} holds no study: {makes} makes one") from None
-    return study
-
-
 class Predictor:
     """Predictions for a study's model. Raises ConfigError if it is another than was measured."""
 
     def __init__(self, directory: Path, latency: float | None = None, bandwidth: float | None = None):
-        study = _study(directory)
+        study = read(directory)
         self.machine, self.weak = load(directory), study["mode"] == "weak"
         self.config = parse(study["settings"])
         self.training: Training = training(self.config, open_data(self.config))

@@ -7,6 +7,7 @@ import html
 import io
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -71,8 +72,12 @@ def fits_text(fits: list[Fit]) -> str:
 def notes(study: Study) -> list[str]:
     """What speed-up is measured against, in absolute numbers, and what else the table needs to be understood."""
     base = study.base
+    if study.bases:
+        best = f"the best so far, for M = {_listed(study.bases)} is still to be measured: "
+    else:
+        best = "which suits it best: "
     found = [
-        f"Speed-up is against one rank with M = {base.point.microbatches}, which suits it best: "
+        f"Speed-up is against one rank with M = {base.point.microbatches}, {best}"
         f"{base.step.value * 1e3:.2f} ms a step, {base.samples_per_second:,.0f} samples/s; same M: against one rank "
         "with micro-batches of the same size. Intervals are of 95 % (or the range of fewer than 6 repeats); the time "
         "of a step is its slowest rank's. Grid: stages x replicas. M: micro-batches. Communication includes "
@@ -80,18 +85,29 @@ def notes(study: Study) -> list[str]:
     ]
     if any(line.oversubscribed for line in study.lines):
         found.append(
-            "Marked * are more ranks than cores: they took turns. It says nothing of a machine with more cores."
+            "Marked * are more ranks than cores: they took turns. It says nothing of a machine with more cores, and "
+            "no law is fitted to it."
         )
     if study.target is not None:
+        looks = sorted({(line.point.batch, line.target.every) for line in study.lines if line.target})
         found.append(
             f"Steps to {study.target:g}: in a training run of {study.max_epochs} epochs, the first after which an "
             "evaluation gave that test score; one run for each batch and number of micro-batches, for its weights are "
             "the same, bit for bit, on any grid. All other settings, the learning rate too, are the same for all. "
             "Seconds are as many steps of the point's median time, without evaluations."
+            + "".join(
+                f" With a batch of {batch}, the score was looked at every {every} steps." for batch, every in looks
+            )
         )
+    if study.damaged:
+        found.append(f"Damaged, and left out: {_listed(study.damaged)}. The same command measures it again.")
     if study.open:
-        found.append(f"Not complete: {study.open} of the study's jobs are open. The same command goes on with it.")
+        found.append(f"Not complete: {study.open} of the study's jobs still to be done. The same command does them.")
     return found
+
+
+def _listed(items: Sequence[object]) -> str:
+    return ", ".join(map(str, items))
 
 
 def extra_p(study: Study) -> str:
