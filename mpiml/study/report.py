@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mpiml.run.directory import write_atomically
-from mpiml.study.fits import Fit, Interval, amdahl, gustafson, universal
+from mpiml.study.fits import Fit, Interval, amdahl, gustafson, karp_flatt_trend, universal
 from mpiml.study.table import Study, load, markdown
 
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 84em; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -52,11 +52,12 @@ def report(directory: Path) -> None:
 
 
 def fit(study: Study) -> list[Fit]:
-    """The laws that speak of this kind of study, fitted to the fastest grid of each number of ranks."""
-    times = {line.point.ranks: line.medians for line in study.best()}
-    if study.mode == "weak":
-        return [gustafson(times)]
-    return [amdahl(times), universal(times)]
+    """The laws that speak of this kind of study, fitted to the fastest grid of each number of ranks that have a core
+    each: no law knows of ranks that take turns."""
+    lines = [line for line in study.best() if not line.oversubscribed]
+    times = {line.point.ranks: line.medians for line in lines}
+    course = karp_flatt_trend({line.point.ranks: line.speed_up for line in lines if line.point.ranks > 1})
+    return [*([gustafson(times)] if study.mode == "weak" else [amdahl(times), universal(times)]), course]
 
 
 def fits_text(fits: list[Fit]) -> str:

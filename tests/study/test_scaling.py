@@ -16,7 +16,7 @@ from mpiml.config import Config
 from mpiml.errors import ConfigError
 from mpiml.study.command import ended, telling
 from mpiml.study.points import POINTS, STUDY, TRAINING, Point, plan, runs
-from mpiml.study.report import notes
+from mpiml.study.report import fit, fits_text, notes
 from mpiml.study.scaling import launcher, main
 from mpiml.study.table import load, markdown
 from mpiml.study.tasks import Task, Training, tasks, trained, training
@@ -116,6 +116,23 @@ def test_more_ranks_than_cores_are_marked(tmp_path: Path) -> None:
     study = load(tmp_path)
     assert [line.oversubscribed for line in study.lines] == [False, True]
     assert "| 8* |" in markdown(study)
+
+
+def test_laws_are_fitted_where_each_rank_has_a_core(tmp_path: Path) -> None:
+    """On nodes of two cores: with eight ranks on one, the laws would be of ranks that take turns."""
+    points = {Point(ranks, 1, 64, ranks): [16.0 / ranks, 16.1 / ranks] for ranks in (1, 2, 4, 8)}
+    made(tmp_path, "strong", points)
+    amdahl, universal, karp_flatt = fit(load(tmp_path))
+    assert amdahl.word.startswith("supported")
+    assert list(karp_flatt.parameters) == [f"serial fraction on {ranks} ranks" for ranks in (2, 4, 8)]
+    for ranks in (4, 8):
+        path = next((tmp_path / POINTS).glob(f"ranks-0000{ranks}*_0.json"))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"nodes": 1}))
+    laws = fit(load(tmp_path))
+    assert all(law.word.startswith("cannot be told") for law in laws)
+    assert list(laws[-1].parameters) == ["serial fraction on 2 ranks"]
+    assert "with a core for each rank" in fits_text(laws[1:2])
+    assert universal.parameters
 
 
 def test_what_is_no_study_is_refused(tmp_path: Path) -> None:
