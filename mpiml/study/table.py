@@ -153,13 +153,15 @@ class Study:
         """Without the points that are there only to compare with."""
         return [line for line in self.lines if not line.point.extra]
 
+    def grids(self) -> list[Line]:
+        """Every grid, by ranks and stages; one rank is the base."""
+        more = (line for line in self.asked() if line.point.ranks > 1)
+        return [self.base, *sorted(more, key=lambda line: line.point)]
+
     def best(self) -> list[Line]:
         """For each number of ranks the fastest grid; one rank is the base."""
-        found = {1: self.base}
-        for line in self.asked():
-            ranks = line.point.ranks
-            if ranks > 1 and line.samples_per_second > (found[ranks].samples_per_second if ranks in found else 0):
-                found[ranks] = line
+        ordered = sorted(self.grids(), key=lambda line: line.samples_per_second)
+        found = {line.point.ranks: line for line in ordered}
         return [found[ranks] for ranks in sorted(found)]
 
 

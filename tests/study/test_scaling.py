@@ -8,17 +8,20 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mpiml.config import Config
 from mpiml.errors import ConfigError
+from mpiml.study import plots
 from mpiml.study.command import ended, telling
 from mpiml.study.points import POINTS, STUDY, TRAINING, Point, plan, runs
 from mpiml.study.report import fit, fits_text, notes
 from mpiml.study.scaling import launcher, main
-from mpiml.study.table import load, markdown
+from mpiml.study.table import Study, load, markdown
 from mpiml.study.tasks import Task, Training, tasks, trained, training
 from tests.conftest import launch, mpirun
 
@@ -224,6 +227,35 @@ def every(jobs: list[Task]) -> list[int]:
     """The steps between evaluations of each training run."""
     words = [word for job in jobs if isinstance(job, Training) for word in job.words]
     return [int(word.split("=")[1]) for word in words if word.startswith("--eval-every")]
+
+
+def legend(plot: Callable[[Any, Study], None], study: Study) -> dict[str, list[float]]:
+    """What a plot shows under which name, by ranks."""
+    figure = pytest.importorskip("matplotlib.figure")
+    axes = figure.Figure().subplots()
+    plot(axes, study)
+    handles, labels = axes.get_legend_handles_labels()
+    return {label: list(getattr(handle, "get_xdata", list)()) for handle, label in zip(handles, labels, strict=True)}
+
+
+def test_each_number_of_stages_has_a_line(tmp_path: Path) -> None:
+    one, data, pipe = Point(1, 1, 64, 1), Point(2, 1, 64, 2), Point(2, 2, 64, 4)
+    four = Point(4, 2, 64, 8)
+    study = load(made(tmp_path, "strong", {one: [10.0], data: [5.0], pipe: [6.0], four: [3.0]}))
+    for plot in (plots.step_time, plots.speed, plots.efficiency):
+        assert legend(plot, study) == {"1 stage": [1, 2], "2 stages": [2, 4], "ideal": [1, 2, 4]}
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    plots.shares(axes, study)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1 x 1", "1 x 2", "2 x 1", "2 x 2"]
+
+
+def test_time_to_target_starts_from_the_best_one_rank_too(tmp_path: Path) -> None:
+    one, other, two = Point(1, 1, 64, 1), Point(1, 1, 64, 2, extra=True), Point(2, 1, 64, 2)
+    made(tmp_path, "strong", {one: [10.0], other: [8.0], two: [5.0]})
+    (tmp_path / STUDY).write_text(json.dumps(json.loads((tmp_path / STUDY).read_text()) | TARGET))
+    train_to(tmp_path, one, [0.5, 0.95])
+    train_to(tmp_path, two, [0.5, 0.95])
+    assert "ideal, from 1 rank with M = 2" in legend(plots.accuracy, load(tmp_path))
 
 
 def test_one_repeat_has_no_interval(tmp_path: Path) -> None:
