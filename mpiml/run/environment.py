@@ -12,9 +12,9 @@ from typing import Any
 from mpi4py import MPI
 
 import mpiml
+from mpiml.run.directory import ENVIRONMENT
 from mpiml.run.process import thread_pools
 
-ENVIRONMENT = "environment.json"
 PACKAGES = ("numpy", "mpi4py", "threadpoolctl", "safetensors")
 
 
