@@ -142,7 +142,7 @@ def predict(chosen: argparse.Namespace) -> int:
     print(told(predictor.machine, chosen.latency, chosen.bandwidth))
     needed = min(node_ranks, max(chosen.ranks)) * predictor.config.threads
     if needed > predictor.machine.cores:
-        print(f"ASSUMED: nodes of {needed} cores, on each of which a rank computes as fast as on one of these")
+        print(f"ASSUMED: nodes of {needed} cores, on each of which a rank computes as fast as here")
     print("\n".join(["", *_screen(found, one, node_ranks)]))
     return 0
 

@@ -90,15 +90,14 @@ def notes(study: Study) -> list[str]:
             "no law is fitted to it."
         )
     if study.target is not None:
-        looks = sorted({(line.point.batch, line.target.every) for line in study.lines if line.target})
+        every = sorted({(line.point.batch, line.target.every) for line in study.lines if line.target})
+        looks = _listed([f"{steps} with a batch of {batch}" for batch, steps in every])
         found.append(
             f"Steps to {study.target:g}: in a training run of {study.max_epochs} epochs, the first after which an "
             "evaluation gave that test score; one run for each batch and number of micro-batches, for its weights are "
             "the same, bit for bit, on any grid. All other settings, the learning rate too, are the same for all. "
             "Seconds are as many steps of the point's median time, without evaluations."
-            + "".join(
-                f" With a batch of {batch}, the score was looked at every {every} steps." for batch, every in looks
-            )
+            + (f" Steps from one look at the score to the next: {looks}." if every else "")
         )
     if study.damaged:
         found.append(f"Damaged, and left out: {_listed(study.damaged)}. The same command measures it again.")

@@ -208,7 +208,7 @@ def test_time_to_target_is_the_steps_of_a_run_and_the_points_own_time(tmp_path: 
     assert study.open == 4 + 1  # the second repeats, and the training run of four ranks
     rows = markdown(study).splitlines()[2:]
     assert [row.split("|")[-4].strip() for row in rows] == ["not reached (0.89)", "20", "20", "open"]
-    assert any("With a batch of 64, the score was looked at every 10 steps" in note for note in notes(study))
+    assert any("look at the score to the next: 10 with a batch of 64." in note for note in notes(study))
     assert any("5 of the study's jobs still to be done" in note for note in notes(study))
 
 
