@@ -94,7 +94,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _job(text: str) -> list[int]:
     ranks, _, repeat = text.partition(",")
-    return [whole()(ranks), whole(0)(repeat)]
+    if not (ranks.isdecimal() and repeat.isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be a number of ranks and a repeat, as in 4,0, not {text!r}")
+    return [int(ranks), int(repeat)]
 
 
 def run(chosen: argparse.Namespace, settings: Sequence[str]) -> int:

@@ -387,7 +387,7 @@ def test_nobody_needs_to_read_what_is_printed(module: str) -> None:
         (["run", "--ranks", "1", "--launcher", "true"], "must say {ranks}"),
         (["run", "--ranks", "1", "--slurm", "--node-ranks", "1", "--launcher", "true"], "must say {ranks}"),
         (["run", "--ranks", "1", "--only", "3,0"], "no job of so many ranks"),
-        (["run", "--ranks", "1", "--only", "3"], "--only: must be"),
+        (["run", "--ranks", "1", "--only", "3"], "--only: must be a number of ranks and a repeat, as in 4,0"),
         (["run", "--ranks", "1", "--", "--trace", "t.json"], "--trace is of no use to a study"),
         (["run", "--ranks", "1", "--", "--time-limit", "5"], "--time-limit is of no use"),
         (["run", "--ranks", "1", "--", "--save-every", "5"], "--save-every is of no use"),
