@@ -45,10 +45,9 @@ def report(directory: Path) -> None:
     write_atomically(directory / "scaling.jsonl", extra_p(study))
     text = f"{table}\n{fits_text(fits)}\n\n" + "\n\n".join(notes(study)) + "\n"
     write_atomically(directory / "scaling.md", text)
-    print(text)
     plots = draw(study, directory)
     write_atomically(directory / "scaling.html", page(study, fits, plots))
-    print(directory / "scaling.html")
+    print(f"{text}\n{directory / 'scaling.html'}")
 
 
 def fit(study: Study) -> list[Fit]:

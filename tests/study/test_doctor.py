@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from mpiml.study.doctor import Facts, Finding, Place, judge, screen
+from mpiml.study.doctor import Finding, judge, screen
+from mpiml.study.facts import Facts, Place
 from tests.conftest import launch
 
 GOOD = Place("n0", "Xeon", [0, 1, 2, 3], 4, "openblas 0.3 (Haswell)", 8 << 30, 1.0, {"NumPy": "2"})
