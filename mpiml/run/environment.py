@@ -74,8 +74,8 @@ def warnings(ranks: list[dict[str, Any]]) -> list[str]:
 
 
 def mpi_library() -> str:
-    """The MPI library and its version: "MPICH 5.0.2"."""
-    first = MPI.Get_library_version().splitlines()[0].strip("\x00 ")
+    """The MPI library and its version: "MPICH 5.0.2", "Open MPI v5.0.11"."""
+    first = MPI.Get_library_version().splitlines()[0].strip("\x00 ").split(",")[0]
     return " ".join(word for word in first.split() if word != "Version:")
 
 

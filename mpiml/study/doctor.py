@@ -184,8 +184,8 @@ def _look(arguments: Sequence[str], age: float) -> int:
         launch.check_size(comm.size)
     except ConfigError as error:
         silent, wrong = silent or error.silent, str(error)
-    if silent and comm.size == 1:  # another process tells
-        return 1
+    if silent and comm.size == 1:  # another process tells, with its exit code too; some launchers kill it for mine
+        return 0
     try:
         with Guard(comm, clock, PROGRAM):
             chosen = on_rank_0(comm, clock, lambda: parse(arguments))
