@@ -42,6 +42,9 @@ study() {
         --launcher "$LAUNCH_SOME" "${@:2}"
     rm -f "$OUT/scaling.json"
     "$PYTHON" -m mpiml.scaling report "$OUT"
+    more=$(result open scaling.json)
+    echo "$OUT: jobs of the study that are open: ${more:-unknown, for there is no report}"
+    [[ $more == 0 ]]
 }
 
 # verdict: what became of the run: done, saved (stopped, and further than before), or failed. It is taken from
@@ -54,10 +57,17 @@ verdict() {
     esac
 }
 
-# result KEY [FILE]: what result.json, or another file of the run directory, says; nothing if there is none.
+# outcome CODE: a line on the run, which ended with that exit code.
+outcome() {
+    local reason
+    reason=$(result reason)
+    echo "exit code $1; $OUT: $(result status), step $(result step)${reason:+, $reason}"
+}
+
+# result KEY [FILE]: what result.json, or another file of the run directory, says; nothing if it says nothing.
 result() {
-    "$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]])' "$OUT/${2:-result.json}" "$1" \
-        2>/dev/null
+    "$PYTHON" -c 'import json, sys; found = json.load(open(sys.argv[1]))[sys.argv[2]]
+print("" if found is None else found)' "$OUT/${2:-result.json}" "$1" 2>/dev/null
 }
 
 # newest: the newest checkpoint.

@@ -4,19 +4,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
-from mpiml.errors import ConfigError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message.removeprefix("argument "))
+from mpiml.study.command import Parser, whole
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """What a command line asks for. Raises ConfigError for what cannot be understood; `--help` raises SystemExit."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m mpiml.evaluate",
         usage="[mpirun -n RANKS] python -m mpiml.evaluate --run DIR [settings]",
         description="Score a run's newest checkpoint on its test rows, with the same result on any grid.",
@@ -29,7 +23,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--predictions", metavar="FILE", help="write classes, or values, in row order; FILE ends in .npy or .csv"
     )
-    parser.add_argument("--pipe", type=int, default=1, metavar="N", help="pipeline stages (default: 1)")
+    parser.add_argument("--pipe", type=whole(), default=1, metavar="N", help="pipeline stages (default: 1)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser.parse_args(arguments)
 

@@ -20,8 +20,16 @@ from mpiml.nn.parameters import Layout
 from mpiml.parallel.state import VALUES
 from mpiml.run import checkpoint, environment, log
 from mpiml.run.checkpoint import Checkpoint
-from mpiml.run.directory import CHECKPOINTS, CONFIG, METRICS, RunDirectory, read_result, write_atomically, write_result
-from mpiml.run.environment import ENVIRONMENT
+from mpiml.run.directory import (
+    CHECKPOINTS,
+    CONFIG,
+    ENVIRONMENT,
+    METRICS,
+    RunDirectory,
+    read_result,
+    write_atomically,
+    write_result,
+)
 from mpiml.run.verdict import on_rank_0
 from mpiml.setting import flag
 

@@ -91,7 +91,7 @@ def _train(
     with Watch(comm.Dup(), clock, cfg.stall_timeout, guard.fail), stop:
         together(comm, clock, lambda: check_ranks(comm.size, cfg.pipe))
         if cfg.trace:
-            on_rank_0(comm, clock, lambda: trace.check(cfg.trace))
+            on_rank_0(comm, clock, lambda: trace.check(cfg.trace, cfg.out))
         prepare_process(cfg.threads)
         if cfg.resume and (done := on_rank_0(comm, clock, lambda: restart.finished(cfg))):
             return done

@@ -15,6 +15,8 @@ from mpiml.errors import DirectoryError, OutputError
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+ENVIRONMENT = "environment.json"
+LOCK = ".lock"
 PARTIAL = ".partial"  # ends the name of a file that is not whole yet
 RESULT = "result.json"
 FAILED = ".failed-"  # made by the first rank of a job to report a failure; the name ends in the job's token
@@ -97,7 +99,7 @@ class RunDirectory:
 
     def _take(self) -> int:
         with named_errors("open the run directory", self.path):
-            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -115,6 +117,13 @@ class RunDirectory:
 def holds_run(path: Path) -> bool:
     """Whether there is anything of a run in a directory."""
     return (path / CONFIG).exists() or (path / METRICS).exists() or any((path / CHECKPOINTS).glob("step-*"))
+
+
+def is_own(path: Path, run: Path) -> bool:
+    """Whether a path is of something that a run keeps, or will keep, in its directory."""
+    path, run = path.resolve(), run.resolve()
+    own = (CONFIG, METRICS, CHECKPOINTS, RESULT, ENVIRONMENT, LOCK)
+    return path.is_relative_to(run) and path.relative_to(run).parts[:1] in ((), *((name,) for name in own))
 
 
 def read_result(run: Path) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from typing import Any
 from mpi4py import MPI
 
 import mpiml
+from mpiml.run.directory import ENVIRONMENT
 from mpiml.run.process import thread_pools
 
-ENVIRONMENT = "environment.json"
 PACKAGES = ("numpy", "mpi4py", "threadpoolctl", "safetensors")
 
 
@@ -37,7 +37,7 @@ def to_json(ranks: list[dict[str, Any]], data: list[list[str]]) -> str:
         "mpiml": mpiml.__version__,
         "python": sys.version.split()[0],
         "platform": f"{system.sysname} {system.release} {system.machine}",
-        "mpi": MPI.Get_library_version().splitlines()[0].strip("\x00 "),
+        "mpi": mpi_library(),
         "blas": blas(),
         "packages": {name: _version(name) for name in PACKAGES},
         "data": data,
@@ -71,6 +71,12 @@ def warnings(ranks: list[dict[str, Any]]) -> list[str]:
         if len(kinds) > 1:
             found.append(f"ranks run on different {what} ({'; '.join(kinds)}): bits may differ from another run's")
     return found
+
+
+def mpi_library() -> str:
+    """The MPI library and its version: "MPICH 5.0.2", "Open MPI v5.0.11"."""
+    first = MPI.Get_library_version().splitlines()[0].strip("\x00 ").split(",")[0]
+    return " ".join(word for word in first.split() if word != "Version:")
 
 
 def cpu_model() -> str:

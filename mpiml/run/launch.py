@@ -11,6 +11,7 @@ from mpi4py import MPI
 import mpiml
 from mpiml.clock import Clock
 from mpiml.errors import ConfigError
+from mpiml.run.environment import mpi_library
 from mpiml.run.verdict import together
 from mpiml.waiting import broadcast
 
@@ -44,7 +45,7 @@ def check_size(size: int, environment: Mapping[str, str] = os.environ) -> None:
     expected = expected_size(environment)
     if size == expected:
         return
-    library = MPI.Get_library_version().split("\n")[0].strip("\x00 ")
+    library = mpi_library()
     error = ConfigError(f"{expected} processes were started, but {library} makes them jobs of {size}: {HINT}")
     error.everywhere, error.silent = True, not is_first(environment)
     raise error
@@ -52,8 +53,7 @@ def check_size(size: int, environment: Mapping[str, str] = os.environ) -> None:
 
 def software() -> dict[str, str]:
     """What has to be the same on all ranks of a run."""
-    library = MPI.Get_library_version().split("\n")[0].strip("\x00 ")
-    return {"MPI library": library, "mpiml": mpiml.__version__, "NumPy": np.__version__}
+    return {"MPI library": mpi_library(), "mpiml": mpiml.__version__, "NumPy": np.__version__}
 
 
 def check_alike(comm: MPI.Intracomm, clock: Clock, mine: Mapping[str, str]) -> None:

@@ -14,7 +14,8 @@ WATCHED = [(name, SHARES.index(name)) for name in ("compute", "data")]  # the re
 SLOW = 1.5  # times the median of the others
 LEAST = 0.002  # seconds of a step by which a rank is behind: less is noise,
 PART = 0.05  # and so is less than this part of the step
-LINES, STEPS = 3, 10  # of the log, and steps in them, that make it a habit
+LINES, STEPS = 3, 10  # of the log, and steps in them, that make it a habit,
+SECONDS = 2.0  # if they take so long: a busy machine has hiccups
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Pace:
         self.launched, self.crowded = launched, crowded
         self._last: Slow | None = None
         self._lines = self._steps = 0
+        self._seconds = 0.0
 
     def slowest(self, seconds: NDArray[np.float64], step_seconds: float, steps: int) -> Slow | None:
         """The rank that the others have been waiting for, if there is one, after another line of the log.
@@ -63,14 +65,16 @@ class Pace:
         needed = max(LEAST, PART * step_seconds / max(steps, 1))
         worst = max(found, key=lambda slow: slow.behind, default=None)
         if worst is None or worst.behind < needed:
-            self._last, self._lines, self._steps = None, 0, 0
+            self._last = None
             return None
         if self._last is None or (worst.place, worst.activity) != (self._last.place, self._last.activity):
-            self._lines = self._steps = 0
+            self._lines, self._steps, self._seconds = 0, 0, 0.0
         self._last = worst
         self._lines += 1
         self._steps += steps
-        return worst if self._lines >= LINES and self._steps >= STEPS else None
+        self._seconds += step_seconds
+        habit = self._lines >= LINES and self._steps >= STEPS and self._seconds >= SECONDS
+        return worst if habit else None
 
     def _of_stages(self, activity: str, seconds: NDArray[np.float64]) -> list[Slow]:
         """The slowest replica of each stage in which it is much slower than the others."""

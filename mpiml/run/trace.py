@@ -20,9 +20,9 @@ import numpy as np
 from mpi4py import MPI
 
 from mpiml.clock import Clock
-from mpiml.errors import OutputError, RunError
+from mpiml.errors import ConfigError, OutputError, RunError
 from mpiml.run.clocks import Ruler
-from mpiml.run.directory import PARTIAL, named_errors, write_atomically
+from mpiml.run.directory import PARTIAL, is_own, named_errors, write_atomically
 from mpiml.run.verdict import on_rank_0
 from mpiml.waiting import wait
 
@@ -105,13 +105,16 @@ def clock_for(path: str | None, ranks: int) -> Clock:
     return Recorder(ranks) if path else Clock()
 
 
-def check(path: str | None) -> None:
-    """Raise OutputError if nothing can be written to `path`. Rank 0 calls it, before anything else is written.
+def check(path: str | None, run: str | None) -> None:
+    """Raise OutputError if nothing can be written to `path`, and ConfigError if it is of a file of the run in the
+    directory `run`. Rank 0 calls it, before anything else is written.
 
     A missing directory will be made: it may be the run's own.
     """
     if not path:
         return
+    if run and is_own(Path(path), Path(run)):
+        raise ConfigError(f"--trace {path}: the run itself keeps that; choose another name")
     with named_errors("write", Path(path)):
         if Path(path).is_dir():
             raise IsADirectoryError(None, "is a directory")

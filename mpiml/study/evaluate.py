@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import sys
@@ -41,6 +40,7 @@ from mpiml.run.failure import Guard, exit_code
 from mpiml.run.process import prepare_process
 from mpiml.run.verdict import on_rank_0, together
 from mpiml.run.watch import Watch
+from mpiml.study.command import ended
 from mpiml.study.predictions import Predictions, check_path
 from mpiml.vectors import bytes_of
 
@@ -225,16 +225,19 @@ def text(result: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code."""
+    return ended(PROGRAM, lambda: _main(sys.argv[1:] if arguments is None else arguments))
+
+
+def _main(arguments: Sequence[str]) -> int:
     comm, clock = MPI.COMM_WORLD, Clock()
     try:
         with Guard(comm, clock, PROGRAM):
-            asked = on_rank_0(comm, clock, lambda: vars(parse(sys.argv[1:] if arguments is None else arguments)))
+            asked = on_rank_0(comm, clock, lambda: vars(parse(arguments)))
         as_json = asked.pop("json")
         result = evaluate(**asked)
     except BaseException as error:  # reported already, and in a job of several ranks known to all
         return exit_code(error)
     if comm.rank == 0:
         told = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in result.items()}
-        with contextlib.suppress(OSError):  # nobody reads it any more
-            print(json.dumps(told) if as_json else text(result), flush=True)
+        print(json.dumps(told) if as_json else text(result), flush=True)
     return 0

@@ -30,7 +30,8 @@ class Interval:
 
 @dataclass(frozen=True)
 class Fit:
-    """A law's parameters by name, how far it is from the medians at most, relative, and what the data say of it."""
+    """A law's parameters by name, how far its curve is from the medians at most, relative, and what the data say of
+    it."""
 
     law: str
     parameters: dict[str, Interval]
@@ -76,6 +77,32 @@ def karp_flatt(ranks: int, speed_up: float) -> float:
     return (1 / speed_up - 1 / ranks) / (1 - 1 / ranks)
 
 
+def karp_flatt_trend(ups: Mapping[int, Interval]) -> Fit:
+    """The Karp-Flatt metric of some speed-ups by number of ranks, and what its course says."""
+    found = {f"serial fraction on {p} ranks": _serial_fraction(p, ups[p]) for p in sorted(ups)}
+    return Fit("Karp-Flatt", found, math.nan, _course(list(found.values())))
+
+
+def _serial_fraction(ranks: int, up: Interval) -> Interval:
+    value = karp_flatt(ranks, up.value)
+    if math.isinf(up.high):
+        return Interval(value, -math.inf, math.inf)
+    return Interval(value, karp_flatt(ranks, up.high), karp_flatt(ranks, up.low))
+
+
+def _course(fractions: Sequence[Interval]) -> str:
+    if len(fractions) < 2:
+        return "cannot be told: needs two rank counts besides one rank, with a core for each rank"
+    first, last = fractions[0], fractions[-1]
+    if not max(one.high - one.low for one in fractions) <= SCATTER:
+        return f"cannot be told: its intervals are wider than {SCATTER:g}, or there are none"
+    if last.low > first.high:
+        return "grows with the ranks: overhead, such as communication, that a serial part does not explain"
+    if last.high < first.low:
+        return "falls with the ranks: they gain more than they lose, by larger caches, say"
+    return "constant within its intervals: a serial part"
+
+
 def amdahl(times: Times) -> Fit:
     """T(p) = T1 (s + (1 - s) / p), for a problem of one size: s is the serial fraction.
 
@@ -84,10 +111,9 @@ def amdahl(times: Times) -> Fit:
 
     def solve(medians: Mapping[int, float]) -> list[float]:
         constant, shared = _least_squares(medians, lambda p: [1.0, 1.0 / p])
-        return [constant / (constant + shared) if constant + shared else math.nan]
+        return [constant + shared, constant / (constant + shared)]
 
-    def predict(parameters: Sequence[float], p: int, one: float) -> float:
-        (serial,) = parameters
+    def predict(p: int, one: float, serial: float) -> float:
         return one * (serial + (1 - serial) / p)
 
     return _fit("Amdahl", ["serial fraction"], times, solve, predict)
@@ -102,10 +128,9 @@ def gustafson(times: Times) -> Fit:
     def solve(medians: Mapping[int, float]) -> list[float]:
         first = min(medians)
         more = [(p - 1, p - p * medians[first] / medians[p]) for p in medians if p > 1]
-        return [sum(a * b for a, b in more) / sum(a * a for a, _ in more)]
+        return [medians[first], sum(a * b for a, b in more) / sum(a * a for a, _ in more)]
 
-    def predict(parameters: Sequence[float], p: int, one: float) -> float:
-        (serial,) = parameters
+    def predict(p: int, one: float, serial: float) -> float:
         return one * p / (p - serial * (p - 1))
 
     return _fit("Gustafson", ["serial fraction"], times, solve, predict)
@@ -119,10 +144,9 @@ def universal(times: Times) -> Fit:
 
     def solve(medians: Mapping[int, float]) -> list[float]:
         one, contention, coherence = _least_squares(medians, lambda p: [1 / p, (p - 1) / p, p - 1.0])
-        return [contention / one, coherence / one] if one else [math.nan, math.nan]
+        return [one, contention / one, coherence / one] if one else [0.0, math.nan, math.nan]
 
-    def predict(parameters: Sequence[float], p: int, one: float) -> float:
-        contention, coherence = parameters
+    def predict(p: int, one: float, contention: float, coherence: float) -> float:
         return one * (1 + contention * (p - 1) + coherence * p * (p - 1)) / p
 
     return _fit("universal scalability", ["contention", "coherence"], times, solve, predict)
@@ -147,11 +171,17 @@ def _fit(
     names: list[str],
     times: Times,
     solve: Callable[[Mapping[int, float]], list[float]],
-    predict: Callable[[Sequence[float], int, float], float],
+    predict: Callable[..., float],
 ) -> Fit:
+    """A law fitted to times.
+
+    Args:
+        solve: from medians by number of ranks, the time on one rank and the law's parameters.
+        predict: from a number of ranks and what `solve` gives, a time.
+    """
     if 1 not in times or len(times) < len(names) + 1:
         needed = f"one rank and {len(names)} more rank counts"
-        return Fit(law, {}, math.nan, f"cannot be fitted: needs times on {needed}")
+        return Fit(law, {}, math.nan, f"cannot be told: needs times on {needed}, with a core for each rank")
     sizes = sorted(times)
 
     def of(samples: Sequence[Sequence[float]]) -> list[float]:
@@ -160,18 +190,17 @@ def _fit(
     columns = [times[p] for p in sizes]
     parameters = {
         name: _resampled(lambda samples, index=index: of(samples)[index], columns)  # type: ignore[misc]
-        for index, name in enumerate(names)
+        for index, name in enumerate(names, 1)
     }
-    medians = [statistics.median(times[p]) for p in sizes]
-    best = [parameter.value for parameter in parameters.values()]
-    errors = [abs(predict(best, p, medians[0]) / median - 1) for p, median in zip(sizes, medians, strict=True)]
+    curve = of(columns)
+    errors = [abs(predict(p, *curve) / statistics.median(times[p]) - 1) for p in sizes]
     spread = max((max(values) - min(values)) / statistics.median(values) / 2 for values in columns)
     return Fit(law, parameters, max(errors), _word(len(sizes), len(names), max(errors), spread))
 
 
 def _word(points: int, parameters: int, error: float, spread: float) -> str:
     if points <= parameters + 1:
-        return "as many parameters as points allow: any data would fit; measure more rank counts"
+        return "cannot be told: as many parameters as points allow, any data would fit; measure more rank counts"
     if spread > SCATTER:
         return f"cannot be told: repeats of one point differ by up to {spread:.0%} to either side"
     if error <= max(spread, 0.01):

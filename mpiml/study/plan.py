@@ -5,23 +5,22 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from mpiml.config import parse
 from mpiml.design import grid_text, open_data
-from mpiml.errors import ConfigError, RunError
 from mpiml.nn import layer as nn
 from mpiml.nn.parameters import Shape
 from mpiml.parallel.split import check_ranks
 from mpiml.study import activations, costs
 from mpiml.study.columns import count, size, table
+from mpiml.study.command import Parser, ended, whole
 from mpiml.study.costs import BACKWARD
 from mpiml.study.job import Job, job_of, kind
 
@@ -245,39 +244,31 @@ def _wires(plan: Plan) -> list[str]:
     return [*table(lines, "lrr"), *([sums] if plan.node_out else [])]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message.removeprefix("argument "))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m mpiml.plan",
         description="What a training job would be, on any grid; starts no MPI.",
         usage="%(prog)s --ranks N [--node-ranks N] [--json] [settings of mpiml.train]",
         epilog="All other settings are mpiml.train's: its --help lists them.",
         allow_abbrev=False,
     )
-    parser.add_argument("--ranks", type=int, required=True, metavar="N", help="of the job")
-    parser.add_argument("--node-ranks", type=int, metavar="N", help="of a node (default: all on one)")
+    parser.add_argument("--ranks", type=whole(), required=True, metavar="N", help="of the job")
+    parser.add_argument("--node-ranks", type=whole(), metavar="N", help="of a node (default: all on one)")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code that mpiml.train would."""
-    try:
-        chosen, settings = _parser().parse_known_args(arguments)
-        config = parse(settings, "mpiml.plan")
-        for flag, given in (("--ranks", chosen.ranks), ("--node-ranks", chosen.node_ranks)):
-            if given is not None and given < 1:
-                raise ConfigError(f"{flag} {given}: must be at least 1")
-        check_ranks(chosen.ranks, config.pipe)
-        data = open_data(config)
-        made = plan(job_of(config, chosen.ranks, chosen.node_ranks or chosen.ranks, data), data.name)
-    except RunError as error:
-        print(f"mpiml.plan: {error}", file=sys.stderr)
-        return error.exit_code
+    return ended("mpiml.plan", lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    chosen, settings = _parser().parse_known_args(arguments)
+    config = parse(settings, "mpiml.plan")
+    check_ranks(chosen.ranks, config.pipe)
+    data = open_data(config)
+    made = plan(job_of(config, chosen.ranks, chosen.node_ranks or chosen.ranks, data), data.name)
     print(json.dumps(asdict(made), indent=2) if chosen.json else screen(made))
     return 0
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from mpiml.errors import ConfigError
+from mpiml.errors import ConfigError, OutputError
 
 STUDY = "study.json"  # of a study's directory: what it asks for
 POINTS = "points"  # and the directory of what was measured, a file for each repeat
 TRAINING = "training"  # that of training runs to a target
 JOBS = "jobs"  # and that of SLURM jobs and their logs
+ASKED = {"mode", "settings", "points"}  # what STUDY holds at least
+FOUND = {"step_seconds", "shares", "rows", "nodes", "cores", "threads", "environment"}  # and a file in POINTS
 
 
 @dataclass(frozen=True, order=True)
@@ -90,6 +95,34 @@ def runs(points: Sequence[Point], repeats: int) -> list[tuple[Point, int]]:
     order = [(point, repeat) for point in points for repeat in range(repeats)]
     random.Random(0).shuffle(order)
     return order
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """What a study asks for, with its points. Raises ConfigError if there is none, and OutputError for a file that is
+    damaged."""
+    path = directory / STUDY
+    if not path.exists():
+        raise ConfigError(f"{directory} holds no study: python -m mpiml.scaling run --out {directory} makes one")
+    about = _object(path, ASKED)
+    try:
+        return {**about, "points": [Point(**point) for point in about["points"]]}  # type: ignore[dict-item, index]
+    except TypeError:
+        again = "without it, the command that made the study goes on with what is there"
+        raise OutputError(f"{path} is damaged; {again}") from None
+
+
+def measured(path: Path) -> dict[str, Any] | None:
+    """What a repeat of a point found; None if there is nothing, or not the whole of it."""
+    return _object(path, FOUND)
+
+
+def _object(path: Path, keys: set[str]) -> dict[str, Any] | None:
+    """What a JSON file holds, if it is an object that has these keys."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and keys <= found.keys() else None
 
 
 def _text(numbers: Sequence[int]) -> str:

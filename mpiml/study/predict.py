@@ -22,9 +22,10 @@ from mpiml.design import open_data
 from mpiml.errors import ConfigError
 from mpiml.study import table
 from mpiml.study.columns import table as columns
+from mpiml.study.command import positive, whole, wholes
 from mpiml.study.job import Job, Training, training
 from mpiml.study.machine import MACHINE, Link, Machine, load
-from mpiml.study.points import STUDY
+from mpiml.study.points import read
 from mpiml.study.step import Step, step
 
 LATENCY, BANDWIDTH = 2e-6, 10e9  # assumed of a network that was not measured: a second, and bytes per second
@@ -47,11 +48,11 @@ def register(commands: Any) -> None:
     """Add this module's commands to those of mpiml.scaling."""
     measure = commands.add_parser("calibrate", help="measure what predictions need", allow_abbrev=False)
     measure.add_argument("directory", metavar="DIR", help="of a study")
-    measure.add_argument("--ranks", type=int, metavar="N", help="that compute at once (default: the node's cores)")
+    measure.add_argument("--ranks", type=whole(), metavar="N", help="that compute at once (default: the node's cores)")
     measure.add_argument("--launcher", metavar="TEXT", help="as of run")
     measure.add_argument(
         "--repeats",
-        type=int,
+        type=whole(),
         default=3,
         metavar="N",
         help="jobs; medians count, also of earlier ones (default: 3)",
@@ -59,10 +60,10 @@ def register(commands: Any) -> None:
     measure.set_defaults(act=calibrate)
     tell = commands.add_parser("predict", help="the step on grids that are not measured", allow_abbrev=False)
     tell.add_argument("directory", metavar="DIR", help="of a study")
-    tell.add_argument("--ranks", type=_ranks, required=True, metavar="N,N", help="numbers of ranks")
-    tell.add_argument("--node-ranks", type=int, metavar="N", help="of a node (default: its cores)")
-    tell.add_argument("--latency", type=float, metavar="X", help="seconds of a message between nodes")
-    tell.add_argument("--bandwidth", type=float, metavar="X", help="of a node, bytes per second")
+    tell.add_argument("--ranks", type=wholes, required=True, metavar="N,N", help="numbers of ranks")
+    tell.add_argument("--node-ranks", type=whole(), metavar="N", help="of a node (default: its cores)")
+    tell.add_argument("--latency", type=positive, metavar="X", help="seconds of a message between nodes")
+    tell.add_argument("--bandwidth", type=positive, metavar="X", help="of a node, bytes per second")
     tell.add_argument("--json", action="store_true", help="print all grids as JSON")
     tell.set_defaults(act=predict)
     compare = commands.add_parser("check", help="predictions against what was measured", allow_abbrev=False)
@@ -70,52 +71,39 @@ def register(commands: Any) -> None:
     compare.set_defaults(act=check)
 
 
-def _ranks(text: str) -> list[int]:
-    return sorted({int(item) for item in text.split(",")})
-
-
 def calibrate(chosen: argparse.Namespace) -> int:
     """Start the jobs that measure. Returns the exit code of one that failed."""
-    from mpiml.study.scaling import launcher
+    from mpiml.study.scaling import check_program, launcher
 
     directory = Path(chosen.directory)
-    config = parse(_study(directory)["settings"])
+    settings = read(directory)["settings"]
+    config = parse(settings)
     ranks = chosen.ranks or max(len(os.sched_getaffinity(0)) // config.threads, 1)
+    command = [*launcher(chosen.launcher, ranks), sys.executable, "-m", "mpiml.study.calibration"]
+    check_program(command)
     target = (directory / MACHINE).absolute()
     target.mkdir(exist_ok=True)
-    command = [*launcher(chosen.launcher, ranks), sys.executable, "-m", "mpiml.study.calibration"]
     env = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | os.environ
-    for _ in range(max(chosen.repeats, 1)):
+    for _ in range(chosen.repeats):
         path = target / f"{len(list(target.iterdir())):03d}.json"
-        done = subprocess.run([*command, str(path), *_study(directory)["settings"]], check=False, env=env)
+        done = subprocess.run([*command, str(path), *settings], check=False, env=env)
         if done.returncode:
             return done.returncode
-    machine = load(directory)
-    print(told(machine, machine.between or Link.assumed(LATENCY, BANDWIDTH), machine.between is not None))
+    print(told(load(directory)))
     return 0
-
-
-def _study(directory: Path) -> dict[str, Any]:
-    try:
-        study: dict[str, Any] = json.loads((directory / STUDY).read_text())
-    except (OSError, ValueError):
-        makes = f"python -m mpiml.scaling run --out {directory}"
-        raise ConfigError(f"{directory} holds no study: {makes} makes one") from None
-    return study
 
 
 class Predictor:
     """Predictions for a study's model. Raises ConfigError if it is another than was measured."""
 
     def __init__(self, directory: Path, latency: float | None = None, bandwidth: float | None = None):
-        study = _study(directory)
+        study = read(directory)
         self.machine, self.weak = load(directory), study["mode"] == "weak"
         self.config = parse(study["settings"])
         self.training: Training = training(self.config, open_data(self.config))
         if len(self.training.layers) != len(self.machine.layers):
             raise ConfigError(f"{directory / MACHINE} is of another model: delete it and calibrate again")
-        measured = None if latency or bandwidth else self.machine.between
-        self.network = measured or Link.assumed(latency or LATENCY, bandwidth or BANDWIDTH)
+        self.network = network(self.machine, latency, bandwidth)
 
     def job(self, ranks: int, node_ranks: int, **settings: Any) -> Job:
         """On a grid; a data set that is smaller than a batch is taken to grow with it."""
@@ -143,12 +131,6 @@ class Predictor:
 
 def predict(chosen: argparse.Namespace) -> int:
     """Print the best grid for each number of ranks, or all grids as JSON."""
-    for name in ("latency", "bandwidth", "node_ranks"):
-        value = getattr(chosen, name)
-        if value is not None and value <= 0:
-            raise ConfigError(f"--{name.replace('_', '-')} {value:g}: must be more than 0")
-    if chosen.ranks[0] < 1:
-        raise ConfigError(f"--ranks {chosen.ranks[0]}: must be at least 1")
     predictor = Predictor(Path(chosen.directory), chosen.latency, chosen.bandwidth)
     node_ranks = chosen.node_ranks or max(predictor.machine.cores // predictor.config.threads, 1)
     found = {ranks: list(predictor.grids(ranks, node_ranks)) for ranks in chosen.ranks}
@@ -157,7 +139,10 @@ def predict(chosen: argparse.Namespace) -> int:
         print(json.dumps({"machine": asdict(predictor.machine), "predictions": every}, indent=1))
         return 0
     one = max(predictor.grids(1, 1), key=lambda prediction: prediction.samples_per_second)
-    print(told(predictor.machine, predictor.network, predictor.network == predictor.machine.between))
+    print(told(predictor.machine, chosen.latency, chosen.bandwidth))
+    needed = min(node_ranks, max(chosen.ranks)) * predictor.config.threads
+    if needed > predictor.machine.cores:
+        print(f"ASSUMED: nodes of {needed} cores, on each of which a rank computes as fast as here")
     print("\n".join(["", *_screen(found, one, node_ranks)]))
     return 0
 
@@ -185,21 +170,32 @@ def _screen(found: dict[int, list[Prediction]], one: Prediction, node_ranks: int
     ]
 
 
-def told(machine: Machine, network: Link, measured: bool) -> str:
-    """What is known of the machine, and what is assumed."""
+def network(machine: Machine, latency: float | None = None, bandwidth: float | None = None) -> Link:
+    """Messages between nodes: as given, else as measured, else as is assumed."""
+    known = machine.between or Link.assumed(LATENCY, BANDWIDTH)
+    if latency or bandwidth:
+        return Link.assumed(latency or known.latency, bandwidth or known.bandwidth)
+    return known
+
+
+def told(machine: Machine, latency: float | None = None, bandwidth: float | None = None) -> str:
+    """What is known of the machine, what is given, and what is assumed."""
     lines = [
         f"{machine.cpu}, {machine.cores} cores; {machine.ranks} ranks computed at once",
         f"a step takes {machine.busy.step * 1e6:.0f} us and a micro-batch {machine.busy.microbatch * 1e6:.0f} us "
         f"besides arithmetic; sum and update {machine.busy.update * 1e9:.2f} ns an element",
     ]
     if machine.inside:
-        lines.append(f"messages on a node: {_link(machine.inside)}, measured")
-    how = "measured" if measured else "ASSUMED; --latency X --bandwidth X say otherwise"
-    return "\n".join([*lines, f"messages between nodes: {_link(network)}, {how}"])
+        lines.append(f"messages on a node: {_link(machine.inside, 'measured', 'measured')}")
+    values = {"latency": latency, "bandwidth": bandwidth}
+    other = {name: "measured" if machine.between else f"ASSUMED; --{name} X says otherwise" for name in values}
+    sources = ["as given" if value else other[name] for name, value in values.items()]
+    return "\n".join([*lines, f"messages between nodes: {_link(network(machine, latency, bandwidth), *sources)}"])
 
 
-def _link(link: Link) -> str:
-    return f"{link.latency * 1e6:.1f} us, then {link.bandwidth / 1e9:.1f} GB/s"
+def _link(link: Link, latency: str, bandwidth: str) -> str:
+    """Latency and bandwidth, each with how it is known."""
+    return f"{link.latency * 1e6:.1f} us ({latency}), then {link.bandwidth / 1e9:.1f} GB/s ({bandwidth})"
 
 
 @dataclass(frozen=True)
@@ -219,30 +215,35 @@ class Comparison:
         return self.predicted / self.measured - 1
 
 
-def compare(directory: Path) -> Iterator[Comparison]:
-    """Every point of a study that can be predicted."""
+def compare(directory: Path) -> tuple[list[Comparison], int]:
+    """Every point of a study that can be predicted, and how many were left out because ranks had to take turns."""
     predictor = Predictor(directory)
-    for line in table.load(directory).lines:
-        point, nodes = line.point, line.nodes
-        if line.oversubscribed:
-            continue
-        settings = {"pipe": point.stages, "batch": point.batch, "microbatches": point.microbatches}
-        job = predictor.job(point.ranks, -(-point.ranks // nodes), **settings)
-        median = statistics.median(line.medians)
-        yield Comparison(
-            study=str(directory),
-            grid=f"{point.stages} x {point.ranks // point.stages}",
-            batch=point.batch,
-            microbatches=point.microbatches,
-            measured=median,
-            spread=(max(line.medians) - min(line.medians)) / median,
-            predicted=step(job, predictor.machine, predictor.network).seconds,
-        )
+    lines = table.load(directory).lines
+    found = [_compared(directory, predictor, line) for line in lines if not line.oversubscribed]
+    return found, len(lines) - len(found)
+
+
+def _compared(directory: Path, predictor: Predictor, line: table.Line) -> Comparison:
+    point = line.point
+    settings = {"pipe": point.stages, "batch": point.batch, "microbatches": point.microbatches}
+    job = predictor.job(point.ranks, -(-point.ranks // line.nodes), **settings)
+    median = statistics.median(line.medians)
+    return Comparison(
+        study=str(directory),
+        grid=f"{point.stages} x {point.ranks // point.stages}",
+        batch=point.batch,
+        microbatches=point.microbatches,
+        measured=median,
+        spread=(max(line.medians) - min(line.medians)) / median,
+        predicted=step(job, predictor.machine, predictor.network).seconds,
+    )
 
 
 def check(chosen: argparse.Namespace) -> int:
-    """Print predictions beside measurements. Returns 1 if the median error is larger than GOAL and than the spread."""
-    found = [one for directory in chosen.directories for one in compare(Path(directory))]
+    """Print predictions beside measurements. Returns 0 if the median error is at most GOAL; 1 if it is larger, or if
+    that cannot be told because repeats are as far apart."""
+    compared = [compare(Path(directory)) for directory in chosen.directories]
+    found, left_out = [one for some, _ in compared for one in some], sum(count for _, count in compared)
     if not found:
         raise ConfigError("nothing to compare: all points have more ranks than cores")
     rows = [["study", "grid", "batch", "M", "measured ms", "repeats apart", "predicted ms", "error"]]
@@ -250,10 +251,16 @@ def check(chosen: argparse.Namespace) -> int:
         cells = [one.study, one.grid, str(one.batch), str(one.microbatches), f"{one.measured * 1e3:.3f}"]
         rows.append([*cells, f"{one.spread:.0%}", f"{one.predicted * 1e3:.3f}", f"{one.error:+.0%}"])
     print("\n".join(columns(rows, "l" + "r" * 7)))
+    if left_out:
+        print(f"left out, for they have more ranks than cores: {left_out}")
     error = statistics.median(abs(one.error) for one in found)
     spread = statistics.median(one.spread for one in found)
-    good = error <= max(GOAL, spread)
+    if error <= GOAL:
+        verdict = "good"
+    elif error <= spread:
+        verdict = f"cannot be told, repeats are {spread:.0%} apart"
+    else:
+        verdict = f"predictions are off by more than {GOAL:.0%} and the repeats"
     worst = max(abs(one.error) for one in found)
-    text = f"{len(found)} points: median error {error:.0%}, largest {worst:.0%}; repeats {spread:.0%} apart"
-    print(f"{text}: {'good' if good else f'predictions are off by more than {GOAL:.0%} and the repeats'}")
-    return int(not good)
+    print(f"{len(found)} points: median error {error:.0%}, largest {worst:.0%}; repeats {spread:.0%} apart: {verdict}")
+    return int(error > GOAL)

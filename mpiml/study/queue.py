@@ -18,6 +18,7 @@ from pathlib import Path
 
 from mpiml.errors import ConfigError
 from mpiml.run.directory import write_atomically
+from mpiml.study.command import telling
 from mpiml.study.points import JOBS
 from mpiml.study.tasks import Task
 
@@ -34,26 +35,40 @@ exec "$PYTHON" -m mpiml.scaling run {flags} {launcher}-- {settings}
 """
 
 
-def submit(
-    directory: Path, tasks: Sequence[Task], chosen: argparse.Namespace, settings: Sequence[str], threads: int
-) -> None:
-    """Submit a job for every number of ranks and repeat of which something is open, unless it is queued or running,
-    and say what is open.
+def queued(directory: Path, tasks: Sequence[Task], node_ranks: int | None) -> dict[str, str]:
+    """Number and state of those jobs of a study that SLURM has not ended, by name.
 
-    Which jobs are queued is asked of SLURM, by names that tell the study, the ranks and the repeat: so nothing is
-    submitted twice, whatever became of the command that did it first.
+    Asked of SLURM, by names that tell the study, the ranks and the repeat: so nothing is submitted twice, whatever
+    became of the command that did it first.
 
-    Raises ConfigError without SLURM or --node-ranks, and if SLURM refuses.
+    Raises ConfigError without SLURM or --node-ranks.
     """
-    if not chosen.node_ranks:
+    if not node_ranks:
         raise ConfigError("--slurm: say with --node-ranks N how many ranks a node takes")
-    jobs = list(dict.fromkeys((task.point.ranks, task.repeat) for task in tasks))
-    queued = _queued([_name(directory, *job) for job in jobs])
+    _there("sbatch")
+    names = [_name(directory, *job) for job in _jobs(tasks)]
+    lines = _call(["squeue", "--noheader", "--format=%j %i is %T", f"--name={','.join(names)}"]).splitlines()
+    return {name: state.lower() for name, _, state in (line.strip().partition(" ") for line in lines)}
+
+
+def submit(
+    directory: Path,
+    tasks: Sequence[Task],
+    states: dict[str, str],
+    chosen: argparse.Namespace,
+    settings: Sequence[str],
+    threads: int,
+) -> None:
+    """Submit a job for every number of ranks and repeat of which something is open, unless `states` says that it is
+    queued or running, and say what is open.
+
+    Raises ConfigError if SLURM refuses.
+    """
     submitted = waiting = 0
-    for ranks, repeat in jobs:
+    for ranks, repeat in _jobs(tasks):
         mine = [task for task in tasks if (task.point.ranks, task.repeat) == (ranks, repeat)]
         missing = sum(not task.done for task in mine)
-        state = queued.get(_name(directory, ranks, repeat))
+        state = states.get(_name(directory, ranks, repeat))
         text = f"ranks {ranks}, repeat {repeat}: {len(mine) - missing} of {len(mine)} there"
         if missing and state:
             waiting += 1
@@ -67,15 +82,14 @@ def submit(
     print("" if there == len(tasks) else "; the same command tells how far they are, and submits again what failed")
 
 
+def _jobs(tasks: Sequence[Task]) -> list[tuple[int, int]]:
+    """Ranks and repeat of each, in order."""
+    return list(dict.fromkeys((task.point.ranks, task.repeat) for task in tasks))
+
+
 def _name(directory: Path, ranks: int, repeat: int) -> str:
     """Of a job: the same whenever it is asked for, and another for each study."""
     return f"scaling-{hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:10]}-{ranks}-{repeat}"
-
-
-def _queued(names: Sequence[str]) -> dict[str, str]:
-    """Number and state of those jobs that SLURM has not ended, by name."""
-    lines = _call(["squeue", "--noheader", "--format=%j %i is %T", f"--name={','.join(names)}"]).splitlines()
-    return {name: state.lower() for name, _, state in (line.strip().partition(" ") for line in lines)}
 
 
 def _submit(
@@ -115,13 +129,17 @@ def _submit(
 
 def _call(command: Sequence[str]) -> str:
     """What a command of SLURM prints. Raises ConfigError if it fails."""
-    if not shutil.which(command[0]):
-        raise ConfigError(f"--slurm: no {command[0]} found; use a login node of the cluster, or leave out --slurm")
+    _there(command[0])
     done = subprocess.run(command, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["it said nothing"]
-        raise ConfigError(f"--slurm: {command[0]} failed, exit code {done.returncode}: {lines[-1]}")
+        told = telling(done.stderr.splitlines(), "error")  # the first names the fault; the last, that there is one
+        raise ConfigError(f"--slurm: {command[0]} failed, exit code {done.returncode}: {told}")
     return done.stdout.strip()
+
+
+def _there(command: str) -> None:
+    if not shutil.which(command):
+        raise ConfigError(f"--slurm: no {command} found; use a login node of the cluster, or leave out --slurm")
 
 
 def _text(value: object) -> str:

@@ -7,11 +7,12 @@ import html
 import io
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from mpiml.run.directory import write_atomically
-from mpiml.study.fits import Fit, Interval, amdahl, gustafson, universal
+from mpiml.study.fits import Fit, Interval, amdahl, gustafson, karp_flatt_trend, universal
 from mpiml.study.table import Study, load, markdown
 
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 84em; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -44,18 +45,18 @@ def report(directory: Path) -> None:
     write_atomically(directory / "scaling.jsonl", extra_p(study))
     text = f"{table}\n{fits_text(fits)}\n\n" + "\n\n".join(notes(study)) + "\n"
     write_atomically(directory / "scaling.md", text)
-    print(text)
     plots = draw(study, directory)
     write_atomically(directory / "scaling.html", page(study, fits, plots))
-    print(directory / "scaling.html")
+    print(f"{text}\n{directory / 'scaling.html'}")
 
 
 def fit(study: Study) -> list[Fit]:
-    """The laws that speak of this kind of study, fitted to the fastest grid of each number of ranks."""
-    times = {line.point.ranks: line.medians for line in study.best()}
-    if study.mode == "weak":
-        return [gustafson(times)]
-    return [amdahl(times), universal(times)]
+    """The laws that speak of this kind of study, fitted to the fastest grid of each number of ranks that have a core
+    each: no law knows of ranks that take turns."""
+    lines = [line for line in study.best() if not line.oversubscribed]
+    times = {line.point.ranks: line.medians for line in lines}
+    course = karp_flatt_trend({line.point.ranks: line.speed_up for line in lines if line.point.ranks > 1})
+    return [*([gustafson(times)] if study.mode == "weak" else [amdahl(times), universal(times)]), course]
 
 
 def fits_text(fits: list[Fit]) -> str:
@@ -71,8 +72,12 @@ def fits_text(fits: list[Fit]) -> str:
 def notes(study: Study) -> list[str]:
     """What speed-up is measured against, in absolute numbers, and what else the table needs to be understood."""
     base = study.base
+    if study.bases:
+        best = f"the best so far, for M = {_listed(study.bases)} is still to be measured: "
+    else:
+        best = "which suits it best: "
     found = [
-        f"Speed-up is against one rank with M = {base.point.microbatches}, which suits it best: "
+        f"Speed-up is against one rank with M = {base.point.microbatches}, {best}"
         f"{base.step.value * 1e3:.2f} ms a step, {base.samples_per_second:,.0f} samples/s; same M: against one rank "
         "with micro-batches of the same size. Intervals are of 95 % (or the range of fewer than 6 repeats); the time "
         "of a step is its slowest rank's. Grid: stages x replicas. M: micro-batches. Communication includes "
@@ -80,18 +85,28 @@ def notes(study: Study) -> list[str]:
     ]
     if any(line.oversubscribed for line in study.lines):
         found.append(
-            "Marked * are more ranks than cores: they took turns. It says nothing of a machine with more cores."
+            "Marked * are more ranks than cores: they took turns. It says nothing of a machine with more cores, and "
+            "no law is fitted to it."
         )
     if study.target is not None:
+        every = sorted({(line.point.batch, line.target.every) for line in study.lines if line.target})
+        looks = _listed([f"{steps} with a batch of {batch}" for batch, steps in every])
         found.append(
             f"Steps to {study.target:g}: in a training run of {study.max_epochs} epochs, the first after which an "
             "evaluation gave that test score; one run for each batch and number of micro-batches, for its weights are "
             "the same, bit for bit, on any grid. All other settings, the learning rate too, are the same for all. "
             "Seconds are as many steps of the point's median time, without evaluations."
+            + (f" Steps from one look at the score to the next: {looks}." if every else "")
         )
+    if study.damaged:
+        found.append(f"Damaged, and left out: {_listed(study.damaged)}. The same command measures it again.")
     if study.open:
-        found.append(f"Not complete: {study.open} of the study's jobs are open. The same command goes on with it.")
+        found.append(f"Not complete: {study.open} of the study's jobs still to be done. The same command does them.")
     return found
+
+
+def _listed(items: Sequence[object]) -> str:
+    return ", ".join(map(str, items))
 
 
 def extra_p(study: Study) -> str:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpiml.errors import ConfigError
 from mpiml.parallel.schedules import SCHEDULES
 from mpiml.parallel.simulator import simulate
 from mpiml.parallel.tree import partials
@@ -37,14 +36,8 @@ class Step:
 
 
 def step(job: Job, machine: Machine, network: Link) -> Step:
-    """What a step takes. Raises ConfigError for what is not known: more ranks on a node than cores."""
-    crowd = min(job.ranks, job.node_ranks)
-    if crowd * job.config.threads > machine.cores:
-        raise ConfigError(
-            f"{crowd} ranks of {job.config.threads} threads on a node of {machine.cores} cores would take turns, "
-            f"which is not predicted; --node-ranks {machine.cores // job.config.threads} at most"
-        )
-    pace = machine.pace(crowd)
+    """What a step takes if each thread has a core."""
+    pace = machine.pace(min(job.ranks, job.node_ranks))
     forward, backward = passes(job, machine, pace)
     count = max(job.passes(replica) for replica in range(job.replicas))
     ways = [_way(job, machine, network, stage) for stage in range(len(job.stages) - 1)]

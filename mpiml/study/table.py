@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import defaultdict
@@ -14,7 +13,7 @@ from typing import Any
 from mpiml.errors import ConfigError
 from mpiml.run.directory import read_result
 from mpiml.study.fits import Interval, karp_flatt, median_interval, speed_up
-from mpiml.study.points import POINTS, STUDY, TRAINING, Point, same_parts
+from mpiml.study.points import POINTS, TRAINING, Point, measured, read, same_parts
 from mpiml.study.tasks import evaluations, trained, training
 
 
@@ -26,12 +25,14 @@ class Target:
         metric, target: the test score that is asked for.
         best: the best score of the run.
         steps: after which an evaluation reached the target; None if none did.
+        every: so many steps the score was looked at.
     """
 
     metric: str
     target: float
     best: float
     steps: int | None
+    every: int
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ class Study:
         base: one rank with the micro-batches that suit it best.
         environment: of the first job.
         open: how many of its jobs, timed or trained, have not been done yet.
+        bases: the micro-batches of points of one rank that have not been measured yet.
+        damaged: files of repeats that cannot be read.
         target, max_epochs: what training runs are to reach, and within how many epochs, if there are any.
     """
 
@@ -141,6 +144,8 @@ class Study:
     base: Line
     environment: dict[str, Any]
     open: int = 0
+    bases: Sequence[int] = ()
+    damaged: Sequence[Path] = ()
     target: float | None = None
     max_epochs: int = 0
 
@@ -148,29 +153,30 @@ class Study:
         """Without the points that are there only to compare with."""
         return [line for line in self.lines if not line.point.extra]
 
+    def grids(self) -> list[Line]:
+        """Every grid, by ranks and stages; one rank is the base."""
+        more = (line for line in self.asked() if line.point.ranks > 1)
+        return [self.base, *sorted(more, key=lambda line: line.point)]
+
     def best(self) -> list[Line]:
         """For each number of ranks the fastest grid; one rank is the base."""
-        found = {1: self.base}
-        for line in self.asked():
-            ranks = line.point.ranks
-            if ranks > 1 and line.samples_per_second > (found[ranks].samples_per_second if ranks in found else 0):
-                found[ranks] = line
+        ordered = sorted(self.grids(), key=lambda line: line.samples_per_second)
+        found = {line.point.ranks: line for line in ordered}
         return [found[ranks] for ranks in sorted(found)]
 
 
 def load(directory: Path) -> Study:
     """Read a study. Raises ConfigError if there is none, or nothing of one rank in it."""
-    try:
-        about = json.loads((directory / STUDY).read_text())
-    except (OSError, ValueError):
-        raise ConfigError(
-            f"{directory} holds no study: python -m mpiml.scaling run --out {directory} makes one"
-        ) from None
-    asked = {Point(**point) for point in about["points"]}
+    about = read(directory)
+    asked = set(about["points"])
     repeats: dict[Point, list[dict[str, Any]]] = defaultdict(list)
+    damaged = []
     for point in sorted(asked):
         for path in sorted((directory / POINTS).glob(f"{point.name}_*.json")):
-            repeats[point].append(json.loads(path.read_text()))
+            if found := measured(path):
+                repeats[point].append(found)
+            else:
+                damaged.append(path)
     bases = [point for point in repeats if point.ranks == 1]
     if not bases:
         raise ConfigError(f"{directory}: no job of one rank has been measured yet; run the study again")
@@ -183,6 +189,8 @@ def load(directory: Path) -> Study:
         base=next(line for line in lines if line.point == base),
         environment=repeats[base][0]["environment"],
         open=_open(about, directory, asked, repeats),
+        bases=sorted(point.microbatches for point in asked - repeats.keys() if point.ranks == 1),
+        damaged=damaged,
         target=about.get("target"),
         max_epochs=about.get("max_epochs", 0),
     )
@@ -206,7 +214,7 @@ def _target(about: Mapping[str, Any], directory: Path, point: Point) -> Target |
         return None
     metric, scores = evaluations(run)
     steps = next((step for step, score in scores if score >= about["target"]), None)
-    return Target(metric, about["target"], max(score for _, score in scores), steps)
+    return Target(metric, about["target"], max(score for _, score in scores), steps, every=scores[0][0])
 
 
 def _rates(jobs: Sequence[Mapping[str, Any]], inverse: bool = False) -> list[float]:

@@ -13,7 +13,9 @@ from pathlib import Path
 from mpiml.config import Config
 from mpiml.errors import ConfigError
 from mpiml.run.directory import METRICS, read_result
-from mpiml.study.points import POINTS, TRAINING, Point, runs
+from mpiml.study.points import POINTS, TRAINING, Point, measured, runs
+
+LOOKS = 50  # evaluations of a training run, at least: steps to a target are known to one part in so many
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,11 @@ class Timing(Task):
 
     @property
     def done(self) -> bool:
-        return self.path.exists()
+        return measured(self.path) is not None
 
     def told(self) -> str:
-        found = json.loads(self.path.read_text())
+        found = measured(self.path)
+        assert found, "it is done"
         middle = statistics.median(found["step_seconds"])
         return f"{middle * 1e3:.2f} ms a step, {found['rows'] / middle:,.0f} samples/s"
 
@@ -74,6 +77,7 @@ def tasks(
     timed: tuple[int, int],
     config: Config,
     settings: Sequence[str],
+    rows: int,
     epochs: int | None,
 ) -> list[Task]:
     """All jobs of a study: what is timed in the order of points.runs, then what is trained.
@@ -81,6 +85,7 @@ def tasks(
     Args:
         timed: steps that do not count, and steps that do.
         config, settings: of mpiml.train, parsed and as they were given.
+        rows: that there are to train on.
         epochs: of training runs; None for no such runs.
 
     Raises ConfigError if training runs are asked for and evaluations are not.
@@ -96,7 +101,10 @@ def tasks(
         raise ConfigError("--target needs evaluations: leave out --eval-every 0")
     for point in trained(points):
         path = directory / TRAINING / training(point, epochs)
-        every = max(1, config.eval_every * config.batch // point.batch)  # after as many rows, whatever the batch
+        if "eval_every" in (config.given or ()):  # after as many rows, whatever the batch
+            every = max(1, config.eval_every * config.batch // point.batch)
+        else:
+            every = max(1, epochs * -(-rows // point.batch) // LOOKS)
         run = [f"--epochs={epochs}", f"--eval-every={every}", "--save-every=0", "--quiet", "--resume", f"--out={path}"]
         found.append(Training(point, 0, path, ["-m", "mpiml.train", *settings, *point.settings(), *run]))
     return found

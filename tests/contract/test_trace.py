@@ -135,6 +135,12 @@ def test_file_that_cannot_be_written_is_refused_at_once(train: Any, tmp_path: Pa
     assert not job.run.exists()
 
 
+def test_file_of_the_run_is_refused_at_once(train: Any, tmp_path: Path) -> None:
+    job = train(2, f"--steps 3 --trace {tmp_path / 'run' / 'config.toml'}")
+    assert (job.code, job.err.count("\n")) == (78, 1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_run_that_is_stopped_or_fails_on_all_ranks_has_one_too(train: Any, tmp_path: Path) -> None:
     path = tmp_path / "deep" / "down" / "trace.json.gz"
     job = train(2, f"--optimizer sgd --lr 1e30 --steps 50 --trace {path}")

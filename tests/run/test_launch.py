@@ -45,3 +45,14 @@ def test_different_processors_or_kernels_are_a_warning() -> None:
     assert environment.warnings([one, one]) == []
     assert ["A; B" in text for text in environment.warnings([one, one | {"cpu": "B"}])] == [True]
     assert ["Zen); x" in text for text in environment.warnings([one, one | {"blas": "x"}])] == [True]
+
+
+def test_name_of_the_library_has_no_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {
+        "MPICH Version:      5.0.2\nMPICH Release date: x\0": "MPICH 5.0.2",
+        "Open MPI v5.0.3, package: x\0": "Open MPI v5.0.3",
+    }
+    for text, name in told.items():
+        monkeypatch.setattr(environment.MPI, "Get_library_version", lambda text=text: text)
+        assert environment.mpi_library() == name
+        assert launch.software()["MPI library"] == name

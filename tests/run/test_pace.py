@@ -8,7 +8,7 @@ import pytest
 from mpiml.clock import SHARES
 from mpiml.run.pace import Pace, Slow
 
-STEPS = 10  # of a line
+STEPS = 20  # of a line
 
 
 def line(compute: list[float], data: list[float] | None = None) -> np.ndarray:
@@ -50,8 +50,15 @@ def test_streak_of_another_rank_or_activity_begins_anew() -> None:
 
 def test_three_lines_of_a_step_each_are_no_habit() -> None:
     pace = of(4)
-    assert after(pace, *[SLOW / STEPS] * 9, steps=1) is None
-    assert after(pace, SLOW / STEPS, steps=1) is not None
+    assert after(pace, *[SLOW / STEPS] * 9, steps=1, step=0.3) is None
+    assert after(pace, SLOW / STEPS, steps=1, step=0.3) is not None
+
+
+def test_hiccup_of_less_than_two_seconds_is_no_habit() -> None:
+    pace = of(4)
+    assert after(pace, *[SLOW] * 4, step=0.024) is None  # half a second a line, nearly
+    assert after(pace, SLOW, step=0.024) is not None
+    assert after(pace, EVEN, *[SLOW] * 4, step=0.024) is None
 
 
 def test_limit_is_one_and_a_half_times_the_median_of_the_others() -> None:

@@ -11,7 +11,7 @@ import pytest
 from mpi4py import MPI
 
 from mpiml.clock import Clock
-from mpiml.errors import NotFiniteError
+from mpiml.errors import ConfigError, NotFiniteError
 from mpiml.parallel import grid as grids
 from mpiml.run import trace
 from mpiml.run.trace import Event, Recorder, Span, spans
@@ -32,6 +32,18 @@ def named(recorder: Recorder) -> list[tuple[str, int]]:
 def test_only_a_job_that_is_traced_has_a_clock_that_remembers() -> None:
     assert type(trace.clock_for(None, 4)) is Clock
     assert isinstance(trace.clock_for("t.json", 4), Recorder)
+
+
+@pytest.mark.parametrize("name", ["config.toml", "result.json", "metrics.jsonl", "environment.json", "."])
+def test_files_of_the_run_are_not_for_timelines(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    monkeypatch.chdir(tmp_path)
+    for path in (run / name, Path("run") / name, run / "checkpoints" / "x.json", run / "checkpoints"):
+        with pytest.raises(ConfigError, match="the run itself keeps that"):
+            trace.check(str(path), "run")
+    for path, out in ((run / "t.json", "run"), (tmp_path / name / "t.json", None), (tmp_path / "x.toml", "run")):
+        trace.check(str(path), out)
+    assert not list(tmp_path.iterdir())
 
 
 def test_part_of_computing_begins_where_computing_does() -> None:

@@ -7,10 +7,11 @@ import json
 
 import pytest
 
-from mpiml.study.doctor import Facts, Finding, Place, judge, screen
+from mpiml.study.doctor import Finding, judge, screen
+from mpiml.study.facts import Facts, Place
 from tests.conftest import launch
 
-GOOD = Place("n0", "Xeon", [0, 1, 2, 3], "openblas 0.3 (Haswell)", 8 << 30, 1.0)
+GOOD = Place("n0", "Xeon", [0, 1, 2, 3], 4, "openblas 0.3 (Haswell)", 8 << 30, 1.0, {"NumPy": "2"})
 
 
 def facts(ranks: int = 4, nodes: int = 1, **changes: object) -> Facts:
@@ -64,8 +65,37 @@ def test_ranks_bound_to_one_core() -> None:
 
 def test_more_ranks_than_cores() -> None:
     base = facts(4)
-    verdict, advice = not_ok(judge(dataclasses.replace(base, places=places(base, cores=[0, 1]))))["node n0"]
+    of_two = places(base, cores=[0, 1], node_cores=2)
+    verdict, advice = not_ok(judge(dataclasses.replace(base, places=of_two)))["node n0"]
     assert (verdict, "more ranks than cores" in advice) == ("note", True)
+
+
+def test_ranks_that_take_turns_while_cores_are_free() -> None:
+    base = facts(4)
+    found = judge(dataclasses.replace(base, places=places(base, cores=[0, 1])))
+    verdict, advice = not_ok(found)["node n0"]
+    assert (verdict, "bound to 2 of 4 cores" in advice) == ("problem", True)
+    (line,) = (finding.value for finding in found if finding.name == "node n0")
+    assert "4 ranks, 2 of 4 cores, bound" in line
+
+
+def test_more_threads_than_cores() -> None:
+    found = judge(facts(2, blas_threads=3))
+    assert not_ok(found)["node n0"][0] == "problem"  # bound to two cores of four
+    base = facts(2, blas_threads=3)
+    found = judge(dataclasses.replace(base, places=places(base, cores=[0, 1, 2, 3])))
+    verdict, advice = not_ok(found)["node n0"]
+    assert (verdict, "2 ranks of 3 threads need 6 cores" in advice) == ("problem", True)
+    (line,) = (finding.value for finding in found if finding.name == "node n0")
+    assert "2 ranks of 3 threads, 4 cores" in line
+    assert not_ok(judge(dataclasses.replace(base, places=places(base, cores=[0, 1, 2, 3]), blas_threads=2))) == {}
+
+
+def test_different_software_is_a_problem() -> None:
+    base = facts(4)
+    mixed = [*base.places[1:], dataclasses.replace(base.places[0], software={"NumPy": "1"})]
+    found = not_ok(judge(dataclasses.replace(base, places=mixed)))
+    assert {name: verdict for name, (verdict, _) in found.items()} == {"NumPy": "problem"}
 
 
 def test_ranks_that_may_use_all_cores_are_fine() -> None:
@@ -100,6 +130,28 @@ def test_differing_ranks() -> None:
     base = facts(4)
     mixed = [dataclasses.replace(base.places[0], cpu="EPYC", blas="mkl", age=60.0), *base.places[1:]]
     assert set(not_ok(judge(dataclasses.replace(base, places=mixed)))) == {"processor", "BLAS", "start"}
+
+
+STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_ID": "0"}
+
+
+@pytest.mark.contract
+def test_processes_that_are_not_one_job() -> None:
+    """As srun --mpi=none makes them: the first tells."""
+    done = launch(0, "-m", "mpiml.doctor", **STEP, SLURM_PROCID="0")
+    (line, advice) = done.stdout.splitlines()[:2]
+    assert (done.returncode, line.split()[:2]) == (1, ["problem", "MPI"]), done.stderr
+    assert "4 processes were started, but" in advice
+    other = launch(0, "-m", "mpiml.doctor", **STEP, SLURM_PROCID="1")
+    assert (other.returncode, other.stdout, other.stderr) == (0, "", "")
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize(("flags", "named"), [(["--threads", "0"], "--threads"), (["--jsno"], "--jsno")])
+def test_bad_commands_are_refused_once(flags: list[str], named: str) -> None:
+    done = launch(2, "-m", "mpiml.doctor", *flags)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (78, "", 1), done.stderr
+    assert named in done.stderr
 
 
 @pytest.mark.contract

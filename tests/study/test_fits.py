@@ -8,7 +8,18 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from mpiml.study.fits import Fit, Times, amdahl, gustafson, karp_flatt, median_interval, speed_up, universal
+from mpiml.study.fits import (
+    Fit,
+    Interval,
+    Times,
+    amdahl,
+    gustafson,
+    karp_flatt,
+    karp_flatt_trend,
+    median_interval,
+    speed_up,
+    universal,
+)
 
 RANKS = (1, 2, 4, 8, 16)
 
@@ -48,6 +59,47 @@ def test_karp_flatt_by_hand() -> None:
     assert karp_flatt(8, 8.0) == pytest.approx(0.0)
     with pytest.raises(ValueError, match="got 1"):
         karp_flatt(1, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("fractions", "word"),
+    [
+        ({2: 0.1, 4: 0.1, 8: 0.105}, "constant within its intervals: a serial part"),
+        ({2: 0.05, 4: 0.1, 8: 0.2}, "grows with the ranks: overhead"),
+        ({2: 0.2, 4: 0.1, 8: 0.05}, "falls with the ranks"),
+        ({2: 0.1}, "cannot be told: needs two rank counts"),
+        ({}, "cannot be told: needs two rank counts"),
+    ],
+)
+def test_course_of_karp_flatt_says_what_it_means(fractions: dict[int, float], word: str) -> None:
+    """Speed-ups 1 / (e + (1 - e) / p), known to one part in a hundred to either side."""
+    ups = {p: 1 / (e + (1 - e) / p) for p, e in fractions.items()}
+    fit = karp_flatt_trend({p: Interval(up, up * 0.99, up * 1.01) for p, up in ups.items()})
+    assert fit.word.startswith(word)
+    for p, e in fractions.items():
+        found = fit.parameters[f"serial fraction on {p} ranks"]
+        assert found.value == pytest.approx(e)
+        assert found.low == pytest.approx(karp_flatt(p, ups[p] * 1.01))
+        assert found.high == pytest.approx(karp_flatt(p, ups[p] * 0.99))
+
+
+@pytest.mark.parametrize(("low", "high"), [(-math.inf, math.inf), (1.2, 3.0)])
+def test_course_of_what_is_hardly_known_is_not_told(low: float, high: float) -> None:
+    fit = karp_flatt_trend({p: Interval(1.8, low, high) for p in (2, 4)})
+    assert fit.word.startswith("cannot be told: its intervals")
+    assert all(found.low < found.high for found in fit.parameters.values())
+
+
+def test_distance_is_from_the_fitted_curve() -> None:
+    """The curve of 1, 0.8, 0.5 and 0.1 s does not begin at the time on one rank: T = a + b / p, by the normal
+    equations of its residuals relative to the times, worked out with determinants."""
+    times = {1: 1.0, 2: 0.8, 4: 0.5, 8: 0.1}
+    u, v = ([term(p) / t for p, t in times.items()] for term in (lambda p: 1.0, lambda p: 1 / p))
+    uu, uv, vv = (sum(x * y for x, y in zip(*pair, strict=True)) for pair in ((u, u), (u, v), (v, v)))
+    a, b = ((vv * sum(u) - uv * sum(v)) / (uu * vv - uv**2), (uu * sum(v) - uv * sum(u)) / (uu * vv - uv**2))
+    a, b = (a, b) if a > 0 else (0.0, sum(v) / vv)
+    fit = amdahl({p: [t] * 2 for p, t in times.items()})
+    assert fit.error == pytest.approx(max(abs((a + b / p) / t - 1) for p, t in times.items()))
 
 
 def test_amdahl_finds_the_serial_fraction() -> None:
@@ -100,8 +152,8 @@ def test_nothing_is_said_of_times_that_scatter() -> None:
 
 
 def test_too_few_points_are_told() -> None:
-    assert amdahl(made(lambda p: 1 / p, ranks=(1,))).word.startswith("cannot be fitted")
-    assert amdahl(made(lambda p: 1 / p, ranks=(2, 4))).word.startswith("cannot be fitted")
+    assert amdahl(made(lambda p: 1 / p, ranks=(1,))).word.startswith("cannot be told: needs times on one rank and")
+    assert amdahl(made(lambda p: 1 / p, ranks=(2, 4))).word.startswith("cannot be told: needs times on one rank and")
     assert "any data would fit" in amdahl(made(lambda p: 1 / p, ranks=(1, 2))).word
     assert "any data would fit" in universal(made(lambda p: 1 / p, ranks=(1, 2, 4))).word
 

@@ -114,10 +114,25 @@ def test_backward_passes_are_measured_from_the_last_layer() -> None:
     assert (found["forward"], found["backward"]) == ([[2, 20], [3, 30]], [[6, 60], [5, 50]])
 
 
-def test_ranks_that_take_turns_are_refused() -> None:
-    with pytest.raises(ConfigError, match="5 ranks of 1 threads on a node of 4 cores"):
-        step(job(5), machine(), NETWORK)
-    step(job(5, 4), machine(), NETWORK)
+def test_larger_nodes_than_the_measured_one_are_assumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    known(tmp_path, one=[1.0], two=[1.0])
+    for ranks, node_ranks, cores in (("1,4,32", "64", "32"), ("4,32", "8", "8"), ("4", "64", None), ("32", "4", None)):
+        assert main(["predict", str(tmp_path), "--ranks", ranks, "--node-ranks", node_ranks]) == 0
+        told = capsys.readouterr().out
+        assert ("ASSUMED: nodes" in told) == (cores is not None)
+        assert cores is None or f"ASSUMED: nodes of {cores} cores, on each of which a rank computes" in told
+
+
+def test_how_a_network_is_known(tmp_path: Path) -> None:
+    alone, linked = machine(), machine(between=Link([0, 1e9], [3e-6, 1.0 + 3e-6]))
+    assumed = "2.0 us (ASSUMED; --latency X says otherwise), then 10.0 GB/s (ASSUMED; --bandwidth X says otherwise)"
+    assert predict.told(alone).endswith(f"between nodes: {assumed}")
+    assert predict.told(alone, 1e-5, 2e9).endswith("between nodes: 10.0 us (as given), then 2.0 GB/s (as given)")
+    half = "10.0 us (as given), then 10.0 GB/s (ASSUMED; --bandwidth X says otherwise)"
+    assert predict.told(alone, 1e-5).endswith(half)
+    assert predict.told(linked).endswith("3.0 us (measured), then 1.0 GB/s (measured)")
+    assert predict.told(linked, 1e-5).endswith("10.0 us (as given), then 1.0 GB/s (measured)")
+    assert predict.network(linked) == linked.between
 
 
 def test_measurements_are_kept_and_their_medians_count(tmp_path: Path) -> None:
@@ -155,7 +170,9 @@ def known(directory: Path, **measured: list[float]) -> Path:
 
 def test_predictions_are_checked_against_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     known(tmp_path, one=[1.0], two=[1.0])
-    one, two = (found.predicted for found in predict.compare(tmp_path))  # eight ranks have to take turns
+    found, left_out = predict.compare(tmp_path)
+    one, two = (each.predicted for each in found)
+    assert left_out == 1  # eight ranks have to take turns
     for name, factor, code in (("good", 1.1, 0), ("bad", 1.5, 1)):
         (tmp_path / name).mkdir()
         study = known(tmp_path / name, one=[one * factor * 1e3] * 2, two=[two * factor * 1e3] * 2)
@@ -163,9 +180,11 @@ def test_predictions_are_checked_against_points(tmp_path: Path, capsys: pytest.C
         told = capsys.readouterr().out
         assert "2 points" in told
         assert f"median error {1 - 1 / factor:.0%}" in told
+        assert "more ranks than cores: 1\n" in told
     (tmp_path / "loud").mkdir()
     study = known(tmp_path / "loud", one=[one * 1e3, one * 2e3], two=[two * 1e3, two * 2e3])
-    assert main(["check", str(study)]) == 0  # repeats are farther apart than predictions are off
+    assert main(["check", str(study)]) == 1
+    assert "cannot be told, repeats are 67% apart" in capsys.readouterr().out  # and predictions 33 % off
 
 
 def test_the_best_grid_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,7 +196,7 @@ def test_the_best_grid_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
     assert main(["predict", str(tmp_path), "--ranks", "1,4,256", "--node-ranks", "4", "--latency", "1e-5"]) == 0
     told = capsys.readouterr().out
-    assert "ASSUMED" in told
+    assert "ASSUMED; --bandwidth" in told
     assert f"{best['stages']} x {4 // best['stages']}" in told
     (line,) = (line for line in told.splitlines() if line.strip().startswith("4 "))
     assert sum(int(cell[:-1]) for cell in line.split()[-4:]) == pytest.approx(100, abs=2)
@@ -190,17 +209,19 @@ def test_the_best_grid_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["predict", "nowhere", "--ranks", "4"], "holds no study"),
         (["calibrate", "nowhere"], "holds no study"),
         (["check", "nowhere"], "holds no study"),
-        (["predict", "KNOWN", "--ranks", "4", "--node-ranks", "8"], "--node-ranks 4 at most"),
-        (["predict", "KNOWN", "--ranks", "4", "--bandwidth", "-1"], "--bandwidth -1: must be more than 0"),
-        (["predict", "KNOWN", "--ranks", "0"], "--ranks 0: must be at least 1"),
+        (["predict", "KNOWN", "--ranks", "4", "--node-ranks", "0"], "--node-ranks: must be a whole number, at least 1"),
+        (["predict", "KNOWN", "--ranks", "4", "--bandwidth", "-1"], "--bandwidth: must be more than 0"),
+        (["predict", "KNOWN", "--ranks", "4", "--latency", "nan"], "--latency: must be a number"),
+        (["predict", "KNOWN", "--ranks", "0"], "--ranks: must be whole numbers, each at least 1"),
+        (["calibrate", "KNOWN", "--repeats", "0"], "--repeats: must be a whole number, at least 1"),
+        (["calibrate", "KNOWN", "--ranks", "0"], "--ranks: must be a whole number, at least 1"),
+        (["calibrate", "KNOWN", "--launcher", "nosuch {ranks}"], "no program nosuch"),
     ],
 )
 def test_bad_commands_are_refused(
     arguments: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     study = str(known(tmp_path, one=[1.0], two=[1.0]))
-    if "8" in arguments:
-        arguments = ["--ranks=8" if word == "--ranks" else word for word in arguments if word != "4"]
     assert main([study if word == "KNOWN" else word for word in arguments]) == 78
     assert named in capsys.readouterr().err
 

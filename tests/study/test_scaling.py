@@ -8,17 +8,21 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mpiml.config import Config
 from mpiml.errors import ConfigError
+from mpiml.study import plots
+from mpiml.study.command import ended, telling
 from mpiml.study.points import POINTS, STUDY, TRAINING, Point, plan, runs
-from mpiml.study.report import notes
-from mpiml.study.scaling import launcher
-from mpiml.study.table import load, markdown
-from mpiml.study.tasks import Training, tasks, trained, training
+from mpiml.study.report import fit, fits_text, notes
+from mpiml.study.scaling import launcher, main
+from mpiml.study.table import Study, load, markdown
+from mpiml.study.tasks import Task, Training, tasks, trained, training
 from tests.conftest import launch, mpirun
 
 
@@ -117,11 +121,65 @@ def test_more_ranks_than_cores_are_marked(tmp_path: Path) -> None:
     assert "| 8* |" in markdown(study)
 
 
+def test_laws_are_fitted_where_each_rank_has_a_core(tmp_path: Path) -> None:
+    """On nodes of two cores: with eight ranks on one, the laws would be of ranks that take turns."""
+    points = {Point(ranks, 1, 64, ranks): [16.0 / ranks, 16.1 / ranks] for ranks in (1, 2, 4, 8)}
+    made(tmp_path, "strong", points)
+    amdahl, universal, karp_flatt = fit(load(tmp_path))
+    assert amdahl.word.startswith("supported")
+    assert list(karp_flatt.parameters) == [f"serial fraction on {ranks} ranks" for ranks in (2, 4, 8)]
+    for ranks in (4, 8):
+        path = next((tmp_path / POINTS).glob(f"ranks-0000{ranks}*_0.json"))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"nodes": 1}))
+    laws = fit(load(tmp_path))
+    assert all(law.word.startswith("cannot be told") for law in laws)
+    assert list(laws[-1].parameters) == ["serial fraction on 2 ranks"]
+    assert "with a core for each rank" in fits_text(laws[1:2])
+    assert universal.parameters
+
+
 def test_what_is_no_study_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no study"):
         load(tmp_path)
     with pytest.raises(ConfigError, match="no job of one rank"):
         load(made(tmp_path, "strong", {Point(2, 1, 64, 2): [1.0]}))
+
+
+def test_base_is_called_the_best_only_if_all_are_there(tmp_path: Path) -> None:
+    one, other, two = Point(1, 1, 64, 1), Point(1, 1, 64, 2, extra=True), Point(2, 1, 64, 2)
+    made(tmp_path, "strong", {one: [12.0], other: [10.0], two: [5.0]})
+    assert "with M = 2, which suits it best" in notes(load(tmp_path))[0]
+    (tmp_path / POINTS / f"{one.name}_0.json").unlink()
+    assert "with M = 2, the best so far, for M = 1 is still to be measured" in notes(load(tmp_path))[0]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"step_seconds": [1]'])
+def test_damaged_files_of_points_are_told_and_count_as_open(tmp_path: Path, text: str) -> None:
+    one = Point(1, 1, 64, 1)
+    made(tmp_path, "strong", {one: [10.0, 11.0]})
+    (tmp_path / STUDY).write_text(json.dumps(json.loads((tmp_path / STUDY).read_text()) | {"repeats": 2}))
+    assert load(tmp_path).open == 0
+    path = tmp_path / POINTS / f"{one.name}_1.json"
+    path.write_text(text)
+    study = load(tmp_path)
+    assert (study.open, study.lines[0].medians) == (1, (0.01,))
+    assert any(str(path) in note for note in notes(study))
+    jobs = tasks(tmp_path, [one], 2, (1, 3), Config(batch=64), [], 640, None)
+    assert [job.done for job in jobs] == [job.path != path for job in jobs]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"mode": "strong", "settings": [], "points": [{"x": 1}]}'])
+@pytest.mark.parametrize("command", ["run", "report", "predict", "check", "calibrate"])
+def test_damaged_studies_are_refused(
+    tmp_path: Path, text: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / STUDY).write_text(text)
+    more = {"run": ["--out"], "predict": ["--ranks", "2"]}.get(command, [])
+    ranks = ["--ranks", "1"] if command == "run" else []
+    assert main([command, *ranks, *more, str(tmp_path)]) == 74
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert f"{tmp_path / STUDY} is damaged" in told
 
 
 TARGET = {"target": 0.9, "max_epochs": 3}
@@ -150,19 +208,54 @@ def test_time_to_target_is_the_steps_of_a_run_and_the_points_own_time(tmp_path: 
     assert study.open == 4 + 1  # the second repeats, and the training run of four ranks
     rows = markdown(study).splitlines()[2:]
     assert [row.split("|")[-4].strip() for row in rows] == ["not reached (0.89)", "20", "20", "open"]
-    assert any("5 of the study's jobs are open" in note for note in notes(study))
+    assert any("look at the score to the next: 10 with a batch of 64." in note for note in notes(study))
+    assert any("5 of the study's jobs still to be done" in note for note in notes(study))
 
 
 def test_each_batch_and_micro_batches_are_trained_once(tmp_path: Path) -> None:
     points = plan("strong", [1, 2, 4], [1, 2], 64, 8)
     assert trained(points) == [Point(4, 2, 64, 8)]
     weak = plan("weak", [1, 2, 4], [1], 64, None)
-    jobs = tasks(tmp_path, weak, 1, (1, 3), Config(batch=64, eval_every=12), ["--batch=64"], 5)
-    flags = [task.words for task in jobs if isinstance(task, Training)]
-    assert [flag for words in flags for flag in words if flag.startswith("--eval-every")] == [
-        f"--eval-every={every}" for every in (12, 6, 3)
-    ]  # after as many rows at each size
-    assert not [task for task in tasks(tmp_path, weak, 1, (1, 3), Config(), [], None) if isinstance(task, Training)]
+    asked = Config(batch=64, eval_every=12)
+    assert every(tasks(tmp_path, weak, 1, (1, 3), asked, [], 6400, 5)) == [12, 6, 3]  # as many rows at each size
+    assert every(tasks(tmp_path, weak, 1, (1, 3), Config(batch=64), [], 6400, 5)) == [10, 5, 2]  # of 500 steps, ...
+    assert every(tasks(tmp_path, weak, 1, (1, 3), Config(batch=64), [], 640, 1)) == [1, 1, 1]
+    assert every(tasks(tmp_path, weak, 1, (1, 3), Config(batch=64), [], 6400, None)) == []
+
+
+def every(jobs: list[Task]) -> list[int]:
+    """The steps between evaluations of each training run."""
+    words = [word for job in jobs if isinstance(job, Training) for word in job.words]
+    return [int(word.split("=")[1]) for word in words if word.startswith("--eval-every")]
+
+
+def legend(plot: Callable[[Any, Study], None], study: Study) -> dict[str, list[float]]:
+    """What a plot shows under which name, by ranks."""
+    figure = pytest.importorskip("matplotlib.figure")
+    axes = figure.Figure().subplots()
+    plot(axes, study)
+    handles, labels = axes.get_legend_handles_labels()
+    return {label: list(getattr(handle, "get_xdata", list)()) for handle, label in zip(handles, labels, strict=True)}
+
+
+def test_each_number_of_stages_has_a_line(tmp_path: Path) -> None:
+    one, data, pipe = Point(1, 1, 64, 1), Point(2, 1, 64, 2), Point(2, 2, 64, 4)
+    four = Point(4, 2, 64, 8)
+    study = load(made(tmp_path, "strong", {one: [10.0], data: [5.0], pipe: [6.0], four: [3.0]}))
+    for plot in (plots.step_time, plots.speed, plots.efficiency):
+        assert legend(plot, study) == {"1 stage": [1, 2], "2 stages": [2, 4], "ideal": [1, 2, 4]}
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    plots.shares(axes, study)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1 x 1", "1 x 2", "2 x 1", "2 x 2"]
+
+
+def test_time_to_target_starts_from_the_best_one_rank_too(tmp_path: Path) -> None:
+    one, other, two = Point(1, 1, 64, 1), Point(1, 1, 64, 2, extra=True), Point(2, 1, 64, 2)
+    made(tmp_path, "strong", {one: [10.0], other: [8.0], two: [5.0]})
+    (tmp_path / STUDY).write_text(json.dumps(json.loads((tmp_path / STUDY).read_text()) | TARGET))
+    train_to(tmp_path, one, [0.5, 0.95])
+    train_to(tmp_path, two, [0.5, 0.95])
+    assert "ideal, from 1 rank with M = 2" in legend(plots.accuracy, load(tmp_path))
 
 
 def test_one_repeat_has_no_interval(tmp_path: Path) -> None:
@@ -225,50 +318,153 @@ def test_a_real_study(tmp_path: Path) -> None:
     assert (tmp_path / "s" / "speed-up.png").stat().st_size > 5000
 
 
-@pytest.mark.contract
-def test_failed_jobs_are_told_and_tried_again(tmp_path: Path) -> None:
-    start = " ".join([*mpirun(1)[:-1], "{ranks}"])
-    study = [
-        "run",
-        "--ranks",
-        "1",
-        "--repeats",
-        "1",
-        "--out",
-        str(tmp_path / "s"),
-        "--launcher",
-        start,
-        "--steps",
-        "2",
-    ]
-    failed = scaling(*study, "--", "--data", str(tmp_path / "nothing.npz"))
-    assert failed.returncode == 1
-    assert "nothing.npz" in failed.stdout
-    assert "tries them again" in failed.stderr
+def script(path: Path, text: str) -> str:
+    """A launcher."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return f"{path} {{ranks}}"
+
+
+def test_failed_jobs_are_told_and_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start = script(tmp_path / "start", "echo some warning >&2; echo mpiml: broken >&2; exit 3")
+    study = ["run", "--ranks", "1", "--repeats", "1", "--out", str(tmp_path / "s"), "--launcher", start]
+    assert main(study) == 1
+    told = capsys.readouterr()
+    assert "failed, exit code 3: mpiml: broken\n" in told.out
+    assert "tries them again" in told.err
+
+
+def test_line_that_names_the_fault() -> None:
+    many = ["prterun says", "  File mpiml/train.py", "ValueError: x", "mpiml.train: rank 2 died", "mpiml: and more"]
+    assert telling(many, r"^mpiml", r"^\w*Error") == "mpiml.train: rank 2 died"
+    assert telling(many[:3], r"^mpiml", r"^\w*Error") == "ValueError: x"
+    assert telling(["", "first", "second"], "error") == "first"
+    assert telling([], "error") == "it said nothing"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (ConfigError("no"), 78, "p: no\n"),
+        (KeyboardInterrupt(), 130, "p: interrupted\n"),
+        (PermissionError(13, "Permission denied", "/x"), 74, "p: /x: Permission denied\n"),
+    ],
+)
+def test_commands_end_in_one_line(
+    error: BaseException, code: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def act() -> int:
+        raise error
+
+    assert ended("p", act) == code
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize("module", ["plan --ranks 4", "doctor"])
+def test_nobody_needs_to_read_what_is_printed(module: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    name, *arguments = module.split()
+    command = [sys.executable, "-m", f"mpiml.{name}", *arguments]
+    done = subprocess.run(command, check=False, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["run", "--ranks", "0", "--out", "x"], "--ranks"),
-        (["run", "--ranks", "2", "--out", "x", "--", "--pipe", "2"], "--pipe is the study's"),
-        (["run", "--ranks", "2", "--out", "x", "--", "--hiden", "2"], "did you mean --hidden"),
-        (["run", "--ranks", "2", "--out", "x", "--sbatch", "--partition=x"], "--slurm, which is not given"),
-        (["run", "--ranks", "2", "--out", "x", "--target", "1", "--", "--eval-every", "0"], "--eval-every 0"),
+        (["run", "--ranks", "0"], "--ranks: must be whole numbers, each at least 1, as in 1,2,4"),
+        (["run", "--ranks", "2,x"], "not '2,x'"),
+        (["run", "--ranks", "1", "--steps", "0"], "--steps: must be"),
+        (["run", "--ranks", "1", "--repeats", "0"], "--repeats: must be"),
+        (["run", "--ranks", "1", "--warm-up", "-1"], "--warm-up: must be"),
+        (["run", "--ranks", "1", "--timeout", "0"], "--timeout: must be more than 0"),
+        (["run", "--ranks", "1", "--timeout", "nan"], "--timeout: must be a number"),
+        (["run", "--ranks", "1", "--target", "nan"], "--target: must be a number"),
+        (["run", "--ranks", "1", "--target", "1.5"], "--target 1.5: accuracy is at most 1"),
+        (["run", "--ranks", "1", "--launcher", "nosuch {ranks}"], "no program nosuch"),
+        (["run", "--ranks", "1", "--launcher", "true"], "must say {ranks}"),
+        (["run", "--ranks", "1", "--slurm", "--node-ranks", "1", "--launcher", "true"], "must say {ranks}"),
+        (["run", "--ranks", "1", "--only", "3,0"], "no job of so many ranks"),
+        (["run", "--ranks", "1", "--only", "3"], "--only: must be a number of ranks and a repeat, as in 4,0"),
+        (["run", "--ranks", "1", "--", "--trace", "t.json"], "--trace is of no use to a study"),
+        (["run", "--ranks", "1", "--", "--time-limit", "5"], "--time-limit is of no use"),
+        (["run", "--ranks", "1", "--", "--save-every", "5"], "--save-every is of no use"),
+        (["run", "--ranks", "1", "--", "--batch", "9999"], "--batch 9999: more than the 1437 rows"),
+        (
+            ["run", "--ranks", "2,16", "--mode", "weak", "--", "--batch", "100"],
+            "--batch 100 x 16 ranks: more than the 1437 rows to train on; --batch 89 at most",
+        ),
+        (["run", "--ranks", "2048", "--mode", "weak", "--", "--batch", "1"], "use fewer ranks"),
+        (["run", "--ranks", "1,64", "--pipes", "64"], "cannot be cut into 64 stages"),
+        (["run", "--ranks", "2", "--", "--pipe", "2"], "--pipe is the study's"),
+        (["run", "--ranks", "2", "--", "--hiden", "2"], "did you mean --hidden"),
+        (["run", "--ranks", "2", "--sbatch", "--partition=x"], "--slurm, which is not given"),
+        (["run", "--ranks", "2", "--target", "1", "--", "--eval-every", "0"], "--eval-every 0"),
         (["report", "nowhere"], "holds no study"),
     ],
 )
-def test_bad_commands_are_refused(arguments: list[str], named: str) -> None:
-    done = scaling(*arguments)
-    assert (done.returncode, named in done.stderr) == (78, True), done.stderr
+def test_bad_commands_are_refused_and_leave_nothing_behind(
+    arguments: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "s")] if arguments[0] == "run" else []
+    assert main([arguments[0], *out, *arguments[1:]]) == 78
+    told = capsys.readouterr().err
+    assert named in told
+    assert told.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("flags", "named"), [([], "--node-ranks"), (["--node-ranks", "1"], "no squeue found")])
+def test_data_that_cannot_be_used_are_refused_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = ["run", "--ranks", "1,2", "--out", str(tmp_path / "s"), "--", "--data", str(tmp_path / "nothing.npz")]
+    assert main(study) == 65
+    assert "nothing.npz" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["file", "file/s", "/proc/none"])
+def test_places_that_cannot_be_written_are_refused(
+    tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["run", "--ranks", "1", "--out", str(tmp_path / place)]) == 74
+    assert capsys.readouterr().err.startswith("mpiml.scaling: cannot write")
+
+
+def test_the_same_settings_in_other_words_are_the_same_study(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = ["run", "--ranks", "1", "--repeats", "1", "--out", str(tmp_path / "s"), "--launcher"]
+    study += [script(tmp_path / "start", "exit 1"), "--"]
+    assert main([*study, "--batch", "64", "--hidden", "8"]) == 1
+    assert main([*study, "--hidden=8", "--batch=64", "--seed", "0"]) == 1
+    assert main([*study, "--hidden=8"]) == 78
+    assert "choose another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "named"), [([], "--node-ranks"), (["--node-ranks", "1"], "no sbatch found")])
 def test_without_slurm_nothing_is_submitted(tmp_path: Path, flags: list[str], named: str) -> None:
-    command = [sys.executable, "-m", "mpiml.scaling", "run", "--slurm", "--ranks", "1", "--out", str(tmp_path), *flags]
+    study = ["run", "--slurm", "--ranks", "1", "--out", str(tmp_path / "s"), *flags]
+    command = [sys.executable, "-m", "mpiml.scaling", *study]
     env = {name: value for name, value in os.environ.items() if name != "PATH"}
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=env | {"PATH": "/nowhere"})
     assert (done.returncode, named in done.stderr) == (78, True), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_line_of_sbatch_that_names_the_fault_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(tmp_path / "squeue", "")
+    script(
+        tmp_path / "sbatch",
+        "echo 'sbatch: note: x' >&2; echo 'sbatch: error: invalid partition specified: nosuch' >&2\n"
+        "echo 'sbatch: error: Batch job submission failed' >&2; exit 1",
+    )
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert main(["run", "--slurm", "--node-ranks", "1", "--ranks", "1", "--out", str(tmp_path / "s")]) == 78
+    assert "exit code 1: sbatch: error: invalid partition specified: nosuch\n" in capsys.readouterr().err
 
 
 @pytest.mark.contract
