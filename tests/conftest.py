@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 LIMIT = 120  # seconds that any job may take
+PRTERUN = re.compile(r"^-{60,}\n(?:.*\n)*?-{60,}\n|^\[.*PMIX ERROR.*\n", re.MULTILINE)  # what Open MPI's launcher adds
 
 
 @dataclass
@@ -44,10 +46,10 @@ def mpirun(ranks: int) -> list[str]:
 
 
 def launch(ranks: int, *arguments: str, limit: float = LIMIT, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `python ARGUMENTS` on `ranks` ranks; with 0 ranks, without a launcher."""
+    """Run `python ARGUMENTS` on `ranks` ranks; with 0 ranks, without a launcher. Its stderr is what ranks have said."""
     command = [*(mpirun(ranks) if ranks else []), sys.executable, *arguments]
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("PMI", "OMPI_COMM", "HYDRA", "MPIR", "MPICH"))}
-    return subprocess.run(
+    done = subprocess.run(
         command,
         check=False,
         capture_output=True,
@@ -56,6 +58,8 @@ def launch(ranks: int, *arguments: str, limit: float = LIMIT, **environment: str
         env=clean | environment,
         stdin=subprocess.DEVNULL,
     )
+    done.stderr = PRTERUN.sub("", done.stderr)
+    return done
 
 
 @pytest.fixture

@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from mpiml.config import Config, flag, parse
+from mpiml.config import Config, parse
 from mpiml.design import open_data
 from mpiml.errors import ConfigError
 from mpiml.imports import is_name
 from mpiml.run.directory import named_errors, write_atomically
+from mpiml.setting import flag
 from mpiml.study import predict
 from mpiml.study.command import Parser, ended, finite, positive, telling, whole, wholes
 from mpiml.study.job import Training, training
