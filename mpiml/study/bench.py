@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import compileall
 import importlib.util
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -19,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import mpiml
+from mpiml.errors import ConfigError
 from mpiml.run.environment import blas, cpu_model
+from mpiml.study.command import Parser, ended
+from mpiml.study.launcher import mpirun
 
 # 784-...-10: layers so small that they measure what is not arithmetic.
 SMALL_LAYERS = "128-127-126-125-124-123"
@@ -171,29 +172,30 @@ def start(ranks: int, what: str, pairs: int = 5) -> dict[str, Any]:
 
 def run(ranks: int, arguments: Sequence[str], nodes: str = "") -> subprocess.CompletedProcess[str]:
     """A job on some ranks, in a directory that goes away, with one BLAS thread a rank."""
-    beside = Path(sys.executable).with_name("mpirun")
-    launcher = str(beside) if beside.exists() else shutil.which("mpirun")
-    if not launcher:
-        raise SystemExit("mpiml.bench: no mpirun found; install one with pip install mpich, or load a module")
     env = os.environ | {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
     env |= {"MPIML_NODES": nodes} if nodes else {}
     with tempfile.TemporaryDirectory() as directory:
-        command = [launcher, "-n", str(ranks), sys.executable, *arguments]
+        command = [mpirun(), "-n", str(ranks), sys.executable, *arguments]
         return subprocess.run(command, check=False, capture_output=True, text=True, env=env, timeout=600, cwd=directory)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns 1 if a row could not be measured, for want of PyTorch excepted."""
-    parser = argparse.ArgumentParser(prog="python -m mpiml.bench", description=__doc__)
+    return ended("mpiml.bench", lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    parser = Parser(prog="python -m mpiml.bench", description=__doc__)
     parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
     parser.add_argument("--only", metavar="WORD", default="", help="rows that have this word in them")
     chosen = parser.parse_args(arguments)
+    rows = [row for row in ROWS if chosen.only in f"{row.group} {row.text} {row.call[0]}"]
+    if not rows:
+        raise ConfigError(f"--only {chosen.only}: no row has this word in it; without --only all rows are listed")
     machine = f"{os.cpu_count()} cores, {cpu_model()}, {blas()}"
     print(f"{machine}; medians of pairs (and the middle half of them)")
     results, group = [], ""
-    for row in ROWS:
-        if chosen.only not in f"{row.group} {row.text} {row.call[0]}":
-            continue
+    for row in rows:
         if row.group != group:
             group = row.group
             print(f"\n{group}")

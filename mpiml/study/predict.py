@@ -24,6 +24,7 @@ from mpiml.study import table
 from mpiml.study.columns import table as columns
 from mpiml.study.command import positive, whole, wholes
 from mpiml.study.job import Job, Training, training
+from mpiml.study.launcher import check_program, launcher
 from mpiml.study.machine import MACHINE, Link, Machine, load
 from mpiml.study.points import read
 from mpiml.study.step import Step, step
@@ -73,8 +74,6 @@ def register(commands: Any) -> None:
 
 def calibrate(chosen: argparse.Namespace) -> int:
     """Start the jobs that measure. Returns the exit code of one that failed."""
-    from mpiml.study.scaling import check_program, launcher
-
     directory = Path(chosen.directory)
     settings = read(directory)["settings"]
     config = parse(settings)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,6 +20,7 @@ from mpiml.setting import flag
 from mpiml.study import predict
 from mpiml.study.command import Parser, ended, finite, positive, telling, whole, wholes
 from mpiml.study.job import Training, training
+from mpiml.study.launcher import check_program, launcher
 from mpiml.study.points import POINTS, STUDY, TRAINING, Point, plan, read
 from mpiml.study.queue import queued, submit
 from mpiml.study.tasks import Task, tasks
@@ -55,7 +54,7 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m mpiml.scaling", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run|calibrate|predict|check|report")
     measure = commands.add_parser("run", help="measure", epilog=HELP, allow_abbrev=False)
     measure.add_argument("--ranks", type=wholes, required=True, metavar="N,N", help="numbers of ranks; 1 is added")
     measure.add_argument(
@@ -213,31 +212,6 @@ def _launch(chosen: argparse.Namespace, task: Task) -> str | None:
         return None
     said = telling(done.stderr.splitlines(), r"^mpiml", r"^\w*(Error|Exception)\b")
     return f"failed, exit code {done.returncode}: {said}"
-
-
-def launcher(given: str | None, ranks: int, node_ranks: int | None = None) -> list[str]:
-    """The words that start a job of some ranks, on as few nodes as hold them if `node_ranks` is how many one takes."""
-    node_ranks = node_ranks or int(os.environ.get("SLURM_NTASKS_PER_NODE", "0"))
-    nodes = math.ceil(ranks / node_ranks) if node_ranks else None
-    if given:
-        if "{ranks}" not in given:
-            raise ConfigError(f"--launcher {given!r}: must say {{ranks}} where the number of ranks goes")
-        if "{nodes}" in given and not nodes:
-            raise ConfigError(f"--launcher {given!r}: {{nodes}} needs --node-ranks N, the ranks that a node takes")
-        return [word.replace("{ranks}", str(ranks)).replace("{nodes}", str(nodes)) for word in given.split()]
-    if "SLURM_JOB_ID" in os.environ and shutil.which("srun"):
-        return ["srun", "-n", str(ranks), *(["-N", str(nodes)] if nodes else [])]
-    beside = Path(sys.executable).with_name("mpirun")
-    found = str(beside) if beside.exists() else shutil.which("mpirun")
-    if not found:
-        raise ConfigError("no mpirun found; install one with pip install mpich, load a module, or give --launcher")
-    return [found, "-n", str(ranks)]
-
-
-def check_program(command: Sequence[str]) -> None:
-    """Raise ConfigError if there is no such program."""
-    if not shutil.which(command[0]):
-        raise ConfigError(f"--launcher: there is no program {command[0]} here")
 
 
 if __name__ == "__main__":
