@@ -57,7 +57,7 @@ class TorchLayer(Layer):
     def __init__(self, module: torch.nn.Module, dtype: DTypeLike = np.float32):
         self._check(module)
         self.dtype = torch.from_numpy(np.empty(0, dtype)).dtype
-        self.module = module.to(self.dtype)
+        self.module = _converted(module, self.dtype)
         self.tensors = {name: tensor for name, tensor in module.named_parameters() if tensor.requires_grad}
         self.parameters = {
             name: Parameter(tuple(tensor.shape), first_values(tensor)) for name, tensor in self.tensors.items()
@@ -267,6 +267,16 @@ def first_values(tensor: Tensor) -> Init:
     return init
 
 
+def _converted(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """The module itself, its real numbers in `dtype`, complex ones in parts of it; whole numbers stay as they are."""
+
+    def convert(tensor: Tensor) -> Tensor:
+        real = tensor.is_floating_point()
+        return tensor.to(dtype if real else dtype.to_complex()) if real or tensor.is_complex() else tensor
+
+    return module._apply(convert)  # module.to(dtype) would drop imaginary parts
+
+
 def _gradients(y: Tensor, wanted: Sequence[Tensor], dy: Tensor) -> Sequence[Tensor]:
     """Of y by each tensor; zeros where y does not depend on it."""
     found: Sequence[Tensor | None] = [None] * len(wanted)
@@ -283,4 +293,4 @@ def _state(module: torch.nn.Module) -> dict[str, int]:
 
 
 def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.detach().contiguous().view(-1).numpy())
+    return zlib.crc32(tensor.detach().contiguous().view(-1).numpy(force=True))

@@ -225,6 +225,22 @@ def build(made: Any, shape: tuple[int, ...] = (6,), outputs: int = 4, seed: int 
     return build_model(Config(seed=seed), shape, outputs, 0, None, made)
 
 
+@pytest.mark.parametrize(("dtype", "complex_"), [("float32", torch.complex64), ("float64", torch.complex128)])
+def test_only_real_numbers_become_those_of_the_run(dtype: str, complex_: Any) -> None:
+    module = Lambda(lambda x: x * module.turn.real)
+    turn = torch.polar(torch.ones(6), torch.arange(6.0)).conj()
+    for name, values in {"turn": turn, "low": torch.ones(2).half(), "places": torch.arange(6)}.items():
+        module.register_buffer(name, values.clone())
+    module.still = torch.nn.Parameter(turn.clone(), requires_grad=False)
+    (layer,) = as_layers([module], dtype, 1)
+    assert torch.equal(module.turn, turn.to(complex_))
+    assert torch.equal(module.still, turn.to(complex_))
+    kinds = {name: tensor.dtype for name, tensor in module.named_buffers()}
+    assert kinds == {"turn": complex_, "low": getattr(torch, dtype), "places": torch.int64}
+    assert layer.output_shape((6,)) == (6,)
+    assert torch_modules.digest([layer])
+
+
 def test_a_sequential_is_cut_between_its_children() -> None:
     relu = torch.nn.ReLU()
     layers = build(Sequential(torch.nn.Linear(6, 5), relu, torch.nn.Linear(5, 5), relu, torch.nn.Linear(5, 4)))
