@@ -132,6 +132,25 @@ def digest(layers: Sequence[nn.Layer]) -> str:
     return str(modules.digest(layers)) if modules else ""
 
 
+def constants(layers: Sequence[nn.Layer]) -> str:
+    """What tells those values of the model that neither training changes nor a checkpoint holds, as JSON; empty for
+    layers that have none."""
+    modules = _torch_modules()
+    found = modules.constants(layers) if modules else None
+    return "" if found is None else json.dumps(found)
+
+
+def check_constants(mine: str, saved: str) -> None:
+    """Raise OutputError if the model's constants are not those that a checkpoint, if it tells, was trained with."""
+    here, there = json.loads(mine or "{}"), json.loads(saved or mine or "{}")
+    if other := sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name)):
+        more = f" and {len(other) - 1} more" if len(other) > 1 else ""
+        raise OutputError(
+            f"{other[0]}{more}: not what the checkpoint was trained with; parameters that require no gradient and "
+            "buffers are in no checkpoint, so the model has to come with the same ones"
+        )
+
+
 def _torch_modules() -> Any:
     """What knows PyTorch, or None where nobody has imported that: it takes seconds."""
     return importlib.import_module("mpiml.nn.torch_modules") if "torch" in sys.modules else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mpiml.build import Model, Task, model_for
+from mpiml.build import Model, Task, check_constants, constants, model_for
 from mpiml.config import of_checkpoint
 from mpiml.nn.layer import Layer, parameters
 from mpiml.nn.parameters import Shape
@@ -26,6 +26,7 @@ def trained(file: str | Path, model: Model | None = None) -> tuple[list[Layer], 
     saved = checkpoint.load(Path(file), lambda name: not name.startswith("optimizer."))
     task = Task.from_json(saved.task)
     layers = model_for(of_checkpoint(saved.config), task, model)
+    check_constants(constants(layers), saved.constants)
     for parameter in parameters(layers):
         parameter.value = checkpoint.array(saved, parameter.name, parameter.shape)
     return layers, task.shape

@@ -219,6 +219,16 @@ def digest(layers: Sequence[Layer]) -> str:
     return f"{zlib.crc32(repr(sums).encode()):08x}"
 
 
+def constants(layers: Sequence[Layer]) -> dict[str, str] | None:
+    """A checksum of each tensor of modules among the layers that no training changes; None if there are no modules."""
+    modules = [layer for layer in layers if isinstance(layer, TorchLayer)]
+    found: dict[str, str] = {}
+    for layer in modules:
+        named = dict([*layer.module.named_parameters(), *layer.module.named_buffers()])
+        found |= {f"{layer.path}.{n}": f"{_checksum(t):08x}" for n, t in named.items() if n not in layer.tensors}
+    return found if modules else None
+
+
 def prepare_torch(threads: int) -> None:
     """Give torch `threads` threads, and nothing to do whose order they decide."""
     torch.set_num_threads(threads)

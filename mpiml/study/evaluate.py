@@ -16,7 +16,7 @@ from mpi4py import MPI
 
 from mpiml import load, restart, waiting
 from mpiml.assemble import build_stage, normalized
-from mpiml.build import Model, Task
+from mpiml.build import Model, Task, check_constants
 from mpiml.clock import Clock
 from mpiml.config import Config, of_checkpoint
 from mpiml.data.dataset import Dataset
@@ -160,7 +160,8 @@ def _evaluate(
     seen = load.look_at(dataset, grid, clock, None, tests.rows(), classes, tokens=max(task.outputs, task.tokens))
     if found.normalization:
         tests.split = normalized(tests.split, found.normalization, config.dtype)
-    layouts, metric, here = build_stage(config, task, grid, clock, model)
+    layouts, metric, here, fixed = build_stage(config, task, grid, clock, model)
+    on_rank_0(grid.comm, clock, lambda: check_constants(fixed, whole[0].constants))
     values, problem = _place(config, grid, layouts, whole, clock)
     for note in [*found.notes, *seen.notes, *([f"warning: {problem}"] if problem else [])]:
         if comm.rank == 0:

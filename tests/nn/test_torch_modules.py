@@ -272,6 +272,20 @@ def test_first_values_follow_the_seed() -> None:
     assert torch_modules.digest(build([nn.Linear(6, 4)])) == torch_modules.digest([])
 
 
+def test_constants_are_what_training_does_not_change() -> None:
+    def found(change: str = "") -> dict[str, str]:
+        with keyed(0):
+            module = Odd()
+        for name in change.split():
+            module.get_parameter(name).data += 1
+        (layer,) = build([module], (3, 6))
+        return torch_modules.constants([layer])
+
+    assert list(found()) == ["layers.0.fixed", "layers.0.offset"]
+    assert found("first.weight second.bias") == found()
+    assert torch_modules.constants([nn.Linear(6, 4)]) is None
+
+
 def shared() -> Any:
     one, other = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
     other.weight = one.weight
