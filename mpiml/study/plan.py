@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
@@ -278,6 +279,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunError as error:
         print(f"mpiml.plan: {error}", file=sys.stderr)
         return error.exit_code
+    except Exception:  # what the user's own code raises
+        traceback.print_exc()
+        return RunError.exit_code
     print(json.dumps(asdict(made), indent=2) if chosen.json else screen(made))
     return 0
 

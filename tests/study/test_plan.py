@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -264,6 +265,21 @@ def test_refusals_are_those_of_training(
 
     assert main(arguments) == code
     assert named in capsys.readouterr().err
+
+
+def test_code_of_ones_own_is_looked_at_as_in_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mpiml.study.plan import main
+
+    (tmp_path / "my_plan.py").write_text("def fails(shape, outputs): raise KeyError('my own trouble')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["--ranks", "2", "--loss", "my_plan:none"]) == 78
+    assert "--loss my_plan:none" in capsys.readouterr().err
+    assert main(["--ranks", "2", "--model", "my_plan:fails"]) == 70
+    told = capsys.readouterr().err
+    assert "my_plan.py" in told
+    assert "KeyError: 'my own trouble'" in told
 
 
 def test_only_what_is_needed_is_read() -> None:
