@@ -22,7 +22,7 @@ from mpiml.data.prefetch import ReadAhead, in_memory
 from mpiml.data.shards import Shards
 from mpiml.design import StageDesign, cut
 from mpiml.evaluation import Evaluation
-from mpiml.imports import named
+from mpiml.imports import called_with, named
 from mpiml.load import look_at, look_for_starving, measure
 from mpiml.nn import layer as nn
 from mpiml.nn import optimizers
@@ -190,8 +190,11 @@ def build_stage(
 
 
 def find_transform(config: Config) -> Callable[..., Any] | None:
-    """The user's function for rows to train on, if there is one. Raises ConfigError if it is not where it should be."""
-    return named(config.transform, "--transform") if config.transform else None
+    """The user's function for rows to train on, if there is one. Raises ConfigError if it is none."""
+    if not config.transform:
+        return None
+    function: Callable[..., Any] = named(config.transform, "--transform")
+    return called_with(function, f"--transform {config.transform}", "x", "y", "rng")
 
 
 def read_ahead(config: Config, shards: Shards, grid: Grid) -> ReadAhead:

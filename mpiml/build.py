@@ -16,10 +16,11 @@ import numpy as np
 
 from mpiml.config import Config
 from mpiml.errors import ConfigError, OutputError
-from mpiml.imports import is_name, named
+from mpiml.imports import called_with, is_name, named
 from mpiml.nn import layer as nn
 from mpiml.nn.losses import R2, Accuracy, Loss, Metric, mean_squared_error, softmax_cross_entropy
 from mpiml.nn.parameters import Shape
+from mpiml.own import OwnLoss, OwnMetric
 
 Model = Any  # layers, PyTorch modules, a list of both, or a function (shape, outputs) that returns such
 Objective = Callable[[Any, Any, bool], tuple[list[float], Any]]
@@ -97,7 +98,7 @@ def chosen(config: Config, tokens: int = 0) -> Model:
     """What builds the model that --model names."""
     if is_name(config.model):
         model: Model = named(config.model, "--model")
-        return model
+        return called_with(model, f"--model {config.model}", "shape", "outputs") if callable(model) else model
     channels, blocks = config.channels, config.blocks
     transformer = {"tokens": tokens, "width": config.width, "heads": config.heads, "blocks": blocks}
     builders: dict[str, tuple[str, dict[str, Any]]] = {
@@ -169,20 +170,15 @@ def _list_of_layers(made: Any) -> list[nn.Layer]:
 def build_loss(config: Config) -> Loss:
     """The loss that --loss names."""
     if is_name(config.loss):
-        loss: Loss = named(config.loss, "--loss")
-        return loss
+        return OwnLoss(config.loss)
     return softmax_cross_entropy if config.loss == "cross_entropy" else mean_squared_error
 
 
 def build_metric(config: Config, outputs: int) -> Metric:
     """The metric that --metric names; one of a user's own is what the named function returns for `outputs`."""
-    if not is_name(config.metric):
-        return Accuracy() if config.metric == "accuracy" else R2(outputs)
-    metric: Metric = named(config.metric, "--metric")(outputs)
-    for attribute in ("name", "columns", "sums", "value"):
-        if not hasattr(metric, attribute):
-            raise ConfigError(f"--metric {config.metric}: {type(metric).__name__} has no {attribute}")
-    return metric
+    if is_name(config.metric):
+        return OwnMetric(config.metric, outputs)
+    return Accuracy() if config.metric == "accuracy" else R2(outputs)
 
 
 def objective(loss: Loss, metric: Metric) -> Objective:
@@ -191,8 +187,6 @@ def objective(loss: Loss, metric: Metric) -> Objective:
 
     def score(y: Any, labels: Any, measured: bool) -> tuple[list[float], Any]:
         total, weight, dy = loss(y, labels)
-        if dy.shape != y.shape:
-            raise ValueError(f"the loss gives a gradient of shape {dy.shape} for outputs of shape {y.shape}")
         return [total, weight, *(metric.sums(y, labels) if measured else ())], np.ascontiguousarray(dy, y.dtype)
 
     return score

@@ -15,7 +15,7 @@ from mpiml.data.fingerprint import Fingerprint, of_files
 from mpiml.data.formats import Options, open_files
 from mpiml.data.sources import ArraySource, Source
 from mpiml.errors import DataError
-from mpiml.imports import is_name, named
+from mpiml.imports import called_with, is_name, named
 
 DIGITS = Path(__file__).with_name("digits.npz")
 
@@ -98,7 +98,11 @@ def open_dataset(spec: str, options: Options | None = None) -> Dataset:
     Raises DataError or ConfigError if there is none.
     """
     if is_name(spec):
-        made = named(spec, "--data")()
+        function = called_with(named(spec, "--data"), f"--data {spec}")
+        try:
+            made = function()
+        except OSError as error:
+            raise DataError(f"--data {spec}: {error}") from error
         if not isinstance(made, Dataset):
             raise DataError(f"--data {spec}: must return a Dataset, but returns {type(made).__name__}")
         return made

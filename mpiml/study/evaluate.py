@@ -171,6 +171,7 @@ def _evaluate(
     record = tests.score(stage, metric, clock, found.step)
     if kept:
         kept.write(Path(predictions or ""), tests, clock)
+    score = on_rank_0(grid.comm, clock, lambda: metric.value(record.metric))
     values.free()
     grid.free()
     return {
@@ -179,7 +180,7 @@ def _evaluate(
         "data": dataset.name if isinstance(data, Dataset) else config.data,
         "rows": len(tests.split),
         "test_loss": record.mean_loss,
-        metric.name: metric.value(record.metric),
+        metric.name: score,
     }
 
 

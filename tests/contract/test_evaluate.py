@@ -14,6 +14,7 @@ import pytest
 
 from mpiml.data.dataset import Dataset, open_dataset
 from mpiml.errors import ConfigError, DataError, NotFiniteError, OutputError
+from mpiml.own import FIELDS
 from mpiml.run import checkpoint
 from mpiml.study.evaluate import evaluate
 from tests.conftest import Job, launch
@@ -67,6 +68,12 @@ def all_labels() -> np.ndarray:
     source = open_dataset("digits").test.y
     source.hold(np.arange(len(source)))
     return source.rows(np.arange(len(source)))
+
+
+def test_metric_of_ones_own_cannot_take_the_place_of_a_field(run: Job) -> None:
+    lines = [line.get("evaluation", {}) | line for line in run.metrics]
+    found = {name for told in (*lines, run.result, scored(0, "--run", run.run)) for name in told}
+    assert found - {"accuracy"} <= FIELDS
 
 
 def test_checkpoint_by_name_and_a_line_to_read(run: Job) -> None:
