@@ -48,6 +48,11 @@ class Task:
         """The shape that a row of the model's output must have."""
         return (*self.labels, self.outputs) if self.classification else (self.outputs,)
 
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids rows of inputs may hold: where there is a label for each, as many as there are classes."""
+        return max(self.tokens, self.outputs if self.classification and self.labels else 0)
+
     def to_json(self) -> str:
         """As a checkpoint holds it."""
         return json.dumps(dataclasses.asdict(self))
@@ -63,7 +68,7 @@ class Task:
 
 def model_for(config: Config, task: Task, model: Model | None) -> list[nn.Layer]:
     """The layers, named, for what a data set asks; `model` as of `build_model`."""
-    return build_model(config, task.shape, task.outputs, max(task.outputs, task.tokens), task.final, model)
+    return build_model(config, task.shape, task.outputs, task.vocabulary, task.final, model)
 
 
 def build_model(
@@ -74,7 +79,7 @@ def build_model(
     Args:
         shape: of an input row.
         outputs: how many the model needs: classes, or values to predict.
-        tokens: how many token ids the inputs hold, if that is what they are.
+        tokens: how many token ids the inputs may hold, if that is what they are.
         final: the shape that a row of the output must have, or None for any.
         model: a Model in place of config.model.
     """
@@ -82,15 +87,20 @@ def build_model(
     try:
         layers = _list_of_layers(_made(make, config, shape, outputs))
         nn.name(layers)
-        found = nn.stack_shapes(layers, shape)[-1]
+        nn.skip_first_dx(layers)
+        *shapes, found = nn.stack_shapes(layers, shape)
+        for layer, before in zip(layers, shapes, strict=True):
+            layer.check_place(before, tokens)
+            tokens = 0 if nn.parameters([layer]) else tokens
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(f"the model does not fit the data: {error}") from None
+    if not any(parameter.size for parameter in nn.parameters(layers)):
+        raise ConfigError("the model has no parameters, so there is nothing to train")
     ours = not (is_name(config.loss) and is_name(config.metric))  # else nothing of ours looks at the outputs
     if ours and final is not None and found != final:
         raise ConfigError(f"the model gives rows of shape {found}, but the labels need {final}")
-    nn.skip_first_dx(layers)
     return layers
 
 

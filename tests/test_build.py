@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpiml.build import build_loss, build_metric, build_model, objective
+from mpiml.build import Task, build_loss, build_metric, build_model, objective
 from mpiml.config import Config
 from mpiml.design import resolve
 from mpiml.errors import ConfigError
@@ -170,6 +170,13 @@ def test_a_given_model_stands_in_place_of_the_named_one() -> None:
 
 def test_any_shape_will_do_where_loss_and_metric_are_ones_own() -> None:
     assert len(layers(None, model="mine_of_a_test:model")) == 3
+
+
+def test_token_ids_are_as_many_as_the_data_say() -> None:
+    assert Task((9,), (9,), True, 7, 5).vocabulary == 7  # for a label of each token may be the next input
+    assert Task((9,), (), True, 7, 5).vocabulary == 5
+    assert Task((9,), (), True, 7, 0).vocabulary == 0
+    assert Task((9,), (9,), False, 9, 5).vocabulary == 5
 
 
 def test_losses_by_name() -> None:

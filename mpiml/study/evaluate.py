@@ -99,8 +99,8 @@ def evaluate(
     with Guard(comm, clock, PROGRAM) as guard:
         launch.check_size(MPI.COMM_WORLD.size)
         launch.check_alike(comm, clock, launch.software())
-        together(comm, clock, lambda: check_ranks(comm.size, pipe))
         found = on_rank_0(comm, clock, look)
+        together(comm, clock, lambda: check_ranks(comm.size, pipe))
         with Watch(comm.Dup(), clock, found.config.stall_timeout, guard.fail), np.errstate(all="ignore"):
             return _evaluate(found, whole, data, predictions, comm, clock, model)
 
@@ -157,7 +157,7 @@ def _evaluate(
     waiting.share_cores(grid.node.size * config.threads, grid.cores)
     task, tests = found.task, Evaluation(dataset.test, config.eval_rows, grid, config.dtype)
     classes = task.outputs if task.classification else None
-    seen = load.look_at(dataset, grid, clock, None, tests.rows(), classes, tokens=max(task.outputs, task.tokens))
+    seen = load.look_at(dataset, grid, clock, None, tests.rows(), classes, tokens=task.vocabulary)
     if found.normalization:
         tests.split = normalized(tests.split, found.normalization, config.dtype)
     layouts, metric, here, fixed = build_stage(config, task, grid, clock, model)

@@ -142,6 +142,7 @@ def test_run_that_cannot_be_scored(run: Job, tmp_path: Path) -> None:
         ("there is no such directory", {"run": str(here / "none")}),
         ("holds no run", {"run": str(tmp_path)}),
         ("1 ranks do not divide into pipelines of 2 stages", {"run": str(run.run), "pipe": 2}),
+        ("--pipe 0: must be at least 1", {"run": str(run.run), "pipe": 0}),
         ("must end in .npy or .csv", {"run": str(run.run), "predictions": "p.txt"}),
         ("there is no directory", {"run": str(run.run), "predictions": str(here / "p.npy")}),
     ):

@@ -282,6 +282,21 @@ def test_code_of_ones_own_is_looked_at_as_in_training(
     assert "KeyError: 'my own trouble'" in told
 
 
+def test_embedding_that_is_too_small_for_the_text_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mpiml.study.plan import main
+
+    code = "from mpiml.nn.layers import Embedding, Linear\n"
+    code += "def small(shape, outputs): return [Embedding(100, 4), Linear(4, outputs)]\n"
+    (tmp_path / "my_tokens.py").write_text(code)
+    (tmp_path / "t.txt").write_text("so it goes " * 100)
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = f"--ranks 2 --data {tmp_path / 't.txt'} --context 8 --model my_tokens:small".split()
+    assert main(flags) == 78
+    assert "no vector for token ids above 99; they go up to 255" in capsys.readouterr().err
+
+
 def test_only_what_is_needed_is_read() -> None:
     class Unreadable(np.ndarray):
         def take(self, *_: Any, **__: Any) -> Any:
