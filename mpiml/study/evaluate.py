@@ -64,6 +64,9 @@ def evaluate(
     *,
     checkpoint: str | None = None,
     data: str | Dataset | None = None,
+    label: str | None = None,
+    token_dtype: str | None = None,
+    held_out: float | None = None,
     predictions: str | None = None,
     pipe: int = 1,
     comm: MPI.Intracomm | None = None,
@@ -74,6 +77,7 @@ def evaluate(
     Args:
         run: a run directory, whose newest whole checkpoint is scored; or, in its place, the file `checkpoint`.
         data: whose test rows, as the command takes it or as a data set; by default the run's own.
+        label, token_dtype, held_out: how to read them, as Config has it; by default as the run did.
         predictions: a file to write to, .npy or .csv.
         pipe: stages.
         comm: the ranks; all of the job's by default.
@@ -88,11 +92,13 @@ def evaluate(
     clock = Clock()
     comm = MPI.COMM_WORLD if comm is None else comm
     whole: list[Checkpoint] = []  # on rank 0
+    spec = data if isinstance(data, str) else None
+    asked = {"pipe": pipe, "data": spec, "label": label, "token_dtype": token_dtype, "held_out": held_out}
 
     def look() -> Found:
-        if predictions:
+        if predictions is not None:
             check_path(Path(predictions))
-        found, saved = find(run, checkpoint, pipe)
+        found, saved = find(run, checkpoint, asked)
         whole.append(saved)
         return found
 
@@ -105,14 +111,19 @@ def evaluate(
             return _evaluate(found, whole, data, predictions, comm, clock, model)
 
 
-def find(run: str | None, file: str | None, pipe: int) -> tuple[Found, Checkpoint]:
-    """The checkpoint to score, without optimizer state, and what there is to know of it. Rank 0 calls it."""
+def find(run: str | None, file: str | None, asked: Mapping[str, Any]) -> tuple[Found, Checkpoint]:
+    """The checkpoint to score, without optimizer state, and what there is to know of it. Rank 0 calls it.
+
+    Settings that are asked for, and not None, take the place of the run's.
+    """
 
     def wanted(name: str) -> bool:
         return not name.startswith("optimizer.")
 
     problems: list[str] = []
-    if file:
+    if file is not None:
+        if Path(file).is_dir():
+            raise ConfigError(f"--checkpoint {file}: is a directory, not a file; a run is scored with --run")
         saved, path = checkpoints.load(Path(file), wanted), Path(file).absolute().parent.parent
     else:
         path = Path(run or "")
@@ -120,7 +131,8 @@ def find(run: str | None, file: str | None, pipe: int) -> tuple[Found, Checkpoin
             raise ConfigError(f"--run {run}: " + ("holds no run" if path.is_dir() else "there is no such directory"))
         saved, problems = _newest(path / CHECKPOINTS, wanted)
     config, task = of_checkpoint(saved.config), Task.from_json(saved.task)
-    config = config.replace(pipe=pipe, cuts=config.cuts if config.pipe == pipe else ())
+    cuts = config.cuts if config.pipe == asked["pipe"] else ()
+    config = config.replace(cuts=cuts, **{name: value for name, value in asked.items() if value is not None})
     normalization = Normalization.of_arrays(saved.arrays) if config.normalize else None
     return Found(config, saved.step, task, normalization, path, [f"warning: skipped {p}" for p in problems]), saved
 
@@ -150,7 +162,7 @@ def _evaluate(
     model: Model | None,
 ) -> dict[str, Any]:
     prepare_process(found.config.threads)
-    config = found.config.replace(data=data) if isinstance(data, str) else found.config
+    config = found.config
     dataset = load.open_data(config, comm, clock, data if isinstance(data, Dataset) else None)
     together(comm, clock, lambda: check_data(found, dataset, others=data is not None))
     grid = grids.build(comm, config.pipe)
