@@ -113,7 +113,7 @@ def chosen(config: Config, tokens: int = 0) -> Model:
     transformer = {"tokens": tokens, "width": config.width, "heads": config.heads, "blocks": blocks}
     builders: dict[str, tuple[str, dict[str, Any]]] = {
         "mlp": ("mpiml.nn.models:mlp", {"hidden": config.hidden, "activation": config.activation}),
-        "cnn": ("mpiml.nn.convnets:cnn", {"channels": channels}),
+        "cnn": ("mpiml.nn.convnets:cnn", {"channels": channels, "norm": config.norm}),
         "resnet": ("mpiml.nn.convnets:resnet", {"channels": channels, "blocks": blocks, "norm": config.norm}),
         "gpt": ("mpiml.nn.transformers:gpt", transformer),
     }

@@ -111,6 +111,7 @@ def test_settings_reach_the_model() -> None:
     images = layers(model="cnn", channels=5, dropout=0.1)
     assert [layer.outputs for layer in kinds(images, Conv2d)] == [5, 10]
     assert len(kinds(images, Dropout)) == 1
+    assert [type(layer) for layer in layers(model="cnn", norm="batch")].count(BatchNorm2d) == 2
     residual = layers(model="resnet", channels=8, blocks=3, dropout=0.1)
     assert [layer.outputs for layer in kinds(residual, Conv2d)] == [8, 16, 32]
     assert len(kinds(residual, Residual)) == 9
