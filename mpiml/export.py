@@ -16,7 +16,7 @@ def trained(file: str | Path, model: Model | None = None) -> tuple[list[Layer], 
     """The layers of a checkpoint's model with its weights as their values, and the shape of an input row.
 
     Needs no MPI: `y, _ = forward(layers, x, At(training=False))` computes outputs. What --normalize does to inputs is
-    not part of the model; the checkpoint has it as data.mean and data.scale.
+    not part of the model: x is then (inputs - data.mean) * data.scale, two arrays that the checkpoint has as well.
 
     Args:
         model: what the run was trained with, if that was given to `train` as an object.
