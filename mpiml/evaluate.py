@@ -31,20 +31,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", type=_text, metavar="DIR", help="run directory; the run may still be going on")
     which.add_argument("--checkpoint", type=_text, metavar="FILE", help="a checkpoint in place of a run's newest")
-    of_data = {
+    more = {
         "--data": ("SPEC", "score the test rows of this data set, as for mpiml.train"),
         "--label": ("NAME", "its column of labels (default for this and the next two: as in the run)"),
         "--token-dtype": ("NAME", "its tokens'"),
         "--held-out": ("X", "the part of it to test on if it has no test file"),
+        "--predictions": ("FILE", "write classes, or values, in row order; FILE ends in .npy or .csv"),
     }
-    for flag, (metavar, help) in of_data.items():
+    for flag, (metavar, help) in more.items():
         parser.add_argument(flag, type=_text, metavar=metavar, help=help)
-    parser.add_argument(
-        "--predictions",
-        type=_text,
-        metavar="FILE",
-        help="write classes, or values, in row order; FILE ends in .npy or .csv",
-    )
     parser.add_argument("--pipe", type=int, default=1, metavar="N", help="pipeline stages (default: 1)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser.parse_args(arguments)
