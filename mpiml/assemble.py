@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mpiml import waiting
-from mpiml.build import Model, Task, build_loss, build_metric, digest, model_for, objective
+from mpiml.build import Model, Task, build_loss, build_metric, constants, digest, model_for, objective
 from mpiml.clock import Clock
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset, Split
@@ -22,7 +22,7 @@ from mpiml.data.prefetch import ReadAhead, in_memory
 from mpiml.data.shards import Shards
 from mpiml.design import StageDesign, cut
 from mpiml.evaluation import Evaluation
-from mpiml.imports import named
+from mpiml.imports import called_with, named
 from mpiml.load import look_at, look_for_starving, measure
 from mpiml.nn import layer as nn
 from mpiml.nn import optimizers
@@ -67,6 +67,7 @@ class Run:
     agree: Agree
     notes: list[str]
     normalization: Normalization | None
+    constants: str
     fingerprint: Fingerprint
     learning_rate: Callable[[int], float]
 
@@ -124,7 +125,7 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
         shards.split, tests.split = (normalized(s, normalization, config.dtype) for s in (data.train, data.test))
 
     task = Task(data.train.x.shape, data.train.y.shape, data.classification, seen.outputs, seen.tokens)
-    layouts, metric, here = build_stage(config, task, grid, clock, model)
+    layouts, metric, here, fixed = build_stage(config, task, grid, clock, model)
     layout = layouts[grid.stage]
     sum_, agreement, notes = place(config, grid, layout, 2 + metric.columns, clock)
     layout.bind(sum_.values)
@@ -145,6 +146,7 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
         agree=agreement,
         notes=[*seen.notes, *starving, *notes],
         normalization=normalization,
+        constants=fixed,
         fingerprint=data.fingerprint,
         stage=TrainingStage(grid.pipe, here, sum_, SCHEDULES[config.schedule], clock),
         update=update,
@@ -160,8 +162,9 @@ def normalized(split_: Split, by: Normalization, dtype: DTypeLike) -> Split:
 
 def build_stage(
     config: Config, task: Task, grid: Grid, clock: Clock, model: Model | None
-) -> tuple[list[Layout], Metric, Part]:
-    """The model, cut into stages: every stage's layout, the metric, and what this rank's stage computes; collective.
+) -> tuple[list[Layout], Metric, Part, str]:
+    """The model, cut into stages: every stage's layout, the metric, what this rank's stage computes, and what tells
+    the model's constants; collective.
 
     Raises, on all ranks alike, ConfigError for a model, a loss or a metric that does not fit.
     """
@@ -183,12 +186,15 @@ def build_stage(
         learns=stage.learned or stage.layout.size > 0,
         learned=stage.learned,
     )
-    return [stage.layout for stage in stages], metric, here
+    return [stage.layout for stage in stages], metric, here, constants(layers)
 
 
 def find_transform(config: Config) -> Callable[..., Any] | None:
-    """The user's function for rows to train on, if there is one. Raises ConfigError if it is not where it should be."""
-    return named(config.transform, "--transform") if config.transform else None
+    """The user's function for rows to train on, if there is one. Raises ConfigError if it is none."""
+    if not config.transform:
+        return None
+    function: Callable[..., Any] = named(config.transform, "--transform")
+    return called_with(function, f"--transform {config.transform}", "x", "y", "rng")
 
 
 def read_ahead(config: Config, shards: Shards, grid: Grid) -> ReadAhead:

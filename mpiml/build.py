@@ -16,10 +16,11 @@ import numpy as np
 
 from mpiml.config import Config
 from mpiml.errors import ConfigError, OutputError
-from mpiml.imports import is_name, named
+from mpiml.imports import called_with, is_name, named
 from mpiml.nn import layer as nn
 from mpiml.nn.losses import R2, Accuracy, Loss, Metric, mean_squared_error, softmax_cross_entropy
 from mpiml.nn.parameters import Shape
+from mpiml.own import OwnLoss, OwnMetric
 
 Model = Any  # layers, PyTorch modules, a list of both, or a function (shape, outputs) that returns such
 Objective = Callable[[Any, Any, bool], tuple[list[float], Any]]
@@ -47,6 +48,11 @@ class Task:
         """The shape that a row of the model's output must have."""
         return (*self.labels, self.outputs) if self.classification else (self.outputs,)
 
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids rows of inputs may hold: where there is a label for each, as many as there are classes."""
+        return max(self.tokens, self.outputs if self.classification and self.labels else 0)
+
     def to_json(self) -> str:
         """As a checkpoint holds it."""
         return json.dumps(dataclasses.asdict(self))
@@ -62,7 +68,7 @@ class Task:
 
 def model_for(config: Config, task: Task, model: Model | None) -> list[nn.Layer]:
     """The layers, named, for what a data set asks; `model` as of `build_model`."""
-    return build_model(config, task.shape, task.outputs, max(task.outputs, task.tokens), task.final, model)
+    return build_model(config, task.shape, task.outputs, task.vocabulary, task.final, model)
 
 
 def build_model(
@@ -73,7 +79,7 @@ def build_model(
     Args:
         shape: of an input row.
         outputs: how many the model needs: classes, or values to predict.
-        tokens: how many token ids the inputs hold, if that is what they are.
+        tokens: how many token ids the inputs may hold, if that is what they are.
         final: the shape that a row of the output must have, or None for any.
         model: a Model in place of config.model.
     """
@@ -81,15 +87,20 @@ def build_model(
     try:
         layers = _list_of_layers(_made(make, config, shape, outputs))
         nn.name(layers)
-        found = nn.stack_shapes(layers, shape)[-1]
+        nn.skip_first_dx(layers)
+        *shapes, found = nn.stack_shapes(layers, shape)
+        for layer, before in zip(layers, shapes, strict=True):
+            layer.check_place(before, tokens)
+            tokens = 0 if nn.parameters([layer]) else tokens
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(f"the model does not fit the data: {error}") from None
+    if not any(parameter.size for parameter in nn.parameters(layers)):
+        raise ConfigError("the model has no parameters, so there is nothing to train")
     ours = not (is_name(config.loss) and is_name(config.metric))  # else nothing of ours looks at the outputs
     if ours and final is not None and found != final:
         raise ConfigError(f"the model gives rows of shape {found}, but the labels need {final}")
-    nn.skip_first_dx(layers)
     return layers
 
 
@@ -97,12 +108,12 @@ def chosen(config: Config, tokens: int = 0) -> Model:
     """What builds the model that --model names."""
     if is_name(config.model):
         model: Model = named(config.model, "--model")
-        return model
+        return called_with(model, f"--model {config.model}", "shape", "outputs") if callable(model) else model
     channels, blocks = config.channels, config.blocks
     transformer = {"tokens": tokens, "width": config.width, "heads": config.heads, "blocks": blocks}
     builders: dict[str, tuple[str, dict[str, Any]]] = {
         "mlp": ("mpiml.nn.models:mlp", {"hidden": config.hidden, "activation": config.activation}),
-        "cnn": ("mpiml.nn.convnets:cnn", {"channels": channels}),
+        "cnn": ("mpiml.nn.convnets:cnn", {"channels": channels, "norm": config.norm}),
         "resnet": ("mpiml.nn.convnets:resnet", {"channels": channels, "blocks": blocks, "norm": config.norm}),
         "gpt": ("mpiml.nn.transformers:gpt", transformer),
     }
@@ -132,6 +143,25 @@ def digest(layers: Sequence[nn.Layer]) -> str:
     return str(modules.digest(layers)) if modules else ""
 
 
+def constants(layers: Sequence[nn.Layer]) -> str:
+    """What tells those values of the model that neither training changes nor a checkpoint holds, as JSON; empty for
+    layers that have none."""
+    modules = _torch_modules()
+    found = modules.constants(layers) if modules else None
+    return "" if found is None else json.dumps(found)
+
+
+def check_constants(mine: str, saved: str) -> None:
+    """Raise OutputError if the model's constants are not those that a checkpoint, if it tells, was trained with."""
+    here, there = json.loads(mine or "{}"), json.loads(saved or mine or "{}")
+    if other := sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name)):
+        more = f" and {len(other) - 1} more" if len(other) > 1 else ""
+        raise OutputError(
+            f"{other[0]}{more}: not what the checkpoint was trained with; parameters that require no gradient and "
+            "buffers are in no checkpoint, so the model has to come with the same ones"
+        )
+
+
 def _torch_modules() -> Any:
     """What knows PyTorch, or None where nobody has imported that: it takes seconds."""
     return importlib.import_module("mpiml.nn.torch_modules") if "torch" in sys.modules else None
@@ -150,20 +180,15 @@ def _list_of_layers(made: Any) -> list[nn.Layer]:
 def build_loss(config: Config) -> Loss:
     """The loss that --loss names."""
     if is_name(config.loss):
-        loss: Loss = named(config.loss, "--loss")
-        return loss
+        return OwnLoss(config.loss)
     return softmax_cross_entropy if config.loss == "cross_entropy" else mean_squared_error
 
 
 def build_metric(config: Config, outputs: int) -> Metric:
     """The metric that --metric names; one of a user's own is what the named function returns for `outputs`."""
-    if not is_name(config.metric):
-        return Accuracy() if config.metric == "accuracy" else R2(outputs)
-    metric: Metric = named(config.metric, "--metric")(outputs)
-    for attribute in ("name", "columns", "sums", "value"):
-        if not hasattr(metric, attribute):
-            raise ConfigError(f"--metric {config.metric}: {type(metric).__name__} has no {attribute}")
-    return metric
+    if is_name(config.metric):
+        return OwnMetric(config.metric, outputs)
+    return Accuracy() if config.metric == "accuracy" else R2(outputs)
 
 
 def objective(loss: Loss, metric: Metric) -> Objective:
@@ -172,8 +197,6 @@ def objective(loss: Loss, metric: Metric) -> Objective:
 
     def score(y: Any, labels: Any, measured: bool) -> tuple[list[float], Any]:
         total, weight, dy = loss(y, labels)
-        if dy.shape != y.shape:
-            raise ValueError(f"the loss gives a gradient of shape {dy.shape} for outputs of shape {y.shape}")
         return [total, weight, *(metric.sums(y, labels) if measured else ())], np.ascontiguousarray(dy, y.dtype)
 
     return score

@@ -60,7 +60,8 @@ class Config:
     norm: str = setting(
         "group",
         GROUPS[0],
-        "of resnet: by groups of channels of each row, or by channels over each micro-batch, whose size then matters",
+        "batch: of each channel over a micro-batch, whose size then matters; group: of groups of channels of a row, in "
+        "resnet alone",
         choices=["group", "batch"],
     )
     width: int = setting(128, GROUPS[0], "of the vector that stands for a token in gpt", low=1)

@@ -8,6 +8,12 @@ from collections.abc import Sequence
 from mpiml.study.command import Parser, whole
 
 
+def _text(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """What a command line asks for. Raises ConfigError for what cannot be understood; `--help` raises SystemExit."""
     parser = Parser(
@@ -17,12 +23,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--run", metavar="DIR", help="run directory; the run may still be going on")
-    which.add_argument("--checkpoint", metavar="FILE", help="a checkpoint in place of a run's newest")
-    parser.add_argument("--data", metavar="SPEC", help="score the test rows of this data set, as for mpiml.train")
-    parser.add_argument(
-        "--predictions", metavar="FILE", help="write classes, or values, in row order; FILE ends in .npy or .csv"
-    )
+    which.add_argument("--run", type=_text, metavar="DIR", help="run directory; the run may still be going on")
+    which.add_argument("--checkpoint", type=_text, metavar="FILE", help="a checkpoint in place of a run's newest")
+    more = {
+        "--data": ("SPEC", "score the test rows of this data set, as for mpiml.train"),
+        "--label": ("NAME", "its column of labels (default for this and the next two: as in the run)"),
+        "--token-dtype": ("NAME", "its tokens'"),
+        "--held-out": ("X", "the part of it to test on if it has no test file"),
+        "--predictions": ("FILE", "write classes, or values, in row order; FILE ends in .npy or .csv"),
+    }
+    for flag, (metavar, help) in more.items():
+        parser.add_argument(flag, type=_text, metavar=metavar, help=help)
     parser.add_argument("--pipe", type=whole(), default=1, metavar="N", help="pipeline stages (default: 1)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser.parse_args(arguments)

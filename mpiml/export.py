@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mpiml.build import Model, Task, model_for
+from mpiml.build import Model, Task, check_constants, constants, model_for
 from mpiml.config import of_checkpoint
 from mpiml.nn.layer import Layer, parameters
 from mpiml.nn.parameters import Shape
@@ -16,7 +16,7 @@ def trained(file: str | Path, model: Model | None = None) -> tuple[list[Layer], 
     """The layers of a checkpoint's model with its weights as their values, and the shape of an input row.
 
     Needs no MPI: `y, _ = forward(layers, x, At(training=False))` computes outputs. What --normalize does to inputs is
-    not part of the model; the checkpoint has it as data.mean and data.scale.
+    not part of the model: x is then (inputs - data.mean) * data.scale, two arrays that the checkpoint has as well.
 
     Args:
         model: what the run was trained with, if that was given to `train` as an object.
@@ -26,6 +26,7 @@ def trained(file: str | Path, model: Model | None = None) -> tuple[list[Layer], 
     saved = checkpoint.load(Path(file), lambda name: not name.startswith("optimizer."))
     task = Task.from_json(saved.task)
     layers = model_for(of_checkpoint(saved.config), task, model)
+    check_constants(constants(layers), saved.constants)
     for parameter in parameters(layers):
         parameter.value = checkpoint.array(saved, parameter.name, parameter.shape)
     return layers, task.shape

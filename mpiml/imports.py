@@ -2,11 +2,13 @@
 
 import functools
 import importlib
+import inspect
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 from mpiml.errors import ConfigError
 
+T = TypeVar("T")
 NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
@@ -34,3 +36,19 @@ def named(text: str, flag: str) -> Any:
         return functools.reduce(getattr, path.split("."), found)
     except AttributeError as error:
         raise ConfigError(f"{flag} {text}: {error}") from None
+
+
+def called_with(function: T, what: str, *arguments: str) -> T:
+    """A user's function, which will be called with these arguments. Raises ConfigError if it does not take them."""
+    call = f"it is called with ({', '.join(arguments)})"
+    if not callable(function):
+        raise ConfigError(f"{what}: is no function, but {type(function).__name__}; {call}")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some of those that are written in C have none
+        return function
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        raise ConfigError(f"{what}{signature}: {error}; {call}") from None
+    return function

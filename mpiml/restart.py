@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mpiml.assemble import Run
+from mpiml.build import check_constants
 from mpiml.config import Config, from_toml, of_checkpoint
 from mpiml.config import settings as all_settings
 from mpiml.data.fingerprint import difference
@@ -176,6 +177,7 @@ def restore(run: Run, path: Path) -> tuple[int, list[str], dict[str, Any]]:
         if found:
             if step:
                 _check_same_run(cfg, of_checkpoint(found.config))
+                check_constants(run.constants, found.constants)
             if step and run.normalization:
                 saved = Normalization.of_arrays(found.arrays)
             whole.extend(vectors(run.layouts, found, names))
@@ -209,7 +211,7 @@ def save(run: Run, step: int, directory: Path) -> float:
             arrays = named(run.layouts, stages, *run.state.mine)
             if run.normalization:
                 arrays |= run.normalization.arrays()
-            saved = Checkpoint(step, run.config.to_toml(), arrays, run.task.to_json())
+            saved = Checkpoint(step, run.config.to_toml(), arrays, run.task.to_json(), run.constants)
             checkpoint.save(directory, saved, run.config.keep)
 
         on_rank_0(run.grid.comm, run.clock, write)

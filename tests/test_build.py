@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpiml.build import build_loss, build_metric, build_model, objective
+from mpiml.build import Task, build_loss, build_metric, build_model, objective
 from mpiml.config import Config
 from mpiml.design import resolve
 from mpiml.errors import ConfigError
@@ -54,6 +54,35 @@ class Largest:
     def value(self, totals):
         return totals[0]
 
+def alone(y):
+    return 0.0
+
+class Thing:
+    name, columns = "thing", 2
+    sums = value = staticmethod(lambda *_: [0.0, 1.0])
+
+def thing(**given):
+    made = Thing()
+    vars(made).update(given)
+    return lambda outputs: made
+
+five = 5
+one_number = lambda y, labels: 1.0
+negative = lambda y, labels: (1.0, -1.0, y)
+endless = lambda y, labels: (1.0, float("inf"), y)
+no_weight = lambda y, labels: (1.0, None, y)
+no_total = lambda y, labels: (y, 1.0, y)
+of_one_row = lambda y, labels: (1.0, 1.0, y[:1])
+known = thing(name="test_loss")
+nameless = thing(name="")
+uncounted = thing(columns=2.0)
+fewer = thing(columns=3)
+more = thing(columns=1)
+of_labels = thing(sums=alone)
+of_nothing = thing(value=lambda: 1.0)
+word = thing(value=lambda totals: "word")
+vector = thing(value=lambda totals: np.ones(2))
+
 class Places:
     best = Largest
     def __init__(self, outputs):
@@ -82,6 +111,7 @@ def test_settings_reach_the_model() -> None:
     images = layers(model="cnn", channels=5, dropout=0.1)
     assert [layer.outputs for layer in kinds(images, Conv2d)] == [5, 10]
     assert len(kinds(images, Dropout)) == 1
+    assert [type(layer) for layer in layers(model="cnn", norm="batch")].count(BatchNorm2d) == 2
     residual = layers(model="resnet", channels=8, blocks=3, dropout=0.1)
     assert [layer.outputs for layer in kinds(residual, Conv2d)] == [8, 16, 32]
     assert len(kinds(residual, Residual)) == 9
@@ -110,6 +140,11 @@ def test_a_model_of_ones_own() -> None:
         ({"model": "mine_of_a_test:broken"}, ["does not fit the data", "99", "(64,)"]),
         ({"model": "mine_of_a_test:nothing"}, ["list of layers", "NoneType"]),
         ({"model": "mine_of_a_test:empty"}, ["no layers"]),
+        ({"model": "mine_of_a_test:five"}, ["list of layers", "int"]),
+        (
+            {"model": "mine_of_a_test:alone"},
+            ["--model mine_of_a_test:alone(y): too many positional arguments", "called with (shape, outputs)"],
+        ),
         ({"model": "mine_of_a_test:modle"}, ["--model mine_of_a_test:modle", "modle"]),
         (
             {"model": "no_such_module_here:model"},
@@ -138,6 +173,13 @@ def test_any_shape_will_do_where_loss_and_metric_are_ones_own() -> None:
     assert len(layers(None, model="mine_of_a_test:model")) == 3
 
 
+def test_token_ids_are_as_many_as_the_data_say() -> None:
+    assert Task((9,), (9,), True, 7, 5).vocabulary == 7  # for a label of each token may be the next input
+    assert Task((9,), (), True, 7, 5).vocabulary == 5
+    assert Task((9,), (), True, 7, 0).vocabulary == 0
+    assert Task((9,), (9,), False, 9, 5).vocabulary == 5
+
+
 def test_losses_by_name() -> None:
     assert build_loss(Config(loss="cross_entropy")) is softmax_cross_entropy
     assert build_loss(Config(loss="mse")) is mean_squared_error
@@ -152,8 +194,9 @@ def test_metrics_by_name() -> None:
     r2 = build_metric(Config(metric="r2"), 4)
     assert isinstance(r2, R2)
     assert r2.outputs == 4
-    assert build_metric(Config(metric="mine_of_a_test:Largest"), 4).outputs == 4
-    assert build_metric(Config(metric="mine_of_a_test:Places.best"), 4).name == "largest"
+    assert build_metric(Config(metric="mine_of_a_test:Largest"), 4).metric.outputs == 4
+    own = build_metric(Config(metric="mine_of_a_test:Places.best"), 4)
+    assert (own.name, own.columns, own.sums(np.ones((2, 4)), np.ones(2)), own.value([3])) == ("largest", 1, [1], 3)
     with pytest.raises(ConfigError, match="--metric mine_of_a_test:Places: Places has no name"):
         build_metric(Config(metric="mine_of_a_test:Places"), 4)
 
@@ -165,8 +208,59 @@ def test_the_objective_is_a_row_of_the_step_record() -> None:
     row, dy = score(y, labels, True)
     assert row == [3, 2, 2, 7, 25, 5]
     assert dy.dtype == np.float32  # whatever the loss makes of it
-    with pytest.raises(ValueError, match=r"\(1,\).*\(2, 1\)"):
-        objective(lambda y, labels: (0.0, 1.0, np.zeros(1)), Accuracy())(np.zeros((2, 1)), np.zeros(2), True)
+
+
+Y = np.zeros((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        ("five", ["--loss mine_of_a_test:five: is no function, but int", "called with (y, labels)"]),
+        ("alone", ["--loss mine_of_a_test:alone(y): too many positional arguments", "called with (y, labels)"]),
+        ("one_number", ["--loss mine_of_a_test:one_number", "returns 1.0", "(sum of weight x loss, sum of weights,"]),
+        ("negative", ["--loss mine_of_a_test:negative", "-1 as sum of weights", "finite and not negative"]),
+        ("endless", ["--loss mine_of_a_test:endless", "inf as sum of weights"]),
+        ("no_weight", ["--loss mine_of_a_test:no_weight", "as sum of weights None; a number is needed"]),
+        ("no_total", ["--loss mine_of_a_test:no_total", "as sum of losses ndarray of shape (2, 3)"]),
+        ("of_one_row", ["--loss mine_of_a_test:of_one_row", "gradient of shape (1, 3) for outputs of shape (2, 3)"]),
+    ],
+)
+def test_losses_that_are_none(loss: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        build_loss(Config(loss=f"mine_of_a_test:{loss}"))(Y, Y)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [
+        ("five", ["--metric mine_of_a_test:five: is no function, but int", "called with (outputs)"]),
+        ("absolute", ["absolute(y, labels): missing a required argument: 'labels'", "called with (outputs)"]),
+        ("known", ["--metric mine_of_a_test:known", "called 'test_loss'", "result.json"]),
+        ("nameless", ["--metric mine_of_a_test:nameless", "called ''"]),
+        ("uncounted", ["--metric mine_of_a_test:uncounted", "columns is 2.0"]),
+        ("fewer", ["--metric mine_of_a_test:fewer", "sums returns 2 values, but columns is 3"]),
+        ("more", ["--metric mine_of_a_test:more", "sums returns 2 values, but columns is 1"]),
+        ("of_labels", ["--metric mine_of_a_test:of_labels: sums(y)", "called with (y, labels)"]),
+        ("of_nothing", ["--metric mine_of_a_test:of_nothing: value()", "called with (totals)"]),
+        ("word", ["--metric mine_of_a_test:word", "value returns 'word'; a number is needed"]),
+        ("vector", ["--metric mine_of_a_test:vector", "value returns ndarray of shape (2,)"]),
+    ],
+)
+def test_metrics_that_are_none(metric: str, words: list[str]) -> None:
+    def used() -> None:
+        made = build_metric(Config(metric=f"mine_of_a_test:{metric}"), 3)
+        made.value(made.sums(Y, Y))
+
+    with pytest.raises(ConfigError) as error:
+        used()
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_what_a_users_function_raises_stays_what_it_is() -> None:
+    with pytest.raises(AttributeError):
+        build_loss(Config(loss="mine_of_a_test:absolute"))(Y, None)
 
 
 @pytest.mark.parametrize(

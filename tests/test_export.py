@@ -24,7 +24,7 @@ pytestmark = pytest.mark.contract
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("trained") / "run"
-    flags = "--model cnn --channels 2 --steps 4 --eval-rows 1000"
+    flags = "--model cnn --channels 2 --normalize --steps 4 --eval-rows 1000"
     assert launch(0, "-m", "mpiml.train", "--out", str(path), *flags.split()).returncode == 0
     assert launch(0, "-m", "mpiml.evaluate", "--run", str(path), "--predictions", f"{path}.npy").returncode == 0
     return path
@@ -34,16 +34,17 @@ def file(run: Path) -> Path:
     return run / "checkpoints" / checkpoint.file_name(4)
 
 
-def images() -> np.ndarray:
-    source = open_dataset("digits").test.x
+def images(run: Path) -> np.ndarray:
+    source, saved = open_dataset("digits").test.x, load_file(file(run))
     source.hold(np.arange(len(source)))
-    return source.rows(np.arange(len(source))).astype("float32")
+    x = source.rows(np.arange(len(source)))
+    return ((x - saved["data.mean"]) * saved["data.scale"]).astype("float32")
 
 
 def test_layers_compute_what_the_run_does(run: Path) -> None:
     layers, shape = trained(file(run))
     assert shape == (8, 8)
-    y, _ = nn.forward(layers, images(), nn.At(training=False))
+    y, _ = nn.forward(layers, images(run), nn.At(training=False))
     np.testing.assert_array_equal(y.argmax(axis=1), np.load(f"{run}.npy"))
     there = load_file(file(run))
     assert all(parameter.value.tobytes() == there[parameter.name].tobytes() for parameter in nn.parameters(layers))
@@ -58,7 +59,7 @@ def test_torch_state_dict_fits_the_same_model_in_torch(run: Path) -> None:
         *(convolutions[0], *between, convolutions[1], *between, torch.nn.Flatten(), torch.nn.Linear(16, 10)),
     )
     model.load_state_dict(torch_state_dict(file(run)))
-    y = model(torch.from_numpy(images()))
+    y = model(torch.from_numpy(images(run)))
     np.testing.assert_array_equal(y.argmax(axis=1), np.load(f"{run}.npy"))
 
 

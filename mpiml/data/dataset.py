@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from mpiml.data.fingerprint import Fingerprint, of_files
+from mpiml.data.fingerprint import Fingerprint, of_array, of_files
 from mpiml.data.formats import Options, open_files
 from mpiml.data.sources import ArraySource, Source
 from mpiml.errors import DataError
-from mpiml.imports import is_name, named
+from mpiml.imports import called_with, is_name, named
 
 DIGITS = Path(__file__).with_name("digits.npz")
 
@@ -78,8 +78,11 @@ class Dataset:
     def fingerprint(self) -> Fingerprint:
         """What tells these files and columns from others of the same names."""
         columns = {f"{c}_{w}": getattr(s, c) for w, s in (("train", self.train), ("test", self.test)) for c in "xy"}
-        shapes = [[name, f"{len(of):,} rows of {of.shape} {of.dtype}"] for name, of in columns.items()]
-        return of_files(self.files) + shapes
+        shapes = {name: f"{len(of):,} rows of {of.shape} {of.dtype}" for name, of in columns.items()}
+        for name, of in columns.items():
+            if isinstance(of, ArraySource) and not self.files:
+                shapes[name] += f", {of_array(of.array)}"
+        return of_files(self.files) + [list(shape) for shape in shapes.items()]
 
     @property
     def classification(self) -> bool:
@@ -98,7 +101,11 @@ def open_dataset(spec: str, options: Options | None = None) -> Dataset:
     Raises DataError or ConfigError if there is none.
     """
     if is_name(spec):
-        made = named(spec, "--data")()
+        function = called_with(named(spec, "--data"), f"--data {spec}")
+        try:
+            made = function()
+        except OSError as error:
+            raise DataError(f"--data {spec}: {error}") from error
         if not isinstance(made, Dataset):
             raise DataError(f"--data {spec}: must return a Dataset, but returns {type(made).__name__}")
         return made

@@ -1,4 +1,4 @@
-"""What tells one data set from another at a glance: sizes, and a hash of samples of every file."""
+"""What tells one data set from another at a glance: sizes, and a hash of samples of every file, or of every array."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mpiml.errors import DataError
 
 BLOCK = 1 << 14  # bytes of a sample
 BLOCKS = 16  # samples of a file, evenly spaced from its first byte to its last
+
+ARRAY = 1 << 22  # bytes of an array in memory that are sampled at most
 
 Fingerprint = list[list[str]]  # [what, its properties]: the same on all ranks, and in a run and the one that it goes on
 
@@ -32,6 +38,18 @@ def _of_file(path: Path) -> str:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
     return f"{size:,} bytes, samples {sampled.hexdigest()}"
+
+
+def of_array(array: NDArray[Any]) -> str:
+    """A hash of samples of an array in memory: runs of rows, evenly spaced from the first to the last."""
+    row_bytes = max(array[:1].nbytes, 1)
+    rows = max(BLOCK // row_bytes, 1)
+    samples = max(min(-(-len(array) // rows), ARRAY // (rows * row_bytes)), 2)
+    sampled = hashlib.blake2b(digest_size=16)
+    for sample in range(samples):
+        first = max(len(array) - rows, 0) * sample // (samples - 1)
+        sampled.update(np.ascontiguousarray(array[first : first + rows]).data)
+    return f"samples {sampled.hexdigest()}"
 
 
 def difference(mine: Fingerprint, theirs: Fingerprint, whose: str) -> str | None:

@@ -8,7 +8,7 @@ from typing import IO
 
 import numpy as np
 
-from mpiml.data.sources import Source, StreamedSource, check_size, file_size, mapped
+from mpiml.data.sources import Source, StreamedSource, check_size, file_size, mapped, read_all
 from mpiml.errors import DataError
 
 DTYPES = {8: ">u1", 9: ">i1", 11: ">i2", 12: ">i4", 13: ">f4", 14: ">f8"}
@@ -40,13 +40,17 @@ def idx_file(path: Path) -> Source:
     with _open_gzip(path) as stream:
         shape, dtype = _read_header(stream, str(path))
         offset = stream.tell()
-    # A gzip file ends with the size of what is in it, modulo 2^32: nothing need be unpacked to compare.
+    # A gzip file ends with the size of what is in it, modulo 2^32: nothing need be unpacked to compare. If it is not as
+    # declared, all is unpacked to find out whether that is the end of the file at all.
     with open(path, "rb") as file:
         file.seek(-4, 2)
         (unpacked,) = struct.unpack("<I", file.read(4))
     declared = int(np.prod(shape, dtype=object)) * dtype.itemsize
     wrong = (unpacked - offset - declared) % (1 << 32)
-    check_size(shape, dtype, str(path), declared if not wrong else unpacked - offset)
+    if wrong:
+        with _open_gzip(path) as stream:
+            read_all(stream, str(path))
+        check_size(shape, dtype, str(path), unpacked - offset)
     return GzipSource(path, shape, dtype)
 
 

@@ -199,6 +199,8 @@ def _fill(stream: IO[bytes], target: NDArray[np.uint8], name: str) -> None:
 def _read(stream: IO[bytes], count: int, name: str, at_end: bool = False) -> bytes:
     try:
         chunk = stream.read(count)
+    except EOFError as error:
+        raise DataError(f"{name} is cut short: {error}") from None
     except Exception as error:  # zlib, bz2, lzma, zipfile and gzip each raise classes of their own
         raise DataError(f"{name}: damaged: {error}") from None
     if not chunk and not at_end:

@@ -85,7 +85,8 @@ class CSV:
         import csv
 
         self.path = path
-        file_size(path)
+        if not file_size(path):
+            raise DataError(f"{path} is empty")
         with open(path, "rb") as file:
             names = next(csv.reader([self._text(file.readline(), 1).removeprefix("\ufeff").strip()]), [])
             first, ended = file.readline(), True

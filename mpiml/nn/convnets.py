@@ -17,17 +17,19 @@ from mpiml.nn.pooling import GlobalAvgPool, MaxPool2d
 GROUP = 8  # channels that GroupNorm takes together; all of them, where their number is no multiple
 
 
-def cnn(shape: Shape, outputs: int, channels: int = 32, dropout: float = 0.0) -> list[Layer]:
+def cnn(shape: Shape, outputs: int, channels: int = 32, norm: str | None = None, dropout: float = 0.0) -> list[Layer]:
     """A small convolutional network: two 3 x 3 convolutions, of `channels` channels and twice as many, each with max
     pooling of 2 x 2 and ReLU, and a linear output layer after dropout.
 
     Args:
         shape: of an input row, as for `as_image`.
         outputs: width of the output: classes, or values to predict.
+        norm: "batch" for BatchNorm2d after each convolution.
     """
     layers, inputs = as_image(shape)
     for width in (channels, 2 * channels):
-        layers += [Conv2d(inputs, width), MaxPool2d(), ReLU()]  # as good as ReLU first, on a quarter of the values
+        layers += [Conv2d(inputs, width), *([BatchNorm2d(width)] if norm == "batch" else [])]
+        layers += [MaxPool2d(), ReLU()]  # as good as ReLU first, on a quarter of the values
         inputs = width
     layers += [Flatten(), *dropout_if_any(dropout)]
     (features,) = stack_shapes(layers, shape)[-1]

@@ -37,6 +37,11 @@ class Embedding(Layer):
 
         return self.weight.value[ids], backward
 
+    def check_place(self, shape: Shape, tokens: int) -> None:
+        if tokens > self.tokens:
+            what = f"{self.path}, Embedding({self.tokens}, {self.features}),"
+            raise ValueError(f"{what} has no vector for token ids above {self.tokens - 1}; they go up to {tokens - 1}")
+
     def output_shape(self, shape: Shape) -> Shape:
         return (*shape, self.features)
 

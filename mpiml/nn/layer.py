@@ -55,6 +55,12 @@ class Layer:
         """Floating-point operations of the forward pass for a row of `shape`."""
         return math.prod(shape)
 
+    def check_place(self, shape: Shape, tokens: int) -> None:
+        """Raise ValueError if the layer cannot be trained where it stands in the model, on rows of `shape`.
+
+        `tokens` is how many token ids these rows may hold; 0 if they come from a layer that has parameters.
+        """
+
     def inner(self) -> Sequence[Layer]:
         """The layers that this one is made of."""
         return ()

@@ -24,7 +24,7 @@ from mpiml.nn.parameters import Gradients, Init, Parameter, Shape
 from mpiml.random import key
 
 T = TypeVar("T")
-ROWS = 2  # of a trial: a module that mixes up rows and other axes shows with two
+ROWS = 2, 3  # of the two runs of a trial: an axis of one length cannot be taken for that of rows in both
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,15 @@ class Trial:
         flops: of the forward pass for a row.
         ids: whether the rows had to be whole numbers, as token ids are.
         writes: whether it wrote to its input.
+        learns, passes: whether it gives some parameter, and its input, a gradient.
     """
 
     output: Shape
     flops: int
     ids: bool
     writes: bool
+    learns: bool
+    passes: bool
 
 
 class TorchLayer(Layer):
@@ -57,7 +60,7 @@ class TorchLayer(Layer):
     def __init__(self, module: torch.nn.Module, dtype: DTypeLike = np.float32):
         self._check(module)
         self.dtype = torch.from_numpy(np.empty(0, dtype)).dtype
-        self.module = module.to(self.dtype)
+        self.module = _converted(module, self.dtype)
         self.tensors = {name: tensor for name, tensor in module.named_parameters() if tensor.requires_grad}
         self.parameters = {
             name: Parameter(tuple(tensor.shape), first_values(tensor)) for name, tensor in self.tensors.items()
@@ -92,6 +95,23 @@ class TorchLayer(Layer):
     def flops(self, shape: Shape) -> int:
         return self._trial(shape).flops
 
+    def check_place(self, shape: Shape, tokens: int) -> None:
+        trial = self._trial(shape)
+        if self.tensors and not trial.learns:
+            raise ConfigError(f"{self._name()} gives no gradient to any of its parameters: something is detached")
+        if self.needs_dx and not trial.passes:
+            raise ConfigError(f"{self._name()} gives no gradient to the layers before it: something is detached")
+        if trial.ids and tokens:
+            try:
+                with keyed(0), torch.no_grad():
+                    self.module(torch.full((ROWS[0], *shape), tokens - 1))
+            except IndexError as error:
+                tables = [m for m in self.module.modules() if isinstance(m, torch.nn.Embedding)]
+                small = ", ".join(str(table) for table in tables if table.num_embeddings < tokens)
+                raise ValueError(
+                    f"{self._name()} takes no token ids as high as {tokens - 1}: {small or error}"
+                ) from None
+
     def _run(self, x: Tensor, trial: Trial, training: bool) -> Tensor:
         if self.module.training != training:
             self.module.train(training)
@@ -118,7 +138,7 @@ class TorchLayer(Layer):
         errors: list[Exception] = []
         for dtype in (self.dtype, torch.long):
             try:
-                return self._run_zeros(torch.zeros((ROWS, *shape), dtype=dtype))
+                return self._run_zeros(shape, dtype)
             except ConfigError:
                 raise
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -127,22 +147,34 @@ class TorchLayer(Layer):
         what = str(errors["long" in str(errors[0]).lower()]).splitlines()[0]
         raise ValueError(f"{self._name()} takes no rows of shape {shape}: {what}")
 
-    def _run_zeros(self, x: Tensor) -> Trial:
+    def _run_zeros(self, shape: Shape, dtype: torch.dtype) -> Trial:
         before = _state(self.module)
         self.module.train()
-        with keyed(0), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            y = self.module(x)
-        if not isinstance(y, Tensor):
-            raise ValueError(f"it returns a {type(y).__name__}, but a layer gives one tensor")
-        if not y.is_floating_point() or not y.ndim or len(y) != ROWS:
-            raise ValueError(f"for {ROWS} rows it returns {y.dtype} of shape {tuple(y.shape)}")
+        found: list[Shape] = []
+        for rows in ROWS:
+            source = torch.zeros((rows, *shape), dtype=dtype, requires_grad=dtype.is_floating_point)
+            x = source.clone()  # which may be written to
+            with keyed(0), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+                y = self.module(x)
+            if not isinstance(y, Tensor):
+                raise ValueError(f"it returns a {type(y).__name__}, but a layer gives one tensor")
+            found.append(tuple(y.shape[1:]))
+            if not y.is_floating_point() or not y.ndim or len(y) != rows or found[0] != found[-1]:
+                raise ValueError(f"for {rows} rows it returns {y.dtype} of shape {tuple(y.shape)}")
         if changed := [name for name, number in _state(self.module).items() if before.get(name) != number]:
             raise ConfigError(
                 f"{self._name()} changes {', '.join(changed[:3])} as it computes, and each rank would come to values "
                 "of its own; GroupNorm would work, or BatchNorm with track_running_stats=False"
             )
-        flops = counter.get_total_flops() // ROWS + math.prod(x.shape[1:])
-        return Trial(tuple(y.shape[1:]), flops, not x.is_floating_point(), x._version > 0)
+        reached = _reached(y)
+        return Trial(
+            output=found[0],
+            flops=counter.get_total_flops() // rows + math.prod(shape),
+            ids=not dtype.is_floating_point,
+            writes=x._version > 0,
+            learns=any(tensor in reached for tensor in self.tensors.values()),
+            passes=source in reached,
+        )
 
     def _name(self) -> str:
         return f"{self.path}, {type(self.module).__name__},".lstrip(", ")
@@ -219,6 +251,16 @@ def digest(layers: Sequence[Layer]) -> str:
     return f"{zlib.crc32(repr(sums).encode()):08x}"
 
 
+def constants(layers: Sequence[Layer]) -> dict[str, str] | None:
+    """A checksum of each tensor of modules among the layers that no training changes; None if there are no modules."""
+    modules = [layer for layer in layers if isinstance(layer, TorchLayer)]
+    found: dict[str, str] = {}
+    for layer in modules:
+        named = dict([*layer.module.named_parameters(), *layer.module.named_buffers()])
+        found |= {f"{layer.path}.{n}": f"{_checksum(t):08x}" for n, t in named.items() if n not in layer.tensors}
+    return found if modules else None
+
+
 def prepare_torch(threads: int) -> None:
     """Give torch `threads` threads, and nothing to do whose order they decide."""
     torch.set_num_threads(threads)
@@ -267,12 +309,33 @@ def first_values(tensor: Tensor) -> Init:
     return init
 
 
+def _converted(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """The module itself, its real numbers in `dtype`, complex ones in parts of it; whole numbers stay as they are."""
+
+    def convert(tensor: Tensor) -> Tensor:
+        real = tensor.is_floating_point()
+        return tensor.to(dtype if real else dtype.to_complex()) if real or tensor.is_complex() else tensor
+
+    return module._apply(convert)  # module.to(dtype) would drop imaginary parts
+
+
 def _gradients(y: Tensor, wanted: Sequence[Tensor], dy: Tensor) -> Sequence[Tensor]:
     """Of y by each tensor; zeros where y does not depend on it."""
     found: Sequence[Tensor | None] = [None] * len(wanted)
     if y.requires_grad:
         found = torch.autograd.grad(y, wanted, dy, allow_unused=True)
     return [torch.zeros_like(of) if g is None else g.to_dense() for of, g in zip(wanted, found, strict=True)]
+
+
+def _reached(y: Tensor) -> set[Tensor]:
+    """The tensors that a gradient by y goes on to."""
+    nodes, seen = [y.grad_fn], set[Any]()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [before for before, _ in node.next_functions]
+    return {node.variable for node in seen if hasattr(node, "variable")}
 
 
 def _state(module: torch.nn.Module) -> dict[str, int]:
@@ -283,4 +346,4 @@ def _state(module: torch.nn.Module) -> dict[str, int]:
 
 
 def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.detach().contiguous().view(-1).numpy())
+    return zlib.crc32(tensor.detach().contiguous().view(-1).numpy(force=True))

@@ -29,12 +29,14 @@ class Checkpoint:
         arrays: parameters ("layers.3.weight") and optimizer state ("optimizer.mean.layers.3.weight").
         config: the run's settings, as TOML.
         task: what the data asked of the model, as JSON, if that is known.
+        constants: what tells the values that the model computes with besides the arrays, as JSON, if it may have some.
     """
 
     step: int
     config: str
     arrays: Arrays
     task: str = ""
+    constants: str = ""
 
 
 def digest(arrays: Iterable[tuple[str, Array]]) -> str:
@@ -70,6 +72,8 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
     temporary = directory / f".{path.name}.{os.getpid()}{PARTIAL}"
     arrays = {name: np.asarray(array, order="C") for name, array in checkpoint.arrays.items()}
     metadata = {"format": FORMAT, "step": str(checkpoint.step), "config": checkpoint.config, "task": checkpoint.task}
+    if checkpoint.constants:
+        metadata["constants"] = checkpoint.constants
     metadata["sha256"] = _content(metadata, sorted(arrays.items()))
     with named_errors("write the checkpoint", path):
         if path.exists():
@@ -122,7 +126,8 @@ def load(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Check
         raise OutputError(f"{path} is not a checkpoint of mpiml")
     if claimed != found:
         raise OutputError(f"{path} is damaged: its content does not match its SHA-256")
-    return Checkpoint(int(metadata["step"]), metadata["config"], kept, metadata.get("task", ""))
+    task, constants = (metadata.get(name, "") for name in ("task", "constants"))
+    return Checkpoint(int(metadata["step"]), metadata["config"], kept, task, constants)
 
 
 def array(found: Checkpoint, name: str, shape: tuple[int, ...], dtype: DTypeLike | None = None) -> Array:

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -38,6 +39,9 @@ def ended(program: str, act: Callable[[], int]) -> int:
         return CLOSED
     except OSError as error:
         text, code = f"{error.filename or 'input or output'}: {error.strerror or error}", 74
+    except Exception:  # of a user's own code, who needs to see where
+        traceback.print_exc()
+        return RunError.exit_code
     print(f"{program}: {text}", file=sys.stderr)
     return code
 

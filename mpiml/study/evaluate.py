@@ -15,7 +15,7 @@ from mpi4py import MPI
 
 from mpiml import load, restart, waiting
 from mpiml.assemble import build_stage, normalized
-from mpiml.build import Model, Task
+from mpiml.build import Model, Task, check_constants
 from mpiml.clock import Clock
 from mpiml.config import Config, of_checkpoint
 from mpiml.data.dataset import Dataset
@@ -64,6 +64,9 @@ def evaluate(
     *,
     checkpoint: str | None = None,
     data: str | Dataset | None = None,
+    label: str | None = None,
+    token_dtype: str | None = None,
+    held_out: float | None = None,
     predictions: str | None = None,
     pipe: int = 1,
     comm: MPI.Intracomm | None = None,
@@ -74,6 +77,7 @@ def evaluate(
     Args:
         run: a run directory, whose newest whole checkpoint is scored; or, in its place, the file `checkpoint`.
         data: whose test rows, as the command takes it or as a data set; by default the run's own.
+        label, token_dtype, held_out: how to read them, as Config has it; by default as the run did.
         predictions: a file to write to, .npy or .csv.
         pipe: stages.
         comm: the ranks; all of the job's by default.
@@ -88,31 +92,38 @@ def evaluate(
     clock = Clock()
     comm = MPI.COMM_WORLD if comm is None else comm
     whole: list[Checkpoint] = []  # on rank 0
+    spec = data if isinstance(data, str) else None
+    asked = {"pipe": pipe, "data": spec, "label": label, "token_dtype": token_dtype, "held_out": held_out}
 
     def look() -> Found:
-        if predictions:
+        if predictions is not None:
             check_path(Path(predictions))
-        found, saved = find(run, checkpoint, pipe)
+        found, saved = find(run, checkpoint, asked)
         whole.append(saved)
         return found
 
     with Guard(comm, clock, PROGRAM) as guard:
         launch.check_size(MPI.COMM_WORLD.size)
         launch.check_alike(comm, clock, launch.software())
-        together(comm, clock, lambda: check_ranks(comm.size, pipe))
         found = on_rank_0(comm, clock, look)
+        together(comm, clock, lambda: check_ranks(comm.size, pipe))
         with Watch(comm.Dup(), clock, found.config.stall_timeout, guard.fail), np.errstate(all="ignore"):
             return _evaluate(found, whole, data, predictions, comm, clock, model)
 
 
-def find(run: str | None, file: str | None, pipe: int) -> tuple[Found, Checkpoint]:
-    """The checkpoint to score, without optimizer state, and what there is to know of it. Rank 0 calls it."""
+def find(run: str | None, file: str | None, asked: Mapping[str, Any]) -> tuple[Found, Checkpoint]:
+    """The checkpoint to score, without optimizer state, and what there is to know of it. Rank 0 calls it.
+
+    Settings that are asked for, and not None, take the place of the run's.
+    """
 
     def wanted(name: str) -> bool:
         return not name.startswith("optimizer.")
 
     problems: list[str] = []
-    if file:
+    if file is not None:
+        if Path(file).is_dir():
+            raise ConfigError(f"--checkpoint {file}: is a directory, not a file; a run is scored with --run")
         saved, path = checkpoints.load(Path(file), wanted), Path(file).absolute().parent.parent
     else:
         path = Path(run or "")
@@ -120,7 +131,8 @@ def find(run: str | None, file: str | None, pipe: int) -> tuple[Found, Checkpoin
             raise ConfigError(f"--run {run}: " + ("holds no run" if path.is_dir() else "there is no such directory"))
         saved, problems = _newest(path / CHECKPOINTS, wanted)
     config, task = of_checkpoint(saved.config), Task.from_json(saved.task)
-    config = config.replace(pipe=pipe, cuts=config.cuts if config.pipe == pipe else ())
+    cuts = config.cuts if config.pipe == asked["pipe"] else ()
+    config = config.replace(cuts=cuts, **{name: value for name, value in asked.items() if value is not None})
     normalization = Normalization.of_arrays(saved.arrays) if config.normalize else None
     return Found(config, saved.step, task, normalization, path, [f"warning: skipped {p}" for p in problems]), saved
 
@@ -150,17 +162,18 @@ def _evaluate(
     model: Model | None,
 ) -> dict[str, Any]:
     prepare_process(found.config.threads)
-    config = found.config.replace(data=data) if isinstance(data, str) else found.config
+    config = found.config
     dataset = load.open_data(config, comm, clock, data if isinstance(data, Dataset) else None)
     together(comm, clock, lambda: check_data(found, dataset, others=data is not None))
     grid = grids.build(comm, config.pipe)
     waiting.share_cores(grid.node.size * config.threads, grid.cores)
     task, tests = found.task, Evaluation(dataset.test, config.eval_rows, grid, config.dtype)
     classes = task.outputs if task.classification else None
-    seen = load.look_at(dataset, grid, clock, None, tests.rows(), classes, tokens=max(task.outputs, task.tokens))
+    seen = load.look_at(dataset, grid, clock, None, tests.rows(), classes, tokens=task.vocabulary)
     if found.normalization:
         tests.split = normalized(tests.split, found.normalization, config.dtype)
-    layouts, metric, here = build_stage(config, task, grid, clock, model)
+    layouts, metric, here, fixed = build_stage(config, task, grid, clock, model)
+    on_rank_0(grid.comm, clock, lambda: check_constants(fixed, whole[0].constants))
     values, problem = _place(config, grid, layouts, whole, clock)
     for note in [*found.notes, *seen.notes, *([f"warning: {problem}"] if problem else [])]:
         if comm.rank == 0:
@@ -170,6 +183,7 @@ def _evaluate(
     record = tests.score(stage, metric, clock, found.step)
     if kept:
         kept.write(Path(predictions or ""), tests, clock)
+    score = on_rank_0(grid.comm, clock, lambda: metric.value(record.metric))
     values.free()
     grid.free()
     return {
@@ -178,7 +192,7 @@ def _evaluate(
         "data": dataset.name if isinstance(data, Dataset) else config.data,
         "rows": len(tests.split),
         "test_loss": record.mean_loss,
-        metric.name: metric.value(record.metric),
+        metric.name: score,
     }
 
 

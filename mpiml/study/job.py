@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mpiml.build import Task, build_metric, model_for
+from mpiml.build import Task, build_loss, build_metric, model_for
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
 from mpiml.data.inspection import inspect, problem
@@ -127,6 +127,7 @@ def training(config: Config, data: Dataset) -> Training:
     config = resolve(config.replace(pipe=1, cuts=(), microbatches=1), len(data.train), data.classification, 1)
     outputs, tokens = needs(data, config.classes)
     task = Task(data.train.x.shape, data.train.y.shape, data.classification, outputs, tokens)
+    build_loss(config)
     layers = model_for(config, task, None)
     columns = 2 + build_metric(config, outputs).columns
     return Training(layers, task.shape, len(data.train), data.classification, columns)

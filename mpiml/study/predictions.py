@@ -28,6 +28,8 @@ def check_path(path: Path) -> None:
     """Raise ConfigError if predictions cannot be written there: better before the work than after it."""
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"--predictions {path}: must end in {' or '.join(SUFFIXES)}")
+    if path.is_dir():
+        raise ConfigError(f"--predictions {path}: is a directory")
     if not path.parent.is_dir():
         raise ConfigError(f"--predictions {path}: there is no directory {path.parent}")
 

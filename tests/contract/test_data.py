@@ -119,7 +119,7 @@ def test_checkpoint_holds_mean_and_scale_and_a_resumed_run_uses_them(train: Any)
 @pytest.mark.parametrize("data", ["digits", "csv"])
 def test_transform_has_the_same_bits_on_any_layout(tmp_path: Path, data: str) -> None:
     lines = ["def noisy(x, y, random):", "    return x + random.normal(size=x.shape), y"]
-    lines += ["def shorter(x, y, random): return x[1:], y"]
+    lines += ["def shorter(x, y, random): return x[1:], y", "def plain(x, y): return x, y"]
     (tmp_path / "my_noise.py").write_text("\n".join(lines) + "\n")
     if data == "csv":
         samples.csv(tmp_path)
@@ -141,6 +141,9 @@ def test_transform_has_the_same_bits_on_any_layout(tmp_path: Path, data: str) ->
     assert wrong.code == 65
     assert "--transform gave x of shape" in wrong.err
     assert job(2, "--transform my_noise:none", "none").code == 78
+    plain = job(2, "--transform my_noise:plain", "not")
+    assert (plain.code, plain.run.exists()) == (78, False)
+    assert "my_noise:plain(x, y): too many positional arguments; it is called with (x, y, rng)" in plain.err
 
 
 def test_sorted_labels_are_warned_of(train: Any, tmp_path: Path) -> None:

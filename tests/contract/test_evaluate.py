@@ -14,6 +14,8 @@ import pytest
 
 from mpiml.data.dataset import Dataset, open_dataset
 from mpiml.errors import ConfigError, DataError, NotFiniteError, OutputError
+from mpiml.evaluate import parse
+from mpiml.own import FIELDS
 from mpiml.run import checkpoint
 from mpiml.study.evaluate import evaluate
 from tests.conftest import Job, launch
@@ -69,6 +71,12 @@ def all_labels() -> np.ndarray:
     return source.rows(np.arange(len(source)))
 
 
+def test_metric_of_ones_own_cannot_take_the_place_of_a_field(run: Job) -> None:
+    lines = [line.get("evaluation", {}) | line for line in run.metrics]
+    found = {name for told in (*lines, run.result, scored(0, "--run", run.run)) for name in told}
+    assert found - {"accuracy"} <= FIELDS
+
+
 def test_checkpoint_by_name_and_a_line_to_read(run: Job) -> None:
     file = run.run / "checkpoints" / checkpoint.file_name(10)
     found, expected = scored(2, "--checkpoint", file), logged(run, 10)
@@ -111,6 +119,33 @@ def test_regression_as_a_table_and_on_other_data(train: Any, tmp_path: Path) -> 
     assert other["test_loss"] == pytest.approx(np.mean((values[7:20] - y[7:20]) ** 2))
 
 
+def test_other_data_are_read_as_one_says_or_as_the_run_did(train: Any, tmp_path: Path) -> None:
+    for name, label in (("mine", "kind"), ("other", "class")):
+        (tmp_path / name).mkdir()
+        for which in ("train", "test"):
+            (tmp_path / name / f"{which}.csv").write_text(f"{label},a,b\n" + "0,1.5,2\n1,2,0.5\n" * 4)
+    job = train(0, f"--data {tmp_path / 'mine'} --label kind --hidden 4 --steps 2")
+    own = scored(0, "--run", job.run, "--data", tmp_path / "mine")
+    assert own["test_loss"] == job.result["test_loss"]
+    assert scored(0, "--run", job.run, "--data", tmp_path / "other", "--label", "class") == own | {
+        "data": str(tmp_path / "other")
+    }
+    with pytest.raises(DataError, match="no column kind; there are class, a, b"):
+        evaluate(str(job.run), data=str(tmp_path / "other"))
+
+
+def test_other_tokens_and_another_part_of_a_text(train: Any, tmp_path: Path) -> None:
+    tokens = np.arange(400) % 7
+    for dtype in ("uint16", "uint32"):
+        (tmp_path / f"{dtype}.bin").write_bytes(tokens.astype(dtype).tobytes())
+    flags = "--context 4 --held-out 0.5 --model gpt --width 8 --heads 2 --blocks 1 --steps 2 --batch 16"
+    job = train(0, f"--data {tmp_path / 'uint16.bin'} {flags}")
+    whole = scored(0, "--run", job.run, "--data", tmp_path / "uint32.bin", "--token-dtype", "uint32")
+    assert whole["test_loss"] == job.result["test_loss"]
+    part = evaluate(str(job.run), data=str(tmp_path / "uint16.bin"), held_out=0.1)
+    assert 4 * part["rows"] < whole["rows"]
+
+
 def arrays(x: Any, y: Any) -> Dataset:
     return Dataset.from_arrays(x, y, x, y)
 
@@ -131,11 +166,18 @@ def test_data_that_do_not_fit(run: Job) -> None:
 
 def test_run_that_cannot_be_scored(run: Job, tmp_path: Path) -> None:
     here = tmp_path / "run"
+    (tmp_path / "p.npy").mkdir()
     for problem, arguments in (
         ("there is no such directory", {"run": str(here / "none")}),
         ("holds no run", {"run": str(tmp_path)}),
         ("1 ranks do not divide into pipelines of 2 stages", {"run": str(run.run), "pipe": 2}),
+        ("--pipe 0: must be at least 1", {"run": str(run.run), "pipe": 0}),
         ("must end in .npy or .csv", {"run": str(run.run), "predictions": "p.txt"}),
+        ("p.npy: is a directory", {"run": str(run.run), "predictions": str(tmp_path / "p.npy")}),
+        ("must end in .npy or .csv", {"run": str(run.run), "predictions": ""}),
+        (f"--checkpoint {run.run}: is a directory", {"checkpoint": str(run.run)}),
+        ("--checkpoint : is a directory", {"checkpoint": ""}),
+        ("--token-dtype int: choose from uint16, uint32", {"run": str(run.run), "token_dtype": "int"}),
         ("there is no directory", {"run": str(run.run), "predictions": str(here / "p.npy")}),
     ):
         with pytest.raises(ConfigError, match=problem):
@@ -174,6 +216,9 @@ def test_own_data_that_have_changed(train: Any, tmp_path: Path) -> None:
 def test_errors_of_the_command_are_one_line(run: Job, tmp_path: Path) -> None:
     done = launch(0, "-m", "mpiml.evaluate")
     assert (done.returncode, done.stderr.count("\n")) == (78, 1), done.stderr
+    for flag in ("--checkpoint", "--run", "--predictions", "--data"):
+        with pytest.raises(ConfigError, match=f"^{flag}: must not be empty$"):
+            parse([*([] if flag in ("--run", "--checkpoint") else ["--run", "r"]), flag, ""])
     for code, arguments in (
         (78, ["--run", str(tmp_path), "--pipe", "2"]),
         (74, ["--run", str(run.run), "--predictions", "/proc/p.npy"]),

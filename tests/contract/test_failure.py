@@ -183,6 +183,21 @@ def test_of_two_jobs_on_one_directory_one_wins(tmp_path: Path) -> None:
     assert "in use by another job" in second.stderr
 
 
+def test_loss_of_ones_own_that_returns_what_is_none_ends_the_job_with_a_line(train: Any, tmp_path: Path) -> None:
+    lines = ["def loss(y, labels): return 1.0, -1.0, y", "def broken(y, labels): raise KeyError('my own trouble')"]
+    (tmp_path / "my_loss.py").write_text("\n".join(lines) + "\n")
+    path = f"{tmp_path}:{Path(__file__).parents[2]}"
+    job = train(3, "--loss my_loss:loss --steps 2 --quiet", PYTHONPATH=path)
+    assert (job.code, job.result["exit_code"], job.result["step"]) == (78, 78, 1)
+    assert job.result["reason"].startswith("--loss my_loss:loss: returns -1 as sum of weights")
+    assert job.err.startswith(f"mpiml.train: {job.result['reason']} (rank {job.result['rank']}, step 1, compute)\n")
+    assert job.err.count("mpiml.train: ") == 1
+    assert "Traceback" not in job.err
+    job = train(2, "--loss my_loss:broken --steps 2 --quiet", out="broken", PYTHONPATH=path)
+    assert (job.code, job.result["reason"]) == (70, "KeyError: 'my own trouble'")
+    assert "my_loss.py" in job.result["traceback"]
+
+
 def test_directory_that_cannot_be_made(train: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     job = train(2, "--steps 2", out="file/run")

@@ -140,6 +140,40 @@ def test_steps_are_those_of_plain_pytorch(train: Train, folder: Path) -> None:
         np.testing.assert_allclose(found[f"layers.{name}"], tensor, rtol=1e-11, atol=1e-13, err_msg=name)
 
 
+def test_constants_must_be_those_of_the_run(tmp_path: Path) -> None:
+    """They are in no checkpoint: a frozen layer, say, whose values are now others, would go unnoticed."""
+    from mpiml.config import Config
+    from mpiml.errors import OutputError
+    from mpiml.export import trained
+    from mpiml.run import checkpoint
+    from mpiml.study.evaluate import evaluate
+    from mpiml.train import train
+
+    def net(scale: float) -> object:
+        frozen = torch.nn.Linear(64, 8)
+        torch.nn.init.constant_(frozen.weight, scale)
+        torch.nn.init.zeros_(frozen.bias)
+        return torch.nn.Sequential(torch.nn.Flatten(), frozen.requires_grad_(False), torch.nn.Linear(8, 10))
+
+    out = str(tmp_path / "run")
+    config = Config(steps=2, quiet=True, out=out)
+    train(config, model=net(1))
+    file = tmp_path / "run" / "checkpoints" / checkpoint.file_name(2)
+    other = r"layers\.1\.weight: not what the checkpoint was trained with"
+    with pytest.raises(OutputError, match=other):
+        train(config.replace(resume=True, steps=3), model=net(2))
+    with pytest.raises(OutputError, match=other):
+        evaluate(out, model=net(2))
+    with pytest.raises(OutputError, match=other):
+        trained(file, net(2))
+    saved = checkpoint.load(file)
+    saved.constants = ""  # it does not tell
+    trained(checkpoint.save(tmp_path, saved, 1), net(2))
+    trained(file, net(1))
+    assert evaluate(out, model=net(1))["step"] == 2
+    assert train(config.replace(resume=True, steps=3), model=net(1))["step"] == 3
+
+
 def test_ranks_whose_modules_differ_are_refused(train: Train, tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(
         "import os, torch\ndef net(shape, outputs):\n    torch.manual_seed(os.getpid())\n"

@@ -150,8 +150,8 @@ IDX: dict[str, tuple[str, Change, str]] = {
 GZIP: dict[str, tuple[str, Change, str]] = {
     "not gzipped": (IMAGES, gzip.decompress, "damaged: Not a gzipped file"),
     "empty": (IMAGES, lambda raw: b"", "is no IDX file: it begins with nothing"),
-    "truncated": (IMAGES, lambda raw: raw[:-30], "but the file holds"),
-    "end of it lost": (IMAGES, lambda raw: raw[:-28] + raw[-4:], "damaged"),
+    "truncated": (IMAGES, lambda raw: raw[:-30], "-ubyte.gz is cut short: Compressed file ended before the end"),
+    "end of it lost": (IMAGES, lambda raw: raw[:-28] + raw[-4:], "-ubyte.gz is cut short: "),
     "more declared": (
         IMAGES,
         lambda raw: gzip.compress(gzip.decompress(raw)[:-1]),
@@ -293,7 +293,8 @@ def line(number: int, text: str) -> Callable[[Path], None]:
 
 GOOD = "0,0,1,2,3,4,5,6,7,8,9,10,11"
 CSV: dict[str, tuple[Callable[[Path], None], str]] = {
-    "empty": (of_text(""), "has no column kind"),
+    "empty": (of_text(""), "train.csv is empty"),
+    "empty first line": (of_text("\n1,2\n"), "has no column kind"),
     "names alone": (of_text("a,kind\n"), "x_train has no rows"),
     "no label column": (line(1, "a,b,c"), "has no column kind; there are a, b, c"),
     "two label columns": (line(1, "a,kind,kind"), "has 2 columns kind"),

@@ -13,7 +13,7 @@ from mpiml.data import npy
 from mpiml.data.dataset import DIGITS, Batch, Dataset, Split, open_dataset
 from mpiml.data.formats import Options
 from mpiml.data.sources import ArraySource
-from mpiml.errors import DataError
+from mpiml.errors import ConfigError, DataError
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 GOOD = {
@@ -67,6 +67,21 @@ def test_a_missing_array_is_named(tmp_path: Path, key: str) -> None:
 def test_a_data_set_of_unknown_kind(spec: str, words: str) -> None:
     with pytest.raises(DataError, match=f"--data {spec}: .*{words}"):
         open_dataset(spec)
+
+
+def test_functions_that_give_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["five = 5", "def of(name): pass", "def number(): return 5", "def file(): open('/nowhere/file')"]
+    (tmp_path / "rows_of_a_test.py").write_text("\n".join(lines) + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, kind, words in (
+        ("five", ConfigError, "five: is no function, but int; it is called with ()"),
+        ("of", ConfigError, "of(name): missing a required argument: 'name'; it is called with ()"),
+        ("number", DataError, "number: must return a Dataset, but returns int"),
+        ("file", DataError, "file: [Errno 2] No such file or directory: '/nowhere/file'"),
+    ):
+        with pytest.raises(kind) as error:
+            open_dataset(f"rows_of_a_test:{name}")
+        assert str(error.value) == f"--data rows_of_a_test:{words}"
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

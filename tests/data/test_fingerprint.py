@@ -1,15 +1,18 @@
-"""Fingerprints: the same for the same data wherever they lie, another when a file has changed."""
+"""Fingerprints: the same for the same data wherever they lie, another when a file, or an array, has changed."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from mpiml.data.dataset import open_dataset
-from mpiml.data.fingerprint import BLOCK, difference, of_files
+from mpiml.data import fingerprint
+from mpiml.data.dataset import Dataset, Split, open_dataset
+from mpiml.data.fingerprint import BLOCK, difference, of_array, of_files
 from mpiml.data.formats import Options
+from mpiml.data.sources import ArraySource
 from mpiml.errors import DataError
 from tests.data.samples import FORMATS, OPTIONS
 
@@ -48,6 +51,44 @@ def test_every_byte_of_a_small_file_counts(tmp_path: Path) -> None:
         path.write_bytes(bytes(place) + b"\1" + bytes(4 * BLOCK - place))
         prints.add(of_files([path])[0][1])
     assert len(prints) == len(range(0, 4 * BLOCK, BLOCK // 3))
+
+
+@pytest.mark.parametrize("row", [(), (3,), (BLOCK,), (BLOCK - 1, 3)])
+@pytest.mark.parametrize("where", [0, -1, BLOCK])
+def test_a_changed_value_of_a_small_array_counts(row: tuple[int, ...], where: int) -> None:
+    array = np.zeros((40, *row), np.uint8) if row else np.zeros(3 * BLOCK, np.uint8)
+    before = of_array(array)
+    array.reshape(-1)[where % array.size] = 1
+    assert of_array(array) != before
+
+
+def test_of_a_big_array_samples_count_from_its_first_row_to_its_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint, "ARRAY", 4 * BLOCK)
+    array = np.arange(100 * BLOCK, dtype=np.uint8).reshape(-1, 64)
+    before = of_array(array)
+    assert of_array(np.asfortranarray(array)) == before
+    rows = BLOCK // 64
+    for first in (0, 33 * rows, 66 * rows, 99 * rows):
+        for row in (first, first + rows - 1):
+            array[row] += 1
+            assert of_array(array) != before
+            array[row] -= 1
+    array[rows : 33 * rows] += 1
+    assert of_array(array) == before
+
+
+def test_arrays_in_memory_are_told_by_their_values_and_those_of_files_by_the_files(tmp_path: Path) -> None:
+    def made(value: float, files: list[Path]) -> Dataset:
+        sources = [ArraySource(np.full((9, 2), value)), ArraySource(np.arange(9) % 3)]
+        return Dataset(Split(*sources), Split(*sources), files=files)
+
+    one, other = made(1.0, []).fingerprint, made(2.0, []).fingerprint
+    assert one == made(1.0, []).fingerprint
+    found = difference(one, other, "on rank 0")
+    assert found is not None
+    assert found.startswith("x_train has 9 rows of (2,) float64, samples ")
+    (file := tmp_path / "f").write_text("values")
+    assert made(1.0, [file]).fingerprint == made(2.0, [file]).fingerprint
 
 
 def test_files_are_told_by_their_place_below_the_directory(tmp_path: Path) -> None:

@@ -225,6 +225,22 @@ def build(made: Any, shape: tuple[int, ...] = (6,), outputs: int = 4, seed: int 
     return build_model(Config(seed=seed), shape, outputs, 0, None, made)
 
 
+@pytest.mark.parametrize(("dtype", "complex_"), [("float32", torch.complex64), ("float64", torch.complex128)])
+def test_only_real_numbers_become_those_of_the_run(dtype: str, complex_: Any) -> None:
+    module = Lambda(lambda x: x * module.turn.real)
+    turn = torch.polar(torch.ones(6), torch.arange(6.0)).conj()
+    for name, values in {"turn": turn, "low": torch.ones(2).half(), "places": torch.arange(6)}.items():
+        module.register_buffer(name, values.clone())
+    module.still = torch.nn.Parameter(turn.clone(), requires_grad=False)
+    (layer,) = as_layers([module], dtype, 1)
+    assert torch.equal(module.turn, turn.to(complex_))
+    assert torch.equal(module.still, turn.to(complex_))
+    kinds = {name: tensor.dtype for name, tensor in module.named_buffers()}
+    assert kinds == {"turn": complex_, "low": getattr(torch, dtype), "places": torch.int64}
+    assert layer.output_shape((6,)) == (6,)
+    assert torch_modules.digest([layer])
+
+
 def test_a_sequential_is_cut_between_its_children() -> None:
     relu = torch.nn.ReLU()
     layers = build(Sequential(torch.nn.Linear(6, 5), relu, torch.nn.Linear(5, 5), relu, torch.nn.Linear(5, 4)))
@@ -254,6 +270,20 @@ def test_first_values_follow_the_seed() -> None:
     assert not torch.equal(one, other)
     assert digest == same_digest != other_digest
     assert torch_modules.digest(build([nn.Linear(6, 4)])) == torch_modules.digest([])
+
+
+def test_constants_are_what_training_does_not_change() -> None:
+    def found(change: str = "") -> dict[str, str]:
+        with keyed(0):
+            module = Odd()
+        for name in change.split():
+            module.get_parameter(name).data += 1
+        (layer,) = build([module], (3, 6))
+        return torch_modules.constants([layer])
+
+    assert list(found()) == ["layers.0.fixed", "layers.0.offset"]
+    assert found("first.weight second.bias") == found()
+    assert torch_modules.constants([nn.Linear(6, 4)]) is None
 
 
 def shared() -> Any:
@@ -302,6 +332,57 @@ def test_what_cannot_be_trained_is_refused(make: Callable[[], Any], words: list[
         build(make())
     assert all(word in str(error.value) for word in words), str(error.value)
     assert ("changes" in str(error.value)) + ("takes no rows" in str(error.value)) < 2
+
+
+@pytest.mark.parametrize("outputs", [1, 2, 3, 6])
+def test_rows_are_never_taken_for_another_axis(outputs: int) -> None:
+    for mixed in (lambda x: x.t(), lambda x: x @ x.t()):
+        with pytest.raises(ConfigError, match=r"for [23] rows it returns torch.float32 of shape"):
+            build([torch.nn.Linear(6, outputs), Lambda(mixed)])
+
+
+def test_what_gets_no_gradient_is_refused() -> None:
+    class Cut(torch.nn.Linear):
+        def forward(self, x: Any) -> Any:
+            return super().forward(x).detach()
+
+    halves = [torch.nn.Linear(6, 5), Lambda(lambda x: x.detach()), torch.nn.Linear(5, 4)]
+    for made, words in (
+        (Cut(6, 4), "layers.0, Cut, gives no gradient to any of its parameters"),
+        (Sequential(*halves), "layers.1, Lambda, gives no gradient to the layers before it"),
+        (Sequential(torch.nn.ReLU()), "the model has no parameters"),
+        (torch.nn.Linear(6, 4).requires_grad_(False), "the model has no parameters"),
+        ([nn.Tanh()], "the model has no parameters"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            build(made)
+    build(Sequential(*halves[1:], torch.nn.Linear(4, 4)), (5,))  # nobody reads that gradient
+    build(Sequential(halves[0].requires_grad_(False), *halves[1:]))
+
+
+def test_token_ids_must_have_a_vector_each() -> None:
+    class Places(Module):
+        """A table for token ids and one, which is smaller, for places."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.place = torch.nn.Embedding(7, 6), torch.nn.Embedding(5, 6)
+
+        def forward(self, ids: Any) -> Any:
+            return self.token(ids) + self.place(torch.arange(5))
+
+    def made(model: Any, tokens: int) -> list[nn.Layer]:
+        return build_model(Config(), (5,), 7, tokens, None, model)
+
+    for model, name in (
+        (torch.nn.Embedding(7, 6), r"layers.0, Embedding, takes .* as high as 7: Embedding\(7, 6\)"),
+        (Sequential(torch.nn.Identity(), Places()), r"layers.1, Places, takes .* as high as 7: Embedding\(7, 6\), Em"),
+        ([nn.Embedding(7, 6)], r"layers.0, Embedding\(7, 6\), has no vector for .* above 6; they go up to 7"),
+    ):
+        made(model, 7)
+        made(model, 0)
+        with pytest.raises(ConfigError, match=name):
+            made(model, 8)
 
 
 def test_an_error_in_ones_own_code_stays_what_it_is() -> None:

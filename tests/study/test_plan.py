@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -264,6 +265,36 @@ def test_refusals_are_those_of_training(
 
     assert main(arguments) == code
     assert named in capsys.readouterr().err
+
+
+def test_code_of_ones_own_is_looked_at_as_in_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mpiml.study.plan import main
+
+    (tmp_path / "my_plan.py").write_text("def fails(shape, outputs): raise KeyError('my own trouble')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["--ranks", "2", "--loss", "my_plan:none"]) == 78
+    assert "--loss my_plan:none" in capsys.readouterr().err
+    assert main(["--ranks", "2", "--model", "my_plan:fails"]) == 70
+    told = capsys.readouterr().err
+    assert "my_plan.py" in told
+    assert "KeyError: 'my own trouble'" in told
+
+
+def test_embedding_that_is_too_small_for_the_text_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mpiml.study.plan import main
+
+    code = "from mpiml.nn.layers import Embedding, Linear\n"
+    code += "def small(shape, outputs): return [Embedding(100, 4), Linear(4, outputs)]\n"
+    (tmp_path / "my_tokens.py").write_text(code)
+    (tmp_path / "t.txt").write_text("so it goes " * 100)
+    monkeypatch.syspath_prepend(tmp_path)
+    flags = f"--ranks 2 --data {tmp_path / 't.txt'} --context 8 --model my_tokens:small".split()
+    assert main(flags) == 78
+    assert "no vector for token ids above 99; they go up to 255" in capsys.readouterr().err
 
 
 def test_only_what_is_needed_is_read() -> None:
