@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import threading
 import time
 from collections.abc import Callable
@@ -15,18 +17,21 @@ from numpy.typing import NDArray
 
 from mpiml.clock import BLOCKED_ON_OTHERS, Clock
 from mpiml.errors import RunError
-from mpiml.waiting import wait
+from mpiml.waiting import allgather, wait
 
 # A sign of life carries the activity's number here.
 ACTIVITIES = [
     *("start", "data", "compute", "waiting", "communication", "update", "evaluation", "checkpoint", "log", "joining")
 ]
 GOODBYE = -1.0
+# Seconds between looks at the neighbour's process, and how often it is not there before the job ends: mostly the
+# launcher ends it sooner, or this rank's watch is nearly over too.
+LOOK, LOOKS = 1.0, 5
 PROBES = 100  # in vain before no message is there: a probe may fail just because it first moves messages along
 
 
 class StallError(RunError):
-    """A rank has made no progress for too long."""
+    """A rank has made no progress for too long, or is gone."""
 
 
 @dataclass
@@ -41,12 +46,46 @@ class Sign:
     gone: bool = False
 
 
+class Neighbour:
+    """The process of the next rank on this node, as the kernel tells of it; collective to make.
+
+    Where that cannot be, on a node of one rank say, it never has `ended`.
+    """
+
+    def __init__(self, comm: MPI.Intracomm):
+        self.rank, self._poll, self._descriptor = comm.rank, select.poll(), -1
+        try:
+            kernel = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+        except OSError:
+            kernel = f"unknown, of rank {comm.rank}"
+        everyone = allgather(comm, (kernel, os.getpid()))
+        here = [rank for rank, (other, _) in enumerate(everyone) if other == kernel]
+        self.rank = here[(here.index(comm.rank) + 1) % len(here)]
+        if self.rank != comm.rank:
+            try:
+                self._descriptor = os.pidfd_open(everyone[self.rank][1])
+            except (OSError, AttributeError):  # an old kernel, or one that is not Linux
+                return
+            self._poll.register(self._descriptor, select.POLLIN)
+
+    @property
+    def ended(self) -> bool:
+        """Whether its process has."""
+        return self._descriptor >= 0 and bool(self._poll.poll(0))
+
+    def close(self) -> None:
+        """Look no more."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
 class Watch(threading.Thread):
     """A thread on every rank while they are in a block that all enter together.
 
     Every few seconds each rank looks at itself: has it moved, if it waits for nobody? And it sends a sign of life
     to rank 0 and to the next rank, who notice the silence of a stopped process; rank 0 also notices a job in which
-    all wait.
+    all wait. Every second it looks whether its neighbour's process is there: a launcher may overlook that one ends.
 
     Args:
         comm: a communicator of the watch's own.
@@ -66,6 +105,7 @@ class Watch(threading.Thread):
         self._listeners = sorted({0, (comm.rank + 1) % comm.size} - {comm.rank})
         self._signs = {rank: Sign(now, now) for rank in watched}
         self._own = Sign(now, now)
+        self._neighbour, self._ended = Neighbour(comm), 0
         self._threads = MPI.Query_thread() == MPI.THREAD_MULTIPLE and comm.size > 1
 
     def __enter__(self) -> Watch:
@@ -84,6 +124,7 @@ class Watch(threading.Thread):
         if self.timeout:
             self._ending.set()
             self.join()
+        self._neighbour.close()
         if self.timeout and self._threads:
             self._send(GOODBYE)
             while not all(sign.gone for sign in self._signs.values()):
@@ -96,8 +137,11 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         before = time.monotonic()
-        while not self._ending.wait(self.interval):
+        while not self._ending.wait(min(LOOK, self.interval)):
+            self._look_at_neighbour()
             now = time.monotonic()
+            if now - before < self.interval:
+                continue
             if now - before > 3 * self.interval:  # this process was itself stopped: what it remembers is too old
                 for sign in [self._own, *self._signs.values()]:
                     sign.heard = sign.moved = now
@@ -107,6 +151,13 @@ class Watch(threading.Thread):
                 self._send(float(self.clock.moves + _bytes_moved()))
                 self._listen(now)
                 self._look_at_others(now)
+
+    def _look_at_neighbour(self) -> None:
+        self._ended += self._neighbour.ended
+        if self._ended > LOOKS:
+            error = StallError(f"rank {self._neighbour.rank} has ended without a word: killed, or by os._exit")
+            error.rank = self._neighbour.rank
+            self.fail(error)
 
     def _look_at_own(self, now: float) -> None:
         progress = self.clock.moves + _bytes_moved()

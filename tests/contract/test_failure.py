@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -78,6 +79,28 @@ def test_rank_that_stops_after_the_last_step_is_noticed(tmp_path: Path) -> None:
     job = trouble(tmp_path, 1, "end", "stop", "--stall-timeout 3")
     assert job.code == 70
     assert "rank 1 has given no sign of life" in job.err
+
+
+def test_rank_that_ends_and_whose_launcher_is_gone_is_noticed(tmp_path: Path) -> None:
+    """One after the other, the rest ends by itself: nobody is left to end it."""
+    trouble(tmp_path, 1, "backward", "unnoticed", limit=60)
+    left = running(str(tmp_path / "run"))
+    for process in left:
+        os.kill(process, signal.SIGKILL)
+    assert not left
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["status"], result["rank"]) == ("failed", 1)
+    assert "rank 1 has ended without a word" in result["reason"]
+
+
+def running(argument: str) -> list[int]:
+    """The processes that have this argument on their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if argument.encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return [process for process in found if process != os.getpid()]
 
 
 def test_report_that_fails_does_not_keep_the_job(tmp_path: Path) -> None:
