@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from mpiml.study.command import Parser, whole
 
-PROGRAM = "mpiml.doctor"
-
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """What a command line asks for. Raises ConfigError for what cannot be understood; `--help` raises SystemExit."""
@@ -27,4 +25,4 @@ if __name__ == "__main__":
 
     from mpiml.study.doctor import main
 
-    sys.exit(main())
+    sys.exit(main(lambda: parse(sys.argv[1:])))

@@ -47,4 +47,4 @@ if __name__ == "__main__":
 
     from mpiml.study.evaluate import main
 
-    sys.exit(main())
+    sys.exit(main(lambda: parse(sys.argv[1:])))

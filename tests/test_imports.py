@@ -65,6 +65,11 @@ def of(*rooms: str) -> list[str]:
     return [name for name in FILES if inside(name, *rooms)]
 
 
+def test_no_file_imports_a_command() -> None:
+    """Which only hands on, but for what has to work before MPI starts."""
+    assert not {name: ours(name) & FORWARDERS for name in FILES if ours(name) & FORWARDERS}
+
+
 def test_the_house_is_where_it_should_be() -> None:
     assert set(FILES) >= GROUND | {*PURE, "mpiml.train", "mpiml.config"}
     assert all(of(f"mpiml.{room}") for room in ROOMS)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from mpi4py import MPI
 
 import mpiml
 from mpiml.clock import Clock
-from mpiml.doctor import PROGRAM, parse
 from mpiml.errors import ConfigError
 from mpiml.run import launch
 from mpiml.run.failure import Guard, exit_code
@@ -22,6 +21,7 @@ from mpiml.study import probes
 from mpiml.study.command import ended
 from mpiml.study.facts import Facts, examine
 
+PROGRAM = "mpiml.doctor"
 SHOWN = 8  # nodes that get a line of their own
 SLOW = 0.75  # of the median rate: slower ranks are named
 SKEW = 1.0  # seconds by which clocks may differ before times in logs mislead
@@ -171,13 +171,13 @@ def _size(size: int) -> str:
     return f"{size} B" if size < 1024 else f"{size >> 10} KiB" if size < 1 << 20 else f"{size >> 20} MiB"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns 1 if there is a problem."""
+def main(parse: Callable[[], argparse.Namespace]) -> int:
+    """The command, of which `parse` knows what it has been asked. Returns 1 if there is a problem."""
     age = probes.seconds_since_start()
-    return ended(PROGRAM, lambda: _look(sys.argv[1:] if arguments is None else arguments, age))
+    return ended(PROGRAM, lambda: _look(parse, age))
 
 
-def _look(arguments: Sequence[str], age: float) -> int:
+def _look(parse: Callable[[], argparse.Namespace], age: float) -> int:
     comm, clock = MPI.COMM_WORLD, Clock()
     silent, wrong = comm.rank > 0, ""
     try:
@@ -188,7 +188,7 @@ def _look(arguments: Sequence[str], age: float) -> int:
         return 0
     try:
         with Guard(comm, clock, PROGRAM):
-            chosen = on_rank_0(comm, clock, lambda: parse(arguments))
+            chosen = on_rank_0(comm, clock, parse)
     except ConfigError as error:  # reported already
         return exit_code(error)
     prepare_process(chosen.threads)
@@ -200,7 +200,3 @@ def _look(arguments: Sequence[str], age: float) -> int:
     elif not silent:
         print(screen(findings), flush=True)
     return int(any(finding.verdict == "problem" for finding in findings))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

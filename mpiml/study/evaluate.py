@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
@@ -22,7 +23,6 @@ from mpiml.data.dataset import Dataset
 from mpiml.data.fingerprint import difference
 from mpiml.data.normalize import Normalization
 from mpiml.errors import ConfigError, DataError, OutputError
-from mpiml.evaluate import parse
 from mpiml.evaluation import Evaluation
 from mpiml.nn.parameters import Layout
 from mpiml.parallel import grid as grids
@@ -237,16 +237,16 @@ def text(result: Mapping[str, Any]) -> str:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code."""
-    return ended(PROGRAM, lambda: _main(sys.argv[1:] if arguments is None else arguments))
+def main(parse: Callable[[], argparse.Namespace]) -> int:
+    """The command, of which `parse` knows what it has been asked. Returns the exit code."""
+    return ended(PROGRAM, lambda: _main(parse))
 
 
-def _main(arguments: Sequence[str]) -> int:
+def _main(parse: Callable[[], argparse.Namespace]) -> int:
     comm, clock = MPI.COMM_WORLD, Clock()
     try:
         with Guard(comm, clock, PROGRAM):
-            asked = on_rank_0(comm, clock, lambda: vars(parse(arguments)))
+            asked = on_rank_0(comm, clock, lambda: vars(parse()))
         as_json = asked.pop("json")
         result = evaluate(**asked)
     except BaseException as error:  # reported already, and in a job of several ranks known to all
