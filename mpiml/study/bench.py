@@ -61,6 +61,7 @@ ROWS = [
     ),
     Row(STEP, "many small layers, batch 128, M = 4", 1, ("by_hand", SMALL_LAYERS, "128", "4", "sgd"), at_most=1.25),
     Row(STEP, "page faults of a step, 784-2048-2048-10", 1, ("page_faults", "2048-2048", "128"), at_most=1.0),
+    Row(STEP, "with --trace / without, 784-256-256-10, batch 256, M = 4", 1, ("traced", "256-256", "256", "4"), 1.03),
     *(
         Row(LAYERS, text, 1, ("torch_step", images, *model), at_least=least)
         for text, images, model, least in (

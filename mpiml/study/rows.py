@@ -79,6 +79,15 @@ def page_faults(hidden: str, batch: str) -> Ratio:
     return Ratio.of(counts[2:], [1.0] * 4)
 
 
+def traced(hidden: str, batch: str, microbatches: str) -> Ratio:
+    """Time of one rank's step of which a timeline is kept over that of one without."""
+    size = widths(hidden), int(batch), int(microbatches)
+    noted, plain = (perceptron(MPI.COMM_SELF, *size, trace=path) for path in ("timeline.json", None))
+    count = repeats(perceptron_operations(*size[:2]))
+    mine, other = times(WORLD, [noted.step, plain.step], [count, count])
+    return Ratio.of(mine, other)
+
+
 class Copy(Optimizer):
     """The sum itself as the new value, which makes an update a bare all-reduce."""
 
@@ -255,6 +264,7 @@ def resident() -> int:
 MEASUREMENTS: list[Callable[..., Ratio]] = [
     by_hand,
     page_faults,
+    traced,
     allreduce,
     bandwidth,
     torch_ddp,

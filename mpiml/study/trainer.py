@@ -9,12 +9,12 @@ from mpi4py import MPI
 from numpy.typing import ArrayLike
 
 from mpiml import assemble, design
-from mpiml.clock import Clock
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
 from mpiml.nn.layers import Layer, Linear, ReLU
 from mpiml.nn.models import mlp
 from mpiml.parallel import grid as grids
+from mpiml.run.trace import clock_for
 
 RATE, MOMENTUM = 0.01, 0.9
 ROWS = 8192
@@ -32,7 +32,8 @@ class Trainer:
     def __init__(self, comm: MPI.Intracomm, config: Config, data: Dataset, layers: Sequence[Layer] | None = None):
         replicas = comm.size // config.pipe
         config = design.resolve(config, len(data.train), data.classification, replicas)
-        self.run = assemble.assemble(config, data, grids.build(comm, config.pipe), Clock(), layers)
+        clock = clock_for(config.trace, comm.size)
+        self.run = assemble.assemble(config, data, grids.build(comm, config.pipe), clock, layers)
         self.number = 0
 
     def step(self) -> None:
@@ -61,11 +62,17 @@ def images() -> tuple[np.ndarray, np.ndarray]:
 
 
 def perceptron(
-    comm: MPI.Intracomm, hidden: Sequence[int], batch: int, microbatches: int, optimizer: str = "momentum"
+    comm: MPI.Intracomm,
+    hidden: Sequence[int],
+    batch: int,
+    microbatches: int,
+    optimizer: str = "momentum",
+    **settings: object,
 ) -> Trainer:
     """A perceptron 784-hidden-10 on images."""
-    layers = mlp((784,), 10, hidden)
-    return on_arrays(comm, layers, *images(), batch=batch, microbatches=microbatches, optimizer=optimizer)
+    settings |= {"batch": batch, "microbatches": microbatches, "optimizer": optimizer}
+    x, y = images()
+    return on_arrays(comm, mlp((784,), 10, hidden), x, y, **settings)
 
 
 def tower(comm: MPI.Intracomm, width: int, batch: int, microbatches: int, pipe: int) -> Trainer:

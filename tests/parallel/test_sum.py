@@ -162,7 +162,7 @@ def test_buckets_change_no_bit(size: str, microbatches: int, bucket: int, where:
     sum_ = make(OrderedSum, layout, microbatches, where=where, bucket=bucket)
     good = []
     for step in range(4):
-        stride = (0 if (step + WORLD.rank) % 4 == 3 else layout.size // 7 + 11 * WORLD.rank) + 1
+        stride = 0 if (step + WORLD.rank) % 4 == 3 else layout.size // 7 + 11 * WORLD.rank + 1
         good.append(has_the_bits_of_the_tree(sum_, layout, microbatches, step, stride))
         feed(sum_, [scattered(layout, 9)] * microbatches, stride)
         sum_.drop()
