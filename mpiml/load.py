@@ -6,7 +6,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -108,11 +108,7 @@ def look_at(
     everyones = allgather(grid.comm, mine)
     for (split_, _, column), findings in zip(columns, zip(*everyones, strict=True), strict=True):
         source: Source = getattr(split_, column)
-        found = functools.reduce(operator.or_, findings)
-        if wrong := problem(data, column, found, limits[column]):
-            rows_of = [problem(data, column, its, limits[column]) for its in findings]
-            reader = next(rank for rank, its in enumerate(rows_of) if its and its[1] == wrong[1])
-            raise _alike(DataError(f"{source.name}: {wrong[0]} {wrong[1]}"), grid.launched[reader], grid.comm.size)
+        found = _sound(data, grid, source, column, findings, limits[column])
         highest = int(max(found.highest[0], -1))
         if column == "x":
             seen.tokens = max(seen.tokens, highest + 1)
@@ -123,6 +119,18 @@ def look_at(
     if not data.classification:
         seen.outputs = math.prod(data.train.y.shape)
     return seen
+
+
+def _sound(
+    data: Dataset, grid: Grid, source: Source, column: str, findings: Sequence[Findings], limit: int | None
+) -> Findings:
+    """What all ranks have found in a column. Raises DataError, on all alike, for what cannot be used."""
+    found = functools.reduce(operator.or_, findings)
+    if wrong := problem(data, column, found, limit):
+        problems = [problem(data, column, its, limit) for its in findings]
+        reader = next(rank for rank, its in enumerate(problems) if its and its[1] == wrong[1])
+        raise _alike(DataError(f"{source.name}: {wrong[0]} {wrong[1]}"), grid.launched[reader], grid.comm.size)
+    return found
 
 
 def measure(data: Dataset, grid: Grid, clock: Clock, shards: Shards) -> Normalization:
