@@ -16,9 +16,8 @@ YIELDS = 50
 NAP = 50e-6  # seconds, the shortest
 LONGEST = 2e-3
 PART = 1 / 16  # of the time waited so far: the most that naps add to a wait
-PATIENCE = (
-    40  # times as many yields, about a millisecond, where every thread has a core: a nap lasts longer than it says
-)
+# Times as many yields, about a millisecond, where every thread has a core: a nap lasts longer than it says.
+PATIENCE = 40
 ENVELOPE = 4096  # bytes that a broadcast begins with
 _yields = YIELDS
 

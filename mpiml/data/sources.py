@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import stat
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -61,7 +62,7 @@ class ArraySource:
         return self.array.take(indices, axis=0)
 
 
-class HeldSource:
+class HeldSource(ABC):
     """A source that can only be read from its start: it is read once, and of it the held rows stay in memory.
 
     Subclasses say how in `read(rows)`, which returns those rows.
@@ -75,8 +76,9 @@ class HeldSource:
     def __len__(self) -> int:
         return self.length
 
+    @abstractmethod
     def read(self, rows: Indices) -> Rows:
-        raise NotImplementedError
+        """Those rows, whose numbers increase."""
 
     def hold(self, rows: Indices) -> None:
         self._held = self.read(rows)
@@ -94,8 +96,9 @@ class HeldSource:
 class StreamedSource(HeldSource):
     """Rows of fixed size, one after the other in a stream of bytes that `open_stream` opens at the first of them."""
 
+    @abstractmethod
     def open_stream(self) -> IO[bytes]:
-        raise NotImplementedError
+        """The bytes of all rows, from the first on."""
 
     def read(self, rows: Indices) -> Rows:
         row_bytes, at = math.prod(self.shape) * self.dtype.itemsize, 0

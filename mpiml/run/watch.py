@@ -53,7 +53,7 @@ class Neighbour:
     """
 
     def __init__(self, comm: MPI.Intracomm):
-        self.rank, self._poll, self._descriptor = comm.rank, select.poll(), -1
+        self._poll, self._descriptor = select.poll(), -1
         try:
             kernel = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
         except OSError:
