@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from typing import Any
 import pytest
 
 LIMIT = 120  # seconds that any job may take
+SHM = Path("/dev/shm")
+SETTLED = 5  # seconds after which a job has mapped what it made there
 PRTERUN = re.compile(r"^-{60,}\n(?:.*\n)*?-{60,}\n|^\[.*PMIX ERROR.*\n", re.MULTILINE)  # what Open MPI's launcher adds
 
 
@@ -60,6 +64,22 @@ def launch(ranks: int, *arguments: str, limit: float = LIMIT, **environment: str
     )
     done.stderr = PRTERUN.sub("", done.stderr)
     return done
+
+
+@pytest.fixture(scope="session", autouse=True)
+def leftovers() -> Iterator[None]:
+    """Takes away what MPI libraries leave in shared memory when a job is killed, which many are here."""
+    before = set(SHM.iterdir())
+    yield
+    used = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):
+            used |= {line.split()[-1] for line in maps.read_text().splitlines() if str(SHM) in line}
+    for pattern in ("mpich_shm_*", "sm_segment.*"):
+        for path in set(SHM.glob(pattern)) - before:
+            with contextlib.suppress(OSError):  # another rank was sooner
+                if str(path) not in used and time.time() - path.stat().st_mtime > SETTLED:
+                    path.unlink()
 
 
 @pytest.fixture
