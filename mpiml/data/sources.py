@@ -59,7 +59,8 @@ class ArraySource:
 
     def rows(self, indices: Indices) -> Rows:
         check_whole(self.array, self.name)
-        return self.array.take(indices, axis=0)
+        # Not array.take, which first copies all of an array that is not aligned, as in a .npz file, or not in C order.
+        return np.ascontiguousarray(self.array[indices])
 
 
 class HeldSource(ABC):
