@@ -59,8 +59,10 @@ class ArraySource:
 
     def rows(self, indices: Indices) -> Rows:
         check_whole(self.array, self.name)
-        # Not array.take, which first copies all of an array that is not aligned, as in a .npz file, or not in C order.
-        return np.ascontiguousarray(self.array[indices])
+        array = np.asarray(self.array)  # not as a memmap, of which all that is computed would be one
+        if array.flags.c_contiguous and array.flags.aligned:
+            return array.take(indices, axis=0)
+        return np.ascontiguousarray(array[indices])  # take would copy the whole array first, such as one in a .npz file
 
 
 class HeldSource(ABC):
