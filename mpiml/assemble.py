@@ -89,9 +89,10 @@ class Run:
         crowded = grid.node.size * config.threads > grid.cores
         return Pace(grid.stages, [stop - start for start, stop in blocks], grid.launched, crowded)
 
-    def record(self, entries: int) -> NDArray[np.float64]:
-        """An empty table for that many micro-batches."""
-        return np.zeros((entries, 2 + self.metric.columns))
+    def record(self, entries: int, measured: bool = False) -> NDArray[np.float64]:
+        """An empty table for that many micro-batches, with columns for the metric only if it is to be measured: of many
+        outputs they may be thousands."""
+        return np.zeros((entries, 2 + (self.metric.columns if measured else 0)))
 
 
 def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Model | None) -> Run:
