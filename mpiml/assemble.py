@@ -18,7 +18,7 @@ from mpiml.config import Config
 from mpiml.data.dataset import Dataset, Split
 from mpiml.data.fingerprint import Fingerprint
 from mpiml.data.normalize import Normalization, NormalizedSource
-from mpiml.data.prefetch import ReadAhead, in_memory
+from mpiml.data.prefetch import ReadAhead, steps_ahead
 from mpiml.data.shards import Shards
 from mpiml.design import StageDesign, cut
 from mpiml.evaluation import Evaluation
@@ -200,8 +200,7 @@ def find_transform(config: Config) -> Callable[..., Any] | None:
 
 def read_ahead(config: Config, shards: Shards, grid: Grid) -> ReadAhead:
     """The training rows, read as far ahead as the settings say."""
-    default = 0 if in_memory(shards.split) and not shards.transform else 2
-    steps = default if config.prefetch is None else config.prefetch
+    steps = steps_ahead(shards) if config.prefetch is None else config.prefetch
     return ReadAhead(shards, steps, config.steps or 0, grid.stage == 0, grid.stage == grid.stages - 1)
 
 
