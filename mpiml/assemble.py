@@ -18,7 +18,7 @@ from mpiml.config import Config
 from mpiml.data.dataset import Dataset, Split
 from mpiml.data.fingerprint import Fingerprint
 from mpiml.data.normalize import Normalization, NormalizedSource
-from mpiml.data.prefetch import ReadAhead, in_memory
+from mpiml.data.prefetch import ReadAhead, steps_ahead
 from mpiml.data.shards import Shards
 from mpiml.design import StageDesign, cut
 from mpiml.evaluation import Evaluation
@@ -89,9 +89,10 @@ class Run:
         crowded = grid.node.size * config.threads > grid.cores
         return Pace(grid.stages, [stop - start for start, stop in blocks], grid.launched, crowded)
 
-    def record(self, entries: int) -> NDArray[np.float64]:
-        """An empty table for that many micro-batches."""
-        return np.zeros((entries, 2 + self.metric.columns))
+    def record(self, entries: int, measured: bool = False) -> NDArray[np.float64]:
+        """An empty table for that many micro-batches, with columns for the metric only if it is to be measured: of many
+        outputs they may be thousands."""
+        return np.zeros((entries, 2 + (self.metric.columns if measured else 0)))
 
 
 def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Model | None) -> Run:
@@ -199,8 +200,7 @@ def find_transform(config: Config) -> Callable[..., Any] | None:
 
 def read_ahead(config: Config, shards: Shards, grid: Grid) -> ReadAhead:
     """The training rows, read as far ahead as the settings say."""
-    default = 0 if in_memory(shards.split) and not shards.transform else 2
-    steps = default if config.prefetch is None else config.prefetch
+    steps = steps_ahead(shards) if config.prefetch is None else config.prefetch
     return ReadAhead(shards, steps, config.steps or 0, grid.stage == 0, grid.stage == grid.stages - 1)
 
 

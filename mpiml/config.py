@@ -108,7 +108,11 @@ class Config:
         choices=["contiguous", "strided"],
     )
     prefetch: int | None = setting(
-        None, GROUPS[2], "steps whose rows are read ahead (default: 2 from files, 0 from memory)", low=0, on_resume=True
+        None,
+        GROUPS[2],
+        "steps whose rows are read ahead (default: 2 if reading takes long, else 0)",
+        low=0,
+        on_resume=True,
     )
     epochs: int | None = setting(None, GROUPS[2], "passes over the data (default: 30)", low=1, on_resume=True)
     steps: int | None = setting(None, GROUPS[2], "steps, instead of epochs", low=1, on_resume=True)

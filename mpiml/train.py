@@ -138,7 +138,7 @@ def _loop(run: Run, start: int, checkpoints: Path, logger: log.Log, stop: StopRe
         clock.step = step
         last = step == run.steps
         log_due = _due(step, cfg.log_every, last)
-        table = run.record(cfg.microbatches)
+        table = run.record(cfg.microbatches, measured=log_due)
         run.stage.train(step, run.ahead.batches(step), table, measured=log_due)
         clock("communication")
         record = run.agree(table, not run.update.finite, stop.now())

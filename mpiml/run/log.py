@@ -19,12 +19,12 @@ from mpiml.clock import SHARES, Clock
 from mpiml.run import environment
 from mpiml.run.directory import named_errors, write_atomically
 from mpiml.run.pace import Pace
+from mpiml.run.step_times import StepTimes, median
 from mpiml.run.terminal import width
 from mpiml.run.verdict import on_rank_0
 from mpiml.waiting import wait
 
 CONSOLE_PAUSE = 5.0  # seconds between lines where nobody sits at a terminal
-WARM_UP = 10  # steps that the speed leaves out
 
 
 class Log:
@@ -43,8 +43,9 @@ class Log:
         self.comm, self.metrics, self.clock, self.rows, self.metric = comm, metrics, clock, rows, metric
         self.pace = pace
         self._named: set[int] = set()
-        self.step_seconds: list[float] = []
-        self._logged_at, self._shares = 0, np.array(clock.shares())
+        self.times = StepTimes()
+        self._recent, self._recent_seconds = 0, 0.0  # steps since the last line
+        self._shares = np.array(clock.shares())
         self._console: Console | None = None
 
     def open_console(self, first: int, last: int, quiet: bool) -> None:
@@ -66,7 +67,8 @@ class Log:
 
     def timed(self, seconds: float, step: int, loss: float) -> None:
         """Note how long a step took on this rank."""
-        self.step_seconds.append(seconds)
+        self.times.add(seconds)
+        self._recent, self._recent_seconds = self._recent + 1, self._recent_seconds + seconds
         if self._console:
             self._console.progress(step, loss, self.rows / seconds)
 
@@ -74,15 +76,14 @@ class Log:
         """Write the line of a step; times are since the last such line, the least and the most of any rank."""
         seconds = np.array(self.clock.shares()) - self._shares
         self._shares += seconds
-        recent = self.step_seconds[self._logged_at :]
-        self._logged_at = len(self.step_seconds)
-        mine = np.concatenate([seconds, [sum(recent), self.pace.crowded]])
+        mine = np.concatenate([seconds, [self._recent_seconds, self.pace.crowded]])
+        steps, self._recent, self._recent_seconds = self._recent, 0, 0.0
         everyones = np.empty((self.comm.size, len(mine)))
         self.clock("joining")
         wait([self.comm.Igather(mine, everyones)])
 
         def entry() -> dict[str, Any]:
-            speed, times = self._times(everyones, len(recent))
+            speed, times = self._times(everyones, steps)
             if self._console:
                 text = f"step {step}  epoch {epoch}  loss {loss:.4f}  {self.metric} {score:.4f}  {speed:,.0f} samples/s"
                 self._console.now_and_then(text)
@@ -130,14 +131,13 @@ class Log:
         self.say(f"step {step}  epoch {epoch}  test loss {loss:.4f}  test {self.metric} {score:.4f}")
 
     def samples_per_second(self) -> float | None:
-        """Rows of a step / median step time; a step's time is its slowest rank's; the first steps are left out."""
-        if not self.step_seconds:
+        """Rows of a step / median step time; a step's time is its slowest rank's; the first steps are left out, and
+        very long runs are sampled."""
+        if not self.times.steps:
             return None
-        slowest = np.array(self.step_seconds)
+        slowest = self.times.sample()
         wait([self.comm.Iallreduce(MPI.IN_PLACE, slowest, MPI.MAX)])
-        timed = np.sort(slowest[WARM_UP:] if len(slowest) > WARM_UP else slowest)
-        middle = timed[(len(timed) - 1) // 2 : len(timed) // 2 + 1]  # np.median would import half of NumPy for this
-        return round(self.rows / float(middle.mean()), 1)
+        return round(self.rows / median(slowest), 1)
 
     def where_the_time_went(self) -> dict[str, float]:
         """The mean over ranks of each share of the time of all steps."""
