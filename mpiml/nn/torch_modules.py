@@ -231,15 +231,19 @@ def load_into(made: T, path: str | Path) -> T:
     from safetensors.numpy import load_file
 
     arrays = load_file(path)
-    for index, part in enumerate(parts_of(made)):
+    parts = parts_of(made)
+    for index, part in enumerate(parts):
         for name, tensor in part.named_parameters() if is_module(part) else ():
             if not tensor.requires_grad:
                 continue
-            found = arrays.get(f"layers.{index}.{name}")
+            found = arrays.pop(f"layers.{index}.{name}", None)
             if found is None or found.shape != tensor.shape:
                 what = "none" if found is None else f"one of shape {found.shape}"
                 raise ValueError(f"{path} is of another model: layers.{index}.{name} {tuple(tensor.shape)}, has {what}")
             tensor.detach().copy_(torch.from_numpy(found))
+    others = tuple(f"layers.{index}." for index, part in enumerate(parts) if not is_module(part))
+    if more := [name for name in arrays if name.startswith("layers.") and not name.startswith(others)]:
+        raise ValueError(f"{path} is of another model: it has {min(more)}, which this one has not")
     return made
 
 
