@@ -60,7 +60,7 @@ def check_saved(cfg: Config, layouts: Sequence[Layout]) -> None:
     if cfg.init:
         first = checkpoint.load(Path(cfg.init), lambda name: not name.startswith("optimizer."))
         checkpoint.check_kinds(first.origin, checkpoint.kinds_of(first.arrays), needed)
-    if cfg.resume and cfg.out:
+    if cfg.resume and cfg.out and (Path(cfg.out) / CHECKPOINTS).is_dir():
         checkpoint.check_newest(Path(cfg.out) / CHECKPOINTS, needed)
 
 
@@ -73,7 +73,7 @@ def finished(cfg: Config) -> dict[str, Any] | None:
         return None
     if not cfg.quiet:
         print(f"{cfg.out} is finished after step {result['step']}: nothing to do", flush=True)
-    return result
+    return result | {"exit_code": 0}  # which is what "done" says, whatever else a file says
 
 
 @dataclass
@@ -181,7 +181,7 @@ def restore(run: Run, path: Path) -> tuple[int, list[str], dict[str, Any]]:
             notes.append(f"first weights from {cfg.init}")
         if found:
             if step:
-                _check_same_run(cfg, settings_of(found, (), {}))
+                _check_same_run(cfg, found)
                 check_constants(run.constants, found)
             if step and run.normalization:
                 saved = normalization(found, run.task)
@@ -197,11 +197,12 @@ def restore(run: Run, path: Path) -> tuple[int, list[str], dict[str, Any]]:
     return step, notes, history
 
 
-def _check_same_run(cfg: Config, saved: Config) -> None:
+def _check_same_run(cfg: Config, found: Checkpoint) -> None:
+    saved = settings_of(found, (), {})
     for field in all_settings():
         mine, theirs = getattr(cfg, field.name), getattr(saved, field.name)
         if mine != theirs and not field.metadata["on_resume"]:
-            raise OutputError(f"the newest checkpoint is of another run: {flag(field.name)} {theirs}, here {mine}")
+            raise OutputError(f"{found.origin} is of another run: {flag(field.name)} {theirs}, here {mine}")
 
 
 def save(run: Run, step: int, directory: Path) -> float:

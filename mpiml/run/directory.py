@@ -142,7 +142,7 @@ def read_fields(path: Path, kinds: Mapping[str, Any], needed: Iterable[str]) -> 
 
 def read_result(run: Path) -> dict[str, Any]:
     """What result.json in a run directory says; empty if there is none. Raises OutputError if it is damaged."""
-    return read_fields(run / RESULT, RESULT_KINDS, ("status", "exit_code", "step"))
+    return read_fields(run / RESULT, RESULT_KINDS, ("status",))
 
 
 def write_result(run: Path, result: Mapping[str, Any]) -> None:
