@@ -76,8 +76,10 @@ class Task:
             raise OutputError(f"{origin} has {documents.shown(min(unknown))}, which this version does not know")
         fields: dict[str, Any] = {key: tuple(it) if isinstance(it, list) else it for key, it in values.items()}
         task = cls(**fields)
-        if min((*task.shape, *task.labels, task.outputs)) < 1 or task.tokens < 0 or len(task.shape) > MOST_AXES:
-            raise OutputError(f"{origin} is of no data set: {documents.shown(values)}")
+        lowest = {"shape": min(task.shape, default=1), "labels": min(task.labels, default=1), "outputs": task.outputs}
+        for name, value in {**lowest, "tokens": task.tokens + 1}.items():
+            if value < 1 or (name == "shape" and len(task.shape) > MOST_AXES):
+                raise OutputError(f"{origin} is damaged: {name} is {documents.shown(values[name])}")
         return task
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from mpiml.assemble import Run
 from mpiml.build import Task, check_constants
-from mpiml.config import Config, from_toml
+from mpiml.config import Config
 from mpiml.config import settings as all_settings
 from mpiml.data.fingerprint import difference
 from mpiml.data.normalize import Normalization
@@ -33,7 +33,7 @@ from mpiml.run.directory import (
     write_result,
 )
 from mpiml.run.verdict import on_rank_0
-from mpiml.saved import CODE, settings_of
+from mpiml.saved import CODE, settings_in, settings_of
 from mpiml.setting import flag
 
 
@@ -46,7 +46,7 @@ def settings(asked: Config) -> Config:
         return asked
     stored, checkpoints = Path(asked.out) / CONFIG, Path(asked.out) / CHECKPOINTS
     if stored.exists():
-        return asked.resumed(Config(**from_toml(stored)))
+        return asked.resumed(settings_in(stored))
     newest = checkpoint.newest(checkpoints, lambda name: False)[0] if checkpoints.is_dir() else None
     if not newest:
         return asked

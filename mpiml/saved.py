@@ -1,12 +1,13 @@
-"""What a checkpoint says of its run: settings that are data, of which code is followed only where the user names it."""
+"""The settings of a run, from its directory or from a checkpoint, whose code is followed only where the user names it."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpiml import documents
-from mpiml.config import Config, settings, typed
+from mpiml.config import Config, from_toml, settings, typed
 from mpiml.errors import ConfigError, OutputError
 from mpiml.imports import is_name
 from mpiml.setting import flag
@@ -15,6 +16,18 @@ if TYPE_CHECKING:
     from mpiml.run.checkpoint import Checkpoint
 
 CODE = tuple(field.name for field in settings() if field.metadata["or_named"])  # the settings that may name some
+
+
+def settings_in(path: Path) -> Config:
+    """The settings in the config.toml of a run directory that the user points at: these may name code.
+
+    Raises OutputError or ConfigError, which begins with the path, for a file that cannot be used.
+    """
+    values = from_toml(path)
+    try:
+        return Config(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def code_of(config: Config) -> dict[str, str]:

@@ -27,7 +27,7 @@ def refusal(action: Any, *arguments: Any) -> str:
     [
         (lambda path: None, "No such file"),
         (lambda path: path.mkdir(), "not a regular file"),
-        (lambda path: os.mkfifo(path), "not a regular file"),
+        (os.mkfifo, "not a regular file"),
         (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
         (lambda path: path.symlink_to(path), "Too many levels"),
         (lambda path: path.write_bytes(bytes(1001)), "more than 1,000 bytes"),
@@ -56,7 +56,9 @@ def test_what_is_no_json_is_one_line(text: str | bytes) -> None:
     assert refusal(documents.from_json, text, "r.json").startswith("r.json is damaged: ")
 
 
-@pytest.mark.parametrize("text", ["a = " + "[" * 100_000, "a = " + "[" * 33 + "]" * 33, "a = 9" + "9" * 5000, "]", "\0"])
+@pytest.mark.parametrize(
+    "text", ["a = " + "[" * 100_000, "a = " + "[" * 33 + "]" * 33, "a = 9" + "9" * 5000, "]", "\0"]
+)
 def test_what_is_no_toml_is_one_line(text: str) -> None:
     assert refusal(documents.from_toml, text, "c.toml").startswith("c.toml is damaged: ")
 

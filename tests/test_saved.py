@@ -15,7 +15,9 @@ from mpiml.run.checkpoint import Checkpoint
 from mpiml.saved import CODE, code_of, settings_of
 from mpiml.setting import flag
 
-OWN = 'model = "evil:net"\nloss = "evil:loss"\nmetric = "evil.metrics:F1"\ndata = "evil:load"\ntransform = "evil:turn"\n'
+OWN = (
+    'model = "evil:net"\nloss = "evil:loss"\nmetric = "evil.metrics:F1"\ndata = "evil:load"\ntransform = "evil:turn"\n'
+)
 
 
 def saved(config: str) -> Checkpoint:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from mpiml import documents, load, restart, waiting
+from mpiml import design, documents, load, restart, waiting
 from mpiml.assemble import build_stage, normalized
 from mpiml.build import Model, Task, check_constants
 from mpiml.clock import Clock
-from mpiml.config import Config, from_toml
+from mpiml.config import Config
 from mpiml.data.dataset import Dataset
 from mpiml.data.fingerprint import difference
 from mpiml.data.normalize import Normalization
@@ -38,7 +38,7 @@ from mpiml.run.failure import Guard, exit_code
 from mpiml.run.process import prepare_process
 from mpiml.run.verdict import on_rank_0, together
 from mpiml.run.watch import Watch
-from mpiml.saved import code_of, settings_of
+from mpiml.saved import code_of, settings_in, settings_of
 from mpiml.study.command import ended
 from mpiml.study.predictions import Predictions, check_path
 from mpiml.vectors import bytes_of
@@ -139,11 +139,13 @@ def find(
             raise ConfigError(f"--run {run}: " + ("holds no run" if path.is_dir() else "there is no such directory"))
         saved, problems = _newest(path / CHECKPOINTS, wanted)
         if (path / CONFIG).exists():
-            own = code_of(Config(**from_toml(path / CONFIG)))
+            own = code_of(settings_in(path / CONFIG))
     given = {name: value for name, value in named.items() if value is not None}
     config, task = settings_of(saved, tuple(named), own | given), Task.of_checkpoint(saved)
     cuts = config.cuts if config.pipe == asked["pipe"] else ()
-    config = config.replace(cuts=cuts, **{name: value for name, value in asked.items() if value is not None})
+    config = design.scored(config, task.classification).replace(
+        cuts=cuts, **{name: value for name, value in asked.items() if value is not None}
+    )
     normalization = restart.normalization(saved, task) if config.normalize else None
     return Found(config, saved.step, task, normalization, path, [f"warning: skipped {p}" for p in problems]), saved
 

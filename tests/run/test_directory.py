@@ -37,9 +37,9 @@ def test_a_damaged_result_is_one_line_and_is_replaced(tmp_path: Path, text: str)
 def test_what_is_no_file_is_not_opened(tmp_path: Path, make: Any) -> None:
     for name in ("result.json", "environment.json"):
         make(tmp_path / name)
-    with pytest.raises(OutputError, match="result.json: is not a regular file"):
+    with pytest.raises(OutputError, match=r"result.json: is not a regular file"):
         read_result(tmp_path)
-    with pytest.raises(OutputError, match="environment.json: is not a regular file"):
+    with pytest.raises(OutputError, match=r"environment.json: is not a regular file"):
         environment.data(tmp_path)
 
 

@@ -54,7 +54,7 @@ def test_a_damaged_line_within_is_reported_and_left_out(tmp_path: Path, damaged:
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir], ids=["pipe", "directory"])
 def test_what_is_no_file_is_not_opened(tmp_path: Path, make: object) -> None:
     make(tmp_path / "metrics.jsonl")  # type: ignore[operator]
-    with pytest.raises(OutputError, match="metrics.jsonl: is not a regular file"):
+    with pytest.raises(OutputError, match=r"metrics.jsonl: is not a regular file"):
         cut(tmp_path / "metrics.jsonl", 2, 9, 2, 1)
 
 
