@@ -1,4 +1,4 @@
-"""The settings of a run, from its directory or from a checkpoint, whose code is followed only where the user names it."""
+"""Settings that a run has stored: those in its directory are the user's, those in a checkpoint are data."""
 
 from __future__ import annotations
 
