@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Model = Any  # layers, PyTorch modules, a list of both, or a function (shape, outputs) that returns such
 Objective = Callable[[Any, Any, bool], tuple[list[float], Any]]
+LOWEST = {"shape": 1, "labels": 1, "outputs": 1, "tokens": 0}  # that sizes in a task can be
 MOST_AXES = 32  # of a row
 
 
@@ -74,13 +75,12 @@ class Task:
         values = documents.check_fields(documents.from_json(saved.task, origin), kinds, origin, needed)
         if unknown := values.keys() - kinds.keys():
             raise OutputError(f"{origin} has {documents.shown(min(unknown))}, which this version does not know")
+        for name, low in LOWEST.items():
+            sizes = values[name] if isinstance(values[name], list) else [values[name]]
+            if len(sizes) > MOST_AXES or any(size < low for size in sizes):
+                raise OutputError(f"{origin} is damaged: {name} is {documents.shown(values[name])}, which cannot be")
         fields: dict[str, Any] = {key: tuple(it) if isinstance(it, list) else it for key, it in values.items()}
-        task = cls(**fields)
-        lowest = {"shape": min(task.shape, default=1), "labels": min(task.labels, default=1), "outputs": task.outputs}
-        for name, value in {**lowest, "tokens": task.tokens + 1}.items():
-            if value < 1 or (name == "shape" and len(task.shape) > MOST_AXES):
-                raise OutputError(f"{origin} is damaged: {name} is {documents.shown(values[name])}")
-        return task
+        return cls(**fields)
 
 
 def model_for(config: Config, task: Task, model: Model | None) -> list[nn.Layer]:

@@ -46,12 +46,12 @@ def test_shapes_are_compared_before_memory_is_asked_for() -> None:
 
 def test_a_longer_model_is_another_one(tmp_path: Path) -> None:
     more = {"layers.1.weight": np.ones((3, 3), "f")}
-    with pytest.raises(OutputError, match=r"the checkpoint has layers.1.weight, which the model has not"):
+    with pytest.raises(OutputError, match=r"the checkpoint has layers.1.weight, which the model does not have"):
         restart.vectors(layouts(Linear(4, 3)), Checkpoint(1, "", ARRAYS | more), (VALUES,))
     first = forge(tmp_path / "longer.safetensors", arrays=ARRAYS | more | {"optimizer.mean.layers.0.bias": np.ones(3)})
     newest = forge(tmp_path / "run" / "checkpoints" / checkpoint.file_name(6), arrays=ARRAYS | more)
     for config in (Config(init=str(first)), resumed(newest)):
-        with pytest.raises(OutputError, match=r"safetensors has layers.1.weight, which the model has not"):
+        with pytest.raises(OutputError, match=r"safetensors has layers.1.weight, which the model does not have"):
             restart.check_saved(config, layouts(Linear(4, 3)))
     forge(newest)
     for config in (Config(init=str(newest)), resumed(newest), parse(["--resume", "--out", str(tmp_path / "new")])):

@@ -243,7 +243,7 @@ def load_into(made: T, path: str | Path) -> T:
             tensor.detach().copy_(torch.from_numpy(found))
     others = tuple(f"layers.{index}." for index, part in enumerate(parts) if not is_module(part))
     if more := [name for name in arrays if name.startswith("layers.") and not name.startswith(others)]:
-        raise ValueError(f"{path} is of another model: it has {min(more)}, which this one has not")
+        raise ValueError(f"{path} is of another model: it has {min(more)}, which this one does not have")
     return made
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,7 +180,7 @@ def check_kinds(origin: str, there: Mapping[str, Kind], needed: Mapping[str, Kin
             has, needs = (f"{dtype} {shape}" for dtype, shape in (there[name], kind))
             raise OutputError(f"{origin}: {name} is {has}, the model's {needs}")
     if more := [name for name in there if name not in needed and not name.startswith(BESIDE)]:
-        raise OutputError(f"{origin} has {min(more)}, which the model has not: it is of another model")
+        raise OutputError(f"{origin} has {min(more)}, which the model does not have: it is of another model")
 
 
 def newest(directory: Path, wanted: Callable[[str], bool] = lambda name: True) -> tuple[Checkpoint | None, list[str]]:
@@ -203,15 +203,17 @@ def check_newest(directory: Path, needed: Mapping[str, Kind]) -> None:
     """Raise OutputError if there are checkpoints whose headers can be read, and none of them is of a model."""
     problems: list[OutputError] = []
     for path in listed(directory):
-        with suppress(OutputError):
+        try:
             there = kinds(path)
-            try:
-                return check_kinds(str(path), there, needed)
-            except OutputError as error:
-                problems.append(error)
+        except OutputError:
+            continue  # whoever reads it whole says what is wrong
+        try:
+            check_kinds(str(path), there, needed)
+            return
+        except OutputError as error:
+            problems.append(error)
     if problems:
         raise problems[0]
-    return None
 
 
 def listed(directory: Path) -> list[Path]:

@@ -162,5 +162,5 @@ def test_a_loss_that_does_not_fit_the_labels_is_refused(here: Path) -> None:
 def test_a_longer_model_is_another_one(here: Path, command: str) -> None:
     arrays = ARRAYS | {"layers.2.weight": np.ones((10, 10), "f")}
     file = forge(here / "run" / "checkpoints" / checkpoint.file_name(6), "hidden = []\n", TASK, arrays)
-    with pytest.raises(OutputError, match=rf"^{file} has layers.2.weight, which the model has not"):
+    with pytest.raises(OutputError, match=rf"^{file} has layers.2.weight, which the model does not have"):
         COMMANDS[command][0](file)

@@ -407,7 +407,7 @@ def test_weights_go_back_into_a_module(tmp_path: Path) -> None:
         load_into([torch.nn.Linear(7, 5)], tmp_path / "whole")
     with pytest.raises(ValueError, match=r"layers\.0\.weight \(\), has none|layers\.1\.weight"):
         load_into([nn.Linear(6, 5), torch.nn.Linear(6, 5)], tmp_path / "whole")
-    with pytest.raises(ValueError, match=r"another model: it has layers\.2\.bias, which this one has not"):
+    with pytest.raises(ValueError, match=r"another model: it has layers\.2\.bias, which this one does not have"):
         load_into(source[:2], tmp_path / "whole")
 
 

@@ -69,7 +69,7 @@ def test_kinds_of_arrays_are_read_from_the_header_and_compared(tmp_path: Path) -
             r"a: layers.0.bias is float32 \(3,\), the model's float32 \(4,\)",
         ),
         (KINDS | {"layers.0.bias": ("float64", (3,))}, "layers.0.bias is float32 .*, the model's float64"),
-        ({"layers.0.weight": KINDS["layers.0.weight"]}, "a has layers.0.bias, which the model has not"),
+        ({"layers.0.weight": KINDS["layers.0.weight"]}, "a has layers.0.bias, which the model does not have"),
     ):
         with pytest.raises(OutputError, match=words):
             checkpoint.check_kinds("a", kinds, needed)
