@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpiml import vectors
+from mpiml.documents import check_regular
 from mpiml.errors import ConfigError
 from mpiml.nn.layer import Array, At, Backward, Layer
 from mpiml.nn.parameters import Gradients, Init, Parameter, Shape
@@ -226,10 +227,12 @@ def parts_of(made: Any) -> list[Any]:
 def load_into(made: T, path: str | Path) -> T:
     """Puts the weights of a checkpoint into what the function made that the run's --model names, and returns it.
 
-    What requires no gradient is not in a checkpoint and stays as it is. Raises ValueError for another model's.
+    What requires no gradient is not in a checkpoint and stays as it is. Raises ValueError for another model's,
+    OutputError for what is no file.
     """
     from safetensors.numpy import load_file
 
+    check_regular(Path(path))
     arrays = load_file(path)
     parts = parts_of(made)
     for index, part in enumerate(parts):
