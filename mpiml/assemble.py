@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ from mpiml.parallel.update import Update
 from mpiml.partition import part
 from mpiml.run import launch
 from mpiml.run.pace import Pace
-from mpiml.run.verdict import together
+from mpiml.run.verdict import on_rank_0, together
 from mpiml.vectors import bytes_of
 
 MODULES = "first values of the model (make it in a function, or call torch.manual_seed before)"
@@ -95,8 +95,17 @@ class Run:
         return np.zeros((entries, 2 + (self.metric.columns if measured else 0)))
 
 
-def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Model | None) -> Run:
+def assemble(
+    config: Config,
+    data: Dataset,
+    grid: Grid,
+    clock: Clock,
+    model: Model | None,
+    check: Callable[[Config, Sequence[Layout]], None] = lambda config, layouts: None,
+) -> Run:
     """Build everything; collective over the grid. `config` is resolved.
+
+    `check` looks at the stages' layouts, on rank 0, before memory for them is asked for.
 
     Raises, on all ranks alike, DataError or ConfigError for data or a model that do not fit.
     """
@@ -127,6 +136,7 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
 
     task = Task(data.train.x.shape, data.train.y.shape, data.classification, seen.outputs, seen.tokens)
     layouts, metric, here, fixed = build_stage(config, task, grid, clock, model)
+    on_rank_0(grid.comm, clock, lambda: check(config, layouts))
     layout = layouts[grid.stage]
     sum_, agreement, notes = place(config, grid, layout, 2 + metric.columns, clock)
     layout.bind(sum_.values)

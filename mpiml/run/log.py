@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -15,9 +13,11 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from mpiml import documents
 from mpiml.clock import SHARES, Clock
 from mpiml.run import environment
 from mpiml.run.directory import named_errors, write_atomically
+from mpiml.run.metrics import content_of, lines
 from mpiml.run.pace import Pace
 from mpiml.run.step_times import StepTimes, median
 from mpiml.run.terminal import width
@@ -91,7 +91,7 @@ class Log:
                 "step": step,
                 "epoch": epoch,
                 "loss": loss,
-                self.metric: _number(score),
+                self.metric: score,
                 "learning_rate": rate,
                 "gradient_norm": norm,
                 "samples_per_second": round(speed, 1),
@@ -126,7 +126,7 @@ class Log:
 
     def evaluation(self, step: int, epoch: int, loss: float, score: float, rows: int) -> None:
         """Write the line of an evaluation."""
-        result = {"loss": loss, self.metric: _number(score), "rows": rows}
+        result = {"loss": loss, self.metric: score, "rows": rows}
         self._write(lambda: {"step": step, "epoch": epoch, "evaluation": result})
         self.say(f"step {step}  epoch {epoch}  test loss {loss:.4f}  test {self.metric} {score:.4f}")
 
@@ -151,7 +151,7 @@ class Log:
 
         def append() -> None:
             with named_errors("write", self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry()) + "\n")
+                file.write(documents.to_json(entry()) + "\n")
 
         on_rank_0(self.comm, self.clock, append)
 
@@ -192,31 +192,26 @@ class Console:
             self._bar.close()
 
 
-def cut(metrics: Path, step: int, last: int, eval_every: int, log_every: int) -> list[dict[str, Any]]:
-    """Remove from a metrics file what a run that goes on after `step` will write again, and a torn last line.
+def cut(metrics: Path, step: int, last: int, eval_every: int, log_every: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """Remove from a metrics file what a run that goes on after `step` will write again, and damaged lines.
 
     Lines that were written at `step` only because the run ended there go too if it is now to end at a later `last`
     step: a run that was so long from the start has none. The file is replaced at once, or not at all.
 
-    Returns the lines that stay.
+    Returns what the lines that stay say, and what a person should know of damaged ones.
     """
-    with named_errors("read", metrics):
-        raw = metrics.read_bytes().split(b"\n") if metrics.exists() else []
+    content = content_of(metrics) if metrics.exists() else b""
+    there, problems = lines(metrics, content)
     kept, entries = [], []
-    for line in raw:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-            continue
+    for line, entry in there:
         every = eval_every if "evaluation" in entry else log_every
         if entry["step"] < step or (entry["step"] == step and (step == last or (every and step % every == 0))):
-            kept.append(line + b"\n")
+            kept.append(line)
             entries.append(entry)
-    if b"".join(kept) != b"\n".join(raw):
+    if b"".join(kept) != content:
         write_atomically(metrics, b"".join(kept))
-    return entries
+    more = f" and so are {len(problems) - 1} more lines" if len(problems) > 1 else ""
+    return entries, [f"warning: {problems[0]}{more}; the rest is kept"] if problems else []
 
 
 def last_known(entries: list[dict[str, Any]], metric: str) -> dict[str, Any]:
@@ -224,11 +219,8 @@ def last_known(entries: list[dict[str, Any]], metric: str) -> dict[str, Any]:
     known: dict[str, Any] = {}
     for entry in entries:
         if "evaluation" in entry:
-            known |= {metric: entry["evaluation"][metric], "test_loss": entry["evaluation"]["loss"]}
+            scored = entry["evaluation"]
+            known |= {metric: scored.get(metric), "test_loss": scored.get("loss")}
         else:
-            known["loss"] = entry["loss"]
+            known["loss"] = entry.get("loss")
     return known
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
