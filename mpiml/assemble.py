@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mpiml import waiting
-from mpiml.build import Model, Task, build_loss, build_metric, constants, digest, model_for, objective
+from mpiml.build import Model, Task, build_loss, build_metric, constants, described, model_for, objective
 from mpiml.clock import Clock
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset, Split
@@ -44,7 +44,6 @@ from mpiml.run.pace import Pace
 from mpiml.run.verdict import together
 from mpiml.vectors import bytes_of
 
-MODULES = "first values of the model (make it in a function, or call torch.manual_seed before)"
 Agree = Callable[[NDArray[np.float64], bool, bool], Record]
 
 
@@ -174,10 +173,11 @@ def build_stage(
         return build_loss(config), build_metric(config, task.outputs), layers, cut(config, layers, task.shape)
 
     loss, metric, layers, stages = together(grid.comm, clock, made)
-    launch.check_alike(grid.comm, clock, {MODULES: digest(layers)})
+    same = "a model must be the same on all ranks: what it draws must follow from --seed, and no order from a set"
+    launch.check_alike(grid.comm, clock, described(layers, config.seed), hint=same)
     stage = stages[grid.stage]
     here = Part(
-        forward=functools.partial(nn.forward, stage.layers),
+        forward=functools.partial(nn.forward, stage.layers, learned=stage.learned),
         at=lambda training, step, m: nn.At(training, config.seed, step, m),
         objective=objective(loss, metric),
         x_shape=stage.x_shape,

@@ -137,10 +137,15 @@ def _made(model: Model, config: Config, shape: Shape, outputs: int) -> Any:
     return modules.as_layers(made, config.dtype, config.threads) if modules else made
 
 
-def digest(layers: Sequence[nn.Layer]) -> str:
-    """Of the first values that layers do not draw themselves."""
-    modules = _torch_modules()
-    return str(modules.digest(layers)) if modules else ""
+def described(layers: Sequence[nn.Layer], seed: int) -> dict[str, str]:
+    """What ranks must agree in: the kind and the attributes of every layer, the shape and the first values of every
+    parameter, under names that a message can use."""
+    described: dict[str, str] = {}
+    for layer in nn.everything(layers):
+        described |= {f"the model, {path}": text for path, text in layer.described().items()}
+        for parameter in layer.own_parameters().values():
+            described[f"first values of the model, {parameter.name}"] = parameter.described(seed)
+    return described
 
 
 def constants(layers: Sequence[nn.Layer]) -> str:
