@@ -20,7 +20,7 @@ from mpiml.data.fingerprint import Fingerprint
 from mpiml.data.normalize import Normalization, NormalizedSource
 from mpiml.data.prefetch import ReadAhead, in_memory
 from mpiml.data.shards import Shards
-from mpiml.design import StageDesign, cut
+from mpiml.design import StageDesign, cut, warning
 from mpiml.evaluation import Evaluation
 from mpiml.imports import called_with, named
 from mpiml.load import look_at, look_for_starving, measure
@@ -115,15 +115,18 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
         transform=together(grid.comm, clock, functools.partial(find_transform, config)),
     )
     tests = Evaluation(data.test, config.eval_rows, grid, config.dtype)
+    ignore = data.ignored(config.ignore)
     also = shards.transform is not None
-    seen = look_at(data, grid, clock, shards.rows(), tests.rows(), config.classes, both=also)
+    seen = look_at(data, grid, clock, shards.rows(), tests.rows(), config.classes, both=also, ignore=ignore)
+    shards.split, tests.split = (split.ignoring(ignore) for split in (data.train, data.test))
     starving = look_for_starving(data, grid, clock, shards, seen.outputs)
     normalization = None
     if config.normalize:
         normalization = measure(data, grid, clock, shards)
-        shards.split, tests.split = (normalized(s, normalization, config.dtype) for s in (data.train, data.test))
+        shards.split, tests.split = (normalized(s, normalization, config.dtype) for s in (shards.split, tests.split))
 
-    task = Task(data.train.x.shape, data.train.y.shape, data.classification, seen.outputs, seen.tokens)
+    idle = warning(config)
+    task = Task(data.train.x.shape, data.train.y.shape, data.classification, seen.outputs, seen.tokens, ignore)
     layouts, metric, here, fixed = build_stage(config, task, grid, clock, model)
     layout = layouts[grid.stage]
     sum_, agreement, notes = place(config, grid, layout, 2 + metric.columns, clock)
@@ -143,7 +146,7 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
         metric=metric,
         layouts=layouts,
         agree=agreement,
-        notes=[*seen.notes, *starving, *notes],
+        notes=[*seen.notes, *starving, *notes, *([f"warning: {idle}"] if idle else [])],
         normalization=normalization,
         constants=fixed,
         fingerprint=data.fingerprint,

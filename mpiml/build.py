@@ -35,6 +35,7 @@ class Task:
         classification: whether labels are classes.
         outputs: how many classes, or values to predict, there are.
         tokens: one more than the highest integer input; 0 if inputs are not integers.
+        ignore: the label that means no label, if there is one.
     """
 
     shape: Shape
@@ -42,6 +43,7 @@ class Task:
     classification: bool
     outputs: int
     tokens: int
+    ignore: int | None = None
 
     @property
     def final(self) -> Shape:
@@ -62,7 +64,7 @@ class Task:
         """The reverse of `to_json`. Raises OutputError for a checkpoint that holds none."""
         if not text:
             raise OutputError("the checkpoint does not say what its model takes: go on with the run for one that does")
-        values = json.loads(text)
+        values = {"ignore": -1} | json.loads(text)  # where it does not say, -1 was ignored
         return cls(**values | {name: tuple(values[name]) for name in ("shape", "labels")})
 
 

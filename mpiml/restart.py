@@ -35,18 +35,22 @@ from mpiml.run.verdict import on_rank_0
 from mpiml.setting import flag
 
 
-def settings(asked: Config) -> Config:
-    """The settings to start from: those asked for, or a stored run's, changed as asked. Rank 0 calls it.
+def settings(asked: Config) -> tuple[Config, Config | None]:
+    """The settings to start from: those asked for, or a stored run's, changed as asked; and the stored ones, if there
+    are any. Rank 0 calls it.
 
     A run whose config.toml is gone has them in its checkpoints.
     """
     if not (asked.resume and asked.out):
-        return asked
+        return asked, None
     stored, checkpoints = Path(asked.out) / CONFIG, Path(asked.out) / CHECKPOINTS
     if stored.exists():
-        return asked.resumed(Config(**from_toml(stored)))
-    newest = checkpoint.newest(checkpoints)[0] if checkpoints.is_dir() else None
-    return asked.resumed(of_checkpoint(newest.config)) if newest else asked
+        before = Config(**from_toml(stored))
+    elif checkpoints.is_dir() and (newest := checkpoint.newest(checkpoints)[0]):
+        before = of_checkpoint(newest.config)
+    else:
+        return asked, None
+    return asked.resumed(before), before
 
 
 def check_init(run: Run) -> None:
@@ -195,7 +199,7 @@ def restore(run: Run, path: Path) -> tuple[int, list[str], dict[str, Any]]:
 def _check_same_run(cfg: Config, saved: Config) -> None:
     for field in all_settings():
         mine, theirs = getattr(cfg, field.name), getattr(saved, field.name)
-        if mine != theirs and not field.metadata["on_resume"]:
+        if mine != theirs and not saved.may_become(field, mine):
             raise OutputError(f"the newest checkpoint is of another run: {flag(field.name)} {theirs}, here {mine}")
 
 

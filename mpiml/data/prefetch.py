@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mpiml.data.dataset import Batch, Split
 from mpiml.data.normalize import NormalizedSource
 from mpiml.data.shards import Shards
-from mpiml.data.sources import ArraySource, HeldSource, Source
+from mpiml.data.sources import ArraySource, HeldSource, LabelSource, Source
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -92,7 +92,7 @@ def in_memory(split: Split) -> bool:
 
 
 def _in_memory(source: Source) -> bool:
-    if isinstance(source, NormalizedSource):
+    if isinstance(source, (NormalizedSource, LabelSource)):
         return _in_memory(source.source)
     mapped = isinstance(source, ArraySource) and isinstance(source.array, np.memmap)
     return isinstance(source, (ArraySource, HeldSource)) and not mapped
