@@ -44,6 +44,7 @@ from mpiml.run.pace import Pace
 from mpiml.run.verdict import together
 from mpiml.vectors import bytes_of
 
+ONE_MODEL = "all ranks must build the same model: what it draws must follow from --seed, and no order from a set"
 Agree = Callable[[NDArray[np.float64], bool, bool], Record]
 
 
@@ -176,8 +177,7 @@ def build_stage(
         return build_loss(config), build_metric(config, task.outputs), layers, cut(config, layers, task.shape)
 
     loss, metric, layers, stages = together(grid.comm, clock, made)
-    same = "a model must be the same on all ranks: what it draws must follow from --seed, and no order from a set"
-    launch.check_alike(grid.comm, clock, described(layers, config.seed), hint=same)
+    launch.check_alike(grid.comm, clock, described(layers, config.seed), ONE_MODEL)
     stage = stages[grid.stage]
     here = Part(
         forward=functools.partial(nn.forward, stage.layers, learned=stage.learned),

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpiml.build import Task, build_loss, build_metric, build_model, objective
+from mpiml.build import Task, build_loss, build_metric, build_model, described, objective
 from mpiml.config import Config
 from mpiml.design import resolve
 from mpiml.errors import ConfigError
@@ -22,8 +22,10 @@ from mpiml.nn.layers import (
     Layer,
     Linear,
     Residual,
+    name,
 )
 from mpiml.nn.losses import R2, Accuracy, mean_squared_error, softmax_cross_entropy
+from mpiml.nn.parameters import Parameter
 
 MINE = """
 import numpy as np
@@ -310,3 +312,35 @@ def test_loss_and_metric_must_fit_the_labels(settings: dict, classification: boo
     with pytest.raises(ConfigError) as error:
         resolve(Config(**settings), 50, classification, 1)
     assert all(word in str(error.value) for word in words)
+
+
+def test_a_task_survives_json_and_old_ones_ignore_minus_one() -> None:
+    for task in (Task((3,), (), True, 4, 0), Task((3,), (2,), True, 4, 0, 255), Task((3,), (), False, 1, 0)):
+        assert Task.from_json(task.to_json()) == task
+    old = '{"shape": [3], "labels": [], "classification": true, "outputs": 4, "tokens": 0}'
+    assert Task.from_json(old) == Task((3,), (), True, 4, 0, -1)
+
+
+def test_what_ranks_compare_of_a_model_names_what_differs() -> None:
+    def text(*layers: Layer, seed: int = 0) -> dict[str, str]:
+        name(layers)
+        return described(layers, seed)
+
+    class Own(Layer):
+        def __init__(self, values: np.ndarray):
+            self.weight = Parameter(values.shape, lambda rng, count: values.reshape(-1)[:count])
+            self.drawn = Parameter((3,), lambda rng, count: rng.random(count))
+
+    def model(rate: float = 0.1, gain: float = 2.0, first: float = 0.0, seed: int = 0) -> dict[str, str]:
+        values = np.arange(first, first + 6).reshape(3, 2)
+        return text(Linear(4, 3, gain), Dropout(rate), Residual(Own(values)), seed=seed)
+
+    assert model() == model()
+    for settings, name_ in (
+        ({"rate": 0.2}, "the model, layers.1"),
+        ({"gain": 1.0}, "first values of the model, layers.0.weight"),
+        ({"first": 1.0}, "first values of the model, layers.2.layers.0.weight"),
+        ({"seed": 1}, "first values of the model, layers.2.layers.0.drawn"),
+    ):
+        other = model(**settings)
+        assert [key for key, its in model().items() if its != other[key]] == [name_]

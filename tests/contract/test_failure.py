@@ -190,7 +190,6 @@ def other_values(shape, outputs):
 """
 
 
-@pytest.mark.parametrize("pipe", [1, 2])
 @pytest.mark.parametrize(
     ("model", "cut", "words"),
     [
@@ -199,23 +198,20 @@ def other_values(shape, outputs):
     ],
 )
 def test_a_layer_that_is_wrong_at_the_border_of_a_stage_is_named_at_once(
-    train: Any, tmp_path: Path, model: str, words: str, pipe: int, cut: int
+    train: Any, tmp_path: Path, model: str, words: str, cut: int
 ) -> None:
-    """In the same words whether there is a border or not."""
     (tmp_path / "own.py").write_text(LAYERS)
-    grid = f"--pipe 2 --cuts {cut}" if pipe == 2 else ""
-    job = train(2, f"--model own:{model} {grid}", limit=LIMIT, PYTHONPATH=str(tmp_path))
+    job = train(2, f"--model own:{model} --pipe 2 --cuts {cut}", limit=LIMIT, PYTHONPATH=str(tmp_path))
     assert job.code == 78
     assert f"mpiml.train: {words} (rank " in job.err
     assert job.result["reason"] == words
 
 
-@pytest.mark.parametrize("grid", ["", "--pipe 2"])
 @pytest.mark.parametrize(
-    ("model", "words"),
+    ("model", "grid", "words"),
     [
-        ("other_layers", "ranks differ in the model, layers.0: Tanh() (rank 1 on "),
-        ("other_values", "ranks differ in first values of the model, layers.2.by: (32,), checksum "),
+        ("other_layers", "", "ranks differ in the model, layers.0: Tanh() (rank 1 on "),
+        ("other_values", "--pipe 2", "ranks differ in first values of the model, layers.2.by: (32,), checksum "),
     ],
 )
 def test_ranks_that_build_different_models_are_refused(
