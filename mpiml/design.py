@@ -90,9 +90,7 @@ def warnings(config: Config) -> list[str]:
     steps, last = config.steps or 0, config.decay_steps or 0
     if config.decay != "cosine" or steps <= last:
         return []
-    return [
-        f"warning: the learning rate is 0 from step {last} of {steps} on, as --decay-steps says: nothing is learned"
-    ]
+    return [f"warning: the learning rate is 0 from step {last} of {steps} on, by --decay-steps: nothing is learned"]
 
 
 @dataclass(frozen=True)
