@@ -94,8 +94,8 @@ def look_at(
     ends = {"x": grid.stage == 0, "y": grid.stage == grid.stages - 1}
     also = both and any(ends.values())
     classes = classes or data.classes
-    limits = {"x": tokens or classes, "y": classes}
-    seen = Seen(classes or 0, 0, [])
+    limits, ignored = {"x": tokens or classes, "y": classes}, {"x": None, "y": ignore}
+    seen = Seen((classes or 0) if data.classification else math.prod(data.train.y.shape), 0, [])
     splits = [(split_, rows) for split_, rows in ((data.train, train), (data.test, test)) if rows is not None]
     columns = [(split_, rows, column) for split_, rows in splits for column in ends]
 
@@ -103,8 +103,7 @@ def look_at(
         findings = []
         for split_, rows, column in columns:
             hold = ends[column] or (also and split_ is data.train)
-            source = getattr(split_, column)
-            findings.append(_read(clock, source, rows, hold, ends[column], ignore if column == "y" else None))
+            findings.append(_read(clock, getattr(split_, column), rows, hold, ends[column], ignored[column]))
         return findings
 
     mine = together(grid.comm, clock, naming(grid.launched[grid.comm.rank], grid.comm.size, read))
@@ -119,8 +118,6 @@ def look_at(
             seen.outputs = max(seen.outputs, highest + 1)
             if found.masked:
                 seen.notes.append(f"{source.name}: {found.masked} labels are {ignore} and do not count")
-    if not data.classification:
-        seen.outputs = math.prod(data.train.y.shape)
     return seen
 
 
