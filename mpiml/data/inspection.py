@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from mpiml.clock import unwatched
 from mpiml.data.dataset import Dataset
 from mpiml.data.sources import Indices, Source
 
@@ -35,8 +37,8 @@ class Findings:
         )
 
 
-def inspect(source: Source, rows: Indices) -> Findings:
-    """Look at some rows of a source, numbers rising, a few megabytes at a time."""
+def inspect(source: Source, rows: Indices, moved: Callable[[], object] = unwatched) -> Findings:
+    """Look at some rows of a source, numbers rising, a few megabytes at a time; `moved` is called after each."""
     found = Findings()
     row_bytes = max(math.prod(source.shape) * source.dtype.itemsize, 1)
     chunk = max(SCAN // row_bytes, 1)
@@ -51,6 +53,7 @@ def inspect(source: Source, rows: Indices) -> Findings:
             low, high = (int(place) // flat.shape[1] for place in (flat.argmin(), flat.argmax()))
             extremes = (int(flat[low].min()), int(numbers[low])), (int(flat[high].max()), int(numbers[high]))
             found |= Findings(*extremes, masked=int(np.count_nonzero(flat == -1)))
+        moved()
     return found
 
 
