@@ -192,6 +192,29 @@ class Console:
             self._bar.close()
 
 
+def entries(metrics: Path) -> list[dict[str, Any]]:
+    """What the lines of a metrics file say, those left out that say nothing."""
+    return [entry for _, entry in _lines(metrics) if entry]
+
+
+def _lines(metrics: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """The lines of a metrics file, if there is one, each with what it says; None if it is torn or damaged."""
+    with named_errors("read", metrics):
+        try:
+            with open(metrics, "rb") as file:
+                return [(line, _entry(line)) for line in file]
+        except FileNotFoundError:
+            return []
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and isinstance(entry.get("step"), int) else None
+
+
 def cut(metrics: Path, step: int, last: int, eval_every: int, log_every: int) -> list[dict[str, Any]]:
     """Remove from a metrics file what a run that goes on after `step` will write again, and a torn last line.
 
@@ -200,23 +223,33 @@ def cut(metrics: Path, step: int, last: int, eval_every: int, log_every: int) ->
 
     Returns the lines that stay.
     """
-    with named_errors("read", metrics):
-        raw = metrics.read_bytes().split(b"\n") if metrics.exists() else []
-    kept, entries = [], []
-    for line in raw:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-            continue
+
+    def stays(entry: dict[str, Any]) -> bool:
+        if entry["step"] != step:
+            return bool(entry["step"] < step)
         every = eval_every if "evaluation" in entry else log_every
-        if entry["step"] < step or (entry["step"] == step and (step == last or (every and step % every == 0))):
-            kept.append(line + b"\n")
-            entries.append(entry)
-    if b"".join(kept) != b"\n".join(raw):
-        write_atomically(metrics, b"".join(kept))
-    return entries
+        return step == last or (every > 0 and step % every == 0)
+
+    lines = _lines(metrics)
+    kept = [(line.rstrip(b"\n") + b"\n", entry) for line, entry in lines if entry and stays(entry)]
+    content = b"".join(line for line, _ in kept)
+    if content != b"".join(line for line, _ in lines):
+        write_atomically(metrics, content)
+    return [entry for _, entry in kept]
+
+
+def missing(entries: list[dict[str, Any]], step: int, log_every: int, eval_every: int) -> list[int]:
+    """The steps whose lines a metrics file had when the checkpoint of `step` was written, and has no more at its end.
+
+    Whether it had the evaluation of `step` itself is not known. In an earlier job lines may have been further apart.
+    """
+    lost: set[int] = set()
+    for every, evaluations, last in ((log_every, False, step), (eval_every, True, step - 1)):
+        there = [entry["step"] for entry in entries if entry["step"] <= last and ("evaluation" in entry) == evaluations]
+        *_, before, newest = 0, 0, *there
+        if every and last - newest >= max(every, newest - before):
+            lost.update(range((newest // every + 1) * every, last + 1, every))
+    return sorted(lost)
 
 
 def last_known(entries: list[dict[str, Any]], metric: str) -> dict[str, Any]:
