@@ -49,6 +49,15 @@ ONE_MODEL = "all ranks must build the same model: what it draws must follow from
 Agree = Callable[[NDArray[np.float64], bool, bool], Record]
 
 
+@dataclass(frozen=True)
+class Due:
+    """What is to be done after a step, in this order: saving before an evaluation, which may fail."""
+
+    log: bool
+    save: bool
+    evaluation: bool
+
+
 @dataclass
 class Run:
     """The parts of a run on this rank."""
@@ -77,6 +86,16 @@ class Run:
         """The number of the last step."""
         assert self.config.steps, "settings are resolved before a run is assembled"
         return self.config.steps
+
+    def epoch(self, step: int) -> int:
+        """The number of the epoch that a step is in, from 1 on."""
+        return (step - 1) // self.shards.steps_per_epoch + 1
+
+    def due(self, step: int) -> Due:
+        """What is to be done after a step."""
+        config, last = self.config, step == self.steps
+        every = (config.log_every, config.save_every, config.eval_every)
+        return Due(*(steps > 0 and (last or step % steps == 0) for steps in every))
 
     def free(self) -> None:
         """Give back what the MPI library holds for the run; collective."""

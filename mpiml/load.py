@@ -141,7 +141,7 @@ def measure(data: Dataset, grid: Grid, clock: Clock, shards: Shards) -> Normaliz
             raise ConfigError("--normalize: the data set's inputs are tokens, not numbers")
         clock("data")
         block = range(shards.first, shards.last) if grid.stage == 0 else ()
-        return [moments(data.train.x, shards.numbers(m)) for m in block]
+        return [moments(data.train.x, shards.numbers(m), clock.progress) for m in block]
 
     everyones = grid.comm.gather(together(grid.comm, clock, mine))
     return on_rank_0(grid.comm, clock, lambda: Normalization.of(itertools.chain(*(everyones or []))))
@@ -155,7 +155,7 @@ def look_for_starving(data: Dataset, grid: Grid, clock: Clock, shards: Shards, c
     counts, seen = found[:classes], found[classes:]
     if grid.stage == grid.stages - 1:
         clock("data")
-        counts[:], seen[:] = classes_seen(shards, classes)
+        counts[:], seen[:] = classes_seen(shards, classes, clock.progress)
     clock("joining")
     wait([grid.comm.Iallreduce(MPI.IN_PLACE, found)])
     warning = starved(counts, seen)
@@ -166,7 +166,7 @@ def _read(clock: Clock, source: Source, rows: Indices, hold: bool, look: bool, i
     clock("data")
     if hold:
         source.hold(rows)
-    return inspect(source, rows, ignore) if look else Findings()
+    return inspect(source, rows, ignore, clock.progress) if look else Findings()
 
 
 def _alike(error: DataError, rank: int, ranks: int) -> DataError:
