@@ -32,7 +32,13 @@ class Config:
     Raises ConfigError for a value that cannot be.
     """
 
-    data: str = setting("digits", GROUPS[0], "digits, a file or directory, or package.module:function", metavar="SPEC")
+    data: str = setting(
+        "digits",
+        GROUPS[0],
+        "digits, a file or directory, or package.module:function; a run that goes on may find the same data elsewhere",
+        on_resume=True,
+        metavar="SPEC",
+    )
     label: str | None = setting(None, GROUPS[0], "column of a CSV or Parquet file that holds the labels")
     context: int | None = setting(None, GROUPS[0], "bytes of a text, or tokens, that make a row", low=1)
     held_out: float = setting(0.1, GROUPS[0], "part of a text to test on if it has no test file", low=0, below=1)
@@ -82,7 +88,9 @@ class Config:
         choices=["auto", "accuracy", "r2"],
         or_named=True,
     )
-    init: str | None = setting(None, GROUPS[0], "begin with the weights of this checkpoint, at step 0", metavar="FILE")
+    init: str | None = setting(
+        None, GROUPS[0], "begin with the weights of this checkpoint, at step 0", on_resume=True, metavar="FILE"
+    )
 
     pipe: int = setting(1, GROUPS[1], "pipeline stages; ranks / stages replicas", low=1, on_resume=True)
     cuts: tuple[int, ...] = setting(

@@ -16,6 +16,7 @@ from mpiml.nn import optimizers
 from mpiml.nn.parameters import Layout, Shape
 from mpiml.parallel import split
 from mpiml.parallel.tree import aligned
+from mpiml.setting import absolute
 
 DEFAULT_EPOCHS = 30
 
@@ -26,7 +27,7 @@ def open_data(config: Config) -> Dataset:
 
 
 def resolve(config: Config, rows: int, classification: bool, replicas: int) -> Config:
-    """The config with all that was left open decided, so that its text repeats the run on any grid.
+    """The config with all that was left open decided, so that its text repeats the run on any grid, from anywhere.
 
     Raises ConfigError for micro-batches that the replicas or the rows cannot share.
     """
@@ -49,6 +50,8 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int) -> C
             raise ConfigError(f"{flag} {value}: the data set's labels are {kind}; leave it at auto")
     decay = config.weight_decay
     return config.replace(
+        data=absolute(config.data),
+        init=config.init and absolute(config.init),
         microbatches=microbatches,
         steps=steps,
         epochs=None,

@@ -32,7 +32,7 @@ from mpiml.run.directory import (
     write_result,
 )
 from mpiml.run.verdict import on_rank_0
-from mpiml.setting import flag
+from mpiml.setting import absolute, flag
 
 
 def settings(asked: Config) -> Config:
@@ -42,17 +42,29 @@ def settings(asked: Config) -> Config:
     """
     if not (asked.resume and asked.out):
         return asked
-    stored, checkpoints = Path(asked.out) / CONFIG, Path(asked.out) / CHECKPOINTS
+    path = Path(asked.out)
+    stored, checkpoints = path / CONFIG, path / CHECKPOINTS
     if stored.exists():
-        return asked.resumed(Config(**from_toml(stored)))
-    newest = checkpoint.newest(checkpoints)[0] if checkpoints.is_dir() else None
-    return asked.resumed(of_checkpoint(newest.config)) if newest else asked
+        before = Config(**from_toml(stored))
+    elif newest := checkpoint.newest(checkpoints)[0] if checkpoints.is_dir() else None:
+        before = of_checkpoint(newest.config)
+    else:
+        return asked
+    cfg = asked.resumed(before)
+    if absolute(cfg.data) != absolute(before.data) and environment.data(path) is None:
+        raise DataError(
+            f"--data {cfg.data}: the run in {path} has {before.data}, and without its {ENVIRONMENT} nothing tells "
+            "whether these are the same data"
+        )
+    return cfg
 
 
 def check_init(run: Run) -> None:
-    """Raise OutputError or ConfigError if --init cannot be used: before anything is written. Rank 0 calls it."""
-    if run.config.init:
-        vectors(run.layouts, checkpoint.load(Path(run.config.init)), (VALUES,))
+    """Raise OutputError or ConfigError if the weights of --init are needed and cannot be used: before anything is
+    written. Rank 0 calls it."""
+    cfg = run.config
+    if cfg.init and not (cfg.resume and cfg.out and checkpoint.listed(Path(cfg.out) / CHECKPOINTS)):
+        vectors(run.layouts, checkpoint.load(Path(cfg.init)), (VALUES,))
 
 
 def finished(cfg: Config) -> dict[str, Any] | None:
@@ -120,7 +132,7 @@ def _check_same_data(run: Run, path: Path) -> None:
     """Raise DataError if the run in a directory was trained on other data."""
     before = environment.data(path)
     if before and (other := difference(run.fingerprint, before, "in the run so far")):
-        raise DataError(f"{run.config.data} has changed since the run in {path} began: {other}")
+        raise DataError(f"{run.config.data} holds other data than the run in {path} was trained on: {other}")
 
 
 def _begin(run: Run, path: Path, ranks: list[dict[str, Any]]) -> None:
@@ -167,6 +179,8 @@ def restore(run: Run, path: Path) -> tuple[int, list[str], dict[str, Any]]:
             notes.append(
                 f"going on after step {found.step}" if found else f"no checkpoint in {path} yet: starting at step 0"
             )
+            if found and "init" in (cfg.given or ()):
+                notes.append(f"--init {cfg.init} is not read: it is for a run's first step")
             step = found.step if found else 0
             entries = log.cut(path / METRICS, step, run.steps, cfg.eval_every, cfg.log_every)
             history = log.last_known(entries, run.metric.name)
