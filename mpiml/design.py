@@ -112,5 +112,11 @@ def grid_text(stages: int, replicas: int, microbatches: int) -> str:
     return text
 
 
+def idle_text(busy: int, idle: int, microbatches: int) -> list[str]:
+    """One line on ranks that idle, if there are any, for a run has only so many micro-batches for the busy ones."""
+    keeps = f"--microbatches {microbatches} of the run keeps {busy} busy"
+    return [f"{busy + idle} ranks, but {keeps}: {_count(idle, 'rank')} idle"] if idle else []
+
+
 def _count(number: int, thing: str) -> str:
     return f"{number} {thing}" + ("s" if number > 1 else "")

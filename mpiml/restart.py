@@ -27,6 +27,7 @@ from mpiml.run.directory import (
     ENVIRONMENT,
     METRICS,
     RunDirectory,
+    holds_run,
     read_result,
     write_atomically,
     write_result,
@@ -65,6 +66,13 @@ def check_init(run: Run) -> None:
     cfg = run.config
     if cfg.init and not (cfg.resume and cfg.out and checkpoint.listed(Path(cfg.out) / CHECKPOINTS)):
         vectors(run.layouts, checkpoint.load(Path(cfg.init)), (VALUES,))
+
+
+def busy(cfg: Config, ranks: int) -> int:
+    """How many of `ranks` have work: all of them, unless a run goes on that has fewer micro-batches than they would
+    make replicas. Rank 0 calls it."""
+    goes_on = cfg.resume and cfg.out and holds_run(Path(cfg.out))
+    return min(ranks, cfg.pipe * cfg.microbatches) if goes_on and cfg.microbatches else ranks
 
 
 def finished(cfg: Config) -> dict[str, Any] | None:

@@ -67,6 +67,7 @@ class StopRequest:
 
     def __init__(self, deadline: Deadline | None = None) -> None:
         self.deadline = deadline or Deadline()
+        self.others: Callable[[], bool] = lambda: False  # whether somebody else was asked, and this rank is told
         self.asked = False  # by a signal
         self._asked_at = 0.0
         self._before: dict[int, Any] = {}
@@ -81,6 +82,7 @@ class StopRequest:
     def now(self) -> bool:
         """Whether to stop after the step that is under way. Is asked once in each step."""
         late = self.deadline.near()
+        self.asked = self.asked or self.others()
         return self.asked or late
 
     def reason(self) -> str:
