@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -118,15 +119,17 @@ def opened(run: Run, name: str) -> Iterator[Opened]:
 
     def take() -> Opened:
         held.append(RunDirectory.create(run.config.out, f"{name}-{run.config.model}", run.config.resume))
-        notes = [f"warning: {text}" for text in environment.warnings(ranks or [])]
-        before = read_result(held[0].path)
+        path, job = held[0].path, environment.of_job(ranks or [], run.fingerprint)
+        job, changes = environment.going_on(environment.read(path), job, checkpoint.last_step(path / CHECKPOINTS))
+        notes = [f"warning: {text}" for text in (*environment.warnings(ranks or []), *changes)]
+        before = read_result(path)
         if before.get("status") == "running":
             notes.append("the last job in this directory ended without a word: killed, or its node failed")
         elif before.get("status") == "failed":
             notes.append(f"the last job in this directory failed: {before.get('reason')}")
-        _check_same_data(run, held[0].path)
-        _begin(run, held[0].path, ranks or [])
-        return Opened(held[0].path, f"{os.getpid()}-{time.time_ns()}", notes)
+        _check_same_data(run, path)
+        _begin(run, path, job)
+        return Opened(path, f"{os.getpid()}-{time.time_ns()}", notes)
 
     try:
         known: Opened = on_rank_0(run.grid.comm, run.clock, take)
@@ -143,9 +146,9 @@ def _check_same_data(run: Run, path: Path) -> None:
         raise DataError(f"{run.config.data} holds other data than the run in {path} was trained on: {other}")
 
 
-def _begin(run: Run, path: Path, ranks: list[dict[str, Any]]) -> None:
+def _begin(run: Run, path: Path, job: Mapping[str, Any]) -> None:
     write_atomically(path / CONFIG, run.config.to_toml())
-    write_atomically(path / ENVIRONMENT, environment.to_json(ranks, run.fingerprint))
+    write_atomically(path / ENVIRONMENT, json.dumps(job, indent=2) + "\n")
     running = {
         "status": "running",
         "exit_code": None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -69,3 +70,14 @@ def test_first_weights_are_needed_until_there_is_a_checkpoint(begun: Path) -> No
     Path("run/metrics.jsonl").unlink()
     with pytest.raises(OutputError, match=f"cannot read .*/{FIRST}"):
         job(out="run", resume=True, steps=6)
+
+
+def test_another_numpy_than_the_last_jobs_is_told_and_kept(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = Path("run/environment.json")
+    file.write_text(file.read_text().replace(np.__version__, "1.0.0"))
+    job(out="run", resume=True, steps=5, quiet=False)
+    assert f"warning: since the last job NumPy is {np.__version__} (was 1.0.0): bits may" in capsys.readouterr().out
+    assert json.loads(file.read_text())["earlier"] == [{"until": 4, "NumPy": "1.0.0"}]
+    job(out="run", resume=True, steps=6, quiet=False)
+    assert "since the last job" not in capsys.readouterr().out
+    assert json.loads(file.read_text())["earlier"] == [{"until": 4, "NumPy": "1.0.0"}]

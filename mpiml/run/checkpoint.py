@@ -163,6 +163,12 @@ def listed(directory: Path) -> list[Path]:
         return sorted(directory.glob("step-*.safetensors"), reverse=True)
 
 
+def last_step(directory: Path) -> int:
+    """The step of the newest checkpoint file, by its name; 0 if there is none."""
+    names = (path.stem.removeprefix("step-") for path in listed(directory))
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
 def _content(metadata: Mapping[str, str], arrays: Iterable[tuple[str, Array]]) -> str:
     """SHA-256 of all that a checkpoint says; the arrays come in the order of their names."""
     head = json.dumps({**metadata, "sha256": ""}, sort_keys=True)

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import mpiml
 from mpiml.run.directory import ENVIRONMENT
 from mpiml.run.process import thread_pools
 
+HISTORY = 50  # changes of the environment that are kept
 PACKAGES = ("numpy", "mpi4py", "threadpoolctl", "safetensors")
 
 
@@ -30,10 +32,11 @@ def of_rank(threads: int) -> dict[str, Any]:
     }
 
 
-def to_json(ranks: list[dict[str, Any]], data: list[list[str]]) -> str:
-    """The content of environment.json, from what each rank runs on and the data set's fingerprint."""
+def of_job(ranks: list[dict[str, Any]], data: list[list[str]]) -> dict[str, Any]:
+    """What a job runs on, from what each rank runs on and the data set's fingerprint: the content of environment.json,
+    to which a run that goes on adds what was different `earlier`."""
     system = os.uname()
-    job = {
+    return {
         "mpiml": mpiml.__version__,
         "python": sys.version.split()[0],
         "platform": f"{system.sysname} {system.release} {system.machine}",
@@ -43,24 +46,59 @@ def to_json(ranks: list[dict[str, Any]], data: list[list[str]]) -> str:
         "data": data,
         "ranks": ranks,
     }
-    return json.dumps(job, indent=2) + "\n"
+
+
+def read(run: Path) -> dict[str, Any]:
+    """What environment.json in a run directory says; empty if there is none that can be read."""
+    try:
+        content = json.loads((run / ENVIRONMENT).read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def data(run: Path) -> list[list[str]] | None:
     """The fingerprint of the data of the run in a directory, if it is known."""
-    try:
-        found: list[list[str]] | None = json.loads((run / ENVIRONMENT).read_text()).get("data")
-    except (OSError, ValueError):
-        return None
-    return found
+    return read(run).get("data")
 
 
 def host(run: Path, rank: int) -> str:
     """Where a rank of the job that holds a run directory is, as its environment.json says."""
     try:
-        return str(json.loads((run / ENVIRONMENT).read_text())["ranks"][rank]["host"])
-    except (OSError, ValueError, LookupError):
+        return str(read(run)["ranks"][rank]["host"])
+    except (LookupError, TypeError):
         return "unknown"
+
+
+def essentials(job: Mapping[str, Any]) -> dict[str, str]:
+    """What bits may depend on, as far as the content of an environment.json, of whatever version, tells."""
+    ranks, packages = job.get("ranks"), job.get("packages")
+    here = [rank for rank in ranks if isinstance(rank, dict)] if isinstance(ranks, list) else []
+    texts = {
+        "processor": "; ".join(sorted({str(rank["cpu"]) for rank in here if "cpu" in rank})),
+        "BLAS": "; ".join(sorted({str(rank["blas"]) for rank in here if "blas" in rank})),
+        "NumPy": packages.get("numpy") if isinstance(packages, dict) else None,
+        "Python": job.get("python"),
+        "MPI": job.get("mpi"),
+        "mpiml": job.get("mpiml"),
+    }
+    return {name: str(text) for name, text in texts.items() if text}
+
+
+def going_on(before: Mapping[str, Any], job: Mapping[str, Any], step: int) -> tuple[dict[str, Any], list[str]]:
+    """The content of environment.json for a job that goes on after `step`, and a warning if bits may now differ.
+
+    Args:
+        before: of the last job. What was different in it, and in those before, is kept under `earlier`, in the order
+            of the jobs, each with the step `until` which it was so.
+    """
+    old, new = essentials(before), essentials(job)
+    other = {name: text for name, text in old.items() if text != new.get(name, text)}
+    earlier = before.get("earlier")
+    kept = [*(earlier if isinstance(earlier, list) else []), *([{"until": step, **other}] if other else [])]
+    changes = ", ".join(f"{name} is {new[name]} (was {text})" for name, text in other.items())
+    warning = f"since the last job {changes}: bits may differ from those of a run that never stopped"
+    return {**job, "earlier": kept[-HISTORY:]}, [warning] if other else []
 
 
 def warnings(ranks: list[dict[str, Any]]) -> list[str]:
