@@ -65,7 +65,8 @@ def check_init(run: Run) -> None:
     """Raise OutputError or ConfigError if the weights of --init are needed and cannot be used: before anything is
     written. Rank 0 calls it."""
     cfg = run.config
-    if cfg.init and not (cfg.resume and cfg.out and checkpoint.listed(Path(cfg.out) / CHECKPOINTS)):
+    checkpoints = Path(cfg.out or "") / CHECKPOINTS
+    if cfg.init and not (cfg.resume and checkpoints.is_dir() and checkpoint.listed(checkpoints)):
         vectors(run.layouts, checkpoint.load(Path(cfg.init)), (VALUES,))
 
 
