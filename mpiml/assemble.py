@@ -21,6 +21,7 @@ from mpiml.data.normalize import Normalization, NormalizedSource
 from mpiml.data.prefetch import ReadAhead, in_memory
 from mpiml.data.shards import Shards
 from mpiml.design import StageDesign, cut
+from mpiml.errors import known_to_all
 from mpiml.evaluation import Evaluation
 from mpiml.imports import called_with, named
 from mpiml.load import look_at, look_for_starving, measure
@@ -81,6 +82,13 @@ class Run:
         """Give back what the MPI library holds for the run; collective."""
         self.stage.sum.free()
         self.grid.free()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *trace: object) -> None:
+        if known_to_all(error, self.grid.comm.size):
+            self.free()
 
     def pace(self) -> Pace:
         """What compares the times of this run's ranks."""
@@ -150,7 +158,7 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
         fingerprint=data.fingerprint,
         stage=TrainingStage(grid.pipe, here, sum_, SCHEDULES[config.schedule], clock),
         update=update,
-        state=State(grid, sum_, update.states),
+        state=State(grid, sum_, update.states, clock),
         learning_rate=learning_rate(config.lr or 0.0, config.warmup_steps, config.decay, config.decay_steps or 1),
     )
 
@@ -169,12 +177,15 @@ def build_stage(
     Raises, on all ranks alike, ConfigError for a model, a loss or a metric that does not fit.
     """
 
+    clock("model")
+
     def made() -> tuple[Loss, Metric, list[nn.Layer], list[StageDesign]]:
         layers = model_for(config, task, model)
         return build_loss(config), build_metric(config, task.outputs), layers, cut(config, layers, task.shape)
 
     loss, metric, layers, stages = together(grid.comm, clock, made)
     launch.check_alike(grid.comm, clock, {MODULES: digest(layers)})
+    clock("joining")
     stage = stages[grid.stage]
     here = Part(
         forward=functools.partial(nn.forward, stage.layers),

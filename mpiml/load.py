@@ -40,8 +40,10 @@ def open_data(config: Config, comm: MPI.Intracomm, clock: Clock, data: Dataset |
         opened = data or design.open_data(config)
         return opened, opened.fingerprint
 
+    clock("data")
     mine, fingerprint = together(comm, clock, naming(comm.rank, comm.size, opened))
-    first = broadcast(comm, fingerprint)
+    with clock.doing("joining"):
+        first = broadcast(comm, fingerprint)
 
     def same() -> None:
         if other := difference(fingerprint, first, "on rank 0"):
@@ -49,7 +51,6 @@ def open_data(config: Config, comm: MPI.Intracomm, clock: Clock, data: Dataset |
 
     together(comm, clock, naming(comm.rank, comm.size, same))
     if mine.check:
-        clock("data")
         on_rank_0(comm, clock, naming(comm.rank, comm.size, mine.check))
     return mine
 

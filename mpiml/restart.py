@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpi4py import MPI
+
 from mpiml.assemble import Run
 from mpiml.build import check_constants
+from mpiml.clock import Clock
 from mpiml.config import Config, from_toml, of_checkpoint
 from mpiml.config import settings as all_settings
 from mpiml.data.fingerprint import difference
@@ -27,12 +30,16 @@ from mpiml.run.directory import (
     ENVIRONMENT,
     METRICS,
     RunDirectory,
+    holds_run,
     read_result,
     write_atomically,
     write_result,
 )
+from mpiml.run.failure import Guard
+from mpiml.run.terminal import say
 from mpiml.run.verdict import on_rank_0
 from mpiml.setting import flag
+from mpiml.waiting import broadcast
 
 
 def settings(asked: Config) -> Config:
@@ -55,24 +62,11 @@ def check_init(run: Run) -> None:
         vectors(run.layouts, checkpoint.load(Path(run.config.init)), (VALUES,))
 
 
-def finished(cfg: Config) -> dict[str, Any] | None:
-    """The result of a run that has nothing left to do. Rank 0 calls it."""
-    if not (cfg.resume and cfg.out and cfg.steps):
-        return None
-    result = read_result(Path(cfg.out))
-    if result.get("status") != "done" or result.get("step", 0) < cfg.steps:
-        return None
-    if not cfg.quiet:
-        print(f"{cfg.out} is finished after step {result['step']}: nothing to do", flush=True)
-    return result
-
-
 @dataclass
 class Opened:
-    """What every rank knows of the run directory: where it is, a token of this job, and what there is to say."""
+    """What every rank knows of the run directory: where it is, and what there is to say."""
 
     path: Path
-    token: str
     notes: list[str]
 
     @property
@@ -86,34 +80,110 @@ class Opened:
         return self.path / CHECKPOINTS
 
 
-@contextmanager
-def opened(run: Run, name: str) -> Iterator[Opened]:
-    """Hold the run directory, with all in it that is known at the start, for the length of a block; collective.
+class Hold:
+    """The run directory of a job. Rank 0 holds it: on a resume before anything can be refused, so that result.json
+    never tells of the job before; and until all is written, how the job failed too. Collective.
 
     Args:
-        name: of the data set, for the name of a new directory.
+        guard: is told where it is.
     """
-    ranks = run.grid.comm.gather(environment.of_rank(run.config.threads))
-    held: list[RunDirectory] = []
 
-    def take() -> Opened:
-        held.append(RunDirectory.create(run.config.out, f"{name}-{run.config.model}", run.config.resume))
-        notes = [f"warning: {text}" for text in environment.warnings(ranks or [])]
-        before = read_result(held[0].path)
-        if before.get("status") == "running":
-            notes.append("the last job in this directory ended without a word: killed, or its node failed")
-        elif before.get("status") == "failed":
-            notes.append(f"the last job in this directory failed: {before.get('reason')}")
-        _check_same_data(run, held[0].path)
-        _begin(run, held[0].path, ranks or [])
-        return Opened(held[0].path, f"{os.getpid()}-{time.time_ns()}", notes)
+    def __init__(self, comm: MPI.Intracomm, clock: Clock, guard: Guard):
+        self.comm, self.clock, self.guard = comm, clock, guard
+        self._directory: RunDirectory | None = None  # on rank 0
+        self._before: dict[str, Any] = {}  # the result of the job before
 
-    try:
-        known: Opened = on_rank_0(run.grid.comm, run.clock, take)
-        yield known
-    finally:
-        for directory in held:
-            directory.close()
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._directory:
+            self._directory.close()
+
+    def resumed(self, asked: Config) -> tuple[Config, dict[str, Any] | None]:
+        """The settings of the run that `asked` goes on with, and its result if nothing is left to do."""
+        if not asked.resume:
+            return asked, None
+
+        def look() -> tuple[Config, dict[str, Any] | None]:
+            path, done = Path(asked.out or ""), None
+            try:
+                cfg = settings(asked)
+                done = _finished(cfg, read_result(path))
+            finally:
+                if not done and asked.out and holds_run(path):
+                    self._take(RunDirectory.create(asked.out, "", resume=True))
+            return cfg, done
+
+        cfg, done = on_rank_0(self.comm, self.clock, look)
+        self._tell()
+        return cfg, done
+
+    def finished(self, cfg: Config) -> dict[str, Any] | None:
+        """The result of a run that, as is known only by now, has nothing left to do."""
+
+        def look() -> dict[str, Any] | None:
+            done = _finished(cfg, self._before)
+            if done and self._directory:
+                write_result(self._directory.path, done)
+            return done
+
+        done: dict[str, Any] | None = on_rank_0(self.comm, self.clock, look)
+        return done
+
+    def opened(self, run: Run, name: str) -> Opened:
+        """The directory, with all in it that is known at the start.
+
+        Args:
+            name: of the data set, for the name of a new directory.
+        """
+        ranks = self.comm.gather(environment.of_rank(run.config.threads))
+
+        def write() -> Opened:
+            config = run.config
+            directory = self._directory or RunDirectory.create(config.out, f"{name}-{config.model}", config.resume)
+            if not self._directory:
+                self._take(directory)
+            path = directory.path
+            _check_same_data(run, path)
+            write_result(path, read_result(path) | {"pipe": config.pipe, "microbatches": config.microbatches})
+            write_atomically(path / CONFIG, config.to_toml())
+            write_atomically(path / ENVIRONMENT, environment.to_json(ranks or [], run.fingerprint))
+            warnings = [f"warning: {text}" for text in environment.warnings(ranks or [])]
+            return Opened(path, [*warnings, *_notes(self._before)])
+
+        known: Opened = on_rank_0(self.comm, self.clock, write)
+        self._tell()
+        return known
+
+    def _take(self, directory: RunDirectory) -> None:
+        """Rank 0: from now on this job's fate is written there."""
+        self._directory, self._before = directory, read_result(directory.path)
+        self.guard.run, self.guard.token = directory.path, f"{os.getpid()}-{time.time_ns()}"
+        running = {"status": "running", "exit_code": None, "reason": None, "rank": None, "step": 0}
+        write_result(directory.path, running | {"ranks": self.comm.size})
+
+    def _tell(self) -> None:
+        with self.clock.doing("joining"):
+            self.guard.run, self.guard.token = broadcast(self.comm, (self.guard.run, self.guard.token))
+
+
+def _finished(cfg: Config, result: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of the job before, if there is nothing left to do."""
+    if not (cfg.out and cfg.steps) or result.get("status") != "done" or result.get("step", 0) < cfg.steps:
+        return None
+    if not cfg.quiet:
+        say(f"{cfg.out} is finished after step {result['step']}: nothing to do", sys.stdout)
+    return result
+
+
+def _notes(before: Mapping[str, Any]) -> list[str]:
+    """What a person should know of the job before, by its result."""
+    if before.get("status") == "running":
+        return ["the last job in this directory ended without a word: killed, or its node failed"]
+    if before.get("status") == "failed":
+        return [f"the last job in this directory failed: {before.get('reason')}"]
+    return []
 
 
 def _check_same_data(run: Run, path: Path) -> None:
@@ -121,22 +191,6 @@ def _check_same_data(run: Run, path: Path) -> None:
     before = environment.data(path)
     if before and (other := difference(run.fingerprint, before, "in the run so far")):
         raise DataError(f"{run.config.data} has changed since the run in {path} began: {other}")
-
-
-def _begin(run: Run, path: Path, ranks: list[dict[str, Any]]) -> None:
-    write_atomically(path / CONFIG, run.config.to_toml())
-    write_atomically(path / ENVIRONMENT, environment.to_json(ranks, run.fingerprint))
-    running = {
-        "status": "running",
-        "exit_code": None,
-        "reason": None,
-        "rank": None,
-        "step": 0,
-        "ranks": run.grid.comm.size,
-        "pipe": run.grid.stages,
-        "microbatches": run.config.microbatches,
-    }
-    write_result(path, running)
 
 
 def finish(run: Run, path: Path, outcome: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,11 +257,9 @@ def save(run: Run, step: int, directory: Path) -> float:
     """Write a checkpoint; collective. Returns the seconds that it took."""
     began = time.monotonic()
     with run.clock.booked("checkpoint"):
-        run.clock("joining")
         stages = run.state.collect()
 
         def write() -> None:
-            run.clock("checkpoint")
             arrays = named(run.layouts, stages, *run.state.mine)
             if run.normalization:
                 arrays |= run.normalization.arrays()
@@ -226,7 +278,6 @@ def size(run: Run) -> int:
 def digest(run: Run) -> str:
     """The SHA-256 of all weights in layer order, the same for every layout; collective."""
     with run.clock.booked("checkpoint"):
-        run.clock("joining")
         stages = run.state.collect(VALUES)
         return on_rank_0(
             run.grid.comm, run.clock, lambda: checkpoint.digest(named(run.layouts, stages, VALUES).items())

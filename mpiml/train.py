@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import sys
 
 if __name__ == "__main__":
-    gc.disable()  # until all is imported: what is imported stays
-    # Set before NumPy loads: otherwise each rank's BLAS starts a thread per core, only to be told to use fewer.
-    for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
-        os.environ.setdefault(variable, "1")
-    if {"-h", "--help", "--version"} & set(sys.argv[1:]):
-        # Must work where MPI cannot start, on a login node say; the imports below start MPI.
+    from mpiml import start
+
+    start.begin("mpiml.train")
+    if start.help_is_asked_for():
         from mpiml.config import parse
         from mpiml.errors import ConfigError
 
-        with contextlib.suppress(ConfigError):  # is found again, and told, when MPI is up
+        with contextlib.suppress(ConfigError):  # is raised again, and reported, when MPI is up
             parse(sys.argv[1:])
     from mpiml.run.process import StopRequest
 
     StopRequest().__enter__()  # a signal that comes before MPI is up must not kill; train() takes it over
+    start.start_mpi()
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,13 +42,12 @@ from mpiml.parallel.split import check_ranks
 from mpiml.run import launch, log, trace
 from mpiml.run.deadline import Deadline
 from mpiml.run.failure import Guard, exit_code
-from mpiml.run.process import StopRequest, ignore_signals, prepare_process
+from mpiml.run.process import StopRequest, prepare_process
 from mpiml.run.verdict import on_rank_0, together
 from mpiml.run.watch import Watch
 
 if __name__ == "__main__":
-    gc.freeze()
-    gc.enable()
+    start.begun()
 
 PROGRAM = "mpiml.train"
 
@@ -76,52 +73,56 @@ def train(
     """
     comm = MPI.COMM_WORLD if comm is None else comm
     clock = trace.clock_for(config.trace, comm.size)
-    with Guard(comm, clock, PROGRAM) as guard:
-        return _train(config, comm, model, data, clock, guard)
+    guard = Guard(comm, clock, PROGRAM)
+    with restart.Hold(comm, clock, guard) as hold, guard:
+        return _train(config, comm, model, data, hold, guard)
 
 
 def _train(
-    asked: Config, comm: MPI.Intracomm, model: Model | None, data: Dataset | None, clock: Clock, guard: Guard
+    asked: Config, comm: MPI.Intracomm, model: Model | None, data: Dataset | None, hold: restart.Hold, guard: Guard
 ) -> dict[str, Any]:
-    began = perf_counter()
+    began, clock = perf_counter(), guard.clock
     launch.check_size(MPI.COMM_WORLD.size)
     launch.check_alike(comm, clock, launch.software() | asked.by_flag())
-    cfg = on_rank_0(comm, clock, lambda: restart.settings(asked)) if asked.resume else asked
+    cfg, done = hold.resumed(asked)
+    if done:
+        return done
     stop = StopRequest(Deadline(cfg.time_limit, os.environ))
-    with Watch(comm.Dup(), clock, cfg.stall_timeout, guard.fail), stop:
+    with Watch(comm.Dup(), clock, cfg.stall_timeout, guard.fail) as watch, stop:
         together(comm, clock, lambda: check_ranks(comm.size, cfg.pipe))
         if cfg.trace:
             on_rank_0(comm, clock, lambda: trace.check(cfg.trace, cfg.out))
         prepare_process(cfg.threads)
-        if cfg.resume and (done := on_rank_0(comm, clock, lambda: restart.finished(cfg))):
-            return done
         dataset = load.open_data(cfg, comm, clock, data)
         replicas = comm.size // cfg.pipe
         cfg = together(comm, clock, lambda: design.resolve(cfg, len(dataset.train), dataset.classification, replicas))
-        if cfg.resume and (done := on_rank_0(comm, clock, lambda: restart.finished(cfg))):  # --epochs has become steps
+        if cfg.resume and (done := hold.finished(cfg)):  # --epochs has become steps
             return done
-        run = assemble.assemble(cfg, dataset, grids.build(comm, cfg.pipe), clock, model)
-        if cfg.init:
-            on_rank_0(comm, clock, lambda: restart.check_init(run))
-        with restart.opened(run, dataset.name) as directory:
-            guard.run, guard.token = directory.path, directory.token
-            start, notes, history = restart.restore(run, directory.path)
-            rows, metric = run.shards.rows_per_step, run.metric.name
-            with log.Log(run.grid.comm, directory.metrics, clock, rows, metric, run.pace()) as logger:
-                logger.open_console(start + 1, run.steps, cfg.quiet)
-                grid = design.grid_text(run.grid.stages, run.grid.replicas, cfg.microbatches or 1)
-                for line in [*directory.notes, *run.notes, *notes, grid]:
-                    logger.say(line)
-                # Numbers that are not finite end the run, with a better message than NumPy's.
-                drawn = trace.written(cfg.trace, run.grid, clock, logger.say)
-                with run.ahead, np.errstate(all="ignore"), drawn:
-                    outcome = history | _loop(run, start, directory.checkpoints, logger, stop)
-                outcome["samples_per_second"] = logger.samples_per_second()
-                outcome["seconds"] = round(perf_counter() - began, 3)
-                _summary(run, directory.path, outcome, logger)
-            result = restart.finish(run, directory.path, outcome)
-        run.free()
-        return result
+        with grids.build(comm, cfg.pipe) as grid, assemble.assemble(cfg, dataset, grid, clock, model) as run:
+            return _run(run, dataset.name, hold, [*run.notes, *watch.notes], stop, began)
+
+
+def _run(run: Run, name: str, hold: restart.Hold, notes: list[str], stop: StopRequest, began: float) -> dict[str, Any]:
+    """Train what is assembled, in its directory. Returns the content of result.json."""
+    cfg, clock = run.config, run.clock
+    if cfg.init:
+        on_rank_0(run.grid.comm, clock, lambda: restart.check_init(run))
+    directory = hold.opened(run, name)
+    start, more, history = restart.restore(run, directory.path)
+    rows, metric = run.shards.rows_per_step, run.metric.name
+    with log.Log(run.grid.comm, directory.metrics, clock, rows, metric, run.pace()) as logger:
+        logger.open_console(start + 1, run.steps, cfg.quiet)
+        grid = design.grid_text(run.grid.stages, run.grid.replicas, cfg.microbatches or 1)
+        for line in [*directory.notes, *notes, *more, grid]:
+            logger.say(line)
+        # Numbers that are not finite end the run, with a better message than NumPy's.
+        drawn = trace.written(cfg.trace, run.grid, clock, logger.say)
+        with run.ahead, np.errstate(all="ignore"), drawn:
+            outcome = history | _loop(run, start, directory.checkpoints, logger, stop)
+        outcome["samples_per_second"] = logger.samples_per_second()
+        outcome["seconds"] = round(perf_counter() - began, 3)
+        _summary(run, directory.path, outcome, logger)
+    return restart.finish(run, directory.path, outcome)
 
 
 def _loop(run: Run, start: int, checkpoints: Path, logger: log.Log, stop: StopRequest) -> dict[str, Any]:
@@ -227,6 +228,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    ignore_signals()
-    sys.exit(code)
+    start.end(main())

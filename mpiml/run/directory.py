@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -88,14 +89,21 @@ class RunDirectory:
         with named_errors("create the run directory", path):
             path.mkdir(parents=True, exist_ok=True)
         directory = cls(path)
-        if holds_run(path) and not resume:
+        try:
+            directory._prepare(resume)
+        except BaseException:
             directory.close()
+            raise
+        return directory
+
+    def _prepare(self, resume: bool) -> None:
+        path = self.path
+        if holds_run(path) and not resume:
             raise DirectoryError(f"{path} already holds a run: go on with it by --resume, or choose another --out")
         with named_errors("create the run directory", path):
             (path / CHECKPOINTS).mkdir(exist_ok=True)
             for leftover in (*path.glob(f"{FAILED}*"), *path.glob(f"**/.*{PARTIAL}")):
                 leftover.unlink(missing_ok=True)
-        return directory
 
     def _take(self) -> int:
         with named_errors("open the run directory", self.path):
@@ -111,7 +119,8 @@ class RunDirectory:
 
     def close(self) -> None:
         """Let others have the directory."""
-        os.close(self._lock)
+        with contextlib.suppress(OSError):  # of a file that holds nothing: it is closed all the same
+            os.close(self._lock)
 
 
 def holds_run(path: Path) -> bool:
@@ -136,8 +145,21 @@ def read_result(run: Path) -> dict[str, Any]:
 
 
 def write_result(run: Path, result: dict[str, Any]) -> None:
-    """Replace result.json in a run directory."""
-    write_atomically(run / RESULT, json.dumps(result, indent=2) + "\n")
+    """Replace result.json in a run directory. Where there is no room for a second file, the disk being full, it is
+    written over the first: some kilobytes of the disk are its own."""
+    content = json.dumps(result, indent=2) + "\n"
+    try:
+        write_atomically(run / RESULT, content)
+    except OutputError:
+        try:
+            with open(run / RESULT, "r+") as file:
+                file.write(content)
+                file.truncate()
+        except OSError:
+            pass
+        else:
+            return
+        raise
 
 
 def _numbered(parent: Path, name: str) -> Path:

@@ -62,8 +62,8 @@ def check_alike(comm: MPI.Intracomm, clock: Clock, mine: Mapping[str, str]) -> N
     Args:
         mine: what this rank has, under names that a message can use.
     """
-    clock("joining")
-    first = broadcast(comm, dict(mine))
+    with clock.doing("joining"):
+        first = broadcast(comm, dict(mine))
 
     def compare() -> None:
         for name, value in mine.items():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from mpiml.clock import Clock
 from mpiml.nn.parameters import Layout, Parameter, constant
 from mpiml.parallel import grid as grids
 from mpiml.parallel.allreduce import LibrarySum, OrderedSum
@@ -42,7 +43,7 @@ def build(kind: type, pipe: int, *bucket: int) -> tuple[grids.Grid, State]:
     arguments = (16, layout.size, layout.blocks(), layout.dtype, *bucket)
     sum_ = kind(grid.data, PrivateMemory(), [1] * grid.replicas, *arguments)
     size = sum(stop - start for start, stop in sum_.held)
-    return grid, State(grid, sum_, {name: zeros(size, layout.dtype) for name in NAMES[1:]})
+    return grid, State(grid, sum_, {name: zeros(size, layout.dtype) for name in NAMES[1:]}, Clock())
 
 
 def same(left: Whole, right: Whole, names: tuple[str, ...]) -> bool:
