@@ -21,7 +21,7 @@ from mpiml.data.normalize import Normalization, NormalizedSource
 from mpiml.data.prefetch import ReadAhead, steps_ahead
 from mpiml.data.shards import Shards
 from mpiml.design import StageDesign, cut, warnings
-from mpiml.errors import DataError
+from mpiml.errors import DataError, known_to_all
 from mpiml.evaluation import Evaluation
 from mpiml.imports import called_with, named
 from mpiml.load import look_at, look_for_starving, measure
@@ -101,6 +101,13 @@ class Run:
         """Give back what the MPI library holds for the run; collective."""
         self.stage.sum.free()
         self.grid.free()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *trace: object) -> None:
+        if known_to_all(error, self.grid.comm.size):
+            self.free()
 
     def pace(self) -> Pace:
         """What compares the times of this run's ranks."""
@@ -182,7 +189,7 @@ def assemble(
         fingerprint=data.fingerprint,
         stage=TrainingStage(grid.pipe, here, sum_, SCHEDULES[config.schedule], clock),
         update=update,
-        state=State(grid, sum_, update.states),
+        state=State(grid, sum_, update.states, clock),
         learning_rate=learning_rate(config.lr or 0.0, config.warmup_steps, config.decay, config.decay_steps or 1),
     )
 
@@ -201,6 +208,8 @@ def build_stage(
     Raises, on all ranks alike, ConfigError for a model, a loss or a metric that does not fit.
     """
 
+    clock("model")
+
     def made() -> tuple[Loss, Metric, list[nn.Layer], list[StageDesign], dict[str, str]]:
         layers = model_for(config, task, model)
         stages = cut(config, layers, task.shape)
@@ -208,6 +217,7 @@ def build_stage(
 
     loss, metric, layers, stages, text = together(grid.comm, clock, made)
     launch.check_alike(grid.comm, clock, text, ONE_MODEL)
+    clock("joining")
     stage = stages[grid.stage]
     here = Part(
         forward=functools.partial(nn.forward, stage.layers, learned=stage.learned),

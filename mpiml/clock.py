@@ -4,6 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
 
+# What a rank can be doing. data, model: reading the one and building the other, with the user's functions for them.
+# waiting: for a neighbouring stage. communication: the step record, and what the computing did not hide of the exchange
+# of gradients and values. update: adding up gradients and optimizing, in pieces. joining: waiting outside the steps.
+ACTIVITIES = (
+    *("start", "data", "model", "compute", "waiting", "communication", "update", "evaluation", "checkpoint", "log"),
+    "joining",
+)
 # In each of these a rank may rightly stand still for as long as another rank is busy.
 BLOCKED_ON_OTHERS = frozenset({"waiting", "communication", "joining"})
 SHARES = ("compute", "waiting", "communication", "update", "data")
@@ -14,12 +21,7 @@ def unwatched() -> None:
 
 
 class Clock:
-    """Seconds per activity. Call it with an activity's name whenever that activity begins.
-
-    Activities: compute, waiting (for a neighbouring stage), communication (step record, exchange of gradients and
-    values: what the computing did not hide), update (adding up gradients and optimizing, piece by piece), data,
-    evaluation, checkpoint, log, start, joining (a collective outside the steps).
-    """
+    """Seconds per activity. Call it with one of ACTIVITIES whenever that activity begins."""
 
     def __init__(self) -> None:
         self.activity = "start"
@@ -43,6 +45,14 @@ class Clock:
 
     def mark(self, part: str, microbatch: int) -> None:
         """Say which part of the computing of a micro-batch begins: for whoever draws it (mpiml.run.trace)."""
+
+    @contextmanager
+    def doing(self, activity: str) -> Iterator[None]:
+        """An activity for the length of a block; after it the one before goes on."""
+        before = self.activity
+        self(activity)
+        yield
+        self(before)
 
     @contextmanager
     def booked(self, name: str) -> Iterator[None]:

@@ -1,7 +1,13 @@
 """`mpirun -n 4 python -m mpiml.doctor`: what it can be asked; mpiml.study.doctor does it."""
 
-import argparse
 import sys
+
+if __name__ == "__main__":
+    from mpiml import start
+
+    start.begin("mpiml.doctor")
+
+import argparse
 from collections.abc import Sequence
 
 from mpiml.study.command import Parser, whole
@@ -20,9 +26,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        parse(["--help"])  # works where MPI cannot start
-
+    if start.help_is_asked_for():
+        parse(["--help"])
+    start.start_mpi()
     from mpiml.study.doctor import main
 
-    sys.exit(main(lambda: parse(sys.argv[1:])))
+    start.begun()
+    start.end(main(lambda: parse(sys.argv[1:])))

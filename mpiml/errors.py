@@ -20,6 +20,10 @@ class RunError(Exception):
         self.silent = False
 
 
+class StallError(RunError):
+    """A rank makes no progress, or is gone; or all wait, or their launcher is gone, and `rank` is None."""
+
+
 class DataError(RunError, ValueError):
     """The data set cannot be used as it is."""
 
@@ -48,6 +52,11 @@ class ConfigError(RunError, ValueError):
     """A setting, or the way the job was launched, does not work."""
 
     exit_code = 78
+
+
+def known_to_all(error: BaseException | None, ranks: int) -> bool:
+    """Whether all ranks leave a block by the same error, or by none: then they can leave it in step."""
+    return error is None or ranks == 1 or getattr(error, "everywhere", False)
 
 
 SAVED = 75  # not an error: the state is saved, and the same command with --resume goes on

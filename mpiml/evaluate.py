@@ -1,8 +1,13 @@
 """`python -m mpiml.evaluate`: what it can be asked; mpiml.study.evaluate does it."""
 
-import argparse
-import os
 import sys
+
+if __name__ == "__main__":
+    from mpiml import start
+
+    start.begin("mpiml.evaluate")
+
+import argparse
 from collections.abc import Sequence
 
 from mpiml.study.command import Parser, whole
@@ -43,11 +48,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
-        os.environ.setdefault(variable, "1")  # as in mpiml.train
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        parse(["--help"])  # works where MPI cannot start
-
+    if start.help_is_asked_for():
+        parse(["--help"])
+    start.start_mpi()
     from mpiml.study.evaluate import main
 
-    sys.exit(main(lambda: parse(sys.argv[1:])))
+    start.begun()
+    start.end(main(lambda: parse(sys.argv[1:])))

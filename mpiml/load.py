@@ -45,8 +45,10 @@ def open_data(config: Config, comm: MPI.Intracomm, clock: Clock, data: Dataset |
             stored = config.resume and "data" not in (config.given or ())
             raise DataError(f"{error}{elsewhere if stored else ''}") from error
 
+    clock("data")
     mine, fingerprint = together(comm, clock, naming(comm.rank, comm.size, opened))
-    first = broadcast(comm, fingerprint)
+    with clock.doing("joining"):
+        first = broadcast(comm, fingerprint)
 
     def same() -> None:
         if other := difference(fingerprint, first, "on rank 0"):
@@ -54,7 +56,6 @@ def open_data(config: Config, comm: MPI.Intracomm, clock: Clock, data: Dataset |
 
     together(comm, clock, naming(comm.rank, comm.size, same))
     if mine.check:
-        clock("data")
         on_rank_0(comm, clock, naming(comm.rank, comm.size, mine.check))
     return mine
 

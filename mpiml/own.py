@@ -14,7 +14,7 @@ from mpiml.imports import called_with, named
 from mpiml.nn.losses import Array, Labels
 
 STATUS = {"status", "exit_code", "reason", "rank", "traceback", "step", "ranks", "pipe", "microbatches"}
-OUTCOME = {"loss", "test_loss", "weights_sha256", "samples_per_second", "seconds"}
+OUTCOME = {"saved", "loss", "test_loss", "weights_sha256", "samples_per_second", "seconds"}
 LINE = {"epoch", "learning_rate", "gradient_norm", "evaluation"}
 FIELDS = STATUS | OUTCOME | LINE | {"run", "data", "rows"}  # beside which a metric's value stands under its name
 

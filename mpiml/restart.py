@@ -1,67 +1,33 @@
-"""How a run begins, in a new directory or where it left off, and how its state is kept."""
+"""How a run begins anew or where it left off, and how its state is kept."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mpiml import documents
 from mpiml.assemble import Run
 from mpiml.build import Task, check_constants
 from mpiml.config import Config
 from mpiml.config import settings as all_settings
-from mpiml.data.fingerprint import difference
 from mpiml.data.normalize import Normalization
-from mpiml.errors import DataError, OutputError
+from mpiml.errors import OutputError
+from mpiml.hold import Opened
 from mpiml.nn.parameters import Layout, Parameter
 from mpiml.parallel.state import VALUES
-from mpiml.run import checkpoint, environment, lock, log
+from mpiml.run import checkpoint, lock, log
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.run.directory import (
     CHECKPOINTS,
-    CONFIG,
-    ENVIRONMENT,
     METRICS,
-    RunDirectory,
-    read_result,
     sync_file,
     update_result,
-    write_atomically,
-    write_result,
 )
 from mpiml.run.metrics import entries, missing
 from mpiml.run.verdict import on_rank_0
-from mpiml.saved import CODE, settings_in, settings_of
-from mpiml.setting import absolute, flag
-
-
-def settings(asked: Config) -> tuple[Config, Config | None]:
-    """The settings to start from: those asked for, or a stored run's, changed as asked; and the stored ones, if there
-    are any. Rank 0 calls it.
-
-    A run whose config.toml is gone has them in its checkpoints.
-    """
-    if not (asked.resume and asked.out):
-        return asked, None
-    path = Path(asked.out)
-    stored, checkpoints = path / CONFIG, path / CHECKPOINTS
-    if stored.exists():
-        before = settings_in(stored)
-    elif checkpoints.is_dir() and (newest := checkpoint.newest(checkpoints, lambda name: False)[0]):
-        before = settings_of(newest, CODE, {name: getattr(asked, name) for name in asked.given or ()})
-    else:
-        return asked, None
-    cfg = asked.resumed(before)
-    if absolute(cfg.data) != absolute(before.data) and environment.data(path) is None:
-        raise DataError(
-            f"--data {cfg.data}: the run in {path} has {before.data}, and without its {ENVIRONMENT} nothing tells "
-            "whether these are the same data"
-        )
-    return cfg, before
+from mpiml.saved import settings_of
+from mpiml.setting import flag
 
 
 def check_saved(cfg: Config, layouts: Sequence[Layout]) -> None:
@@ -74,108 +40,6 @@ def check_saved(cfg: Config, layouts: Sequence[Layout]) -> None:
     elif cfg.init:
         first = checkpoint.load(Path(cfg.init), lambda name: not name.startswith("optimizer."))
         checkpoint.check_kinds(first.origin, checkpoint.kinds_of(first.arrays), needed)
-
-
-def finished(cfg: Config) -> dict[str, Any] | None:
-    """The result of a run that has nothing left to do. Rank 0 calls it."""
-    if not (cfg.resume and cfg.out and cfg.steps):
-        return None
-    result = read_result(Path(cfg.out))
-    if result.get("status") != "done" or result.get("step", 0) < cfg.steps:
-        return None
-    if not cfg.quiet:
-        print(f"{cfg.out} is finished after step {result['step']}: nothing to do", flush=True)
-    return result | {"exit_code": 0}  # which is what "done" says, whatever else a file says
-
-
-@dataclass
-class Opened:
-    """What every rank knows of the run directory: where it is, a token of this job, and what there is to say."""
-
-    path: Path
-    token: str
-    notes: list[str]
-
-    @property
-    def metrics(self) -> Path:
-        """One line per logged step and per evaluation."""
-        return self.path / METRICS
-
-    @property
-    def checkpoints(self) -> Path:
-        """The directory of checkpoints."""
-        return self.path / CHECKPOINTS
-
-
-@contextmanager
-def opened(run: Run, name: str) -> Iterator[Opened]:
-    """Hold the run directory, with all in it that is known at the start, for the length of a block; collective.
-
-    Args:
-        name: of the data set, for the name of a new directory.
-    """
-    ranks = run.grid.comm.gather(environment.of_rank(run.config.threads))
-    held: list[RunDirectory] = []
-
-    def take() -> Opened:
-        held.append(RunDirectory.create(run.config.out, f"{name}-{run.config.model}", run.config.resume))
-        path, job = held[0].path, environment.of_job(ranks or [], run.fingerprint)
-        job, changes = environment.going_on(environment.read(path), job, checkpoint.last_step(path / CHECKPOINTS))
-        notes = [f"warning: {text}" for text in (*environment.warnings(ranks or []), *changes)] + held[0].notes
-        before = read_result(path)
-        if before.get("status") == "running":
-            notes.append("the last job in this directory ended without a word: killed, or its node failed")
-        elif before.get("status") == "failed":
-            notes.append(f"the last job in this directory failed: {before.get('reason')}")
-        _check_same_data(run, path)
-        _check_nothing_vanished(run.config, path, before)
-        _begin(run, path, job)
-        return Opened(path, held[0].token, notes)
-
-    try:
-        known: Opened = on_rank_0(run.grid.comm, run.clock, take)
-        yield known
-    finally:
-        for directory in held:
-            directory.close()
-
-
-def _check_same_data(run: Run, path: Path) -> None:
-    """Raise DataError if the run in a directory was trained on other data."""
-    before = environment.data(path)
-    if before and (other := difference(run.fingerprint, before, "in the run so far")):
-        raise DataError(f"{run.config.data} holds other data than the run in {path} was trained on: {other}")
-
-
-def _check_nothing_vanished(config: Config, path: Path, result: Mapping[str, Any]) -> None:
-    """Raise OutputError if there is no checkpoint, though there was one: the run has stopped and saved, or its metrics
-    go beyond the step of its first save, which was on disk before they did."""
-    if checkpoint.listed(path / CHECKPOINTS):
-        return
-    stored = settings_in(path / CONFIG) if (path / CONFIG).exists() else config
-    reached = max((entry["step"] for entry in entries(path / METRICS)), default=0)
-    stopped = result.get("step", 0) if result.get("status") == "stopped" else 0
-    if stopped or 0 < stored.save_every < reached:
-        raise OutputError(
-            f"the checkpoints in {path / CHECKPOINTS} are gone, for the run had come to step {max(stopped, reached)}: "
-            f"put them back, or begin anew with another --out"
-        )
-
-
-def _begin(run: Run, path: Path, job: Mapping[str, Any]) -> None:
-    write_atomically(path / CONFIG, run.config.to_toml())
-    write_atomically(path / ENVIRONMENT, documents.to_json(job, indent=2) + "\n")
-    running = {
-        "status": "running",
-        "exit_code": None,
-        "reason": None,
-        "rank": None,
-        "step": 0,
-        "ranks": run.grid.comm.size,
-        "pipe": run.grid.stages,
-        "microbatches": run.config.microbatches,
-    }
-    write_result(path, running)
 
 
 def finish(run: Run, path: Path, outcome: Mapping[str, Any]) -> dict[str, Any]:
@@ -268,7 +132,6 @@ def save(run: Run, step: int, directory: Opened) -> float:
     """
     began = time.monotonic()
     with run.clock.booked("checkpoint"):
-        run.clock("joining")
         stages = run.state.collect()
 
         def write() -> None:
@@ -293,7 +156,6 @@ def size(run: Run) -> int:
 def digest(run: Run) -> str:
     """The SHA-256 of all weights in layer order, the same for every layout; collective."""
     with run.clock.booked("checkpoint"):
-        run.clock("joining")
         stages = run.state.collect(VALUES)
 
         def computed() -> str:

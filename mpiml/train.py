@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import sys
 
 if __name__ == "__main__":
-    gc.disable()  # until all is imported: what is imported stays
-    # Set before NumPy loads: otherwise each rank's BLAS starts a thread per core, only to be told to use fewer.
-    for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
-        os.environ.setdefault(variable, "1")
-    if {"-h", "--help", "--version"} & set(sys.argv[1:]):
-        # Must work where MPI cannot start, on a login node say; the imports below start MPI.
+    from mpiml import start
+
+    start.begin("mpiml.train")
+    if start.help_is_asked_for():
         from mpiml.config import parse
         from mpiml.errors import ConfigError
 
-        with contextlib.suppress(ConfigError):  # is found again, and told, when MPI is up
+        with contextlib.suppress(ConfigError):  # is raised again, and reported, when MPI is up
             parse(sys.argv[1:])
     from mpiml.run.process import StopRequest
 
     StopRequest().__enter__()  # a signal that comes before MPI is up must not kill; train() takes it over
+    start.start_mpi()
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +36,7 @@ from mpiml.clock import Clock
 from mpiml.config import Config, parse
 from mpiml.data.dataset import Dataset
 from mpiml.errors import SAVED, NotFiniteError
+from mpiml.hold import Hold, Opened
 from mpiml.parallel import grid as grids
 from mpiml.parallel.record import Record, agree
 from mpiml.parallel.split import check_ranks
@@ -45,13 +44,12 @@ from mpiml.run import launch, log, trace
 from mpiml.run.crew import Crew
 from mpiml.run.deadline import Deadline
 from mpiml.run.failure import Guard, exit_code
-from mpiml.run.process import StopRequest, ignore_signals, prepare_process
+from mpiml.run.process import StopRequest, prepare_process
 from mpiml.run.verdict import on_rank_0, together
 from mpiml.run.watch import Watch
 
 if __name__ == "__main__":
-    gc.freeze()
-    gc.enable()
+    start.begun()
 
 PROGRAM = "mpiml.train"
 
@@ -77,84 +75,72 @@ def train(
     """
     comm = MPI.COMM_WORLD if comm is None else comm
     clock = trace.clock_for(config.trace, comm.size)
-    with Guard(comm, clock, PROGRAM) as guard:
-        return _train(config, comm, model, data, clock, guard)
+    guard = Guard(comm, clock, PROGRAM)
+    with Hold(guard) as hold, guard:
+        return _train(config, comm, model, data, hold, guard)
 
 
 def _train(
-    asked: Config, comm: MPI.Intracomm, model: Model | None, data: Dataset | None, clock: Clock, guard: Guard
+    asked: Config, comm: MPI.Intracomm, model: Model | None, data: Dataset | None, hold: Hold, guard: Guard
 ) -> dict[str, Any]:
-    began = perf_counter()
+    began, clock = perf_counter(), guard.clock
     launch.check_size(MPI.COMM_WORLD.size)
     launch.check_alike(comm, clock, launch.software() | asked.by_flag())
-    cfg, before = on_rank_0(comm, clock, lambda: restart.settings(asked)) if asked.resume else (asked, None)
+    cfg, before, done = hold.resumed(asked)
+    if done:
+        return done
     stop = StopRequest(Deadline(cfg.time_limit, os.environ))
-    with Watch(comm.Dup(), clock, cfg.stall_timeout, guard.fail), stop:
+    with Watch(comm.Dup(), clock, cfg.stall_timeout, guard.fail) as watch, stop:
         together(comm, clock, lambda: check_ranks(comm.size, cfg.pipe))
         if cfg.trace:
             on_rank_0(comm, clock, lambda: trace.check(cfg.trace, cfg.out))
         prepare_process(cfg.threads)
-        if cfg.resume and (done := on_rank_0(comm, clock, lambda: restart.finished(cfg))):
-            return done
         crew = Crew(comm, design.busy(cfg, before, comm.size), clock)
         stop.others = crew.asked
 
         def work(team: MPI.Intracomm) -> dict[str, Any]:
-            return _work(cfg, before, team, model, data, crew, guard, stop, began)
+            dataset, replicas = load.open_data(cfg, team, clock, data), team.size // cfg.pipe
+            rows, classes = len(dataset.train), dataset.classification
+            resolved = together(team, clock, lambda: design.resolve(cfg, rows, classes, replicas, before))
+            if cfg.resume and (done := hold.finished(team, resolved)):  # --epochs has become steps
+                return done
+            idle = design.idle_text(team.size, crew.idle, resolved.microbatches or 1)
+            grid, check = grids.build(team, cfg.pipe), restart.check_saved
+            with grid, assemble.assemble(resolved, dataset, grid, clock, model, check) as run:
+                return _run(run, dataset.name, hold, [*run.notes, *watch.notes, *idle], stop, began)
 
-        return crew.run(work, stop, guard.writes_to)
-
-
-def _work(
-    cfg: Config,
-    before: Config | None,
-    comm: MPI.Intracomm,
-    model: Model | None,
-    data: Dataset | None,
-    crew: Crew,
-    guard: Guard,
-    stop: StopRequest,
-    began: float,
-) -> dict[str, Any]:
-    """Train on the ranks that have work. Returns the content of result.json."""
-    clock = crew.clock
-    dataset = load.open_data(cfg, comm, clock, data)
-    replicas = comm.size // cfg.pipe
-    cfg = together(
-        comm, clock, lambda: design.resolve(cfg, len(dataset.train), dataset.classification, replicas, before)
-    )
-    if cfg.resume and (done := on_rank_0(comm, clock, lambda: restart.finished(cfg))):  # --epochs has become steps
-        return done
-    run = assemble.assemble(cfg, dataset, grids.build(comm, cfg.pipe), clock, model, restart.check_saved)
-    with restart.opened(run, dataset.name) as directory:
-        guard.writes_to((directory.path, directory.token))
-        crew.tell((directory.path, directory.token))
-        begin = restart.restore(run, directory.path)
-        rows, metric = run.shards.rows_per_step, run.metric.name
-        with log.Log(run.grid.comm, directory.metrics, clock, rows, metric, run.pace()) as logger:
-            logger.open_console(begin.step + 1, run.steps, cfg.quiet)
-            microbatches = cfg.microbatches or 1
-            idle = design.idle_text(comm.size, crew.idle, microbatches)
-            grid = design.grid_text(run.grid.stages, run.grid.replicas, microbatches)
-            for line in [*directory.notes, *run.notes, *begin.notes, *idle, grid]:
-                logger.say(line)
-            # Numbers that are not finite end the run, with a better message than NumPy's.
-            drawn = trace.written(cfg.trace, run.grid, clock, logger.say)
-            with run.ahead, np.errstate(all="ignore"), drawn:
-                outcome = begin.history | _loop(run, begin, directory, logger, stop)
-            outcome["samples_per_second"] = logger.samples_per_second()
-            outcome["seconds"] = round(perf_counter() - began, 3)
-            _summary(run, directory.path, outcome, logger)
-        result = restart.finish(run, directory.path, outcome)
-    run.free()
-    return result
+        return crew.run(work, stop)
 
 
-def _loop(
-    run: Run, begin: restart.Restored, directory: restart.Opened, logger: log.Log, stop: StopRequest
-) -> dict[str, Any]:
+def _run(run: Run, name: str, hold: Hold, notes: list[str], stop: StopRequest, began: float) -> dict[str, Any]:
+    """Train what is assembled, in its directory. Returns the content of result.json."""
+    cfg, clock = run.config, run.clock
+    directory = hold.opened(run, name)
+    begin = restart.restore(run, directory.path)
+    rows, metric = run.shards.rows_per_step, run.metric.name
+    with log.Log(run.grid.comm, directory.metrics, clock, rows, metric, run.pace()) as logger:
+        logger.open_console(begin.step + 1, run.steps, cfg.quiet)
+        grid = design.grid_text(run.grid.stages, run.grid.replicas, cfg.microbatches or 1)
+        for line in [*directory.notes, *notes, *begin.notes, grid]:
+            logger.say(line)
+        # Numbers that are not finite end the run, with a better message than NumPy's.
+        drawn = trace.written(cfg.trace, run.grid, clock, logger.say)
+        with run.ahead, np.errstate(all="ignore"), drawn:
+            outcome = begin.history | _loop(run, begin, directory, logger, stop)
+        outcome["samples_per_second"] = logger.samples_per_second()
+        outcome["seconds"] = round(perf_counter() - began, 3)
+        _summary(run, directory.path, outcome, logger)
+    return restart.finish(run, directory.path, outcome)
+
+
+def _loop(run: Run, begin: restart.Restored, directory: Opened, logger: log.Log, stop: StopRequest) -> dict[str, Any]:
     """Train from the step after the restored one. Returns the outcome for result.json."""
-    outcome: dict[str, Any] = {"status": "done", "exit_code": 0, "step": begin.step}
+    outcome: dict[str, Any] = {"status": "done", "exit_code": 0, "step": begin.step, "saved": begin.step}
+
+    def save(step: int) -> None:
+        stop.deadline.saved(restart.save(run, step, directory))
+        outcome["saved"] = step
+
     stop.deadline.expect(restart.size(run))
     stopped = False
     if begin.unscored or begin.step < run.steps:  # else there is nothing to stop
@@ -167,12 +153,11 @@ def _loop(
         due = run.due(step)
         record = _step(run, step, due, logger, stop)
         outcome |= {"step": step, "loss": record.mean_loss}
-        saved = due.save or record.stop
-        if saved:
-            stop.deadline.saved(restart.save(run, step, directory))
+        if due.save or record.stop:
+            save(step)
         scored = not due.evaluation or _evaluate(run, step, logger, stop, outcome)
-        if not (scored or saved):
-            restart.save(run, step, directory)
+        if not scored and outcome["saved"] < step:
+            save(step)
         stopped = not scored or (record.stop and step < run.steps)
     if stopped:
         outcome |= {"status": "stopped", "exit_code": SAVED, "reason": stop.reason()}
@@ -261,6 +246,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    ignore_signals()
-    sys.exit(code)
+    start.end(main())

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from mpiml import restart
+from mpiml import hold, restart
 from mpiml.build import Task
 from mpiml.config import Config, parse
 from mpiml.errors import ConfigError, DataError, DirectoryError, OutputError
+from mpiml.hold import _check_nothing_vanished, _finished
 from mpiml.nn import layer as nn
 from mpiml.nn.layers import Linear
 from mpiml.nn.parameters import Layout
 from mpiml.parallel.state import VALUES, State
-from mpiml.restart import _check_nothing_vanished
 from mpiml.run import checkpoint, lock
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.train import train
@@ -37,10 +37,11 @@ SHORT: dict[str, Any] = {"steps": 6, "hidden": (4,), "log_every": 1, "eval_every
         (5, 5, {"status": "running", "step": 0}, False),  # killed in its first save
         (5, 0, {}, False),
         (0, 99, {"status": "running", "step": 0}, False),  # it saves only when it is stopped
-        (0, 99, {"status": "failed", "step": 99}, False),
-        (0, 99, {"status": "stopped", "step": 99}, True),
-        (500, 99, {"status": "stopped", "step": 99}, True),
-        (5, 0, {"status": "stopped", "step": 0}, False),  # before its first step
+        (0, 99, {"status": "failed", "step": 99, "saved": 0}, False),
+        (0, 99, {"status": "stopped", "step": 99, "saved": 99}, True),
+        (500, 99, {"status": "done", "step": 99, "saved": 99}, True),
+        (500, 99, {"status": "failed", "step": 0, "saved": 99}, True),  # a job that went on, and was refused
+        (5, 0, {"status": "stopped", "step": 0, "saved": 0}, False),  # before its first step
     ],
 )
 def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(
@@ -166,13 +167,13 @@ def test_a_run_without_config_toml_takes_settings_from_its_checkpoint_and_code_f
     config = 'model = "my:net"\nloss = "my:loss"\nbatch = 7\nhidden = []\n'
     asked = resumed(forge(tmp_path / "checkpoints" / checkpoint.file_name(6), config))
     with pytest.raises(ConfigError, match=r"names code, .*: repeat --model my:net --loss my:loss$"):
-        restart.settings(asked)
+        hold.settings(asked)
     named = parse(["--resume", "--out", str(tmp_path), "--model", "my:net", "--loss", "my:loss"])
-    going_on, stored = restart.settings(named)
+    going_on, stored = hold.settings(named)
     assert stored is not None
     assert (going_on.model, going_on.batch, stored.batch) == ("my:net", 7, 7)
     (tmp_path / "config.toml").write_text(config)  # which the user points at
-    assert restart.settings(asked)[0].loss == "my:loss"
+    assert hold.settings(asked)[0].loss == "my:loss"
 
 
 def test_a_damaged_config_of_a_run_is_one_line(tmp_path: Path) -> None:
@@ -180,21 +181,19 @@ def test_a_damaged_config_of_a_run_is_one_line(tmp_path: Path) -> None:
     for text in ("]]]", "a = " + "[" * 100_000):
         (tmp_path / "config.toml").write_text(text)
         with pytest.raises(OutputError, match=rf"^{tmp_path}/config.toml is damaged: "):
-            restart.settings(asked)
+            hold.settings(asked)
     for text in ("nonsense = 1", "batch = 0", 'batch = "x"'):
         (tmp_path / "config.toml").write_text(text)
         with pytest.raises(ConfigError, match=rf"^{tmp_path}/config.toml: "):
-            restart.settings(asked)
+            hold.settings(asked)
 
 
 def test_a_done_result_needs_no_more(tmp_path: Path) -> None:
     config = Config(resume=True, out=str(tmp_path), steps=8, quiet=True)
-    assert restart.finished(config) is None
+    assert _finished(config, {}) is None
     for text, done in (('{"status": "done", "step": 8}', True), ('{"status": "done"}', False)):
-        (tmp_path / "result.json").write_text(text)
-        assert bool(restart.finished(config)) is done
-    (tmp_path / "result.json").write_text('{"status": "done", "step": 9, "exit_code": null}')
-    assert (restart.finished(config) or {})["exit_code"] == 0
+        assert bool(_finished(config, json.loads(text))) is done
+    assert (_finished(config, {"status": "done", "step": 9, "exit_code": None}) or {})["exit_code"] == 0
 
 
 @pytest.mark.parametrize(
@@ -259,11 +258,10 @@ def test_other_data_are_refused_wherever_they_lie(begun: Path) -> None:
 
 
 def test_first_weights_are_needed_until_there_is_a_checkpoint(begun: Path) -> None:
+    job(data="d.npz", steps=4, out="unsaved", init=FIRST, save_every=0)
     shutil.rmtree("first")
-    shutil.rmtree("run/checkpoints")
-    Path("run/metrics.jsonl").unlink()
     with pytest.raises(OutputError, match=f"cannot read .*/{FIRST}"):
-        job(out="run", resume=True, steps=6)
+        job(out="unsaved", resume=True, steps=6)
 
 
 def test_another_numpy_than_the_last_jobs_is_told_and_kept(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:

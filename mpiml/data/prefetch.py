@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import queue
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -18,7 +20,7 @@ from mpiml.data.sources import ArraySource, HeldSource, LabelSource, Source
 from mpiml.data.text import Windows
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future, ThreadPoolExecutor
+    from concurrent.futures import Future
 
 AHEAD = 2  # steps
 HANDED_OVER = 2e-4  # seconds that it takes to hand the rows of a step from thread to thread
@@ -61,19 +63,23 @@ class ReadAhead:
     def __init__(self, shards: Shards, steps: int, last: int, x: bool, y: bool):
         self.shards, self.steps, self.last, self.needs = shards, steps, last, (x, y)
         self._pending: dict[int, tuple[list[Batch], Future[Prepared]]] = {}
-        self._thread: ThreadPoolExecutor | None = None
+        self._asked: queue.SimpleQueue[tuple[list[Batch], Future[Prepared]] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> ReadAhead:
         if self.steps:
-            from concurrent.futures import ThreadPoolExecutor
-
-            self._thread = ThreadPoolExecutor(1, "reading ahead")
+            # Not of a ThreadPoolExecutor: Python waits for its threads before it ends, and a read may hang.
+            self._thread = threading.Thread(target=self._read, name="reading ahead", daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self._thread:
-            # After an error nobody waits for a read: it may be what hangs.
-            self._thread.shutdown(wait=kind is None, cancel_futures=True)
+            for _, prepared in self._pending.values():
+                prepared.cancel()
+            self._asked.put(None)
+            if kind is None:  # after an error nobody waits for a read: it may be what hangs
+                self._thread.join()
         self._thread = None
         self._pending.clear()
 
@@ -81,12 +87,24 @@ class ReadAhead:
         """The micro-batches of a step. Those of the next ones will be prepared from now on."""
         if self._thread is None:
             return self.shards.batches(step)
+        from concurrent.futures import Future
+
         for ahead in range(step, min(step + self.steps, self.last) + 1):
             if ahead not in self._pending:
-                batches = self.shards.batches(ahead)
-                self._pending[ahead] = batches, self._thread.submit(self._prepare, batches)
+                self._pending[ahead] = self.shards.batches(ahead), Future()
+                self._asked.put(self._pending[ahead])
         batches, prepared = self._pending.pop(step)
         return [ReadyBatch(batch.index, batch.rows, place, prepared) for place, batch in enumerate(batches)]
+
+    def _read(self) -> None:
+        """What the thread does until it is asked for nothing more."""
+        while asked := self._asked.get():
+            batches, prepared = asked
+            if prepared.set_running_or_notify_cancel():
+                try:
+                    prepared.set_result(self._prepare(batches))
+                except BaseException as error:  # raised again where the rows are wanted
+                    prepared.set_exception(error)
 
     def _prepare(self, batches: list[Batch]) -> Prepared:
         x, y = self.needs

@@ -16,13 +16,13 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from mpiml import start
 from mpiml.clock import Clock
 from mpiml.config import Config, parse
 from mpiml.data.dataset import Dataset, Split, open_dataset
 from mpiml.data.formats import Options
 from mpiml.errors import DataError
 from mpiml.run.failure import Guard, exit_code
-from mpiml.run.process import ignore_signals
 from mpiml.run.verdict import on_rank_0, together
 from mpiml.train import train
 
@@ -92,6 +92,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    ignore_signals()
-    sys.exit(code)
+    start.end(main())

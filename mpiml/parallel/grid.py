@@ -1,10 +1,13 @@
 """The grid: all ranks as pipeline stages x replicas."""
 
+from __future__ import annotations
+
 import os
 from dataclasses import dataclass
 
 from mpi4py import MPI
 
+from mpiml.errors import known_to_all
 from mpiml.waiting import allgather
 
 
@@ -41,8 +44,15 @@ class Grid:
 
     def free(self) -> None:
         """Give the communicators back: an MPI library has only some thousands. Collective."""
-        for comm in self.made:
-            comm.Free()
+        while self.made:
+            self.made.pop(0).Free()
+
+    def __enter__(self) -> Grid:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *trace: object) -> None:
+        if known_to_all(error, self.stages * self.replicas):
+            self.free()
 
     def rank_of(self, stage: int, replica: int) -> int:
         """The rank in `comm` at a place of the grid."""

@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 from mpi4py import MPI
 
+from mpiml.clock import Clock
 from mpiml.parallel.grid import Grid
 from mpiml.parallel.slices import Range, cut, place
 from mpiml.vectors import Vector
@@ -45,12 +46,14 @@ class State:
 
     Args:
         states: the optimizer's state vectors of this rank, over the parts that its gradient sum holds.
+        clock: of this rank: whoever waits for the others is joining them.
 
     Attributes:
         mine: this rank's parts of all vectors, by name, each one message.
     """
 
-    def __init__(self, grid: Grid, sum_: Holder, states: Mapping[str, Vector]):
+    def __init__(self, grid: Grid, sum_: Holder, states: Mapping[str, Vector], clock: Clock):
+        self.clock = clock
         self.comm, self.stages, self.sum = grid.comm, grid.stages, sum_
         self.dtype = sum_.values.dtype
         counts = grid.replica in {holder for holder, _, _ in sum_.holders}
@@ -77,7 +80,8 @@ class State:
                         requests += [self.comm.Irecv(part, rank, tag) for part in parts]
         elif self.holdings[self.comm.rank].counts:
             requests = [self.comm.Isend(mine, 0, tag) for tag, name in enumerate(wanted) for mine in self.mine[name]]
-        wait(requests)
+        with self.clock.doing("joining"):
+            wait(requests)
         return whole
 
     def distribute(self, whole: Sequence[Mapping[str, Vector]], *names: str) -> None:
@@ -95,5 +99,6 @@ class State:
                         mine[...] = part
                 else:
                     requests += [self.comm.Isend(part, rank, tag) for part in parts]
-        wait(requests)
-        self.sum.publish()
+        with self.clock.doing("joining"):
+            wait(requests)
+            self.sum.publish()

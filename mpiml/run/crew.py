@@ -41,54 +41,31 @@ class Crew:
         """Whether one more rank that waits has been asked to stop. Rank 0 knows."""
         return MPI.Request.Testany(self._stops)[0] != MPI.UNDEFINED
 
-    def tell(self, news: Any) -> None:
-        """Let the ranks that wait hear something; all that work call it."""
-        self._exchange((True, news))
-
-    def run(
-        self, work: Callable[[MPI.Intracomm], dict[str, Any]], stop: StopRequest, hear: Callable[[Any], None]
-    ) -> dict[str, Any]:
+    def run(self, work: Callable[[MPI.Intracomm], dict[str, Any]], stop: StopRequest) -> dict[str, Any]:
         """What `work(team)` returns on the ranks that work, or the error that all of them raise, on all ranks alike.
 
-        `hear` is called on the others with what `tell` says meanwhile. An error of one rank alone passes: it ends the
-        whole job.
+        An error of one rank alone passes: it ends the whole job.
         """
-        result: dict[str, Any]
-        if self.team is None:
-            result, error = self._wait(stop, hear)
-        else:
-            result, error = _attempt(work, self.team)
-            self._exchange((False, (result, error)))
+        outcome: tuple[dict[str, Any], RunError | None] = _attempt(work, self.team) if self.team else ({}, None)
+        if self.idle:
+            self.clock("joining")
+            met = self._everyone.Ibarrier()
+            while not met.Test():
+                if self.team is None and stop.asked:
+                    self._pass_on()
+                time.sleep(NAP)
+            outcome = broadcast(self._everyone, outcome)
+            if self.team is None:
+                self._pass_on()
+        result, error = outcome
         self._free()
         if error:
             raise error
         return result
 
-    def _wait(self, stop: StopRequest, hear: Callable[[Any], None]) -> Any:
-        content: tuple[bool, Any] = (True, None)
-        more = True
-        while more:
-            self.clock("joining")
-            met = self._everyone.Ibarrier()
-            while not met.Test():
-                if stop.asked:
-                    self._pass_on()
-                time.sleep(NAP)
-            more, news = broadcast(self._everyone, content)
-            if more:
-                hear(news)
-        self._pass_on()
-        return news
-
     def _pass_on(self) -> None:
         if not self._stops:
             self._stops = [self._everyone.Isend(b"", 0)]
-
-    def _exchange(self, content: tuple[bool, Any]) -> None:
-        if self.idle:
-            self.clock("joining")
-            wait([self._everyone.Ibarrier()])
-            broadcast(self._everyone, content)
 
     def _free(self) -> None:
         if self.idle:

@@ -20,7 +20,14 @@ METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 ENVIRONMENT = "environment.json"
 RESULT = "result.json"
-RESULT_KINDS = {"status": str, "exit_code": int | None, "reason": str | None, "rank": int | None, "step": int}
+RESULT_KINDS = {
+    "status": str,
+    "exit_code": int | None,
+    "reason": str | None,
+    "rank": int | None,
+    "step": int,
+    "saved": int,
+}
 FAILED = ".failed-"  # made by the first rank of a job to report a failure; the name ends in the job's token
 PARTIAL = ".partial"  # ends the name of a file that is not whole yet
 # What killed jobs leave, in the directory and in checkpoints/, of the files that a run itself writes; .tmpXXXXXX is how
@@ -169,11 +176,10 @@ class RunDirectory:
 
     def _prepare(self, resume: bool) -> None:
         """checkpoints/ comes before all else of a run, also after a power failure: a run without it has lost it."""
-        checkpoints, here = self.path / CHECKPOINTS, names(self.path)
-        begun = here & {CONFIG, METRICS}
-        if not resume and (begun or (CHECKPOINTS in here and any(n.startswith("step-") for n in names(checkpoints)))):
+        checkpoints = self.path / CHECKPOINTS
+        if holds_run(self.path) and not resume:
             raise DirectoryError(f"{self.path} already holds a run: go on with it by --resume, or choose another --out")
-        if begun and CHECKPOINTS not in here:
+        if (here := names(self.path)) & {CONFIG, METRICS} and CHECKPOINTS not in here:
             raise OutputError(
                 f"{checkpoints} is gone: put it back, or make it anew, empty, if nothing has been saved there yet"
             )
@@ -186,6 +192,13 @@ class RunDirectory:
     def close(self) -> None:
         """Let others have the directory."""
         self._lock.release()
+
+
+def holds_run(path: Path) -> bool:
+    """Whether there is anything of a run in a directory. Raises OutputError if that cannot be told."""
+    here = names(path)
+    begun = here & {CONFIG, METRICS}
+    return bool(begun) or (CHECKPOINTS in here and any(name.startswith("step-") for name in names(path / CHECKPOINTS)))
 
 
 def names(directory: Path) -> set[str]:
@@ -228,8 +241,21 @@ def read_result(run: Path) -> dict[str, Any]:
 
 
 def write_result(run: Path, result: Mapping[str, Any]) -> None:
-    """Replace result.json in a run directory."""
-    write_atomically(run / RESULT, to_json(result, indent=2) + "\n")
+    """Replace result.json in a run directory. Where there is no room for a second file, the disk being full, it is
+    written over the first: some kilobytes of the disk are its own."""
+    content = to_json(result, indent=2) + "\n"
+    try:
+        write_atomically(run / RESULT, content)
+    except OutputError:
+        try:
+            with open(run / RESULT, "r+") as file:
+                file.write(content)
+                file.truncate()
+        except OSError:
+            pass
+        else:
+            return
+        raise
 
 
 def update_result(run: Path, outcome: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,8 @@
-"""Ending the whole job when one rank fails, with the reason on stderr and in result.json."""
+"""Ending the whole job when one rank fails, with the reason in result.json and on stderr."""
 
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import os
 import sys
 import threading
@@ -11,14 +10,23 @@ import time
 import traceback
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from mpi4py import MPI
 
-from mpiml.clock import Clock
-from mpiml.errors import DirectoryError, RunError
-from mpiml.run.directory import FAILED, update_result
+from mpiml.clock import BLOCKED_ON_OTHERS, Clock
+from mpiml.errors import DirectoryError, OutputError, RunError, StallError, known_to_all
+from mpiml.run import alarm
+from mpiml.run.alarm import within
+from mpiml.run.directory import FAILED, read_result, update_result
+from mpiml.run.terminal import say
 
-ABORT_GRACE = 10  # seconds after which a process that MPI_Abort did not end ends itself
+# Seconds in which a failing process tries to ...
+WRITING = 5.0  # write the reason down,
+OTHERS = 3.0  # and of these, to see that another rank has,
+SAYING = 1.0  # say it,
+ABORT_GRACE = 10.0  # and do all this and end the job, before a timer in C ends the process.
+FORWARDING = 0.1  # that the launcher needs to forward what was said: when it kills, it drops the rest
 
 
 class Guard:
@@ -26,7 +34,8 @@ class Guard:
 
     An error that all ranks raise together (RunError.everywhere) passes through, reported by rank 0. Any other way
     out of the block, on any rank and in any of its threads, sys.exit included, is reported by the rank it happens
-    on and ends the job by MPI_Abort. A rank that is alone reports it and lets it pass.
+    on and ends the job by MPI_Abort. A rank that is alone reports it and lets it pass. So does what the alarm
+    (mpiml.run.alarm) finds.
 
     Attributes:
         run: the run directory, once it is known, and a `token` for this job that all ranks share.
@@ -38,93 +47,113 @@ class Guard:
         self.token = ""
         self._lock = threading.Lock()
 
-    def writes_to(self, place: tuple[Path, str]) -> None:
-        """Say where the run directory is, and a token for this job."""
-        self.run, self.token = place
-
     def __enter__(self) -> Guard:
         self._thread_hook = threading.excepthook
         threading.excepthook = self._thread_failed
+        alarm.tell(self.fail, lambda: self.clock.activity in BLOCKED_ON_OTHERS)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         threading.excepthook = self._thread_hook
+        alarm.tell()
         if error is None:
             return
-        if isinstance(error, RunError) and error.everywhere:
-            if self.comm.rank == 0 and not error.silent:
-                self._report(error)
-        elif self.comm.size == 1:
-            self._report(error)
-        else:
+        if not known_to_all(error, self.comm.size):
             self.fail(error)
+        elif self.comm.rank == 0 and not getattr(error, "silent", False):
+            self._report(error)
 
     def fail(self, error: BaseException) -> None:
         """Report an error that only this rank knows of, and end the job; does not return."""
         with self._lock:
-            try:
-                if self._is_first():
-                    self._report(error)
-            finally:  # whatever a report fails at, the others must not be left waiting
-                end_job(exit_code(error))
+            alarm.end_for_certain(ABORT_GRACE)  # first of all: what comes next may hang, as what failed may
+            with contextlib.suppress(BaseException):
+                self._report(error)
+            end_job(exit_code(error))
 
     def _thread_failed(self, what: threading.ExceptHookArgs) -> None:
         error = what.exc_value or what.exc_type()
         error.add_note(f"in {what.thread.name if what.thread else 'a thread'}")
         self.fail(error)
 
+    def _report(self, error: BaseException) -> None:
+        """Write down why, unless another rank has, and then say it: each in its own time, whatever hangs or fails."""
+        known = error if isinstance(error, RunError) else None
+        # What its message says is not only of this rank, at this moment.
+        settled = known and (known.everywhere or known.rank is not None or isinstance(known, StallError))
+        outcome: dict[str, Any] = {"status": "failed", "exit_code": exit_code(error), "reason": describe(error)}
+        outcome |= {"rank": known.rank if known and settled else self.comm.rank, "step": self.clock.step}
+        text = f"{self.program}: {outcome['reason']}"
+        if not settled and self.comm.size > 1:
+            text += f" (rank {self.comm.rank}, step {self.clock.step}, {self.clock.activity})"
+        if not known and not isinstance(error, KeyboardInterrupt):
+            outcome["traceback"] = within(SAYING, lambda: "".join(traceback.format_exception(error)), "")
+            text += f"\n{outcome['traceback']}".rstrip()
+        alone = not known_to_all(error, self.comm.size)
+        unanswered: str | None = "its file system does not answer"
+        others = isinstance(error, DirectoryError)  # the directory is another job's
+        problem = "" if others else within(WRITING, lambda: self._write(outcome, alone), unanswered)
+        if problem:
+            text += f"\n{self.program}: and result.json could not be written: {problem}"
+        if problem is None:
+            time.sleep(SAYING)  # the other rank says it, and ends the job
+        else:
+            within(SAYING, lambda: say(text, sys.stderr), None)
+
+    def _write(self, outcome: dict[str, Any], alone: bool) -> str | None:
+        """Write result.json; returns what that failed at, or None if another rank has written it.
+
+        Args:
+            alone: whether other ranks may be about to write it too.
+        """
+        if self.run is None or not self.run.is_dir():
+            return ""
+        if alone and not self._is_first() and self._written_by_another():
+            return None
+        try:
+            update_result(self.run, outcome)
+        except OutputError as error:
+            return str(error)
+        return ""
+
     def _is_first(self) -> bool:
         """Whether no other rank has reported a failure of this job: whoever makes the file is the first."""
-        if self.run is None:
-            return True
         try:
-            os.close(os.open(self.run / f"{FAILED}{self.token}", os.O_CREAT | os.O_EXCL))
+            os.close(os.open(f"{self.run}/{FAILED}{self.token}", os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return False
         except OSError:
             pass  # nothing can be written there: better reported twice than not at all
         return True
 
-    def _report(self, error: BaseException) -> None:
-        known = error if isinstance(error, RunError) else None
-        rank = known.rank if known and known.rank is not None else self.comm.rank
-        reason = describe(error)
-        text = f"{self.program}: {reason}"
-        if not (known and (known.everywhere or known.rank is not None)) and self.comm.size > 1:
-            text += f" (rank {rank}, step {self.clock.step}, {self.clock.activity})"
-        trace = "" if known or isinstance(error, KeyboardInterrupt) else "".join(traceback.format_exception(error))
-        sys.stderr.write(f"{text}\n{trace}")
-        sys.stderr.flush()
-        if self.run is None or not self.run.is_dir() or isinstance(error, DirectoryError):  # which is another job's
-            return
-        outcome = {
-            "status": "failed",
-            "exit_code": exit_code(error),
-            "reason": reason,
-            "rank": rank,
-            "step": self.clock.step,
-        }
-        if trace:
-            outcome["traceback"] = trace
-        try:
-            update_result(self.run, outcome)
-        except RunError as also:
-            sys.stderr.write(f"{self.program}: and result.json could not be written: {also}\n")
+    def _written_by_another(self) -> bool:
+        """Wait until who was first has written: by ending the job this rank would end the other's writing."""
+        assert self.run, "there is a run directory if another rank has written there"
+        waited = 0.0
+        while read_result(self.run).get("status") != "failed":
+            if waited > OTHERS:  # it has been killed
+                return False
+            time.sleep(FORWARDING)
+            waited += FORWARDING
+        return True
 
 
 def describe(error: BaseException) -> str:
     """An error in one line."""
-    if isinstance(error, RunError):
-        return str(error)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, MPI.Exception):
-        return f"an MPI call failed; another rank may have been killed ({error.Get_error_string()})"
+        text = "; ".join(error.Get_error_string().splitlines())
+        return f"an MPI call failed; another rank may have been killed ({text})"
     if isinstance(error, SystemExit):
         return f"sys.exit({error.code!r}) in the middle of the run"
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    try:
+        text = str(error)
+    except Exception as also:
+        text = f"(its message cannot be shown: {type(also).__name__})"
+    return text if isinstance(error, RunError) else f"{type(error).__name__}: {text}".splitlines()[0]
 
 
 def exit_code(error: BaseException) -> int:
@@ -134,10 +163,7 @@ def exit_code(error: BaseException) -> int:
 
 def end_job(code: int) -> None:
     """End all processes of the job."""
-    with contextlib.suppress(Exception):  # standard error may be closed
-        faulthandler.dump_traceback_later(ABORT_GRACE, exit=True)
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-    time.sleep(0.1)  # the launcher drops what it has not forwarded when it kills
+    within(SAYING, lambda: sys.stdout.flush(), None)  # noqa: PLW0108 (it may be closed, and None)
+    time.sleep(FORWARDING)  # the launcher drops what it has not forwarded when it kills
     MPI.COMM_WORLD.Abort(code)
     os._exit(code)

@@ -66,8 +66,8 @@ def check_alike(comm: MPI.Intracomm, clock: Clock, mine: Mapping[str, str], hint
         mine: what this rank has, under names that a message can use.
         hint: what to do, for the end of the message.
     """
-    clock("joining")
-    first = broadcast(comm, dict(mine))
+    with clock.doing("joining"):
+        first = broadcast(comm, dict(mine))
 
     def compare() -> None:
         for name in {**first, **mine}:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from mpiml.run.directory import named_errors, write_atomically
 from mpiml.run.metrics import content_of, lines
 from mpiml.run.pace import Pace
 from mpiml.run.step_times import StepTimes, median
-from mpiml.run.terminal import width
+from mpiml.run.terminal import say, width
 from mpiml.run.verdict import on_rank_0
 from mpiml.waiting import wait
 
@@ -164,7 +163,7 @@ class Console:
         self._bar = None
         columns = width()
         if columns and last >= first:
-            from tqdm import tqdm
+            from tqdm import tqdm  # whose bar draws no more when its terminal is closed
 
             self._bar = tqdm(
                 initial=first - 1, total=last, ncols=columns - 1, unit="step", ascii=True, leave=False, mininterval=0.2
@@ -172,10 +171,11 @@ class Console:
 
     def line(self, text: str) -> None:
         if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)  # where the bar is: two streams would arrive out of order
+            self._bar.clear()
+            say(text, sys.stderr)  # where the bar is: two streams would arrive out of order
+            self._bar.refresh()
         else:
-            with contextlib.suppress(OSError):  # nobody reads it any more: no reason to end a run
-                print(text, flush=True)
+            say(text, sys.stdout)
         self._last_line = time.monotonic()
 
     def now_and_then(self, text: str) -> None:

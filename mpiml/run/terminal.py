@@ -1,46 +1,35 @@
-"""Whether somebody watches: under a launcher a rank's output is a pipe, so the launcher's own is looked at."""
+"""Whether somebody watches, and what is said there.
 
+Under a launcher a rank's output is a pipe, so the launcher's own is looked at.
+"""
+
+import contextlib
 import os
 import sys
-from pathlib import Path
+from typing import TextIO
 
-LAUNCHERS = ("hydra_pmi_proxy", "mpiexec", "mpirun", "orterun", "prterun", "prted", "orted", "srun")
+from mpiml.run.processes import launchers
 
 
 def width() -> int | None:
     """Columns of the terminal that standard error ends at, or None if it ends in a file or a pipe."""
-    try:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # AttributeError: it is closed, and therefore None
         return os.get_terminal_size(sys.stderr.fileno()).columns
-    except (OSError, ValueError):
-        pass
-    launcher = _launcher()
-    if launcher is None:
-        return None
-    try:
-        terminal = os.open(f"/proc/{launcher}/fd/2", os.O_WRONLY | os.O_NOCTTY)
-    except OSError:
-        return None
-    try:
-        return os.get_terminal_size(terminal).columns
-    except OSError:
-        return None
-    finally:
-        os.close(terminal)
+    for launcher in launchers():
+        with (
+            contextlib.suppress(OSError),
+            open(f"/proc/{launcher}/fd/2", "wb", buffering=0, opener=_no_terminal_of_ours) as terminal,
+        ):
+            return os.get_terminal_size(terminal.fileno()).columns
+    return None
 
 
-def _launcher() -> int | None:
-    """The process number of the outermost launcher among this process's ancestors on this machine."""
-    found, process = None, os.getppid()
-    try:
-        while process > 1:
-            status = dict(
-                line.split(":\t", 1)
-                for line in Path(f"/proc/{process}/status").read_text().splitlines()
-                if ":\t" in line
-            )
-            if status["Name"].startswith(LAUNCHERS):
-                found = process
-            process = int(status["PPid"])
-    except (OSError, KeyError, ValueError):
-        pass
-    return found
+def _no_terminal_of_ours(path: str, flags: int) -> int:
+    return os.open(path, os.O_WRONLY | os.O_NOCTTY)  # and not cut short, if it is a file
+
+
+def say(text: str, stream: TextIO | None) -> None:
+    """A line on standard output or error, where somebody reads it: that nobody can is no reason to end a run."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # full, without a reader; closed; None
+        stream.write(f"{text}\n")  # type: ignore[union-attr]
+        stream.flush()  # type: ignore[union-attr]

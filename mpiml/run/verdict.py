@@ -1,7 +1,7 @@
 """Doing something on some ranks so that all know how it went: an error of one becomes the same error on all.
 
-An OSError counts as an OutputError. Whoever waits for the others' verdict is joining them by the clock, so that the
-watch does not take it for stuck.
+An OSError counts as an OutputError. By the clock, whoever waits for the others' verdict is joining them, and whoever
+acts is not: so the watch takes no rank that waits for stuck, and names the one that is.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 from mpi4py import MPI
 
-from mpiml.clock import Clock
+from mpiml.clock import BLOCKED_ON_OTHERS, Clock
 from mpiml.errors import OutputError, RunError
 from mpiml.waiting import broadcast, wait
 
@@ -23,7 +23,7 @@ def together(comm: MPI.Intracomm, clock: Clock, action: Callable[[], T]) -> T:
     Raises, on all ranks alike, the RunError of the lowest rank on which there was one.
     """
     doing = clock.activity
-    result, error = _attempt(action)
+    result, error = _attempt(clock, action)
     clock("joining")
     first = np.array([comm.size if error is None else comm.rank])
     wait([comm.Iallreduce(MPI.IN_PLACE, first, MPI.MIN)])
@@ -39,7 +39,7 @@ def on_rank_0(comm: MPI.Intracomm, clock: Clock, action: Callable[[], T]) -> T:
     Raises, on all ranks alike, the RunError that rank 0 raised.
     """
     doing = clock.activity
-    result, error = _attempt(action) if comm.rank == 0 else (None, None)
+    result, error = _attempt(clock, action) if comm.rank == 0 else (None, None)
     clock("joining")
     result, portable = broadcast(comm, (result, _portable(error)))
     clock(doing)
@@ -48,7 +48,9 @@ def on_rank_0(comm: MPI.Intracomm, clock: Clock, action: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def _attempt(action: Callable[[], T]) -> tuple[T | None, RunError | None]:
+def _attempt(clock: Clock, action: Callable[[], T]) -> tuple[T | None, RunError | None]:
+    if clock.activity in BLOCKED_ON_OTHERS:
+        clock("start")
     try:
         return action(), None
     except RunError as error:

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import os
-import select
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from mpiml.clock import BLOCKED_ON_OTHERS, Clock
-from mpiml.errors import RunError
-from mpiml.waiting import allgather, wait
+from mpiml.clock import ACTIVITIES, BLOCKED_ON_OTHERS, Clock
+from mpiml.errors import RunError, StallError, known_to_all
+from mpiml.run import alarm
+from mpiml.run.alarm import QUIET, bytes_moved
+from mpiml.run.processes import Process, launcher, neighbour
+from mpiml.waiting import wait
 
-# A sign of life carries the activity's number here.
-ACTIVITIES = [
-    *("start", "data", "compute", "waiting", "communication", "update", "evaluation", "checkpoint", "log", "joining")
-]
 GOODBYE = -1.0
-# Seconds between looks at the neighbour's process, and how often it is not there before the job ends: mostly the
-# launcher ends it sooner, or this rank's watch is nearly over too.
+# Seconds between looks at the processes of the neighbour and of the launcher, and how often one is not there before the
+# job ends: mostly the launcher ends it sooner, or this rank's watch is nearly over too.
 LOOK, LOOKS = 1.0, 5
+QUIET_EACH = 1 << 10  # bytes between two looks that are no progress, for each rank that this one watches
+PLACES = 4  # that a message lists
 PROBES = 100  # in vain before no message is there: a probe may fail just because it first moves messages along
-
-
-class StallError(RunError):
-    """A rank has made no progress for too long, or is gone."""
 
 
 @dataclass
@@ -45,39 +39,10 @@ class Sign:
     activity: str = "start"
     gone: bool = False
 
-
-class Neighbour:
-    """The process of the next rank on this node, as the kernel tells of it; collective to make.
-
-    Where that cannot be, on a node of one rank say, it never has `ended`.
-    """
-
-    def __init__(self, comm: MPI.Intracomm):
-        self._poll, self._descriptor = select.poll(), -1
-        try:
-            kernel = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
-        except OSError:
-            kernel = f"unknown, of rank {comm.rank}"
-        everyone = allgather(comm, (kernel, os.getpid()))
-        here = [rank for rank, (other, _) in enumerate(everyone) if other == kernel]
-        self.rank = here[(here.index(comm.rank) + 1) % len(here)]
-        if self.rank != comm.rank:
-            try:
-                self._descriptor = os.pidfd_open(everyone[self.rank][1])
-            except (OSError, AttributeError):  # an old kernel, or one that is not Linux
-                return
-            self._poll.register(self._descriptor, select.POLLIN)
-
     @property
-    def ended(self) -> bool:
-        """Whether its process has."""
-        return self._descriptor >= 0 and bool(self._poll.poll(0))
-
-    def close(self) -> None:
-        """Look no more."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+    def place(self) -> str:
+        """Where the rank is."""
+        return f"in step {self.step} ({self.activity})"
 
 
 class Watch(threading.Thread):
@@ -85,13 +50,18 @@ class Watch(threading.Thread):
 
     Every few seconds each rank looks at itself: has it moved, if it waits for nobody? And it sends a sign of life
     to rank 0 and to the next rank, who notice the silence of a stopped process; rank 0 also notices a job in which
-    all wait. Every second it looks whether its neighbour's process is there: a launcher may overlook that one ends.
+    all wait. Every second it looks whether its neighbour's process is there, for a launcher may overlook that one
+    ends, and the launcher's own, without which nobody can stop the job. While it watches, the alarm (mpiml.run.alarm)
+    is off.
 
     Args:
         comm: a communicator of the watch's own.
         clock: of this rank.
         timeout: seconds; 0 watches nothing.
         fail: is called with a StallError that names rank, activity and step.
+
+    Attributes:
+        notes: what a person should know of what it cannot notice.
     """
 
     def __init__(self, comm: MPI.Intracomm, clock: Clock, timeout: float, fail: Callable[[RunError], None]):
@@ -105,18 +75,28 @@ class Watch(threading.Thread):
         self._listeners = sorted({0, (comm.rank + 1) % comm.size} - {comm.rank})
         self._signs = {rank: Sign(now, now) for rank in watched}
         self._own = Sign(now, now)
-        self._neighbour, self._ended = Neighbour(comm), 0
+        self._moves, self._bytes, self._quiet = clock.moves, bytes_moved(), QUIET + QUIET_EACH * len(self._signs)
+        rank, process = neighbour(comm)
+        self._processes: dict[str, tuple[int | None, Process]] = {
+            f"rank {rank} has ended without a word: killed, or by os._exit": (rank, process),
+            "the launcher is gone: nobody can stop this job any more": (None, launcher()),
+        }
+        self._ended = dict.fromkeys(self._processes, 0)
         self._threads = MPI.Query_thread() == MPI.THREAD_MULTIPLE and comm.size > 1
+        self.notes: list[str] = []
+        if timeout and comm.size > 1 and not self._threads:
+            self.notes = ["warning: this MPI library has no MPI_THREAD_MULTIPLE: a rank that is stopped is not noticed"]
 
     def __enter__(self) -> Watch:
         if self.timeout:
             self.start()
+        alarm.off()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None or getattr(error, "everywhere", False) or self.comm.size == 1:
+        if known_to_all(error, self.comm.size):
             self._end()
 
     def _end(self) -> None:
@@ -124,7 +104,8 @@ class Watch(threading.Thread):
         if self.timeout:
             self._ending.set()
             self.join()
-        self._neighbour.close()
+        for _, process in self._processes.values():
+            process.close()
         if self.timeout and self._threads:
             self._send(GOODBYE)
             while not all(sign.gone for sign in self._signs.values()):
@@ -134,11 +115,12 @@ class Watch(threading.Thread):
                 time.sleep(0.001)
             wait(self._sent)
         self.comm.Free()
+        alarm.during("ending")
 
     def run(self) -> None:
         before = time.monotonic()
         while not self._ending.wait(min(LOOK, self.interval)):
-            self._look_at_neighbour()
+            self._look_at_processes()
             now = time.monotonic()
             if now - before < self.interval:
                 continue
@@ -148,23 +130,25 @@ class Watch(threading.Thread):
             before = now
             self._look_at_own(now)
             if self._threads:
-                self._send(float(self.clock.moves + _bytes_moved()))
+                self._send(self._own.moves)
                 self._listen(now)
                 self._look_at_others(now)
 
-    def _look_at_neighbour(self) -> None:
-        self._ended += self._neighbour.ended
-        if self._ended > LOOKS:
-            error = StallError(f"rank {self._neighbour.rank} has ended without a word: killed, or by os._exit")
-            error.rank = self._neighbour.rank
-            self.fail(error)
+    def _look_at_processes(self) -> None:
+        for what, (rank, process) in self._processes.items():
+            self._ended[what] += process.ended
+            if self._ended[what] > LOOKS:
+                self._stalled(what, rank)
 
     def _look_at_own(self, now: float) -> None:
-        progress = self.clock.moves + _bytes_moved()
-        if progress != self._own.moves:
-            self._own.moves, self._own.moved = progress, now
-        elif now - self._own.moved > self.timeout and self.clock.activity not in BLOCKED_ON_OTHERS:
-            self._stalled(self.comm.rank, "has made no progress", self.clock.activity, self.clock.step)
+        own, clock, total = self._own, self.clock, bytes_moved()
+        own.step, own.activity = clock.step, clock.activity
+        if clock.moves != self._moves or total - self._bytes > self._quiet:
+            own.moves, own.moved = own.moves + 1, now
+        elif now - own.moved > self.timeout and own.activity not in BLOCKED_ON_OTHERS:
+            what = f"rank {self.comm.rank} has made no progress for {self.timeout:g} s, {own.place}"
+            self._stalled(what, self.comm.rank)
+        self._moves, self._bytes = clock.moves, total
 
     def _send(self, moves: float) -> None:
         self._sent = [request for request in self._sent if not request.Test()]
@@ -190,24 +174,22 @@ class Watch(threading.Thread):
     def _look_at_others(self, now: float) -> None:
         for rank, sign in self._signs.items():
             if now - sign.heard > self.timeout and not sign.gone:
-                self._stalled(rank, "has given no sign of life", sign.activity, sign.step)
-        everyone = [self._own, *self._signs.values()]
-        if self.comm.rank == 0 and all(now - sign.moved > 2 * self.timeout for sign in everyone):
-            self._stalled(0, "waits, like all others,", self.clock.activity, self.clock.step, 2 * self.timeout)
+                what = f"rank {rank} has given no sign of life for {self.timeout:g} s, {sign.place}"
+                self._stalled(what, rank)
+        everyone = {0: self._own} | self._signs
+        if self.comm.rank == 0 and all(now - sign.moved > 2 * self.timeout for sign in everyone.values()):
+            self._stalled(f"all ranks wait for each other for {2 * self.timeout:g} s: {_places(everyone)}", None)
 
-    def _stalled(self, rank: int, what: str, activity: str, step: int, seconds: float | None = None) -> None:
-        error = StallError(f"rank {rank} {what} for {seconds or self.timeout:g} s, in step {step} ({activity})")
+    def _stalled(self, what: str, rank: int | None) -> None:
+        error = StallError(what)
         error.rank = rank
         self.fail(error)
 
 
-def _bytes_moved() -> int:
-    """What this process has read and written, in units of 64 KiB: a long write of a large file is progress too.
-
-    Looking here reads a little itself, which the unit swallows.
-    """
-    try:
-        fields = Path("/proc/self/io").read_text().split()
-        return sum(int(fields[index]) for index in (1, 3, 9)) >> 16  # rchar, wchar, read_bytes
-    except (OSError, IndexError, ValueError):
-        return 0
+def _places(signs: Mapping[int, Sign]) -> str:
+    """Where all ranks are, in few words."""
+    ranks: dict[str, list[int]] = {}
+    for rank, sign in signs.items():
+        ranks.setdefault(sign.place, []).append(rank)
+    texts = [f"{len(there)} {place}, as rank {there[0]}" for place, there in ranks.items()]
+    return "; ".join(texts[:PLACES])

@@ -13,7 +13,7 @@ import mpiml
 from mpiml.clock import Clock
 from mpiml.documents import to_json
 from mpiml.errors import ConfigError
-from mpiml.run import launch
+from mpiml.run import alarm, launch
 from mpiml.run.failure import Guard, exit_code
 from mpiml.run.process import prepare_process
 from mpiml.run.verdict import on_rank_0
@@ -191,6 +191,7 @@ def _look(parse: Callable[[], argparse.Namespace], age: float) -> int:
             chosen = on_rank_0(comm, clock, parse)
     except ConfigError as error:  # reported already
         return exit_code(error)
+    alarm.during("looking at the job")
     prepare_process(chosen.threads)
     facts = examine(comm, age, chosen.threads, wrong)
     findings = judge(facts)

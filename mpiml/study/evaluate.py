@@ -246,7 +246,7 @@ def _place(
     stages: list[Mapping[str, Any]] = []
     clock("checkpoint")
     on_rank_0(grid.comm, clock, lambda: stages.extend(restart.vectors(layouts, whole.pop(), (VALUES,))))
-    State(grid, values, {}).distribute(stages, VALUES)
+    State(grid, values, {}, clock).distribute(stages, VALUES)
     return values, problem
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,26 +82,56 @@ def test_rank_that_stops_after_the_last_step_is_noticed(tmp_path: Path) -> None:
     assert "rank 1 has given no sign of life" in job.err
 
 
-def test_rank_that_ends_and_whose_launcher_is_gone_is_noticed(tmp_path: Path) -> None:
+def test_rank_that_ends_while_the_launcher_is_stopped_is_noticed(tmp_path: Path) -> None:
     """One after the other, the rest ends by itself: nobody is left to end it."""
-    trouble(tmp_path, 1, "backward", "unnoticed", limit=60)
-    left = running(str(tmp_path / "run"))
-    for process in left:
+    out = tmp_path / "run"
+    command = [*mpirun(4), sys.executable, SCRIPT, "1", "backward", "unnoticed", "--out", str(out), "--steps", "20"]
+    job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert eventually(lambda: result_of(out).get("status") == "failed" and not ranks(out), 60)
+    for process in {*stopped(job.pid), job.pid}:
         os.kill(process, signal.SIGKILL)
-    assert not left
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert (result["status"], result["rank"]) == ("failed", 1)
-    assert "rank 1 has ended without a word" in result["reason"]
+    job.wait(20)
+    assert result_of(out)["rank"] == 1
+    assert "rank 1 has ended without a word" in result_of(out)["reason"]
 
 
-def running(argument: str) -> list[int]:
-    """The processes that have this argument on their command line."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if argument.encode() in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
-    return [process for process in found if process != os.getpid()]
+def test_ranks_whose_launcher_is_killed_end_and_say_so(tmp_path: Path) -> None:
+    job = trouble(tmp_path, 1, "forward", "kill-launcher", "--steps 100000 --quiet", limit=30)
+    assert eventually(lambda: not ranks(job.run), 15)
+    assert (job.result["status"], job.result["rank"]) == ("failed", None)
+    assert job.result["reason"].startswith("the launcher is gone")
+
+
+def test_of_two_ranks_that_fail_together_one_is_waited_for(tmp_path: Path) -> None:
+    job = trouble(tmp_path, "0,1", "forward", "raise-slowly")
+    assert (job.code, job.result["status"]) == (70, "failed")
+    assert "this rank is in trouble" in job.result["reason"]
+    assert job.err.count("Traceback") == 1
+
+
+def result_of(run: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        return dict(json.loads((run / "result.json").read_text()))
+    return {}
+
+
+def eventually(condition: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def ranks(run: Path) -> list[int]:
+    """The ranks of a job that are still there."""
+    return [rank["pid"] for rank in json.loads((run / "environment.json").read_text())["ranks"] if alive(rank["pid"])]
+
+
+def stopped(process: int) -> set[int]:
+    """A process, and its children and theirs, as far as they are stopped."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    mine = {process} if state(process) == "T" else set()
+    return mine.union(*(stopped(int(child)) for child in children))
 
 
 def test_report_that_fails_does_not_keep_the_job(tmp_path: Path) -> None:
@@ -330,7 +361,12 @@ def test_killed_from_outside(tmp_path: Path) -> None:
 
 
 def alive(pid: int) -> bool:
+    return state(pid) not in "ZX"
+
+
+def state(pid: int) -> str:
+    """What the kernel calls the state of a process; X if it is gone."""
     try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
     except OSError:
-        return False
+        return "X"

@@ -167,3 +167,29 @@ def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path: Path) -> None:
     command = f"{sys.executable} -m mpiml.train --steps 300 --hidden 16 --out {tmp_path}/run | head -1"
     subprocess.run(["bash", "-c", command], check=True, stdout=subprocess.DEVNULL, timeout=LIMIT)
     assert '"status": "done"' in (tmp_path / "run" / "result.json").read_text()
+
+
+def test_standard_error_that_is_closed_does_not_end_the_run(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m mpiml.train --steps 3 --hidden 16 --out {tmp_path}/run 2>&-"
+    assert subprocess.run(["sh", "-c", command], check=False, capture_output=True, timeout=LIMIT).returncode == 0
+    assert '"status": "done"' in (tmp_path / "run" / "result.json").read_text()
+
+
+def test_rank_that_stops_before_mpi_is_up_ends_the_job(tmp_path: Path) -> None:
+    """The others wait for it in MPI_Init, where only a timer in C can end them."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal\n"
+        "from mpiml.run import alarm\n"
+        "alarm.LEAST, alarm.GRACE, alarm.TURN = 1.0, 0.5, 0.0\n"
+        "if alarm.rank_by_launcher() == 1: os.kill(os.getpid(), signal.SIGSTOP)\n"
+    )
+    flags = f"--out {tmp_path}/run --stall-timeout 1"
+    job = launch(3, "-m", "mpiml.train", *flags.split(), limit=30, PYTHONPATH=f"{tmp_path}:{Path(__file__).parents[2]}")
+    assert job.returncode != 0
+    assert "starting MPI for 1 s" in job.stderr or "MPI_Init, which waits for all ranks" in job.stderr
+
+
+def test_library_that_cannot_watch_is_said(train: Any) -> None:
+    job = train(2, "--steps 1 --hidden 8", MPI4PY_RC_THREAD_LEVEL="serialized")
+    assert job.code == 0, job.err
+    assert "no MPI_THREAD_MULTIPLE: a rank that is stopped is not noticed" in job.out

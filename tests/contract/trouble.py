@@ -18,6 +18,7 @@ from mpiml.data.sources import Source
 from mpiml.nn.layers import At, Layer
 from mpiml.nn.models import mlp
 from mpiml.parallel.state import State
+from mpiml.run import watch
 from mpiml.run.failure import exit_code
 from mpiml.train import train
 
@@ -58,8 +59,18 @@ def stop() -> None:
 
 
 def leave_unnoticed() -> None:
-    os.kill(os.getppid(), signal.SIGKILL)  # the launcher's process on this node, which would notice
+    os.kill(os.getppid(), signal.SIGSTOP)  # the launcher's process on this node, which would notice
     os._exit(0)
+
+
+def kill_the_launcher() -> None:
+    os.kill(os.getppid(), signal.SIGKILL)
+
+
+def fail_slowly() -> None:
+    sync = os.fsync
+    os.fsync = lambda descriptor: (time.sleep(0.5), sync(descriptor))  # type: ignore[assignment]
+    fail()
 
 
 KINDS: dict[str, Any] = {
@@ -72,6 +83,8 @@ KINDS: dict[str, Any] = {
     "thread-exit": lambda: in_thread(lambda: sys.exit(0)),
     "os-exit0": lambda: os._exit(0),
     "unnoticed": leave_unnoticed,
+    "kill-launcher": kill_the_launcher,
+    "raise-slowly": fail_slowly,
     "os-exit3": lambda: os._exit(3),
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
@@ -145,6 +158,8 @@ def in_save(*arguments: Any) -> Any:
     return collect(*arguments)
 
 
+if KIND in ("kill-launcher", "unnoticed"):
+    watch.LOOK = 0.1
 finish, restart.finish = restart.finish, at_end
 collect, State.collect = State.collect, in_save  # type: ignore[method-assign]
 digits = open_dataset("digits")

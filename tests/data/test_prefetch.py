@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -137,6 +139,19 @@ def test_error_of_the_rank_does_not_wait_for_a_read_that_hangs() -> None:
     of.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
     assert time.monotonic() - began < 10
     go.set()
+
+
+def test_a_read_that_hangs_does_not_keep_python_from_ending() -> None:
+    script = """
+import time
+from tests.data.test_prefetch import ahead
+of, x, _ = ahead(1)
+x.rows = lambda indices: time.sleep(60)
+of.__enter__()
+of.batches(1)
+of.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=30).returncode == 0
 
 
 IN_MEMORY = {"npz": False, "compressed_npz": True, "hdf5": False, "csv": True}

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from mpiml.clock import Clock
 from mpiml.nn.parameters import Layout, Parameter, constant
 from mpiml.parallel import grid as grids
 from mpiml.parallel import slices
@@ -44,7 +45,7 @@ def build(kind: type, pipe: int, *bucket: int) -> tuple[grids.Grid, State]:
     arguments = (16, layout.size, layout.blocks(), layout.dtype, *bucket)
     sum_ = kind(grid.data, PrivateMemory(), [1] * grid.replicas, *arguments)
     size = sum(stop - start for start, stop in sum_.held)
-    return grid, State(grid, sum_, {name: zeros(size, layout.dtype) for name in NAMES[1:]})
+    return grid, State(grid, sum_, {name: zeros(size, layout.dtype) for name in NAMES[1:]}, Clock())
 
 
 def same(left: Whole, right: Whole, names: tuple[str, ...]) -> bool:
@@ -91,7 +92,7 @@ def test_long_vectors_go_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     values = Values(grid, PrivateMemory(), layout.size, layout.dtype)
     values._firsts = Short(values._firsts)
     states = {name: zeros(layout.size, layout.dtype) for name in NAMES[1:]}
-    for state, names in ((State(grid, trained.sum, states), NAMES), (State(grid, values, {}), (VALUES,))):
+    for state, names in ((State(grid, trained.sum, states), NAMES), (State(grid, values, {}, Clock()), (VALUES,))):
         state.distribute(whole(1, 1.0) if WORLD.rank == 0 else [], *names)
         assert state.sum.values.tobytes() == whole(1, 1.0)[0][VALUES].tobytes()
         back = state.collect(*names)

@@ -1,4 +1,4 @@
-"""Ranks without work hear what the others do, and end with their result or their error."""
+"""Ranks without work end with the result or the error of those that work, and pass on that they are to stop."""
 
 from __future__ import annotations
 
@@ -21,19 +21,14 @@ BUSY = (COMM.size + 1) // 2
 pytestmark = pytest.mark.mpi
 
 
-def test_all_have_the_result_and_those_that_wait_hear_the_news() -> None:
-    heard: list[str] = []
+def test_all_have_the_result() -> None:
     crew = Crew(COMM, BUSY, Clock())
     assert (crew.idle, crew.team is None) == (COMM.size - BUSY, COMM.rank >= BUSY)
 
     def work(team: MPI.Intracomm) -> dict[str, Any]:
-        crew.tell("a directory")
-        crew.tell("and more")
         return {"size": team.allreduce(1), "ranks": team.allgather(COMM.rank)}
 
-    result = crew.run(work, StopRequest(), heard.append)
-    assert result == {"size": BUSY, "ranks": list(range(BUSY))}
-    assert heard == (["a directory", "and more"] if COMM.rank >= BUSY else [])
+    assert crew.run(work, StopRequest()) == {"size": BUSY, "ranks": list(range(BUSY))}
 
 
 def test_an_error_of_all_that_work_is_everybodys() -> None:
@@ -43,7 +38,7 @@ def test_an_error_of_all_that_work_is_everybodys() -> None:
         raise error
 
     with pytest.raises(NotFiniteError, match="the loss is not finite") as caught:
-        Crew(COMM, BUSY, Clock()).run(work, StopRequest(), print)
+        Crew(COMM, BUSY, Clock()).run(work, StopRequest())
     assert (caught.value.everywhere, caught.value.rank, caught.value.exit_code) == (True, BUSY - 1, 70)
 
 
@@ -63,4 +58,4 @@ def test_who_waits_may_be_asked_to_stop_and_those_that_work_do() -> None:
                 pass
             return {"in time": time.monotonic() < late}
 
-        assert crew.run(work, stop, print) == {"in time": True}
+        assert crew.run(work, stop) == {"in time": True}

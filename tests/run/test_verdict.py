@@ -3,7 +3,7 @@
 import pytest
 from mpi4py import MPI
 
-from mpiml.clock import Clock
+from mpiml.clock import BLOCKED_ON_OTHERS, Clock
 from mpiml.errors import ConfigError, DataError, RunError
 from mpiml.run.verdict import on_rank_0, together
 
@@ -75,6 +75,17 @@ def test_work_goes_on_after_a_failure() -> None:
             together(WORLD, Clock(), lambda rank=rank: fail_on(rank))
     assert on_rank_0(WORLD, Clock(), lambda: WORLD.size) == WORLD.size
     assert WORLD.allreduce(1) == WORLD.size
+
+
+@pytest.mark.parametrize("before", ["joining", "communication", "data"])
+def test_whoever_acts_waits_for_nobody_by_the_clock(before: str) -> None:
+    """Else the watch names no rank that is stuck in what it does."""
+    for act in (together, on_rank_0):
+        clock, seen = Clock(), []
+        clock(before)
+        act(WORLD, clock, lambda seen=seen, clock=clock: seen.append(clock.activity))
+        assert not set(seen) & BLOCKED_ON_OTHERS
+        assert clock.activity == before
 
 
 def test_exit_codes_survive() -> None:

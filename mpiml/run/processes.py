@@ -1,0 +1,72 @@
+"""Other processes on this node, as the kernel tells of them: launchers, and the next rank."""
+
+from __future__ import annotations
+
+import os
+import select
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from mpi4py import MPI
+
+from mpiml.run.alarm import RANKS
+from mpiml.waiting import allgather
+
+LAUNCHERS = ("hydra_pmi_proxy", "mpiexec", "mpirun", "orterun", "prterun", "prted", "orted", "srun", "slurmstepd")
+
+
+class Process:
+    """A process that may end; None stands for one of which nothing can be known, which never has `ended`."""
+
+    def __init__(self, number: int | None):
+        self.number = number
+        self._poll, self._descriptor = select.poll(), -1
+        if number is not None:
+            try:
+                self._descriptor = os.pidfd_open(number)
+            except (OSError, AttributeError):  # an old kernel, or one that is not Linux
+                return
+            self._poll.register(self._descriptor, select.POLLIN)
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has."""
+        return self._descriptor >= 0 and bool(self._poll.poll(0))
+
+    def close(self) -> None:
+        """Look no more."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def neighbour(comm: MPI.Intracomm) -> tuple[int, Process]:
+    """The next rank on this node and its process; this rank, and no process, where there is no other. Collective."""
+    try:
+        kernel = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        kernel = f"unknown, of rank {comm.rank}"
+    everyone = allgather(comm, (kernel, os.getpid()))
+    here = [rank for rank, (other, _) in enumerate(everyone) if other == kernel]
+    rank = here[(here.index(comm.rank) + 1) % len(here)]
+    return rank, Process(everyone[rank][1] if rank != comm.rank else None)
+
+
+def launcher(environment: Mapping[str, str] = os.environ) -> Process:
+    """The launcher's process that started this rank; none for a process that no launcher started as a rank."""
+    started = any(name in environment for name in RANKS)
+    return Process(next(launchers(), None) if started else None)
+
+
+def launchers() -> Iterator[int]:
+    """The numbers of the launchers among this process's ancestors on this node, the nearest first."""
+    process = os.getppid()
+    try:
+        while process > 1:
+            lines = Path(f"/proc/{process}/status").read_text().splitlines()
+            status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+            if status["Name"].startswith(LAUNCHERS):
+                yield process
+            process = int(status["PPid"])
+    except (OSError, KeyError, ValueError):
+        return
