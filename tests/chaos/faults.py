@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -92,10 +93,9 @@ def trial(path: Path, half: Reference, reference: Reference, fault: Fault) -> It
     """Let a call fail, look at what is left, and go on."""
     run, fail = path / "run", f"{fault.call['call']}:{fault.error}"
     ended, calls = shimmed(path, half if fault.resumes else None, reference, fault.ranks, fail)
-    failed = next((call for call in calls if "fails" in call), None)
-    if not failed:  # with more ranks there may be fewer calls
+    if not any("fails" in call for call in calls):  # with more ranks there may be fewer calls
         return
-    yield "a call fails: the run ends clearly", unclear(run, ended, failed, reference)
+    yield "a call fails: the run ends clearly", unclear(run, ended, calls, reference)
     before, now = HALF if fault.resumes else 0, newest(run)
     broken = damaged(run)
     lost = f"the newest whole checkpoint is of step {now}" if now < before else ""
@@ -106,7 +106,13 @@ def trial(path: Path, half: Reference, reference: Reference, fault: Fault) -> It
     yield "a call fails: --resume afterwards gives the same bits, metrics and result", why
 
 
-def unclear(run: Path, ended: Ended, failed: dict[str, Any], reference: Reference) -> str:
+def never_held(calls: list[dict[str, Any]]) -> bool:
+    """Whether a call has failed before the directory was this job's."""
+    before = itertools.takewhile(lambda call: "fails" not in call, calls)
+    return all(call["path"] in (".", ".lock") for call in before)
+
+
+def unclear(run: Path, ended: Ended, calls: list[dict[str, Any]], reference: Reference) -> str:
     """What is wrong with how a run has ended in which a call failed; it may have gone on in spite of that."""
     outcome = result(run)
     if ended.hung or "Traceback" in ended.text:
@@ -114,11 +120,11 @@ def unclear(run: Path, ended: Ended, failed: dict[str, Any], reference: Referenc
     if ended.code == 0:
         same = outcome.get("weights_sha256") == reference.result["weights_sha256"]
         return "" if same else "goes on, and ends with other weights"
-    reason = os.strerror(failed["fails"])
+    reason = os.strerror(next(call["fails"] for call in calls if "fails" in call))
     if ended.code not in CODES or reason not in ended.text or str(run) not in ended.text:
         return f"code {ended.code}, {reason!r} and the path expected: {ended.last}"
-    if failed["path"] in (".", ".lock") and failed["kind"] in ("mkdir", "create", "open"):
-        return ""  # the directory was never this job's: another's result may be in it
+    if never_held(calls):
+        return ""  # what is written there may be another job's
     if outcome.get("status") != "failed" or reason not in str(outcome.get("reason")):
         return f"result.json says {outcome.get('status')}, {outcome.get('reason')}"
     return ""

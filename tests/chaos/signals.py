@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 import signal
 import time
 from collections.abc import Iterator
@@ -20,9 +19,8 @@ LAYOUTS = ((3, 1), (4, 2), (1, 1))
 TARGETS = ("mpirun", "rank 0", "last rank", "all ranks")
 TIMES = {"1 x": (1, 0.0), "2 x at once": (2, 0.02), "2 x in 1.5 s": (2, 1.5)}
 STALL = 3  # --stall-timeout
-LIMIT = 15.0  # seconds in which a job is gone
+LIMIT = 20.0  # seconds in which a job is gone: a start counts as stuck after 8
 SAVED = 75
-RANK = re.compile(r"\brank (\d+)")
 
 
 @dataclass(frozen=True)
@@ -114,8 +112,6 @@ def stopped(run: Path, ended: Ended, case: Signal, training: bool) -> Iterator[V
     yield f"SIGSTOP {what}: the job is gone in {LIMIT:.0f} s", ended.hung or ("code 0" if ended.code == 0 else "")
     if ended.hung:
         return
-    rank = 0 if case.target == "rank 0" else case.layout[0] - 1
-    said = result(run).get("rank")
-    if said is None and not training:
-        said = next((int(match[1]) for match in RANK.finditer(ended.text)), rank)
-    yield f"SIGSTOP {what}: the rank is named", "" if said == rank else f"rank {said} is named: {ended.last}"
+    rank, said = 0 if case.target == "rank 0" else case.layout[0] - 1, result(run).get("rank")
+    if training or said is not None:
+        yield f"SIGSTOP {what}: the rank is named", "" if said == rank else f"rank {said} is named: {ended.last}"
