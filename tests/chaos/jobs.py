@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from tests.chaos.shim import RANK
 from tests.conftest import mpirun
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "CHAOS_JOB"  # in the environment of every process of a job, whoever its parent is by now
-RANK = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
 LAUNCHED = ("PMI", "PMIX_", "OMPI_COMM", "HYDRA", "MPIR", "MPICH")  # a job of its own, also within a job
 PAUSE = 0.02
 

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from mpiml.errors import OutputError
 from mpiml.run import checkpoint
@@ -45,13 +46,12 @@ def cases(lab: Lab, rng: Random) -> Iterator[Case]:
 def mutations(content: bytes, rng: Random) -> Iterator[Mutation]:
     """Every bit flipped, every length, and some blocks changed, in random order."""
     flips = [(i, bit) for i in range(len(content)) for bit in range(8)]
-    drawn: list[tuple[str, object]] = [("a bit flipped", flip) for flip in flips]
+    drawn: list[tuple[str, Any]] = [("with a flipped bit", flip) for flip in flips]
     drawn += [("cut short", length) for length in range(len(content))]
-    drawn += [("a block changed", rng.random()) for _ in range(BLOCKS)]
+    drawn += [("with a changed block", rng.random()) for _ in range(BLOCKS)]
     rng.shuffle(drawn)
-    ways = {"a bit flipped": flipped, "cut short": cut, "a block changed": block_changed}
     for kind, what in drawn:
-        yield kind, str(what), lambda content, kind=kind, what=what: ways[kind](content, what)
+        yield kind, str(what), lambda content, kind=kind, what=what: WAYS[kind](content, what)
 
 
 def flipped(content: bytes, at: tuple[int, int]) -> bytes:
@@ -79,6 +79,9 @@ def block_changed(content: bytes, seed: float) -> bytes:
     return rng.choice(changed)
 
 
+WAYS = {"with a flipped bit": flipped, "cut short": cut, "with a changed block": block_changed}
+
+
 def loaded(path: Path, original: Path, kind: str, change: Callable[[bytes], bytes]) -> Iterator[Verdict]:
     """Read a file that was changed as mpiml reads it."""
     content = original.read_bytes()
@@ -93,14 +96,14 @@ def loaded(path: Path, original: Path, kind: str, change: Callable[[bytes], byte
         why = ""
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
-    yield f"a checkpoint with {kind} is refused", why
+    yield f"a checkpoint {kind} is refused", why
 
 
 def commands(reference: Reference, newest: Path, rng: Random) -> Iterator[Case]:
     """What commands do with damaged and with forged checkpoints, in random order."""
     content = newest.read_bytes()
     damages = [*itertools.islice(mutations(content, rng), 60), *headers(content)]
-    drawn = [Case(f"--resume, {k}, {what}", _skipping(reference, change)) for k, what, change in damages]
+    drawn = [Case(f"--resume, newest {k}, {what}", _skipping(reference, change)) for k, what, change in damages]
     drawn += [
         Case(f"{command}, forged: {name}", _obeying(reference, change, command))
         for name, change in forgery.forgeries(content).items()
@@ -140,7 +143,7 @@ def headers(content: bytes) -> Iterator[Mutation]:
         "text": b"hello",
     }
     for name, changed in forged.items():
-        yield "a forged header", name, lambda _, changed=changed: changed
+        yield "with a forged header", name, lambda _, changed=changed: changed
 
 
 def _skipping(reference: Reference, change: Callable[[bytes], bytes]) -> Callable[[Path], Iterator[Verdict]]:

@@ -21,12 +21,14 @@ SHOWN = 20  # of the misses that are not this package's, so many stand in the fi
 def content(figures: Figures, seed: int, minutes: float) -> dict[str, Any]:
     """All that chaos.json says."""
     others = [miss for miss in figures.misses if miss.others]
+    parts = list(dict.fromkeys(part for part, _ in figures.rows))
+    rows = sorted(figures.rows.items(), key=lambda item: (parts.index(item[0][0]), item[0][1]))
     return {
         "seed": seed,
         "minutes": round(minutes, 1),
         "machine": {"cores": len(os.sched_getaffinity(0)), "processor": _processor(), "kernel": platform.release()},
         "versions": {"mpiml": _commit(), "python": platform.python_version(), **_versions()},
-        "rows": [{"part": part, "what": what, **vars(row)} for (part, what), row in sorted(figures.rows.items())],
+        "rows": [{"part": part, "what": what, **vars(row)} for (part, what), row in rows],
         "misses": [dataclasses.asdict(miss) for miss in [*figures.own, *others[:SHOWN]]],
     }
 

@@ -17,9 +17,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from tests.chaos.jobs import RANK
-
 MODULE = "mpiml.train"
+RANK = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")  # where launchers say a process's rank
 CREATES = os.O_CREAT | os.O_TRUNC
 REAL = {name: getattr(os, name) for name in dir(os) if callable(getattr(os, name))}
 REAL_OPEN = io.open
