@@ -31,6 +31,7 @@ from tests.chaos.runs import (
 
 SETTINGS = f"{COMMON} --hidden 4 --dropout 0.1 --eval-every 3 --keep 2 --steps"
 HALF, STEPS = 5, 8
+LOCK = ".lock"
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS)
 READS = ("open", "list")  # these fail with EIO alone
 CODES = (65, 73, 74, 78)
@@ -107,9 +108,10 @@ def trial(path: Path, half: Reference, reference: Reference, fault: Fault) -> It
 
 
 def never_held(calls: list[dict[str, Any]]) -> bool:
-    """Whether a call has failed before the directory was this job's."""
-    before = itertools.takewhile(lambda call: "fails" not in call, calls)
-    return all(call["path"] in (".", ".lock") for call in before)
+    """Whether a call has failed before the directory was this job's, which the calls on .lock make it."""
+    failed = next(i for i, call in enumerate(calls) if "fails" in call)
+    until_held = itertools.dropwhile(lambda call: call["path"] != LOCK, calls[: failed + 1])
+    return all(call["path"] == LOCK for call in until_held)
 
 
 def unclear(run: Path, ended: Ended, calls: list[dict[str, Any]], reference: Reference) -> str:
