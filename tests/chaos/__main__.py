@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 import time
@@ -30,6 +31,7 @@ def main() -> int:
     if asked.table:
         print(report.table(json.loads(asked.table.read_text())))
         return 0
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends jobs and tidies up
     seed = time.time_ns() % 1_000_000 if asked.seed is None else asked.seed
     print(f"seed {seed}", flush=True)
     began, figures = time.monotonic(), Figures()

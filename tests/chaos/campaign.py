@@ -104,8 +104,13 @@ def run(part: str, drawn: Iterator[tuple[int, Case]], figures: Figures, scratch:
     workers = [threading.Thread(target=work, name=f"worker {i}") for i in range(len(os.sched_getaffinity(0)))]
     for worker in workers:
         worker.start()
-    for worker in workers:
-        worker.join()
+    try:
+        for worker in workers:
+            worker.join()
+    except BaseException as error:  # asked to stop: trials that have begun end their jobs
+        failures.append(error)
+        for worker in workers:
+            worker.join()
     if failures:
         raise failures[0]
 
