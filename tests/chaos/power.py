@@ -88,7 +88,7 @@ def crashes(calls: list[dict]) -> Iterator[State]:
     whole = {path: content for path, content in _ever(calls).items() if STEP.search(path)}
     disk, after = Disk(), "before the first call"
     for call in [{"kind": "nothing", "path": "."}, *calls]:
-        trees = [("killed within a write", disk.within(call))]
+        trees = [("killed within a write", iter(list(disk.within(call))))]
         disk.follow(call)
         if call["kind"] != "nothing":
             after = f"after call {call['call']}, {call['kind']} {call['path']}"

@@ -12,6 +12,7 @@ import pytest
 
 from tests.chaos.disk import Disk, Tree, build, recorded
 from tests.chaos.jobs import ROOT
+from tests.chaos.power import crashes
 
 SCRIPT = """
 import io, os, sys
@@ -87,6 +88,14 @@ def test_kill_leaves_all_that_was_written_and_a_part_of_the_last_write() -> None
     assert [tree["new"] for tree in model.within(call("write", "new", at=4, data=b"efgh"))] == [
         *(b"abcde", b"abcdef", b"abcdefg")
     ]
+
+
+def test_states_of_a_crash_are_those_after_each_call_and_within_it() -> None:
+    path = "checkpoints/step-000000002.safetensors"
+    calls = [call("mkdir", "."), call("mkdir", "checkpoints"), call("create", path), call("write", path, data=b"abcd")]
+    killed = [state for state in crashes(calls) if state.kind.startswith("killed")]
+    assert [state.tree.get(path) for state in killed] == [None, None, None, b"", b"a", b"ab", b"abc", b"abcd"]
+    assert [state.checkpoint for state in killed] == [0, 0, 0, 0, 0, 0, 0, 2]
 
 
 def test_record_of_calls_gives_the_directory_that_they_made(tmp_path: Path) -> None:
