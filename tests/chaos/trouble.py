@@ -46,14 +46,16 @@ WAYS: dict[str, Callable[[], Any]] = {
 
 
 class Trouble:
-    """Comes in its phase, from a step on or after some calls."""
+    """Comes once, in its phase, from a step on or after some calls."""
 
     def __init__(self) -> None:
         self.step = self.calls = 0
+        self.over = False
 
     def at(self, phase: str, step: int = STEP) -> None:
         """The place of a phase has been reached."""
-        if HIT and phase == PHASE and step >= STEP:
+        if HIT and phase == PHASE and step >= STEP and not self.over:
+            self.over = True
             WAYS[WAY]()
 
     def called(self, phase: str) -> None:
