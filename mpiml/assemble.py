@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from mpiml.config import Config
 from mpiml.data.dataset import Dataset, Split
 from mpiml.data.fingerprint import Fingerprint
 from mpiml.data.normalize import Normalization, NormalizedSource
-from mpiml.data.prefetch import ReadAhead, in_memory
+from mpiml.data.prefetch import ReadAhead, steps_ahead
 from mpiml.data.shards import Shards
 from mpiml.design import StageDesign, cut
 from mpiml.evaluation import Evaluation
@@ -41,7 +41,7 @@ from mpiml.parallel.update import Update
 from mpiml.partition import part
 from mpiml.run import launch
 from mpiml.run.pace import Pace
-from mpiml.run.verdict import together
+from mpiml.run.verdict import on_rank_0, together
 from mpiml.vectors import bytes_of
 
 MODULES = "first values of the model (make it in a function, or call torch.manual_seed before)"
@@ -89,13 +89,23 @@ class Run:
         crowded = grid.node.size * config.threads > grid.cores
         return Pace(grid.stages, [stop - start for start, stop in blocks], grid.launched, crowded)
 
-    def record(self, entries: int) -> NDArray[np.float64]:
-        """An empty table for that many micro-batches."""
-        return np.zeros((entries, 2 + self.metric.columns))
+    def record(self, entries: int, measured: bool = False) -> NDArray[np.float64]:
+        """An empty table for that many micro-batches, with columns for the metric only if it is to be measured: of many
+        outputs they may be thousands."""
+        return np.zeros((entries, 2 + (self.metric.columns if measured else 0)))
 
 
-def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Model | None) -> Run:
+def assemble(
+    config: Config,
+    data: Dataset,
+    grid: Grid,
+    clock: Clock,
+    model: Model | None,
+    check: Callable[[Config, Sequence[Layout]], None] = lambda config, layouts: None,
+) -> Run:
     """Build everything; collective over the grid. `config` is resolved.
+
+    `check` looks at the stages' layouts, on rank 0, before memory for them is asked for.
 
     Raises, on all ranks alike, DataError or ConfigError for data or a model that do not fit.
     """
@@ -126,6 +136,7 @@ def assemble(config: Config, data: Dataset, grid: Grid, clock: Clock, model: Mod
 
     task = Task(data.train.x.shape, data.train.y.shape, data.classification, seen.outputs, seen.tokens)
     layouts, metric, here, fixed = build_stage(config, task, grid, clock, model)
+    on_rank_0(grid.comm, clock, lambda: check(config, layouts))
     layout = layouts[grid.stage]
     sum_, agreement, notes = place(config, grid, layout, 2 + metric.columns, clock)
     layout.bind(sum_.values)
@@ -199,8 +210,7 @@ def find_transform(config: Config) -> Callable[..., Any] | None:
 
 def read_ahead(config: Config, shards: Shards, grid: Grid) -> ReadAhead:
     """The training rows, read as far ahead as the settings say."""
-    default = 0 if in_memory(shards.split) and not shards.transform else 2
-    steps = default if config.prefetch is None else config.prefetch
+    steps = steps_ahead(shards) if config.prefetch is None else config.prefetch
     return ReadAhead(shards, steps, config.steps or 0, grid.stage == 0, grid.stage == grid.stages - 1)
 
 

@@ -8,12 +8,14 @@ import functools
 import importlib
 import json
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mpiml import documents
 from mpiml.config import Config
 from mpiml.errors import ConfigError, OutputError
 from mpiml.imports import called_with, is_name, named
@@ -22,8 +24,13 @@ from mpiml.nn.losses import R2, Accuracy, Loss, Metric, mean_squared_error, soft
 from mpiml.nn.parameters import Shape
 from mpiml.own import OwnLoss, OwnMetric
 
+if TYPE_CHECKING:
+    from mpiml.run.checkpoint import Checkpoint
+
 Model = Any  # layers, PyTorch modules, a list of both, or a function (shape, outputs) that returns such
 Objective = Callable[[Any, Any, bool], tuple[list[float], Any]]
+LOWEST = {"shape": 1, "labels": 1, "outputs": 1, "tokens": 0}  # that sizes in a task can be
+MOST_AXES = 32  # of a row
 
 
 @dataclass(frozen=True)
@@ -58,12 +65,22 @@ class Task:
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> Task:
-        """The reverse of `to_json`. Raises OutputError for a checkpoint that holds none."""
-        if not text:
-            raise OutputError("the checkpoint does not say what its model takes: go on with the run for one that does")
-        values = json.loads(text)
-        return cls(**values | {name: tuple(values[name]) for name in ("shape", "labels")})
+    def of_checkpoint(cls, saved: Checkpoint) -> Task:
+        """The reverse of `to_json`. Raises OutputError for a checkpoint that holds none, or one that cannot be."""
+        origin = f"{saved.origin}: task"
+        if not saved.task:
+            raise OutputError(f"{saved.origin} does not say what its model takes: go on with the run for one that does")
+        kinds = typing.get_type_hints(cls)
+        needed = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
+        values = documents.check_fields(documents.from_json(saved.task, origin), kinds, origin, needed)
+        if unknown := values.keys() - kinds.keys():
+            raise OutputError(f"{origin} has {documents.shown(min(unknown))}, which this version does not know")
+        for name, low in LOWEST.items():
+            sizes = values[name] if isinstance(values[name], list) else [values[name]]
+            if len(sizes) > MOST_AXES or any(size < low for size in sizes):
+                raise OutputError(f"{origin} is damaged: {name} is {documents.shown(values[name])}, which cannot be")
+        fields: dict[str, Any] = {key: tuple(it) if isinstance(it, list) else it for key, it in values.items()}
+        return cls(**fields)
 
 
 def model_for(config: Config, task: Task, model: Model | None) -> list[nn.Layer]:
@@ -151,9 +168,12 @@ def constants(layers: Sequence[nn.Layer]) -> str:
     return "" if found is None else json.dumps(found)
 
 
-def check_constants(mine: str, saved: str) -> None:
+def check_constants(mine: str, saved: Checkpoint) -> None:
     """Raise OutputError if the model's constants are not those that a checkpoint, if it tells, was trained with."""
-    here, there = json.loads(mine or "{}"), json.loads(saved or mine or "{}")
+    origin = f"{saved.origin}: constants"
+    here, there = (documents.from_json(text or "{}", origin) for text in (mine, saved.constants or mine))
+    if not documents.fits(there, dict[str, str]):
+        raise OutputError(f"{origin} is damaged: it must hold checksums by name, not {documents.shown(there)}")
     if other := sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name)):
         more = f" and {len(other) - 1} more" if len(other) > 1 else ""
         raise OutputError(

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import mpiml
-from mpiml.errors import ConfigError
+from mpiml import documents
+from mpiml.errors import ConfigError, OutputError
 from mpiml.run import deadline
 from mpiml.setting import check, convert, flag, guess, metavar, setting, text, toml
 
@@ -32,7 +33,9 @@ class Config:
     Raises ConfigError for a value that cannot be.
     """
 
-    data: str = setting("digits", GROUPS[0], "digits, a file or directory, or package.module:function", metavar="SPEC")
+    data: str = setting(
+        "digits", GROUPS[0], "digits, a file or directory, or package.module:function", metavar="SPEC", or_named=True
+    )
     label: str | None = setting(None, GROUPS[0], "column of a CSV or Parquet file that holds the labels")
     context: int | None = setting(None, GROUPS[0], "bytes of a text, or tokens, that make a row", low=1)
     held_out: float = setting(0.1, GROUPS[0], "part of a text to test on if it has no test file", low=0, below=1)
@@ -45,6 +48,7 @@ class Config:
         GROUPS[0],
         "function (x, y, rng) -> x, y that every micro-batch of training passes",
         metavar="package.module:function",
+        or_named=True,
     )
     model: str = setting(
         "mlp",
@@ -56,7 +60,9 @@ class Config:
     hidden: tuple[int, ...] = setting((128, 128), GROUPS[0], "widths of the mlp's hidden layers", low=1)
     activation: str = setting("relu", GROUPS[0], "after each hidden layer", choices=["relu", "gelu", "tanh"])
     channels: int = setting(32, GROUPS[0], "of cnn's and resnet's first convolution; later ones have more", low=1)
-    blocks: int = setting(2, GROUPS[0], "residual blocks of resnet, at each of three sizes, or of gpt", low=1)
+    blocks: int = setting(
+        2, GROUPS[0], "residual blocks of resnet, at each of three sizes, or of gpt", low=1, below=10_000
+    )
     norm: str = setting(
         "group",
         GROUPS[0],
@@ -108,7 +114,11 @@ class Config:
         choices=["contiguous", "strided"],
     )
     prefetch: int | None = setting(
-        None, GROUPS[2], "steps whose rows are read ahead (default: 2 from files, 0 from memory)", low=0, on_resume=True
+        None,
+        GROUPS[2],
+        "steps whose rows are read ahead (default: 2 if reading takes long, else 0)",
+        low=0,
+        on_resume=True,
     )
     epochs: int | None = setting(None, GROUPS[2], "passes over the data (default: 30)", low=1, on_resume=True)
     steps: int | None = setting(None, GROUPS[2], "steps, instead of epochs", low=1, on_resume=True)
@@ -260,7 +270,10 @@ def parse(arguments: Sequence[str], program: str = "mpiml.train") -> Config:
         raise ConfigError(f"{unknown[0]} is not a setting{guess(unknown[0].split('=')[0], names)}; --help lists all")
     raw = vars(found)
     path = raw.pop("config", None)
-    values = from_toml(Path(path)) if path else {}
+    try:
+        values = from_toml(Path(path)) if path else {}
+    except OutputError as error:
+        raise ConfigError(f"--config {error}") from None
     types_of = _types()
     for name, other in (("steps", "epochs"), ("epochs", "steps")):
         if name in raw:
@@ -271,34 +284,27 @@ def parse(arguments: Sequence[str], program: str = "mpiml.train") -> Config:
 
 
 def from_toml(path: Path) -> dict[str, Any]:
-    """The settings in a TOML file, by name. Raises ConfigError for an unknown key or a value of another kind."""
-    import tomllib
+    """The settings in a TOML file, by name.
 
+    Raises OutputError for a file that cannot be read, ConfigError for an unknown key or a value of another kind.
+    """
+    table = documents.from_toml(documents.read(path), str(path))
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: {error}") from None
-    return typed(table, str(path))
+        return typed(table)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
-def of_checkpoint(text: str) -> Config:
-    """The settings of the run that a checkpoint is of, from their TOML in it."""
-    import tomllib
-
-    return Config(**typed(tomllib.loads(text), "the checkpoint"))
-
-
-def typed(table: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """Settings under their flags' names as values of the right types."""
+def typed(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings under their flags' names as values of the right types. Raises ConfigError as `from_toml`."""
     values, types_of = {}, _types()
     for key, value in table.items():
         name = key.replace("-", "_")
         if name not in types_of:
             known = [known.replace("_", "-") for known in types_of]
-            raise ConfigError(f"{origin}: {key} is not a setting{guess(key, known)}; --help lists all")
-        values[name] = convert(types_of[name], value, f"{origin}: {key} = {value!r}")
+            shown = key if key.isprintable() else ascii(key)
+            raise ConfigError(f"{shown} is not a setting{guess(key, known)}; --help lists all")
+        values[name] = convert(types_of[name], value, f"{key} = {documents.shown(value)}")
     return values
 
 
@@ -328,7 +334,7 @@ def _parser(program: str) -> ArgumentParser:
             continue
         shown = f" (default: {text(field.default)})" if field.default not in (None, ()) else ""
         choices = "|".join([*about["choices"], *(["MODULE:FUNCTION"] if about["or_named"] else [])])
-        value = choices or about["metavar"] or metavar(types_of[field.name])
+        value = about["metavar"] or choices or metavar(types_of[field.name])
         group.add_argument(flag(field.name), metavar=value, help=about["help"] + shown)
     return parser
 

@@ -42,21 +42,27 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int) -> C
     if microbatches > rows:
         raise ConfigError(f"--microbatches {microbatches}: the data set has only {rows} rows to share out")
     steps = config.steps or (config.epochs or DEFAULT_EPOCHS) * -(-rows // config.batch)
+    decay = config.weight_decay
+    return scored(config, classification).replace(
+        microbatches=microbatches,
+        steps=steps,
+        epochs=None,
+        lr=optimizers.default_rate(config.optimizer) if config.lr is None else config.lr,
+        weight_decay=(0.01 if config.optimizer == "adamw" else 0.0) if decay is None else decay,
+        decay_steps=config.decay_steps or steps,
+    )
+
+
+def scored(config: Config, classification: bool) -> Config:
+    """The config with loss and metric decided. Raises ConfigError for those that do not fit the labels."""
     loss, metric = ("cross_entropy", "accuracy") if classification else ("mse", "r2")
     for flag, value, fitting in (("--loss", config.loss, loss), ("--metric", config.metric, metric)):
         if value not in ("auto", fitting) and not is_name(value):
             kind = "integers" if classification else "not integers"
             raise ConfigError(f"{flag} {value}: the data set's labels are {kind}; leave it at auto")
-    decay = config.weight_decay
     return config.replace(
-        microbatches=microbatches,
-        steps=steps,
-        epochs=None,
         loss=loss if config.loss == "auto" else config.loss,
         metric=metric if config.metric == "auto" else config.metric,
-        lr=optimizers.default_rate(config.optimizer) if config.lr is None else config.lr,
-        weight_decay=(0.01 if config.optimizer == "adamw" else 0.0) if decay is None else decay,
-        decay_steps=config.decay_steps or steps,
     )
 
 

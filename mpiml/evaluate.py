@@ -30,6 +30,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--label": ("NAME", "its column of labels (default for this and the next two: as in the run)"),
         "--token-dtype": ("NAME", "its tokens'"),
         "--held-out": ("X", "the part of it to test on if it has no test file"),
+        "--model": ("package.module:function", "your own model: one that only a checkpoint names is not run"),
+        "--loss": ("package.module:function", "your own loss, likewise"),
+        "--metric": ("package.module:function", "your own metric, likewise"),
         "--predictions": ("FILE", "write classes, or values, in row order; FILE ends in .npy or .csv"),
     }
     for flag, (metavar, help) in more.items():

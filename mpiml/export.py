@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from mpiml.build import Model, Task, check_constants, constants, model_for
-from mpiml.config import of_checkpoint
 from mpiml.nn.layer import Layer, parameters
 from mpiml.nn.parameters import Shape
 from mpiml.run import checkpoint
+from mpiml.saved import settings_of
 
 
 def trained(file: str | Path, model: Model | None = None) -> tuple[list[Layer], Shape]:
@@ -19,16 +19,19 @@ def trained(file: str | Path, model: Model | None = None) -> tuple[list[Layer], 
     not part of the model: x is then (inputs - data.mean) * data.scale, two arrays that the checkpoint has as well.
 
     Args:
-        model: what the run was trained with, if that was given to `train` as an object.
+        model: what the run was trained with, as `train` takes it, or its name, package.module:function. A model that is
+            the user's own must be given: a checkpoint is data, and code that it names is not run.
 
-    Raises OutputError for a checkpoint that is damaged or of another model.
+    Raises OutputError for a checkpoint that is damaged or of another model, ConfigError for one that needs `model`.
     """
     saved = checkpoint.load(Path(file), lambda name: not name.startswith("optimizer."))
-    task = Task.from_json(saved.task)
-    layers = model_for(of_checkpoint(saved.config), task, model)
-    check_constants(constants(layers), saved.constants)
+    task, config = Task.of_checkpoint(saved), settings_of(saved, ("model",), {"model": model})
+    layers = model_for(config, task, None if isinstance(model, str) else model)
+    check_constants(constants(layers), saved)
+    needed = {p.name: (config.dtype, p.shape) for p in parameters(layers)}
+    checkpoint.check_kinds(saved.origin, checkpoint.kinds_of(saved.arrays), needed)
     for parameter in parameters(layers):
-        parameter.value = checkpoint.array(saved, parameter.name, parameter.shape)
+        parameter.value = saved.arrays[parameter.name]
     return layers, task.shape
 
 

@@ -140,8 +140,8 @@ def measure(data: Dataset, grid: Grid, clock: Clock, shards: Shards) -> Normaliz
         if data.language_model:
             raise ConfigError("--normalize: the data set's inputs are tokens, not numbers")
         clock("data")
-        numbers = range(shards.first, shards.last) if grid.stage == 0 else ()
-        return [moments(data.train.x, np.array(shards.shard(m), np.int64)) for m in numbers]
+        block = range(shards.first, shards.last) if grid.stage == 0 else ()
+        return [moments(data.train.x, shards.numbers(m)) for m in block]
 
     everyones = grid.comm.gather(together(grid.comm, clock, mine))
     return on_rank_0(grid.comm, clock, lambda: Normalization.of(itertools.chain(*(everyones or []))))

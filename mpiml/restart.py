@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from mpiml.assemble import Run
-from mpiml.build import check_constants
-from mpiml.config import Config, from_toml, of_checkpoint
+from mpiml.build import Task, check_constants
+from mpiml.config import Config
 from mpiml.config import settings as all_settings
 from mpiml.data.fingerprint import difference
 from mpiml.data.normalize import Normalization
 from mpiml.errors import DataError, OutputError
-from mpiml.nn.parameters import Layout
+from mpiml.nn.parameters import Layout, Parameter
 from mpiml.parallel.state import VALUES
 from mpiml.run import checkpoint, environment, log
 from mpiml.run.checkpoint import Checkpoint
@@ -28,10 +28,12 @@ from mpiml.run.directory import (
     METRICS,
     RunDirectory,
     read_result,
+    update_result,
     write_atomically,
     write_result,
 )
 from mpiml.run.verdict import on_rank_0
+from mpiml.saved import CODE, settings_in, settings_of
 from mpiml.setting import flag
 
 
@@ -44,15 +46,22 @@ def settings(asked: Config) -> Config:
         return asked
     stored, checkpoints = Path(asked.out) / CONFIG, Path(asked.out) / CHECKPOINTS
     if stored.exists():
-        return asked.resumed(Config(**from_toml(stored)))
-    newest = checkpoint.newest(checkpoints)[0] if checkpoints.is_dir() else None
-    return asked.resumed(of_checkpoint(newest.config)) if newest else asked
+        return asked.resumed(settings_in(stored))
+    newest = checkpoint.newest(checkpoints, lambda name: False)[0] if checkpoints.is_dir() else None
+    if not newest:
+        return asked
+    return asked.resumed(settings_of(newest, CODE, {name: getattr(asked, name) for name in asked.given or ()}))
 
 
-def check_init(run: Run) -> None:
-    """Raise OutputError or ConfigError if --init cannot be used: before anything is written. Rank 0 calls it."""
-    if run.config.init:
-        vectors(run.layouts, checkpoint.load(Path(run.config.init)), (VALUES,))
+def check_saved(cfg: Config, layouts: Sequence[Layout]) -> None:
+    """Raise OutputError if what the run is to begin with, --init or its own checkpoints, is of another model: before
+    anything is written, and before memory that only a damaged file asks for is. Rank 0 calls it."""
+    needed = needed_kinds(layouts, (VALUES,))
+    if cfg.init:
+        first = checkpoint.load(Path(cfg.init), lambda name: not name.startswith("optimizer."))
+        checkpoint.check_kinds(first.origin, checkpoint.kinds_of(first.arrays), needed)
+    if cfg.resume and cfg.out and (Path(cfg.out) / CHECKPOINTS).is_dir():
+        checkpoint.check_newest(Path(cfg.out) / CHECKPOINTS, needed)
 
 
 def finished(cfg: Config) -> dict[str, Any] | None:
@@ -64,7 +73,7 @@ def finished(cfg: Config) -> dict[str, Any] | None:
         return None
     if not cfg.quiet:
         print(f"{cfg.out} is finished after step {result['step']}: nothing to do", flush=True)
-    return result
+    return result | {"exit_code": 0}  # which is what "done" says, whatever else a file says
 
 
 @dataclass
@@ -142,12 +151,7 @@ def _begin(run: Run, path: Path, ranks: list[dict[str, Any]]) -> None:
 def finish(run: Run, path: Path, outcome: Mapping[str, Any]) -> dict[str, Any]:
     """Write how the run ended; collective. Returns the whole result."""
 
-    def write() -> dict[str, Any]:
-        result = {**read_result(path), **outcome}
-        write_result(path, result)
-        return result
-
-    result: dict[str, Any] = on_rank_0(run.grid.comm, run.clock, write)
+    result: dict[str, Any] = on_rank_0(run.grid.comm, run.clock, lambda: update_result(path, outcome))
     return result
 
 
@@ -168,7 +172,8 @@ def restore(run: Run, path: Path) -> tuple[int, list[str], dict[str, Any]]:
                 f"going on after step {found.step}" if found else f"no checkpoint in {path} yet: starting at step 0"
             )
             step = found.step if found else 0
-            entries = log.cut(path / METRICS, step, run.steps, cfg.eval_every, cfg.log_every)
+            entries, damaged = log.cut(path / METRICS, step, run.steps, cfg.eval_every, cfg.log_every)
+            notes += damaged
             history = log.last_known(entries, run.metric.name)
         step, names = (found.step, tuple(run.state.mine)) if found else (0, ())
         if not found and cfg.init:
@@ -176,10 +181,10 @@ def restore(run: Run, path: Path) -> tuple[int, list[str], dict[str, Any]]:
             notes.append(f"first weights from {cfg.init}")
         if found:
             if step:
-                _check_same_run(cfg, of_checkpoint(found.config))
-                check_constants(run.constants, found.constants)
+                _check_same_run(cfg, found)
+                check_constants(run.constants, found)
             if step and run.normalization:
-                saved = Normalization.of_arrays(found.arrays)
+                saved = normalization(found, run.task)
             whole.extend(vectors(run.layouts, found, names))
         return step, notes, history, names, saved
 
@@ -192,11 +197,12 @@ def restore(run: Run, path: Path) -> tuple[int, list[str], dict[str, Any]]:
     return step, notes, history
 
 
-def _check_same_run(cfg: Config, saved: Config) -> None:
+def _check_same_run(cfg: Config, found: Checkpoint) -> None:
+    saved = settings_of(found, (), {})
     for field in all_settings():
         mine, theirs = getattr(cfg, field.name), getattr(saved, field.name)
         if mine != theirs and not field.metadata["on_resume"]:
-            raise OutputError(f"the newest checkpoint is of another run: {flag(field.name)} {theirs}, here {mine}")
+            raise OutputError(f"{found.origin} is of another run: {flag(field.name)} {theirs}, here {mine}")
 
 
 def save(run: Run, step: int, directory: Path) -> float:
@@ -234,22 +240,44 @@ def digest(run: Run) -> str:
 
 
 def named(layouts: Sequence[Layout], stages: Sequence[Mapping[str, Any]], *names: str) -> dict[str, Any]:
-    """All stages' vectors as arrays: weights under their names, state NAME as optimizer.NAME.(weight's name).
-
-    Statistics, which no optimizer changes, have no state.
-    """
+    """All stages' vectors as arrays: weights under their names, state NAME as optimizer.NAME.(weight's name)."""
     arrays: dict[str, Any] = {}
     for vector in names:
-        prefix = "" if vector == VALUES else f"optimizer.{vector}."
         for layout, vectors_of_stage in zip(layouts, stages, strict=True):
-            views = layout.views(vectors_of_stage[vector])
-            arrays |= {prefix + p.name: view for p, view in views if vector == VALUES or p.momentum is None}
+            name_of = _names(layout, vector)
+            arrays |= {name_of[p]: view for p, view in layout.views(vectors_of_stage[vector]) if p in name_of}
     return arrays
+
+
+def needed_kinds(layouts: Sequence[Layout], names: Sequence[str]) -> dict[str, checkpoint.Kind]:
+    """Of what kind the arrays of `named` are."""
+    return {
+        name: (layout.dtype.name, p.shape)
+        for vector in names
+        for layout in layouts
+        for p, name in _names(layout, vector).items()
+    }
+
+
+def _names(layout: Layout, vector: str) -> dict[Parameter, str]:
+    """What the arrays of a vector are called in a checkpoint. Statistics, which no optimizer changes, have no state."""
+    prefix = "" if vector == VALUES else f"optimizer.{vector}."
+    return {p: prefix + p.name for p in layout.parameters if vector == VALUES or p.momentum is None}
 
 
 def vectors(layouts: Sequence[Layout], found: Checkpoint, names: Sequence[str]) -> list[Mapping[str, Any]]:
     """The reverse of `named`, for some vectors. Raises OutputError if the checkpoint is of another model."""
+    checkpoint.check_kinds(found.origin, checkpoint.kinds_of(found.arrays), needed_kinds(layouts, names))
     stages = [{name: layout.zeros() for name in names} for layout in layouts]
     for name, target in named(layouts, stages, *names).items():
-        target[...] = checkpoint.array(found, name, target.shape, target.dtype)
+        target[...] = found.arrays[name]
     return list(stages)
+
+
+def normalization(found: Checkpoint, task: Task) -> Normalization:
+    """What a checkpoint's model normalises its inputs by. Raises OutputError if that is missing or of other inputs."""
+    arrays = {name: array for name, array in found.arrays.items() if name.startswith("data.")}
+    checkpoint.check_kinds(
+        found.origin, checkpoint.kinds_of(arrays), dict.fromkeys(Normalization.NAMES, ("float64", task.shape))
+    )
+    return Normalization.of_arrays(arrays)

@@ -10,6 +10,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
+from mpiml.documents import INTEGERS
 from mpiml.errors import ConfigError
 from mpiml.imports import is_name
 
@@ -28,7 +29,7 @@ def setting(
 ) -> Any:
     """A field of Config: its help, what it may be, and whether a resumed run may change it.
 
-    `or_named`: besides the choices also package.module:function.
+    `or_named`: it may also name code, as package.module:function; that is imported and called.
     """
     about = {"group": group, "help": help, "choices": tuple(choices), "low": low, "below": below, "or_named": or_named}
     return dataclasses.field(default=default, metadata={**about, "on_resume": on_resume, "metavar": metavar})
@@ -65,9 +66,9 @@ def convert(kind: Any, raw: Any, what: str) -> Any:
             number = kind(raw)
         except (ValueError, OverflowError):
             number = None
-        if number is not None and (isinstance(raw, str) or number == raw):
+        if number is not None and (isinstance(raw, str) or number == raw) and (kind is float or number in INTEGERS):
             return number
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    names = {int: "a whole number of at most 64 bits", float: "a number", bool: "true or false", str: "text"}
     raise ConfigError(f"{what}: must be {names[kind]}")
 
 
@@ -104,4 +105,5 @@ def toml(value: Any) -> str:
     """A value as TOML has it."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(toml, value))}]"
-    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+    # TOML escapes as JSON does, but wants DEL escaped too.
+    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -100,9 +100,7 @@ def _train(
         cfg = together(comm, clock, lambda: design.resolve(cfg, len(dataset.train), dataset.classification, replicas))
         if cfg.resume and (done := on_rank_0(comm, clock, lambda: restart.finished(cfg))):  # --epochs has become steps
             return done
-        run = assemble.assemble(cfg, dataset, grids.build(comm, cfg.pipe), clock, model)
-        if cfg.init:
-            on_rank_0(comm, clock, lambda: restart.check_init(run))
+        run = assemble.assemble(cfg, dataset, grids.build(comm, cfg.pipe), clock, model, restart.check_saved)
         with restart.opened(run, dataset.name) as directory:
             guard.run, guard.token = directory.path, directory.token
             start, notes, history = restart.restore(run, directory.path)
@@ -138,7 +136,7 @@ def _loop(run: Run, start: int, checkpoints: Path, logger: log.Log, stop: StopRe
         clock.step = step
         last = step == run.steps
         log_due = _due(step, cfg.log_every, last)
-        table = run.record(cfg.microbatches)
+        table = run.record(cfg.microbatches, measured=log_due)
         run.stage.train(step, run.ahead.batches(step), table, measured=log_due)
         clock("communication")
         record = run.agree(table, not run.update.finite, stop.now())
@@ -203,7 +201,8 @@ def _summary(run: Run, path: Path, outcome: dict[str, Any], logger: log.Log) -> 
     """What a person wants to know at the end."""
     shares = logger.where_the_time_went()
     speed = outcome["samples_per_second"]
-    score = f"test {run.metric.name} {outcome[run.metric.name]:.4f}, " if run.metric.name in outcome else ""
+    scored = outcome.get(run.metric.name)
+    score = "" if scored is None else f"test {run.metric.name} {scored:.4f}, "
     what = "done" if outcome["status"] == "done" else "stopped and saved; go on with --resume"
     logger.say(
         f"{what}: step {outcome['step']}, {score}{outcome['seconds']:.1f} s"

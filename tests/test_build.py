@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mpiml.build import Task, build_loss, build_metric, build_model, objective
+from mpiml.build import Task, build_loss, build_metric, build_model, check_constants, objective
 from mpiml.config import Config
 from mpiml.design import resolve
-from mpiml.errors import ConfigError
+from mpiml.errors import ConfigError, OutputError
 from mpiml.imports import is_name, named
 from mpiml.nn.layers import (
     BatchNorm2d,
@@ -24,6 +26,7 @@ from mpiml.nn.layers import (
     Residual,
 )
 from mpiml.nn.losses import R2, Accuracy, mean_squared_error, softmax_cross_entropy
+from mpiml.run.checkpoint import Checkpoint
 
 MINE = """
 import numpy as np
@@ -310,3 +313,65 @@ def test_loss_and_metric_must_fit_the_labels(settings: dict, classification: boo
     with pytest.raises(ConfigError) as error:
         resolve(Config(**settings), 50, classification, 1)
     assert all(word in str(error.value) for word in words)
+
+
+def saved(task: str = "", constants: str = "") -> Checkpoint:
+    return Checkpoint(1, "", {}, task, constants, "step-1.safetensors")
+
+
+@dataclass(frozen=True)
+class Later(Task):
+    """A task with a field that older checkpoints lack."""
+
+    ignore: int | None = None
+
+
+def test_a_task_is_read_back() -> None:
+    for task in (Task((8, 8), (), True, 10, 17), Task((), (9,), False, 1, 0)):
+        assert Task.of_checkpoint(saved(task.to_json())) == task
+        assert Later.of_checkpoint(saved(task.to_json())).ignore is None
+    later = Later((8, 8), (), True, 10, 17, ignore=-1)
+    assert Later.of_checkpoint(saved(later.to_json())) == later
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("shape", [["touch", "PWNED"], "ab", 3, [4, -1], [0], [1] * 33, [True]]),
+        ("labels", [[1.5], None, [0]]),
+        ("classification", [1, "yes"]),
+        ("outputs", [-1, "x", 1 << 63, True, 0]),
+        ("tokens", [-1, None]),
+        ("extra", [1]),
+    ],
+)
+def test_a_task_that_cannot_be_is_one_line_that_names_the_file_and_the_field(field: str, values: list[object]) -> None:
+    for value in values:
+        text = json.dumps(json.loads(Task((8, 8), (), True, 10, 17).to_json()) | {field: value})
+        with pytest.raises(OutputError) as error:
+            Task.of_checkpoint(saved(text))
+        assert str(error.value).startswith("step-1.safetensors: task ")
+        assert field in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_a_task_of_a_later_version_is_checked_alike() -> None:
+    text = json.dumps(json.loads(Task((8, 8), (), True, 10, 17).to_json()) | {"ignore": "x"})
+    with pytest.raises(OutputError, match=r"ignore is 'x', but must be of type int \| None$"):
+        Later.of_checkpoint(saved(text))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '"x"', '{"outputs": 3}', "[" * 100_000, "null"])
+def test_what_is_no_task(text: str) -> None:
+    with pytest.raises(OutputError, match=r"^step-1.safetensors: task is damaged: "):
+        Task.of_checkpoint(saved(text))
+
+
+def test_constants_are_checksums_by_name() -> None:
+    check_constants("", saved())
+    check_constants('{"a": "1"}', saved(constants='{"a": "1"}'))
+    for text in ("{", "[1]", '{"a": 1}', "[" * 100_000):
+        with pytest.raises(OutputError, match=r"^step-1.safetensors: constants is damaged: "):
+            check_constants("", saved(constants=text))
+    with pytest.raises(OutputError, match="a: not what the checkpoint was trained with"):
+        check_constants("", saved(constants='{"a": "1"}'))

@@ -168,6 +168,8 @@ def test_underscores_and_lists_of_one_are_fine_in_a_file(tmp_path: Path) -> None
         (["--activation", "my.models:f"], ["--activation my.models:f", "relu, gelu, tanh"]),
         (["--optimizer", "lion"], ["--optimizer lion", "sgd, momentum, nesterov, adam, adamw"]),
         (["--quiet=yes"], ["--quiet", "yes"]),
+        (["--batch", "1" + 400 * "0"], ["--batch 10", "whole number of at most 64 bits"]),
+        (["--blocks", "10000"], ["--blocks 10000", "less than 10000"]),
         (["--epochs", "3", "--steps", "9"], ["--epochs 3", "--steps 9", "one of the two"]),
         (["--resume"], ["--resume", "--out DIR"]),
         (["--shuffle", "blocks", "--shards", "strided"], ["--shuffle blocks", "--shards strided"]),
@@ -209,9 +211,14 @@ def test_values_in_a_file_are_checked_alike(tmp_path: Path, text: str, words: li
     assert all(word in refusal(toml(tmp_path, text)) for word in words)
 
 
-def test_a_file_that_is_not_text(tmp_path: Path) -> None:
+def test_a_file_that_is_not_text_or_no_file(tmp_path: Path) -> None:
     (tmp_path / "b.toml").write_bytes(b"\xff\xfe")
-    assert "b.toml" in refusal(["--config", str(tmp_path / "b.toml")])
+    (tmp_path / "deep.toml").write_text("a = " + "[" * 100_000)
+    os.mkfifo(tmp_path / "pipe.toml")
+    for name, words in (("b", "damaged"), ("deep", "nested too deeply"), ("pipe", "not a regular file")):
+        message = refusal(["--config", str(tmp_path / f"{name}.toml")])
+        assert message.startswith(f"--config {tmp_path / name}.toml")
+        assert words in message
 
 
 @every_setting
@@ -232,6 +239,11 @@ def test_any_text_and_number_survive_toml(tmp_path: Path, data: str, lr: float) 
     config = Config(data=data, lr=lr)
     (tmp_path / "c.toml").write_text(config.to_toml(), encoding="utf-8")
     assert Config(**from_toml(tmp_path / "c.toml")) == config
+
+
+def test_every_character_survives_toml() -> None:
+    every = "".join(map(chr, [*range(1, 0xD800), *range(0xE000, 0x11000)]))
+    assert tomllib.loads(Config(data=every).to_toml())["data"] == every
 
 
 @pytest.mark.parametrize("name", sorted(LAYOUT_AND_LOGGING))

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mpiml"
-GROUND = {f"mpiml.{name}" for name in ("errors", "clock", "random", "partition", "vectors", "waiting", "imports")}
+GROUND = {
+    f"mpiml.{name}" for name in ("errors", "clock", "random", "partition", "vectors", "waiting", "imports", "documents")
+}
 ROOMS = ("nn", "data", "parallel", "run")
 PURE = [f"mpiml.parallel.{name}" for name in ("tree", "slices", "schedules", "simulator", "split")]
 TOP = ("mpiml.train", "mpiml.study", "mpiml.examples")

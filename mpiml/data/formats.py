@@ -94,10 +94,10 @@ def open_npz(path: Path, options: Options) -> Columns:
 
 
 def open_h5(path: Path, options: Options) -> Columns:
-    from mpiml.data.hdf5 import HDF5Source, open_hdf5
+    from mpiml.data.hdf5 import hdf5_column, open_hdf5
 
     file = open_hdf5(path)
-    return Columns([HDF5Source(file, path, key) for key in KEYS], [path])
+    return Columns([hdf5_column(file, path, key) for key in KEYS], [path])
 
 
 def open_npy(path: Path, options: Options) -> Columns:

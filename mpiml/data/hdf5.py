@@ -1,4 +1,5 @@
-"""HDF5 files with one data set per column; every rank opens the file by itself and reads only its rows."""
+"""HDF5 files with one data set per column, mapped into memory or read in runs of rows; every rank opens the file by
+itself and reads only its rows."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mpiml.data.sources import Indices, Rows, check_rows, extra, file_size, runs
+from mpiml.data.sources import Indices, Rows, Source, check_rows, extra, file_size, mapped, runs
 from mpiml.errors import DataError
 
 
@@ -20,6 +21,19 @@ def open_hdf5(path: Path) -> Any:
         return h5py.File(path, "r", locking=False)  # parallel file systems often have no locks, and nobody writes
     except OSError as error:
         raise DataError(f"cannot read {path}: {error}") from None
+
+
+def hdf5_column(file: Any, path: Path, key: str) -> Source:
+    """The data set `key` of an open file: by memory map if the file holds its values in one piece and as NumPy has
+    them, else read by HDF5. Raises DataError for one that is missing, no array of numbers, or never written."""
+    h5t = extra("h5py.h5t", "hdf5", f"--data {path}")
+    source = HDF5Source(file, path, key)
+    values = source.values
+    offset = values.id.get_offset()  # None but for one piece in the file itself
+    if offset is None or not values.id.get_type().equal(h5t.py_create(values.dtype, logical=True)):
+        return source
+    holder = Path(values.file.filename)  # another file, if the key is a link
+    return mapped(holder, source.name, values.shape, values.dtype, offset, values.id.get_storage_size())
 
 
 class HDF5Source:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -53,6 +54,8 @@ class Normalization:
     mean: Floats
     scale: Floats
 
+    NAMES: ClassVar = ("data.mean", "data.scale")  # in a checkpoint
+
     @classmethod
     def of(cls, shards: Iterable[Moments]) -> Normalization:
         """From the moments of all shards in their order, whoever has added them up: the same bits on every layout."""
@@ -64,12 +67,12 @@ class Normalization:
 
     def arrays(self) -> dict[str, Floats]:
         """As a checkpoint holds it."""
-        return {"data.mean": self.mean, "data.scale": self.scale}
+        return dict(zip(self.NAMES, (self.mean, self.scale), strict=True))
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, Floats]) -> Normalization:
         """The reverse of `arrays`."""
-        return cls(arrays["data.mean"], arrays["data.scale"])
+        return cls(*(arrays[name] for name in cls.NAMES))
 
     def take(self, other: Normalization) -> None:
         """Become another, in all sources that use this one."""

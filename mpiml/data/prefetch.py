@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,10 +15,14 @@ from mpiml.data.dataset import Batch, Split
 from mpiml.data.normalize import NormalizedSource
 from mpiml.data.shards import Shards
 from mpiml.data.sources import ArraySource, HeldSource, Source
+from mpiml.data.text import Windows
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
+AHEAD = 2  # steps
+HANDED_OVER = 2e-4  # seconds that it takes to hand the rows of a step from thread to thread
+TRIES = 3  # one that is quick will do: a machine has hiccups
 Prepared = list[tuple[Any, Any]]  # of each micro-batch x and y, None where this rank needs none
 
 
@@ -86,13 +93,43 @@ class ReadAhead:
         return [(batch.x() if x and batch.rows else None, batch.y() if y and batch.rows else None) for batch in batches]
 
 
+def steps_ahead(shards: Shards) -> int:
+    """How many steps to read ahead where no setting says: none if the rows of a step are taken more quickly than one
+    thread hands them to another.
+
+    So it is with rows in memory, and mostly with those of a mapped file that the system keeps in memory: whether it
+    does is found by taking some, for which they must have been looked at before. Other sources, of a user's own say,
+    are not read for that.
+    """
+    sources = [_beneath(source) for source in (shards.split.x, shards.split.y)]
+    if shards.transform or not all(isinstance(source, (ArraySource, HeldSource, Windows)) for source in sources):
+        return AHEAD
+    random = np.random.default_rng(0)
+    tried = (_seconds(shards, sources, random) for _ in range(TRIES))
+    return 0 if in_memory(shards.split) or any(seconds < HANDED_OVER for seconds in tried) else AHEAD
+
+
 def in_memory(split: Split) -> bool:
-    """Whether rows come from memory: handing them from thread to thread takes longer than taking them."""
-    return all(_in_memory(source) for source in (split.x, split.y))
+    """Whether all rows are in this process's own memory."""
+    return all(_in_memory(_beneath(source)) for source in (split.x, split.y))
 
 
 def _in_memory(source: Source) -> bool:
-    if isinstance(source, NormalizedSource):
-        return _in_memory(source.source)
     mapped = isinstance(source, ArraySource) and isinstance(source.array, np.memmap)
     return isinstance(source, (ArraySource, HeldSource)) and not mapped
+
+
+def _beneath(source: Source) -> Source:
+    return source.source if isinstance(source, NormalizedSource) else source
+
+
+def _seconds(shards: Shards, sources: Sequence[Source], random: np.random.Generator) -> float:
+    """How long it takes to take as many rows at random as a step does, micro-batch by micro-batch."""
+    count = math.ceil(shards.rows_per_step / shards.microbatches)
+    blocks = [rows for m in range(shards.first, shards.last) if (rows := shards.shard(m))]
+    drawn = [rows.start + rows.step * random.integers(0, len(rows), count) for rows in blocks]
+    began = perf_counter()
+    for numbers in drawn:
+        for source in sources:
+            source.rows(numbers)
+    return perf_counter() - began

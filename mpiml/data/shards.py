@@ -52,13 +52,18 @@ class Shards:
 
     def rows(self) -> Rows:
         """The numbers of all rows that these shards read, rising."""
-        return np.sort(np.concatenate([np.arange(0), *(np.array(self.shard(m)) for m in range(self.first, self.last))]))
+        return np.sort(np.concatenate([np.arange(0), *map(self.numbers, range(self.first, self.last))]))
 
     def shard(self, m: int) -> range:
         """The numbers of the rows of shard m."""
         if self.strided:
             return range(m, len(self.split), self.microbatches)
         return range(*part(m, self.microbatches, len(self.split)))
+
+    def numbers(self, m: int) -> Rows:
+        """The numbers of the rows of shard m, as an array."""
+        rows = self.shard(m)
+        return np.arange(rows.start, rows.stop, rows.step)
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of step 1, 2, ..., those without rows included."""
@@ -127,7 +132,7 @@ def classes_seen(shards: Shards, classes: int) -> tuple[NDArray[np.int64], NDArr
     """How often these shards' labels are of each class, and of how many classes each shard has any (0: not ours)."""
     counts, seen = np.zeros(classes, np.int64), np.zeros(shards.microbatches, np.int64)
     for m in range(shards.first, shards.last):
-        labels = shards.split.y.rows(np.array(shards.shard(m), np.int64)).astype(np.intp)
+        labels = shards.split.y.rows(shards.numbers(m)).astype(np.intp)
         mine = np.bincount(labels[labels >= 0], minlength=classes)
         counts += mine
         seen[m] = np.count_nonzero(mine)

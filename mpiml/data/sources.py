@@ -59,7 +59,7 @@ class ArraySource:
 
     def rows(self, indices: Indices) -> Rows:
         check_whole(self.array, self.name)
-        return self.array.take(indices, axis=0)
+        return rows_of(np.asarray(self.array), indices)  # no memmap, of which all that is computed would be one
 
 
 class HeldSource(ABC):
@@ -90,7 +90,7 @@ class HeldSource(ABC):
         missing |= self._rows[np.where(missing, 0, places)] != indices if len(self._rows) else True
         if missing.any():
             raise IndexError(f"{self.name}: row {indices[missing][0]} is not one of the rows that are held")
-        return np.take(self._held, places, axis=0)
+        return rows_of(self._held, places)
 
 
 class StreamedSource(HeldSource):
@@ -111,6 +111,13 @@ class StreamedSource(HeldSource):
             if at == self.length and _read(stream, 1, self.name, at_end=True):  # also checks the whole stream's sum
                 raise DataError(f"{self.name}: goes on after its last row")
         return held
+
+
+def rows_of(array: Rows, indices: Indices) -> Rows:
+    """Some rows of an array, fresh and in C order. They cost what these rows cost, however the array lies in memory."""
+    if array.flags.c_contiguous and array.flags.aligned:
+        return array.take(indices, axis=0)
+    return np.ascontiguousarray(array[indices])  # take would copy all of it first: of one mapped from a .npz file, say
 
 
 def mapped(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from mpiml.data.npy import npy_file
@@ -40,6 +41,19 @@ class Tokens:
             if until > at:  # an empty file cannot be mapped
                 out[at - start : until - start] = self._file(number)[at - begin : until - begin]
             at, number = until, number + 1
+
+    def windows(self, starts: Indices, length: int) -> Rows:
+        """The `length` tokens from each of these places on, those of a file all at once."""
+        taken = np.empty((len(starts), length), self.dtype)
+        files = np.searchsorted(self.ends, starts, side="right")
+        inside = starts + length <= self.ends[files]
+        for number in set(files[inside].tolist()):
+            here = inside & (files == number)
+            begin = int(self.ends[number - 1]) if number else 0
+            taken[here] = sliding_window_view(self._file(number), length)[starts[here] - begin]
+        for place in np.flatnonzero(~inside).tolist():  # over the end of a file into the next ones
+            self.read(int(starts[place]), int(starts[place]) + length, taken[place])
+        return taken
 
     def _length(self, number: int, path: Path) -> int:
         if path.suffix == ".npy" and self.dtype != BYTES:
@@ -82,13 +96,10 @@ class Windows:
         pass
 
     def rows(self, indices: Indices) -> Rows:
-        found = np.empty((len(indices), self.context), self.dtype)
-        for place, row in enumerate(indices.tolist()):
-            if not 0 <= row < self.length:
-                raise IndexError(f"{self.name} has no row {row}")
-            start = self.first + row * self.context
-            self.tokens.read(start, start + self.context, found[place])
-        return found
+        outside = indices[(indices < 0) | (indices >= self.length)]
+        if len(outside):
+            raise IndexError(f"{self.name} has no row {outside[0]}")
+        return self.tokens.windows(self.first + indices * self.context, self.context)
 
 
 def windows(train: Tokens, test: Tokens | None, context: int, held_out: float, name: str) -> list[Windows]:

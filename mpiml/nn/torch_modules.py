@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpiml import vectors
+from mpiml.documents import check_regular
 from mpiml.errors import ConfigError
 from mpiml.nn.layer import Array, At, Backward, Layer
 from mpiml.nn.parameters import Gradients, Init, Parameter, Shape
@@ -226,20 +227,26 @@ def parts_of(made: Any) -> list[Any]:
 def load_into(made: T, path: str | Path) -> T:
     """Puts the weights of a checkpoint into what the function made that the run's --model names, and returns it.
 
-    What requires no gradient is not in a checkpoint and stays as it is. Raises ValueError for another model's.
+    What requires no gradient is not in a checkpoint and stays as it is. Raises ValueError for another model's,
+    OutputError for what is no file.
     """
     from safetensors.numpy import load_file
 
+    check_regular(Path(path))
     arrays = load_file(path)
-    for index, part in enumerate(parts_of(made)):
+    parts = parts_of(made)
+    for index, part in enumerate(parts):
         for name, tensor in part.named_parameters() if is_module(part) else ():
             if not tensor.requires_grad:
                 continue
-            found = arrays.get(f"layers.{index}.{name}")
+            found = arrays.pop(f"layers.{index}.{name}", None)
             if found is None or found.shape != tensor.shape:
                 what = "none" if found is None else f"one of shape {found.shape}"
                 raise ValueError(f"{path} is of another model: layers.{index}.{name} {tuple(tensor.shape)}, has {what}")
             tensor.detach().copy_(torch.from_numpy(found))
+    others = tuple(f"layers.{index}." for index, part in enumerate(parts) if not is_module(part))
+    if more := [name for name in arrays if name.startswith("layers.") and not name.startswith(others)]:
+        raise ValueError(f"{path} is of another model: it has {min(more)}, which this one does not have")
     return made
 
 

@@ -22,7 +22,7 @@ class Record:
     Attributes:
         loss: sum of weight x row loss.
         weight: sum of weights.
-        metric: the metric's sums.
+        metric: the metric's sums, if it was measured.
         broken: whether some rank's values were not finite after the update before.
         stop: whether some rank was asked to stop.
         bad_entry: the first micro-batch, or chunk, whose loss is not finite.
@@ -51,15 +51,14 @@ class Agreement:
     Args:
         grid: all ranks.
         memory: of all ranks of this node.
-        microbatches, columns: shape of a step's table.
+        microbatches, columns: shape of a step's table, in which the metric is measured; others have fewer columns.
     """
 
     def __init__(self, grid: Grid, memory: SharedMemory, microbatches: int, columns: int):
         self.memory, self.leaders = memory, grid.leaders
-        shape = (microbatches, columns)
         flags = memory.common(2 * memory.ranks, np.float64).reshape(memory.ranks, 2)
         self._flags, self._mine = flags, flags[memory.rank]
-        self._table = memory.common(microbatches * columns, np.float64).reshape(shape)
+        self._board = memory.common(microbatches * columns, np.float64)
         self._result = memory.common(3 + columns, np.float64)
         last = grid.stage == grid.stages - 1
         block = part(grid.replica, grid.replicas, microbatches) if last else (0, 0)
@@ -74,14 +73,15 @@ class Agreement:
     def __call__(self, table: NDArray[np.float64], broken: bool, stop: bool) -> Record:
         """As `agree`, for a step."""
         self._mine[:] = broken, stop
-        self._table[self._block] = table[self._block]
-        self.memory.barrier(self._combine)
-        loss, weight, *metric = self._result[3:].tolist()
+        everyones = self._board[: table.size].reshape(len(table), -1)
+        everyones[self._block] = table[self._block]
+        self.memory.barrier(lambda: self._combine(everyones))
+        loss, weight, *metric = self._result[3 : 3 + table.shape[1]].tolist()
         broken_, stop_, bad = self._result[:3].tolist()
         return Record(loss, weight, metric, bool(broken_), bool(stop_), None if bad < 0 else int(bad))
 
-    def _combine(self) -> None:
-        table, flags = self._table, self._flags.max(axis=0)
+    def _combine(self, table: NDArray[Any]) -> None:
+        flags = self._flags.max(axis=0)
         if self.leaders is not None:
             mine = np.zeros_like(table)
             for block in self._here:
@@ -91,7 +91,8 @@ class Agreement:
             flags, table = message[:2], message[2:].reshape(table.shape)
         record = _record(table, *flags)
         bad = -1 if record.bad_entry is None else record.bad_entry
-        self._result[:] = record.broken, record.stop, bad, record.loss, record.weight, *record.metric
+        whole = record.broken, record.stop, bad, record.loss, record.weight, *record.metric
+        self._result[: len(whole)] = whole
 
 
 def agree(comm: MPI.Intracomm, table: NDArray[np.float64], broken: bool = False, stop: bool = False) -> Record:

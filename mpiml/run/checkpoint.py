@@ -6,19 +6,25 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
+from mpiml.documents import check_regular, shown
 from mpiml.errors import NotFiniteError, OutputError
 from mpiml.run.directory import PARTIAL, named_errors, sync_directory
 
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
+Kind = tuple[str, tuple[int, ...]]  # of an array: its dtype and its shape
 FORMAT = "mpiml-1"
+DIGITS = 18  # of a step's number
+DTYPES = {"F32": "float32", "F64": "float64"}  # as safetensors calls them
+BESIDE = ("optimizer.", "data.")  # names that begin so are not of the model
 
 
 @dataclass
@@ -30,6 +36,7 @@ class Checkpoint:
         config: the run's settings, as TOML.
         task: what the data asked of the model, as JSON, if that is known.
         constants: what tells the values that the model computes with besides the arrays, as JSON, if it may have some.
+        origin: the file that it was read from, for messages. All that it says is data, which anybody may have written.
     """
 
     step: int
@@ -37,6 +44,7 @@ class Checkpoint:
     arrays: Arrays
     task: str = ""
     constants: str = ""
+    origin: str = "the checkpoint"
 
 
 def digest(arrays: Iterable[tuple[str, Array]]) -> str:
@@ -91,7 +99,7 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
         os.close(descriptor)
         os.rename(temporary, path)
         sync_directory(directory)
-        older = [file for file in listed(directory) if file.name <= path.name]
+        older = [file for file in listed(directory) if file.name <= path.name and file.is_file()]
         for old in older[keep:]:
             old.unlink()
     return path
@@ -102,8 +110,6 @@ def load(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Check
 
     Raises OutputError, naming what is wrong.
     """
-    import safetensors
-
     kept: dict[str, Array] = {}
 
     def read(file: Any) -> Iterator[tuple[str, Array]]:
@@ -113,32 +119,68 @@ def load(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Check
                 kept[name] = array
             yield name, array
 
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            claimed = metadata.pop("sha256", "")
-            found = _content(metadata, read(file))
-    except OSError as error:
-        raise OutputError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception as error:  # safetensors raises a class of its own for damaged files
-        raise OutputError(f"{path} is damaged: {error}") from None
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+        claimed = metadata.pop("sha256", "")
+        found = _content(metadata, read(file))
     if metadata.get("format") != FORMAT:
         raise OutputError(f"{path} is not a checkpoint of mpiml")
     if claimed != found:
         raise OutputError(f"{path} is damaged: its content does not match its SHA-256")
-    task, constants = (metadata.get(name, "") for name in ("task", "constants"))
-    return Checkpoint(int(metadata["step"]), metadata["config"], kept, task, constants)
+    step, config, task, constants = (metadata.get(name, "") for name in ("step", "config", "task", "constants"))
+    if not (step.isascii() and step.isdecimal() and len(step) <= DIGITS):
+        raise OutputError(f"{path} is damaged: step is {shown(step)}, but must be a whole number")
+    return Checkpoint(int(step), config, kept, task, constants, str(path))
 
 
-def array(found: Checkpoint, name: str, shape: tuple[int, ...], dtype: DTypeLike | None = None) -> Array:
-    """An array of a checkpoint. Raises OutputError unless it has one of that name, shape and (if given) dtype."""
-    if name not in found.arrays:
-        raise OutputError(f"the checkpoint has no {name}: it is of another model or optimizer")
-    source = found.arrays[name]
-    needed = source.dtype if dtype is None else np.dtype(dtype)
-    if source.shape != shape or source.dtype != needed:
-        raise OutputError(f"the checkpoint's {name} is {source.dtype} {source.shape}, the model's {needed} {shape}")
-    return source
+def kinds(path: Path) -> dict[str, Kind]:
+    """Of what kind a checkpoint's arrays are, as its header says, by their names; nothing else is read.
+
+    Raises OutputError if it has none.
+    """
+    with _opened(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        return {
+            name: (DTYPES.get(part.get_dtype(), part.get_dtype()), tuple(part.get_shape()))
+            for name, part in slices.items()
+        }
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file to read from in a block. Raises OutputError for one that cannot be read, there or here."""
+    import safetensors
+
+    try:
+        check_regular(path)
+        with safetensors.safe_open(path, framework="numpy") as file:
+            yield file
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(f"cannot read {path}: {error.strerror or error}") from None
+    except Exception as error:  # safetensors raises a class of its own for damaged files
+        raise OutputError(f"{path} is damaged: {error}") from None
+
+
+def kinds_of(arrays: Arrays) -> dict[str, Kind]:
+    """Of what kind arrays are, by their names."""
+    return {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
+
+
+def check_kinds(origin: str, there: Mapping[str, Kind], needed: Mapping[str, Kind]) -> None:
+    """Raise OutputError unless a checkpoint's arrays are those that a model has, by name, dtype and shape.
+
+    Optimizer state and what inputs are normalised by may be there and not be needed.
+    """
+    for name, kind in needed.items():
+        if name not in there:
+            raise OutputError(f"{origin} has no {name}: it is of another model or optimizer")
+        if there[name] != kind:
+            has, needs = (f"{dtype} {shape}" for dtype, shape in (there[name], kind))
+            raise OutputError(f"{origin}: {name} is {has}, the model's {needs}")
+    if more := [name for name in there if name not in needed and not name.startswith(BESIDE)]:
+        raise OutputError(f"{origin} has {min(more)}, which the model does not have: it is of another model")
 
 
 def newest(directory: Path, wanted: Callable[[str], bool] = lambda name: True) -> tuple[Checkpoint | None, list[str]]:
@@ -155,6 +197,23 @@ def newest(directory: Path, wanted: Callable[[str], bool] = lambda name: True) -
     if problems:
         raise OutputError(f"no checkpoint in {directory} can be used: {'; '.join(problems)}")
     return None, problems
+
+
+def check_newest(directory: Path, needed: Mapping[str, Kind]) -> None:
+    """Raise OutputError if there are checkpoints whose headers can be read, and none of them is of a model."""
+    problems: list[OutputError] = []
+    for path in listed(directory):
+        try:
+            there = kinds(path)
+        except OutputError:
+            continue  # whoever reads it whole says what is wrong
+        try:
+            check_kinds(str(path), there, needed)
+            return
+        except OutputError as error:
+            problems.append(error)
+    if problems:
+        raise problems[0]
 
 
 def listed(directory: Path) -> list[Path]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from mpiml.documents import check_fields, finite, from_json, read, to_json
 from mpiml.errors import DirectoryError, OutputError
 
 CONFIG = "config.toml"
@@ -19,6 +19,7 @@ ENVIRONMENT = "environment.json"
 LOCK = ".lock"
 PARTIAL = ".partial"  # ends the name of a file that is not whole yet
 RESULT = "result.json"
+RESULT_KINDS = {"status": str, "exit_code": int | None, "reason": str | None, "rank": int | None, "step": int}
 FAILED = ".failed-"  # made by the first rank of a job to report a failure; the name ends in the job's token
 
 
@@ -126,18 +127,38 @@ def is_own(path: Path, run: Path) -> bool:
     return path.is_relative_to(run) and path.relative_to(run).parts[:1] in ((), *((name,) for name in own))
 
 
-def read_result(run: Path) -> dict[str, Any]:
-    """What result.json in a run directory says; empty if there is none that can be read."""
-    try:
-        found = json.loads((run / RESULT).read_text())
-    except (OSError, ValueError):
+def read_fields(path: Path, kinds: Mapping[str, Any], needed: Iterable[str]) -> dict[str, Any]:
+    """The object in a JSON file of a run, with fields as of documents.check_fields; empty if there is no such file.
+
+    Raises OutputError for one that is damaged.
+    """
+    if not path.exists():
         return {}
-    return found if isinstance(found, dict) else {}
+    try:
+        return check_fields(from_json(read(path), str(path)), kinds, str(path), needed)
+    except OutputError as error:
+        raise OutputError(f"{error}; if you remove it, --resume goes on from the checkpoints") from None
 
 
-def write_result(run: Path, result: dict[str, Any]) -> None:
+def read_result(run: Path) -> dict[str, Any]:
+    """What result.json in a run directory says; empty if there is none. Raises OutputError if it is damaged."""
+    return read_fields(run / RESULT, RESULT_KINDS, ("status",))
+
+
+def write_result(run: Path, result: Mapping[str, Any]) -> None:
     """Replace result.json in a run directory."""
-    write_atomically(run / RESULT, json.dumps(result, indent=2) + "\n")
+    write_atomically(run / RESULT, to_json(result, indent=2) + "\n")
+
+
+def update_result(run: Path, outcome: Mapping[str, Any]) -> dict[str, Any]:
+    """Change fields of result.json in a run directory, and return all of them; a damaged file is replaced."""
+    try:
+        before = read_result(run)
+    except OutputError:
+        before = {}
+    result: dict[str, Any] = finite({**before, **outcome})
+    write_result(run, result)
+    return result
 
 
 def _numbered(parent: Path, name: str) -> Path:

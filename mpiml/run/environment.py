@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
 from pathlib import Path
@@ -12,7 +11,9 @@ from typing import Any
 from mpi4py import MPI
 
 import mpiml
-from mpiml.run.directory import ENVIRONMENT
+from mpiml import documents
+from mpiml.errors import OutputError
+from mpiml.run.directory import ENVIRONMENT, read_fields
 from mpiml.run.process import thread_pools
 
 PACKAGES = ("numpy", "mpi4py", "threadpoolctl", "safetensors")
@@ -43,23 +44,20 @@ def to_json(ranks: list[dict[str, Any]], data: list[list[str]]) -> str:
         "data": data,
         "ranks": ranks,
     }
-    return json.dumps(job, indent=2) + "\n"
+    return documents.to_json(job, indent=2) + "\n"
 
 
 def data(run: Path) -> list[list[str]] | None:
-    """The fingerprint of the data of the run in a directory, if it is known."""
-    try:
-        found: list[list[str]] | None = json.loads((run / ENVIRONMENT).read_text()).get("data")
-    except (OSError, ValueError):
-        return None
-    return found
+    """The fingerprint of the data of the run in a directory, if it is known. Raises OutputError for a damaged file."""
+    return read_fields(run / ENVIRONMENT, {"data": list[list[str]]}, ()).get("data")
 
 
 def host(run: Path, rank: int) -> str:
     """Where a rank of the job that holds a run directory is, as its environment.json says."""
     try:
-        return str(json.loads((run / ENVIRONMENT).read_text())["ranks"][rank]["host"])
-    except (OSError, ValueError, LookupError):
+        ranks = read_fields(run / ENVIRONMENT, {"ranks": list[dict[str, Any]]}, ("ranks",)).get("ranks", ())
+        return str(ranks[rank]["host"])
+    except (OutputError, LookupError):
         return "unknown"
 
 

@@ -16,7 +16,7 @@ from mpi4py import MPI
 
 from mpiml.clock import Clock
 from mpiml.errors import RunError
-from mpiml.run.directory import FAILED, read_result, write_result
+from mpiml.run.directory import FAILED, update_result
 
 ABORT_GRACE = 10  # seconds after which a process that MPI_Abort did not end ends itself
 
@@ -105,7 +105,7 @@ class Guard:
         if trace:
             outcome["traceback"] = trace
         try:
-            write_result(self.run, read_result(self.run) | outcome)
+            update_result(self.run, outcome)
         except RunError as also:
             sys.stderr.write(f"{self.program}: and result.json could not be written: {also}\n")
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -15,16 +13,18 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from mpiml import documents
 from mpiml.clock import SHARES, Clock
 from mpiml.run import environment
 from mpiml.run.directory import named_errors, write_atomically
+from mpiml.run.metrics import content_of, lines
 from mpiml.run.pace import Pace
+from mpiml.run.step_times import StepTimes, median
 from mpiml.run.terminal import width
 from mpiml.run.verdict import on_rank_0
 from mpiml.waiting import wait
 
 CONSOLE_PAUSE = 5.0  # seconds between lines where nobody sits at a terminal
-WARM_UP = 10  # steps that the speed leaves out
 
 
 class Log:
@@ -43,8 +43,9 @@ class Log:
         self.comm, self.metrics, self.clock, self.rows, self.metric = comm, metrics, clock, rows, metric
         self.pace = pace
         self._named: set[int] = set()
-        self.step_seconds: list[float] = []
-        self._logged_at, self._shares = 0, np.array(clock.shares())
+        self.times = StepTimes()
+        self._recent, self._recent_seconds = 0, 0.0  # steps since the last line
+        self._shares = np.array(clock.shares())
         self._console: Console | None = None
 
     def open_console(self, first: int, last: int, quiet: bool) -> None:
@@ -66,7 +67,8 @@ class Log:
 
     def timed(self, seconds: float, step: int, loss: float) -> None:
         """Note how long a step took on this rank."""
-        self.step_seconds.append(seconds)
+        self.times.add(seconds)
+        self._recent, self._recent_seconds = self._recent + 1, self._recent_seconds + seconds
         if self._console:
             self._console.progress(step, loss, self.rows / seconds)
 
@@ -74,15 +76,14 @@ class Log:
         """Write the line of a step; times are since the last such line, the least and the most of any rank."""
         seconds = np.array(self.clock.shares()) - self._shares
         self._shares += seconds
-        recent = self.step_seconds[self._logged_at :]
-        self._logged_at = len(self.step_seconds)
-        mine = np.concatenate([seconds, [sum(recent), self.pace.crowded]])
+        mine = np.concatenate([seconds, [self._recent_seconds, self.pace.crowded]])
+        steps, self._recent, self._recent_seconds = self._recent, 0, 0.0
         everyones = np.empty((self.comm.size, len(mine)))
         self.clock("joining")
         wait([self.comm.Igather(mine, everyones)])
 
         def entry() -> dict[str, Any]:
-            speed, times = self._times(everyones, len(recent))
+            speed, times = self._times(everyones, steps)
             if self._console:
                 text = f"step {step}  epoch {epoch}  loss {loss:.4f}  {self.metric} {score:.4f}  {speed:,.0f} samples/s"
                 self._console.now_and_then(text)
@@ -90,7 +91,7 @@ class Log:
                 "step": step,
                 "epoch": epoch,
                 "loss": loss,
-                self.metric: _number(score),
+                self.metric: score,
                 "learning_rate": rate,
                 "gradient_norm": norm,
                 "samples_per_second": round(speed, 1),
@@ -125,19 +126,18 @@ class Log:
 
     def evaluation(self, step: int, epoch: int, loss: float, score: float, rows: int) -> None:
         """Write the line of an evaluation."""
-        result = {"loss": loss, self.metric: _number(score), "rows": rows}
+        result = {"loss": loss, self.metric: score, "rows": rows}
         self._write(lambda: {"step": step, "epoch": epoch, "evaluation": result})
         self.say(f"step {step}  epoch {epoch}  test loss {loss:.4f}  test {self.metric} {score:.4f}")
 
     def samples_per_second(self) -> float | None:
-        """Rows of a step / median step time; a step's time is its slowest rank's; the first steps are left out."""
-        if not self.step_seconds:
+        """Rows of a step / median step time; a step's time is its slowest rank's; the first steps are left out, and
+        very long runs are sampled."""
+        if not self.times.steps:
             return None
-        slowest = np.array(self.step_seconds)
+        slowest = self.times.sample()
         wait([self.comm.Iallreduce(MPI.IN_PLACE, slowest, MPI.MAX)])
-        timed = np.sort(slowest[WARM_UP:] if len(slowest) > WARM_UP else slowest)
-        middle = timed[(len(timed) - 1) // 2 : len(timed) // 2 + 1]  # np.median would import half of NumPy for this
-        return round(self.rows / float(middle.mean()), 1)
+        return round(self.rows / median(slowest), 1)
 
     def where_the_time_went(self) -> dict[str, float]:
         """The mean over ranks of each share of the time of all steps."""
@@ -151,7 +151,7 @@ class Log:
 
         def append() -> None:
             with named_errors("write", self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry()) + "\n")
+                file.write(documents.to_json(entry()) + "\n")
 
         on_rank_0(self.comm, self.clock, append)
 
@@ -192,31 +192,26 @@ class Console:
             self._bar.close()
 
 
-def cut(metrics: Path, step: int, last: int, eval_every: int, log_every: int) -> list[dict[str, Any]]:
-    """Remove from a metrics file what a run that goes on after `step` will write again, and a torn last line.
+def cut(metrics: Path, step: int, last: int, eval_every: int, log_every: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """Remove from a metrics file what a run that goes on after `step` will write again, and damaged lines.
 
     Lines that were written at `step` only because the run ended there go too if it is now to end at a later `last`
     step: a run that was so long from the start has none. The file is replaced at once, or not at all.
 
-    Returns the lines that stay.
+    Returns what the lines that stay say, and what a person should know of damaged ones.
     """
-    with named_errors("read", metrics):
-        raw = metrics.read_bytes().split(b"\n") if metrics.exists() else []
+    content = content_of(metrics) if metrics.exists() else b""
+    there, problems = lines(metrics, content)
     kept, entries = [], []
-    for line in raw:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-            continue
+    for line, entry in there:
         every = eval_every if "evaluation" in entry else log_every
         if entry["step"] < step or (entry["step"] == step and (step == last or (every and step % every == 0))):
-            kept.append(line + b"\n")
+            kept.append(line)
             entries.append(entry)
-    if b"".join(kept) != b"\n".join(raw):
+    if b"".join(kept) != content:
         write_atomically(metrics, b"".join(kept))
-    return entries
+    more = f" and so are {len(problems) - 1} more lines" if len(problems) > 1 else ""
+    return entries, [f"warning: {problems[0]}{more}; the rest is kept"] if problems else []
 
 
 def last_known(entries: list[dict[str, Any]], metric: str) -> dict[str, Any]:
@@ -224,11 +219,8 @@ def last_known(entries: list[dict[str, Any]], metric: str) -> dict[str, Any]:
     known: dict[str, Any] = {}
     for entry in entries:
         if "evaluation" in entry:
-            known |= {metric: entry["evaluation"][metric], "test_loss": entry["evaluation"]["loss"]}
+            scored = entry["evaluation"]
+            known |= {metric: scored.get(metric), "test_loss": scored.get("loss")}
         else:
-            known["loss"] = entry["loss"]
+            known["loss"] = entry.get("loss")
     return known
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -22,14 +22,29 @@ KEEP = 1 << 30  # bytes up to which freed memory stays with the process
 
 
 def prepare_process(threads: int) -> None:
-    """Give BLAS `threads` threads, and make fresh arrays reuse freed memory instead of faulting in new pages."""
+    """Give BLAS `threads` threads and the pages of its work area, and make fresh arrays reuse freed memory instead of
+    faulting in new pages."""
     thread_pools().limit(limits=threads)
+    touch_work_area(threads)
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return  # not glibc: a matter of speed only
     mallopt(M_MMAP_THRESHOLD, KEEP)
     mallopt(M_TRIM_THRESHOLD, KEEP)
+
+
+def touch_work_area(threads: int) -> None:
+    """Make BLAS write to its work area, which takes about a millisecond.
+
+    OpenBLAS reads ahead of what it copies there. On some processors that is slow while pages are missing, and only a
+    product of this size brings them in: until then smaller ones ran at a third of their speed. Each thread has an
+    area, and numbers of each precision have their places in it.
+    """
+    import numpy as np
+
+    for dtype in (np.float32, np.float64):
+        np.ones((64 * threads, 256), dtype) @ np.ones((256, 384), dtype)
 
 
 @functools.cache

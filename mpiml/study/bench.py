@@ -28,7 +28,8 @@ SMALL_LAYERS = "128-127-126-125-124-123"
 
 @dataclass(frozen=True)
 class Row:
-    """A measurement: in words, its group, on how many ranks, its name and arguments, and what to reach."""
+    """A measurement: in words, its group, on how many ranks, its name and arguments, what to reach, and in how many
+    jobs, of which each gives one figure if there are several."""
 
     group: str
     text: str
@@ -37,6 +38,13 @@ class Row:
     at_most: float | None = None
     at_least: float | None = None
     nodes: str = ""
+    jobs: int = 1
+
+    @property
+    def needs(self) -> str | None:
+        """A package that is not installed but used."""
+        used = {"torch": self.call[0].startswith("torch"), "h5py": "hdf5" in self.call}
+        return next((name for name in used if used[name] and not importlib.util.find_spec(name)), None)
 
     def verdict(self, median: float) -> str:
         """Whether the figure is reached; of rows without one nothing is said."""
@@ -52,6 +60,7 @@ LAYERS = "forward, backward and update on one core: samples/s / PyTorch's"
 SUM = "all-reduce of the gradient: time / time of MPI_Allreduce"
 DATA = "data-parallel training"
 PIPE = "pipeline"
+FILES = "training on shuffled rows of a file of 200 MB: samples/s / on the same rows in memory"
 OTHER = "start and memory"
 
 ROWS = [
@@ -131,6 +140,29 @@ ROWS = [
         for h, b, x in (("256", "256", 2.5), ("512", "256", 1.4), ("1024", "512", 1.0))
     ),
     Row(PIPE, "throughput / that of one rank x 2 x (1 - bubble)", 2, ("pipeline", "1024", "1024", "8"), at_least=0.90),
+    *(
+        Row(FILES, text, 1, ("from_file", name, "200"), at_least=least)
+        for text, name, least in (
+            ("784-64-64-10, .npy", "npy", 0.90),
+            ("784-64-64-10, .npz", "npz", 0.90),
+            ("784-64-64-10, MNIST's format", "idx", 0.90),
+            ("784-64-64-10, HDF5 in one piece", "hdf5", 0.90),
+            ("256-64-256 by token, tokens of 16 bits", "tokens", 0.90),
+            ("784-64-64-10, compressed .npz", "npz_compressed", None),
+            ("784-64-64-10, .npy in column order", "npy_columns", None),
+        )
+    ),
+    *(
+        Row(
+            OTHER,
+            f"{' x '.join(shape)} in a fresh process: rate / after a large product",
+            1,
+            ("small_product", *shape),
+            at_least=0.95,
+            jobs=9,
+        )
+        for shape in (("32", "256", "256"), ("64", "784", "256"))
+    ),
     Row(OTHER, "train --steps 1: time / NumPy, mpi4py, one Allreduce", 16, ("start", "train"), at_most=1.3),
     Row(OTHER, "of it, importing train beside these", 16, ("start", "import")),
     Row(OTHER, "100 M parameters, Adam: resident / what is needed", 4, ("memory", "1e8"), at_most=1.10),
@@ -139,10 +171,19 @@ ROWS = [
 
 def measure(row: Row) -> dict[str, Any]:
     """Measure one row, in jobs of its own: a dictionary with median, low and high, or with an error."""
-    if row.call[0].startswith("torch") and not importlib.util.find_spec("torch"):
-        return {"error": "needs torch"}
+    if row.needs:
+        return {"error": f"needs {row.needs}"}
     if row.call[0] == "start":
         return start(row.ranks, row.call[1])
+    results = [job(row) for _ in range(row.jobs)]
+    failed = next((result for result in results if "error" in result), None)
+    if failed or row.jobs == 1:
+        return failed or results[0]
+    return spread([result["median"] for result in results])
+
+
+def job(row: Row) -> dict[str, Any]:
+    """What one job of a row has measured."""
     done = run(row.ranks, ["-m", "mpiml.study.rows", *row.call], row.nodes)
     if done.returncode:
         return {"error": (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]}
@@ -167,6 +208,11 @@ def start(ranks: int, what: str, pairs: int = 5) -> dict[str, Any]:
                 return {"error": done.stderr.strip().splitlines()[-1]}
         if pair:
             ratios.append(spent[0] / spent[1])
+    return spread(ratios)
+
+
+def spread(ratios: Sequence[float]) -> dict[str, float]:
+    """The median of some figures, and the range of the middle half."""
     low, median, high = statistics.quantiles(ratios, n=4)
     return {"median": median, "low": low, "high": high}
 
@@ -181,7 +227,7 @@ def run(ranks: int, arguments: Sequence[str], nodes: str = "") -> subprocess.Com
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns 1 if a row could not be measured, for want of PyTorch excepted."""
+    """The command. Returns 1 if a row could not be measured, for want of PyTorch or h5py excepted."""
     return ended("mpiml.bench", lambda: _main(arguments))
 
 
@@ -207,4 +253,4 @@ def _main(arguments: Sequence[str] | None) -> int:
         print(f"  {row.ranks:>2} ranks  {row.text:<66} {figure:<22} {verdict}", flush=True)
     if chosen.json:
         Path(chosen.json).write_text(json.dumps({"machine": machine, "rows": results}, indent=2) + "\n")
-    return int(any(result.get("error") not in (None, "needs torch") for result in results))
+    return int(any(not result.get("error", "needs").startswith("needs") for result in results))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from mpi4py import MPI
 
 import mpiml
 from mpiml.clock import Clock
+from mpiml.documents import to_json
 from mpiml.errors import ConfigError
 from mpiml.run import launch
 from mpiml.run.failure import Guard, exit_code
@@ -196,7 +196,7 @@ def _look(parse: Callable[[], argparse.Namespace], age: float) -> int:
     findings = judge(facts)
     if chosen.json and not silent:
         found = {"mpiml": mpiml.__version__, "facts": asdict(facts), "findings": [asdict(f) for f in findings]}
-        print(json.dumps(found, indent=2), flush=True)
+        print(to_json(found, indent=2), flush=True)
     elif not silent:
         print(screen(findings), flush=True)
     return int(any(finding.verdict == "problem" for finding in findings))

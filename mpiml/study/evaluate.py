@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +12,11 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from mpiml import load, restart, waiting
+from mpiml import design, documents, load, restart, waiting
 from mpiml.assemble import build_stage, normalized
 from mpiml.build import Model, Task, check_constants
 from mpiml.clock import Clock
-from mpiml.config import Config, of_checkpoint
+from mpiml.config import Config
 from mpiml.data.dataset import Dataset
 from mpiml.data.fingerprint import difference
 from mpiml.data.normalize import Normalization
@@ -35,11 +33,12 @@ from mpiml.parallel.values import Values
 from mpiml.run import checkpoint as checkpoints
 from mpiml.run import environment, launch
 from mpiml.run.checkpoint import Checkpoint
-from mpiml.run.directory import CHECKPOINTS
+from mpiml.run.directory import CHECKPOINTS, CONFIG
 from mpiml.run.failure import Guard, exit_code
 from mpiml.run.process import prepare_process
 from mpiml.run.verdict import on_rank_0, together
 from mpiml.run.watch import Watch
+from mpiml.saved import code_of, settings_in, settings_of
 from mpiml.study.command import ended
 from mpiml.study.predictions import Predictions, check_path
 from mpiml.vectors import bytes_of
@@ -71,8 +70,12 @@ def evaluate(
     pipe: int = 1,
     comm: MPI.Intracomm | None = None,
     model: Model | None = None,
+    loss: str | None = None,
+    metric: str | None = None,
 ) -> dict[str, Any]:
     """Score a checkpoint as the command does; every rank of the communicator calls it alike. The run stays as it is.
+
+    A checkpoint is data: code that it names is run only if the run directory's config.toml, or an argument, names it.
 
     Args:
         run: a run directory, whose newest whole checkpoint is scored; or, in its place, the file `checkpoint`.
@@ -81,7 +84,8 @@ def evaluate(
         predictions: a file to write to, .npy or .csv.
         pipe: stages.
         comm: the ranks; all of the job's by default.
-        model: what the run was trained with, if that was given to `train` as an object.
+        model: what the run was trained with, as `train` takes it, or its name, package.module:function.
+        loss, metric: by name, as Config has them; by default as the run did.
 
     Returns:
         `test_loss` and the metric under its name, as a run logs them, with `step`, `rows`, `run` and `data`.
@@ -92,13 +96,13 @@ def evaluate(
     clock = Clock()
     comm = MPI.COMM_WORLD if comm is None else comm
     whole: list[Checkpoint] = []  # on rank 0
-    spec = data if isinstance(data, str) else None
-    asked = {"pipe": pipe, "data": spec, "label": label, "token_dtype": token_dtype, "held_out": held_out}
+    asked = {"pipe": pipe, "label": label, "token_dtype": token_dtype, "held_out": held_out}
+    named = {"data": data, "model": model, "loss": loss, "metric": metric}
 
     def look() -> Found:
         if predictions is not None:
             check_path(Path(predictions))
-        found, saved = find(run, checkpoint, asked)
+        found, saved = find(run, checkpoint, asked, named)
         whole.append(saved)
         return found
 
@@ -108,14 +112,18 @@ def evaluate(
         found = on_rank_0(comm, clock, look)
         together(comm, clock, lambda: check_ranks(comm.size, pipe))
         with Watch(comm.Dup(), clock, found.config.stall_timeout, guard.fail), np.errstate(all="ignore"):
-            return _evaluate(found, whole, data, predictions, comm, clock, model)
+            made = None if isinstance(model, str) else model
+            return _evaluate(found, whole, data, predictions, comm, clock, made)
 
 
-def find(run: str | None, file: str | None, asked: Mapping[str, Any]) -> tuple[Found, Checkpoint]:
+def find(
+    run: str | None, file: str | None, asked: Mapping[str, Any], named: Mapping[str, Any]
+) -> tuple[Found, Checkpoint]:
     """The checkpoint to score, without optimizer state, and what there is to know of it. Rank 0 calls it.
 
-    Settings that are asked for, and not None, take the place of the run's.
+    Settings that are asked for, and not None, take the place of the run's; `named` are those that may name code.
     """
+    own: dict[str, str] = {}
 
     def wanted(name: str) -> bool:
         return not name.startswith("optimizer.")
@@ -130,10 +138,15 @@ def find(run: str | None, file: str | None, asked: Mapping[str, Any]) -> tuple[F
         if not (path / CHECKPOINTS).is_dir():
             raise ConfigError(f"--run {run}: " + ("holds no run" if path.is_dir() else "there is no such directory"))
         saved, problems = _newest(path / CHECKPOINTS, wanted)
-    config, task = of_checkpoint(saved.config), Task.from_json(saved.task)
+        if (path / CONFIG).exists():
+            own = code_of(settings_in(path / CONFIG))
+    given = {name: value for name, value in named.items() if value is not None}
+    config, task = settings_of(saved, tuple(named), own | given), Task.of_checkpoint(saved)
     cuts = config.cuts if config.pipe == asked["pipe"] else ()
-    config = config.replace(cuts=cuts, **{name: value for name, value in asked.items() if value is not None})
-    normalization = Normalization.of_arrays(saved.arrays) if config.normalize else None
+    config = design.scored(config, task.classification).replace(
+        cuts=cuts, **{name: value for name, value in asked.items() if value is not None}
+    )
+    normalization = restart.normalization(saved, task) if config.normalize else None
     return Found(config, saved.step, task, normalization, path, [f"warning: skipped {p}" for p in problems]), saved
 
 
@@ -173,7 +186,7 @@ def _evaluate(
     if found.normalization:
         tests.split = normalized(tests.split, found.normalization, config.dtype)
     layouts, metric, here, fixed = build_stage(config, task, grid, clock, model)
-    on_rank_0(grid.comm, clock, lambda: check_constants(fixed, whole[0].constants))
+    on_rank_0(grid.comm, clock, lambda: _check_model(whole[0], fixed, layouts))
     values, problem = _place(config, grid, layouts, whole, clock)
     for note in [*found.notes, *seen.notes, *([f"warning: {problem}"] if problem else [])]:
         if comm.rank == 0:
@@ -211,6 +224,13 @@ def check_data(found: Found, data: Dataset, others: bool) -> None:
         raise DataError(
             f"{data.name} has changed since the run: {other}; to score it all the same, name it with --data"
         )
+
+
+def _check_model(saved: Checkpoint, constants: str, layouts: Sequence[Layout]) -> None:
+    """Raise OutputError if a checkpoint is of another model: before memory that only a forged one asks for is."""
+    check_constants(constants, saved)
+    needed = restart.needed_kinds(layouts, (VALUES,))
+    checkpoints.check_kinds(saved.origin, checkpoints.kinds_of(saved.arrays), needed)
 
 
 def _place(
@@ -252,6 +272,5 @@ def _main(parse: Callable[[], argparse.Namespace]) -> int:
     except BaseException as error:  # reported already, and in a job of several ranks known to all
         return exit_code(error)
     if comm.rank == 0:
-        told = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in result.items()}
-        print(json.dumps(told) if as_json else text(result), flush=True)
+        print(documents.to_json(result) if as_json else text(result), flush=True)
     return 0

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mpiml.errors import ConfigError
+from mpiml import documents
+from mpiml.errors import ConfigError, OutputError
 
 MACHINE = "machine"  # of a study's directory: what was measured, a file for each time
 Curve = Sequence[float]  # seconds, by rows of a micro-batch
@@ -118,9 +119,8 @@ class Machine:
         return replace(found[0], **{name: median(name) for name in ("alone", "busy", "inside", "between")})
 
     @classmethod
-    def from_json(cls, text: str) -> Machine:
-        """The reverse of `to_json`. Raises ValueError, TypeError or KeyError for another text."""
-        found = json.loads(text)
+    def from_json(cls, found: Any) -> Machine:
+        """The reverse of `to_json`, parsed. Raises ValueError, TypeError or KeyError for another value."""
         links = {name: Link(**found[name]) if found[name] else None for name in ("inside", "between")}
         paces = {name: Pace(**found[name]) for name in ("alone", "busy")}
         return cls(**found | links | paces)
@@ -134,8 +134,8 @@ def load(directory: Path) -> Machine:
     found = []
     for path in sorted((directory / MACHINE).glob("*.json")):
         try:
-            found.append(Machine.from_json(path.read_text()))
-        except (ValueError, TypeError, KeyError) as error:
+            found.append(Machine.from_json(documents.from_json(documents.read(path), str(path))))
+        except (OutputError, ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{path} cannot be used: {error}; delete it, or calibrate another study") from None
     if not found:
         raise ConfigError(

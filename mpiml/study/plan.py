@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ import numpy as np
 
 from mpiml.config import parse
 from mpiml.design import grid_text, open_data
+from mpiml.documents import to_json
 from mpiml.nn import layer as nn
 from mpiml.nn.parameters import Shape
 from mpiml.parallel.split import check_ranks
@@ -269,7 +269,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     check_ranks(chosen.ranks, config.pipe)
     data = open_data(config)
     made = plan(job_of(config, chosen.ranks, chosen.node_ranks or chosen.ranks, data), data.name)
-    print(json.dumps(asdict(made), indent=2) if chosen.json else screen(made))
+    print(to_json(asdict(made), indent=2) if chosen.json else screen(made))
     return 0
 
 

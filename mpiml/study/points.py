@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpiml import documents
 from mpiml.errors import ConfigError, OutputError
 
 STUDY = "study.json"  # of a study's directory: what it asks for
@@ -119,8 +119,8 @@ def measured(path: Path) -> dict[str, Any] | None:
 def _object(path: Path, keys: set[str]) -> dict[str, Any] | None:
     """What a JSON file holds, if it is an object that has these keys."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
+        found = documents.from_json(documents.read(path), str(path))
+    except OutputError:
         return None
     return found if isinstance(found, dict) and keys <= found.keys() else None
 

@@ -7,7 +7,6 @@ grid (mpiml.study.step), `check` compares that with what was measured: none of w
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -19,6 +18,7 @@ from typing import Any
 
 from mpiml.config import parse
 from mpiml.design import open_data
+from mpiml.documents import to_json
 from mpiml.errors import ConfigError
 from mpiml.study import table
 from mpiml.study.columns import table as columns
@@ -135,7 +135,7 @@ def predict(chosen: argparse.Namespace) -> int:
     found = {ranks: list(predictor.grids(ranks, node_ranks)) for ranks in chosen.ranks}
     if chosen.json:
         every = [asdict(one) for predictions in found.values() for one in predictions]
-        print(json.dumps({"machine": asdict(predictor.machine), "predictions": every}, indent=1))
+        print(to_json({"machine": asdict(predictor.machine), "predictions": every}, indent=1))
         return 0
     one = max(predictor.grids(1, 1), key=lambda prediction: prediction.samples_per_second)
     print(told(predictor.machine, chosen.latency, chosen.bandwidth))

@@ -18,12 +18,12 @@ COPY = 1 << 25  # bytes: more than a core's caches hold
 PATIENCE = 0.05  # seconds that a rate is measured for
 
 
-def gemm_rate(dtype: str = "float32") -> float:
-    """Floating-point operations per second of a square matrix product on this rank."""
-    rng = np.random.default_rng(0)
-    a, b = (rng.random((GEMM, GEMM)).astype(dtype) for _ in range(2))
-    out = np.empty_like(a)
-    return 2.0 * GEMM**3 / typical(lambda: np.matmul(a, b, out=out))
+def gemm_rate(dtype: str = "float32", shape: tuple[int, int, int] = (GEMM, GEMM, GEMM)) -> float:
+    """Floating-point operations per second of a product of matrices on this rank; `shape`: rows, inner, columns."""
+    rng, (rows, inner, columns) = np.random.default_rng(0), shape
+    a, b = (rng.random(size).astype(dtype) for size in ((rows, inner), (inner, columns)))
+    out = np.empty((rows, columns), dtype)
+    return 2.0 * rows * inner * columns / typical(lambda: np.matmul(a, b, out=out))
 
 
 def copy_rate() -> float:

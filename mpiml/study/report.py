@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from mpiml.documents import to_json
 from mpiml.run.directory import write_atomically
 from mpiml.study.fits import Fit, Interval, amdahl, gustafson, karp_flatt_trend, universal
 from mpiml.study.table import Study, load, markdown
@@ -40,7 +41,7 @@ def report(directory: Path) -> None:
         "fits": [asdict(law) for law in fits],
         "environment": study.environment,
     }
-    write_atomically(directory / "scaling.json", json.dumps(_finite(content), indent=1) + "\n")
+    write_atomically(directory / "scaling.json", to_json(content, indent=1) + "\n")
     write_atomically(directory / "scaling.csv", _csv(rows))
     write_atomically(directory / "scaling.jsonl", extra_p(study))
     text = f"{table}\n{fits_text(fits)}\n\n" + "\n\n".join(notes(study)) + "\n"
@@ -154,12 +155,3 @@ def _csv(rows: list[dict[str, object]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def _finite(content: object) -> object:
-    """JSON has no infinity."""
-    if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content

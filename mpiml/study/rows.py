@@ -26,8 +26,10 @@ from mpiml.parallel.memory import PrivateMemory, SharedMemory, share
 from mpiml.parallel.update import Update
 from mpiml.run.process import prepare_process
 from mpiml.study.byhand import Perceptron
+from mpiml.study.formats import from_file
 from mpiml.study.layers import torch_memory, torch_step
 from mpiml.study.measure import Ratio, times
+from mpiml.study.probes import gemm_rate
 from mpiml.study.trainer import (
     MOMENTUM,
     RATE,
@@ -253,6 +255,14 @@ def memory(parameters: str) -> Ratio:
     return Ratio(*[float(used[0] / needed)] * 3)
 
 
+def small_product(rows: str, inner: str, columns: str) -> Ratio:
+    """Rate of a small product of matrices in a fresh process over its rate once a large one has been made."""
+    shape = int(rows), int(inner), int(columns)
+    fresh = gemm_rate(shape=shape)
+    gemm_rate()
+    return Ratio(*[fresh / gemm_rate(shape=shape)] * 3)
+
+
 def resident() -> int:
     """Bytes in memory of this process; of what it shares with others, its part."""
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
@@ -273,6 +283,8 @@ MEASUREMENTS: list[Callable[..., Ratio]] = [
     weak_scaling,
     oversubscribed,
     memory,
+    small_product,
+    from_file,
     torch_step,
     torch_memory,
 ]

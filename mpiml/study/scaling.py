@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from mpiml import documents
 from mpiml.config import Config, parse
 from mpiml.design import open_data
 from mpiml.errors import ConfigError
@@ -181,8 +182,8 @@ def _open(
     ConfigError if it is of another study."""
     path = directory / STUDY
     study = {"mode": chosen.mode, "steps": chosen.steps, "warm_up": chosen.warm_up, "settings": list(settings)}
-    text = path.read_text() if path.exists() else None
-    there = study if text is None else read(directory)
+    content = documents.read(path) if path.exists() else None
+    there = study if content is None else read(directory)
     if parse(there["settings"]) == config:  # in whatever order and words
         study["settings"] = there["settings"]
     for key, value in study.items():
@@ -196,7 +197,7 @@ def _open(
         for name in (POINTS, TRAINING):
             (directory / name).mkdir(parents=True, exist_ok=True)
     written = json.dumps(study | {"points": [asdict(p) for p in sorted(known)]}, indent=1) + "\n"
-    if written != text:
+    if written.encode() != content:
         write_atomically(path, written)
 
 

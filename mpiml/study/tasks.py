@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from abc import ABC, abstractmethod
@@ -11,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpiml.config import Config
-from mpiml.errors import ConfigError
+from mpiml.errors import ConfigError, OutputError
 from mpiml.run.directory import METRICS, read_result
+from mpiml.run.metrics import content_of, lines
 from mpiml.study.points import POINTS, TRAINING, Point, measured, runs
 
 LOOKS = 50  # evaluations of a training run, at least: steps to a target are known to one part in so many
@@ -124,8 +124,11 @@ def training(point: Point, epochs: int) -> str:
 
 def evaluations(run: Path) -> tuple[str, list[tuple[int, float]]]:
     """The metric's name, and (step, test score) of every evaluation of a run."""
-    lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
-    found = [(line["step"], line["evaluation"]) for line in lines if "evaluation" in line]
+    path = run / METRICS
+    entries, problems = lines(path, content_of(path))
+    found = [(line["step"], line["evaluation"]) for _, line in entries if "evaluation" in line]
+    if problems or not found:
+        raise OutputError(problems[0] if problems else f"{path} has no evaluation")
     (metric,) = found[0][1].keys() - {"loss", "rows"}
     return metric, [
         (step, -math.inf if evaluation[metric] is None else evaluation[metric]) for step, evaluation in found

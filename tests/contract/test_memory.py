@@ -39,6 +39,7 @@ def hdf5(path: Path) -> Path:
     written = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     written.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     written.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    written.set_chunk((64, WIDTH))  # what lies in one piece is mapped, as .npy files are
     with h5py.File(path / "d.h5", "w") as file:
         for which, rows in (("train", ROWS), ("test", 64)):
             space = h5py.h5s.create_simple((rows, WIDTH))

@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mpiml.data import prefetch
 from mpiml.data.dataset import Split, open_dataset
-from mpiml.data.prefetch import ReadAhead, in_memory
+from mpiml.data.normalize import Normalization, NormalizedSource
+from mpiml.data.prefetch import ReadAhead, in_memory, steps_ahead
 from mpiml.data.shards import Shards
 from mpiml.data.sources import ArraySource
 from mpiml.errors import DataError
 from tests.data.samples import FORMATS, OPTIONS
 
 ROWS, MICROBATCHES, BATCH, STEPS = 50, 7, 9, 14  # two epochs and two steps; some micro-batches are empty
+BY = Normalization(np.zeros(1), np.ones(1))
 
 
 class Watched(ArraySource):
@@ -136,9 +139,47 @@ def test_error_of_the_rank_does_not_wait_for_a_read_that_hangs() -> None:
     go.set()
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"), [("npz", False), ("compressed_npz", True), ("hdf5", False), ("csv", True)]
-)
+IN_MEMORY = {"npz": False, "compressed_npz": True, "hdf5": False, "csv": True}
+
+
+@pytest.mark.parametrize(("name", "expected"), IN_MEMORY.items())
 def test_what_is_in_memory(tmp_path: Path, name: str, expected: bool) -> None:
     assert in_memory(open_dataset(str(FORMATS[name](tmp_path)), OPTIONS).train) is expected
     assert in_memory(Split(ArraySource([1.0]), ArraySource([1.0])))
+
+
+def shards_of(split: Split, transform: Any = None) -> Shards:
+    return Shards(split, MICROBATCHES, BATCH, 3, 0, MICROBATCHES, "float32", transform=transform)
+
+
+@pytest.mark.parametrize("name", [*IN_MEMORY, "npy", "plain_idx"])
+def test_nothing_is_read_ahead_that_is_quickly_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(prefetch, "HANDED_OVER", 1.0)  # seconds: tests may share a busy machine
+    split = open_dataset(str(FORMATS[name](tmp_path)), OPTIONS).train
+    for source in (split.x, split.y):
+        source.hold(np.arange(len(source)))
+    assert steps_ahead(shards_of(split)) == 0
+    assert steps_ahead(shards_of(Split(NormalizedSource(split.x, BY, "float32"), split.y))) == 0
+    assert steps_ahead(shards_of(split, transform=lambda x, y, rng: (x, y))) == 2
+
+
+def test_what_is_slowly_read_is_read_ahead(tmp_path: Path) -> None:
+    class Far(ArraySource):
+        def rows(self, indices: np.ndarray) -> np.ndarray:
+            assert len(indices) == 2  # of 50 rows in 6 steps of 7 micro-batches
+            time.sleep(1e-3)
+            return super().rows(indices)
+
+    far = Far(np.lib.format.open_memmap(tmp_path / "a.npy", "w+", shape=(ROWS,)))
+    assert steps_ahead(shards_of(Split(far, ArraySource(np.arange(ROWS))))) == 2
+    assert steps_ahead(shards_of(Split(NormalizedSource(far, BY, "float32"), ArraySource(np.arange(ROWS))))) == 2
+
+
+def test_sources_of_a_users_own_are_read_ahead_and_not_for_a_trial() -> None:
+    class Own:
+        name, shape, dtype = "own", (), np.dtype(float)
+
+        def __len__(self) -> int:
+            return ROWS
+
+    assert steps_ahead(shards_of(Split(Own(), ArraySource(np.arange(ROWS))))) == 2  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ import pytest
 
 from mpiml.build import build_model
 from mpiml.config import Config
-from mpiml.errors import ConfigError
+from mpiml.errors import ConfigError, OutputError
 from mpiml.nn import layers as nn
 from mpiml.nn.parameters import Gradients, Layout
 
@@ -407,6 +407,10 @@ def test_weights_go_back_into_a_module(tmp_path: Path) -> None:
         load_into([torch.nn.Linear(7, 5)], tmp_path / "whole")
     with pytest.raises(ValueError, match=r"layers\.0\.weight \(\), has none|layers\.1\.weight"):
         load_into([nn.Linear(6, 5), torch.nn.Linear(6, 5)], tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"another model: it has layers\.2\.bias, which this one does not have"):
+        load_into(source[:2], tmp_path / "whole")
+    with pytest.raises(OutputError, match="is not a regular file"):
+        load_into(make(), tmp_path)
 
 
 def test_pytorch_is_not_imported_for_other_models() -> None:

@@ -9,7 +9,9 @@ import pytest
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from mpiml.parallel.record import Record, agree
+from mpiml.parallel import grid as grids
+from mpiml.parallel.memory import SharedMemory
+from mpiml.parallel.record import Agreement, Record, agree
 from mpiml.partition import part
 
 WORLD = MPI.COMM_WORLD
@@ -81,3 +83,18 @@ def test_no_rows(entries: int) -> None:
 def test_later_messages_do_not_mix() -> None:
     found = [agree(WORLD, mine(np.full((16, 2), float(step)))).loss for step in range(20)]
     assert found == [16.0 * step for step in range(20)]
+
+
+@pytest.mark.mpi
+def test_steps_may_have_fewer_columns_than_the_most() -> None:
+    """As those of which the metric is not measured; what they agree on is the same as of a table with all columns."""
+    grid, columns = grids.build(WORLD, 1), 50
+    memory = SharedMemory(grid.node, 0, Agreement.bytes_needed(grid.node.size, 16, columns))
+    agreement, random = Agreement(grid, memory, 16, columns), np.random.default_rng(0)
+    for step in range(30):
+        whole = random.standard_normal((16, columns)) * 10.0 ** random.integers(-8, 8, (16, columns))
+        expected = agree(WORLD, mine(whole))
+        table = np.ascontiguousarray(whole[:, : (2, columns, 7)[step % 3]])
+        record = agreement(mine(table), False, step == 3)
+        assert record == Record(expected.loss, expected.weight, expected.metric[: table.shape[1] - 2], stop=step == 3)
+    grid.free()

@@ -1,0 +1,128 @@
+"""Small files of ours and the texts in checkpoints, read as data, whatever kind, size or depth they turn out to be.
+
+What is wrong with one is an OutputError of one line that begins with the file's name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import reprlib
+import stat
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mpiml.errors import OutputError
+
+LARGEST = 1 << 26  # bytes of a small file: environment.json of 100,000 ranks has a third of it
+DEEPEST = 32  # levels of nesting: what is written here has at most 5
+INTEGERS = range(-(1 << 63), 1 << 63)  # that NumPy can take
+
+
+def read(path: Path, largest: float = LARGEST) -> bytes:
+    """The content of a file. Raises OutputError if it cannot be read, is no regular file, or has too many bytes."""
+    try:
+        check_regular(path)
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if os.fstat(file.fileno()).st_size > largest:
+                raise OutputError(f"{path}: has more than {largest:,} bytes")
+            return file.read()
+    except OSError as error:
+        raise OutputError(f"{path}: {error.strerror or error}") from error
+
+
+def check_regular(path: Path) -> None:
+    """Raise OutputError unless a path leads to a regular file: to open a pipe would wait for whoever writes to it, and
+    /dev/zero has no end. Raises OSError if there is nothing."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OutputError(f"{path}: is not a regular file")
+
+
+def from_json(text: str | bytes, origin: str) -> Any:
+    """What a JSON text holds. Raises OutputError, beginning with `origin`, if it is none."""
+    return _parsed(json.loads, text, origin)
+
+
+def from_toml(text: str | bytes, origin: str) -> dict[str, Any]:
+    """The table that a TOML text holds. Raises OutputError, beginning with `origin`, if it is none."""
+    import tomllib
+
+    table: dict[str, Any] = _parsed(tomllib.loads, text, origin)
+    return table
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """A value as JSON; numbers that are not finite, which JSON does not have, become null."""
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
+
+
+def finite(value: Any) -> Any:
+    """A value as JSON can hold it: None in place of numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_fields(value: Any, kinds: Mapping[str, Any], origin: str, needed: Iterable[str] = ()) -> dict[str, Any]:
+    """An object of which some fields are needed, and those that are known are of the types that `kinds` says.
+
+    Raises OutputError, beginning with `origin`, that names the first field that is not so.
+    """
+    if not isinstance(value, dict):
+        raise OutputError(f"{origin} is damaged: it must hold an object with fields, not {shown(value)}")
+    for name in needed:
+        if name not in value:
+            raise OutputError(f"{origin} is damaged: it has no {name}")
+    for name, kind in kinds.items():
+        if name in value and not fits(value[name], kind):
+            text = getattr(kind, "__name__", kind) if isinstance(kind, type) else kind
+            raise OutputError(f"{origin} is damaged: {name} is {shown(value[name])}, but must be of type {text}")
+    return value
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON is of a type as annotations have it: a tuple is a list there, true is no int, and ints
+    have 64 bits."""
+    outer, inner = typing.get_origin(kind), typing.get_args(kind)
+    if outer in (types.UnionType, typing.Union):
+        return any(fits(value, one) for one in inner)
+    if outer in (tuple, list):
+        return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
+    if outer is dict:
+        return isinstance(value, dict) and all(fits(item, inner[1]) for item in value.values())
+    if kind in (int, float) and isinstance(value, int):
+        return not isinstance(value, bool) and value in INTEGERS
+    return kind is Any or isinstance(value, kind)
+
+
+def shown(value: Any) -> str:
+    """A value of any size in a few words, for a message."""
+    return reprlib.repr(value)
+
+
+def _parsed(parse: Callable[[str], Any], text: str | bytes, origin: str) -> Any:
+    try:
+        value = parse(text.decode() if isinstance(text, bytes) else text)
+        _check_text_and_depth(value, DEEPEST)
+    except RecursionError:
+        raise OutputError(f"{origin} is damaged: it is nested too deeply") from None
+    except ValueError as error:  # also numbers of more digits than Python takes
+        raise OutputError(f"{origin} is damaged: {error}") from None
+    return value
+
+
+def _check_text_and_depth(value: Any, left: int) -> None:
+    """Raise ValueError for a value that is nested too deeply, or has text that cannot be printed."""
+    if isinstance(value, str):
+        value.encode()  # half of a surrogate pair can be escaped in JSON, but not written
+    elif isinstance(value, (dict, list)):
+        if not left:
+            raise ValueError("it is nested too deeply")
+        for item in [*value, *value.values()] if isinstance(value, dict) else value:
+            _check_text_and_depth(item, left - 1)

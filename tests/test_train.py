@@ -1,0 +1,36 @@
+"""The training loop: what its steps carry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from mpiml.config import Config
+from mpiml.data.dataset import Dataset
+from mpiml.parallel import record
+from mpiml.train import train
+
+
+@pytest.mark.parametrize("memory", ["shared", "private"])
+def test_only_steps_that_are_logged_carry_the_metric(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: str
+) -> None:
+    """R2 has three sums for each output: of 40 outputs, 121 columns."""
+    shapes = []
+    of_table = record._record
+
+    def noted(table: NDArray[np.float64], broken: float, stop: float) -> record.Record:
+        shapes.append(table.shape)
+        return of_table(table, broken, stop)
+
+    monkeypatch.setattr(record, "_record", noted)
+    x, y = np.random.default_rng(0).random((2, 64, 40), dtype=np.float32)
+    settings = {"hidden": (8,), "batch": 16, "microbatches": 4, "steps": 4, "log_every": 2, "eval_every": 0}
+    config = Config(**settings, loss="mse", metric="r2", memory=memory, quiet=True, out=str(tmp_path / "run"))
+    result = train(config, data=Dataset.from_arrays(x, y, x, y))
+    assert result["status"] == "done"
+    assert [columns for entries, columns in shapes if entries == 4] == [2, 2 + 121, 2, 2 + 121]
+    assert {columns for entries, columns in shapes if entries == 0} == {2}  # records that carry no losses
