@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mpiml import waiting
-from mpiml.build import Model, Task, build_loss, build_metric, constants, digest, model_for, objective
+from mpiml.build import Model, Task, build_loss, build_metric, constants, described, model_for, objective
 from mpiml.clock import Clock
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset, Split
@@ -20,7 +20,7 @@ from mpiml.data.fingerprint import Fingerprint
 from mpiml.data.normalize import Normalization, NormalizedSource
 from mpiml.data.prefetch import ReadAhead, steps_ahead
 from mpiml.data.shards import Shards
-from mpiml.design import StageDesign, cut
+from mpiml.design import StageDesign, cut, warning
 from mpiml.evaluation import Evaluation
 from mpiml.imports import called_with, named
 from mpiml.load import look_at, look_for_starving, measure
@@ -44,7 +44,7 @@ from mpiml.run.pace import Pace
 from mpiml.run.verdict import on_rank_0, together
 from mpiml.vectors import bytes_of
 
-MODULES = "first values of the model (make it in a function, or call torch.manual_seed before)"
+ONE_MODEL = "all ranks must build the same model: what it draws must follow from --seed, and no order from a set"
 Agree = Callable[[NDArray[np.float64], bool, bool], Record]
 
 
@@ -126,15 +126,18 @@ def assemble(
         transform=together(grid.comm, clock, functools.partial(find_transform, config)),
     )
     tests = Evaluation(data.test, config.eval_rows, grid, config.dtype)
+    ignore = data.ignored(config.ignore)
     also = shards.transform is not None
-    seen = look_at(data, grid, clock, shards.rows(), tests.rows(), config.classes, both=also)
+    seen = look_at(data, grid, clock, shards.rows(), tests.rows(), config.classes, both=also, ignore=ignore)
+    shards.split, tests.split = (split.ignoring(ignore) for split in (data.train, data.test))
     starving = look_for_starving(data, grid, clock, shards, seen.outputs)
     normalization = None
     if config.normalize:
         normalization = measure(data, grid, clock, shards)
-        shards.split, tests.split = (normalized(s, normalization, config.dtype) for s in (data.train, data.test))
+        shards.split, tests.split = (normalized(s, normalization, config.dtype) for s in (shards.split, tests.split))
 
-    task = Task(data.train.x.shape, data.train.y.shape, data.classification, seen.outputs, seen.tokens)
+    idle = warning(config)
+    task = Task(data.train.x.shape, data.train.y.shape, data.classification, seen.outputs, seen.tokens, ignore)
     layouts, metric, here, fixed = build_stage(config, task, grid, clock, model)
     on_rank_0(grid.comm, clock, lambda: check(config, layouts))
     layout = layouts[grid.stage]
@@ -155,7 +158,7 @@ def assemble(
         metric=metric,
         layouts=layouts,
         agree=agreement,
-        notes=[*seen.notes, *starving, *notes],
+        notes=[*seen.notes, *starving, *notes, *([f"warning: {idle}"] if idle else [])],
         normalization=normalization,
         constants=fixed,
         fingerprint=data.fingerprint,
@@ -185,10 +188,10 @@ def build_stage(
         return build_loss(config), build_metric(config, task.outputs), layers, cut(config, layers, task.shape)
 
     loss, metric, layers, stages = together(grid.comm, clock, made)
-    launch.check_alike(grid.comm, clock, {MODULES: digest(layers)})
+    launch.check_alike(grid.comm, clock, described(layers, config.seed), ONE_MODEL)
     stage = stages[grid.stage]
     here = Part(
-        forward=functools.partial(nn.forward, stage.layers),
+        forward=functools.partial(nn.forward, stage.layers, learned=stage.learned),
         at=lambda training, step, m: nn.At(training, config.seed, step, m),
         objective=objective(loss, metric),
         x_shape=stage.x_shape,

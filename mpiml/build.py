@@ -42,6 +42,7 @@ class Task:
         classification: whether labels are classes.
         outputs: how many classes, or values to predict, there are.
         tokens: one more than the highest integer input; 0 if inputs are not integers.
+        ignore: the label that means no label, if there is one.
     """
 
     shape: Shape
@@ -49,6 +50,7 @@ class Task:
     classification: bool
     outputs: int
     tokens: int
+    ignore: int | None = None
 
     @property
     def final(self) -> Shape:
@@ -73,6 +75,7 @@ class Task:
         kinds = typing.get_type_hints(cls)
         needed = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
         values = documents.check_fields(documents.from_json(saved.task, origin), kinds, origin, needed)
+        values = {"ignore": -1} | values  # where it does not say, -1 was ignored
         if unknown := values.keys() - kinds.keys():
             raise OutputError(f"{origin} has {documents.shown(min(unknown))}, which this version does not know")
         for name, low in LOWEST.items():
@@ -154,10 +157,15 @@ def _made(model: Model, config: Config, shape: Shape, outputs: int) -> Any:
     return modules.as_layers(made, config.dtype, config.threads) if modules else made
 
 
-def digest(layers: Sequence[nn.Layer]) -> str:
-    """Of the first values that layers do not draw themselves."""
-    modules = _torch_modules()
-    return str(modules.digest(layers)) if modules else ""
+def described(layers: Sequence[nn.Layer], seed: int) -> dict[str, str]:
+    """What ranks must agree in: the kind and the attributes of every layer, the shape and the first values of every
+    parameter, under names that a message can use."""
+    described: dict[str, str] = {}
+    for layer in nn.everything(layers):
+        described |= {f"the model, {path}": text for path, text in layer.described().items()}
+        for parameter in layer.own_parameters().values():
+            described[f"first values of the model, {parameter.name}"] = parameter.described(seed)
+    return described
 
 
 def constants(layers: Sequence[nn.Layer]) -> str:

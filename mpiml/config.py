@@ -24,6 +24,8 @@ GROUPS = ("data and model", "grid", "steps and batches", "optimizer", "arithmeti
 
 # Belong to one job and not to the run that it is part of.
 OF_THE_JOB = ("out", "resume", "quiet", "time_limit", "trace")
+# May be given anew where a run whose learning rate falls goes on for more steps.
+FALLING = ("lr", "decay_steps")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,9 @@ class Config:
     heads: int = setting(4, GROUPS[0], "of gpt's attention", low=1)
     dropout: float = setting(0.0, GROUPS[0], "probability of zeroing a hidden value", low=0, below=1)
     classes: int | None = setting(None, GROUPS[0], "how many (default: one more than the highest label)", low=1)
+    ignore: int | None = setting(
+        None, GROUPS[0], "label that means no label (default: -1 where a row has several, as in tokens and masks)"
+    )
     loss: str = setting(
         "auto",
         GROUPS[0],
@@ -231,17 +236,29 @@ class Config:
             value, was = getattr(self, field.name), getattr(stored, field.name)
             if field.name not in given or value == was or (value == "auto" and field.name != "memory"):
                 continue
-            if not field.metadata["on_resume"]:
-                raise ConfigError(
-                    f"{flag(field.name)} {text(value)}: the run in {self.out} has {text(was)}, and another value "
-                    "would change its results; leave the flag out, or start a new run with --init"
-                )
+            if not stored.may_become(field, value):
+                raise self.refusal(field.name, was)
             changes[field.name] = value
         if "epochs" in given:
             changes["steps"] = None
         if "pipe" in changes and "cuts" not in given:
             changes["cuts"] = ()
         return stored.replace(**changes)
+
+    def may_become(self, field: dataclasses.Field[Any], value: Any) -> bool:
+        """Whether this run may go on with another value of a setting."""
+        if field.name == "ignore":  # a run that says nothing either has no label of -1, or has always ignored it
+            return self.ignore is None and value == -1
+        if field.name in FALLING:  # if it goes on for more steps, which is looked at when these are known
+            return self.decay != "none"
+        return bool(field.metadata["on_resume"])
+
+    def refusal(self, name: str, was: Any) -> ConfigError:
+        """The error for a value of a setting that a run which has another one cannot go on with."""
+        return ConfigError(
+            f"{flag(name)} {text(getattr(self, name))}: the run in {self.out} has {text(was)}, and another value would "
+            "change its results; leave the flag out, or start a new run with --init"
+        )
 
     def by_flag(self) -> dict[str, str]:
         """Every setting as text, under its flag."""

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mpiml.config import Config
+from mpiml.config import FALLING, Config
 from mpiml.data.dataset import Dataset, open_dataset
 from mpiml.data.formats import Options
 from mpiml.errors import ConfigError
@@ -25,10 +25,13 @@ def open_data(config: Config) -> Dataset:
     return open_dataset(config.data, Options(config.label, config.context, config.held_out, config.token_dtype))
 
 
-def resolve(config: Config, rows: int, classification: bool, replicas: int) -> Config:
+def resolve(config: Config, rows: int, classification: bool, replicas: int, before: Config | None = None) -> Config:
     """The config with all that was left open decided, so that its text repeats the run on any grid.
 
-    Raises ConfigError for micro-batches that the replicas or the rows cannot share.
+    `before` is that of the run that it goes on with, if there is one.
+
+    Raises ConfigError for micro-batches that the replicas or the rows cannot share, for settings that do not fit the
+    labels, and for a run that would go on with a learning rate that has fallen already.
     """
     default = replicas if config.pipe == 1 else min(2 * config.pipe * replicas, rows)
     microbatches = config.microbatches or default
@@ -42,6 +45,8 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int) -> C
     if microbatches > rows:
         raise ConfigError(f"--microbatches {microbatches}: the data set has only {rows} rows to share out")
     steps = config.steps or (config.epochs or DEFAULT_EPOCHS) * -(-rows // config.batch)
+    if before:
+        check_fall(config, before, steps)
     decay = config.weight_decay
     return scored(config, classification).replace(
         microbatches=microbatches,
@@ -60,10 +65,38 @@ def scored(config: Config, classification: bool) -> Config:
         if value not in ("auto", fitting) and not is_name(value):
             kind = "integers" if classification else "not integers"
             raise ConfigError(f"{flag} {value}: the data set's labels are {kind}; leave it at auto")
+    if config.ignore is not None and not classification:
+        raise ConfigError(f"--ignore {config.ignore}: the data set's labels are not integers; leave it out")
     return config.replace(
         loss=loss if config.loss == "auto" else config.loss,
         metric=metric if config.metric == "auto" else config.metric,
     )
+
+
+def check_fall(config: Config, before: Config, steps: int) -> None:
+    """Raise ConfigError unless a run that goes on to `steps` has a learning rate that falls as it did before, or as has
+    been said for the steps that are added."""
+    last = before.decay_steps or 0
+    longer = config.decay != "none" and steps > max(before.steps or 0, last)
+    for name in FALLING:
+        was = getattr(before, name)
+        if getattr(config, name) != was and not longer:
+            raise config.refusal(name, was)
+    if longer and "decay_steps" not in (config.given or ()):
+        low = {"cosine": "0", "step": "a hundredth"}[config.decay]
+        raise ConfigError(
+            f"{steps} steps: the learning rate of the run in {config.out} has fallen to {low} by step {last}; say how "
+            f"it goes on: with --decay-steps {steps} it falls until then, from --lr if that is given too; with "
+            f"--decay-steps {last} it stays"
+        )
+
+
+def warning(config: Config) -> str | None:
+    """What is wrong with the learning rate: that it is 0 before the last step."""
+    steps, last = config.steps or 0, config.decay_steps or 0
+    if config.decay != "cosine" or steps <= last:
+        return None
+    return f"the learning rate is 0 from step {last} on, and nothing is learned: --decay-steps {last} of {steps} steps"
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ def look_at(
     classes: int | None,
     both: bool = False,
     tokens: int | None = None,
+    ignore: int | None = None,
 ) -> Seen:
     """Read the rows that this rank will use, and check all values of the data set; collective.
 
@@ -88,6 +89,7 @@ def look_at(
         classes: how many there are, if that has been said; else the data set may know it, or the labels tell.
         both: whether those who train on inputs need labels too, and the other way round.
         tokens: how many token ids there are, if that has been said and is not the number of classes.
+        ignore: the label that means no label, if there is one.
     """
     ends = {"x": grid.stage == 0, "y": grid.stage == grid.stages - 1}
     also = both and any(ends.values())
@@ -101,7 +103,8 @@ def look_at(
         findings = []
         for split_, rows, column in columns:
             hold = ends[column] or (also and split_ is data.train)
-            findings.append(_read(clock, getattr(split_, column), rows, hold, ends[column]))
+            source = getattr(split_, column)
+            findings.append(_read(clock, source, rows, hold, ends[column], ignore if column == "y" else None))
         return findings
 
     mine = together(grid.comm, clock, naming(grid.launched[grid.comm.rank], grid.comm.size, read))
@@ -115,7 +118,7 @@ def look_at(
         elif data.classification:
             seen.outputs = max(seen.outputs, highest + 1)
             if found.masked:
-                seen.notes.append(f"{source.name}: {found.masked} labels are -1 and do not count")
+                seen.notes.append(f"{source.name}: {found.masked} labels are {ignore} and do not count")
     if not data.classification:
         seen.outputs = math.prod(data.train.y.shape)
     return seen
@@ -162,11 +165,11 @@ def look_for_starving(data: Dataset, grid: Grid, clock: Clock, shards: Shards, c
     return [f"warning: {warning}"] if warning else []
 
 
-def _read(clock: Clock, source: Source, rows: Indices, hold: bool, look: bool) -> Findings:
+def _read(clock: Clock, source: Source, rows: Indices, hold: bool, look: bool, ignore: int | None) -> Findings:
     clock("data")
     if hold:
         source.hold(rows)
-    return inspect(source, rows) if look else Findings()
+    return inspect(source, rows, ignore) if look else Findings()
 
 
 def _alike(error: DataError, rank: int, ranks: int) -> DataError:

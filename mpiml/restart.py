@@ -37,20 +37,22 @@ from mpiml.saved import CODE, settings_in, settings_of
 from mpiml.setting import flag
 
 
-def settings(asked: Config) -> Config:
-    """The settings to start from: those asked for, or a stored run's, changed as asked. Rank 0 calls it.
+def settings(asked: Config) -> tuple[Config, Config | None]:
+    """The settings to start from: those asked for, or a stored run's, changed as asked; and the stored ones, if there
+    are any. Rank 0 calls it.
 
     A run whose config.toml is gone has them in its checkpoints.
     """
     if not (asked.resume and asked.out):
-        return asked
+        return asked, None
     stored, checkpoints = Path(asked.out) / CONFIG, Path(asked.out) / CHECKPOINTS
     if stored.exists():
-        return asked.resumed(settings_in(stored))
-    newest = checkpoint.newest(checkpoints, lambda name: False)[0] if checkpoints.is_dir() else None
-    if not newest:
-        return asked
-    return asked.resumed(settings_of(newest, CODE, {name: getattr(asked, name) for name in asked.given or ()}))
+        before = settings_in(stored)
+    elif checkpoints.is_dir() and (newest := checkpoint.newest(checkpoints, lambda name: False)[0]):
+        before = settings_of(newest, CODE, {name: getattr(asked, name) for name in asked.given or ()})
+    else:
+        return asked, None
+    return asked.resumed(before), before
 
 
 def check_saved(cfg: Config, layouts: Sequence[Layout]) -> None:
@@ -201,7 +203,7 @@ def _check_same_run(cfg: Config, found: Checkpoint) -> None:
     saved = settings_of(found, (), {})
     for field in all_settings():
         mine, theirs = getattr(cfg, field.name), getattr(saved, field.name)
-        if mine != theirs and not field.metadata["on_resume"]:
+        if mine != theirs and not saved.may_become(field, mine):
             raise OutputError(f"{found.origin} is of another run: {flag(field.name)} {theirs}, here {mine}")
 
 

@@ -86,7 +86,7 @@ def _train(
     began = perf_counter()
     launch.check_size(MPI.COMM_WORLD.size)
     launch.check_alike(comm, clock, launch.software() | asked.by_flag())
-    cfg = on_rank_0(comm, clock, lambda: restart.settings(asked)) if asked.resume else asked
+    cfg, before = on_rank_0(comm, clock, lambda: restart.settings(asked)) if asked.resume else (asked, None)
     stop = StopRequest(Deadline(cfg.time_limit, os.environ))
     with Watch(comm.Dup(), clock, cfg.stall_timeout, guard.fail), stop:
         together(comm, clock, lambda: check_ranks(comm.size, cfg.pipe))
@@ -97,7 +97,9 @@ def _train(
             return done
         dataset = load.open_data(cfg, comm, clock, data)
         replicas = comm.size // cfg.pipe
-        cfg = together(comm, clock, lambda: design.resolve(cfg, len(dataset.train), dataset.classification, replicas))
+        cfg = together(
+            comm, clock, lambda: design.resolve(cfg, len(dataset.train), dataset.classification, replicas, before)
+        )
         if cfg.resume and (done := on_rank_0(comm, clock, lambda: restart.finished(cfg))):  # --epochs has become steps
             return done
         run = assemble.assemble(cfg, dataset, grids.build(comm, cfg.pipe), clock, model, restart.check_saved)

@@ -33,6 +33,7 @@ OTHERS = {
     "heads": ("2", "2", 2),
     "dropout": ("0.25", "0.25", 0.25),
     "classes": ("12", "12", 12),
+    "ignore": ("255", "255", 255),
     "loss": ("mse", '"mse"', "mse"),
     "metric": ("my.metrics:F1", '"my.metrics:F1"', "my.metrics:F1"),
     "init": ("w.safetensors", '"w.safetensors"', "w.safetensors"),
@@ -263,6 +264,20 @@ def test_a_resumed_run_may_not_change_its_arithmetic(name: str) -> None:
     assert "\n" not in str(error.value)
     same = Config().replace(**{name: OTHERS[name][2]})
     assert getattr(asked.resumed(same), name) == OTHERS[name][2]  # saying what is so already is fine
+
+
+def test_a_resumed_run_may_say_that_it_ignores_what_it_does_not_have() -> None:
+    """Or what it has always ignored: runs begun before there was this setting have no other way to go on."""
+    asked = parse(["--resume", "--out", "a", "--ignore", "-1"])
+    assert asked.resumed(Config()).ignore == -1
+    with pytest.raises(ConfigError, match="--ignore -1: the run in a has 255"):
+        asked.resumed(Config(ignore=255))
+
+
+@pytest.mark.parametrize("name", ["lr", "decay_steps"])
+def test_a_resumed_run_whose_learning_rate_falls_may_be_given_another(name: str) -> None:
+    asked = parse(["--resume", "--out", "a", *as_flags(name)])
+    assert getattr(asked.resumed(Config(decay="cosine")), name) == OTHERS[name][2]
 
 
 def test_a_resumed_run_keeps_what_is_not_said_even_where_it_is_not_the_default() -> None:

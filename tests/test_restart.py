@@ -68,9 +68,11 @@ def test_a_run_without_config_toml_takes_settings_from_its_checkpoint_and_code_f
     with pytest.raises(ConfigError, match=r"names code, .*: repeat --model my:net --loss my:loss$"):
         restart.settings(asked)
     named = parse(["--resume", "--out", str(tmp_path), "--model", "my:net", "--loss", "my:loss"])
-    assert (restart.settings(named).model, restart.settings(named).batch) == ("my:net", 7)
+    going_on, stored = restart.settings(named)
+    assert stored is not None
+    assert (going_on.model, going_on.batch, stored.batch) == ("my:net", 7, 7)
     (tmp_path / "config.toml").write_text(config)  # which the user points at
-    assert restart.settings(asked).loss == "my:loss"
+    assert restart.settings(asked)[0].loss == "my:loss"
 
 
 def test_a_damaged_config_of_a_run_is_one_line(tmp_path: Path) -> None:

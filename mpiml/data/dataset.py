@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from mpiml.data.fingerprint import Fingerprint, of_array, of_files
 from mpiml.data.formats import Options, open_files
-from mpiml.data.sources import ArraySource, Source
+from mpiml.data.sources import ArraySource, LabelSource, Source
 from mpiml.errors import DataError
 from mpiml.imports import called_with, is_name, named
 
@@ -27,6 +27,10 @@ class Split:
     x: Source
     y: Source
 
+    def ignoring(self, label: int | None) -> Split:
+        """These rows with -1 in place of a label that is to be ignored."""
+        return self if label in (None, -1) else Split(self.x, LabelSource(self.y, label))
+
     def __len__(self) -> int:
         return len(self.x)
 
@@ -35,7 +39,8 @@ class Split:
 class Dataset:
     """What a run learns from. Integer labels make it a classification, floating-point labels a regression.
 
-    A label is one number, or a row of them; a class of -1 is no label and does not count.
+    A label is one number, or a row of them. Classes are numbered from 0. One number may mean that there is no label,
+    and does not count: the one that --ignore names, or else -1 where a row has several labels.
 
     Attributes:
         files: where it comes from; two ranks, or a run and the run that it goes on with, must see the same.
@@ -93,6 +98,11 @@ class Dataset:
     def language_model(self) -> bool:
         """Whether there is a class for each input of a row, and inputs are classes too."""
         return self.classification and bool(self.train.y.shape)
+
+    def ignored(self, said: int | None) -> int | None:
+        """The label that means no label: as has been `said`, else -1 where a row has several, as tokens and masks have.
+        None if each label counts."""
+        return -1 if said is None and self.classification and self.train.y.shape else said
 
 
 def open_dataset(spec: str, options: Options | None = None) -> Dataset:

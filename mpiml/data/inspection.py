@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpiml.data.dataset import Dataset
-from mpiml.data.sources import Indices, Source
+from mpiml.data.sources import Indices, Rows, Source
 
 SCAN = 1 << 24  # bytes of a source that are looked at together
 
 
 @dataclass
 class Findings:
-    """What a look at some rows found: of integers the extremes, each with its first row, and how many are -1; and rows
-    that are not finite."""
+    """What a look at some rows found: of integers the extremes, each with its first row, without those that are to be
+    ignored, and how many these are; and rows that are not finite."""
 
     lowest: tuple[float, int] = (math.inf, 0)
     highest: tuple[float, int] = (-math.inf, 0)
@@ -35,8 +35,8 @@ class Findings:
         )
 
 
-def inspect(source: Source, rows: Indices) -> Findings:
-    """Look at some rows of a source, numbers rising, a few megabytes at a time."""
+def inspect(source: Source, rows: Indices, ignore: int | None = None) -> Findings:
+    """Look at some rows of a source, numbers rising, a few megabytes at a time; `ignore` is a label that is none."""
     found = Findings()
     row_bytes = max(math.prod(source.shape) * source.dtype.itemsize, 1)
     chunk = max(SCAN // row_bytes, 1)
@@ -48,27 +48,38 @@ def inspect(source: Source, rows: Indices) -> Findings:
             if len(bad):
                 found |= Findings(bad_rows=len(bad), first_bad=int(numbers[bad[0]]))
         elif flat.size:
-            low, high = (int(place) // flat.shape[1] for place in (flat.argmin(), flat.argmax()))
-            extremes = (int(flat[low].min()), int(numbers[low])), (int(flat[high].max()), int(numbers[high]))
-            found |= Findings(*extremes, masked=int(np.count_nonzero(flat == -1)))
+            found |= _extremes(flat, numbers, ignore)
     return found
+
+
+def _extremes(flat: Rows, numbers: Indices, ignore: int | None) -> Findings:
+    counting = flat if ignore is None else flat[flat != ignore]
+    masked = flat.size - counting.size
+    if not counting.size:
+        return Findings(masked=masked)
+    lowest, highest = (
+        (int(value), int(numbers[np.argmax(flat == value) // flat.shape[1]]))
+        for value in (counting.min(), counting.max())
+    )
+    return Findings(lowest, highest, masked=masked)
 
 
 def problem(data: Dataset, column: str, found: Findings, classes: int | None = None) -> tuple[str, int] | None:
     """What is wrong with the values of column "x" or "y", and the row where; None if nothing is.
 
-    `classes` is how many there are, if that has been said. A label of -1 is none; the lowest token is 0.
+    `classes` is how many there are, if that has been said.
     """
     if found.first_bad is not None:
         return f"{found.bad_rows} rows hold values that are not finite, the first is row", found.first_bad
     if not (data.language_model or (column == "y" and data.classification)):
         return None
     (lowest, low_row), (highest, high_row) = found.lowest, found.highest
-    what, least = ("label", -1) if column == "y" else ("token", 0)
-    if lowest < least:
-        return f"{what} {lowest:.0f} is below {least}{' (no label)' if least else ''}, in row", low_row
-    if column == "y" and highest < 0:
-        return "all labels are -1, so none counts, from row", low_row
+    what = "label" if column == "y" else "token"
+    if lowest < 0:
+        hint = f", but classes are numbered from 0 (if it means no label, train with --ignore {lowest:.0f})"
+        return f"{what} {lowest:.0f} is below 0{hint if column == 'y' else ''}, in row", low_row
+    if found.masked and highest < 0:
+        return "all labels are to be ignored, so none counts, from row", low_row
     if classes and highest >= classes:
         return f"{what} {highest:.0f} is not one of the {classes} classes 0 to {classes - 1}, in row", high_row
     if not classes and not data.language_model and highest >= len(data.train):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mpiml.data.dataset import Batch, Split
 from mpiml.data.normalize import NormalizedSource
 from mpiml.data.shards import Shards
-from mpiml.data.sources import ArraySource, HeldSource, Source
+from mpiml.data.sources import ArraySource, HeldSource, LabelSource, Source
 from mpiml.data.text import Windows
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _in_memory(source: Source) -> bool:
 
 
 def _beneath(source: Source) -> Source:
-    return source.source if isinstance(source, NormalizedSource) else source
+    return _beneath(source.source) if isinstance(source, (NormalizedSource, LabelSource)) else source
 
 
 def _seconds(shards: Shards, sources: Sequence[Source], random: np.random.Generator) -> float:

@@ -62,6 +62,25 @@ class ArraySource:
         return rows_of(np.asarray(self.array), indices)  # no memmap, of which all that is computed would be one
 
 
+class LabelSource:
+    """A source of labels with -1 in place of those that are `ignore`: what losses and metrics leave out."""
+
+    def __init__(self, source: Source, ignore: int):
+        self.source, self.ignore = source, ignore
+        self.name, self.shape, self.dtype = source.name, source.shape, np.dtype(np.intp)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def hold(self, rows: Indices) -> None:
+        self.source.hold(rows)
+
+    def rows(self, indices: Indices) -> Rows:
+        labels: Rows = self.source.rows(indices).astype(np.intp)
+        labels[labels == self.ignore] = -1
+        return labels
+
+
 class HeldSource(ABC):
     """A source that can only be read from its start: it is read once, and of it the held rows stay in memory.
 

@@ -10,12 +10,15 @@ itself, so any number of micro-batches may be in flight; nothing that it holds, 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mpiml.errors import ConfigError
 from mpiml.nn.parameters import Gradients, Parameter, Shape
 
 Array = NDArray[np.floating]
@@ -34,7 +37,8 @@ class At:
 
 class Layer:
     """What every layer has. A layer of one's own derives from this and defines `__call__`, and `output_shape` and
-    `flops` where the defaults (same shape; one operation per element) are wrong.
+    `flops` where the defaults (same shape; one operation per element) are wrong. Ranks compare its public attributes
+    before step 1; what differs between them has a name that begins with "_".
 
     Attributes:
         path: "layers.2", the place in the model; names of parameters and keys of random numbers begin with it.
@@ -69,29 +73,42 @@ class Layer:
         """The parameters of the layer itself, by their names in it: those of the attributes that hold them."""
         return {key: value for key, value in vars(self).items() if isinstance(value, Parameter)}
 
+    def described(self) -> dict[str, str]:
+        """What ranks must agree in besides the parameters, by path."""
+        return {self.path: described(self)}
 
-def forward(layers: Sequence[Layer], x: Array, at: At) -> tuple[Array, Backward]:
+
+def forward(layers: Sequence[Layer], x: Array, at: At, learned: bool = False) -> tuple[Array, Backward]:
     """Calls the layers one after the other: a stack of layers is a layer.
 
     What one hands to the next is made what a message between stages would make it: rows one after the other in
     memory, in the input's dtype. A cut between two layers then changes nothing.
+
+    Args:
+        learned: whether layers before these have parameters, so that the gradient by x is needed.
+
+    Raises ConfigError, as `backward` does, for a layer that gives another shape than it says, or no gradient.
     """
-    backwards: list[Backward] = []
+    backwards: list[tuple[Backward, Shape]] = []
     for layer in layers:
         y, backward_of_layer = layer(x, at)
-        x = np.ascontiguousarray(y, x.dtype)
+        y = np.ascontiguousarray(y, x.dtype)
+        _check(layer, "outputs", y.shape, (len(x), *layer.output_shape(x.shape[1:])), "its output_shape says")
         if at.training:
-            backwards.append(backward_of_layer)
+            backwards.append((backward_of_layer, x.shape))
+        x = y
 
     def backward(dy: Array, grads: Gradients) -> Array | None:
         for index in reversed(range(len(backwards))):
-            dx = backwards[index](dy, grads)
+            backward_of_layer, shape = backwards[index]
+            dx = backward_of_layer(dy, grads)
             if grads.complete:
                 grads.finished(parameters([layers[index]]))
             if dx is None:
-                if parameters(layers[:index]):
-                    raise ValueError(f"{type(layers[index]).__name__} gives no gradient to the layers before it")
+                if learned or parameters(layers[:index]):
+                    raise ConfigError(f"{_named(layers[index])} gives no gradient to the layers before it")
                 return None
+            _check(layers[index], "gradients", np.shape(dx), shape, "its input has")
             dy = np.ascontiguousarray(dx, dy.dtype)
         return dy
 
@@ -147,3 +164,40 @@ def skip_first_dx(layers: Sequence[Layer]) -> None:
         layer.needs_dx = False
         if parameters([layer]):
             break
+
+
+def _check(layer: Layer, what: str, shape: Shape, needed: Shape, why: str) -> None:
+    """Raise ConfigError unless a layer gives an array of the shape, rows first, that is needed."""
+    if shape == needed:
+        return
+    if shape[1:] != needed[1:]:
+        raise ConfigError(f"{_named(layer)} gives {what} of shape {shape[1:]} for a row, but {why} {needed[1:]}")
+    raise ConfigError(f"{_named(layer)} gives {what} of {shape[0] if shape else 0} rows for {needed[0]}")
+
+
+def described(thing: Any) -> str:
+    """The kind of a layer, or of what it is made of, and its public attributes that are numbers, text or arrays."""
+    named = {name: value for name, value in vars(thing).items() if name[0] != "_" and name not in vars(Layer)}
+    values = [f"{name}={_described(value)}" for name, value in named.items() if _is_plain(value)]
+    return f"{type(thing).__name__}({', '.join(values)})"
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(item) for item in value)
+    if isinstance(value, np.ndarray):
+        return not value.dtype.hasobject
+    return isinstance(value, (int, float, complex, str, np.generic))
+
+
+def _described(value: Any) -> str:
+    """The value itself if that is short, else its shape and a checksum."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype}{value.shape}:{zlib.crc32(value.tobytes()):08x}"
+    text = repr(value)
+    return text if len(text) <= 40 else f"{len(text)} letters:{zlib.crc32(text.encode()):08x}"
+
+
+def _named(layer: Layer) -> str:
+    """A layer in a message."""
+    return f"{layer.path}, {type(layer).__name__},".lstrip(", ")

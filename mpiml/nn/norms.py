@@ -10,6 +10,8 @@ from mpiml.nn.blocks import blocks
 from mpiml.nn.layer import Array, At, Backward, Layer
 from mpiml.nn.parameters import Gradients, Parameter, Shape, constant
 
+PLACES = 1 << 10  # of an image that are added up together in its own dtype
+
 
 class LayerNorm(Layer):
     """y = g (x - mean) / sqrt(variance + epsilon) + b over the last axis: Ba et al., "Layer normalization", 2016."""
@@ -115,10 +117,10 @@ class GroupNorm(Layer):
         images = x.reshape(len(x), places, self.channels)
         normal, y = np.empty(images.shape, x.dtype), np.empty(x.shape, x.dtype)
         inverse, out = np.empty((len(x), 1, self.channels), x.dtype), y.reshape(images.shape)
-        ones, share = np.ones(places, x.dtype), self._share(places).astype(x.dtype)
+        share = self._share(places)
         for some in blocks(len(x), places * self.channels * x.itemsize):
-            centred = np.subtract(images[some], (ones @ images[some] @ share)[:, None], out=normal[some])
-            variance = (ones @ np.square(centred, out=out[some]) @ share)[:, None]
+            centred = np.subtract(images[some], _shared(_sums(images[some]), share, x), out=normal[some])
+            variance = _shared(_sums(np.square(centred, out=out[some])), share, x)
             inverse[some] = 1 / np.sqrt(variance + self.epsilon)
             centred *= inverse[some]
             np.multiply(centred, gain, out=out[some])
@@ -130,12 +132,12 @@ class GroupNorm(Layer):
             dgain[...] = dbias[...] = 0
             for some in blocks(len(x), places * self.channels * x.itemsize):
                 product = dy[some] * normal[some]
-                along, across = ones @ product, ones @ dy[some]
+                along, across = _sums(product), _sums(dy[some])
                 dgain += np.add.reduce(along, axis=0)
                 dbias += np.add.reduce(across, axis=0)
                 dnormal = np.multiply(dy[some], gain, out=out[some])
-                dnormal -= (across * gain @ share)[:, None]
-                dnormal -= np.multiply(normal[some], (along * gain @ share)[:, None], out=product)
+                dnormal -= _shared(across * gain, share, x)
+                dnormal -= np.multiply(normal[some], _shared(along * gain, share, x), out=product)
                 dnormal *= inverse[some]
             return dx
 
@@ -155,6 +157,20 @@ class GroupNorm(Layer):
 
     def flops(self, shape: Shape) -> int:
         return 8 * math.prod(shape)
+
+
+def _sums(images: Array) -> Array:
+    """The sums over all places, (rows, channels) of (rows, places, channels): in float64 where there are many places,
+    of which float32 would lose what small deviations from a large mean are."""
+    parts = [images[:, start : start + PLACES] for start in range(0, images.shape[1], PLACES)]
+    sums = [np.ones(part.shape[1], part.dtype) @ part for part in parts]
+    return sums[0] if len(sums) == 1 else np.add.reduce(sums, axis=0, dtype=np.float64)
+
+
+def _shared(sums: Array, share: Array, like: Array) -> Array:
+    """Means from sums over places and what each channel's share in them is, (rows, 1, channels)."""
+    means: Array = (sums @ share.astype(sums.dtype))[:, None].astype(like.dtype, copy=False)
+    return means
 
 
 def _mean(rows: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,8 @@ class Parameter:
 
     Args:
         shape: of the array; for a linear weight (inputs, outputs).
-        init: (generator, count) -> the next `count` first values, float64; called until the array is full.
+        init: (generator, count) -> the next `count` first values, float64; called until the array is full, and maybe
+            once more from the first values on: ranks compare those that do not follow from the seed alone.
         decay: whether weight decay applies; by default to matrices and not to vectors.
 
     Attributes:
@@ -41,6 +43,25 @@ class Parameter:
         self.decay = len(shape) > 1 if decay is None else decay
         self.name = ""
         self.value: NDArray[np.floating]
+
+    def first_values(self, seed: int) -> Iterator[tuple[int, int, NDArray[np.float64]]]:
+        """The first values, a function of (seed, name) alone, in parts: (start, stop, values)."""
+        random = generator(seed, "init", self.name)
+        for start in range(0, self.size, CHUNK):
+            stop = min(start + CHUNK, self.size)
+            yield start, stop, self.init(random, stop - start)
+
+    def described(self, seed: int) -> str:
+        """What ranks must agree in: shape, kind, and how first values are drawn, or else their checksum."""
+        how = self.init.text if isinstance(self.init, Drawn) else f"checksum {self._checksum(seed):08x}"
+        kind = f", momentum {self.momentum}" if self.momentum is not None else ", decays" if self.decay else ""
+        return f"{self.shape}{kind}, {how}"
+
+    def _checksum(self, seed: int) -> int:
+        sum_ = 0
+        for _, _, values in self.first_values(seed):
+            sum_ = zlib.crc32(np.ascontiguousarray(values).data, sum_)
+        return sum_
 
 
 class Statistic(Parameter):
@@ -151,22 +172,32 @@ class Layout:
         Of `workers` that write into one vector, number `worker` writes every so manieth parameter.
         """
         for parameter in self.parameters[worker::workers]:
-            random, offset = generator(seed, "init", parameter.name), self.offsets[parameter]
-            for start in range(0, parameter.size, CHUNK):
-                count = min(CHUNK, parameter.size - start)
-                values[offset + start : offset + start + count] = parameter.init(random, count)
+            offset = self.offsets[parameter]
+            for start, stop, part in parameter.first_values(seed):
+                values[offset + start : offset + stop] = part
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """First values that follow from the generator and from what `text` says: ranks compare the text alone."""
+
+    text: str
+    draw: Init
+
+    def __call__(self, random: np.random.Generator, count: int) -> NDArray[np.float64]:
+        return self.draw(random, count)
 
 
 def constant(value: float) -> Init:
     """Every element alike."""
-    return lambda _, count: np.full(count, value)
+    return Drawn(f"all {value}", lambda _, count: np.full(count, value))
 
 
 def uniform(bound: float) -> Init:
     """Uniform in [-bound, bound)."""
-    return lambda random, count: random.uniform(-bound, bound, count)
+    return Drawn(f"uniform to {bound}", lambda random, count: random.uniform(-bound, bound, count))
 
 
 def normal(deviation: float) -> Init:
     """Normal with mean 0 and that standard deviation."""
-    return lambda random, count: random.normal(0.0, deviation, count)
+    return Drawn(f"normal of deviation {deviation}", lambda random, count: random.normal(0.0, deviation, count))

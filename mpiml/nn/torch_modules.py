@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mpiml import vectors
 from mpiml.documents import check_regular
 from mpiml.errors import ConfigError
-from mpiml.nn.layer import Array, At, Backward, Layer
+from mpiml.nn.layer import Array, At, Backward, Layer, described
 from mpiml.nn.parameters import Gradients, Init, Parameter, Shape
 from mpiml.random import key
 
@@ -89,6 +89,15 @@ class TorchLayer(Layer):
             return found[-1].numpy() if wants_dx else None
 
         return y.detach().numpy(), backward
+
+    def described(self) -> dict[str, str]:
+        modules = {f"{self.path}.{name}".rstrip("."): described(part) for name, part in self.module.named_modules()}
+        return modules | self.constants()
+
+    def constants(self) -> dict[str, str]:
+        """A checksum of each tensor that no training changes."""
+        named = dict([*self.module.named_parameters(), *self.module.named_buffers()])
+        return {f"{self.path}.{n}": f"{_checksum(t):08x}" for n, t in named.items() if n not in self.tensors}
 
     def output_shape(self, shape: Shape) -> Shape:
         return self._trial(shape).output
@@ -250,21 +259,12 @@ def load_into(made: T, path: str | Path) -> T:
     return made
 
 
-def digest(layers: Sequence[Layer]) -> str:
-    """Of all that modules among the layers bring along: parameters, buffers, constants."""
-    modules = [layer.module for layer in layers if isinstance(layer, TorchLayer)]
-    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    sums = [_checksum(tensor) for tensor in tensors]
-    return f"{zlib.crc32(repr(sums).encode()):08x}"
-
-
 def constants(layers: Sequence[Layer]) -> dict[str, str] | None:
     """A checksum of each tensor of modules among the layers that no training changes; None if there are no modules."""
     modules = [layer for layer in layers if isinstance(layer, TorchLayer)]
     found: dict[str, str] = {}
     for layer in modules:
-        named = dict([*layer.module.named_parameters(), *layer.module.named_buffers()])
-        found |= {f"{layer.path}.{n}": f"{_checksum(t):08x}" for n, t in named.items() if n not in layer.tensors}
+        found |= layer.constants()
     return found if modules else None
 
 

@@ -17,7 +17,7 @@ from mpiml import vectors
 from mpiml.clock import Clock
 from mpiml.parallel.exchange import Exchange
 from mpiml.parallel.memory import Memory
-from mpiml.parallel.slices import Block, Piece, Range, bounds, buckets, pieces
+from mpiml.parallel.slices import Block, Piece, Range, bounds, bucket_size, buckets, cut, pieces
 from mpiml.parallel.tree import Plan, plan
 from mpiml.vectors import PIECE, Vector
 from mpiml.waiting import wait
@@ -92,7 +92,7 @@ class OrderedSum:
         nodes: how many replicas each node has, in order.
         microbatches: of a step, over all replicas.
         size, blocks, dtype: of the flat vectors; size in elements.
-        bucket: elements of a bucket; 0 for one bucket.
+        bucket: elements of a bucket, or more if there would be too many; 0 for one bucket.
         clock: is told of the time that messages take from a backward pass.
     """
 
@@ -115,9 +115,12 @@ class OrderedSum:
         self.values = memory.common(size, dtype)
         depth = max(len(self.plan.sources), *(len(m.sources) for m in self.plan.messages), 1)
         scratch = [vectors.empty(PIECE, dtype) for _ in range(min(depth, 2 * microbatches.bit_length()))]
+        tags = 1 + 2 * microbatches.bit_length()  # of a bucket: values, and no node has more partial sums of others
+        highest = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 32767  # which every library has
+        bucket = bucket_size(bucket, size, comm.size, (highest + 1) // tags)
         self.exchanges = [
-            Exchange(comm, nodes, self.plan, everyone, self.values, run, scratch)
-            for run in buckets(blocks, bucket if len(nodes) > 1 else 0)
+            Exchange(comm, nodes, self.plan, everyone, self.values, run, scratch, tags * number)
+            for number, run in enumerate(buckets(blocks, bucket if len(nodes) > 1 else 0))
         ]
         self.holders = [
             (owner, *held) for e in self.exchanges for owner, held in enumerate(e.slices) if held[1] > held[0]
@@ -247,7 +250,8 @@ class LibrarySum:
         left = sum(1 - count for count in self.plan.counts)
         for top in range(left - 1, 0, -1):
             vectors.add(self.slots[top - 1], self.slots[top], out=self.slots[top - 1])
-        wait([self.comm.Iallreduce(MPI.IN_PLACE, self.slots[0])])
+        parts = [self.slots[0][start:stop] for start, stop in cut([(0, len(self.slots[0]))])]
+        wait([self.comm.Iallreduce(MPI.IN_PLACE, part) for part in parts])
 
     def total(self, index: int, out: Vector) -> Vector:
         piece = self.pieces[index]

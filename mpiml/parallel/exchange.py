@@ -11,15 +11,13 @@ from mpiml.parallel.slices import Block, bounds, owned, pieces
 from mpiml.parallel.tree import Plan, lane
 from mpiml.vectors import PIECE, Vector
 
-VALUES_TAG = 0  # partial sum p has tag 1 + p
 Addition = tuple[Vector, Vector, Vector]  # left, right, where their sum goes
 
 
 class Exchange:
     """Each replica owns a slice of the bucket: it gets the other nodes' partial sums of it, and gives the values back.
 
-    Messages of different buckets between two replicas are told apart by their order alone, so everyone has to start
-    requests bucket by bucket, in one order.
+    Tags tell its messages from those of other buckets: an MPI library may start requests in any order.
 
     Args:
         comm: the replicas of a stage.
@@ -29,6 +27,7 @@ class Exchange:
         values: the flat vector of values.
         blocks: of the bucket, one after the other.
         scratch: vectors for one piece, as many as sums that wait for another one.
+        tag: of messages with values; partial sum p has tag + 1 + p.
 
     Attributes:
         start, stop: where in the vector the bucket lies.
@@ -45,12 +44,14 @@ class Exchange:
         values: Vector,
         blocks: Sequence[Block],
         scratch: Sequence[Vector],
+        tag: int,
     ):
         runs = owned(blocks, comm.size)
         self.start, self.stop = bounds(blocks)
         self.slices = [bounds(run) for run in runs]
         self.pieces = pieces(runs[comm.rank])
         self._comm, self._plan, self._everyone, self._values, self._scratch = comm, own, everyone, values, scratch
+        self._tag = tag
         self.receives: list[MPI.Prequest] = []
         self.sends: list[MPI.Prequest] = []
         self.takes: list[MPI.Prequest] = []
@@ -89,15 +90,15 @@ class Exchange:
                 b = min(a + PIECE, stop - start)
                 self._packing += self._additions([part[a:b] for part in parts], message.counts, partial[a:b])
             if stop > start:
-                self.sends.append(comm.Send_init(partial, message.owner, 1 + message.partial))
+                self.sends.append(comm.Send_init(partial, message.owner, self._tag + 1 + message.partial))
         taken = [(owner, *self.slices[owner]) for owner in sorted(self._plan.owners)]
-        self.takes = [comm.Recv_init(self._values[a:b], owner, VALUES_TAG) for owner, a, b in taken if b > a]
+        self.takes = [comm.Recv_init(self._values[a:b], owner, self._tag) for owner, a, b in taken if b > a]
 
     def _plan_sum(self, nodes: Sequence[int]) -> None:
         """For this replica's own slice: what comes from other nodes, and how all of it is added up."""
         comm = self._comm
         start, stop = self.slices[comm.rank]
-        self.gives = [comm.Send_init(self._values[start:stop], other, VALUES_TAG) for other in self._plan.lanes]
+        self.gives = [comm.Send_init(self._values[start:stop], other, self._tag) for other in self._plan.lanes]
         parts = []
         for source in self._plan.sources:
             if source.node is None:
@@ -105,7 +106,7 @@ class Exchange:
             else:
                 parts.append(vectors.empty(stop - start, self._values.dtype))
                 speaker = lane(comm.rank, source.node, nodes)
-                self.receives.append(comm.Recv_init(parts[-1], speaker, 1 + source.partial))
+                self.receives.append(comm.Recv_init(parts[-1], speaker, self._tag + 1 + source.partial))
         for piece in self.pieces:
             views = [part[piece.start - start : piece.stop - start] for part in parts]
             additions = self._additions(views, self._plan.root_counts)

@@ -9,6 +9,7 @@ from typing import Protocol
 from mpiml.vectors import PIECE
 
 Range = tuple[int, int]
+MESSAGE = 1 << 30  # elements of a message: before MPI 4, libraries count them in C's int
 
 
 class Block(Protocol):
@@ -47,6 +48,17 @@ def buckets(blocks: Sequence[Block], size: int) -> list[Sequence[Block]]:
             runs.append(blocks[index:stop])
             stop = index
     return runs
+
+
+def bucket_size(asked: int, size: int, owners: int, most: int) -> int:
+    """How many elements buckets of a vector of `size` get where `asked` are asked for, 0 for one bucket: so many that
+    there are not more than `most` buckets, and so few that each owner's part of one fits into a message."""
+    return max(min(asked or size, MESSAGE * owners), -(-size // (most - 1)))
+
+
+def cut(ranges: Sequence[Range]) -> list[Range]:
+    """The same ranges, in parts of which each fits into a message."""
+    return [(a, min(a + MESSAGE, stop)) for start, stop in ranges for a in range(start, stop, MESSAGE)]
 
 
 def owned(blocks: Sequence[Block], owners: int) -> list[Sequence[Block]]:

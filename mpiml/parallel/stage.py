@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 from mpiml.clock import Clock
 from mpiml.parallel.allreduce import GradientSum
 from mpiml.parallel.schedules import Schedule, forward_only
-from mpiml.waiting import wait
+from mpiml.waiting import until, wait
 
 Array = NDArray[np.floating]
 Backward = Callable[[Array, Any], Array | None]
@@ -36,7 +36,7 @@ class Part:
     """What a stage computes; it is all that a stage knows of a model.
 
     Attributes:
-        forward: (x, at) -> (y, backward).
+        forward: (x, at) -> (y, backward), where backward gives the gradient by x if that is `learned`.
         at: (training, step, micro-batch) -> what forward takes as `at`.
         objective: (y, labels, measured) -> (the micro-batch's row of sums for the step record, without the metric's
             unless it is to be measured; gradient by y).
@@ -106,9 +106,13 @@ class Stage:
     def _receive(self, source: int, shape: tuple[int, ...]) -> Array:
         """A message into a fresh array: backward passes still read the arrays of earlier messages."""
         self.clock("waiting")
-        array = np.empty(shape, self.part.dtype)
-        wait([self.comm.Irecv(array, source)])
+        array, status = np.empty(shape, self.part.dtype), MPI.Status()
+        request = self.comm.Irecv(array, source)
+        until(lambda: request.Test(status))
         self.clock("compute")
+        count = status.Get_count(MPI.Datatype.fromcode(array.dtype.char))
+        if count != array.size:
+            raise ValueError(f"stage {source} sent {count} values, but {array.size} are needed, of shape {shape}")
         return array
 
     def _send(self, target: int, array: Array, batch: Batch) -> None:
@@ -163,7 +167,8 @@ class TrainingStage(Stage):
                 self.clock.mark("backward", batch.index)
                 gradients.begin()
                 dx = backward(dy, gradients)
-                if self.part.learned and dx is not None:
+                if self.part.learned:
+                    assert dx is not None, "a part that is learned gives a gradient"
                     self._send(self.stage - 1, dx, batch)
         self.clock.mark("accumulate", batch.index)
         self.sum.accumulate(index)

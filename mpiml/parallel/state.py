@@ -8,7 +8,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpiml.parallel.grid import Grid
-from mpiml.parallel.slices import Range, place
+from mpiml.parallel.slices import Range, cut, place
 from mpiml.vectors import Vector
 from mpiml.waiting import allgather, wait
 
@@ -17,7 +17,8 @@ VALUES = "values"
 
 @dataclass(frozen=True)
 class _Holding:
-    """What a rank holds of its stage's vectors; `counts` if it is to be gathered from this rank."""
+    """What a rank holds of its stage's vectors, in parts that fit into a message; `counts` if it is to be gathered from
+    this rank."""
 
     stage: int
     size: int
@@ -46,16 +47,16 @@ class State:
         states: the optimizer's state vectors of this rank, over the parts that its gradient sum holds.
 
     Attributes:
-        mine: this rank's parts of all vectors, by name.
+        mine: this rank's parts of all vectors, by name, each one message.
     """
 
     def __init__(self, grid: Grid, sum_: Holder, states: Mapping[str, Vector]):
         self.comm, self.stages, self.sum = grid.comm, grid.stages, sum_
         self.dtype = sum_.values.dtype
         counts = grid.replica in {holder for holder, _, _ in sum_.holders}
-        holding = _Holding(grid.stage, sum_.values.size, sum_.held, counts)
+        holding = _Holding(grid.stage, sum_.values.size, cut(sum_.held), counts)
         self.mine = {VALUES: holding.parts(sum_.values)}
-        self.mine |= {name: [state[place(sum_.held, *held)] for held in sum_.held] for name, state in states.items()}
+        self.mine |= {name: [state[place(sum_.held, *of)] for of in holding.ranges] for name, state in states.items()}
         self.holdings: list[_Holding] = allgather(self.comm, holding)
 
     def collect(self, *names: str) -> list[dict[str, Vector]]:

@@ -5,7 +5,7 @@ from numpy.typing import DTypeLike
 
 from mpiml.parallel.grid import Grid
 from mpiml.parallel.memory import Memory
-from mpiml.parallel.slices import Range
+from mpiml.parallel.slices import Range, cut
 from mpiml.waiting import wait
 
 
@@ -29,7 +29,8 @@ class Values:
     def publish(self) -> None:
         """Give all replicas the values; collective over them."""
         if self._firsts is not None:
-            wait([self._firsts.Ibcast(self.values)])
+            parts = [self.values[start:stop] for start, stop in cut([(0, len(self.values))])]
+            wait([self._firsts.Ibcast(part) for part in parts])
         self.memory.barrier()
 
     def free(self) -> None:

@@ -56,19 +56,22 @@ def software() -> dict[str, str]:
     return {"MPI library": mpi_library(), "mpiml": mpiml.__version__, "NumPy": np.__version__}
 
 
-def check_alike(comm: MPI.Intracomm, clock: Clock, mine: Mapping[str, str]) -> None:
+def check_alike(comm: MPI.Intracomm, clock: Clock, mine: Mapping[str, str], hint: str = "") -> None:
     """Raise ConfigError, on all ranks alike, if some rank has other values than rank 0; collective.
 
     Args:
         mine: what this rank has, under names that a message can use.
+        hint: what to do, for the end of the message.
     """
     clock("joining")
     first = broadcast(comm, dict(mine))
 
     def compare() -> None:
-        for name, value in mine.items():
-            if value != first[name]:
+        for name in {**first, **mine}:
+            here, there = mine.get(name, "none"), first.get(name, "none")
+            if here != there:
                 where = f"rank {comm.rank} on {os.uname().nodename}"
-                raise ConfigError(f"ranks differ in {name}: {value} ({where}), {first[name]} (rank 0)")
+                text = f"ranks differ in {name}: {here} ({where}), {there} (rank 0)"
+                raise ConfigError(f"{text}; {hint}" if hint else text)
 
     together(comm, clock, compare)

@@ -182,7 +182,8 @@ def _evaluate(
     waiting.share_cores(grid.node.size * config.threads, grid.cores)
     task, tests = found.task, Evaluation(dataset.test, config.eval_rows, grid, config.dtype)
     classes = task.outputs if task.classification else None
-    seen = load.look_at(dataset, grid, clock, None, tests.rows(), classes, tokens=task.vocabulary)
+    seen = load.look_at(dataset, grid, clock, None, tests.rows(), classes, tokens=task.vocabulary, ignore=task.ignore)
+    tests.split = dataset.test.ignoring(task.ignore)
     if found.normalization:
         tests.split = normalized(tests.split, found.normalization, config.dtype)
     layouts, metric, here, fixed = build_stage(config, task, grid, clock, model)

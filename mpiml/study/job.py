@@ -82,7 +82,7 @@ class Job:
         return np.unique(self.homes(stage), return_counts=True)[1].tolist() if self.shared else [1] * self.replicas
 
 
-def needs(data: Dataset, classes: int | None) -> tuple[int, int]:
+def needs(data: Dataset, classes: int | None, ignore: int | None = None) -> tuple[int, int]:
     """(outputs, tokens) that a model needs, from as little of the data as tells it.
 
     Raises DataError for labels that cannot be.
@@ -97,7 +97,7 @@ def needs(data: Dataset, classes: int | None) -> tuple[int, int]:
         for column in ("x", "y") if data.language_model else ("y",):
             source, every = getattr(split, column), np.arange(len(split))
             source.hold(every)
-            found = inspect(source, every)
+            found = inspect(source, every, data.ignored(ignore) if column == "y" else None)
             if wrong := problem(data, column, found):
                 raise DataError(f"{source.name}: {wrong[0]} {wrong[1]}")
             highest[column] = max(highest[column], int(found.highest[0]))
@@ -125,7 +125,7 @@ class Training:
 def training(config: Config, data: Dataset) -> Training:
     """What mpiml.train would train with these settings. Raises ConfigError or DataError as it would."""
     config = resolve(config.replace(pipe=1, cuts=(), microbatches=1), len(data.train), data.classification, 1)
-    outputs, tokens = needs(data, config.classes)
+    outputs, tokens = needs(data, config.classes, config.ignore)
     task = Task(data.train.x.shape, data.train.y.shape, data.classification, outputs, tokens)
     build_loss(config)
     layers = model_for(config, task, None)

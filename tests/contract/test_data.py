@@ -182,7 +182,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str, Callable[[Path], object], list
         samples.npy,
         "y_test.npy",
         lambda p: np.save(p, np.full(7, -2)),
-        ["y_test.npy: label -2 is below -1", "row 0 (rank "],
+        ["y_test.npy: label -2 is below 0", "row 0 (rank "],
     ),
     "gzip": (
         samples.gzipped_idx,

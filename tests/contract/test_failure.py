@@ -151,6 +151,80 @@ def test_gradient_that_is_not_finite_stops_though_the_loss_is_finite(tmp_path: P
     assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
+LAYERS = """
+import os
+import random
+
+from mpi4py import MPI
+from mpiml.nn.layers import Flatten, Layer, Linear, Tanh
+from mpiml.nn.parameters import Parameter
+
+class Half(Layer):
+    def __call__(self, x, at):
+        return x[:, ::2], lambda dy, grads: dy
+
+class Mute(Layer):
+    def __call__(self, x, at):
+        return x, lambda dy, grads: None
+
+class Scale(Layer):
+    def __init__(self):
+        self.by = Parameter((32,), lambda rng, count: drawn)
+    def __call__(self, x, at):
+        return x, lambda dy, grads: dy
+
+drawn = [random.Random(os.getpid()).random() for _ in range(32)]
+
+def half(shape, outputs):
+    return [Flatten(), Linear(64, 32), Half(), Tanh(), Linear(32, outputs)]
+
+def mute(shape, outputs):
+    return [Flatten(), Linear(64, 32), Mute(), Linear(32, outputs)]
+
+def other_layers(shape, outputs):
+    first = [Flatten(), Tanh()]
+    return [*(first[::-1] if MPI.COMM_WORLD.rank else first), Linear(64, outputs)]
+
+def other_values(shape, outputs):
+    return [Flatten(), Linear(64, 32), Scale(), Linear(32, outputs)]
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "cut", "words"),
+    [
+        ("half", 3, "layers.2, Half, gives outputs of shape (16,) for a row, but its output_shape says (32,)"),
+        ("mute", 2, "layers.2, Mute, gives no gradient to the layers before it"),
+    ],
+)
+def test_a_layer_that_is_wrong_at_the_border_of_a_stage_is_named_at_once(
+    train: Any, tmp_path: Path, model: str, words: str, cut: int
+) -> None:
+    (tmp_path / "own.py").write_text(LAYERS)
+    job = train(2, f"--model own:{model} --pipe 2 --cuts {cut}", limit=LIMIT, PYTHONPATH=str(tmp_path))
+    assert job.code == 78
+    assert f"mpiml.train: {words} (rank " in job.err
+    assert job.result["reason"] == words
+
+
+@pytest.mark.parametrize(
+    ("model", "grid", "words"),
+    [
+        ("other_layers", "", "ranks differ in the model, layers.0: Tanh() (rank 1 on "),
+        ("other_values", "--pipe 2", "ranks differ in first values of the model, layers.2.by: (32,), checksum "),
+    ],
+)
+def test_ranks_that_build_different_models_are_refused(
+    train: Any, tmp_path: Path, model: str, words: str, grid: str
+) -> None:
+    (tmp_path / "own.py").write_text(LAYERS)
+    job = train(2, f"--model own:{model} {grid}", limit=LIMIT, PYTHONPATH=str(tmp_path))
+    assert job.code == 78
+    assert words in job.err
+    assert job.err.count("\n") == 1
+    assert not job.run.exists()
+
+
 @pytest.mark.parametrize(
     ("ranks", "flags", "words"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,9 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
+from mpiml.config import Config
+from mpiml.errors import ConfigError
+from mpiml.train import train
 from tests.conftest import Job, launch, mpirun
 
 pytestmark = pytest.mark.contract
@@ -106,6 +110,37 @@ def test_longer_run_equals_one_that_was_long_from_the_start(train: Any, model: s
     job = train(4, "--resume --steps 18", out="short")
     assert job.result["weights_sha256"] == long.result["weights_sha256"]
     assert comparable(job) == comparable(long)
+
+
+@pytest.mark.parametrize(("begun", "killed"), [(6, 6), (6, 8), (4, 4), (4, 6)])
+def test_a_run_whose_learning_rate_falls_anew_over_more_steps_may_be_killed(
+    tmp_path: Path, begun: int, killed: int
+) -> None:
+    """Whether it was finished or not, before its next checkpoint or after it; said again or not."""
+    out = {"out": str(tmp_path / "run"), "quiet": True}
+    train(Config(**out, steps=6, decay="cosine", hidden=(8,), save_every=2, keep=9, log_every=1))
+    kill(tmp_path / "run", begun)
+    with pytest.raises(ConfigError, match=r"^10 steps: .* --decay-steps 10 "):
+        train(Config(**out, resume=True, steps=10))
+    anew = Config(**out, resume=True, steps=10, decay_steps=10, lr=0.002)
+    whole = train(anew)
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    rates = {line["step"]: line["learning_rate"] for line in lines if "learning_rate" in line}
+    for step in range(begun + 1, 11):
+        assert rates[step] == pytest.approx(0.001 * (1 + math.cos(math.pi * step / 10)), abs=1e-12)
+    assert train(anew) == whole
+    for again in (anew, Config(**out, resume=True)):
+        kill(tmp_path / "run", killed)
+        assert train(again)["weights_sha256"] == whole["weights_sha256"]
+
+
+def kill(run: Path, step: int) -> None:
+    """Leave the directory as a job does that is killed soon after its checkpoint of `step`."""
+    for file in (run / "checkpoints").iterdir():
+        if file.name > f"step-{step:09d}.safetensors":
+            file.unlink()
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps(result | {"status": "running", "step": 0}))
 
 
 def test_damaged_newest_checkpoint_is_named_and_skipped(whole: Job, train: Any, tmp_path: Path) -> None:

@@ -113,7 +113,11 @@ NPY: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "nan": ("x_train.npy", with_value("x_train", 17, np.nan), "x_train.npy: 1 rows hold values that are not finite"),
     "nan's row": ("x_train.npy", with_value("x_train", 17, np.nan), "the first is row 17"),
     "infinite": ("x_test.npy", with_value("x_test", 2, -np.inf, "float16"), "not finite, the first is row 2"),
-    "negative label": ("y_train.npy", with_value("y_train", 4, -2, "int8"), "label -2 is below -1"),
+    "negative label": (
+        "y_train.npy",
+        with_value("y_train", 4, -2, "int8"),
+        "label -2 is below 0",
+    ),
     "its row": ("y_train.npy", with_value("y_train", 4, -2, "int8"), "in row 4"),
     "label beyond all rows": ("y_test.npy", with_value("y_test", 5, 60, "int8"), "y_test.npy: label 60 makes more"),
     "directory": ("x_test.npy", replaced_by(Path.mkdir), "cannot read"),
@@ -259,7 +263,10 @@ HDF5: dict[str, tuple[Callable[[Path], None], str]] = {
     "half written": (in_hdf5(half_written), "x_train: its header declares 6 chunks, but the file holds 3"),
     "a chunk is damaged": (flip_in_the_middle, "x_train: damaged at row 0 or after it"),
     "nan": (in_hdf5(instead("x_test", data=np.full((7, 4, 3), np.nan))), "x_test: 7 rows hold values"),
-    "label": (in_hdf5(instead("y_train", data=np.arange(23) - 2)), "y_train: label -2 is below -1"),
+    "label": (
+        in_hdf5(instead("y_train", data=np.arange(23) - 2)),
+        "y_train: label -2 is below 0",
+    ),
     "images != labels": (in_hdf5(instead("y_train", data=np.arange(9))), "x_train has 23 rows, but y_train has 9"),
 }
 
@@ -316,7 +323,10 @@ CSV: dict[str, tuple[Callable[[Path], None], str]] = {
     "word as label": (line(9, GOOD.replace("1,2,3", "cat,2,3")), "line 9: could not convert string 'cat'"),
     "nan": (line(9, GOOD.replace("9", "nan")), "1 rows hold values that are not finite, the first is row 7"),
     "infinite": (line(2, GOOD.replace("9", "1e999")), "1 rows hold values that are not finite, the first is row 0"),
-    "negative label": (line(9, GOOD.replace("1,2,3", "-2,2,3")), "labels: label -2 is below -1"),
+    "negative label": (
+        line(9, GOOD.replace("1,2,3", "-2,2,3")),
+        "labels: label -2 is below 0",
+    ),
     "cut": (cut(-8), "line 24: has"),
     "other columns": (of_text("kind,x\n1,2\n"), "has columns kind, x,"),
     "missing": (Path.unlink, "train.csv: No such file"),
@@ -371,7 +381,10 @@ PARQUET: dict[str, tuple[Callable[[Path], None], str]] = {
     "no column of labels": (rows(a=[1], b=[2]), "has no column kind; there are a, b"),
     "labels alone": (rows(kind=[1]), "has labels and nothing else"),
     "nan": (rows(a=[1.0] * 5 + [np.nan], kind=[1] * 6), "1 rows hold values that are not finite, the first is row 5"),
-    "negative label": (rows(a=[1.0] * 5, kind=[1, 1, 1, 1, -3]), "labels: label -3 is below -1"),
+    "negative label": (
+        rows(a=[1.0] * 5, kind=[1, 1, 1, 1, -3]),
+        "labels: label -3 is below 0",
+    ),
     "damaged": (damaged_group, "damaged in row group"),
 }
 

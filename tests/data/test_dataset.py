@@ -12,6 +12,7 @@ import mpiml.data
 from mpiml.data import npy
 from mpiml.data.dataset import DIGITS, Batch, Dataset, Split, open_dataset
 from mpiml.data.formats import Options
+from mpiml.data.prefetch import in_memory
 from mpiml.data.sources import ArraySource
 from mpiml.errors import ConfigError, DataError
 
@@ -185,3 +186,31 @@ def test_stored_archive_is_compared_with_its_checksums(tmp_path: Path, monkeypat
         data.check()
     monkeypatch.setattr(npy, "CHECKED", 8 * 500)
     data.check()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int64"])
+def test_labels_that_are_ignored_are_minus_one_to_losses_and_metrics(dtype: str) -> None:
+    """One's own among them."""
+    y = np.array([[3, 255], [0, 1], [255, 255]], dtype)
+    given = Split(source(np.zeros((3, 4))), source(y))
+    split = given.ignoring(255)
+    batch = Batch(0, 3, split, lambda: np.array([2, 0, 1]), np.float32)
+    np.testing.assert_array_equal(batch.y(), [[-1, -1], [3, -1], [0, 1]])
+    assert batch.y().dtype == np.intp
+    assert in_memory(split)
+    assert (len(split), split.y.shape, y.max()) == (3, (2,), 255)
+    assert given.ignoring(None) is given.ignoring(-1) is given  # nothing to be done
+
+
+@pytest.mark.parametrize(
+    ("y", "said", "ignored"),
+    [
+        (np.zeros((4, 3), int), None, -1),
+        (np.zeros((4, 3), int), 255, 255),
+        (np.zeros(4, int), None, None),
+        (np.zeros(4, int), -1, -1),
+        (np.zeros((4, 3)), None, None),
+    ],
+)
+def test_minus_one_is_no_label_where_a_row_has_several(y: np.ndarray, said: int | None, ignored: int | None) -> None:
+    assert Dataset.from_arrays(np.zeros((4, 2)), y, np.zeros((4, 2)), y).ignored(said) == ignored

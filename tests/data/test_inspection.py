@@ -28,8 +28,18 @@ def test_inspect_counts_rows_that_are_not_finite_and_names_the_first() -> None:
 def test_inspect_finds_the_range_of_integers() -> None:
     labels = source([5, -2, 7, 3])
     assert inspect(labels, np.arange(0, 4)) == Findings(lowest=(-2, 1), highest=(7, 2))
-    assert inspect(source([[-1, 3], [4, -1]]), np.arange(2)) == Findings((-1, 0), (4, 1), masked=2)
+    assert inspect(source([[-1, 3], [4, -1]]), np.arange(2)) == Findings((-1, 0), (4, 1))
     assert inspect(labels, np.arange(3, 4)) == Findings(lowest=(3, 3), highest=(3, 3))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "int64"])
+def test_what_is_ignored_is_counted_and_is_no_extreme(dtype: str) -> None:
+    ignored = 255 if dtype == "uint8" else -1
+    labels = source(np.array([[ignored, 3], [ignored, ignored], [4, ignored], [3, 4]]).astype(dtype))
+    assert inspect(labels, np.arange(4), ignored) == Findings((3, 0), (4, 2), masked=4)
+    assert inspect(labels, np.arange(1, 2), ignored) == Findings(masked=2)
+    assert inspect(labels, np.arange(3, 4), ignored) == Findings((3, 3), (4, 3))
+    assert inspect(labels, np.arange(4), 4) == Findings(*sorted([(3, 0), (ignored, 0)]), masked=2)
 
 
 def test_inspect_looks_at_all_of_a_source_longer_than_its_scan() -> None:
@@ -67,9 +77,16 @@ PROBLEMS = {
     "classes": (X, np.zeros(6, int), None, "y", Findings((0, 1), (5, 2)), None),
     "regression": (X, np.zeros(6), None, "y", Findings(), None),
     "not finite": (X, np.zeros(6), None, "y", Findings(bad_rows=2, first_bad=4), ("2 rows hold", 4)),
-    "no label": (X, np.zeros(6, int), None, "y", Findings((-1, 3), (1, 0), masked=2), None),
-    "below": (X, np.zeros(6, int), None, "y", Findings((-2, 3), (1, 0)), ("label -2 is below -1", 3)),
-    "no labels": (X, np.zeros(6, int), None, "y", Findings((-1, 0), (-1, 0)), ("all labels are -1", 0)),
+    "ignored": (X, np.zeros(6, int), None, "y", Findings((0, 3), (1, 0), masked=2), None),
+    "below": (
+        X,
+        np.zeros(6, int),
+        None,
+        "y",
+        Findings((-1, 3), (1, 0)),
+        ("label -1 is below 0, but classes are numbered from 0 (if it means no label, train with --ignore -1)", 3),
+    ),
+    "no labels": (X, np.zeros(6, int), None, "y", Findings(masked=6), ("all labels are to be ignored", 0)),
     "below tokens": (
         np.zeros((6, 3), int),
         np.zeros((6, 3), int),

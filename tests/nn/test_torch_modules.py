@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpiml.build import build_model
+from mpiml.build import build_model, described
 from mpiml.config import Config
 from mpiml.errors import ConfigError, OutputError
 from mpiml.nn import layers as nn
@@ -238,7 +238,8 @@ def test_only_real_numbers_become_those_of_the_run(dtype: str, complex_: Any) ->
     kinds = {name: tensor.dtype for name, tensor in module.named_buffers()}
     assert kinds == {"turn": complex_, "low": getattr(torch, dtype), "places": torch.int64}
     assert layer.output_shape((6,)) == (6,)
-    assert torch_modules.digest([layer])
+    nn.name([layer])
+    assert described([layer], 0)
 
 
 def test_a_sequential_is_cut_between_its_children() -> None:
@@ -263,13 +264,34 @@ def test_first_values_follow_the_seed() -> None:
     def made(seed: int) -> Any:
         torch.rand(3)
         layers = build(lambda shape, outputs: torch.nn.Linear(*shape, outputs), seed=seed)
-        return layers[0].module.weight.detach().clone(), torch_modules.digest(layers)
+        return layers[0].module.weight.detach().clone(), described(layers, 0)
 
-    (one, digest), (same, same_digest), (other, other_digest) = made(1), made(1), made(2)
+    (one, text), (same, same_text), (other, other_text) = made(1), made(1), made(2)
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
-    assert digest == same_digest != other_digest
-    assert torch_modules.digest(build([nn.Linear(6, 4)])) == torch_modules.digest([])
+    assert text == same_text != other_text
+
+
+def test_what_modules_are_made_of_is_compared_between_ranks() -> None:
+    class Modes(torch.nn.Module):
+        def __init__(self, index: list[int], offset: float):
+            super().__init__()
+            self.index = index
+            self.register_buffer("offset", torch.tensor(offset))
+            self.net = torch.nn.Linear(2, 4)
+
+        def forward(self, x: Any) -> Any:
+            return self.net(x[:, self.index] + self.offset)
+
+    def text(index: list[int], offset: float = 0.0) -> Any:
+        with keyed(0):
+            return described(build(Sequential(Modes(index, offset), torch.nn.Tanh())), 0)
+
+    assert text([1, 4]) == text([1, 4])
+    differing = [name for name, value in text([1, 4]).items() if value != text([1, 5])[name]]
+    assert differing == ["the model, layers.0"]
+    differing = [name for name, value in text([1, 4]).items() if value != text([1, 4], 0.5)[name]]
+    assert differing == ["the model, layers.0.offset"]
 
 
 def test_constants_are_what_training_does_not_change() -> None:

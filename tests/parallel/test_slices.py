@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import pytest
 
-from mpiml.parallel.slices import bounds, buckets, owned, pieces, place
+from mpiml.parallel import slices
+from mpiml.parallel.slices import bounds, bucket_size, buckets, cut, owned, pieces, place
 from mpiml.vectors import PIECE
 
 
@@ -49,6 +50,33 @@ def test_a_run_begins_at_the_first_block_after_its_fair_share() -> None:
 def test_owners_share_a_bucket_as_they_share_the_whole() -> None:
     blocks = [Block(10 * i, 10 * i + 10, True) for i in range(10, 20)]
     assert [bounds(run) for run in owned(blocks, 4)] == [(100, 130), (130, 150), (150, 180), (180, 200)]
+
+
+@pytest.mark.parametrize("most", [2, 3, 7, 10**6])
+@pytest.mark.parametrize("asked", [0, 1, 1000, 10 * PIECE])
+@pytest.mark.parametrize("seed", range(4))
+def test_there_are_as_many_buckets_as_are_asked_for_and_as_tags_can_tell_apart(
+    seed: int, asked: int, most: int
+) -> None:
+    blocks = random_blocks(seed)
+    size = blocks[-1].stop + 5
+    runs = buckets(blocks, bucket_size(asked, size, 3, most))
+    assert len(runs) <= most
+    if asked == 0:
+        assert len(runs) == 1
+    elif most == 10**6:
+        assert runs == buckets(blocks, asked)
+
+
+def test_no_owner_has_more_of_a_bucket_than_fits_into_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slices, "MESSAGE", 1000)
+    blocks = [Block(10 * i, 10 * i + 10, True) for i in range(1000)]
+    for owners in (1, 2, 7):
+        runs = buckets(blocks, bucket_size(0, 10_000, owners, 10**6))
+        lengths = [stop - start for run in runs for start, stop in map(bounds, owned(run, owners))]
+        assert sum(lengths) == 10_000
+        assert max(lengths) <= 1000 + 10
+    assert cut([(5, 1005), (2000, 4001), (7, 7)]) == [(5, 1005), (2000, 3000), (3000, 4000), (4000, 4001)]
 
 
 @pytest.mark.parametrize("size", [1, 1000, PIECE, 10 * PIECE, 10**9])

@@ -6,9 +6,11 @@ from mpi4py import MPI
 
 from mpiml.nn.parameters import Layout, Parameter, constant
 from mpiml.parallel import grid as grids
+from mpiml.parallel import slices
 from mpiml.parallel.allreduce import LibrarySum, OrderedSum
 from mpiml.parallel.memory import PrivateMemory
 from mpiml.parallel.state import VALUES, State
+from mpiml.parallel.values import Values
 from mpiml.vectors import Vector, zeros
 
 pytestmark = pytest.mark.mpi
@@ -68,6 +70,33 @@ def test_what_is_handed_out_comes_back(kind: type, bucket: list[int], pipe: int)
         back = state.collect()
         good.append(same(back, whole(pipe, salt), NAMES) if root else back == [{}] * pipe)
     assert all(good)
+
+
+class Short(MPI.Intracomm):
+    """A communicator of a library that takes no long messages."""
+
+    def Isend(self, buf: Vector, *place: int) -> MPI.Request:
+        assert len(buf) <= slices.MESSAGE
+        return super().Isend(buf, *place)
+
+    def Ibcast(self, buf: Vector) -> MPI.Request:
+        assert len(buf) <= slices.MESSAGE
+        return super().Ibcast(buf)
+
+
+def test_long_vectors_go_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slices, "MESSAGE", 5000)
+    grid, trained = build(LibrarySum, 1)
+    grid.comm, layout = Short(grid.comm), layouts(1)[0]
+    values = Values(grid, PrivateMemory(), layout.size, layout.dtype)
+    values._firsts = Short(values._firsts)
+    states = {name: zeros(layout.size, layout.dtype) for name in NAMES[1:]}
+    for state, names in ((State(grid, trained.sum, states), NAMES), (State(grid, values, {}), (VALUES,))):
+        state.distribute(whole(1, 1.0) if WORLD.rank == 0 else [], *names)
+        assert state.sum.values.tobytes() == whole(1, 1.0)[0][VALUES].tobytes()
+        back = state.collect(*names)
+        assert same(back, whole(1, 1.0), names) if WORLD.rank == 0 else back == [{}]
+    values.free()
 
 
 @pytest.mark.parametrize("pipe", [1, 2, 4])

@@ -1,6 +1,7 @@
 """Tests of the gradient sum and the update on any number of ranks, against the same arithmetic done here, serially."""
 
 import math
+import random
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from mpiml.nn import optimizers
 from mpiml.nn.parameters import Block, Layout, Parameter, Statistic, constant
+from mpiml.parallel import slices
 from mpiml.parallel.allreduce import GradientSum, LibrarySum, OrderedSum
 from mpiml.parallel.memory import FencedMemory, PrivateMemory, SharedMemory
 from mpiml.parallel.tree import depth
@@ -53,8 +55,8 @@ def with_averages(name: str, dtype: str) -> Layout:
 
 def pool() -> NDArray[np.float64]:
     """Numbers of very different sizes, whose sum depends on the order."""
-    random = np.random.default_rng(0)
-    return random.standard_normal(1 << 20) * 2.0 ** random.integers(-12, 12, 1 << 20)
+    rng = np.random.default_rng(0)
+    return rng.standard_normal(1 << 20) * 2.0 ** rng.integers(-12, 12, 1 << 20)
 
 
 POOL = pool()
@@ -170,6 +172,48 @@ def test_buckets_change_no_bit(size: str, microbatches: int, bucket: int, where:
     assert all(good)
 
 
+class AnyOrder(MPI.Prequest):
+    """As MPI has it: "in some arbitrary order"."""
+
+    @classmethod
+    def Startall(cls, requests: Sequence[MPI.Prequest]) -> None:
+        for request in random.sample(requests, len(requests)):
+            request.Start()
+
+
+@pytest.mark.parametrize("where", ["private", "nodes"])
+@pytest.mark.parametrize(("size", "bucket"), [("small", 1), ("large", 60_000)])
+def test_messages_may_start_in_any_order(monkeypatch: pytest.MonkeyPatch, size: str, bucket: int, where: str) -> None:
+    layout = layout_of(size, "float32")
+    sum_ = make(OrderedSum, layout, 24, where=where, bucket=bucket)
+    random.seed(WORLD.rank)
+    monkeypatch.setattr(MPI, "Prequest", AnyOrder)
+    good = [has_the_bits_of_the_tree(sum_, layout, 24, step, layout.size // 7 + 1) for step in range(6)]
+    assert all(good)
+
+
+def test_tags_stay_below_what_the_library_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MPI promises 32767; where buckets would need more, they are longer."""
+    layout = layout_of("large", "float32")
+    monkeypatch.setattr(MPI, "COMM_WORLD", Few(WORLD))
+    sum_ = make(OrderedSum, layout, 24, Few(WORLD), bucket=1)
+    assert len(sum_.exchanges) > (WORLD.size > 1)
+    assert has_the_bits_of_the_tree(sum_, layout, 24, 0)
+
+
+class Few(MPI.Intracomm):
+    """A communicator of a library with few tags."""
+
+    TAGS = 60
+
+    def Get_attr(self, keyval: int) -> int:
+        return self.TAGS
+
+    def Send_init(self, buf: Any, other: int, tag: int) -> MPI.Prequest:
+        assert tag <= self.TAGS
+        return super().Send_init(buf, other, tag)
+
+
 def test_a_bucket_arrives_before_the_next_is_written() -> None:
     layout = layout_of("large", "float32")
     sum_ = make(OrderedSum, layout, WORLD.size, bucket=60_000)
@@ -276,6 +320,34 @@ def test_update_has_the_bits_of_a_serial_one(name: str, clip: float, bucket: int
             held = [serial.states[key][start:stop].tobytes() for start, stop in sum_.held]
             good.append(state.tobytes() == b"".join(held))
     assert all(good)
+
+
+def test_long_vectors_go_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries of MPI 3 count the elements of a message in C's int."""
+    monkeypatch.setattr(slices, "MESSAGE", 5000)
+    layout = layout_of("large", "float64")
+    comm = Short(WORLD)
+    for kind in (OrderedSum, LibrarySum):
+        sum_ = make(kind, layout, 24, comm)
+        feed(sum_, [np.round(scattered(layout, m)) for m in range(24)])  # exact in any order
+        sum_.start()
+        for index, piece in enumerate(sum_.pieces):
+            total = sum_.total(index, np.empty(piece.stop - piece.start))
+            expected = sum(np.round(scattered(layout, m)) for m in range(24))[piece.start : piece.stop]
+            assert total.tobytes() == (expected * is_real(layout)[piece.start : piece.stop]).tobytes()
+        sum_.publish()
+
+
+class Short(MPI.Intracomm):
+    """A communicator of a library that takes no long messages."""
+
+    def Iallreduce(self, sendbuf: Any, recvbuf: Any) -> MPI.Request:
+        assert len(recvbuf) <= slices.MESSAGE
+        return super().Iallreduce(sendbuf, recvbuf)
+
+    def Send_init(self, buf: Any, *place: int) -> MPI.Prequest:
+        assert len(buf) <= slices.MESSAGE + BLOCK
+        return super().Send_init(buf, *place)
 
 
 @pytest.mark.parametrize("kind", [OrderedSum, LibrarySum])

@@ -308,7 +308,7 @@ def test_only_what_is_needed_is_read() -> None:
     assert needs(Dataset.from_arrays(x, y, x, y), None) == (4, 0)
     assert needs(Dataset.from_arrays(x, y.view(Unreadable), x, y.view(Unreadable)), 7) == (7, 7)
     assert needs(Dataset.from_arrays(x, y / 2, x, y / 2), None) == (1, 0)
-    with pytest.raises(DataError, match="label -2 is below -1"):
+    with pytest.raises(DataError, match="label -2 is below 0"):
         needs(Dataset.from_arrays(x, y - 2, x, y), None)
     assert data.classification
 
