@@ -20,7 +20,8 @@ from mpiml.data.fingerprint import Fingerprint
 from mpiml.data.normalize import Normalization, NormalizedSource
 from mpiml.data.prefetch import ReadAhead, steps_ahead
 from mpiml.data.shards import Shards
-from mpiml.design import StageDesign, cut, warning
+from mpiml.design import StageDesign, cut, warnings
+from mpiml.errors import DataError
 from mpiml.evaluation import Evaluation
 from mpiml.imports import called_with, named
 from mpiml.load import look_at, look_for_starving, measure
@@ -46,6 +47,15 @@ from mpiml.vectors import bytes_of
 
 ONE_MODEL = "all ranks must build the same model: what it draws must follow from --seed, and no order from a set"
 Agree = Callable[[NDArray[np.float64], bool, bool], Record]
+
+
+@dataclass(frozen=True)
+class Due:
+    """What is to be done after a step, in this order: saving before an evaluation, which may fail."""
+
+    log: bool
+    save: bool
+    evaluation: bool
 
 
 @dataclass
@@ -76,6 +86,16 @@ class Run:
         """The number of the last step."""
         assert self.config.steps, "settings are resolved before a run is assembled"
         return self.config.steps
+
+    def epoch(self, step: int) -> int:
+        """The number of the epoch that a step is in, from 1 on."""
+        return (step - 1) // self.shards.steps_per_epoch + 1
+
+    def due(self, step: int) -> Due:
+        """What is to be done after a step."""
+        config, last = self.config, step == self.steps
+        every = (config.log_every, config.save_every, config.eval_every)
+        return Due(*(steps > 0 and (last or step % steps == 0) for steps in every))
 
     def free(self) -> None:
         """Give back what the MPI library holds for the run; collective."""
@@ -123,11 +143,10 @@ def assemble(
         shuffle=config.shuffle,
         block_rows=config.block_rows,
         strided=config.shards == "strided",
-        transform=together(grid.comm, clock, functools.partial(find_transform, config)),
+        transform=together(grid.comm, clock, functools.partial(find_transform, config, data)),
     )
     tests = Evaluation(data.test, config.eval_rows, grid, config.dtype)
-    ignore = data.ignored(config.ignore)
-    also = shards.transform is not None
+    also, ignore = shards.transform is not None, data.ignored(config.ignore)
     seen = look_at(data, grid, clock, shards.rows(), tests.rows(), config.classes, both=also, ignore=ignore)
     shards.split, tests.split = (split.ignoring(ignore) for split in (data.train, data.test))
     starving = look_for_starving(data, grid, clock, shards, seen.outputs)
@@ -136,7 +155,6 @@ def assemble(
         normalization = measure(data, grid, clock, shards)
         shards.split, tests.split = (normalized(s, normalization, config.dtype) for s in (shards.split, tests.split))
 
-    idle = warning(config)
     task = Task(data.train.x.shape, data.train.y.shape, data.classification, seen.outputs, seen.tokens, ignore)
     layouts, metric, here, fixed = build_stage(config, task, grid, clock, model)
     on_rank_0(grid.comm, clock, lambda: check(config, layouts))
@@ -158,7 +176,7 @@ def assemble(
         metric=metric,
         layouts=layouts,
         agree=agreement,
-        notes=[*seen.notes, *starving, *notes, *([f"warning: {idle}"] if idle else [])],
+        notes=[*seen.notes, *starving, *notes, *warnings(config)],
         normalization=normalization,
         constants=fixed,
         fingerprint=data.fingerprint,
@@ -203,12 +221,23 @@ def build_stage(
     return [stage.layout for stage in stages], metric, here, constants(layers)
 
 
-def find_transform(config: Config) -> Callable[..., Any] | None:
-    """The user's function for rows to train on, if there is one. Raises ConfigError if it is none."""
+def find_transform(config: Config, data: Dataset) -> Callable[..., Any] | None:
+    """The user's function for rows to train on, if there is one. Raises ConfigError if it is none, and when called,
+    DataError for labels that are no classes."""
     if not config.transform:
         return None
     function: Callable[..., Any] = named(config.transform, "--transform")
-    return called_with(function, f"--transform {config.transform}", "x", "y", "rng")
+    called_with(function, f"--transform {config.transform}", "x", "y", "rng")
+    lowest = (0 if data.ignored(config.ignore) is None else -1) if data.classification else -math.inf
+
+    def transform(x: Any, y: Any, rng: np.random.Generator) -> tuple[Any, Any]:
+        x, y = function(x, y, rng)
+        if np.min(y, initial=0) < lowest:
+            hint = "classes are numbered from 0 (-1 may mean no label if --ignore says that there are such rows)"
+            raise DataError(f"--transform {config.transform} gave a label of {np.min(y)}, but {hint}")
+        return x, y
+
+    return transform
 
 
 def read_ahead(config: Config, shards: Shards, grid: Grid) -> ReadAhead:

@@ -9,6 +9,10 @@ BLOCKED_ON_OTHERS = frozenset({"waiting", "communication", "joining"})
 SHARES = ("compute", "waiting", "communication", "update", "data")
 
 
+def unwatched() -> None:
+    """In place of `Clock.progress` for work that no watch looks at."""
+
+
 class Clock:
     """Seconds per activity. Call it with an activity's name whenever that activity begins.
 
@@ -21,7 +25,7 @@ class Clock:
         self.activity = "start"
         self.within: str | None = None  # while set, time is booked under this name, whatever the activity
         self.step = 0
-        self.moves = 0  # grows with every call: a rank whose moves stand still makes no progress
+        self.moves = 0  # grows with every call and by progress(): a rank whose moves stand still is stuck
         self.seconds: dict[str, float] = {}
         self._since = perf_counter()
 
@@ -31,6 +35,10 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
         self._since = now
         self.activity = activity
+        self.moves += 1
+
+    def progress(self) -> None:
+        """Say that long work goes on, whatever the activity."""
         self.moves += 1
 
     def mark(self, part: str, microbatch: int) -> None:

@@ -91,12 +91,12 @@ def check_fall(config: Config, before: Config, steps: int) -> None:
         )
 
 
-def warning(config: Config) -> str | None:
-    """What is wrong with the learning rate: that it is 0 before the last step."""
+def warnings(config: Config) -> list[str]:
+    """What is to be said of the settings: that the learning rate is 0 before the last step."""
     steps, last = config.steps or 0, config.decay_steps or 0
     if config.decay != "cosine" or steps <= last:
-        return None
-    return f"the learning rate is 0 from step {last} on, and nothing is learned: --decay-steps {last} of {steps} steps"
+        return []
+    return [f"warning: the learning rate is 0 from step {last} of {steps} on, by --decay-steps: nothing is learned"]
 
 
 @dataclass(frozen=True)

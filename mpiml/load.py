@@ -94,8 +94,8 @@ def look_at(
     ends = {"x": grid.stage == 0, "y": grid.stage == grid.stages - 1}
     also = both and any(ends.values())
     classes = classes or data.classes
-    limits = {"x": tokens or classes, "y": classes}
-    seen = Seen(classes or 0, 0, [])
+    limits, ignored = {"x": tokens or classes, "y": classes}, {"x": None, "y": ignore}
+    seen = Seen((classes or 0) if data.classification else math.prod(data.train.y.shape), 0, [])
     splits = [(split_, rows) for split_, rows in ((data.train, train), (data.test, test)) if rows is not None]
     columns = [(split_, rows, column) for split_, rows in splits for column in ends]
 
@@ -103,8 +103,7 @@ def look_at(
         findings = []
         for split_, rows, column in columns:
             hold = ends[column] or (also and split_ is data.train)
-            source = getattr(split_, column)
-            findings.append(_read(clock, source, rows, hold, ends[column], ignore if column == "y" else None))
+            findings.append(_read(clock, getattr(split_, column), rows, hold, ends[column], ignored[column]))
         return findings
 
     mine = together(grid.comm, clock, naming(grid.launched[grid.comm.rank], grid.comm.size, read))
@@ -119,8 +118,6 @@ def look_at(
             seen.outputs = max(seen.outputs, highest + 1)
             if found.masked:
                 seen.notes.append(f"{source.name}: {found.masked} labels are {ignore} and do not count")
-    if not data.classification:
-        seen.outputs = math.prod(data.train.y.shape)
     return seen
 
 
@@ -144,7 +141,7 @@ def measure(data: Dataset, grid: Grid, clock: Clock, shards: Shards) -> Normaliz
             raise ConfigError("--normalize: the data set's inputs are tokens, not numbers")
         clock("data")
         block = range(shards.first, shards.last) if grid.stage == 0 else ()
-        return [moments(data.train.x, shards.numbers(m)) for m in block]
+        return [moments(data.train.x, shards.numbers(m), clock.progress) for m in block]
 
     everyones = grid.comm.gather(together(grid.comm, clock, mine))
     return on_rank_0(grid.comm, clock, lambda: Normalization.of(itertools.chain(*(everyones or []))))
@@ -158,7 +155,7 @@ def look_for_starving(data: Dataset, grid: Grid, clock: Clock, shards: Shards, c
     counts, seen = found[:classes], found[classes:]
     if grid.stage == grid.stages - 1:
         clock("data")
-        counts[:], seen[:] = classes_seen(shards, classes)
+        counts[:], seen[:] = classes_seen(shards, classes, clock.progress)
     clock("joining")
     wait([grid.comm.Iallreduce(MPI.IN_PLACE, found)])
     warning = starved(counts, seen)
@@ -169,7 +166,7 @@ def _read(clock: Clock, source: Source, rows: Indices, hold: bool, look: bool, i
     clock("data")
     if hold:
         source.hold(rows)
-    return inspect(source, rows, ignore) if look else Findings()
+    return inspect(source, rows, ignore, clock.progress) if look else Findings()
 
 
 def _alike(error: DataError, rank: int, ranks: int) -> DataError:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mpiml.assemble import Run
 from mpiml.build import Task, check_constants
@@ -19,7 +18,7 @@ from mpiml.data.normalize import Normalization
 from mpiml.errors import DataError, OutputError
 from mpiml.nn.parameters import Layout, Parameter
 from mpiml.parallel.state import VALUES
-from mpiml.run import checkpoint, environment, log
+from mpiml.run import checkpoint, environment, lock, log
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.run.directory import (
     CHECKPOINTS,
@@ -28,10 +27,12 @@ from mpiml.run.directory import (
     METRICS,
     RunDirectory,
     read_result,
+    sync_file,
     update_result,
     write_atomically,
     write_result,
 )
+from mpiml.run.metrics import entries, missing
 from mpiml.run.verdict import on_rank_0
 from mpiml.saved import CODE, settings_in, settings_of
 from mpiml.setting import flag
@@ -109,15 +110,16 @@ def opened(run: Run, name: str) -> Iterator[Opened]:
 
     def take() -> Opened:
         held.append(RunDirectory.create(run.config.out, f"{name}-{run.config.model}", run.config.resume))
-        notes = [f"warning: {text}" for text in environment.warnings(ranks or [])]
+        notes = [f"warning: {text}" for text in environment.warnings(ranks or [])] + held[0].notes
         before = read_result(held[0].path)
         if before.get("status") == "running":
             notes.append("the last job in this directory ended without a word: killed, or its node failed")
         elif before.get("status") == "failed":
             notes.append(f"the last job in this directory failed: {before.get('reason')}")
         _check_same_data(run, held[0].path)
+        _check_nothing_vanished(run.config, held[0].path, before)
         _begin(run, held[0].path, ranks or [])
-        return Opened(held[0].path, f"{os.getpid()}-{time.time_ns()}", notes)
+        return Opened(held[0].path, held[0].token, notes)
 
     try:
         known: Opened = on_rank_0(run.grid.comm, run.clock, take)
@@ -132,6 +134,21 @@ def _check_same_data(run: Run, path: Path) -> None:
     before = environment.data(path)
     if before and (other := difference(run.fingerprint, before, "in the run so far")):
         raise DataError(f"{run.config.data} has changed since the run in {path} began: {other}")
+
+
+def _check_nothing_vanished(config: Config, path: Path, result: Mapping[str, Any]) -> None:
+    """Raise OutputError if there is no checkpoint, though there was one: the run has stopped and saved, or its metrics
+    go beyond the step of its first save, which was on disk before they did."""
+    if checkpoint.listed(path / CHECKPOINTS):
+        return
+    stored = settings_in(path / CONFIG) if (path / CONFIG).exists() else config
+    reached = max((entry["step"] for entry in entries(path / METRICS)), default=0)
+    stopped = result.get("step", 0) if result.get("status") == "stopped" else 0
+    if stopped or 0 < stored.save_every < reached:
+        raise OutputError(
+            f"the checkpoints in {path / CHECKPOINTS} are gone, for the run had come to step {max(stopped, reached)}: "
+            f"put them back, or begin anew with another --out"
+        )
 
 
 def _begin(run: Run, path: Path, ranks: list[dict[str, Any]]) -> None:
@@ -153,50 +170,74 @@ def _begin(run: Run, path: Path, ranks: list[dict[str, Any]]) -> None:
 def finish(run: Run, path: Path, outcome: Mapping[str, Any]) -> dict[str, Any]:
     """Write how the run ended; collective. Returns the whole result."""
 
-    result: dict[str, Any] = on_rank_0(run.grid.comm, run.clock, lambda: update_result(path, outcome))
+    def write() -> dict[str, Any]:
+        sync_file(path / METRICS)
+        return update_result(path, outcome)
+
+    result: dict[str, Any] = on_rank_0(run.grid.comm, run.clock, write)
     return result
 
 
-def restore(run: Run, path: Path) -> tuple[int, list[str], dict[str, Any]]:
-    """Put the state of the newest good checkpoint, or the weights of --init, in place; collective.
+class Restored(NamedTuple):
+    """Where a run goes on.
 
-    Returns the step after which it was saved, what there is to say, and what the log knows of the run so far.
+    Attributes:
+        step: the last one that is done.
+        notes: what a person should know.
+        history: the last results in its log, under the names of result.json.
+        unscored: whether `step` has been saved, but its evaluation, which comes after that, is not in the log.
     """
+
+    step: int
+    notes: list[str]
+    history: dict[str, Any]
+    unscored: bool
+
+
+def restore(run: Run, path: Path) -> Restored:
+    """Put the state of the newest good checkpoint, or the weights of --init, in place; collective."""
     cfg, comm = run.config, run.grid.comm
     whole: list[Mapping[str, Any]] = []
 
-    def read() -> tuple[int, list[str], dict[str, Any], tuple[str, ...], Normalization | None]:
-        found, notes, history, saved = None, [], {}, None
+    def read() -> tuple[Restored, tuple[str, ...], Normalization | None]:
+        found, begin, saved = None, Restored(0, [], {}, False), None
         if cfg.resume:
-            found, problems = checkpoint.newest(path / CHECKPOINTS)
-            notes += [f"warning: skipped {problem}" for problem in problems]
-            notes.append(
-                f"going on after step {found.step}" if found else f"no checkpoint in {path} yet: starting at step 0"
-            )
-            step = found.step if found else 0
-            entries, damaged = log.cut(path / METRICS, step, run.steps, cfg.eval_every, cfg.log_every)
-            notes += damaged
-            history = log.last_known(entries, run.metric.name)
-        step, names = (found.step, tuple(run.state.mine)) if found else (0, ())
+            found, problems = checkpoint.newest(path / CHECKPOINTS, moved=run.clock.progress)
+            begin = _log_so_far(run, path, found, [f"warning: skipped {problem}" for problem in problems])
+        names = tuple(run.state.mine) if found else ()
         if not found and cfg.init:
-            found, names = checkpoint.load(Path(cfg.init)), (VALUES,)
-            notes.append(f"first weights from {cfg.init}")
+            found, names = checkpoint.load(Path(cfg.init), moved=run.clock.progress), (VALUES,)
+            begin.notes.append(f"first weights from {cfg.init}")
         if found:
-            if step:
+            if begin.step:
                 _check_same_run(cfg, found)
                 check_constants(run.constants, found)
-            if step and run.normalization:
+            if begin.step and run.normalization:
                 saved = normalization(found, run.task)
             whole.extend(vectors(run.layouts, found, names))
-        return step, notes, history, names, saved
+        return begin, names, saved
 
     run.clock("checkpoint")
-    step, notes, history, names, saved = on_rank_0(comm, run.clock, read)
+    begin, names, saved = on_rank_0(comm, run.clock, read)
     if saved and run.normalization:
         run.normalization.take(saved)
     if names:
         run.state.distribute(whole, *names)
-    return step, notes, history
+    return begin
+
+
+def _log_so_far(run: Run, path: Path, found: Checkpoint | None, notes: list[str]) -> Restored:
+    """The log, cut to what was there when a checkpoint was written; without one, to nothing."""
+    cfg, metrics, step = run.config, path / METRICS, found.step if found else 0
+    if found:
+        its = settings_of(found, (), {})
+        if lost := missing(entries(metrics), step, its.log_every, its.eval_every):
+            notes.append(f"warning: {metrics} has lost its lines of steps {lost[0]} to {lost[-1]}")
+    notes.append(f"going on after step {step}" if found else f"no checkpoint in {path} yet: starting at step 0")
+    kept, damaged = log.cut(metrics, step, run.steps, cfg.eval_every, cfg.log_every)
+    scored = any("evaluation" in entry and entry["step"] == step for entry in kept)
+    unscored = found is not None and run.due(step).evaluation and not scored
+    return Restored(step, notes + damaged, log.last_known(kept, run.metric.name), unscored)
 
 
 def _check_same_run(cfg: Config, found: Checkpoint) -> None:
@@ -207,8 +248,11 @@ def _check_same_run(cfg: Config, found: Checkpoint) -> None:
             raise OutputError(f"{found.origin} is of another run: {flag(field.name)} {theirs}, here {mine}")
 
 
-def save(run: Run, step: int, directory: Path) -> float:
-    """Write a checkpoint; collective. Returns the seconds that it took."""
+def save(run: Run, step: int, directory: Opened) -> float:
+    """Write a checkpoint, when the metrics so far are on disk; collective. Returns the seconds that it took.
+
+    Raises DirectoryError, on all ranks alike, if another job has taken the directory.
+    """
     began = time.monotonic()
     with run.clock.booked("checkpoint"):
         run.clock("joining")
@@ -216,11 +260,13 @@ def save(run: Run, step: int, directory: Path) -> float:
 
         def write() -> None:
             run.clock("checkpoint")
+            lock.check(directory.path, directory.token)
+            sync_file(directory.metrics)
             arrays = named(run.layouts, stages, *run.state.mine)
             if run.normalization:
                 arrays |= run.normalization.arrays()
             saved = Checkpoint(step, run.config.to_toml(), arrays, run.task.to_json(), run.constants)
-            checkpoint.save(directory, saved, run.config.keep)
+            checkpoint.save(directory.checkpoints, saved, run.config.keep, run.clock.progress)
 
         on_rank_0(run.grid.comm, run.clock, write)
     return time.monotonic() - began
@@ -236,9 +282,12 @@ def digest(run: Run) -> str:
     with run.clock.booked("checkpoint"):
         run.clock("joining")
         stages = run.state.collect(VALUES)
-        return on_rank_0(
-            run.grid.comm, run.clock, lambda: checkpoint.digest(named(run.layouts, stages, VALUES).items())
-        )
+
+        def computed() -> str:
+            run.clock("checkpoint")
+            return checkpoint.digest(named(run.layouts, stages, VALUES).items(), run.clock.progress)
+
+        return on_rank_0(run.grid.comm, run.clock, computed)
 
 
 def named(layouts: Sequence[Layout], stages: Sequence[Mapping[str, Any]], *names: str) -> dict[str, Any]:

@@ -32,7 +32,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpiml import assemble, design, load, restart
-from mpiml.assemble import Run
+from mpiml.assemble import Due, Run
 from mpiml.build import Model
 from mpiml.clock import Clock
 from mpiml.config import Config, parse
@@ -105,17 +105,17 @@ def _train(
         run = assemble.assemble(cfg, dataset, grids.build(comm, cfg.pipe), clock, model, restart.check_saved)
         with restart.opened(run, dataset.name) as directory:
             guard.run, guard.token = directory.path, directory.token
-            start, notes, history = restart.restore(run, directory.path)
+            begin = restart.restore(run, directory.path)
             rows, metric = run.shards.rows_per_step, run.metric.name
             with log.Log(run.grid.comm, directory.metrics, clock, rows, metric, run.pace()) as logger:
-                logger.open_console(start + 1, run.steps, cfg.quiet)
+                logger.open_console(begin.step + 1, run.steps, cfg.quiet)
                 grid = design.grid_text(run.grid.stages, run.grid.replicas, cfg.microbatches or 1)
-                for line in [*directory.notes, *run.notes, *notes, grid]:
+                for line in [*directory.notes, *run.notes, *begin.notes, grid]:
                     logger.say(line)
                 # Numbers that are not finite end the run, with a better message than NumPy's.
                 drawn = trace.written(cfg.trace, run.grid, clock, logger.say)
                 with run.ahead, np.errstate(all="ignore"), drawn:
-                    outcome = history | _loop(run, start, directory.checkpoints, logger, stop)
+                    outcome = begin.history | _loop(run, begin, directory, logger, stop)
                 outcome["samples_per_second"] = logger.samples_per_second()
                 outcome["seconds"] = round(perf_counter() - began, 3)
                 _summary(run, directory.path, outcome, logger)
@@ -124,60 +124,67 @@ def _train(
         return result
 
 
-def _loop(run: Run, start: int, checkpoints: Path, logger: log.Log, stop: StopRequest) -> dict[str, Any]:
-    """Train from the step after `start`. Returns the outcome for result.json."""
-    cfg, comm, clock = run.config, run.grid.comm, run.clock
-    assert cfg.microbatches, "settings are resolved before a run is assembled"
-    outcome: dict[str, Any] = {"status": "done", "exit_code": 0, "step": start}
+def _loop(
+    run: Run, begin: restart.Restored, directory: restart.Opened, logger: log.Log, stop: StopRequest
+) -> dict[str, Any]:
+    """Train from the step after the restored one. Returns the outcome for result.json."""
+    outcome: dict[str, Any] = {"status": "done", "exit_code": 0, "step": begin.step}
     stop.deadline.expect(restart.size(run))
-    if start < run.steps and agree(comm, run.record(0), stop=stop.now()).stop:  # all that there is is saved
-        outcome |= {"status": "stopped", "exit_code": SAVED, "reason": stop.reason()}
-        return outcome | {"weights_sha256": restart.digest(run)}
-    for step in range(start + 1, run.steps + 1):
-        began = perf_counter()
-        clock.step = step
-        last = step == run.steps
-        log_due = _due(step, cfg.log_every, last)
-        table = run.record(cfg.microbatches, measured=log_due)
-        run.stage.train(step, run.ahead.batches(step), table, measured=log_due)
-        clock("communication")
-        record = run.agree(table, not run.update.finite, stop.now())
-        _refuse_not_finite(run, step, record)
-        eval_due = _due(step, cfg.eval_every, last)
-        save_due = _due(step, cfg.save_every, last) or record.stop
-        rate = run.learning_rate(step)
-        told = log_due or eval_due or save_due
-        norm = run.update.step(rate, record.weight, step, told)
-        _refuse_not_finite(run, step, record, norm)
-        if told:  # else the next step's record will carry it
-            _refuse_not_finite(run, step + 1, agree(comm, run.record(0), not run.update.finite))
-        clock("compute")
-        logger.timed(perf_counter() - began, step, record.mean_loss)
-
-        epoch = (step - 1) // run.shards.steps_per_epoch + 1
-        outcome |= {"step": step, "loss": record.mean_loss}
-        if log_due:
-            logger.step(step, epoch, record.mean_loss, run.metric.value(record.metric), rate, norm)
-        if eval_due:
-            outcome |= evaluate(run, step, epoch, logger)
-        if save_due:
-            stop.deadline.saved(restart.save(run, step, checkpoints))
-        if record.stop and not last:
-            outcome |= {"status": "stopped", "exit_code": SAVED, "reason": stop.reason()}
+    stopped = False
+    if begin.unscored or begin.step < run.steps:  # else there is nothing to stop
+        stopped = agree(run.grid.comm, run.record(0), stop=stop.now()).stop
+    if begin.unscored and not stopped:
+        stopped = not _evaluate(run, begin.step, logger, stop, outcome)
+    for step in range(begin.step + 1, run.steps + 1):
+        if stopped:
             break
+        due = run.due(step)
+        record = _step(run, step, due, logger, stop)
+        outcome |= {"step": step, "loss": record.mean_loss}
+        saved = due.save or record.stop
+        if saved:
+            stop.deadline.saved(restart.save(run, step, directory))
+        scored = not due.evaluation or _evaluate(run, step, logger, stop, outcome)
+        if not (scored or saved):
+            restart.save(run, step, directory)
+        stopped = not scored or (record.stop and step < run.steps)
+    if stopped:
+        outcome |= {"status": "stopped", "exit_code": SAVED, "reason": stop.reason()}
     return outcome | {"weights_sha256": restart.digest(run)}
 
 
-def evaluate(run: Run, step: int, epoch: int, logger: log.Log) -> dict[str, float]:
-    """Score the test rows on all replicas; collective. Returns the metric under its name."""
-    record = run.tests.score(run.stage, run.metric, run.clock, step)
-    score = run.metric.value(record.metric)
-    logger.evaluation(step, epoch, record.mean_loss, score, len(run.tests.split))
-    return {run.metric.name: score, "test_loss": record.mean_loss}
+def _step(run: Run, step: int, due: Due, logger: log.Log, stop: StopRequest) -> Record:
+    """Forward, backward, agree, sum, update; collective. Raises NotFiniteError on all ranks alike."""
+    began = perf_counter()
+    cfg, comm, clock = run.config, run.grid.comm, run.clock
+    assert cfg.microbatches, "settings are resolved before a run is assembled"
+    clock.step = step
+    table = run.record(cfg.microbatches, measured=due.log)
+    run.stage.train(step, run.ahead.batches(step), table, measured=due.log)
+    clock("communication")
+    record = run.agree(table, not run.update.finite, stop.now())
+    _refuse_not_finite(run, step, record)
+    rate = run.learning_rate(step)
+    shown = due.log or due.save or due.evaluation or record.stop
+    norm = run.update.step(rate, record.weight, step, shown)
+    _refuse_not_finite(run, step, record, norm)
+    if shown:  # else the next step's record will carry it
+        _refuse_not_finite(run, step + 1, agree(comm, run.record(0), not run.update.finite))
+    clock("compute")
+    logger.timed(perf_counter() - began, step, record.mean_loss)
+    if due.log:
+        logger.step(step, run.epoch(step), record.mean_loss, run.metric.value(record.metric), rate, norm)
+    return record
 
 
-def _due(step: int, every: int, last: bool) -> bool:
-    return every > 0 and (last or step % every == 0)
+def _evaluate(run: Run, step: int, logger: log.Log, stop: StopRequest, outcome: dict[str, Any]) -> bool:
+    """Score the test rows on all replicas, for the log and the outcome; collective. False if a stop came between."""
+    record = run.tests.score(run.stage, run.metric, run.clock, step, stop.at_once)
+    if record:
+        score = run.metric.value(record.metric)
+        logger.evaluation(step, run.epoch(step), record.mean_loss, score, len(run.tests.split))
+        outcome |= {run.metric.name: score, "test_loss": record.mean_loss}
+    return record is not None
 
 
 def _refuse_not_finite(run: Run, step: int, record: Record, norm: float | None = None) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from mpiml.clock import unwatched
 from mpiml.data.dataset import Dataset
 from mpiml.data.sources import Indices, Rows, Source
 
@@ -35,8 +37,13 @@ class Findings:
         )
 
 
-def inspect(source: Source, rows: Indices, ignore: int | None = None) -> Findings:
-    """Look at some rows of a source, numbers rising, a few megabytes at a time; `ignore` is a label that is none."""
+def inspect(
+    source: Source, rows: Indices, ignore: int | None = None, moved: Callable[[], object] = unwatched
+) -> Findings:
+    """Look at some rows of a source, numbers rising, a few megabytes at a time.
+
+    `ignore` is a label that is none; `moved` is called after every few megabytes.
+    """
     found = Findings()
     row_bytes = max(math.prod(source.shape) * source.dtype.itemsize, 1)
     chunk = max(SCAN // row_bytes, 1)
@@ -49,6 +56,7 @@ def inspect(source: Source, rows: Indices, ignore: int | None = None) -> Finding
                 found |= Findings(bad_rows=len(bad), first_bad=int(numbers[bad[0]]))
         elif flat.size:
             found |= _extremes(flat, numbers, ignore)
+        moved()
     return found
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from mpiml.clock import unwatched
 from mpiml.data.sources import Indices, Rows, Source
 
 Floats = NDArray[np.float64]
@@ -35,8 +36,8 @@ class Moments:
         return Moments(rows, self.mean + shift * share, squares)
 
 
-def moments(source: Source, rows: Indices) -> Moments:
-    """Of some rows of a source, added up in chunks that depend on nothing but their shape."""
+def moments(source: Source, rows: Indices, moved: Callable[[], object] = unwatched) -> Moments:
+    """Of some rows of a source, added up in chunks that depend on their shape alone; `moved` is called after each."""
     total = Moments(0, np.zeros(source.shape), np.zeros(source.shape))
     chunk = max(SCAN // (8 * math.prod(source.shape)), 1)
     for first in range(0, len(rows), chunk):
@@ -44,6 +45,7 @@ def moments(source: Source, rows: Indices) -> Moments:
         mean = np.add.reduce(x, axis=0) / len(x)
         x -= mean
         total += Moments(len(x), mean, np.add.reduce(np.square(x, out=x), axis=0))
+        moved()
     return total
 
 

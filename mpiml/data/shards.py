@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from mpiml.clock import unwatched
 from mpiml.data.dataset import Batch, Split, Transform
 from mpiml.partition import part
 from mpiml.random import generator
 
 Rows = NDArray[np.int64]
+SCAN = 1 << 20  # labels that are counted together
 Order = Callable[[int, int], Rows]  # (a, b) -> the places in a shard that come a-th to (b-1)-th in an epoch
 
 
@@ -128,12 +130,20 @@ def blocks(length: int, block: int, random: np.random.Generator) -> Order:
     return order
 
 
-def classes_seen(shards: Shards, classes: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """How often these shards' labels are of each class, and of how many classes each shard has any (0: not ours)."""
+def classes_seen(
+    shards: Shards, classes: int, moved: Callable[[], object] = unwatched
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How often these shards' labels are of each class, and of how many classes each shard has any (0: not ours).
+
+    `moved` is called whenever some more have been counted.
+    """
     counts, seen = np.zeros(classes, np.int64), np.zeros(shards.microbatches, np.int64)
     for m in range(shards.first, shards.last):
-        labels = shards.split.y.rows(shards.numbers(m)).astype(np.intp)
-        mine = np.bincount(labels[labels >= 0], minlength=classes)
+        mine, rows = np.zeros(classes, np.int64), shards.numbers(m)
+        for first in range(0, len(rows), SCAN):
+            labels = shards.split.y.rows(rows[first : first + SCAN]).astype(np.intp)
+            mine += np.bincount(labels[labels >= 0], minlength=classes)
+            moved()
         counts += mine
         seen[m] = np.count_nonzero(mine)
     return counts, seen

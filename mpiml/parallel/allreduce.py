@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike
 
 from mpiml import vectors
 from mpiml.clock import Clock
-from mpiml.parallel.exchange import Exchange
+from mpiml.parallel.exchange import Exchange, tags
 from mpiml.parallel.memory import Memory
 from mpiml.parallel.slices import Block, Piece, Range, bounds, bucket_size, buckets, cut, pieces
 from mpiml.parallel.tree import Plan, plan
@@ -115,11 +115,11 @@ class OrderedSum:
         self.values = memory.common(size, dtype)
         depth = max(len(self.plan.sources), *(len(m.sources) for m in self.plan.messages), 1)
         scratch = [vectors.empty(PIECE, dtype) for _ in range(min(depth, 2 * microbatches.bit_length()))]
-        tags = 1 + 2 * microbatches.bit_length()  # of a bucket: values, and no node has more partial sums of others
+        of_bucket = tags(microbatches)
         highest = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 32767  # which every library has
-        bucket = bucket_size(bucket, size, comm.size, (highest + 1) // tags)
+        bucket = bucket_size(bucket, size, comm.size, (highest + 1) // of_bucket)
         self.exchanges = [
-            Exchange(comm, nodes, self.plan, everyone, self.values, run, scratch, tags * number)
+            Exchange(comm, nodes, self.plan, everyone, self.values, run, scratch, of_bucket * number)
             for number, run in enumerate(buckets(blocks, bucket if len(nodes) > 1 else 0))
         ]
         self.holders = [

@@ -14,6 +14,12 @@ from mpiml.vectors import PIECE, Vector
 Addition = tuple[Vector, Vector, Vector]  # left, right, where their sum goes
 
 
+def tags(microbatches: int) -> int:
+    """How many tags the messages of a bucket have: the first for values, and one for each partial sum that a node may
+    be left with: a range of micro-batches has at most two of each size."""
+    return 1 + 2 * microbatches.bit_length()
+
+
 class Exchange:
     """Each replica owns a slice of the bucket: it gets the other nodes' partial sums of it, and gives the values back.
 

@@ -40,10 +40,4 @@ def one_f_one_b(stages: int, stage: int, microbatches: int) -> Iterator[Action]:
         yield Action("B", m)
 
 
-def forward_only(stages: int, stage: int, microbatches: int) -> Iterator[Action]:
-    """Forward passes alone, for evaluation."""
-    for m in range(microbatches):
-        yield Action("F", m)
-
-
 SCHEDULES: dict[str, Schedule] = {"1f1b": one_f_one_b, "gpipe": gpipe}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from mpiml.clock import Clock
 from mpiml.parallel.allreduce import GradientSum
-from mpiml.parallel.schedules import Schedule, forward_only
+from mpiml.parallel.schedules import Schedule
 from mpiml.waiting import until, wait
 
 Array = NDArray[np.floating]
@@ -72,12 +72,11 @@ class Stage:
         self.first, self.last = self.stage == 0, self.stage == self.stages - 1
         self._sent: list[MPI.Request] = []
 
-    def evaluate(self, batches: Sequence[Batch], record: NDArray[np.float64]) -> None:
-        """Forward passes alone; on the last stage the sums of chunk c go into record[c]."""
-        for _, index in forward_only(self.stages, self.stage, len(batches)):
-            batch = batches[index]
+    def evaluate(self, batches: Iterable[tuple[Batch, NDArray[np.float64]]]) -> None:
+        """Forward passes alone, each batch with the row for its sums, which the last stage fills in."""
+        for batch, row in batches:
             y, _ = self.part.forward(self._input(batch), self.part.at(False, 0, batch.index))
-            self._output(batch, y, record, measured=True)
+            self._output(batch, y, row, measured=True)
         self._finish_sends()
 
     def _input(self, batch: Batch) -> Array:
@@ -90,8 +89,8 @@ class Stage:
         self.clock.mark("forward", batch.index)
         return x
 
-    def _output(self, batch: Batch, y: Array, record: NDArray[np.float64], measured: bool) -> Array | None:
-        """Pass y on, or score it: then the gradient by y is returned."""
+    def _output(self, batch: Batch, y: Array, row: NDArray[np.float64], measured: bool) -> Array | None:
+        """Pass y on, or score it: then its sums go into `row`, and the gradient by y is returned."""
         if not self.last:
             self._send(self.stage + 1, y, batch)
             return None
@@ -100,7 +99,7 @@ class Stage:
         self.clock("compute")
         self.clock.mark("loss", batch.index)
         sums, dy = self.part.objective(y, labels, measured)
-        record[batch.index, : len(sums)] = sums
+        row[: len(sums)] = sums
         return dy
 
     def _receive(self, source: int, shape: tuple[int, ...]) -> Array:
@@ -151,7 +150,7 @@ class TrainingStage(Stage):
             batch = batches[index]
             if kind == "F" and batch.rows:
                 y, backward = self.part.forward(self._input(batch), self.part.at(True, step, batch.index))
-                in_flight[index] = backward, self._output(batch, y, record, measured)
+                in_flight[index] = backward, self._output(batch, y, record[batch.index], measured)
             elif kind == "B":
                 self._backward(batch, index, *in_flight.pop(index, (None, None)))
         self._finish_sends()

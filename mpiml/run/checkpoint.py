@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,14 +15,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpiml.clock import unwatched
 from mpiml.documents import check_regular, shown
 from mpiml.errors import NotFiniteError, OutputError
-from mpiml.run.directory import PARTIAL, named_errors, sync_directory
+from mpiml.run.directory import PART, named_errors, replacing
 
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
 Kind = tuple[str, tuple[int, ...]]  # of an array: its dtype and its shape
+Moved = Callable[[], object]  # is called whenever another part of a long piece of work is done
 FORMAT = "mpiml-1"
+NAME = re.compile(r"step-(\d+)\.safetensors")
 DIGITS = 18  # of a step's number
 DTYPES = {"F32": "float32", "F64": "float64"}  # as safetensors calls them
 BESIDE = ("optimizer.", "data.")  # names that begin so are not of the model
@@ -47,13 +51,16 @@ class Checkpoint:
     origin: str = "the checkpoint"
 
 
-def digest(arrays: Iterable[tuple[str, Array]]) -> str:
+def digest(arrays: Iterable[tuple[str, Array]], moved: Moved = unwatched) -> str:
     """SHA-256 of named arrays in their order: of each its name, shape, dtype and bytes, little-endian."""
     sha = hashlib.sha256()
     for name, array in arrays:
-        little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        little = _little(array)
         sha.update(f"{name} {list(array.shape)} {little.dtype.name}\n".encode())
-        sha.update(little.data)
+        content = _bytes(little)
+        for first in range(0, len(content), PART):
+            sha.update(content[first : first + PART])
+            moved()
     return sha.hexdigest()
 
 
@@ -62,7 +69,7 @@ def file_name(step: int) -> str:
     return f"step-{step:09d}.safetensors"
 
 
-def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
+def save(directory: Path, checkpoint: Checkpoint, keep: int, moved: Moved = unwatched) -> Path:
     """Write a checkpoint under a name of its own, then remove all but the newest `keep`.
 
     The file appears under its name only when it is whole and on disk. An existing file is never written to: it is
@@ -71,41 +78,58 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
     Raises NotFiniteError for weights that are not finite, OutputError if the file cannot be written.
     """
-    import safetensors.numpy
-
     for name, array in checkpoint.arrays.items():
         if not np.isfinite(array).all():
             raise NotFiniteError(f"{name} is not finite after step {checkpoint.step}; nothing of it is saved")
+        moved()
     path = directory / file_name(checkpoint.step)
-    temporary = directory / f".{path.name}.{os.getpid()}{PARTIAL}"
-    arrays = {name: np.asarray(array, order="C") for name, array in checkpoint.arrays.items()}
     metadata = {"format": FORMAT, "step": str(checkpoint.step), "config": checkpoint.config, "task": checkpoint.task}
     if checkpoint.constants:
         metadata["constants"] = checkpoint.constants
-    metadata["sha256"] = _content(metadata, sorted(arrays.items()))
+    metadata["sha256"] = _content(metadata, sorted(checkpoint.arrays.items()), moved)
     with named_errors("write the checkpoint", path):
         if path.exists():
-            if _is_whole(path):
+            if _is_whole(path, moved):
                 return path
             os.rename(path, _free_name(path.with_suffix(".damaged")))
-        try:
-            safetensors.numpy.save_file(arrays, temporary, metadata)
-        except OSError:
-            raise
-        except Exception as error:  # the library has its own class for input/output errors
-            raise OutputError(f"cannot write the checkpoint {path}: {error}") from error
-        descriptor = os.open(temporary, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-        os.rename(temporary, path)
-        sync_directory(directory)
-        older = [file for file in listed(directory) if file.name <= path.name and file.is_file()]
+        _write(path, checkpoint.arrays, metadata, moved)
+        older = [file for file in listed(directory) if _step(file) <= checkpoint.step]
         for old in older[keep:]:
-            old.unlink()
+            old.unlink(missing_ok=True)
     return path
 
 
-def load(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Checkpoint:
+def _write(path: Path, arrays: Arrays, metadata: Mapping[str, str], moved: Moved) -> None:
+    """Write a safetensors file: the length of the header in 8 bytes, the header, and the arrays one after the other,
+    the largest numbers first, so that all are aligned (https://huggingface.co/docs/safetensors, "Format").
+
+    The library would choose name and mode of the unfinished file, and write without a sign of life.
+    """
+    ordered = [(name, _little(array)) for name, array in sorted(arrays.items())]
+    ordered.sort(key=lambda named: -named[1].dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, array in ordered:
+        dtype = f"{array.dtype.kind.upper()}{8 * array.dtype.itemsize}" if array.dtype.kind != "b" else "BOOL"
+        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [end, end + array.nbytes]}
+        end += array.nbytes
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    with replacing(path, "write the checkpoint", moved) as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for _, array in ordered:
+            file.write(_bytes(array))
+
+
+def _little(array: Array) -> Array:
+    return np.asarray(array, array.dtype.newbyteorder("<"), order="C")
+
+
+def _bytes(array: Array) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
+
+
+def load(path: Path, wanted: Callable[[str], bool] = lambda name: True, moved: Moved = unwatched) -> Checkpoint:
     """Read a checkpoint, verify all of it, and keep the arrays whose names are wanted.
 
     Raises OutputError, naming what is wrong.
@@ -122,7 +146,7 @@ def load(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Check
     with _opened(path) as file:
         metadata = file.metadata() or {}
         claimed = metadata.pop("sha256", "")
-        found = _content(metadata, read(file))
+        found = _content(metadata, read(file), moved)
     if metadata.get("format") != FORMAT:
         raise OutputError(f"{path} is not a checkpoint of mpiml")
     if claimed != found:
@@ -183,15 +207,18 @@ def check_kinds(origin: str, there: Mapping[str, Kind], needed: Mapping[str, Kin
         raise OutputError(f"{origin} has {min(more)}, which the model does not have: it is of another model")
 
 
-def newest(directory: Path, wanted: Callable[[str], bool] = lambda name: True) -> tuple[Checkpoint | None, list[str]]:
+def newest(
+    directory: Path, wanted: Callable[[str], bool] = lambda name: True, moved: Moved = unwatched
+) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, as `load` reads it, and what is wrong with newer ones.
 
-    None if there are no checkpoint files. Raises OutputError if there are some but none can be used.
+    None if there are no checkpoint files. Raises OutputError if there are some but none can be used, or if the
+    directory cannot be read: that is not an empty one.
     """
     problems: list[str] = []
     for path in listed(directory):
         try:
-            return load(path, wanted), problems
+            return load(path, wanted, moved), problems
         except OutputError as error:
             problems.append(str(error))
     if problems:
@@ -218,19 +245,26 @@ def check_newest(directory: Path, needed: Mapping[str, Kind]) -> None:
 
 def listed(directory: Path) -> list[Path]:
     """Checkpoint files, newest first."""
-    with named_errors("read", directory):
-        return sorted(directory.glob("step-*.safetensors"), reverse=True)
+    with named_errors("read", directory), os.scandir(directory) as entries:
+        files = [Path(entry.path) for entry in entries if NAME.fullmatch(entry.name) and entry.is_file()]
+    return sorted(files, key=lambda file: (_step(file), file.name), reverse=True)
 
 
-def _content(metadata: Mapping[str, str], arrays: Iterable[tuple[str, Array]]) -> str:
+def _step(file: Path) -> int:
+    match = NAME.fullmatch(file.name)
+    assert match, "only files of such names are listed"
+    return int(match[1])
+
+
+def _content(metadata: Mapping[str, str], arrays: Iterable[tuple[str, Array]], moved: Moved) -> str:
     """SHA-256 of all that a checkpoint says; the arrays come in the order of their names."""
     head = json.dumps({**metadata, "sha256": ""}, sort_keys=True)
-    return hashlib.sha256(f"{head}{digest(arrays)}".encode()).hexdigest()
+    return hashlib.sha256(f"{head}{digest(arrays, moved)}".encode()).hexdigest()
 
 
-def _is_whole(path: Path) -> bool:
+def _is_whole(path: Path, moved: Moved) -> bool:
     try:
-        load(path)
+        load(path, moved=moved)
     except OutputError:
         return False
     return True

@@ -42,7 +42,7 @@ class Deadline:
             lengths.append(int(environment["SLURM_JOB_END_TIME"]) - time.time())
         length = min(lengths, default=math.inf)
         self.end = now + length - min(MARGIN * max(length, 0.0), MOST)
-        self._step, self._since = 0.0, now  # seconds of the slowest step, and when this one began
+        self._step, self._since = 0.0, math.inf  # seconds of the slowest step, and when this one began: none has yet
         self._guess, self._save = 0.0, 0.0  # seconds of a save
 
     def expect(self, size: int) -> None:
@@ -54,7 +54,7 @@ class Deadline:
         self._save = max(self._save, duration)
 
     def near(self) -> bool:
-        """Whether the step that is under way has to be the last. Is asked once in each step.
+        """Whether the step that is under way has to be the last. Is asked before the first, and once in each step.
 
         What comes after it: as much again as the slowest step so far, with whatever else happened in that one, a
         save, and a digest of the weights, which is no more than another.
@@ -64,6 +64,14 @@ class Deadline:
         self._since = now
         return self.passed()
 
+    def up(self, slack: float = 0.0) -> bool:
+        """Whether there is just time for a save and a digest, or will be in `slack` seconds: time to leave even what is
+        under way. May be asked at any time."""
+        return time.monotonic() + self._ending() + slack > self.end
+
     def passed(self, slack: float = 0.0) -> bool:
         """Whether it would have been too late for another step, `slack` seconds after the last was asked about."""
-        return self._since + self._step + 2 * (self._save or self._guess) + slack > self.end
+        return self._since + self._step + self._ending() + slack > self.end
+
+    def _ending(self) -> float:
+        return 2 * (self._save or self._guess)

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from mpiml.clock import unwatched
 from mpiml.documents import check_fields, finite, from_json, read, to_json
 from mpiml.errors import DirectoryError, OutputError
+from mpiml.run.lock import LOCK, Lock
 
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 ENVIRONMENT = "environment.json"
-LOCK = ".lock"
-PARTIAL = ".partial"  # ends the name of a file that is not whole yet
 RESULT = "result.json"
 RESULT_KINDS = {"status": str, "exit_code": int | None, "reason": str | None, "rank": int | None, "step": int}
 FAILED = ".failed-"  # made by the first rank of a job to report a failure; the name ends in the job's token
+PARTIAL = ".partial"  # ends the name of a file that is not whole yet
+# What killed jobs leave, in the directory and in checkpoints/, of the files that a run itself writes; .tmpXXXXXX is how
+# the safetensors library names a file that it has not finished.
+OWN = "|".join(re.escape(name) for name in (CONFIG, METRICS, ENVIRONMENT, RESULT))
+LEFT = re.compile(rf"{re.escape(FAILED)}[-\d]+|\.({OWN})\..+{re.escape(PARTIAL)}")
+LEFT_OF_CHECKPOINTS = re.compile(rf"\.step-\d+\.safetensors\..+{re.escape(PARTIAL)}|\.tmp[0-9A-Za-z]{{6}}")
+PART = 1 << 26  # bytes that are put on disk at once: some seconds on a slow one
+LONGEST = 200  # bytes of a file's name that its temporary name repeats; a file system takes 255 in all
 
 
 @contextmanager
@@ -32,20 +41,62 @@ def named_errors(action: str, path: Path) -> Iterator[None]:
         raise OutputError(f"cannot {action} {path}: {error.strerror or error}") from error
 
 
+class Parts:
+    """A file that is put on disk part by part while it is written, so that a watch sees a long write go on.
+
+    Args:
+        moved: is called after each part.
+    """
+
+    def __init__(self, file: IO[bytes], moved: Callable[[], object]):
+        self.file, self.moved = file, moved
+        self._waiting = 0  # bytes written since the last sync
+
+    def write(self, content: bytes | memoryview) -> int:
+        """Write bytes, or the content of an array."""
+        view = memoryview(content)
+        if view.nbytes:
+            view = view.cast("B")
+        for first in range(0, view.nbytes, PART):
+            self._waiting += self.file.write(view[first : first + PART])
+            if self._waiting >= PART:
+                self.sync()
+        return view.nbytes
+
+    def sync(self) -> None:
+        """Wait until all that was written is on disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self._waiting = 0
+        self.moved()
+
+
+def temporary(path: Path) -> Path:
+    """A name that no file has, in the directory of `path`."""
+    name = os.fsencode(path.name)[:LONGEST].decode(errors="ignore")
+    return path.with_name(f".{name}.{os.urandom(8).hex()}{PARTIAL}")
+
+
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path, action: str = "write", moved: Callable[[], object] = unwatched) -> Iterator[Parts]:
     """A file to write to in a block, which is put at `path` so that at any moment, also after a crash, the old or the
-    new is there whole. After an error in the block the old one stays."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    with named_errors("write", path):
+    new is there whole. After an error in the block the old one stays.
+
+    Args:
+        action: what an error says could not be done.
+        moved: is called whenever another part of the file is on disk.
+    """
+    unfinished = temporary(path)
+    with named_errors(action, path):
         try:
-            with open(temporary, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+            with open(unfinished, "xb") as file:
+                parts = Parts(file, moved)
+                yield parts
+                parts.sync()
+            os.replace(unfinished, path)
         except BaseException:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
             raise
         sync_directory(path.parent)
 
@@ -58,6 +109,10 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 def sync_directory(path: Path) -> None:
     """Make renames in a directory survive a power failure."""
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -65,15 +120,24 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_file(path: Path) -> None:
+    """Make all that was written to a file, if there is one, survive a power failure."""
+    with named_errors("write", path), contextlib.suppress(FileNotFoundError):
+        _sync(path)
+        _sync(path.parent)
+
+
 class RunDirectory:
     """The directory of one run, held by rank 0 for as long as it runs.
 
-    Raises DirectoryError if another run is, or goes on, in it, and OutputError if it cannot be written.
+    Raises DirectoryError if another run is, or goes on, in it, and OutputError if it cannot be read or written, or has
+    lost its checkpoints/.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        self._lock = self._take()
+        self._lock = Lock(path)
+        self.token = self._lock.token
 
     @classmethod
     def create(cls, out: str | None, name: str, resume: bool) -> RunDirectory:
@@ -89,35 +153,53 @@ class RunDirectory:
         with named_errors("create the run directory", path):
             path.mkdir(parents=True, exist_ok=True)
         directory = cls(path)
-        if holds_run(path) and not resume:
+        try:
+            directory._prepare(resume)
+        except BaseException:
             directory.close()
-            raise DirectoryError(f"{path} already holds a run: go on with it by --resume, or choose another --out")
-        with named_errors("create the run directory", path):
-            (path / CHECKPOINTS).mkdir(exist_ok=True)
-            for leftover in (*path.glob(f"{FAILED}*"), *path.glob(f"**/.*{PARTIAL}")):
-                leftover.unlink(missing_ok=True)
+            raise
         return directory
 
-    def _take(self) -> int:
-        with named_errors("open the run directory", self.path):
-            descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            raise DirectoryError(f"{self.path} is in use by another job that is still running") from None
-        except OSError:
-            pass  # a file system without locks: nothing to rely on there
-        return descriptor
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know."""
+        if self._lock.kernel_locks:
+            return []
+        return [f"warning: {self.path} cannot be locked: a second job in it is noticed only when one of them saves"]
+
+    def _prepare(self, resume: bool) -> None:
+        """checkpoints/ comes before all else of a run, also after a power failure: a run without it has lost it."""
+        checkpoints, here = self.path / CHECKPOINTS, names(self.path)
+        begun = here & {CONFIG, METRICS}
+        if not resume and (begun or (CHECKPOINTS in here and any(n.startswith("step-") for n in names(checkpoints)))):
+            raise DirectoryError(f"{self.path} already holds a run: go on with it by --resume, or choose another --out")
+        if begun and CHECKPOINTS not in here:
+            raise OutputError(
+                f"{checkpoints} is gone: put it back, or make it anew, empty, if nothing has been saved there yet"
+            )
+        with named_errors("create the run directory", self.path):
+            checkpoints.mkdir(exist_ok=True)
+            sync_directory(self.path)
+        _sweep(self.path, LEFT)
+        _sweep(checkpoints, LEFT_OF_CHECKPOINTS)
 
     def close(self) -> None:
         """Let others have the directory."""
-        os.close(self._lock)
+        self._lock.release()
 
 
-def holds_run(path: Path) -> bool:
-    """Whether there is anything of a run in a directory."""
-    return (path / CONFIG).exists() or (path / METRICS).exists() or any((path / CHECKPOINTS).glob("step-*"))
+def names(directory: Path) -> set[str]:
+    """What is in a directory. Raises OutputError if it cannot be read: that is not an empty one."""
+    with named_errors("read", directory):
+        return set(os.listdir(directory))
+
+
+def _sweep(directory: Path, left: re.Pattern[str]) -> None:
+    """Remove the files in a directory that have such names."""
+    with named_errors("read", directory), os.scandir(directory) as entries:
+        for entry in entries:
+            if left.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                Path(entry.path).unlink(missing_ok=True)
 
 
 def is_own(path: Path, run: Path) -> bool:

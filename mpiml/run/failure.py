@@ -15,7 +15,7 @@ from types import TracebackType
 from mpi4py import MPI
 
 from mpiml.clock import Clock
-from mpiml.errors import RunError
+from mpiml.errors import DirectoryError, RunError
 from mpiml.run.directory import FAILED, update_result
 
 ABORT_GRACE = 10  # seconds after which a process that MPI_Abort did not end ends itself
@@ -93,7 +93,7 @@ class Guard:
         trace = "" if known or isinstance(error, KeyboardInterrupt) else "".join(traceback.format_exception(error))
         sys.stderr.write(f"{text}\n{trace}")
         sys.stderr.flush()
-        if self.run is None or not self.run.is_dir():
+        if self.run is None or not self.run.is_dir() or isinstance(error, DirectoryError):  # which is another job's
             return
         outcome = {
             "status": "failed",

@@ -200,18 +200,21 @@ def cut(metrics: Path, step: int, last: int, eval_every: int, log_every: int) ->
 
     Returns what the lines that stay say, and what a person should know of damaged ones.
     """
-    content = content_of(metrics) if metrics.exists() else b""
-    there, problems = lines(metrics, content)
-    kept, entries = [], []
-    for line, entry in there:
+
+    def stays(entry: dict[str, Any]) -> bool:
+        if entry["step"] != step:
+            return bool(entry["step"] < step)
         every = eval_every if "evaluation" in entry else log_every
-        if entry["step"] < step or (entry["step"] == step and (step == last or (every and step % every == 0))):
-            kept.append(line)
-            entries.append(entry)
-    if b"".join(kept) != content:
-        write_atomically(metrics, b"".join(kept))
+        return step == last or (every > 0 and step % every == 0)
+
+    content = content_of(metrics)
+    there, problems = lines(metrics, content)
+    kept = [(line, entry) for line, entry in there if stays(entry)]
+    if (left := b"".join(line for line, _ in kept)) != content:
+        write_atomically(metrics, left)
     more = f" and so are {len(problems) - 1} more lines" if len(problems) > 1 else ""
-    return entries, [f"warning: {problems[0]}{more}; the rest is kept"] if problems else []
+    notes = [f"warning: {problems[0]}{more}; the rest is kept"] if problems else []
+    return [entry for _, entry in kept], notes
 
 
 def last_known(entries: list[dict[str, Any]], metric: str) -> dict[str, Any]:

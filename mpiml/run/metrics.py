@@ -13,8 +13,13 @@ ENTRY = {"step": int, "evaluation": dict[str, float | None], "loss": float | Non
 
 
 def content_of(metrics: Path) -> bytes:
-    """The whole file, however long it is. Raises OutputError if it cannot be read."""
-    return documents.read(metrics, math.inf)
+    """The whole file, however long it is; nothing if there is none. Raises OutputError if it cannot be read."""
+    try:
+        return documents.read(metrics, math.inf)
+    except OutputError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return b""
+        raise
 
 
 def lines(metrics: Path, content: bytes) -> tuple[list[tuple[bytes, dict[str, Any]]], list[str]]:
@@ -33,3 +38,22 @@ def lines(metrics: Path, content: bytes) -> tuple[list[tuple[bytes, dict[str, An
             if number < len(raw):
                 problems.append(str(error))
     return good, problems
+
+
+def entries(metrics: Path) -> list[dict[str, Any]]:
+    """What the lines of a metrics file say, if there is one; damaged ones are left out."""
+    return [entry for _, entry in lines(metrics, content_of(metrics))[0]]
+
+
+def missing(entries: list[dict[str, Any]], step: int, log_every: int, eval_every: int) -> list[int]:
+    """The steps whose lines a metrics file had when the checkpoint of `step` was written, and has no more at its end.
+
+    Whether it had the evaluation of `step` itself is not known. In an earlier job lines may have been further apart.
+    """
+    lost: set[int] = set()
+    for every, evaluations, last in ((log_every, False, step), (eval_every, True, step - 1)):
+        there = [entry["step"] for entry in entries if entry["step"] <= last and ("evaluation" in entry) == evaluations]
+        *_, before, newest = 0, 0, *there
+        if every and last - newest >= max(every, newest - before):
+            lost.update(range((newest // every + 1) * every, last + 1, every))
+    return sorted(lost)

@@ -88,9 +88,13 @@ class StopRequest:
         late = self.deadline.near()
         return self.asked or late
 
+    def at_once(self) -> bool:
+        """Whether to leave even an evaluation that is under way, for it can be made again."""
+        return self.asked or self.deadline.up()
+
     def reason(self) -> str:
         """Why the ranks have agreed to stop, as far as this one knows."""
-        late = self.deadline.passed(SOON)
+        late = self.deadline.passed(SOON) or self.deadline.up(SOON)
         return "time is nearly up" if late and not self.asked else "asked to stop by a signal"
 
     def _ask(self, number: int, frame: object) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,7 +21,7 @@ from mpi4py import MPI
 from mpiml.clock import Clock
 from mpiml.errors import ConfigError, OutputError, RunError
 from mpiml.run.clocks import Ruler
-from mpiml.run.directory import PARTIAL, is_own, named_errors, write_atomically
+from mpiml.run.directory import is_own, named_errors, temporary, write_atomically
 from mpiml.run.verdict import on_rank_0
 from mpiml.waiting import wait
 
@@ -119,8 +118,8 @@ def check(path: str | None, run: str | None) -> None:
         if Path(path).is_dir():
             raise IsADirectoryError(None, "is a directory")
         parent = next(folder for folder in Path(path).absolute().parents if folder.exists())
-        probe = parent / f".{Path(path).name}.{os.getpid()}{PARTIAL}"
-        probe.touch()
+        probe = temporary(parent / Path(path).name)
+        probe.touch(exist_ok=False)
         probe.unlink()
 
 

@@ -195,6 +195,7 @@ def _evaluate(
     kept = Predictions(here, task) if predictions else None
     stage = Stage(grid.pipe, here, clock)
     record = tests.score(stage, metric, clock, found.step)
+    assert record, "nobody asks it to leave off"
     if kept:
         kept.write(Path(predictions or ""), tests, clock)
     score = on_rank_0(grid.comm, clock, lambda: metric.value(record.metric))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -16,7 +16,7 @@ from mpiml.evaluation import Evaluation
 from mpiml.nn.parameters import Shape
 from mpiml.parallel.stage import Part
 from mpiml.partition import part
-from mpiml.run.directory import replacing
+from mpiml.run.directory import Parts, replacing
 from mpiml.run.verdict import on_rank_0
 from mpiml.waiting import broadcast, wait
 
@@ -65,7 +65,7 @@ class Predictions:
         def written() -> None:
             clock("log")
             try:
-                with replacing(path) as file:
+                with replacing(path, moved=clock.progress) as file:
                     _write(file, path.suffix, arrays, (len(tests.split), *shape), dtype)
             finally:
                 for _ in arrays:  # whatever happened: others wait until their messages are taken
@@ -91,7 +91,7 @@ class Predictions:
                 yield array
 
 
-def _write(file: IO[bytes], suffix: str, arrays: Iterator[Rows], shape: Shape, dtype: DTypeLike) -> None:
+def _write(file: Parts, suffix: str, arrays: Iterator[Rows], shape: Shape, dtype: DTypeLike) -> None:
     if suffix == ".npy":
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)

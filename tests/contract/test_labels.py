@@ -78,6 +78,15 @@ def test_any_number_may_mean_no_label(
     assert (json.loads(saved.task)["outputs"], json.loads(saved.task)["ignore"]) == (3, label)
 
 
+def test_a_transform_gives_classes_or_what_is_said_to_be_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "signs.py").write_text("def drop(x, y, rng):\n    return x, y - 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    made = {name: np.maximum(of, 0) if name[0] == "y" else of for name, of in arrays(several=False).items()}
+    with pytest.raises(DataError, match="--transform signs:drop gave a label of -1, but classes are numbered from 0"):
+        trained(tmp_path / "a", made, transform="signs:drop")
+    assert trained(tmp_path / "b", made, transform="signs:drop", ignore=-1)["status"] == "done"
+
+
 def test_a_run_that_says_nothing_of_it_has_ignored_minus_one(tmp_path: Path) -> None:
     """As all did before there was a word for it: scored and gone on with as it was trained."""
     made = arrays(several=False)

@@ -60,8 +60,10 @@ def interrupted(whole: Job, path: Path, step: int) -> Path:
         file.unlink()
     result = json.loads((path / "result.json").read_text())
     (path / "result.json").write_text(json.dumps(result | {"status": "running"}))
-    with open(path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 15, "los')
+    lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    if not step:  # before its first save, which comes after step 1
+        lines.clear()
+    (path / "metrics.jsonl").write_text("".join(lines) + '{"step": 15, "los')
     return path
 
 
@@ -212,6 +214,36 @@ def test_signal_in_the_start_in_a_save_or_at_the_end(tmp_path: Path, phase: str,
     assert whole.returncode == 0, whole.stderr
     ends = [json.loads((tmp_path / name / "result.json").read_text())["weights_sha256"] for name in ("run", "whole")]
     assert ends[0] == ends[1]
+
+
+EVALUATED = "--steps 10 --microbatches 4 --eval-every 4 --eval-rows 8 --log-every 2"
+
+
+def evaluated(path: Path, ranks: int, phase: str, kind: str, flags: str) -> Job:
+    done = launch(ranks, *TROUBLE, phase, kind, "--out", str(path), *EVALUATED.split(), *flags.split())
+    return Job(done.returncode, done.stdout, done.stderr, path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return evaluated(tmp_path_factory.mktemp("undisturbed") / "run", 1, "never", "term", "")
+
+
+@pytest.mark.parametrize(("kind", "save_every", "code"), [("term", 6, 75), ("raise", 4, 70)])
+def test_what_ends_in_an_evaluation_is_saved_and_evaluated_later(
+    tmp_path: Path, undisturbed: Job, kind: str, save_every: int, code: int
+) -> None:
+    """A stop soon after it is asked for, with a checkpoint of its own; a failure with the one that was due."""
+    job = evaluated(tmp_path / "run", 4, "evaluation", kind, f"--pipe 2 --save-every {save_every}")
+    assert job.code == code, job.err
+    assert [path.name for path in (job.run / "checkpoints").iterdir()] == ["step-000000004.safetensors"]
+    assert not any("evaluation" in line for line in job.metrics)
+    assert (job.result["exit_code"], job.result["step"]) == (code, 4)
+    again = evaluated(tmp_path / "run", 2, "never", kind, "--resume")
+    assert again.code == 0, again.err
+    assert comparable(again) == comparable(undisturbed)
+    for key in ("status", "step", "loss", "accuracy", "test_loss", "weights_sha256"):
+        assert again.result[key] == undisturbed.result[key], key
 
 
 def test_signal_before_mpi_is_up_stops_too(tmp_path: Path) -> None:

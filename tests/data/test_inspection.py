@@ -45,7 +45,9 @@ def test_what_is_ignored_is_counted_and_is_no_extreme(dtype: str) -> None:
 def test_inspect_looks_at_all_of_a_source_longer_than_its_scan() -> None:
     values = np.zeros((4, SCAN // 8 // 2 + 1))  # a row is more than half a scan, so that each is a scan of its own
     values[[1, 3], -1] = np.inf
-    assert inspect(source(values), np.arange(0, 4)) == Findings(bad_rows=2, first_bad=1)
+    moves: list[int] = []
+    assert inspect(source(values), np.arange(0, 4), moved=lambda: moves.append(1)) == Findings(bad_rows=2, first_bad=1)
+    assert len(moves) == 4
     assert inspect(source(values), np.arange(2, 4)) == Findings(bad_rows=1, first_bad=3)
 
 

@@ -35,6 +35,13 @@ def test_mean_0_and_deviation_1(parts: int, scan: int, monkeypatch: pytest.Monke
     np.testing.assert_array_equal(rows, (exact - found.mean) * found.scale)
 
 
+def test_each_chunk_is_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(normalize, "SCAN", 100 * 8 * 6)
+    moves: list[int] = []
+    moments(ArraySource(X), np.arange(500), lambda: moves.append(1))
+    assert len(moves) == 5
+
+
 def test_empty_shards_add_nothing() -> None:
     empty = np.arange(0)
     one, other = over([np.arange(500)]), over([empty, empty, np.arange(500), empty])

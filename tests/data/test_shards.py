@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mpiml.data import shards as module
 from mpiml.data.dataset import Split
 from mpiml.data.shards import Shards, blocks, chunks, classes_seen, starved
 from mpiml.data.sources import ArraySource
@@ -255,6 +256,19 @@ def labelled(labels: np.ndarray, microbatches: int, strided: bool = False) -> st
     classes = int(labels.max()) + 1
     (counts, seen), (others, also) = (classes_seen(half, classes) for half in (first, last))
     return starved(counts + others, seen + also)
+
+
+def test_labels_are_counted_some_at_a_time_and_each_time_is_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = np.arange(90) % 7 - 1
+    source = ArraySource(labels)
+    shards_ = Shards(Split(source, source), 3, 9, SEED, 0, 2, "float32")
+    whole = classes_seen(shards_, 7)
+    monkeypatch.setattr(module, "SCAN", 8)
+    moves: list[int] = []
+    for one, other in zip(classes_seen(shards_, 7, lambda: moves.append(1)), whole, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert whole[0].tolist() == [sum(labels[:60] == label) for label in range(7)]
+    assert len(moves) == 2 * 4
 
 
 @pytest.mark.parametrize("microbatches", [2, 4, 16, 60])

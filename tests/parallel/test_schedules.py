@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mpiml.parallel.schedules import SCHEDULES, Action, forward_only, gpipe, one_f_one_b
+from mpiml.parallel.schedules import SCHEDULES, Action, gpipe, one_f_one_b
 from mpiml.parallel.simulator import Deadlock, draw, simulate
 
 F, B = 1.0, 2.0  # times of a forward and of a backward pass; unequal, so that mixing them up shows
@@ -62,11 +62,6 @@ def test_stages_and_messages_may_take_times_of_their_own() -> None:
 def test_no_micro_batches(name: str, stages: int) -> None:
     simulation = simulate(SCHEDULES[name], stages, 0)
     assert (simulation.slots, simulation.makespan, simulation.bubble()) == ([], 0.0, 0.0)
-
-
-def test_evaluation_goes_forward_only() -> None:
-    assert list(forward_only(3, 1, 4)) == [Action("F", m) for m in range(4)]
-    assert simulate(forward_only, 3, 4).makespan == 4 + 3 - 1
 
 
 def impatient(stages: int, stage: int, microbatches: int) -> Iterator[Action]:

@@ -9,6 +9,7 @@ import pytest
 
 from mpiml.run import deadline
 from mpiml.run.deadline import Deadline
+from mpiml.run.process import StopRequest
 
 
 @pytest.mark.parametrize(
@@ -64,6 +65,35 @@ def test_a_step_more_and_the_margin_are_kept(clock: Time) -> None:
     """Of 100 seconds 10 are the margin; after step 85 another of 5 would just fit."""
     assert clock.last_step(Deadline("1:40"), 5.0) == pytest.approx(90, abs=5)
     assert clock.last_step(Deadline("100:00"), 5.0) == pytest.approx(6000 - 30 - 5, abs=5)
+
+
+def test_the_start_is_no_step(clock: Time) -> None:
+    """Of a limit of a minute, 28 seconds for reading the data leave 26 to train in."""
+    limit = Deadline("1:00")
+    clock.now += 28
+    assert clock.last_step(limit, 1.0) == pytest.approx(60 - 28 - 6 - 1, abs=1)
+
+
+def test_what_is_under_way_is_left_when_only_a_save_is_possible(clock: Time) -> None:
+    limit = Deadline("10:00")
+    limit.saved(40)
+    limit.near()
+    clock.now += 600 - 30 - 80 - 1
+    assert not limit.up()
+    assert limit.up(slack=2)
+    clock.now += 2
+    assert limit.up()
+    assert not Deadline().up()
+
+
+def test_an_evaluation_is_left_when_time_is_up(clock: Time) -> None:
+    stop = StopRequest(Deadline("10:00"))
+    assert not stop.now()
+    clock.now += 300
+    assert not stop.at_once()
+    clock.now += 271
+    assert stop.at_once()
+    assert stop.reason() == "time is nearly up"
 
 
 def test_two_saves_are_kept_as_long_as_the_slowest_was(clock: Time) -> None:

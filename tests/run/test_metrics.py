@@ -1,14 +1,18 @@
-"""A metrics file that is read back: what is damaged is said, but for a line that was never finished."""
+"""A metrics file that is read back: what stays when a run goes on, which lines are lost, and which are damaged."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mpiml.errors import OutputError
 from mpiml.run.log import cut, last_known
+from mpiml.run.metrics import entries as read_entries
+from mpiml.run.metrics import missing
 
 LINES = [
     b'{"step": 1, "loss": 2.0}\n',
@@ -65,3 +69,53 @@ def test_the_last_known_values_may_be_missing(tmp_path: Path) -> None:
     entries, _ = cut(tmp_path / "m", 9, 9, 2, 1)
     assert last_known(entries, "score") == {"loss": 0.5, "score": None, "test_loss": 1.5}
     assert last_known([{"step": 1}], "score") == {"loss": None}
+
+
+def line(step: int) -> dict[str, Any]:
+    return {"step": step, "loss": 1.0}
+
+
+def score(step: int) -> dict[str, Any]:
+    return {"step": step, "evaluation": {"loss": 1.0}}
+
+
+def every(apart: int, last: int, of: Any = line, first: int = 0) -> list[dict[str, Any]]:
+    return [of(step) for step in range(first + apart, last + 1, apart)]
+
+
+@pytest.mark.parametrize(
+    ("entries", "step", "lost"),
+    [
+        (every(10, 90) + every(30, 60, score), 95, [90]),  # an evaluation
+        (every(10, 90) + every(30, 90, score), 95, []),
+        (every(10, 90) + every(30, 60, score), 90, []),  # which comes after the save, so that it will be made again
+        (every(10, 60) + every(30, 60, score), 89, [70, 80]),
+        (every(10, 100) + every(30, 90, score), 60, []),  # those after the checkpoint do not count
+        ([], 35, [10, 20, 30]),
+        ([], 9, []),
+        (every(50, 100) + every(30, 90, score), 119, []),  # another job logged less
+        (every(1, 95) + every(30, 90, score), 99, []),  # and another more
+    ],
+)
+def test_lines_that_are_lost_before_a_checkpoint(entries: Any, step: int, lost: list[int]) -> None:
+    assert missing(entries, step, 10, 30) == lost
+
+
+def test_evaluations_are_not_missed_where_there_are_none() -> None:
+    assert missing(every(10, 90), 95, 10, 0) == []
+
+
+def test_what_is_cut_and_what_stays(tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    assert cut(metrics, 0, 9, 4, 2) == ([], [])
+    assert not metrics.exists()
+    entries = [line(2), line(4), score(4), line(6), score(8)]
+    text = "".join(json.dumps(entry) + "\n" for entry in entries)
+    metrics.write_text(text + '{"step": 9, "lo')
+    assert read_entries(metrics) == entries
+    assert cut(metrics, 4, 9, 4, 2) == (entries[:3], [])
+    assert [json.loads(row) for row in metrics.read_text().splitlines()] == entries[:3]
+    before = metrics.stat().st_ino
+    cut(metrics, 4, 9, 4, 2)
+    assert metrics.stat().st_ino == before
+    assert cut(metrics, 4, 9, 3, 2) == (entries[:2], [])

@@ -19,6 +19,7 @@ from mpiml.errors import ConfigError, DataError
 from mpiml.nn.layers import Conv2d, Flatten, Layer, LayerNorm, Linear, ReLU
 from mpiml.parallel import grid as grids
 from mpiml.parallel import slices, tree
+from mpiml.parallel.exchange import tags
 from mpiml.parallel.memory import SharedMemory
 from mpiml.study import activations, costs, trainer
 from mpiml.study.job import Job, job_of, needs
@@ -153,13 +154,14 @@ class Recording(MPI.Intracomm):
         return made
 
     notes: list[tuple[str, int, int]]
+    tags = 1  # of a bucket
 
     def Send_init(self, buf: Any, dest: int, tag: int = 0) -> MPI.Prequest:
-        self.notes.append(("values out" if tag == 0 else "gradients out", dest, buf.nbytes))
+        self.notes.append(("values out" if tag % self.tags == 0 else "gradients out", dest, buf.nbytes))
         return super().Send_init(buf, dest, tag)
 
     def Recv_init(self, buf: Any, source: int = -1, tag: int = -1) -> MPI.Prequest:
-        self.notes.append(("values in" if tag == 0 else "gradients in", source, buf.nbytes))
+        self.notes.append(("values in" if tag % self.tags == 0 else "gradients in", source, buf.nbytes))
         return super().Recv_init(buf, source, tag)
 
     def Isend(self, buf: Any, dest: int, tag: int = 0) -> MPI.Request:
@@ -198,6 +200,7 @@ def test_a_real_run_allocates_and_sends_as_planned(
 
     monkeypatch.setattr(grids, "build", recording)
     made = job(WORLD.size, node_ranks, **settings)
+    monkeypatch.setattr(Recording, "tags", tags(made.config.microbatches or 1))
     real = trainer.Trainer(WORLD, made.config, arrays(120))
     for _ in range(made.steps_per_epoch):
         real.step()

@@ -1,0 +1,174 @@
+"""Who holds a run directory: one job at a time, also where a file system has no locks or its lock file is removed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import time
+from dataclasses import astuple, dataclass
+from pathlib import Path
+
+from mpiml.errors import DirectoryError, OutputError
+
+LOCK = ".lock"
+OURS = "mpiml"  # begins what .lock says, so that a file of another program is left as it is
+CONTENT = 4096  # bytes that are read of it
+# O_NONBLOCK: a FIFO of that name must not keep us waiting.
+READ, WRITE = os.O_RDONLY | os.O_NONBLOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The process that holds a directory, as .lock says it.
+
+    Attributes:
+        token: of the job; no two have the same.
+        kernel: where `pid` means something: on which machine, since which boot, in which PID namespace.
+        started: when, by that kernel; a later process may have the same number.
+    """
+
+    token: str
+    host: str
+    kernel: str
+    pid: str
+    started: str
+
+    @classmethod
+    def this_process(cls, token: str) -> Owner:
+        """This one."""
+        pid = str(os.getpid())
+        return cls(token, socket.gethostname() or "unknown", _kernel(), pid, _started(pid))
+
+    @classmethod
+    def parse(cls, content: bytes) -> Owner | None:
+        """From what .lock holds; None if that is nothing, or not ours."""
+        first, *fields = content.decode(errors="replace").split() or [""]
+        return cls(*fields) if first == OURS and len(fields) == 5 else None
+
+    def line(self) -> bytes:
+        """The reverse of `parse`."""
+        return (" ".join([OURS, *astuple(self)]) + "\n").encode()
+
+    def lives(self) -> bool:
+        """Whether it is a process of this machine that goes on; False if there is no telling."""
+        return self.kernel == _kernel() != "unknown" and self.started == _started(self.pid) != "ended"
+
+    def __str__(self) -> str:
+        return f"another job (process {self.pid} on {self.host})"
+
+
+class Lock:
+    """Holds a directory from when it is made until `release`, or until this process ends, however it ends.
+
+    The kernel locks the directory itself, which nobody removes by mistake, and .lock in it, for network file systems
+    lock files only. Where neither works, .lock still says whose the directory is: a living process of this machine
+    keeps it; any other loses it, and notices by `check`.
+
+    Attributes:
+        token: of this job.
+        kernel_locks: whether one of the two could be locked.
+
+    Raises DirectoryError if another job has the directory, OutputError if it cannot be opened.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.token = f"{os.getpid()}-{time.time_ns()}"
+        self._descriptors: list[int] = []
+        try:
+            self._descriptors.append(os.open(directory, os.O_RDONLY))
+            self._descriptors.append(os.open(directory / LOCK, WRITE, 0o666))
+            self.kernel_locks = True in [_locked(descriptor) for descriptor in self._descriptors]
+            owner = _owner(directory)
+            if owner and owner.lives():
+                raise BlockingIOError
+            _claim(directory, self.token)
+        except BlockingIOError:
+            self.release()
+            raise DirectoryError(f"{directory} is in use by another job that is still running") from None
+        except OSError as error:
+            self.release()
+            raise OutputError(f"cannot open the run directory {directory}: {error.strerror or error}") from error
+
+    def release(self) -> None:
+        """Let others have the directory."""
+        with contextlib.suppress(OSError):
+            owner = _owner(self.directory)
+            if owner and owner.token == self.token:
+                os.truncate(self.directory / LOCK, 0)
+        for descriptor in self._descriptors:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+        self._descriptors.clear()
+
+
+def check(directory: Path, token: str) -> None:
+    """Raise DirectoryError if another job has taken the directory from the job of this token, whose process calls it.
+
+    A lock file that was removed is written again.
+    """
+    owner = _owner(directory)
+    if owner is None:
+        _claim(directory, token)
+    elif owner.token != token:
+        raise DirectoryError(f"{directory} has been taken over by {owner}: nothing more is saved there by this one")
+
+
+def _locked(descriptor: int) -> bool:
+    """Whether the kernel locks a file for this process. Raises BlockingIOError if another one has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False  # a file system without locks, or a network's, which does not lock directories
+    return True
+
+
+def _owner(directory: Path) -> Owner | None:
+    """Whom .lock names."""
+    try:
+        descriptor = os.open(directory / LOCK, READ)
+    except FileNotFoundError:
+        return None
+    try:
+        return Owner.parse(_read(descriptor))
+    finally:
+        os.close(descriptor)
+
+
+def _claim(directory: Path, token: str) -> None:
+    """Write into .lock that the directory is this job's, unless the file is another program's."""
+    descriptor = os.open(directory / LOCK, WRITE, 0o666)
+    try:
+        content, line = _read(descriptor), Owner.this_process(token).line()
+        if not content or content.split()[:1] == [OURS.encode()]:
+            os.pwrite(descriptor, line, 0)
+            os.ftruncate(descriptor, len(line))
+    finally:
+        os.close(descriptor)
+
+
+def _read(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, CONTENT)
+    except BlockingIOError:  # a FIFO
+        return b""
+
+
+def _kernel() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return "unknown"
+
+
+def _started(pid: str) -> str:
+    """When a process of this machine began, in clock ticks since boot; "ended" if it has."""
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "ended"
+    return "ended" if state in "ZX" else fields[18]
