@@ -55,7 +55,6 @@ class Shim:
         self._log = REAL["open"](record, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if record else -1
         self._fails_at, self._error = map(int, fail.split(":")) if fail else (0, 0)
         self._count = 0
-        self._known = {os.path.join(where, name) for where, _, files in os.walk(self.directory) for name in files}
 
     def path(self, name: Any, at: int | None = None) -> str:
         """The path of what a call names, if it is in the directory, else nothing."""
@@ -71,23 +70,14 @@ class Shim:
         if self._count == self._fails_at:
             self._note(kind, path, fails=self._error)
             raise OSError(self._error, os.strerror(self._error), path)
-        self._adopt(kind, path)
         value = real()
         self._note(kind, path, **{key: get(value) if callable(get) else get for key, get in more.items()})
         return value
 
     def _note(self, kind: str, path: str, **more: Any) -> None:
-        self._known.add(path)
         line = {"call": self._count, "kind": kind, "path": os.path.relpath(path, self.directory), **more}
         if self._log >= 0:
             REAL["write"](self._log, json.dumps(line).encode() + b"\n")
-
-    def _adopt(self, kind: str, path: str) -> None:
-        """Record a file that a library has written by itself, when Python first opens it."""
-        if kind == "open" and path not in self._known and os.path.isfile(path):
-            with REAL_OPEN(path, "rb") as file:
-                self._note("create", path, truncates=True)
-                self._note("write", path, at=0, data=file.read().hex())
 
     def open(self, path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
         where = self.path(path, dir_fd)
