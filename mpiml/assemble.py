@@ -161,7 +161,7 @@ def assemble(
     layout = layouts[grid.stage]
     sum_, agreement, notes = place(config, grid, layout, 2 + metric.columns, clock)
     layout.bind(sum_.values)
-    layout.initialise(sum_.values, config.seed, *sum_.worker)
+    together(grid.comm, clock, functools.partial(layout.initialise, sum_.values, config.seed, *sum_.worker))
     here.gradients = gradients(layout, sum_)
     optimizer = optimizers.build(config.optimizer, config.momentum, config.weight_decay or 0.0)
     update = Update(grid.comm, grid.replica, sum_, optimizer, config.clip, shards.rows_of, clock)
@@ -201,12 +201,13 @@ def build_stage(
     Raises, on all ranks alike, ConfigError for a model, a loss or a metric that does not fit.
     """
 
-    def made() -> tuple[Loss, Metric, list[nn.Layer], list[StageDesign]]:
+    def made() -> tuple[Loss, Metric, list[nn.Layer], list[StageDesign], dict[str, str]]:
         layers = model_for(config, task, model)
-        return build_loss(config), build_metric(config, task.outputs), layers, cut(config, layers, task.shape)
+        stages = cut(config, layers, task.shape)
+        return build_loss(config), build_metric(config, task.outputs), layers, stages, described(layers, config.seed)
 
-    loss, metric, layers, stages = together(grid.comm, clock, made)
-    launch.check_alike(grid.comm, clock, described(layers, config.seed), ONE_MODEL)
+    loss, metric, layers, stages, text = together(grid.comm, clock, made)
+    launch.check_alike(grid.comm, clock, text, ONE_MODEL)
     stage = stages[grid.stage]
     here = Part(
         forward=functools.partial(nn.forward, stage.layers, learned=stage.learned),

@@ -36,7 +36,12 @@ class Config:
     """
 
     data: str = setting(
-        "digits", GROUPS[0], "digits, a file or directory, or package.module:function", metavar="SPEC", or_named=True
+        "digits",
+        GROUPS[0],
+        "digits, a file or directory, or package.module:function; a run that goes on may find the same data elsewhere",
+        on_resume=True,
+        metavar="SPEC",
+        or_named=True,
     )
     label: str | None = setting(None, GROUPS[0], "column of a CSV or Parquet file that holds the labels")
     context: int | None = setting(None, GROUPS[0], "bytes of a text, or tokens, that make a row", low=1)
@@ -93,7 +98,9 @@ class Config:
         choices=["auto", "accuracy", "r2"],
         or_named=True,
     )
-    init: str | None = setting(None, GROUPS[0], "begin with the weights of this checkpoint, at step 0", metavar="FILE")
+    init: str | None = setting(
+        None, GROUPS[0], "begin with the weights of this checkpoint, at step 0", on_resume=True, metavar="FILE"
+    )
 
     pipe: int = setting(1, GROUPS[1], "pipeline stages; ranks / stages replicas", low=1, on_resume=True)
     cuts: tuple[int, ...] = setting(

@@ -16,6 +16,7 @@ from mpiml.nn import optimizers
 from mpiml.nn.parameters import Layout, Shape
 from mpiml.parallel import split
 from mpiml.parallel.tree import aligned
+from mpiml.setting import absolute
 
 DEFAULT_EPOCHS = 30
 
@@ -26,7 +27,7 @@ def open_data(config: Config) -> Dataset:
 
 
 def resolve(config: Config, rows: int, classification: bool, replicas: int, before: Config | None = None) -> Config:
-    """The config with all that was left open decided, so that its text repeats the run on any grid.
+    """The config with all that was left open decided, so that its text repeats the run on any grid, from anywhere.
 
     `before` is that of the run that it goes on with, if there is one.
 
@@ -49,6 +50,8 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int, befo
         check_fall(config, before, steps)
     decay = config.weight_decay
     return scored(config, classification).replace(
+        data=absolute(config.data),
+        init=config.init and absolute(config.init),
         microbatches=microbatches,
         steps=steps,
         epochs=None,
@@ -146,6 +149,18 @@ def grid_text(stages: int, replicas: int, microbatches: int) -> str:
         power = 1 << (microbatches // replicas).bit_length() - 1
         text += f" (--microbatches {power * replicas} would need the fewest messages on this one)"
     return text
+
+
+def busy(config: Config, before: Config | None, ranks: int) -> int:
+    """How many of `ranks` have work: all of them, unless a run goes on that has fewer micro-batches than they would
+    make replicas. `before` as of `resolve`."""
+    return min(ranks, config.pipe * config.microbatches) if before and config.microbatches else ranks
+
+
+def idle_text(busy: int, idle: int, microbatches: int) -> list[str]:
+    """One line on ranks that idle, if there are any, for a run has only so many micro-batches for the busy ones."""
+    keeps = f"--microbatches {microbatches} of the run keeps {busy} busy"
+    return [f"{busy + idle} ranks, but {keeps}: {_count(idle, 'rank')} idle"] if idle else []
 
 
 def _count(number: int, thing: str) -> str:

@@ -35,10 +35,15 @@ def open_data(config: Config, comm: MPI.Intracomm, clock: Clock, data: Dataset |
 
     Raises, on all ranks alike, DataError or ConfigError if there is none, or if some rank has another.
     """
+    elsewhere = "; if the run's data lie elsewhere in this job, say where by --data"
 
     def opened() -> tuple[Dataset, Fingerprint]:
-        opened = data or design.open_data(config)
-        return opened, opened.fingerprint
+        try:
+            opened = data or design.open_data(config)
+            return opened, opened.fingerprint
+        except DataError as error:
+            stored = config.resume and "data" not in (config.given or ())
+            raise DataError(f"{error}{elsewhere if stored else ''}") from error
 
     mine, fingerprint = together(comm, clock, naming(comm.rank, comm.size, opened))
     first = broadcast(comm, fingerprint)

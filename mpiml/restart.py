@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mpiml import documents
 from mpiml.assemble import Run
 from mpiml.build import Task, check_constants
 from mpiml.config import Config
@@ -35,7 +36,7 @@ from mpiml.run.directory import (
 from mpiml.run.metrics import entries, missing
 from mpiml.run.verdict import on_rank_0
 from mpiml.saved import CODE, settings_in, settings_of
-from mpiml.setting import flag
+from mpiml.setting import absolute, flag
 
 
 def settings(asked: Config) -> tuple[Config, Config | None]:
@@ -46,25 +47,33 @@ def settings(asked: Config) -> tuple[Config, Config | None]:
     """
     if not (asked.resume and asked.out):
         return asked, None
-    stored, checkpoints = Path(asked.out) / CONFIG, Path(asked.out) / CHECKPOINTS
+    path = Path(asked.out)
+    stored, checkpoints = path / CONFIG, path / CHECKPOINTS
     if stored.exists():
         before = settings_in(stored)
     elif checkpoints.is_dir() and (newest := checkpoint.newest(checkpoints, lambda name: False)[0]):
         before = settings_of(newest, CODE, {name: getattr(asked, name) for name in asked.given or ()})
     else:
         return asked, None
-    return asked.resumed(before), before
+    cfg = asked.resumed(before)
+    if absolute(cfg.data) != absolute(before.data) and environment.data(path) is None:
+        raise DataError(
+            f"--data {cfg.data}: the run in {path} has {before.data}, and without its {ENVIRONMENT} nothing tells "
+            "whether these are the same data"
+        )
+    return cfg, before
 
 
 def check_saved(cfg: Config, layouts: Sequence[Layout]) -> None:
-    """Raise OutputError if what the run is to begin with, --init or its own checkpoints, is of another model: before
-    anything is written, and before memory that only a damaged file asks for is. Rank 0 calls it."""
+    """Raise OutputError if what the run is to begin with, its own checkpoints or else --init, is of another model:
+    before anything is written, and before memory that only a damaged file asks for is. Rank 0 calls it."""
     needed = needed_kinds(layouts, (VALUES,))
-    if cfg.init:
+    checkpoints = Path(cfg.out or "") / CHECKPOINTS
+    if cfg.resume and checkpoints.is_dir() and checkpoint.listed(checkpoints):
+        checkpoint.check_newest(checkpoints, needed)
+    elif cfg.init:
         first = checkpoint.load(Path(cfg.init), lambda name: not name.startswith("optimizer."))
         checkpoint.check_kinds(first.origin, checkpoint.kinds_of(first.arrays), needed)
-    if cfg.resume and cfg.out and (Path(cfg.out) / CHECKPOINTS).is_dir():
-        checkpoint.check_newest(Path(cfg.out) / CHECKPOINTS, needed)
 
 
 def finished(cfg: Config) -> dict[str, Any] | None:
@@ -110,16 +119,18 @@ def opened(run: Run, name: str) -> Iterator[Opened]:
 
     def take() -> Opened:
         held.append(RunDirectory.create(run.config.out, f"{name}-{run.config.model}", run.config.resume))
-        notes = [f"warning: {text}" for text in environment.warnings(ranks or [])] + held[0].notes
-        before = read_result(held[0].path)
+        path, job = held[0].path, environment.of_job(ranks or [], run.fingerprint)
+        job, changes = environment.going_on(environment.read(path), job, checkpoint.last_step(path / CHECKPOINTS))
+        notes = [f"warning: {text}" for text in (*environment.warnings(ranks or []), *changes)] + held[0].notes
+        before = read_result(path)
         if before.get("status") == "running":
             notes.append("the last job in this directory ended without a word: killed, or its node failed")
         elif before.get("status") == "failed":
             notes.append(f"the last job in this directory failed: {before.get('reason')}")
-        _check_same_data(run, held[0].path)
-        _check_nothing_vanished(run.config, held[0].path, before)
-        _begin(run, held[0].path, ranks or [])
-        return Opened(held[0].path, held[0].token, notes)
+        _check_same_data(run, path)
+        _check_nothing_vanished(run.config, path, before)
+        _begin(run, path, job)
+        return Opened(path, held[0].token, notes)
 
     try:
         known: Opened = on_rank_0(run.grid.comm, run.clock, take)
@@ -133,7 +144,7 @@ def _check_same_data(run: Run, path: Path) -> None:
     """Raise DataError if the run in a directory was trained on other data."""
     before = environment.data(path)
     if before and (other := difference(run.fingerprint, before, "in the run so far")):
-        raise DataError(f"{run.config.data} has changed since the run in {path} began: {other}")
+        raise DataError(f"{run.config.data} holds other data than the run in {path} was trained on: {other}")
 
 
 def _check_nothing_vanished(config: Config, path: Path, result: Mapping[str, Any]) -> None:
@@ -151,9 +162,9 @@ def _check_nothing_vanished(config: Config, path: Path, result: Mapping[str, Any
         )
 
 
-def _begin(run: Run, path: Path, ranks: list[dict[str, Any]]) -> None:
+def _begin(run: Run, path: Path, job: Mapping[str, Any]) -> None:
     write_atomically(path / CONFIG, run.config.to_toml())
-    write_atomically(path / ENVIRONMENT, environment.to_json(ranks, run.fingerprint))
+    write_atomically(path / ENVIRONMENT, documents.to_json(job, indent=2) + "\n")
     running = {
         "status": "running",
         "exit_code": None,
@@ -205,6 +216,8 @@ def restore(run: Run, path: Path) -> Restored:
             found, problems = checkpoint.newest(path / CHECKPOINTS, moved=run.clock.progress)
             begin = _log_so_far(run, path, found, [f"warning: skipped {problem}" for problem in problems])
         names = tuple(run.state.mine) if found else ()
+        if found and "init" in (cfg.given or ()):
+            begin.notes.append(f"--init {cfg.init} is not read: it is for a run's first step")
         if not found and cfg.init:
             found, names = checkpoint.load(Path(cfg.init), moved=run.clock.progress), (VALUES,)
             begin.notes.append(f"first weights from {cfg.init}")

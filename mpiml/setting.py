@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import math
+import os
 import types
 import typing
 from collections.abc import Sequence
@@ -94,6 +96,16 @@ def guess(word: str, known: Sequence[str]) -> str:
 
     close = difflib.get_close_matches(word, known, 1)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+def absolute(spec: str) -> str:
+    """A path, which may be a pattern with *, as a job finds it from any directory; digits and package.module:function
+    as they are."""
+    if spec == "digits" or is_name(spec) or os.path.isabs(spec):
+        return spec
+    here = os.getcwd()
+    pattern = glob.has_magic(spec) and not os.path.exists(spec)
+    return os.path.join(glob.escape(here) if pattern else here, spec)
 
 
 def text(value: Any) -> str:

@@ -42,6 +42,7 @@ from mpiml.parallel import grid as grids
 from mpiml.parallel.record import Record, agree
 from mpiml.parallel.split import check_ranks
 from mpiml.run import launch, log, trace
+from mpiml.run.crew import Crew
 from mpiml.run.deadline import Deadline
 from mpiml.run.failure import Guard, exit_code
 from mpiml.run.process import StopRequest, ignore_signals, prepare_process
@@ -95,33 +96,58 @@ def _train(
         prepare_process(cfg.threads)
         if cfg.resume and (done := on_rank_0(comm, clock, lambda: restart.finished(cfg))):
             return done
-        dataset = load.open_data(cfg, comm, clock, data)
-        replicas = comm.size // cfg.pipe
-        cfg = together(
-            comm, clock, lambda: design.resolve(cfg, len(dataset.train), dataset.classification, replicas, before)
-        )
-        if cfg.resume and (done := on_rank_0(comm, clock, lambda: restart.finished(cfg))):  # --epochs has become steps
-            return done
-        run = assemble.assemble(cfg, dataset, grids.build(comm, cfg.pipe), clock, model, restart.check_saved)
-        with restart.opened(run, dataset.name) as directory:
-            guard.run, guard.token = directory.path, directory.token
-            begin = restart.restore(run, directory.path)
-            rows, metric = run.shards.rows_per_step, run.metric.name
-            with log.Log(run.grid.comm, directory.metrics, clock, rows, metric, run.pace()) as logger:
-                logger.open_console(begin.step + 1, run.steps, cfg.quiet)
-                grid = design.grid_text(run.grid.stages, run.grid.replicas, cfg.microbatches or 1)
-                for line in [*directory.notes, *run.notes, *begin.notes, grid]:
-                    logger.say(line)
-                # Numbers that are not finite end the run, with a better message than NumPy's.
-                drawn = trace.written(cfg.trace, run.grid, clock, logger.say)
-                with run.ahead, np.errstate(all="ignore"), drawn:
-                    outcome = begin.history | _loop(run, begin, directory, logger, stop)
-                outcome["samples_per_second"] = logger.samples_per_second()
-                outcome["seconds"] = round(perf_counter() - began, 3)
-                _summary(run, directory.path, outcome, logger)
-            result = restart.finish(run, directory.path, outcome)
-        run.free()
-        return result
+        crew = Crew(comm, design.busy(cfg, before, comm.size), clock)
+        stop.others = crew.asked
+
+        def work(team: MPI.Intracomm) -> dict[str, Any]:
+            return _work(cfg, before, team, model, data, crew, guard, stop, began)
+
+        return crew.run(work, stop, guard.writes_to)
+
+
+def _work(
+    cfg: Config,
+    before: Config | None,
+    comm: MPI.Intracomm,
+    model: Model | None,
+    data: Dataset | None,
+    crew: Crew,
+    guard: Guard,
+    stop: StopRequest,
+    began: float,
+) -> dict[str, Any]:
+    """Train on the ranks that have work. Returns the content of result.json."""
+    clock = crew.clock
+    dataset = load.open_data(cfg, comm, clock, data)
+    replicas = comm.size // cfg.pipe
+    cfg = together(
+        comm, clock, lambda: design.resolve(cfg, len(dataset.train), dataset.classification, replicas, before)
+    )
+    if cfg.resume and (done := on_rank_0(comm, clock, lambda: restart.finished(cfg))):  # --epochs has become steps
+        return done
+    run = assemble.assemble(cfg, dataset, grids.build(comm, cfg.pipe), clock, model, restart.check_saved)
+    with restart.opened(run, dataset.name) as directory:
+        guard.writes_to((directory.path, directory.token))
+        crew.tell((directory.path, directory.token))
+        begin = restart.restore(run, directory.path)
+        rows, metric = run.shards.rows_per_step, run.metric.name
+        with log.Log(run.grid.comm, directory.metrics, clock, rows, metric, run.pace()) as logger:
+            logger.open_console(begin.step + 1, run.steps, cfg.quiet)
+            microbatches = cfg.microbatches or 1
+            idle = design.idle_text(comm.size, crew.idle, microbatches)
+            grid = design.grid_text(run.grid.stages, run.grid.replicas, microbatches)
+            for line in [*directory.notes, *run.notes, *begin.notes, *idle, grid]:
+                logger.say(line)
+            # Numbers that are not finite end the run, with a better message than NumPy's.
+            drawn = trace.written(cfg.trace, run.grid, clock, logger.say)
+            with run.ahead, np.errstate(all="ignore"), drawn:
+                outcome = begin.history | _loop(run, begin, directory, logger, stop)
+            outcome["samples_per_second"] = logger.samples_per_second()
+            outcome["seconds"] = round(perf_counter() - began, 3)
+            _summary(run, directory.path, outcome, logger)
+        result = restart.finish(run, directory.path, outcome)
+    run.free()
+    return result
 
 
 def _loop(

@@ -76,6 +76,7 @@ OTHERS = {
 }
 LAYOUT_AND_LOGGING = {"pipe", "cuts", "schedule", "epochs", "steps", "out", "resume", "quiet", "keep", "stall_timeout"}
 LAYOUT_AND_LOGGING |= {"memory", "bucket", "prefetch", "time_limit", "eval_every", "save_every", "log_every", "trace"}
+PLACES = {"data", "init"}  # of what the fingerprint tells, or of what only the first step needs
 every_setting = pytest.mark.parametrize("name", OTHERS)
 
 
@@ -247,8 +248,8 @@ def test_every_character_survives_toml() -> None:
     assert tomllib.loads(Config(data=every).to_toml())["data"] == every
 
 
-@pytest.mark.parametrize("name", sorted(LAYOUT_AND_LOGGING))
-def test_a_resumed_run_may_change_layout_length_and_logging(name: str) -> None:
+@pytest.mark.parametrize("name", sorted(LAYOUT_AND_LOGGING | PLACES))
+def test_a_resumed_run_may_change_layout_length_logging_and_places(name: str) -> None:
     before = Config(seed=8, microbatches=6, steps=30, pipe=2, cuts=(4,))
     asked = parse(["--resume", *as_flags(name)] + (["--out", "runs/a"] if name not in ("out", "resume") else []))
     after = asked.resumed(before)
@@ -256,7 +257,7 @@ def test_a_resumed_run_may_change_layout_length_and_logging(name: str) -> None:
     assert (after.seed, after.microbatches, after.resume, after.out) == (8, 6, True, "runs/a")
 
 
-@pytest.mark.parametrize("name", sorted(set(OTHERS) - LAYOUT_AND_LOGGING - {"init"}))
+@pytest.mark.parametrize("name", sorted(set(OTHERS) - LAYOUT_AND_LOGGING - PLACES))
 def test_a_resumed_run_may_not_change_its_arithmetic(name: str) -> None:
     asked = parse(["--resume", "--out", "runs/a", *as_flags(name)])
     with pytest.raises(ConfigError, match=rf"^{flag(name)} {OTHERS[name][0]}.*: the run in runs/a has ") as error:

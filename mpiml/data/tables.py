@@ -189,7 +189,7 @@ class Parquet:
         except Exception as error:  # pyarrow's are of many classes
             raise DataError(f"cannot read {path}: {error}") from None
         self.length, self.names = self.file.metadata.num_rows, list(schema.names)
-        dtypes = [self._dtype(field) for field in schema]
+        dtypes = [self._dtype(*column) for column in zip(schema, schema.empty_table().columns, strict=True)]
         self.label = label_place(self.names, label, path)
         self.inputs = len(self.names) - 1
         self.y_dtype = dtypes.pop(self.label)
@@ -221,9 +221,9 @@ class Parquet:
                 raise DataError(f"{self.path}: {name} has {column.null_count} rows without a value, first row {row}")
         return [column.to_numpy() for column in table.columns]
 
-    def _dtype(self, field: Any) -> np.dtype:
+    def _dtype(self, field: Any, empty: Any) -> np.dtype:
         try:
-            dtype: np.dtype = np.dtype(field.type.to_pandas_dtype())
+            dtype: np.dtype = empty.to_numpy().dtype  # field.type.to_pandas_dtype() may want pandas
         except (NotImplementedError, TypeError):
             dtype = np.dtype(object)
         if dtype.kind not in "biuf":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,14 +12,18 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from mpiml.data.npy import npy_file
-from mpiml.data.sources import ArraySource, Indices, Rows, check_whole, file_size
+from mpiml.data.sources import Indices, Rows, check_whole, file_size
 from mpiml.errors import DataError
 
 BYTES = np.dtype(np.uint8)
+SHARE = 8  # one in so many of the files that a process may have open may be one of these
 
 
 class Tokens:
-    """Files one after the other as one sequence, each mapped into memory when it is first read.
+    """Files one after the other as one sequence, of which only what is asked for is read.
+
+    There may be more files than a process may have open, and a file that is mapped into memory is open: those that were
+    read last stay mapped. Threads may share it.
 
     Args:
         dtype: of a token; a .npy file has its own.
@@ -25,15 +31,17 @@ class Tokens:
 
     def __init__(self, paths: Sequence[Path], dtype: np.dtype):
         self.paths, self.dtype = paths, dtype
-        self._mapped: dict[int, NDArray[np.generic]] = {}
+        self._begins: list[int] = []  # the byte of each file at which its tokens begin
         sizes = [self._length(number, path) for number, path in enumerate(paths)]
         self.ends = np.cumsum(sizes, dtype=np.int64)
+        open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._mapped = functools.lru_cache(max(open_files // SHARE, 1))(self._map)
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def read(self, start: int, stop: int, out: NDArray[np.generic]) -> None:
-        """Tokens start..stop-1."""
+        """Put tokens start..stop-1 into `out`."""
         number, at = int(np.searchsorted(self.ends, start, side="right")), start
         while at < stop:
             begin = int(self.ends[number - 1]) if number else 0
@@ -56,24 +64,35 @@ class Tokens:
         return taken
 
     def _length(self, number: int, path: Path) -> int:
+        size = file_size(path)
         if path.suffix == ".npy" and self.dtype != BYTES:
             source = npy_file(path)
-            if not isinstance(source, ArraySource) or source.shape or source.dtype.kind not in "ui":
+            if source.shape or source.dtype.kind not in "ui":
                 raise DataError(f"{path} is {source.dtype} in rows of {source.shape}; tokens are integers on one axis")
             if number and source.dtype != self.dtype:
                 raise DataError(f"{path} is {source.dtype}, but {self.paths[0]} is {self.dtype}")
-            self.dtype, self._mapped[number] = source.dtype, source.array
+            self.dtype = source.dtype
+            self._begins.append(size - len(source) * self.dtype.itemsize)
             return len(source)
-        length, odd = divmod(file_size(path), self.dtype.itemsize)
+        length, odd = divmod(size, self.dtype.itemsize)
         if odd:
-            raise DataError(f"{path}: its {file_size(path):,} bytes are no whole number of {self.dtype} tokens")
+            raise DataError(f"{path}: its {size:,} bytes are no whole number of {self.dtype} tokens")
+        self._begins.append(0)
         return length
 
     def _file(self, number: int) -> NDArray[np.generic]:
-        if number not in self._mapped:
-            self._mapped[number] = np.memmap(self.paths[number], self.dtype, "r")
-        check_whole(self._mapped[number], str(self.paths[number]))
-        return self._mapped[number]
+        array = self._mapped(number)
+        check_whole(array, str(self.paths[number]))
+        return array
+
+    def _map(self, number: int) -> NDArray[np.generic]:
+        path, length = self.paths[number], int(self.ends[number]) - (int(self.ends[number - 1]) if number else 0)
+        try:
+            return np.memmap(path, self.dtype, "r", self._begins[number], (length,))
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+        except ValueError:  # of NumPy, for a file with fewer bytes
+            raise DataError(f"{path} was cut short while it was read: it holds {file_size(path):,} bytes") from None
 
 
 class Windows:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mpiml import vectors
+from mpiml.errors import ConfigError
 from mpiml.random import generator
 from mpiml.vectors import ALIGNMENT, BLOCK, Vector
 
@@ -24,8 +25,8 @@ class Parameter:
 
     Args:
         shape: of the array; for a linear weight (inputs, outputs).
-        init: (generator, count) -> the next `count` first values, float64; called until the array is full, and maybe
-            once more from the first values on: ranks compare those that do not follow from the seed alone.
+        init: (generator, count) -> the next `count` first values, float64; called until the array is full, and then
+            maybe once more from its start, for ranks compare values that are not drawn as `uniform`, say, draws them.
         decay: whether weight decay applies; by default to matrices and not to vectors.
 
     Attributes:
@@ -35,6 +36,7 @@ class Parameter:
     """
 
     momentum: float | None = None
+    _compared: int | None = None  # a checksum of the first values that ranks have compared
 
     def __init__(self, shape: Shape, init: Init, decay: bool | None = None):
         self.shape = shape
@@ -44,24 +46,35 @@ class Parameter:
         self.name = ""
         self.value: NDArray[np.floating]
 
-    def first_values(self, seed: int) -> Iterator[tuple[int, int, NDArray[np.float64]]]:
-        """The first values, a function of (seed, name) alone, in parts: (start, stop, values)."""
-        random = generator(seed, "init", self.name)
-        for start in range(0, self.size, CHUNK):
-            stop = min(start + CHUNK, self.size)
-            yield start, stop, self.init(random, stop - start)
+    def initialise(self, values: Vector, seed: int) -> None:
+        """Write first values, a function of (seed, name) alone. Raises ConfigError if they are not those that ranks
+        have compared."""
+        checksum = self._draw(seed, values)
+        if self._compared not in (None, checksum):
+            what = f"{self.name} gets other first values each time that they are drawn"
+            raise ConfigError(f"{what}: they must follow from the generator that its init is called with")
+        self._compared = None
 
     def described(self, seed: int) -> str:
         """What ranks must agree in: shape, kind, and how first values are drawn, or else their checksum."""
-        how = self.init.text if isinstance(self.init, Drawn) else f"checksum {self._checksum(seed):08x}"
+        self._compared = None if isinstance(self.init, Drawn) else self._draw(seed)
+        how = self.init.text if isinstance(self.init, Drawn) else f"checksum {self._compared:08x}"
         kind = f", momentum {self.momentum}" if self.momentum is not None else ", decays" if self.decay else ""
         return f"{self.shape}{kind}, {how}"
 
-    def _checksum(self, seed: int) -> int:
-        sum_ = 0
-        for _, _, values in self.first_values(seed):
-            sum_ = zlib.crc32(np.ascontiguousarray(values).data, sum_)
-        return sum_
+    def _draw(self, seed: int, out: Vector | None = None) -> int:
+        """Draw first values, write them to `out` if that is given, and return a checksum, of values of one's own."""
+        random, checksum = generator(seed, "init", self.name), 0
+        for start in range(0, self.size, CHUNK):
+            count = min(CHUNK, self.size - start)
+            part = self.init(random, count)
+            if np.size(part) not in (1, count):
+                raise ConfigError(f"{self.name}: its init gives {np.size(part)} first values where {count} are needed")
+            if out is not None:
+                out[start : start + count] = part
+            if not isinstance(self.init, Drawn):
+                checksum = zlib.crc32(np.ascontiguousarray(part).data, checksum)
+        return checksum
 
 
 class Statistic(Parameter):
@@ -173,8 +186,7 @@ class Layout:
         """
         for parameter in self.parameters[worker::workers]:
             offset = self.offsets[parameter]
-            for start, stop, part in parameter.first_values(seed):
-                values[offset + start : offset + stop] = part
+            parameter.initialise(values[offset : offset + parameter.size], seed)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from mpi4py import MPI
 
 from mpiml import vectors
 from mpiml.parallel.slices import Block, bounds, owned, pieces
-from mpiml.parallel.tree import Plan, lane
+from mpiml.parallel.tree import Plan, lanes
 from mpiml.vectors import PIECE, Vector
 
 Addition = tuple[Vector, Vector, Vector]  # left, right, where their sum goes
@@ -105,14 +105,13 @@ class Exchange:
         comm = self._comm
         start, stop = self.slices[comm.rank]
         self.gives = [comm.Send_init(self._values[start:stop], other, self._tag) for other in self._plan.lanes]
-        parts = []
+        parts, speakers = [], lanes(comm.rank, nodes)
         for source in self._plan.sources:
             if source.node is None:
                 parts.append(self._everyone[source.rank][source.partial][start:stop])
             else:
                 parts.append(vectors.empty(stop - start, self._values.dtype))
-                speaker = lane(comm.rank, source.node, nodes)
-                self.receives.append(comm.Recv_init(parts[-1], speaker, self._tag + 1 + source.partial))
+                self.receives.append(comm.Recv_init(parts[-1], speakers[source.node], self._tag + 1 + source.partial))
         for piece in self.pieces:
             views = [part[piece.start - start : piece.stop - start] for part in parts]
             additions = self._additions(views, self._plan.root_counts)

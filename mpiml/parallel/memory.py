@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import mmap
 import os
 import platform
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -20,6 +24,8 @@ from mpiml.waiting import allgather, broadcast, until, wait
 
 PAGE = mmap.PAGESIZE
 SHM = "/dev/shm/"
+NAME = "mpiml-"  # begins the names of files there
+LEFT_BEHIND = 3600.0  # seconds: a file that still has its name is of a job that was killed while it began
 
 
 class Memory(Protocol):
@@ -221,22 +227,23 @@ def _open_together(
     comm: MPI.Intracomm, create: Callable[[], tuple[int, str]], total: int
 ) -> Iterator[tuple[int, OSError | None]]:
     """A file of `total` bytes that the node's first rank creates and all open: its descriptor, or -1."""
-    descriptor, path, problem = -1, "", None
+    descriptor, path, file, problem = -1, "", None, None
     try:
         if comm.rank == 0:
             descriptor, path = create()
+            file = _identity(descriptor)
             os.ftruncate(descriptor, total)
     except OSError as error:
         problem = error
-    path = broadcast(comm, path)
+    path, file = broadcast(comm, (path, file))
     try:
-        if comm.rank and path:
-            descriptor = os.open(path, os.O_RDWR)
+        if comm.rank and file:
+            descriptor = _open(path, file)
     except OSError as error:
         problem = error
     wait([comm.Ibarrier()])
     if comm.rank == 0 and path.startswith(SHM):
-        os.unlink(path)
+        Path(path).unlink(missing_ok=True)
     try:
         yield descriptor, problem
     finally:
@@ -244,8 +251,31 @@ def _open_together(
             os.close(descriptor)
 
 
+def _open(path: str, file: tuple[int, int]) -> int:
+    """Open what is at a path if it is that very file. Raises OSError if it is another, which stays untouched.
+
+    In containers each rank may have process numbers of its own: then /proc/PID/fd/N of one rank is, for another, its
+    own file, or anybody's.
+    """
+    place = os.open(path, os.O_PATH)  # opens nothing yet
+    try:
+        if _identity(place) != file:
+            raise OSError(errno.ENXIO, "ranks cannot open each other's files")
+        return os.open(f"/proc/self/fd/{place}", os.O_RDWR)
+    finally:
+        os.close(place)
+
+
+def _identity(descriptor: int) -> tuple[int, int]:
+    """What tells a file from all others of this machine."""
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino
+
+
 def _nameless() -> tuple[int, str]:
     """Memory that never has a name; others open it through this process."""
+    if not hasattr(os, "memfd_create"):  # Pythons that were built for an old C library
+        raise OSError(errno.ENOSYS, "this Python has no os.memfd_create")
     descriptor = os.memfd_create("mpiml")
     return descriptor, f"/proc/{os.getpid()}/fd/{descriptor}"
 
@@ -254,4 +284,8 @@ def _named() -> tuple[int, str]:
     """For where processes cannot look at each other: a file in memory, whose name goes when all have opened it."""
     import tempfile
 
-    return tempfile.mkstemp(prefix="mpiml-", dir=SHM)
+    for file in Path(SHM).glob(f"{NAME}*"):
+        with contextlib.suppress(OSError):  # somebody else's, or gone
+            if time.time() - file.stat().st_mtime > LEFT_BEHIND:
+                file.unlink()
+    return tempfile.mkstemp(prefix=NAME, dir=SHM)

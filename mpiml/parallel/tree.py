@@ -5,6 +5,7 @@ The sum over micro-batches 0..total-1 is a balanced binary tree: node (l, i) cov
 with the same two operands, so the sum has the same bits on every layout.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -99,8 +100,7 @@ def plan(replica: int, nodes: Sequence[int], total: int) -> Plan:
         nodes: the number of replicas on each node, in replica order.
         total: the number of micro-batches of a step.
     """
-    replicas = sum(nodes)
-    firsts = [sum(nodes[:node]) for node in range(len(nodes))]
+    *firsts, replicas = itertools.accumulate(nodes, initial=0)
     home = max(node for node, first in enumerate(firsts) if first <= replica)
     local = replica - firsts[home]
 
@@ -133,13 +133,13 @@ def plan(replica: int, nodes: Sequence[int], total: int) -> Plan:
         if owner % nodes[home] == local:
             result.owners.append(owner)
             result.messages += [Message(owner, *content) for content in contents]
-    result.lanes = [lane(replica, node, nodes) for node in range(len(nodes)) if node != home]
+    result.lanes = [speaker for node, speaker in enumerate(lanes(replica, nodes)) if node != home]
     return result
 
 
-def lane(owner: int, node: int, nodes: Sequence[int]) -> int:
-    """The replica on `node` that speaks with `owner`: slice modulo local ranks, so that all links are used."""
-    return sum(nodes[:node]) + owner % nodes[node]
+def lanes(owner: int, nodes: Sequence[int]) -> list[int]:
+    """The replica on each node that speaks with `owner`: slice modulo local ranks, so that all links are used."""
+    return [first + owner % size for first, size in zip(itertools.accumulate(nodes, initial=0), nodes, strict=False)]
 
 
 def depth(replica: int, replicas: int, total: int) -> int:

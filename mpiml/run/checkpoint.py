@@ -250,6 +250,11 @@ def listed(directory: Path) -> list[Path]:
     return sorted(files, key=lambda file: (_step(file), file.name), reverse=True)
 
 
+def last_step(directory: Path) -> int:
+    """The step of the newest checkpoint file, by its name; 0 if there is none."""
+    return max(map(_step, listed(directory)), default=0)
+
+
 def _step(file: Path) -> int:
     match = NAME.fullmatch(file.name)
     assert match, "only files of such names are listed"

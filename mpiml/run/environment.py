@@ -5,18 +5,25 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mpi4py import MPI
 
 import mpiml
-from mpiml import documents
 from mpiml.errors import OutputError
 from mpiml.run.directory import ENVIRONMENT, read_fields
 from mpiml.run.process import thread_pools
 
+HISTORY = 50  # changes of the environment that are kept
 PACKAGES = ("numpy", "mpi4py", "threadpoolctl", "safetensors")
+KINDS = {  # of what is read back
+    "data": list[list[str]],
+    "ranks": list[dict[str, Any]],
+    "packages": dict[str, str | None],
+    "earlier": list[dict[str, Any]],
+}
 
 
 def of_rank(threads: int) -> dict[str, Any]:
@@ -31,10 +38,11 @@ def of_rank(threads: int) -> dict[str, Any]:
     }
 
 
-def to_json(ranks: list[dict[str, Any]], data: list[list[str]]) -> str:
-    """The content of environment.json, from what each rank runs on and the data set's fingerprint."""
+def of_job(ranks: list[dict[str, Any]], data: list[list[str]]) -> dict[str, Any]:
+    """What a job runs on, from what each rank runs on and the data set's fingerprint: the content of environment.json,
+    to which a run that goes on adds what was different `earlier`."""
     system = os.uname()
-    job = {
+    return {
         "mpiml": mpiml.__version__,
         "python": sys.version.split()[0],
         "platform": f"{system.sysname} {system.release} {system.machine}",
@@ -44,21 +52,53 @@ def to_json(ranks: list[dict[str, Any]], data: list[list[str]]) -> str:
         "data": data,
         "ranks": ranks,
     }
-    return documents.to_json(job, indent=2) + "\n"
+
+
+def read(run: Path) -> dict[str, Any]:
+    """What environment.json in a run directory says; empty if there is none. Raises OutputError for a damaged file."""
+    return read_fields(run / ENVIRONMENT, KINDS, ())
 
 
 def data(run: Path) -> list[list[str]] | None:
-    """The fingerprint of the data of the run in a directory, if it is known. Raises OutputError for a damaged file."""
-    return read_fields(run / ENVIRONMENT, {"data": list[list[str]]}, ()).get("data")
+    """The fingerprint of the data of the run in a directory, if it is known. Raises OutputError as `read`."""
+    return read(run).get("data")
 
 
 def host(run: Path, rank: int) -> str:
     """Where a rank of the job that holds a run directory is, as its environment.json says."""
     try:
-        ranks = read_fields(run / ENVIRONMENT, {"ranks": list[dict[str, Any]]}, ("ranks",)).get("ranks", ())
-        return str(ranks[rank]["host"])
+        return str(read(run)["ranks"][rank]["host"])
     except (OutputError, LookupError):
         return "unknown"
+
+
+def essentials(job: Mapping[str, Any]) -> dict[str, str]:
+    """What bits may depend on, as far as the content of an environment.json, of whatever version, tells."""
+    ranks = job.get("ranks", ())
+    texts = {
+        "processor": "; ".join(sorted({str(rank["cpu"]) for rank in ranks if "cpu" in rank})),
+        "BLAS": "; ".join(sorted({str(rank["blas"]) for rank in ranks if "blas" in rank})),
+        "NumPy": job.get("packages", {}).get("numpy"),
+        "Python": job.get("python"),
+        "MPI": job.get("mpi"),
+        "mpiml": job.get("mpiml"),
+    }
+    return {name: str(text) for name, text in texts.items() if text}
+
+
+def going_on(before: Mapping[str, Any], job: Mapping[str, Any], step: int) -> tuple[dict[str, Any], list[str]]:
+    """The content of environment.json for a job that goes on after `step`, and a warning if bits may now differ.
+
+    Args:
+        before: of the last job. What was different in it, and in those before, is kept under `earlier`, in the order
+            of the jobs, each with the step `until` which it was so.
+    """
+    old, new = essentials(before), essentials(job)
+    other = {name: text for name, text in old.items() if text != new.get(name, text)}
+    kept = [*before.get("earlier", ()), *([{"until": step, **other}] if other else [])]
+    changes = ", ".join(f"{name} is {new[name]} (was {text})" for name, text in other.items())
+    warning = f"since the last job {changes}: bits may differ from those of a run that never stopped"
+    return {**job, "earlier": kept[-HISTORY:]}, [warning] if other else []
 
 
 def warnings(ranks: list[dict[str, Any]]) -> list[str]:

@@ -38,6 +38,10 @@ class Guard:
         self.token = ""
         self._lock = threading.Lock()
 
+    def writes_to(self, place: tuple[Path, str]) -> None:
+        """Say where the run directory is, and a token for this job."""
+        self.run, self.token = place
+
     def __enter__(self) -> Guard:
         self._thread_hook = threading.excepthook
         threading.excepthook = self._thread_failed

@@ -19,7 +19,7 @@ HINT = "start it by the mpirun of that MPI library, or by srun --mpi=pmi2 or --m
 
 
 def expected_size(environment: Mapping[str, str]) -> int:
-    """How many ranks the launcher means the job to have.
+    """How many ranks the launcher means the job to have at least: 1 where it sets no variable that is known here.
 
     SLURM_NTASKS does not tell: it is the allocation's, and under mpirun the job may be smaller. Nor does the step's
     number of tasks under a PMIx server that is not SLURM's: mpirun starts its daemons as a step of its own.
@@ -41,9 +41,12 @@ def is_first(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def check_size(size: int, environment: Mapping[str, str] = os.environ) -> None:
-    """Raise ConfigError, on all ranks alike, if the MPI library sees another number of ranks than was launched."""
+    """Raise ConfigError, on all ranks alike, if the MPI library sees fewer ranks than were launched.
+
+    More are no sign of a broken launch: the launcher may be one whose variables are not known here.
+    """
     expected = expected_size(environment)
-    if size == expected:
+    if size >= expected:
         return
     library = mpi_library()
     error = ConfigError(f"{expected} processes were started, but {library} makes them jobs of {size}: {HINT}")

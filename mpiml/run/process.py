@@ -7,6 +7,7 @@ import functools
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mpiml.run.deadline import Deadline
@@ -19,6 +20,7 @@ SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 SOON = 1.0  # seconds by which ranks' clocks may differ
 DOUBLE = 1.0  # seconds within which two Ctrl-C are one
 KEEP = 1 << 30  # bytes up to which freed memory stays with the process
+MMAP_MOST = 1 << 25  # bytes: the largest M_MMAP_THRESHOLD that glibc takes up to version 2.34
 
 
 def prepare_process(threads: int) -> None:
@@ -30,8 +32,16 @@ def prepare_process(threads: int) -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return  # not glibc: a matter of speed only
-    mallopt(M_MMAP_THRESHOLD, KEEP)
-    mallopt(M_TRIM_THRESHOLD, KEEP)
+    keep_freed_memory(mallopt)
+
+
+def keep_freed_memory(mallopt: Callable[[int, int], int]) -> None:
+    """Let malloc keep what is freed, as far as its `mallopt`, which returns 0 for a value that it refuses, lets it.
+
+    One threshold alone would do harm: either ends the C library's own adaptation of both.
+    """
+    if any(mallopt(M_MMAP_THRESHOLD, size) for size in (KEEP, MMAP_MOST)):
+        mallopt(M_TRIM_THRESHOLD, KEEP)
 
 
 def touch_work_area(threads: int) -> None:
@@ -72,6 +82,7 @@ class StopRequest:
 
     def __init__(self, deadline: Deadline | None = None) -> None:
         self.deadline = deadline or Deadline()
+        self.others: Callable[[], bool] = lambda: False  # whether somebody else was asked, and this rank is told
         self.asked = False  # by a signal
         self._asked_at = 0.0
         self._before: dict[int, Any] = {}
@@ -86,6 +97,7 @@ class StopRequest:
     def now(self) -> bool:
         """Whether to stop after the step that is under way. Is asked once in each step."""
         late = self.deadline.near()
+        self.asked = self.asked or self.others()
         return self.asked or late
 
     def at_once(self) -> bool:

@@ -83,7 +83,7 @@ def point(comm: MPI.Intracomm, path: Path, warm_up: int, steps: int, config: Con
             "microbatches": run.config.microbatches,
             "rows": run.shards.rows_per_step,
             "settings": run.config.to_toml(),
-            "environment": json.loads(environment.to_json(ranks, data.fingerprint)),
+            "environment": environment.of_job(ranks, data.fingerprint),
         }
         write_atomically(path, json.dumps(found, indent=1) + "\n")
 

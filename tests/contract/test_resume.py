@@ -77,6 +77,16 @@ def test_resumed_after_any_step_on_another_layout(whole: Job, train: Any, tmp_pa
     assert_same_end(job, whole)
 
 
+def test_more_ranks_than_the_run_has_micro_batches(train: Any) -> None:
+    """Those without work wait, and the run says so: a job that is requeued gets the ranks that it gets."""
+    flags = "--microbatches 2 --hidden 16 --steps"
+    whole, _, job = train(0, f"{flags} 12", out="whole"), train(0, f"{flags} 4"), train(5, "--resume --steps 12")
+    assert job.code == 0, job.err
+    assert "5 ranks, but --microbatches 2 of the run keeps 2 busy: 3 ranks idle\n" in job.out
+    assert (job.result["ranks"], job.result["status"]) == (2, "done")
+    assert job.result["weights_sha256"] == whole.result["weights_sha256"]
+
+
 def test_killed_in_full_flight(whole: Job, train: Any, tmp_path: Path) -> None:
     command = [*mpirun(4), sys.executable, "-m", "mpiml.train", "--out", str(tmp_path / "run"), *BASE.split()]
     job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

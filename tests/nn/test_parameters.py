@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
+from mpiml.errors import ConfigError
 from mpiml.nn import layers as nn
 from mpiml.nn import optimizers
 from mpiml.nn.layers import LayerNorm, Linear, ReLU, Residual
@@ -193,3 +194,24 @@ def test_first_values_have_he_variance() -> None:
     assert hidden.weight.value.var() == pytest.approx(2 / 300, rel=0.02)
     assert output.weight.value.var() == pytest.approx(1 / 400, rel=0.02)  # nothing is rectified after the output
     assert not hidden.bias.value.any()
+
+
+def test_first_values_that_are_others_when_drawn_again_are_refused() -> None:
+    """Each rank draws some parameters alone: what a generator of one's own gives depends on who has drawn before."""
+    own, values = np.random.default_rng(0), iter(np.arange(6.0))
+    drawn = {
+        "again": lambda random, count: own.random(count),
+        "no more": lambda random, count: np.array([*itertools.islice(values, count)]),
+        "good": lambda random, count: random.random(count),
+    }
+    for name, init in drawn.items():
+        parameter = Parameter((2, 3), init)
+        parameter.name = name
+        layout = Layout([parameter], "float32")
+        parameter.described(5)
+        if name == "good":
+            layout.initialise(layout.zeros(), 5)
+            layout.initialise(layout.zeros(), 6)  # of another run
+            continue
+        with pytest.raises(ConfigError, match=rf"^{name}: its init gives 0|^{name} gets other first values each time"):
+            layout.initialise(layout.zeros(), 5)

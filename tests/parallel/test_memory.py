@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from mpiml.data.dataset import DIGITS
 from mpiml.errors import ConfigError
 from mpiml.parallel import memory as memories
-from mpiml.parallel.memory import FencedMemory, PrivateMemory, SharedMemory, share
+from mpiml.parallel.memory import PAGE, FencedMemory, PrivateMemory, SharedMemory, share
 from mpiml.vectors import bytes_of
 from tests.conftest import mpirun
 
@@ -109,6 +110,67 @@ def test_a_name_is_used_where_there_is_no_other_way_and_is_gone_at_once(monkeypa
     assert not {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("mpiml")}
     memory.common(10, np.float64)[COMM.rank % 10] = 1
     memory.barrier()
+
+
+@pytest.mark.mpi
+def test_a_python_without_memfd_create_shares_memory_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    memory, problem = share(COMM, COMM, PAGE, PAGE, "shared")
+    assert isinstance(memory, SharedMemory)
+    assert problem is None
+
+
+@pytest.mark.mpi
+def test_another_file_under_the_same_name_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where ranks have process numbers of their own: what rank 0 calls /proc/PID/fd/N is another's data set."""
+    mine = tmp_path / "data"
+    mine.write_bytes(b"a data set")
+    everyones = [Path(path) for path in COMM.allgather(str(mine))]
+
+    def misleading() -> tuple[int, str]:
+        return os.memfd_create("mpiml"), str(everyones[-1])
+
+    def refuse() -> tuple[int, str]:
+        raise OSError(38, "not here")
+
+    monkeypatch.setattr(memories, "_nameless", misleading)
+    assert make(SharedMemory, 10, 10).ranks == COMM.size  # by a file that has a name
+    monkeypatch.setattr(memories, "_named", refuse)
+    memory, problem = share(COMM, COMM, PAGE, PAGE, "auto")
+    assert isinstance(memory, PrivateMemory) == (COMM.size > 1)
+    assert COMM.size == 1 or "cannot be shared" in str(problem)
+    COMM.Barrier()
+    assert mine.read_bytes() == b"a data set"
+
+
+def test_a_file_that_a_killed_job_left_behind_goes_with_the_next(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(memories, "SHM", str(tmp_path))
+    old, new = tmp_path / "mpiml-old", tmp_path / "mpiml-new"
+    for file in (old, new, tmp_path / "other"):
+        file.write_text("")
+    for file in (old, tmp_path / "other"):
+        os.utime(file, (time.time() - 2 * memories.LEFT_BEHIND,) * 2)
+    descriptor, path = memories._named()
+    os.close(descriptor)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["mpiml-new", "other", Path(path).name])
+
+
+@pytest.mark.contract
+def test_ranks_in_containers_train_together(tmp_path: Path) -> None:
+    """Each rank with process numbers of its own, and all files of its own mapped at low numbers of descriptors."""
+    apart = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    if subprocess.run([*apart, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no namespaces of process numbers can be made here")
+    for key, array in np.load(DIGITS).items():
+        np.save(tmp_path / f"{key}.npy", array)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    program = [sys.executable, "-m", "mpiml.train", "--data", str(tmp_path), "--memory", "shared", "--steps", "5"]
+    command = ["timeout", "--kill-after=5", "30", *mpirun(2), *apart, *program, "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    assert before == {path: path.read_bytes() for path in before}
 
 
 @pytest.mark.mpi

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mpiml.parallel.tree import Plan, aligned, lane, partials, plan, shift_reduce, slots
+from mpiml.parallel.tree import Plan, aligned, lanes, partials, plan, shift_reduce, slots
 from mpiml.partition import part
 
 LAYOUTS = [
@@ -122,7 +122,7 @@ def simulate(nodes: list[int], total: int) -> None:
             if source.node is None:
                 parts.append(held[first + source.rank][source.partial])
             else:
-                parts.append(sent.pop((lane(owner, source.node, nodes), owner, source.partial)))
+                parts.append(sent.pop((lanes(owner, nodes)[source.node], owner, source.partial)))
         assert reduce(parts, own.root_counts) == expression(0, root_size(total), total)
     assert not sent, "messages that nobody expects"
 
@@ -161,7 +161,7 @@ def test_values_reach_every_other_node_once(nodes: list[int]) -> None:
 @pytest.mark.parametrize("nodes", [[3, 2], [4, 4], [5, 1, 2]], ids=str)
 def test_lanes_share_out_the_links(nodes: list[int]) -> None:
     for node, count in enumerate(nodes):
-        speakers = [lane(owner, node, nodes) - sum(nodes[:node]) for owner in range(sum(nodes))]
+        speakers = [lanes(owner, nodes)[node] - sum(nodes[:node]) for owner in range(sum(nodes))]
         loads = [speakers.count(local) for local in range(count)]
         assert max(loads) - min(loads) <= 1
 

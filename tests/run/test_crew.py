@@ -1,0 +1,66 @@
+"""Ranks without work hear what the others do, and end with their result or their error."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import pytest
+from mpi4py import MPI
+
+from mpiml.clock import Clock
+from mpiml.errors import NotFiniteError
+from mpiml.run.crew import Crew
+from mpiml.run.process import StopRequest
+from mpiml.waiting import broadcast
+
+COMM = MPI.COMM_WORLD
+BUSY = (COMM.size + 1) // 2
+pytestmark = pytest.mark.mpi
+
+
+def test_all_have_the_result_and_those_that_wait_hear_the_news() -> None:
+    heard: list[str] = []
+    crew = Crew(COMM, BUSY, Clock())
+    assert (crew.idle, crew.team is None) == (COMM.size - BUSY, COMM.rank >= BUSY)
+
+    def work(team: MPI.Intracomm) -> dict[str, Any]:
+        crew.tell("a directory")
+        crew.tell("and more")
+        return {"size": team.allreduce(1), "ranks": team.allgather(COMM.rank)}
+
+    result = crew.run(work, StopRequest(), heard.append)
+    assert result == {"size": BUSY, "ranks": list(range(BUSY))}
+    assert heard == (["a directory", "and more"] if COMM.rank >= BUSY else [])
+
+
+def test_an_error_of_all_that_work_is_everybodys() -> None:
+    def work(team: MPI.Intracomm) -> dict[str, Any]:
+        error = NotFiniteError("the loss is not finite")
+        error.rank, error.everywhere = BUSY - 1, True
+        raise error
+
+    with pytest.raises(NotFiniteError, match="the loss is not finite") as caught:
+        Crew(COMM, BUSY, Clock()).run(work, StopRequest(), print)
+    assert (caught.value.everywhere, caught.value.rank, caught.value.exit_code) == (True, BUSY - 1, 70)
+
+
+def test_who_waits_may_be_asked_to_stop_and_those_that_work_do() -> None:
+    """Each of them is asked, and asked twice."""
+    clock = Clock()
+    with StopRequest() as stop:
+        crew = Crew(COMM, BUSY, clock)
+        stop.others = crew.asked
+        if COMM.rank >= BUSY or COMM.size == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+        def work(team: MPI.Intracomm) -> dict[str, Any]:
+            late = time.monotonic() + 10
+            while not broadcast(team, stop.now() or time.monotonic() > late):
+                pass
+            return {"in time": time.monotonic() < late}
+
+        assert crew.run(work, stop, print) == {"in time": True}
