@@ -2,6 +2,7 @@
 # make test, make test-N     all tests, or the MPI tests on N ranks
 # make test-slurm            the job scripts, on a SLURM that the tests start on this machine
 # make lint, make bench
+# make chaos                 jobs are killed, stopped, and worse, for a quarter of an hour    MINUTES=60 SEED=5 PARTS=kills,power
 # make example-cnn           digits as images, by convolution   on 4 ranks
 # make example-gpt           a language model of Python's own source, beside a bigram model
 # make example-torch         a PyTorch model on 2 stages x 2 replicas
@@ -12,6 +13,7 @@ MPI    ?= mpich
 PYTHON ?= python3
 NP     ?= 16
 ARGS   ?=
+MINUTES ?= 15
 
 VENV  := .venv/$(MPI)
 BIN   := $(VENV)/bin
@@ -33,7 +35,7 @@ export OMPI_MCA_rmaps_base_oversubscribe ?= 1
 export OMPI_ALLOW_RUN_AS_ROOT ?= 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM ?= 1
 
-.PHONY: train test test-slurm lint bench example-cnn example-gpt example-torch example-scaling clean
+.PHONY: train test test-slurm lint bench chaos example-cnn example-gpt example-torch example-scaling clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/installed
@@ -56,6 +58,9 @@ lint: $(VENV)/tested
 
 bench: $(VENV)/installed
 	$(BIN)/python -m mpiml.bench --json bench.json $(ARGS)
+
+chaos: $(VENV)/tested
+	$(BIN)/python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(if $(PARTS),--parts $(PARTS)) $(ARGS)
 
 # PyTorch is not installed here: which of its builds fits the machine, and how large it may be, is not ours to say.
 example-torch: $(VENV)/installed

@@ -68,6 +68,12 @@ def launch(ranks: int, *arguments: str, limit: float = LIMIT, **environment: str
 
 @pytest.fixture(scope="session", autouse=True)
 def leftovers() -> Iterator[None]:
+    with shared_memory_tidied():
+        yield
+
+
+@contextlib.contextmanager
+def shared_memory_tidied() -> Iterator[None]:
     """Takes away what MPI libraries leave in shared memory when a job is killed, which many are here."""
     before = set(SHM.iterdir())
     yield

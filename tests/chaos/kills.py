@@ -1,0 +1,82 @@
+"""Kills without notice, at random moments from the start of the job on; then the run goes on, on another layout."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from tests.chaos.campaign import Case, Verdict
+from tests.chaos.jobs import Job, kill
+from tests.chaos.runs import COMMON, Lab, Reference, newest, records_differ, resumed, strange, weights_differ
+
+SETTINGS = f"{COMMON} --hidden 32,32,32 --dropout 0.1 --steps 60"
+LAYOUTS = ((1, 1), (2, 1), (3, 1), (4, 1), (2, 2), (4, 2), (4, 4), (3, 3))  # ranks and stages
+VICTIMS = ("one rank", "one rank", "two ranks", "all ranks", "mpirun")
+LIMIT = 15.0  # seconds in which a job is gone
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Who is killed on which layout, and how many seconds after the start."""
+
+    layout: tuple[int, int]
+    victim: str
+    moment: float
+
+    def __str__(self) -> str:
+        return f"{self.victim} of {self.layout[0]} in {self.layout[1]} stages after {self.moment:.2f} s"
+
+
+def cases(lab: Lab, rng: Random) -> Iterator[Case]:
+    """Without end: one to three kills, and the layout on which the run is brought to its end."""
+    reference = lab.reference(SETTINGS)
+    for _ in itertools.count():
+        drawn = random_kills(rng, reference.seconds)
+        last, pick = rng.choice(LAYOUTS), rng.random()
+        name = f"kill -9 of {', '.join(map(str, drawn))}, then {last[0]} ranks in {last[1]} stages"
+        yield Case(name, lambda path, drawn=drawn, last=last, pick=pick: trial(path, reference, drawn, last, pick))
+
+
+def random_kills(rng: Random, seconds: float) -> list[Kill]:
+    """One to three kills within the time that a run takes."""
+    moments = [rng.uniform(0.02, 1.1 * seconds + 0.3) for _ in range(rng.choice((1, 1, 2, 3)))]
+    return [Kill(rng.choice(LAYOUTS), rng.choice(VICTIMS), moment) for moment in moments]
+
+
+def trial(path: Path, reference: Reference, kills: list[Kill], last: tuple[int, int], pick: float) -> Iterator[Verdict]:
+    """Kill and go on again and again; `pick` in [0, 1) says which ranks are killed."""
+    run, before = path / "run", 0
+    for stroke in kills:
+        ranks, stages = stroke.layout
+        with Job(ranks, *reference.arguments, "--pipe", stages, "--resume", "--out", run) as job:
+            time.sleep(stroke.moment)
+            hit = strike(job, stroke.victim, pick)
+            ended = job.wait(LIMIT)
+        if hit:
+            yield f"kill -9 of {stroke.victim}: the job is gone in {LIMIT:.0f} s", ended.hung
+        after = newest(run)
+        yield "the newest whole checkpoint never goes back", f"{before}, then {after}" if after < before else ""
+        before = after
+    ended = resumed(run, reference, last[0], "--pipe", last[1])
+    why = weights_differ(run, ended, reference) or records_differ(run, reference)
+    yield "resumed on another layout: weights, metrics and result of the undisturbed run", why
+    yield "resumed on another layout: no half file is left", strange(run, reference)
+
+
+def strike(job: Job, victim: str, pick: float) -> bool:
+    """Kill without notice. Returns whether there was anybody to kill."""
+    if victim == "mpirun":
+        processes = [job.process.pid] if job.process.poll() is None else []
+    else:
+        ranks = job.ranks()
+        count = {"one rank": 1, "two ranks": 2}.get(victim, len(ranks))
+        first = int(pick * len(ranks))
+        processes = (ranks[first:] + ranks[:first])[:count]
+    for process in processes:
+        kill(process, signal.SIGKILL)
+    return bool(processes)
