@@ -114,7 +114,7 @@ class Hold:
                 done = _finished(cfg, read_result(path))
             finally:
                 if not done and path.is_dir() and holds_run(path):
-                    self._take(RunDirectory.create(asked.out, "", resume=True))
+                    self._take(RunDirectory.create(asked.out, ""), resume=True)
             return cfg, stored, done
 
         cfg, stored, done = on_rank_0(self.comm, self.clock, look)
@@ -144,7 +144,7 @@ class Hold:
 
         def write() -> Opened:
             if not self._directory:
-                self._take(RunDirectory.create(config.out, f"{name}-{config.model}", config.resume))
+                self._take(RunDirectory.create(config.out, f"{name}-{config.model}"), config.resume)
             assert self._directory, "it has just been taken"
             path = self._directory.path
             job = environment.of_job(ranks or [], run.fingerprint)
@@ -162,11 +162,12 @@ class Hold:
         self._tell(comm)
         return known
 
-    def _take(self, directory: RunDirectory) -> None:
+    def _take(self, directory: RunDirectory, resume: bool) -> None:
         """Rank 0: from now on this job's fate is written there."""
         self._directory = directory
         self._before = read_result(directory.path)
         self.guard.run, self.guard.token = directory.path, directory.token
+        directory.prepare(resume)
         running = {"status": "running", "exit_code": None, "reason": None, "rank": None, "step": 0}
         write_result(directory.path, running | {"saved": self._before.get("saved", 0), "ranks": self.comm.size})
 

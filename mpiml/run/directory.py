@@ -147,25 +147,17 @@ class RunDirectory:
         self.token = self._lock.token
 
     @classmethod
-    def create(cls, out: str | None, name: str, resume: bool) -> RunDirectory:
-        """Make the directory, or open it to resume the run in it.
+    def create(cls, out: str | None, name: str) -> RunDirectory:
+        """Make the directory, if it is not there, and hold it.
 
         Args:
             out: where; None for the first free runs/NAME-NNN.
             name: NAME.
         """
-        if out is None:
-            out, resume = str(_numbered(Path("runs"), name)), False
-        path = Path(out)
+        path = Path(out) if out is not None else _numbered(Path("runs"), name)
         with named_errors("create the run directory", path):
             path.mkdir(parents=True, exist_ok=True)
-        directory = cls(path)
-        try:
-            directory._prepare(resume)
-        except BaseException:
-            directory.close()
-            raise
-        return directory
+        return cls(path)
 
     @property
     def notes(self) -> list[str]:
@@ -174,8 +166,11 @@ class RunDirectory:
             return []
         return [f"warning: {self.path} cannot be locked: a second job in it is noticed only when one of them saves"]
 
-    def _prepare(self, resume: bool) -> None:
-        """checkpoints/ comes before all else of a run, also after a power failure: a run without it has lost it."""
+    def prepare(self, resume: bool) -> None:
+        """Make what has to be there before anything is written, or look whether it is still there to resume the run.
+
+        checkpoints/ comes before all else of a run, also after a power failure: a run without it has lost it.
+        """
         checkpoints = self.path / CHECKPOINTS
         if holds_run(self.path) and not resume:
             raise DirectoryError(f"{self.path} already holds a run: go on with it by --resume, or choose another --out")

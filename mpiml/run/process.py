@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import signal
 import threading
 import time
@@ -53,8 +54,9 @@ def touch_work_area(threads: int) -> None:
     """
     import numpy as np
 
+    rows = 64 * min(threads, os.cpu_count() or 1)
     for dtype in (np.float32, np.float64):
-        np.ones((64 * threads, 256), dtype) @ np.ones((256, 384), dtype)
+        np.ones((rows, 256), dtype) @ np.ones((256, 384), dtype)
 
 
 @functools.cache

@@ -87,9 +87,19 @@ def test_a_long_file_goes_to_disk_in_parts_and_says_so(tmp_path: Path, monkeypat
     assert moves == [1, 2, 3, 4]
 
 
+def opened(path: Path, resume: bool) -> RunDirectory:
+    held = RunDirectory.create(str(path), "n")
+    try:
+        held.prepare(resume)
+    except BaseException:
+        held.close()
+        raise
+    return held
+
+
 def begun(path: Path) -> Path:
     """As a job leaves it."""
-    held = RunDirectory.create(str(path), "n", False)
+    held = opened(path, resume=False)
     (path / "config.toml").write_text("")
     held.close()
     return path
@@ -106,7 +116,7 @@ def test_only_what_runs_themselves_leave_is_swept(tmp_path: Path) -> None:
     for name in (*left, *others):
         (run / name).write_text("x")
     (run / "checkpoints" / ".tmpFolder").mkdir()
-    RunDirectory.create(str(run), "n", True).close()
+    opened(run, resume=True).close()
     assert not [name for name in left if (run / name).exists()]
     assert not [name for name in others if not (run / name).exists()]
     assert (run / "checkpoints" / ".tmpFolder").is_dir()
@@ -115,13 +125,13 @@ def test_only_what_runs_themselves_leave_is_swept(tmp_path: Path) -> None:
 def test_a_run_is_refused_unless_it_is_to_go_on(tmp_path: Path) -> None:
     run = begun(tmp_path / "run")
     with pytest.raises(DirectoryError, match="already holds a run"):
-        RunDirectory.create(str(run), "n", False)
-    RunDirectory.create(str(run), "n", True).close()  # and a refusal leaves no lock
+        opened(run, resume=False)
+    opened(run, resume=True).close()  # and a refusal leaves no lock
     (run / "config.toml").unlink()
-    RunDirectory.create(str(run), "n", False).close()
+    opened(run, resume=False).close()
     (run / "checkpoints" / "step-000000003.safetensors").write_text("")
     with pytest.raises(DirectoryError, match="already holds a run"):
-        RunDirectory.create(str(run), "n", False)
+        opened(run, resume=False)
 
 
 @pytest.mark.parametrize("kept", ["config.toml", "metrics.jsonl"])
@@ -130,10 +140,10 @@ def test_a_run_whose_checkpoints_have_vanished_is_no_new_one(tmp_path: Path, kep
     (run / "config.toml").rename(run / kept)
     (run / "checkpoints").rmdir()
     with pytest.raises(OutputError, match=r"checkpoints is gone: put it back"):
-        RunDirectory.create(str(run), "n", True)
+        opened(run, resume=True)
     assert not (run / "checkpoints").exists()
     (run / "checkpoints").mkdir()
-    RunDirectory.create(str(run), "n", True).close()
+    opened(run, resume=True).close()
 
 
 def test_what_cannot_be_read_is_no_empty_directory(tmp_path: Path, monkeypatch: Any) -> None:
@@ -145,7 +155,7 @@ def test_what_cannot_be_read_is_no_empty_directory(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(os, "listdir", stale)
     with pytest.raises(OutputError, match=r"cannot read .*run: Stale file handle"):
-        RunDirectory.create(str(run), "n", True)
+        opened(run, resume=True)
 
 
 def test_parts_take_arrays_without_values(tmp_path: Path) -> None:
