@@ -136,16 +136,63 @@ def assemble(
 
     Raises, on all ranks alike, DataError or ConfigError for data or a model that do not fit.
     """
-    assert config.microbatches, "settings are resolved before a run is assembled"
     clock("joining")
     waiting.share_cores(grid.node.size * config.threads, grid.cores)
-    block = part(grid.replica, grid.replicas, config.microbatches)
+    rows = look_at_rows(config, data, grid, clock)
+    layouts, metric, here, fixed = build_stage(config, rows.task, grid, clock, model)
+    on_rank_0(grid.comm, clock, lambda: check(config, layouts))
+    layout = layouts[grid.stage]
+    sum_, agreement, notes = place(config, grid, layout, 2 + metric.columns, clock)
+    layout.bind(sum_.values)
+    together(grid.comm, clock, functools.partial(layout.initialise, sum_.values, config.seed, *sum_.worker))
+    here.gradients = gradients(layout, sum_)
+    optimizer = optimizers.build(config.optimizer, config.momentum, config.weight_decay or 0.0)
+    update = Update(grid.comm, grid.replica, sum_, optimizer, config.clip, rows.shards.rows_of, clock)
+    return Run(
+        config=config,
+        grid=grid,
+        clock=clock,
+        shards=rows.shards,
+        ahead=read_ahead(config, rows.shards, grid),
+        tests=rows.tests,
+        task=rows.task,
+        metric=metric,
+        layouts=layouts,
+        agree=agreement,
+        notes=[*rows.notes, *notes, *warnings(config)],
+        normalization=rows.normalization,
+        constants=fixed,
+        fingerprint=data.fingerprint,
+        stage=TrainingStage(grid.pipe, here, sum_, SCHEDULES[config.schedule], clock),
+        update=update,
+        state=State(grid, sum_, update.states, clock),
+        learning_rate=learning_rate(config.lr or 0.0, config.warmup_steps, config.decay, config.decay_steps or 1),
+    )
+
+
+@dataclass
+class RowsOfRun:
+    """The rows of a run, looked at, and what they ask of a model."""
+
+    shards: Shards
+    tests: Evaluation
+    task: Task
+    normalization: Normalization | None
+    notes: list[str]
+
+
+def look_at_rows(config: Config, data: Dataset, grid: Grid, clock: Clock) -> RowsOfRun:
+    """The rows to train and to test on, as the settings want them; collective over the grid.
+
+    Raises, on all ranks alike, DataError or ConfigError for rows that cannot be used.
+    """
+    assert config.microbatches, "settings are resolved before a run is assembled"
     shards = Shards(
         data.train,
         config.microbatches,
         config.batch,
         config.seed,
-        *block,
+        *part(grid.replica, grid.replicas, config.microbatches),
         dtype=config.dtype,
         shuffle=config.shuffle,
         block_rows=config.block_rows,
@@ -156,42 +203,13 @@ def assemble(
     also, ignore = shards.transform is not None, data.ignored(config.ignore)
     seen = look_at(data, grid, clock, shards.rows(), tests.rows(), config.classes, both=also, ignore=ignore)
     shards.split, tests.split = (split.ignoring(ignore) for split in (data.train, data.test))
-    starving = look_for_starving(data, grid, clock, shards, seen.outputs)
+    notes = [*seen.notes, *look_for_starving(data, grid, clock, shards, seen.outputs)]
     normalization = None
     if config.normalize:
         normalization = measure(data, grid, clock, shards)
         shards.split, tests.split = (normalized(s, normalization, config.dtype) for s in (shards.split, tests.split))
-
     task = Task(data.train.x.shape, data.train.y.shape, data.classification, seen.outputs, seen.tokens, ignore)
-    layouts, metric, here, fixed = build_stage(config, task, grid, clock, model)
-    on_rank_0(grid.comm, clock, lambda: check(config, layouts))
-    layout = layouts[grid.stage]
-    sum_, agreement, notes = place(config, grid, layout, 2 + metric.columns, clock)
-    layout.bind(sum_.values)
-    together(grid.comm, clock, functools.partial(layout.initialise, sum_.values, config.seed, *sum_.worker))
-    here.gradients = gradients(layout, sum_)
-    optimizer = optimizers.build(config.optimizer, config.momentum, config.weight_decay or 0.0)
-    update = Update(grid.comm, grid.replica, sum_, optimizer, config.clip, shards.rows_of, clock)
-    return Run(
-        config=config,
-        grid=grid,
-        clock=clock,
-        shards=shards,
-        ahead=read_ahead(config, shards, grid),
-        tests=tests,
-        task=task,
-        metric=metric,
-        layouts=layouts,
-        agree=agreement,
-        notes=[*seen.notes, *starving, *notes, *warnings(config)],
-        normalization=normalization,
-        constants=fixed,
-        fingerprint=data.fingerprint,
-        stage=TrainingStage(grid.pipe, here, sum_, SCHEDULES[config.schedule], clock),
-        update=update,
-        state=State(grid, sum_, update.states, clock),
-        learning_rate=learning_rate(config.lr or 0.0, config.warmup_steps, config.decay, config.decay_steps or 1),
-    )
+    return RowsOfRun(shards, tests, task, normalization, notes)
 
 
 def normalized(split_: Split, by: Normalization, dtype: DTypeLike) -> Split:
