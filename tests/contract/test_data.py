@@ -309,7 +309,7 @@ def test_resumed_run_on_changed_data_is_refused(train: Any, tmp_path: Path) -> N
     job = train(2, "--resume --steps 9")
     assert job.code == 65
     assert "d.npz holds other data than the run in" in job.err
-    assert job.result["status"] == "done"
+    assert (job.result["status"], job.result["exit_code"]) == ("failed", 65)
     shutil.copy(kept, spec)
     assert train(1, "--resume --steps 9").code == 0
 
