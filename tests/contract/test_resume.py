@@ -59,7 +59,7 @@ def interrupted(whole: Job, path: Path, step: int) -> Path:
     for file in sorted((path / "checkpoints").iterdir())[step:]:
         file.unlink()
     result = json.loads((path / "result.json").read_text())
-    (path / "result.json").write_text(json.dumps(result | {"status": "running"}))
+    (path / "result.json").write_text(json.dumps(result | {"status": "running", "saved": 0}))
     lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
     if not step:  # before its first save, which comes after step 1
         lines.clear()

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.contract
 STEPS, MICROBATCHES = 6, 6
 FLAGS = f"--steps {STEPS} --microbatches {MICROBATCHES} --hidden 64,64 --log-every 2 --eval-every 3 --save-every 4"
 TICK = 0.002  # microseconds: what rounding does to a time of some seconds
-NAMES = {"start", "joining", "data", "forward", "loss", "backward", "send", "accumulate", "waiting", "compute"}
+NAMES = {"start", "joining", "data", "model", "forward", "loss", "backward", "send", "accumulate", "waiting", "compute"}
 NAMES |= {"communication", "update", "evaluation", "checkpoint", "log", "step"}
 
 

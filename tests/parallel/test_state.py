@@ -92,7 +92,10 @@ def test_long_vectors_go_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     values = Values(grid, PrivateMemory(), layout.size, layout.dtype)
     values._firsts = Short(values._firsts)
     states = {name: zeros(layout.size, layout.dtype) for name in NAMES[1:]}
-    for state, names in ((State(grid, trained.sum, states), NAMES), (State(grid, values, {}, Clock()), (VALUES,))):
+    for state, names in (
+        (State(grid, trained.sum, states, Clock()), NAMES),
+        (State(grid, values, {}, Clock()), (VALUES,)),
+    ):
         state.distribute(whole(1, 1.0) if WORLD.rank == 0 else [], *names)
         assert state.sum.values.tobytes() == whole(1, 1.0)[0][VALUES].tobytes()
         back = state.collect(*names)
