@@ -47,8 +47,8 @@ def test_a_message_that_is_too_short_is_refused(columns: int) -> None:
         record = np.zeros((1, 2))
         if pair.rank == 1 and columns < 4:
             with pytest.raises(ValueError, match=rf"stage 0 sent {3 * columns} values, but 12 are needed"):
-                Stage(pair, part, Clock()).evaluate([Rows()], record)
+                Stage(pair, part, Clock()).evaluate([(Rows(), record[0])])
         else:
-            Stage(pair, part, Clock()).evaluate([Rows()], record)
+            Stage(pair, part, Clock()).evaluate([(Rows(), record[0])])
             assert record.tolist() == [[12.0, 3.0] if pair.rank == 1 else [0.0, 0.0]]
     pair.Free()
