@@ -21,7 +21,7 @@ from mpiml.data.normalize import Normalization, NormalizedSource
 from mpiml.data.prefetch import ReadAhead, steps_ahead
 from mpiml.data.shards import Shards
 from mpiml.design import StageDesign, cut, warnings
-from mpiml.errors import DataError, known_to_all
+from mpiml.errors import DataError
 from mpiml.evaluation import Evaluation
 from mpiml.imports import called_with, named
 from mpiml.load import look_at, look_for_starving, measure
@@ -101,13 +101,6 @@ class Run:
         """Give back what the MPI library holds for the run; collective."""
         self.stage.sum.free()
         self.grid.free()
-
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *trace: object) -> None:
-        if known_to_all(error, self.grid.comm.size):
-            self.free()
 
     def pace(self) -> Pace:
         """What compares the times of this run's ranks."""

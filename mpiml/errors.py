@@ -1,5 +1,9 @@
 """The ways a run can end other than well, each with the exit code that a job script sees."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
 
 class RunError(Exception):
     """A run cannot start or go on. Its message is one line that says what to do.
@@ -57,6 +61,28 @@ class ConfigError(RunError, ValueError):
 def known_to_all(error: BaseException | None, ranks: int) -> bool:
     """Whether all ranks leave a block by the same error, or by none: then they can leave it in step."""
     return error is None or ranks == 1 or getattr(error, "everywhere", False)
+
+
+class Freed(Protocol):
+    """What holds communicators or the like."""
+
+    def free(self) -> None: ...
+
+
+F = TypeVar("F", bound=Freed)
+
+
+@contextmanager
+def freed(thing: F, ranks: int) -> Iterator[F]:
+    """Free at the end of a block what all of so many ranks have to free together: not if one of them has failed alone,
+    for then the others do not come."""
+    try:
+        yield thing
+    except BaseException as error:
+        if known_to_all(error, ranks):
+            thing.free()
+        raise
+    thing.free()
 
 
 SAVED = 75  # not an error: the state is saved, and the same command with --resume goes on

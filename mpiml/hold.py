@@ -24,17 +24,17 @@ from mpiml.run.directory import (
     RunDirectory,
     holds_run,
     read_result,
-    update_result,
     write_atomically,
     write_result,
 )
 from mpiml.run.failure import Guard
-from mpiml.run.metrics import entries
 from mpiml.run.terminal import say
 from mpiml.run.verdict import on_rank_0
 from mpiml.saved import CODE, settings_in, settings_of
 from mpiml.setting import absolute
 from mpiml.waiting import broadcast
+
+RUNNING: dict[str, Any] = {"status": "running", "exit_code": None, "reason": None, "rank": None}
 
 
 def settings(asked: Config) -> tuple[Config, Config | None]:
@@ -82,8 +82,10 @@ class Opened:
 
 
 class Hold:
-    """The run directory of a job. Rank 0 holds it: on a resume before anything can be refused, so that result.json
-    never tells of the job before; and until all is written, how the job failed too. Collective.
+    """The run directory of a job, locked by rank 0; collective.
+
+    On a resume it is locked before anything can be refused, so that result.json shows how this job failed and not how
+    the last one ended. It is let go last, after a failure has been written.
 
     Args:
         guard: is told where it is.
@@ -102,8 +104,10 @@ class Hold:
             self._directory.close()
 
     def resumed(self, asked: Config) -> tuple[Config, Config | None, dict[str, Any] | None]:
-        """The settings to start from, those that the run that `asked` goes on with has stored, if there is one, and its
-        result if nothing is left to do."""
+        """The settings to start from; the stored ones, or None; and the result if nothing is left to do.
+
+        If something is, the directory is held from here on.
+        """
         if not asked.resume:
             return asked, None, None
 
@@ -150,9 +154,10 @@ class Hold:
             job = environment.of_job(ranks or [], run.fingerprint)
             job, changes = environment.going_on(environment.read(path), job, checkpoint.last_step(path / CHECKPOINTS))
             _check_same_data(run, path)
-            _check_nothing_vanished(config, path, self._before)
+            _check_nothing_vanished(path, self._before)
+            saved = self._before.get("saved", 0)
             of_run = {"ranks": comm.size, "pipe": config.pipe, "microbatches": config.microbatches}
-            update_result(path, of_run)
+            write_result(path, RUNNING | {"step": saved, "saved": saved} | of_run)
             write_atomically(path / CONFIG, config.to_toml())
             write_atomically(path / ENVIRONMENT, documents.to_json(job, indent=2) + "\n")
             warnings = [f"warning: {text}" for text in (*environment.warnings(ranks or []), *changes)]
@@ -168,8 +173,8 @@ class Hold:
         self._before = read_result(directory.path)
         self.guard.run, self.guard.token = directory.path, directory.token
         directory.prepare(resume)
-        running = {"status": "running", "exit_code": None, "reason": None, "rank": None, "step": 0}
-        write_result(directory.path, running | {"saved": self._before.get("saved", 0), "ranks": self.comm.size})
+        before = {key: value for key, value in self._before.items() if key != "traceback"}
+        write_result(directory.path, {"step": 0, "saved": 0} | before | RUNNING)
 
     def _tell(self, comm: MPI.Intracomm) -> None:
         with self.clock.doing("joining"):
@@ -201,16 +206,10 @@ def _check_same_data(run: Run, path: Path) -> None:
         raise DataError(f"{run.config.data} holds other data than the run in {path} was trained on: {other}")
 
 
-def _check_nothing_vanished(config: Config, path: Path, before: Mapping[str, Any]) -> None:
-    """Raise OutputError if there is no checkpoint, though there was one: the job `before` says so, or the metrics go
-    beyond the step of the first save, which was on disk before they did."""
-    if checkpoint.listed(path / CHECKPOINTS):
-        return
-    stored = settings_in(path / CONFIG) if (path / CONFIG).exists() else config
-    reached = max((entry["step"] for entry in entries(path / METRICS)), default=0)
-    if before.get("saved") or 0 < stored.save_every < reached:
-        step = max(before.get("saved", 0), reached)
+def _check_nothing_vanished(path: Path, before: Mapping[str, Any]) -> None:
+    """Raise OutputError if the checkpoints are gone: the result of the last job says that there was one."""
+    if before.get("saved") and not checkpoint.listed(path / CHECKPOINTS):
         raise OutputError(
-            f"the checkpoints in {path / CHECKPOINTS} are gone, for the run had come to step {step}: put them back, or "
-            "begin anew with another --out"
+            f"the checkpoints in {path / CHECKPOINTS} are gone, of which the last was of step {before['saved']}: put "
+            "them back, or begin anew with another --out"
         )

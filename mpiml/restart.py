@@ -38,16 +38,19 @@ def check_saved(cfg: Config, layouts: Sequence[Layout]) -> None:
     if cfg.resume and checkpoints.is_dir() and checkpoint.listed(checkpoints):
         checkpoint.check_newest(checkpoints, needed)
     elif cfg.init:
-        first = checkpoint.load(Path(cfg.init), lambda name: not name.startswith("optimizer."))
-        checkpoint.check_kinds(first.origin, checkpoint.kinds_of(first.arrays), needed)
+        checkpoint.check_kinds(cfg.init, checkpoint.kinds(Path(cfg.init)), needed)
 
 
-def finish(run: Run, path: Path, outcome: Mapping[str, Any]) -> dict[str, Any]:
-    """Write how the run ended; collective. Returns the whole result."""
+def finish(run: Run, directory: Opened, outcome: Mapping[str, Any]) -> dict[str, Any]:
+    """Write how the run ended; collective. Returns the whole result.
+
+    Raises DirectoryError, on all ranks alike, if another job has taken the directory.
+    """
 
     def write() -> dict[str, Any]:
-        sync_file(path / METRICS)
-        return update_result(path, outcome)
+        lock.check(directory.path, directory.token)
+        sync_file(directory.metrics)
+        return update_result(directory.path, outcome)
 
     result: dict[str, Any] = on_rank_0(run.grid.comm, run.clock, write)
     return result
@@ -143,6 +146,7 @@ def save(run: Run, step: int, directory: Opened) -> float:
                 arrays |= run.normalization.arrays()
             saved = Checkpoint(step, run.config.to_toml(), arrays, run.task.to_json(), run.constants)
             checkpoint.save(directory.checkpoints, saved, run.config.keep, run.clock.progress)
+            update_result(directory.path, {"step": step, "saved": step})
 
         on_rank_0(run.grid.comm, run.clock, write)
     return time.monotonic() - began

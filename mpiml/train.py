@@ -35,7 +35,7 @@ from mpiml.build import Model
 from mpiml.clock import Clock
 from mpiml.config import Config, parse
 from mpiml.data.dataset import Dataset
-from mpiml.errors import SAVED, NotFiniteError
+from mpiml.errors import SAVED, NotFiniteError, freed
 from mpiml.hold import Hold, Opened
 from mpiml.parallel import grid as grids
 from mpiml.parallel.record import Record, agree
@@ -105,9 +105,10 @@ def _train(
             if cfg.resume and (done := hold.finished(team, resolved)):  # --epochs has become steps
                 return done
             idle = design.idle_text(team.size, crew.idle, resolved.microbatches or 1)
-            grid, check = grids.build(team, cfg.pipe), restart.check_saved
-            with grid, assemble.assemble(resolved, dataset, grid, clock, model, check) as run:
-                return _run(run, dataset.name, hold, [*run.notes, *watch.notes, *idle], stop, began)
+            with freed(grids.build(team, cfg.pipe), team.size) as grid:
+                run = assemble.assemble(resolved, dataset, grid, clock, model, restart.check_saved)
+                with freed(run, team.size):
+                    return _run(run, dataset.name, hold, [*run.notes, *watch.notes, *idle], stop, began)
 
         return crew.run(work, stop)
 
@@ -130,17 +131,12 @@ def _run(run: Run, name: str, hold: Hold, notes: list[str], stop: StopRequest, b
         outcome["samples_per_second"] = logger.samples_per_second()
         outcome["seconds"] = round(perf_counter() - began, 3)
         _summary(run, directory.path, outcome, logger)
-    return restart.finish(run, directory.path, outcome)
+    return restart.finish(run, directory, outcome)
 
 
 def _loop(run: Run, begin: restart.Restored, directory: Opened, logger: log.Log, stop: StopRequest) -> dict[str, Any]:
     """Train from the step after the restored one. Returns the outcome for result.json."""
-    outcome: dict[str, Any] = {"status": "done", "exit_code": 0, "step": begin.step, "saved": begin.step}
-
-    def save(step: int) -> None:
-        stop.deadline.saved(restart.save(run, step, directory))
-        outcome["saved"] = step
-
+    outcome: dict[str, Any] = {"status": "done", "exit_code": 0, "step": begin.step}
     stop.deadline.expect(restart.size(run))
     stopped = False
     if begin.unscored or begin.step < run.steps:  # else there is nothing to stop
@@ -153,11 +149,12 @@ def _loop(run: Run, begin: restart.Restored, directory: Opened, logger: log.Log,
         due = run.due(step)
         record = _step(run, step, due, logger, stop)
         outcome |= {"step": step, "loss": record.mean_loss}
-        if due.save or record.stop:
-            save(step)
+        save = due.save or record.stop
+        if save:
+            stop.deadline.saved(restart.save(run, step, directory))
         scored = not due.evaluation or _evaluate(run, step, logger, stop, outcome)
-        if not scored and outcome["saved"] < step:
-            save(step)
+        if not (scored or save):
+            restart.save(run, step, directory)
         stopped = not scored or (record.stop and step < run.steps)
     if stopped:
         outcome |= {"status": "stopped", "exit_code": SAVED, "reason": stop.reason()}

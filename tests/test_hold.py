@@ -19,6 +19,7 @@ from mpiml.config import parse
 from mpiml.data.dataset import Dataset
 from mpiml.errors import ConfigError, DataError, DirectoryError, OutputError, RunError
 from mpiml.run import directory
+from mpiml.study.evaluate import evaluate
 from mpiml.train import train
 
 
@@ -129,7 +130,12 @@ def unwritable(path: Path) -> None:
     run(path / "odd")
 
 
-@pytest.mark.parametrize("fails", [not_finite, taken, refused, bad_data, unwritable])
+def not_scored(path: Path) -> None:
+    x, y = np.arange(80.0).reshape(40, 2), np.arange(40) % 2
+    evaluate(str(path / "run"), data=Dataset.from_arrays(x, y, x[:8] * np.nan, y[:8]), comm=MPI.COMM_SELF)
+
+
+@pytest.mark.parametrize("fails", [not_finite, taken, refused, bad_data, unwritable, not_scored])
 def test_runs_that_fail_leave_nothing_behind(done: Path, fails: Callable[[Path], None]) -> None:
     def tried(times: int) -> tuple[list[str], int, int]:
         """What there is after so many runs: descriptors, threads, and how many communicators can still be made."""

@@ -31,32 +31,24 @@ SHORT: dict[str, Any] = {"steps": 6, "hidden": (4,), "log_every": 1, "eval_every
 
 
 @pytest.mark.parametrize(
-    ("save_every", "metrics", "result", "gone"),
+    ("result", "gone"),
     [
-        (5, 6, {"status": "running", "step": 0}, True),
-        (5, 5, {"status": "running", "step": 0}, False),  # killed in its first save
-        (5, 0, {}, False),
-        (0, 99, {"status": "running", "step": 0}, False),  # it saves only when it is stopped
-        (0, 99, {"status": "failed", "step": 99, "saved": 0}, False),
-        (0, 99, {"status": "stopped", "step": 99, "saved": 99}, True),
-        (500, 99, {"status": "done", "step": 99, "saved": 99}, True),
-        (500, 99, {"status": "failed", "step": 0, "saved": 99}, True),  # a job that went on, and was refused
-        (5, 0, {"status": "stopped", "step": 0, "saved": 0}, False),  # before its first step
+        ({"status": "running", "step": 50, "saved": 50}, True),
+        ({"status": "done", "step": 99, "saved": 99}, True),
+        ({"status": "failed", "step": 50, "saved": 50}, True),  # a job that went on, and was refused
+        ({"status": "failed", "step": 99, "saved": 0}, False),  # before its first save
+        ({"status": "stopped", "step": 0, "saved": 0}, False),  # before its first step
+        ({}, False),
     ],
 )
-def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(
-    tmp_path: Path, save_every: int, metrics: int, result: Any, gone: bool
-) -> None:
+def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(tmp_path: Path, result: Any, gone: bool) -> None:
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "config.toml").write_text(Config(save_every=save_every).to_toml())
-    lines = [{"step": step, "loss": 1.0} for step in range(1, metrics + 1)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    asked = Config(save_every=1)  # of the job that goes on, which may differ
     if gone:
-        with pytest.raises(OutputError, match=rf"are gone, for the run had come to step {metrics}: put them back"):
-            _check_nothing_vanished(asked, tmp_path, result)
-        (tmp_path / "checkpoints" / "step-000000005.safetensors").write_text("")
-    _check_nothing_vanished(asked, tmp_path, result)
+        step = result["saved"]
+        with pytest.raises(OutputError, match=rf"are gone, of which the last was of step {step}: put them back"):
+            _check_nothing_vanished(tmp_path, result)
+        (tmp_path / "checkpoints" / "step-000000050.safetensors").write_text("")
+    _check_nothing_vanished(tmp_path, result)
 
 
 def test_metrics_are_left_alone_when_checkpoints_are_gone(tmp_path: Path) -> None:
@@ -66,7 +58,7 @@ def test_metrics_are_left_alone_when_checkpoints_are_gone(tmp_path: Path) -> Non
     for path in (tmp_path / "checkpoints").iterdir():
         path.unlink()
     for _ in range(2):
-        with pytest.raises(OutputError, match="are gone, for the run had come to step 6"):
+        with pytest.raises(OutputError, match="are gone, of which the last was of step 6"):
             train(config.replace(steps=8, resume=True))
         assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
@@ -118,6 +110,48 @@ def test_a_job_whose_directory_is_taken_saves_nothing_more(tmp_path: Path, monke
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000002.safetensors"]
     assert json.loads((tmp_path / "result.json").read_text())["status"] == "running"
     assert (tmp_path / ".lock").read_bytes() == other.line()
+
+
+def test_a_job_whose_directory_is_taken_does_not_say_that_it_is_done(tmp_path: Path, monkeypatch: Any) -> None:
+    """Though it saves nothing, and so has no save at which to notice."""
+    other = lock.Owner("t", "node7", "k2", "17", "18")
+
+    def taken(*arguments: Any) -> Any:
+        (tmp_path / ".lock").write_bytes(other.line())
+        (tmp_path / "result.json").write_text('{"status": "running", "of": "the other"}')
+        return digest(*arguments)
+
+    digest = restart.digest
+    monkeypatch.setattr(restart, "digest", taken)
+    with pytest.raises(DirectoryError, match="taken over by another job"):
+        train(Config(**SHORT | {"save_every": 0}, out=str(tmp_path)))
+    assert json.loads((tmp_path / "result.json").read_text()) == {"status": "running", "of": "the other"}
+
+
+def test_a_result_tells_of_the_last_save_while_the_run_goes_on(tmp_path: Path, monkeypatch: Any) -> None:
+    told: list[tuple[int, int]] = []
+    save = restart.save
+
+    def saved(*arguments: Any) -> Any:
+        seconds = save(*arguments)
+        result = json.loads((tmp_path / "result.json").read_text())
+        told.append((result["step"], result["saved"]))
+        return seconds
+
+    monkeypatch.setattr(restart, "save", saved)
+    assert train(Config(**SHORT, out=str(tmp_path)))["saved"] == 6
+    assert told == [(2, 2), (4, 4), (6, 6)]
+
+
+def test_a_refused_job_leaves_what_the_last_one_has_reached(tmp_path: Path) -> None:
+    before = train(Config(**SHORT, out=str(tmp_path)))
+    with pytest.raises(ConfigError, match="--batch 7"):
+        train(Config(batch=7, steps=8, resume=True, out=str(tmp_path), given=frozenset({"batch", "steps"})))
+    after = json.loads((tmp_path / "result.json").read_text())
+    assert (after["status"], after["exit_code"], after["step"]) == ("failed", 78, 6)
+    assert {key: after[key] for key in ("accuracy", "loss", "weights_sha256", "saved")} == {
+        key: before[key] for key in ("accuracy", "loss", "weights_sha256", "saved")
+    }
 
 
 TASK = Task((4,), (), True, 3, 0)

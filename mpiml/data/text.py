@@ -34,7 +34,8 @@ class Tokens:
         self._begins: list[int] = []  # the byte of each file at which its tokens begin
         sizes = [self._length(number, path) for number, path in enumerate(paths)]
         self.ends = np.cumsum(sizes, dtype=np.int64)
-        open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        open_files = limit if limit != resource.RLIM_INFINITY else 1 << 20
         self._mapped = functools.lru_cache(max(open_files // SHARE, 1))(self._map)
 
     def __len__(self) -> int:

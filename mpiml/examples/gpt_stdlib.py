@@ -6,6 +6,12 @@ exit code is 1 if the gpt, on the bytes held out, is no better than the bigram m
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mpiml import start
+
+    start.begin("mpiml.examples.gpt_stdlib")
+    start.start_mpi()
+
 import glob
 import os
 import sys
@@ -16,7 +22,6 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from mpiml import start
 from mpiml.clock import Clock
 from mpiml.config import Config, parse
 from mpiml.data.dataset import Dataset, Split, open_dataset
@@ -92,4 +97,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    start.begun()
     start.end(main())

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from mpi4py import MPI
 
-from mpiml.errors import known_to_all
 from mpiml.waiting import allgather
 
 
@@ -47,20 +46,13 @@ class Grid:
         while self.made:
             self.made.pop(0).Free()
 
-    def __enter__(self) -> Grid:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *trace: object) -> None:
-        if known_to_all(error, self.stages * self.replicas):
-            self.free()
-
     def rank_of(self, stage: int, replica: int) -> int:
         """The rank in `comm` at a place of the grid."""
         return stage * self.replicas + replica
 
 
 def build(comm: MPI.Intracomm, stages: int) -> Grid:
-    """Make the grid; collective over `comm`. Call `check` first."""
+    """Make the grid; collective over `comm`; `stages` divides their number."""
     home = nodes_of_ranks(comm)
     launched = sorted(range(comm.size), key=lambda rank: (home[rank], rank))
     ordered = MPI.Intracomm(comm.Create(comm.Get_group().Incl(launched)))

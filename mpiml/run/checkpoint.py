@@ -261,7 +261,7 @@ def _step(file: Path) -> int:
     return int(match[1])
 
 
-def _content(metadata: Mapping[str, str], arrays: Iterable[tuple[str, Array]], moved: Moved) -> str:
+def _content(metadata: Mapping[str, str], arrays: Iterable[tuple[str, Array]], moved: Moved = unwatched) -> str:
     """SHA-256 of all that a checkpoint says; the arrays come in the order of their names."""
     head = json.dumps({**metadata, "sha256": ""}, sort_keys=True)
     return hashlib.sha256(f"{head}{digest(arrays, moved)}".encode()).hexdigest()

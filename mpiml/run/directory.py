@@ -105,7 +105,7 @@ def replacing(path: Path, action: str = "write", moved: Callable[[], object] = u
             with contextlib.suppress(OSError):
                 unfinished.unlink()
             raise
-        sync_directory(path.parent)
+        sync(path.parent)
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -114,12 +114,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
-def sync_directory(path: Path) -> None:
-    """Make renames in a directory survive a power failure."""
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make what was written to a file, or renamed in a directory, survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -130,8 +126,8 @@ def _sync(path: Path) -> None:
 def sync_file(path: Path) -> None:
     """Make all that was written to a file, if there is one, survive a power failure."""
     with named_errors("write", path), contextlib.suppress(FileNotFoundError):
-        _sync(path)
-        _sync(path.parent)
+        sync(path)
+        sync(path.parent)
 
 
 class RunDirectory:
@@ -180,7 +176,7 @@ class RunDirectory:
             )
         with named_errors("create the run directory", self.path):
             checkpoints.mkdir(exist_ok=True)
-            sync_directory(self.path)
+            sync(self.path)
         _sweep(self.path, LEFT)
         _sweep(checkpoints, LEFT_OF_CHECKPOINTS)
 
@@ -237,20 +233,34 @@ def read_result(run: Path) -> dict[str, Any]:
 
 def write_result(run: Path, result: Mapping[str, Any]) -> None:
     """Replace result.json in a run directory. Where there is no room for a second file, the disk being full, it is
-    written over the first: some kilobytes of the disk are its own."""
-    content = to_json(result, indent=2) + "\n"
+    written over the first."""
     try:
-        write_atomically(run / RESULT, content)
+        write_atomically(run / RESULT, _text(result))
     except OutputError:
-        try:
-            with open(run / RESULT, "r+") as file:
-                file.write(content)
+        if not _written_over(run / RESULT, result):
+            raise
+
+
+def _text(result: Mapping[str, Any]) -> str:
+    return to_json(result, indent=2) + "\n"
+
+
+def _written_over(path: Path, result: Mapping[str, Any]) -> bool:
+    """Write a result into the blocks of the disk that are the file's already, without a traceback that does not fit.
+
+    Returns whether that could be done.
+    """
+    try:
+        with open(path, "r+b") as file:
+            room = os.fstat(file.fileno()).st_blocks * 512
+            short = {key: value for key, value in result.items() if key != "traceback"}
+            content = next((text for text in map(str.encode, (_text(result), _text(short))) if len(text) <= room), b"")
+            file.write(content)
+            if content:
                 file.truncate()
-        except OSError:
-            pass
-        else:
-            return
-        raise
+            return bool(content)
+    except OSError:
+        return False
 
 
 def update_result(run: Path, outcome: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from mpi4py import MPI
 
 from mpiml.clock import BLOCKED_ON_OTHERS, Clock
 from mpiml.errors import DirectoryError, OutputError, RunError, StallError, known_to_all
-from mpiml.run import alarm
+from mpiml.run import alarm, lock
 from mpiml.run.alarm import within
 from mpiml.run.directory import FAILED, read_result, update_result
 from mpiml.run.terminal import say
@@ -84,7 +84,9 @@ class Guard:
         # What its message says is not only of this rank, at this moment.
         settled = known and (known.everywhere or known.rank is not None or isinstance(known, StallError))
         outcome: dict[str, Any] = {"status": "failed", "exit_code": exit_code(error), "reason": describe(error)}
-        outcome |= {"rank": known.rank if known and settled else self.comm.rank, "step": self.clock.step}
+        outcome["rank"] = known.rank if known and settled else self.comm.rank
+        if self.clock.step:  # else the run is where it was
+            outcome["step"] = self.clock.step
         text = f"{self.program}: {outcome['reason']}"
         if not settled and self.comm.size > 1:
             text += f" (rank {self.comm.rank}, step {self.clock.step}, {self.clock.activity})"
@@ -108,13 +110,16 @@ class Guard:
         Args:
             alone: whether other ranks may be about to write it too.
         """
-        if self.run is None or not self.run.is_dir():
-            return ""
-        if alone and not self._is_first() and self._written_by_another():
-            return None
         try:
+            if self.run is None or not self.run.is_dir():
+                return ""
+            lock.check(self.run, self.token)
+            if alone and not self._is_first() and self._written_by_another():
+                return None
             update_result(self.run, outcome)
-        except OutputError as error:
+        except DirectoryError:  # another job has taken it
+            return ""
+        except (OutputError, OSError) as error:
             return str(error)
         return ""
 
@@ -132,12 +137,19 @@ class Guard:
         """Wait until who was first has written: by ending the job this rank would end the other's writing."""
         assert self.run, "there is a run directory if another rank has written there"
         waited = 0.0
-        while read_result(self.run).get("status") != "failed":
+        while self._status() != "failed":
             if waited > OTHERS:  # it has been killed
                 return False
             time.sleep(FORWARDING)
             waited += FORWARDING
         return True
+
+    def _status(self) -> str:
+        """What result.json says, if it can be read just now."""
+        try:
+            return str(read_result(self.run or Path()).get("status"))
+        except OutputError:
+            return ""
 
 
 def describe(error: BaseException) -> str:

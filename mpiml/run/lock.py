@@ -11,6 +11,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from mpiml.errors import DirectoryError, OutputError
+from mpiml.run.processes import kernel
 
 LOCK = ".lock"
 OURS = "mpiml"  # begins what .lock says, so that a file of another program is left as it is
@@ -39,7 +40,7 @@ class Owner:
     def this_process(cls, token: str) -> Owner:
         """This one."""
         pid = str(os.getpid())
-        return cls(token, socket.gethostname() or "unknown", _kernel(), pid, _started(pid))
+        return cls(token, socket.gethostname() or "unknown", kernel() or "unknown", pid, _started(pid))
 
     @classmethod
     def parse(cls, content: bytes) -> Owner | None:
@@ -53,7 +54,7 @@ class Owner:
 
     def lives(self) -> bool:
         """Whether it is a process of this machine that goes on; False if there is no telling."""
-        return self.kernel == _kernel() != "unknown" and self.started == _started(self.pid) != "ended"
+        return self.kernel == kernel() and self.started == _started(self.pid) != "ended"
 
     def __str__(self) -> str:
         return f"another job (process {self.pid} on {self.host})"
@@ -156,13 +157,6 @@ def _read(descriptor: int) -> bytes:
         return os.read(descriptor, CONTENT)
     except BlockingIOError:  # a FIFO
         return b""
-
-
-def _kernel() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return "unknown"
 
 
 def _started(pid: str) -> str:

@@ -84,7 +84,7 @@ class StopRequest:
 
     def __init__(self, deadline: Deadline | None = None) -> None:
         self.deadline = deadline or Deadline()
-        self.others: Callable[[], bool] = lambda: False  # whether somebody else was asked, and this rank is told
+        self.others: Callable[[], bool] = lambda: False  # whether another rank passes on a stop request
         self.asked = False  # by a signal
         self._asked_at = 0.0
         self._before: dict[int, Any] = {}
@@ -99,12 +99,15 @@ class StopRequest:
     def now(self) -> bool:
         """Whether to stop after the step that is under way. Is asked once in each step."""
         late = self.deadline.near()
-        self.asked = self.asked or self.others()
-        return self.asked or late
+        return self._asked_here_or_there() or late
 
     def at_once(self) -> bool:
         """Whether to leave even an evaluation that is under way, for it can be made again."""
-        return self.asked or self.deadline.up()
+        return self._asked_here_or_there() or self.deadline.up()
+
+    def _asked_here_or_there(self) -> bool:
+        self.asked = self.asked or self.others()
+        return self.asked
 
     def reason(self) -> str:
         """Why the ranks have agreed to stop, as far as this one knows."""

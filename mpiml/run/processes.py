@@ -1,4 +1,4 @@
-"""Other processes on this node, as the kernel tells of them: launchers, and the next rank."""
+"""Other processes on this node, as the kernel tells of them; no MPI."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import select
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mpi4py import MPI
-
 from mpiml.run.alarm import RANKS
-from mpiml.waiting import allgather
 
 LAUNCHERS = ("hydra_pmi_proxy", "mpiexec", "mpirun", "orterun", "prterun", "prted", "orted", "srun", "slurmstepd")
 
@@ -19,7 +16,6 @@ class Process:
     """A process that may end; None stands for one of which nothing can be known, which never has `ended`."""
 
     def __init__(self, number: int | None):
-        self.number = number
         self._poll, self._descriptor = select.poll(), -1
         if number is not None:
             try:
@@ -40,16 +36,13 @@ class Process:
             self._descriptor = -1
 
 
-def neighbour(comm: MPI.Intracomm) -> tuple[int, Process]:
-    """The next rank on this node and its process; this rank, and no process, where there is no other. Collective."""
+def kernel() -> str:
+    """Where process numbers mean the same as here: a machine since its last start, and a PID namespace there; empty if
+    that is not known."""
     try:
-        kernel = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
-        kernel = f"unknown, of rank {comm.rank}"
-    everyone = allgather(comm, (kernel, os.getpid()))
-    here = [rank for rank, (other, _) in enumerate(everyone) if other == kernel]
-    rank = here[(here.index(comm.rank) + 1) % len(here)]
-    return rank, Process(everyone[rank][1] if rank != comm.rank else None)
+        return ""
 
 
 def launcher(environment: Mapping[str, str] = os.environ) -> Process:

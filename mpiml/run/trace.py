@@ -22,6 +22,7 @@ from mpiml.clock import Clock
 from mpiml.errors import ConfigError, OutputError, RunError
 from mpiml.run.clocks import Ruler
 from mpiml.run.directory import is_own, named_errors, temporary, write_atomically
+from mpiml.run.terminal import say as say_to
 from mpiml.run.verdict import on_rank_0
 from mpiml.waiting import wait
 
@@ -166,7 +167,7 @@ def _write(path: Path, grid: Grid, clock: Recorder, ruler: Ruler) -> str:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, gzip.compress(content, 5, mtime=0) if path.suffix == ".gz" else content)
         except (OSError, OutputError) as error:
-            print(f"warning: the timeline is lost: {error}", file=sys.stderr, flush=True)
+            say_to(f"warning: the timeline is lost: {error}", sys.stderr)
             return ""
         return f"timeline: {path}" + (f" (from step {first} on; what was before did not fit)" if first else "")
 

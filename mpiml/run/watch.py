@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -16,8 +17,8 @@ from mpiml.clock import ACTIVITIES, BLOCKED_ON_OTHERS, Clock
 from mpiml.errors import RunError, StallError, known_to_all
 from mpiml.run import alarm
 from mpiml.run.alarm import QUIET, bytes_moved
-from mpiml.run.processes import Process, launcher, neighbour
-from mpiml.waiting import wait
+from mpiml.run.processes import Process, kernel, launcher
+from mpiml.waiting import allgather, wait
 
 GOODBYE = -1.0
 # Seconds between looks at the processes of the neighbour and of the launcher, and how often one is not there before the
@@ -43,6 +44,15 @@ class Sign:
     def place(self) -> str:
         """Where the rank is."""
         return f"in step {self.step} ({self.activity})"
+
+
+def neighbour(comm: MPI.Intracomm) -> tuple[int, Process]:
+    """The next rank on this node and its process; this rank, and no process, where there is no other. Collective."""
+    mine = kernel() or f"unknown, of rank {comm.rank}"
+    everyone = allgather(comm, (mine, os.getpid()))
+    here = [rank for rank, (other, _) in enumerate(everyone) if other == mine]
+    rank = here[(here.index(comm.rank) + 1) % len(here)]
+    return rank, Process(everyone[rank][1] if rank != comm.rank else None)
 
 
 class Watch(threading.Thread):

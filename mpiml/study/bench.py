@@ -19,6 +19,7 @@ from typing import Any
 import mpiml
 from mpiml.errors import ConfigError
 from mpiml.run.environment import blas, cpu_model
+from mpiml.start import BLAS
 from mpiml.study.command import Parser, ended
 from mpiml.study.launcher import mpirun
 
@@ -219,7 +220,7 @@ def spread(ratios: Sequence[float]) -> dict[str, float]:
 
 def run(ranks: int, arguments: Sequence[str], nodes: str = "") -> subprocess.CompletedProcess[str]:
     """A job on some ranks, in a directory that goes away, with one BLAS thread a rank."""
-    env = os.environ | {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
+    env = os.environ | dict.fromkeys(BLAS, "1")
     env |= {"MPIML_NODES": nodes} if nodes else {}
     with tempfile.TemporaryDirectory() as directory:
         command = [mpirun(), "-n", str(ranks), sys.executable, *arguments]

@@ -6,6 +6,12 @@ the others rest, and on all of them at once. No step of the model that is to be 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mpiml import start
+
+    start.begin("mpiml.study.calibration")
+    start.start_mpi()
+
 import os
 import statistics
 import sys
@@ -25,7 +31,7 @@ from mpiml.data.dataset import Batch, Dataset
 from mpiml.nn.layer import Array, At, Layer
 from mpiml.nn.layers import Linear
 from mpiml.parallel.grid import nodes_of_ranks
-from mpiml.run import environment
+from mpiml.run import alarm, environment
 from mpiml.run.directory import write_atomically
 from mpiml.run.failure import Guard
 from mpiml.run.process import prepare_process
@@ -231,4 +237,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    start.begun()
+    alarm.off()  # what is measured may take long
     main()
+    start.end(0)

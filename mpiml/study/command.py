@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from mpiml.errors import ConfigError, RunError
+from mpiml.run.terminal import say
 
 INTERRUPTED, CLOSED = 130, 141  # exit codes: what a shell says of a program that SIGINT, or SIGPIPE, has ended
 
@@ -31,18 +32,17 @@ def ended(program: str, act: Callable[[], int]) -> int:
         sys.stdout.flush()
         return code
     except RunError as error:
-        text, code = str(error), error.exit_code
+        text, code = f"{program}: {error}", error.exit_code
     except KeyboardInterrupt:
-        text, code = "interrupted", INTERRUPTED
+        text, code = f"{program}: interrupted", INTERRUPTED
     except BrokenPipeError:  # who read what it prints has gone, and need not be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
         return CLOSED
     except OSError as error:
-        text, code = f"{error.filename or 'input or output'}: {error.strerror or error}", 74
+        text, code = f"{program}: {error.filename or 'input or output'}: {error.strerror or error}", 74
     except Exception:  # of a user's own code, who needs to see where
-        traceback.print_exc()
-        return RunError.exit_code
-    print(f"{program}: {text}", file=sys.stderr)
+        text, code = traceback.format_exc().rstrip(), RunError.exit_code
+    say(text, sys.stderr)
     return code
 
 

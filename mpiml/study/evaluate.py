@@ -20,7 +20,7 @@ from mpiml.config import Config
 from mpiml.data.dataset import Dataset
 from mpiml.data.fingerprint import difference
 from mpiml.data.normalize import Normalization
-from mpiml.errors import ConfigError, DataError, OutputError
+from mpiml.errors import ConfigError, DataError, OutputError, freed
 from mpiml.evaluation import Evaluation
 from mpiml.nn.parameters import Layout
 from mpiml.parallel import grid as grids
@@ -36,6 +36,7 @@ from mpiml.run.checkpoint import Checkpoint
 from mpiml.run.directory import CHECKPOINTS, CONFIG
 from mpiml.run.failure import Guard, exit_code
 from mpiml.run.process import prepare_process
+from mpiml.run.terminal import say
 from mpiml.run.verdict import on_rank_0, together
 from mpiml.run.watch import Watch
 from mpiml.saved import code_of, settings_in, settings_of
@@ -178,9 +179,25 @@ def _evaluate(
     config = found.config
     dataset = load.open_data(config, comm, clock, data if isinstance(data, Dataset) else None)
     together(comm, clock, lambda: check_data(found, dataset, others=data is not None))
-    grid = grids.build(comm, config.pipe)
+    about = {"run": str(found.run), "step": found.step}
+    about["data"] = dataset.name if isinstance(data, Dataset) else config.data
+    with freed(grids.build(comm, config.pipe), comm.size) as grid:
+        return about | _scored(found, whole, dataset, predictions, grid, clock, model)
+
+
+def _scored(
+    found: Found,
+    whole: list[Checkpoint],
+    dataset: Dataset,
+    predictions: str | None,
+    grid: Grid,
+    clock: Clock,
+    model: Model | None,
+) -> dict[str, Any]:
+    """The sums over the test rows; collective over the grid."""
+    config, task = found.config, found.task
     waiting.share_cores(grid.node.size * config.threads, grid.cores)
-    task, tests = found.task, Evaluation(dataset.test, config.eval_rows, grid, config.dtype)
+    tests = Evaluation(dataset.test, config.eval_rows, grid, config.dtype)
     classes = task.outputs if task.classification else None
     seen = load.look_at(dataset, grid, clock, None, tests.rows(), classes, tokens=task.vocabulary, ignore=task.ignore)
     tests.split = dataset.test.ignoring(task.ignore)
@@ -188,27 +205,19 @@ def _evaluate(
         tests.split = normalized(tests.split, found.normalization, config.dtype)
     layouts, metric, here, fixed = build_stage(config, task, grid, clock, model)
     on_rank_0(grid.comm, clock, lambda: _check_model(whole[0], fixed, layouts))
-    values, problem = _place(config, grid, layouts, whole, clock)
-    for note in [*found.notes, *seen.notes, *([f"warning: {problem}"] if problem else [])]:
-        if comm.rank == 0:
-            print(note, file=sys.stderr, flush=True)
-    kept = Predictions(here, task) if predictions else None
-    stage = Stage(grid.pipe, here, clock)
-    record = tests.score(stage, metric, clock, found.step)
-    assert record, "nobody asks it to leave off"
-    if kept:
-        kept.write(Path(predictions or ""), tests, clock)
-    score = on_rank_0(grid.comm, clock, lambda: metric.value(record.metric))
-    values.free()
-    grid.free()
-    return {
-        "run": str(found.run),
-        "step": found.step,
-        "data": dataset.name if isinstance(data, Dataset) else config.data,
-        "rows": len(tests.split),
-        "test_loss": record.mean_loss,
-        metric.name: score,
-    }
+    values, problem = _placed(config, grid, layouts[grid.stage])
+    with freed(values, grid.comm.size):
+        _filled(values, grid, layouts, whole, clock)
+        for note in [*found.notes, *seen.notes, *([f"warning: {problem}"] if problem else [])]:
+            if grid.comm.rank == 0:
+                say(note, sys.stderr)
+        kept = Predictions(here, task) if predictions else None
+        record = tests.score(Stage(grid.pipe, here, clock), metric, clock, found.step)
+        assert record, "nobody asks it to leave off"
+        if kept:
+            kept.write(Path(predictions or ""), tests, clock)
+        score = on_rank_0(grid.comm, clock, lambda: metric.value(record.metric))
+    return {"rows": len(tests.split), "test_loss": record.mean_loss, metric.name: score}
 
 
 def check_data(found: Found, data: Dataset, others: bool) -> None:
@@ -235,19 +244,20 @@ def _check_model(saved: Checkpoint, constants: str, layouts: Sequence[Layout]) -
     checkpoints.check_kinds(saved.origin, checkpoints.kinds_of(saved.arrays), needed)
 
 
-def _place(
-    config: Config, grid: Grid, layouts: Sequence[Layout], whole: list[Checkpoint], clock: Clock
-) -> tuple[Values, str | None]:
-    """The values of this rank's stage, from the checkpoint on rank 0; collective. Also why they are not shared."""
-    layout = layouts[grid.stage]
+def _placed(config: Config, grid: Grid, layout: Layout) -> tuple[Values, str | None]:
+    """Room for the values of this rank's stage, and why it is not shared; collective."""
     memory, problem = share(grid.comm, grid.local, 0, bytes_of(layout.size, layout.dtype), config.memory)
     values = Values(grid, memory, layout.size, layout.dtype)
     layout.bind(values.values)
+    return values, problem
+
+
+def _filled(values: Values, grid: Grid, layouts: Sequence[Layout], whole: list[Checkpoint], clock: Clock) -> None:
+    """Hand out the values of the checkpoint on rank 0; collective."""
     stages: list[Mapping[str, Any]] = []
     clock("checkpoint")
     on_rank_0(grid.comm, clock, lambda: stages.extend(restart.vectors(layouts, whole.pop(), (VALUES,))))
     State(grid, values, {}, clock).distribute(stages, VALUES)
-    return values, problem
 
 
 def text(result: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from mpiml.config import parse
 from mpiml.design import open_data
 from mpiml.documents import to_json
 from mpiml.errors import ConfigError
+from mpiml.start import BLAS
 from mpiml.study import table
 from mpiml.study.columns import table as columns
 from mpiml.study.command import positive, whole, wholes
@@ -82,7 +83,7 @@ def calibrate(chosen: argparse.Namespace) -> int:
     check_program(command)
     target = (directory / MACHINE).absolute()
     target.mkdir(exist_ok=True)
-    env = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | os.environ
+    env = dict.fromkeys(BLAS, "1") | os.environ
     for _ in range(chosen.repeats):
         path = target / f"{len(list(target.iterdir())):03d}.json"
         done = subprocess.run([*command, str(path), *settings], check=False, env=env)

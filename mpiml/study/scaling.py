@@ -17,7 +17,9 @@ from mpiml.design import open_data
 from mpiml.errors import ConfigError
 from mpiml.imports import is_name
 from mpiml.run.directory import named_errors, write_atomically
+from mpiml.run.terminal import say
 from mpiml.setting import flag
+from mpiml.start import BLAS
 from mpiml.study import predict
 from mpiml.study.command import Parser, ended, finite, positive, telling, whole, wholes
 from mpiml.study.job import Training, training
@@ -171,7 +173,7 @@ def _work(chosen: argparse.Namespace, todo: Sequence[Task]) -> int:
         failed += bool(problem)
         print(f"{text}: {problem or task.told()}", flush=True)
     if failed:
-        print(f"{failed} of {len(todo)} jobs failed; the same command tries them again", file=sys.stderr)
+        say(f"{failed} of {len(todo)} jobs failed; the same command tries them again", sys.stderr)
     return int(failed > 0)
 
 
@@ -204,7 +206,7 @@ def _open(
 def _launch(chosen: argparse.Namespace, task: Task) -> str | None:
     """Run a job. Returns what went wrong, if anything did."""
     command = [*launcher(chosen.launcher, task.point.ranks, chosen.node_ranks), sys.executable, *task.words]
-    env = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | os.environ
+    env = dict.fromkeys(BLAS, "1") | os.environ
     try:
         done = subprocess.run(command, check=False, capture_output=True, text=True, env=env, timeout=chosen.timeout)
     except subprocess.TimeoutExpired:

@@ -6,6 +6,12 @@ loop of mpiml.train, without log, evaluation and checkpoints.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mpiml import start
+
+    start.begin("mpiml.study.timing")
+    start.start_mpi()
+
 import json
 import sys
 from pathlib import Path
@@ -20,7 +26,7 @@ from mpiml import load
 from mpiml.clock import SHARES, Clock
 from mpiml.config import Config, parse
 from mpiml.parallel.split import check_ranks
-from mpiml.run import environment, launch
+from mpiml.run import alarm, environment, launch
 from mpiml.run.directory import write_atomically
 from mpiml.run.failure import Guard, exit_code
 from mpiml.run.process import prepare_process
@@ -89,4 +95,6 @@ def point(comm: MPI.Intracomm, path: Path, warm_up: int, steps: int, config: Con
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    start.begun()
+    alarm.off()  # what is measured may take long
+    start.end(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from mpiml.errors import DataError, RunError, StallError
 from mpiml.run import directory, failure
 from mpiml.run.directory import FAILED, RESULT, read_result, write_result
 from mpiml.run.failure import Guard
+from mpiml.run.lock import LOCK, Owner
 
 
 @pytest.fixture
@@ -71,11 +73,30 @@ def test_reason_is_written_where_there_is_no_room_for_a_second_file(run: Path, m
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "no space left")
 
-    write_result(run, {"status": "running", "more": "x" * 900})
     monkeypatch.setattr(directory.os, "replace", full)
     fails(run, RunError("short"))
     assert read_result(run)["reason"] == "short"
-    assert [path.name for path in run.iterdir()] == [RESULT]
+    assert {path.name for path in run.iterdir()} == {LOCK, RESULT}
+
+
+def test_a_reason_without_its_traceback_is_better_than_half_of_both(run: Path) -> None:
+    """The disk is full: the file has the block that it has, and may not become longer."""
+    script = f"""
+import resource
+from pathlib import Path
+from mpiml.run.directory import update_result
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+update_result(Path({str(run)!r}), {{"status": "failed", "reason": "the loss", "traceback": "x" * 8000}})
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert read_result(run) == {"status": "failed", "ranks": 1, "reason": "the loss"}
+
+
+def test_the_result_of_a_job_that_has_taken_the_directory_stays(run: Path) -> None:
+    (run / LOCK).write_bytes(Owner("another", "node7", "k2", "17", "18").line())
+    fails(run, RunError("mine"))
+    assert read_result(run) == {"status": "running", "ranks": 1}
 
 
 def test_error_that_cannot_be_shown_is_reported_all_the_same(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from mpiml.run import process
-from mpiml.run.process import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, keep_freed_memory
+from mpiml.run.process import M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, StopRequest, keep_freed_memory
 from tests.conftest import launch
 
 FAULTS = """
@@ -47,6 +47,15 @@ class Malloc:
             return 0
         self.settings[option] = size
         return 1
+
+
+def test_a_stop_request_that_another_rank_passes_on_counts_at_any_time() -> None:
+    for look in (StopRequest.now, StopRequest.at_once):
+        stop = StopRequest()
+        assert not look(stop)
+        stop.others = lambda: True
+        assert look(stop)
+        assert stop.reason() == "asked to stop by a signal"
 
 
 def test_freed_memory_stays_whatever_the_c_library_takes() -> None:
