@@ -213,8 +213,8 @@ def normalized(split_: Split, by: Normalization, dtype: DTypeLike) -> Split:
 def build_stage(
     config: Config, task: Task, grid: Grid, clock: Clock, model: Model | None
 ) -> tuple[list[Layout], Metric, Part, str]:
-    """The model, cut into stages: every stage's layout, the metric, what this rank's stage computes, and what tells
-    the model's constants; collective.
+    """The model, cut into stages: every stage's layout, the metric, what this rank's stage computes, and checksums
+    of the model's constants as JSON; collective.
 
     Raises, on all ranks alike, ConfigError for a model, a loss or a metric that does not fit.
     """

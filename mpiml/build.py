@@ -169,7 +169,7 @@ def described(layers: Sequence[nn.Layer], seed: int) -> dict[str, str]:
 
 
 def constants(layers: Sequence[nn.Layer]) -> str:
-    """What tells those values of the model that neither training changes nor a checkpoint holds, as JSON; empty for
+    """Checksums of the model's constants, tensors that are neither trained nor saved in checkpoints, as JSON; empty for
     layers that have none."""
     modules = _torch_modules()
     found = modules.constants(layers) if modules else None

@@ -158,7 +158,7 @@ def busy(config: Config, before: Config | None, ranks: int) -> int:
 
 
 def idle_text(busy: int, idle: int, microbatches: int) -> list[str]:
-    """One line on ranks that idle, if there are any, for a run has only so many micro-batches for the busy ones."""
+    """One line about ranks without work, if there are any."""
     keeps = f"--microbatches {microbatches} of the run keeps {busy} busy"
     return [f"{busy + idle} ranks, but {keeps}: {_count(idle, 'rank')} idle"] if idle else []
 

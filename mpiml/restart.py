@@ -18,12 +18,7 @@ from mpiml.nn.parameters import Layout, Parameter
 from mpiml.parallel.state import VALUES
 from mpiml.run import checkpoint, lock, log
 from mpiml.run.checkpoint import Checkpoint
-from mpiml.run.directory import (
-    CHECKPOINTS,
-    METRICS,
-    sync_file,
-    update_result,
-)
+from mpiml.run.directory import CHECKPOINTS, METRICS, sync_file, update_result
 from mpiml.run.metrics import entries, missing
 from mpiml.run.verdict import on_rank_0
 from mpiml.saved import settings_of

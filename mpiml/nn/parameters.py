@@ -25,8 +25,8 @@ class Parameter:
 
     Args:
         shape: of the array; for a linear weight (inputs, outputs).
-        init: (generator, count) -> the next `count` first values, float64; called until the array is full, and then
-            maybe once more from its start, for ranks compare values that are not drawn as `uniform`, say, draws them.
+        init: (generator, count) -> the next `count` first values, float64; called until the array is full. All
+            of it may be drawn twice, because ranks compare checksums of first values.
         decay: whether weight decay applies; by default to matrices and not to vectors.
 
     Attributes:
@@ -182,7 +182,7 @@ class Layout:
     def initialise(self, values: Vector, seed: int, worker: int = 0, workers: int = 1) -> None:
         """Write first values, each parameter's a function of (seed, its name) alone.
 
-        Of `workers` that write into one vector, number `worker` writes every so manieth parameter.
+        Worker `worker` of `workers` that write into one vector initialises every `workers`-th parameter.
         """
         for parameter in self.parameters[worker::workers]:
             offset = self.offsets[parameter]

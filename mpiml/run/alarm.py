@@ -33,8 +33,8 @@ RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")  # whe
 
 
 class Alarm:
-    """Goes off `seconds` after this process has last said what it does, or has last read or written much, unless it has
-    since been put `off`.
+    """Goes off `seconds` after the last sign of progress, a call of `during`, or much that is read or written. It is
+    stopped by `off`.
 
     Attributes:
         fail: what is called with a StallError then; by default it is written to standard error, and the process ends.
@@ -135,7 +135,7 @@ def end_for_certain(seconds: float) -> None:
 
 
 def last() -> None:
-    """The same for the very end, when Python gives up its threads and the timer: a signal of the kernel's ends it."""
+    """For the very end, when Python's threads and the timer in C are gone: the kernel's SIGALRM ends the process."""
     if _alarm and not math.isinf(_alarm.seconds):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, _alarm.seconds)

@@ -39,7 +39,7 @@ class Checkpoint:
         arrays: parameters ("layers.3.weight") and optimizer state ("optimizer.mean.layers.3.weight").
         config: the run's settings, as TOML.
         task: what the data asked of the model, as JSON, if that is known.
-        constants: what tells the values that the model computes with besides the arrays, as JSON, if it may have some.
+        constants: checksums of the model's constants, as JSON; empty if it has none.
         origin: the file that it was read from, for messages. All that it says is data, which anybody may have written.
     """
 

@@ -65,8 +65,8 @@ class Deadline:
         return self.passed()
 
     def up(self, slack: float = 0.0) -> bool:
-        """Whether there is just time for a save and a digest, or will be in `slack` seconds: time to leave even what is
-        under way. May be asked at any time."""
+        """Whether what is under way must be left: there is only time for a save and a digest, or will be in `slack`
+        seconds. May be asked at any time."""
         return time.monotonic() + self._ending() + slack > self.end
 
     def passed(self, slack: float = 0.0) -> bool:

@@ -46,7 +46,8 @@ def entries(metrics: Path) -> list[dict[str, Any]]:
 
 
 def missing(entries: list[dict[str, Any]], step: int, log_every: int, eval_every: int) -> list[int]:
-    """The steps whose lines a metrics file had when the checkpoint of `step` was written, and has no more at its end.
+    """The steps whose lines are missing at the end of a metrics file, though they were written before the checkpoint of
+    `step`.
 
     Whether it had the evaluation of `step` itself is not known. In an earlier job lines may have been further apart.
     """
