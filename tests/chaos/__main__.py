@@ -29,7 +29,8 @@ def main() -> int:
     )
     asked = parser.parse_args()
     if asked.table:
-        print(report.table(json.loads(asked.table.read_text())))
+        said = json.loads(asked.table.read_text())
+        print(report.table(report.by_part(said, {name: part.text for name, part in PARTS.items()})))
         return 0
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends jobs and tidies up
     seed = time.time_ns() % 1_000_000 if asked.seed is None else asked.seed

