@@ -18,7 +18,7 @@ from mpiml.nn.parameters import Layout, Parameter
 from mpiml.parallel.state import VALUES
 from mpiml.run import checkpoint, lock, log
 from mpiml.run.checkpoint import Checkpoint
-from mpiml.run.directory import CHECKPOINTS, METRICS, sync_file, update_result
+from mpiml.run.directory import CHECKPOINTS, CONFIG, METRICS, sync_file, update_result
 from mpiml.run.metrics import entries, missing
 from mpiml.run.verdict import on_rank_0
 from mpiml.saved import settings_of
@@ -120,7 +120,10 @@ def _check_same_run(cfg: Config, found: Checkpoint) -> None:
     for field in all_settings():
         mine, theirs = getattr(cfg, field.name), getattr(saved, field.name)
         if mine != theirs and not saved.may_become(field, mine):
-            raise OutputError(f"{found.origin} is of another run: {flag(field.name)} {theirs}, here {mine}")
+            raise OutputError(
+                f"{found.origin} has {flag(field.name)} {theirs}, but {CONFIG} {mine}: they are of different runs, or "
+                f"{CONFIG} is damaged; if you remove it, --resume takes the checkpoint's settings"
+            )
 
 
 def save(run: Run, step: int, directory: Opened) -> float:

@@ -84,7 +84,7 @@ def problem(data: Dataset, column: str, found: Findings, classes: int | None = N
     (lowest, low_row), (highest, high_row) = found.lowest, found.highest
     what = "label" if column == "y" else "token"
     if lowest < 0:
-        hint = f", but classes are numbered from 0 (if it means no label, train with --ignore {lowest:.0f})"
+        hint = f": number the classes from 0, or if it means no label, train with --ignore {lowest:.0f}"
         return f"{what} {lowest:.0f} is below 0{hint if column == 'y' else ''}, in row", low_row
     if found.masked and highest < 0:
         return "all labels are to be ignored, so none counts, from row", low_row

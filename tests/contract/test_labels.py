@@ -45,11 +45,11 @@ def trained(out: Path, made: Arrays, **settings: Any) -> Any:
 def test_minus_one_is_refused_in_one_label_a_row_unless_it_is_said_to_be_none(tmp_path: Path) -> None:
     """Whether -1 is a class or no label only its owner knows: where +1 is the other class, it is a class."""
     made = arrays(several=False)
-    hint = r"classes are numbered from 0 \(if it means no label, train with --ignore -1\)"
+    hint = r"number the classes from 0, or if it means no label, train with --ignore -1"
     signs = made | {"y_train": np.where(made["y_train"] > 0, 1, -1), "y_test": np.ones(40, int)}
     for wrong in (made, signs, made | {"y_train": np.arange(80) % 3}):
         where = "y_test" if wrong["y_train"].min() == 0 else "y_train"
-        with pytest.raises(DataError, match=f"^{where}: label -1 is below 0, but {hint}, in row [0-9]+$"):
+        with pytest.raises(DataError, match=f"^{where}: label -1 is below 0: {hint}, in row [0-9]+$"):
             trained(tmp_path / "run", wrong)
     with pytest.raises(DataError, match="label -1 is below 0"):
         trained(tmp_path / "run", made, ignore=255)

@@ -85,7 +85,7 @@ def staged(layers: list[Layer], shape: tuple[int, ...]) -> Any:
 
 def test_activations_grow_with_rows() -> None:
     stage = staged([Conv2d(1, 4), ReLU(), Flatten(), Linear(256, 32), LayerNorm(32)], (8, 8, 1))
-    row = activations.bytes_of_a_row(stage, last=False)
+    _, row, _ = sorted(activations.bytes_of_a_row(stage, last=False) for _ in range(3))  # other threads allocate too
     assert activations._held(stage, 500) == pytest.approx(500 * row, rel=0.01)
 
 
