@@ -81,7 +81,7 @@ def shared_memory_tidied() -> Iterator[None]:
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):
             used |= {line.split()[-1] for line in maps.read_text().splitlines() if str(SHM) in line}
-    for pattern in ("mpich_shm_*", "sm_segment.*"):
+    for pattern in ("mpich_shm_*", "ucx_shm_posix_*", "sm_segment.*"):
         for path in set(SHM.glob(pattern)) - before:
             with contextlib.suppress(OSError):  # another rank was sooner
                 if str(path) not in used and time.time() - path.stat().st_mtime > SETTLED:
