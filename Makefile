@@ -82,8 +82,8 @@ example-scaling: $(VENV)/tested
 	        --launcher "$(MPIRUN) -n {ranks}" --out runs/example-$$mode $(ARGS) -- --hidden 1024,1024 --eval-every 5 && \
 	    $(BIN)/python -m mpiml.scaling report runs/example-$$mode || exit 1; \
 	done
-	$(BIN)/python -m mpiml.scaling calibrate runs/example-strong --launcher "$(MPIRUN) -n {ranks}" --repeats 1
-	$(BIN)/python -m mpiml.scaling predict runs/example-strong --ranks 64,1024,16384
+	$(BIN)/python -m mpiml.predict calibrate runs/example-strong --launcher "$(MPIRUN) -n {ranks}" --repeats 1
+	$(BIN)/python -m mpiml.predict predict runs/example-strong --ranks 64,1024,16384
 
 # A stamp is made when its installation has succeeded, so that a failed one is tried again.
 $(VENV)/installed: pyproject.toml

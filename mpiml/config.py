@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import mpiml
 from mpiml import documents
 from mpiml.errors import ConfigError, OutputError
+from mpiml.flags import check, convert, flag, guess, metavar, setting, text, toml
 from mpiml.run import deadline
-from mpiml.setting import check, convert, flag, guess, metavar, setting, text, toml
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser

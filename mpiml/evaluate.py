@@ -1,16 +1,17 @@
-"""`python -m mpiml.evaluate`: what it can be asked; mpiml.study.evaluate does it."""
+"""Scores a checkpoint on test rows, on any grid: `mpirun -n 3 python -m mpiml.evaluate --run runs/mine`."""
 
-import sys
+from __future__ import annotations
 
 if __name__ == "__main__":
-    from mpiml import start
+    from mpiml.run import start
 
     start.begin("mpiml.evaluate")
 
 import argparse
+import sys
 from collections.abc import Sequence
 
-from mpiml.study.command import Parser, whole
+from mpiml.command import Parser, ended, whole
 
 
 def _text(text: str) -> str:
@@ -48,10 +49,208 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    if start.help_is_asked_for():
-        parse(["--help"])
+    start.answer_help(parse)
     start.start_mpi()
-    from mpiml.study.evaluate import main
 
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+from mpiml import documents, team
+from mpiml.clock import Clock
+from mpiml.config import Config
+from mpiml.data.dataset import Dataset
+from mpiml.errors import freed
+from mpiml.nn.parameters import Layout
+from mpiml.parallel import grid as grids
+from mpiml.parallel.grid import Grid
+from mpiml.parallel.memory import share
+from mpiml.parallel.stage import Stage
+from mpiml.parallel.state import VALUES, State
+from mpiml.parallel.values import Values
+from mpiml.partition import check_ranks
+from mpiml.run import one_job
+from mpiml.run.checkpoint import Checkpoint
+from mpiml.run.console import say
+from mpiml.run.failure import Guard, exit_code
+from mpiml.run.process import prepare_process
+from mpiml.run.watch import Watch
+from mpiml.team import on_rank_0, together
+from mpiml.training import storage
+from mpiml.training.data import look_at, open_data
+from mpiml.training.evaluation import Evaluation
+from mpiml.training.model import Model
+from mpiml.training.predictions import Predictions, check_path
+from mpiml.training.rows import normalized
+from mpiml.training.run import build_stage
+from mpiml.training.stored import Found, check_data, check_model, find
+from mpiml.vectors import bytes_of
+
+if __name__ == "__main__":
     start.begun()
-    start.end(main(lambda: parse(sys.argv[1:])))
+
+PROGRAM = "mpiml.evaluate"
+
+
+def evaluate(
+    run: str | None = None,
+    *,
+    checkpoint: str | None = None,
+    data: str | Dataset | None = None,
+    label: str | None = None,
+    token_dtype: str | None = None,
+    held_out: float | None = None,
+    predictions: str | None = None,
+    pipe: int = 1,
+    comm: MPI.Intracomm | None = None,
+    model: Model | None = None,
+    loss: str | None = None,
+    metric: str | None = None,
+) -> dict[str, Any]:
+    """Score a checkpoint as the command does; every rank of the communicator calls it alike. The run stays as it is.
+
+    A checkpoint is data: code that it names is run only if the run directory's config.toml, or an argument, names it.
+
+    Args:
+        run: a run directory, whose newest whole checkpoint is scored; or, in its place, the file `checkpoint`.
+        data: whose test rows, as the command takes it or as a data set; by default the run's own.
+        label, token_dtype, held_out: how to read them, as Config has it; by default as the run did.
+        predictions: a file to write to, .npy or .csv.
+        pipe: stages.
+        comm: the ranks; all of the job's by default.
+        model: what the run was trained with, as `train` takes it, or its name, package.module:function.
+        loss, metric: by name, as Config has them; by default as the run did.
+
+    Returns:
+        `test_loss` and the metric under its name, as a run logs them, with `step`, `rows`, `run` and `data`.
+
+    Raises:
+        RunError: as mpiml.train.train.
+    """
+    clock = Clock()
+    comm = MPI.COMM_WORLD if comm is None else comm
+    whole: list[Checkpoint] = []  # on rank 0
+    asked = {"pipe": pipe, "label": label, "token_dtype": token_dtype, "held_out": held_out}
+    named = {"data": data, "model": model, "loss": loss, "metric": metric}
+
+    def look() -> Found:
+        if predictions is not None:
+            check_path(Path(predictions))
+        found, saved = find(run, checkpoint, asked, named)
+        whole.append(saved)
+        return found
+
+    with Guard(comm, clock, PROGRAM) as guard:
+        one_job.check_size(MPI.COMM_WORLD.size)
+        one_job.check_alike(comm, clock, one_job.software())
+        found = on_rank_0(comm, clock, look)
+        together(comm, clock, lambda: check_ranks(comm.size, pipe))
+        with Watch(comm.Dup(), clock, found.config.stall_timeout, guard.fail), np.errstate(all="ignore"):
+            made = None if isinstance(model, str) else model
+            return _evaluate(found, whole, data, predictions, comm, clock, made)
+
+
+def _evaluate(
+    found: Found,
+    whole: list[Checkpoint],
+    data: str | Dataset | None,
+    predictions: str | None,
+    comm: MPI.Intracomm,
+    clock: Clock,
+    model: Model | None,
+) -> dict[str, Any]:
+    prepare_process(found.config.threads)
+    config = found.config
+    dataset = open_data(config, comm, clock, data if isinstance(data, Dataset) else None)
+    together(comm, clock, lambda: check_data(found, dataset, others=data is not None))
+    about = {"run": str(found.run), "step": found.step}
+    about["data"] = dataset.name if isinstance(data, Dataset) else config.data
+    with freed(grids.build(comm, config.pipe), comm.size) as grid:
+        return about | _scored(found, whole, dataset, predictions, grid, clock, model)
+
+
+def _scored(
+    found: Found,
+    whole: list[Checkpoint],
+    dataset: Dataset,
+    predictions: str | None,
+    grid: Grid,
+    clock: Clock,
+    model: Model | None,
+) -> dict[str, Any]:
+    """The sums over the test rows; collective over the grid."""
+    config, task = found.config, found.task
+    team.share_cores(grid.node.size * config.threads, grid.cores)
+    tests = Evaluation(dataset.test, config.eval_rows, grid, config.dtype)
+    classes = task.outputs if task.classification else None
+    seen = look_at(dataset, grid, clock, None, tests.rows(), classes, tokens=task.vocabulary, ignore=task.ignore)
+    tests.split = dataset.test.ignoring(task.ignore)
+    if found.normalization:
+        tests.split = normalized(tests.split, found.normalization, config.dtype)
+    layouts, metric, here, fixed = build_stage(config, task, grid, clock, model)
+    on_rank_0(grid.comm, clock, lambda: check_model(whole[0], fixed, layouts))
+    values, problem = _placed(config, grid, layouts[grid.stage])
+    with freed(values, grid.comm.size):
+        _filled(values, grid, layouts, whole, clock)
+        for note in [*found.notes, *seen.notes, *([f"warning: {problem}"] if problem else [])]:
+            if grid.comm.rank == 0:
+                say(note, sys.stderr)
+        kept = Predictions(here, task) if predictions else None
+        record = tests.score(Stage(grid.pipe, here, clock), metric, clock, found.step)
+        assert record, "nobody asks it to leave off"
+        if kept:
+            kept.write(Path(predictions or ""), tests, clock)
+        score = on_rank_0(grid.comm, clock, lambda: metric.value(record.metric))
+    return {"rows": len(tests.split), "test_loss": record.mean_loss, metric.name: score}
+
+
+def _placed(config: Config, grid: Grid, layout: Layout) -> tuple[Values, str | None]:
+    """Room for the values of this rank's stage, and why it is not shared; collective."""
+    memory, problem = share(grid.comm, grid.local, 0, bytes_of(layout.size, layout.dtype), config.memory)
+    values = Values(grid, memory, layout.size, layout.dtype)
+    layout.bind(values.values)
+    return values, problem
+
+
+def _filled(values: Values, grid: Grid, layouts: Sequence[Layout], whole: list[Checkpoint], clock: Clock) -> None:
+    """Hand out the values of the checkpoint on rank 0; collective."""
+    stages: list[Mapping[str, Any]] = []
+    clock("checkpoint")
+    on_rank_0(grid.comm, clock, lambda: stages.extend(storage.vectors(layouts, whole.pop(), (VALUES,))))
+    State(grid, values, {}, clock).distribute(stages, VALUES)
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """The result as a line."""
+    *_, (metric, score) = result.items()
+    return (
+        f"{result['run']}, step {result['step']}, {result['rows']} test rows of {result['data']}: "
+        f"loss {result['test_loss']:.4f}, {metric} {score:.4f}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit code."""
+    return ended(PROGRAM, lambda: _main(sys.argv[1:] if arguments is None else arguments))
+
+
+def _main(arguments: Sequence[str]) -> int:
+    comm, clock = MPI.COMM_WORLD, Clock()
+    try:
+        with Guard(comm, clock, PROGRAM):
+            asked = on_rank_0(comm, clock, lambda: vars(parse(arguments)))
+        as_json = asked.pop("json")
+        result = evaluate(**asked)
+    except BaseException as error:  # reported already, and in a job of several ranks known to all
+        return exit_code(error)
+    if comm.rank == 0:
+        print(documents.to_json(result) if as_json else text(result), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    start.end(main())

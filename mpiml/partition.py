@@ -1,6 +1,69 @@
-"""Cutting a range into nearly equal parts, the one way it is done everywhere."""
+"""Cutting into parts: a range into nearly equal ones, ranks into pipelines, layers into stages; no MPI."""
+
+import itertools
+from collections.abc import Sequence
+
+from mpiml.errors import ConfigError
 
 
 def part(index: int, parts: int, total: int) -> tuple[int, int]:
     """The index-th of `parts` contiguous, nearly equal parts of 0..total-1, as (start, stop)."""
     return total * index // parts, total * (index + 1) // parts
+
+
+def check_ranks(ranks: int, pipe: int) -> None:
+    """Raise ConfigError unless `ranks` divide into pipelines of `pipe` stages."""
+    if pipe > ranks or ranks % pipe:
+        fits = ", ".join(str(s) for s in range(1, ranks + 1) if ranks % s == 0)
+        raise ConfigError(f"{ranks} ranks do not divide into pipelines of {pipe} stages; --pipe {fits} would work")
+
+
+def balanced(costs: Sequence[int], stages: int) -> list[int]:
+    """Where to cut so that the most expensive stage is as cheap as it can be: exact.
+
+    Args:
+        costs: of each layer, in order; not negative.
+        stages: how many parts; each gets at least one layer.
+
+    Returns:
+        stages - 1 increasing indices: a stage begins at each.
+    """
+    if stages > len(costs):
+        raise ConfigError(f"{len(costs)} layers cannot be cut into {stages} stages; --pipe {len(costs)} at most")
+    low, high = max(costs), sum(costs)
+    while low < high:
+        middle = (low + high) // 2
+        if len(_greedy(costs, stages, middle)) < stages:
+            high = middle
+        else:
+            low = middle + 1
+    return _greedy(costs, stages, low)
+
+
+def _greedy(costs: Sequence[int], stages: int, limit: int) -> list[int]:
+    """Cuts that fill each stage up to `limit`, but leave a layer for every stage to come.
+
+    At most stages - 1 of them if the limit can be kept with so few.
+    """
+    cuts: list[int] = []
+    filled = 0
+    for index, cost in enumerate(costs):
+        must = len(costs) - index == stages - 1 - len(cuts)
+        if index and (filled + cost > limit or must):
+            cuts.append(index)
+            filled = 0
+        filled += cost
+    return cuts
+
+
+def check_cuts(cuts: Sequence[int], layers: int, stages: int) -> None:
+    """Raise ConfigError unless `cuts` give each of `stages` stages at least one of `layers` layers."""
+    if len(cuts) != stages - 1:
+        raise ConfigError(f"--cuts {_text(cuts)}: {len(cuts)} given, but {stages - 1} needed for --pipe {stages}")
+    bounds = [0, *cuts, layers]
+    if any(a >= b for a, b in itertools.pairwise(bounds)):
+        raise ConfigError(f"--cuts {_text(cuts)}: must increase and lie between 1 and {layers - 1} ({layers} layers)")
+
+
+def _text(cuts: Sequence[int]) -> str:
+    return ",".join(map(str, cuts))

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 
 if __name__ == "__main__":
-    from mpiml import start
+    from mpiml.run import start
 
     start.begin("mpiml.train")
-    if start.help_is_asked_for():
-        from mpiml.config import parse
-        from mpiml.errors import ConfigError
-
-        with contextlib.suppress(ConfigError):  # is raised again, and reported, when MPI is up
-            parse(sys.argv[1:])
+    from mpiml.config import parse
     from mpiml.run.process import StopRequest
+
+    start.answer_help(parse)
 
     StopRequest().__enter__()  # a signal that comes before MPI is up must not kill; train() takes it over
     start.start_mpi()
@@ -29,24 +25,25 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from mpiml import assemble, design, load, restart
-from mpiml.assemble import Due, Run
-from mpiml.build import Model
 from mpiml.clock import Clock
 from mpiml.config import Config, parse
 from mpiml.data.dataset import Dataset
 from mpiml.errors import SAVED, NotFiniteError, freed
-from mpiml.hold import Hold, Opened
 from mpiml.parallel import grid as grids
 from mpiml.parallel.record import Record, agree
-from mpiml.parallel.split import check_ranks
-from mpiml.run import launch, log, trace
+from mpiml.partition import check_ranks
+from mpiml.run import log, one_job, trace
 from mpiml.run.crew import Crew
 from mpiml.run.deadline import Deadline
 from mpiml.run.failure import Guard, exit_code
 from mpiml.run.process import StopRequest, prepare_process
-from mpiml.run.verdict import on_rank_0, together
 from mpiml.run.watch import Watch
+from mpiml.team import on_rank_0, together
+from mpiml.training import resolve, storage
+from mpiml.training.data import open_data
+from mpiml.training.hold import Hold, Opened
+from mpiml.training.model import Model
+from mpiml.training.run import Due, Run, assemble
 
 if __name__ == "__main__":
     start.begun()
@@ -84,8 +81,8 @@ def _train(
     asked: Config, comm: MPI.Intracomm, model: Model | None, data: Dataset | None, hold: Hold, guard: Guard
 ) -> dict[str, Any]:
     began, clock = perf_counter(), guard.clock
-    launch.check_size(MPI.COMM_WORLD.size)
-    launch.check_alike(comm, clock, launch.software() | asked.by_flag())
+    one_job.check_size(MPI.COMM_WORLD.size)
+    one_job.check_alike(comm, clock, one_job.software() | asked.by_flag())
     cfg, before, done = hold.resumed(asked)
     if done:
         return done
@@ -95,18 +92,18 @@ def _train(
         if cfg.trace:
             on_rank_0(comm, clock, lambda: trace.check(cfg.trace, cfg.out))
         prepare_process(cfg.threads)
-        crew = Crew(comm, design.busy(cfg, before, comm.size), clock)
+        crew = Crew(comm, resolve.busy(cfg, before, comm.size), clock)
         stop.others = crew.asked
 
         def work(team: MPI.Intracomm) -> dict[str, Any]:
-            dataset, replicas = load.open_data(cfg, team, clock, data), team.size // cfg.pipe
+            dataset, replicas = open_data(cfg, team, clock, data), team.size // cfg.pipe
             rows, classes = len(dataset.train), dataset.classification
-            resolved = together(team, clock, lambda: design.resolve(cfg, rows, classes, replicas, before))
+            resolved = together(team, clock, lambda: resolve.resolve(cfg, rows, classes, replicas, before))
             if cfg.resume and (done := hold.finished(team, resolved)):  # --epochs has become steps
                 return done
-            idle = design.idle_text(team.size, crew.idle, resolved.microbatches or 1)
+            idle = resolve.idle_text(team.size, crew.idle, resolved.microbatches or 1)
             with freed(grids.build(team, cfg.pipe), team.size) as grid:
-                run = assemble.assemble(resolved, dataset, grid, clock, model, restart.check_saved)
+                run = assemble(resolved, dataset, grid, clock, model, storage.check_saved)
                 with freed(run, team.size):
                     return _run(run, dataset.name, hold, [*run.notes, *watch.notes, *idle], stop, began)
 
@@ -117,11 +114,11 @@ def _run(run: Run, name: str, hold: Hold, notes: list[str], stop: StopRequest, b
     """Train what is assembled, in its directory. Returns the content of result.json."""
     cfg, clock = run.config, run.clock
     directory = hold.opened(run, name)
-    begin = restart.restore(run, directory.path)
+    begin = storage.restore(run, directory.path)
     rows, metric = run.shards.rows_per_step, run.metric.name
     with log.Log(run.grid.comm, directory.metrics, clock, rows, metric, run.pace()) as logger:
         logger.open_console(begin.step + 1, run.steps, cfg.quiet)
-        grid = design.grid_text(run.grid.stages, run.grid.replicas, cfg.microbatches or 1)
+        grid = resolve.grid_text(run.grid.stages, run.grid.replicas, cfg.microbatches or 1)
         for line in [*directory.notes, *notes, *begin.notes, grid]:
             logger.say(line)
         # Numbers that are not finite end the run, with a better message than NumPy's.
@@ -131,13 +128,13 @@ def _run(run: Run, name: str, hold: Hold, notes: list[str], stop: StopRequest, b
         outcome["samples_per_second"] = logger.samples_per_second()
         outcome["seconds"] = round(perf_counter() - began, 3)
         _summary(run, directory.path, outcome, logger)
-    return restart.finish(run, directory, outcome)
+    return storage.finish(run, directory, outcome)
 
 
-def _loop(run: Run, begin: restart.Restored, directory: Opened, logger: log.Log, stop: StopRequest) -> dict[str, Any]:
+def _loop(run: Run, begin: storage.Restored, directory: Opened, logger: log.Log, stop: StopRequest) -> dict[str, Any]:
     """Train from the step after the restored one. Returns the outcome for result.json."""
     outcome: dict[str, Any] = {"status": "done", "exit_code": 0, "step": begin.step}
-    stop.deadline.expect(restart.size(run))
+    stop.deadline.expect(storage.size(run))
     stopped = False
     if begin.unscored or begin.step < run.steps:  # else there is nothing to stop
         stopped = agree(run.grid.comm, run.record(0), stop=stop.now()).stop
@@ -151,14 +148,14 @@ def _loop(run: Run, begin: restart.Restored, directory: Opened, logger: log.Log,
         outcome |= {"step": step, "loss": record.mean_loss}
         save = due.save or record.stop
         if save:
-            stop.deadline.saved(restart.save(run, step, directory))
+            stop.deadline.saved(storage.save(run, step, directory))
         scored = not due.evaluation or _evaluate(run, step, logger, stop, outcome)
         if not (scored or save):
-            restart.save(run, step, directory)
+            storage.save(run, step, directory)
         stopped = not scored or (record.stop and step < run.steps)
     if stopped:
         outcome |= {"status": "stopped", "exit_code": SAVED, "reason": stop.reason()}
-    return outcome | {"weights_sha256": restart.digest(run)}
+    return outcome | {"weights_sha256": storage.digest(run)}
 
 
 def _step(run: Run, step: int, due: Due, logger: log.Log, stop: StopRequest) -> Record:

@@ -15,7 +15,7 @@ from mpiml.data.fingerprint import Fingerprint, of_array, of_files
 from mpiml.data.formats import Options, open_files
 from mpiml.data.sources import ArraySource, LabelSource, Source
 from mpiml.errors import DataError
-from mpiml.imports import called_with, is_name, named
+from mpiml.usercode import called_with, is_name, named
 
 DIGITS = Path(__file__).with_name("digits.npz")
 

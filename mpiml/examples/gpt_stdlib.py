@@ -7,7 +7,7 @@ exit code is 1 if the gpt, on the bytes held out, is no better than the bigram m
 from __future__ import annotations
 
 if __name__ == "__main__":
-    from mpiml import start
+    from mpiml.run import start
 
     start.begin("mpiml.examples.gpt_stdlib")
     start.start_mpi()
@@ -28,7 +28,7 @@ from mpiml.data.dataset import Dataset, Split, open_dataset
 from mpiml.data.formats import Options
 from mpiml.errors import DataError
 from mpiml.run.failure import Guard, exit_code
-from mpiml.run.verdict import on_rank_0, together
+from mpiml.team import on_rank_0, together
 from mpiml.train import train
 
 PROGRAM = "mpiml.examples.gpt_stdlib"

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mpiml.nn.blocks import blocks
-from mpiml.nn.layer import Array, At, Backward, Layer
+from mpiml.nn.base import Array, At, Backward, Layer
 from mpiml.nn.parameters import Shape
+from mpiml.nn.tiling import blocks
 
 
 class ReLU(Layer):

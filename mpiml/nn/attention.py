@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from mpiml.nn.base import Array, At, Backward, Layer
 from mpiml.nn.basic import Linear
-from mpiml.nn.layer import Array, At, Backward, Layer
 from mpiml.nn.parameters import Gradients, Shape
 
 QUERIES = 128  # places that look at once: their scores fit a second-level cache, and little is computed to be masked

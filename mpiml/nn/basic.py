@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mpiml.nn.layer import Array, At, Backward, Layer, forward, stack_flops, stack_shapes
+from mpiml.nn.base import Array, At, Backward, Layer, forward, stack_flops, stack_shapes
 from mpiml.nn.parameters import Gradients, Parameter, Shape, constant, uniform
 from mpiml.random import generator
 

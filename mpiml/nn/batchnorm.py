@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mpiml.nn.blocks import blocks
-from mpiml.nn.layer import Array, At, Backward, Layer
+from mpiml.nn.base import Array, At, Backward, Layer
 from mpiml.nn.parameters import Gradients, Parameter, Shape, Statistic, constant
+from mpiml.nn.tiling import blocks
 
 
 class BatchNorm2d(Layer):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 from mpiml.nn.activations import ReLU
+from mpiml.nn.base import Layer, stack_shapes
 from mpiml.nn.basic import Flatten, Linear, Reshape, Residual
 from mpiml.nn.batchnorm import BatchNorm2d
 from mpiml.nn.convolution import Conv2d
-from mpiml.nn.layer import Layer, stack_shapes
-from mpiml.nn.models import dropout_if_any
 from mpiml.nn.norms import GroupNorm
 from mpiml.nn.parameters import Shape
+from mpiml.nn.perceptrons import dropout_if_any
 from mpiml.nn.pooling import GlobalAvgPool, MaxPool2d
 
 GROUP = 8  # channels that GroupNorm takes together; all of them, where their number is no multiple

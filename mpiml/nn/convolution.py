@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from mpiml.nn.blocks import blocks
-from mpiml.nn.layer import Array, At, Backward, Layer
+from mpiml.nn.base import Array, At, Backward, Layer
 from mpiml.nn.parameters import Gradients, Parameter, Shape, constant, uniform
+from mpiml.nn.tiling import blocks
 
 CACHE = 1 << 20  # bytes of patches that are multiplied at once: about a second-level cache
 FEW = 4  # channels from which on the rows of a patch are the longest runs to copy; with fewer, lines of the image are

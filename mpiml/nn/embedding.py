@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mpiml.nn.layer import Array, At, Backward, Layer
+from mpiml.nn.base import Array, At, Backward, Layer
 from mpiml.nn.parameters import Gradients, Parameter, Shape, normal
 
 

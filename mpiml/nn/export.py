@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpiml.nn.attention import CausalSelfAttention
+from mpiml.nn.base import Layer, parameters, stack_shapes
 from mpiml.nn.basic import Flatten, Linear, Residual
 from mpiml.nn.convolution import Conv2d
-from mpiml.nn.layer import Layer, parameters, stack_shapes
 from mpiml.nn.parameters import Shape
 
 Array = NDArray[Any]

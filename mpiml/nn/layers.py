@@ -2,11 +2,7 @@
 
 from mpiml.nn.activations import GELU, ReLU, SiLU, Tanh
 from mpiml.nn.attention import CausalSelfAttention
-from mpiml.nn.basic import Dropout, Flatten, Linear, Reshape, Residual
-from mpiml.nn.batchnorm import BatchNorm2d
-from mpiml.nn.convolution import Conv2d
-from mpiml.nn.embedding import Embedding, PositionalEmbedding
-from mpiml.nn.layer import (
+from mpiml.nn.base import (
     Array,
     At,
     Backward,
@@ -19,6 +15,10 @@ from mpiml.nn.layer import (
     stack_flops,
     stack_shapes,
 )
+from mpiml.nn.basic import Dropout, Flatten, Linear, Reshape, Residual
+from mpiml.nn.batchnorm import BatchNorm2d
+from mpiml.nn.convolution import Conv2d
+from mpiml.nn.embedding import Embedding, PositionalEmbedding
 from mpiml.nn.norms import GroupNorm, LayerNorm, RMSNorm
 from mpiml.nn.pooling import AvgPool2d, GlobalAvgPool, MaxPool2d
 

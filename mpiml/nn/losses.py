@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mpiml.nn.blocks import blocks
+from mpiml.nn.tiling import blocks
 
 Array = NDArray[np.floating]
 Labels = NDArray[np.generic]

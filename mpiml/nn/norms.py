@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
-from mpiml.nn.blocks import blocks
-from mpiml.nn.layer import Array, At, Backward, Layer
+from mpiml.nn.base import Array, At, Backward, Layer
 from mpiml.nn.parameters import Gradients, Parameter, Shape, constant
+from mpiml.nn.tiling import blocks
 
 PLACES = 1 << 10  # of an image that are added up together in its own dtype
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from mpiml.nn.blocks import blocks
-from mpiml.nn.layer import Array, At, Backward, Layer
+from mpiml.nn.base import Array, At, Backward, Layer
 from mpiml.nn.parameters import Gradients, Shape
+from mpiml.nn.tiling import blocks
 
 CACHE = 1 << 19  # bytes of images whose gradient is computed at once
 

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mpiml import vectors
 from mpiml.documents import check_regular
 from mpiml.errors import ConfigError
-from mpiml.nn.layer import Array, At, Backward, Layer, described
+from mpiml.nn.base import Array, At, Backward, Layer, described
 from mpiml.nn.parameters import Gradients, Init, Parameter, Shape
 from mpiml.random import key
 

@@ -6,12 +6,12 @@ import math
 
 from mpiml.nn.activations import GELU
 from mpiml.nn.attention import CausalSelfAttention
+from mpiml.nn.base import Layer
 from mpiml.nn.basic import Linear, Residual
 from mpiml.nn.embedding import Embedding, PositionalEmbedding
-from mpiml.nn.layer import Layer
-from mpiml.nn.models import dropout_if_any
 from mpiml.nn.norms import LayerNorm
 from mpiml.nn.parameters import Shape
+from mpiml.nn.perceptrons import dropout_if_any
 
 
 def gpt(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mpi4py import MPI
 
-from mpiml.waiting import allgather
+from mpiml.team import allgather
 
 
 @dataclass

@@ -19,8 +19,8 @@ from numpy.typing import DTypeLike
 
 from mpiml import vectors
 from mpiml.errors import ConfigError
+from mpiml.team import allgather, broadcast, until, wait
 from mpiml.vectors import ALIGNMENT, Vector, bytes_of
-from mpiml.waiting import allgather, broadcast, until, wait
 
 PAGE = mmap.PAGESIZE
 SHM = "/dev/shm/"

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from mpiml.parallel.grid import Grid
 from mpiml.parallel.memory import SharedMemory
 from mpiml.partition import part
+from mpiml.team import allgather, wait
 from mpiml.vectors import ALIGNMENT
-from mpiml.waiting import allgather, wait
 
 
 @dataclass

@@ -10,7 +10,7 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from mpiml.clock import Clock
-from mpiml.waiting import wait
+from mpiml.team import wait
 
 PAUSE = 0.2  # seconds between votes, about
 

@@ -11,9 +11,9 @@ from mpi4py import MPI
 from numpy.typing import DTypeLike, NDArray
 
 from mpiml.clock import Clock
-from mpiml.parallel.allreduce import GradientSum
+from mpiml.parallel.gradient_sum import GradientSum
 from mpiml.parallel.schedules import Schedule
-from mpiml.waiting import until, wait
+from mpiml.team import until, wait
 
 Array = NDArray[np.floating]
 Backward = Callable[[Array, Any], Array | None]

@@ -10,8 +10,8 @@ from mpi4py import MPI
 from mpiml.clock import Clock
 from mpiml.parallel.grid import Grid
 from mpiml.parallel.slices import Range, cut, place
+from mpiml.team import allgather, wait
 from mpiml.vectors import Vector
-from mpiml.waiting import allgather, wait
 
 VALUES = "values"
 

@@ -8,10 +8,10 @@ from mpi4py import MPI
 
 from mpiml import vectors
 from mpiml.clock import Clock
-from mpiml.parallel.allreduce import GradientSum
+from mpiml.parallel.gradient_sum import GradientSum
 from mpiml.parallel.slices import Piece, place
+from mpiml.team import allgather, wait
 from mpiml.vectors import Operands, Vector
-from mpiml.waiting import allgather, wait
 
 
 class Optimizer(Protocol):

@@ -6,7 +6,7 @@ from numpy.typing import DTypeLike
 from mpiml.parallel.grid import Grid
 from mpiml.parallel.memory import Memory
 from mpiml.parallel.slices import Range, cut
-from mpiml.waiting import wait
+from mpiml.team import wait
 
 
 class Values:

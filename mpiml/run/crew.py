@@ -11,7 +11,7 @@ from mpi4py import MPI
 from mpiml.clock import Clock
 from mpiml.errors import RunError
 from mpiml.run.process import StopRequest
-from mpiml.waiting import broadcast, wait
+from mpiml.team import broadcast, wait
 
 NAP = 0.01  # seconds between two looks of a rank that waits
 

@@ -18,8 +18,8 @@ from mpiml.clock import BLOCKED_ON_OTHERS, Clock
 from mpiml.errors import DirectoryError, OutputError, RunError, StallError, known_to_all
 from mpiml.run import alarm, lock
 from mpiml.run.alarm import within
+from mpiml.run.console import say
 from mpiml.run.directory import FAILED, read_result, update_result
-from mpiml.run.terminal import say
 
 # Seconds in which a failing process tries to ...
 WRITING = 5.0  # write the reason down,

@@ -15,13 +15,12 @@ from numpy.typing import NDArray
 from mpiml import documents
 from mpiml.clock import SHARES, Clock
 from mpiml.run import environment
+from mpiml.run.console import say, width
 from mpiml.run.directory import named_errors, write_atomically
 from mpiml.run.metrics import content_of, lines
-from mpiml.run.pace import Pace
 from mpiml.run.step_times import StepTimes, median
-from mpiml.run.terminal import say, width
-from mpiml.run.verdict import on_rank_0
-from mpiml.waiting import wait
+from mpiml.run.stragglers import Pace
+from mpiml.team import on_rank_0, wait
 
 CONSOLE_PAUSE = 5.0  # seconds between lines where nobody sits at a terminal
 

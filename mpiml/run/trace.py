@@ -20,11 +20,10 @@ from mpi4py import MPI
 
 from mpiml.clock import Clock
 from mpiml.errors import ConfigError, OutputError, RunError
-from mpiml.run.clocks import Ruler
+from mpiml.run.console import say as say_to
 from mpiml.run.directory import is_own, named_errors, temporary, write_atomically
-from mpiml.run.terminal import say as say_to
-from mpiml.run.verdict import on_rank_0
-from mpiml.waiting import wait
+from mpiml.run.offsets import Ruler
+from mpiml.team import on_rank_0, wait
 
 EVENTS = 500_000  # in a file, of all ranks: about 50 MB, which a browser still takes
 LEAST = 2_000  # of a rank, however many ranks there are

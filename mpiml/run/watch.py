@@ -18,7 +18,7 @@ from mpiml.errors import RunError, StallError, known_to_all
 from mpiml.run import alarm
 from mpiml.run.alarm import QUIET, bytes_moved
 from mpiml.run.processes import Process, kernel, launcher
-from mpiml.waiting import allgather, wait
+from mpiml.team import allgather, wait
 
 GOODBYE = -1.0
 # Seconds between looks at the processes of the neighbour and of the launcher, and how often one is not there before the

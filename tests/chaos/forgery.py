@@ -121,7 +121,7 @@ def _arrays() -> dict[str, Callable[[Arrays], Arrays]]:
 
 
 if __name__ == "__main__":
-    from mpiml.export import trained
+    from mpiml.training.export import trained
 
     try:
         trained(sys.argv[1])

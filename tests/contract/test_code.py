@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpiml import export
 from mpiml.config import Config, parse
 from mpiml.errors import ConfigError, OutputError
+from mpiml.evaluate import evaluate
 from mpiml.evaluate import parse as parse_evaluate
 from mpiml.run import checkpoint
 from mpiml.run.directory import update_result
-from mpiml.study.evaluate import evaluate
 from mpiml.train import train
+from mpiml.training import export
 from tests.forging import forge
 
 pytestmark = pytest.mark.contract

@@ -14,10 +14,9 @@ import pytest
 
 from mpiml.data.dataset import Dataset, open_dataset
 from mpiml.errors import ConfigError, DataError, NotFiniteError, OutputError
-from mpiml.evaluate import parse
-from mpiml.own import FIELDS
+from mpiml.evaluate import evaluate, parse
+from mpiml.nn.checked import FIELDS
 from mpiml.run import checkpoint
-from mpiml.study.evaluate import evaluate
 from tests.conftest import Job, launch
 
 pytestmark = pytest.mark.contract

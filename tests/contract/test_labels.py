@@ -13,8 +13,8 @@ import pytest
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
 from mpiml.errors import DataError
+from mpiml.evaluate import evaluate
 from mpiml.run import checkpoint
-from mpiml.study.evaluate import evaluate
 from mpiml.train import train
 
 pytestmark = pytest.mark.contract

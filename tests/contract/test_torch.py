@@ -102,8 +102,8 @@ def test_weights_taken_to_pytorch_score_as_in_the_run(
     alone: Job, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mpiml.data.dataset import DIGITS
-    from mpiml.imports import named
     from mpiml.nn.torch_modules import load_into
+    from mpiml.usercode import named
 
     monkeypatch.syspath_prepend(folder)
     net = load_into(named("net:net", "--model")((8, 8), 10), last_checkpoint(alone))
@@ -144,10 +144,10 @@ def test_constants_must_be_those_of_the_run(tmp_path: Path) -> None:
     """They are in no checkpoint: a frozen layer, say, whose values are now others, would go unnoticed."""
     from mpiml.config import Config
     from mpiml.errors import OutputError
-    from mpiml.export import trained
+    from mpiml.evaluate import evaluate
     from mpiml.run import checkpoint
-    from mpiml.study.evaluate import evaluate
     from mpiml.train import train
+    from mpiml.training.export import trained
 
     def net(scale: float) -> object:
         frozen = torch.nn.Linear(64, 8)

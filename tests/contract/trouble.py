@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from mpiml import restart
 from mpiml.config import parse
 from mpiml.data.dataset import Dataset, Split, open_dataset
 from mpiml.data.sources import Source
 from mpiml.nn.layers import At, Layer
-from mpiml.nn.models import mlp
+from mpiml.nn.perceptrons import mlp
 from mpiml.parallel.state import State
 from mpiml.run import watch
 from mpiml.run.failure import exit_code
 from mpiml.train import train
+from mpiml.training import storage
 
 RANKS, PHASE, KIND = [int(rank) for rank in sys.argv[1].split(",")], sys.argv[2], sys.argv[3]
 STEP = 7
@@ -160,7 +160,7 @@ def in_save(*arguments: Any) -> Any:
 
 if KIND in ("kill-launcher", "unnoticed"):
     watch.LOOK = 0.1
-finish, restart.finish = restart.finish, at_end
+finish, storage.finish = storage.finish, at_end
 collect, State.collect = State.collect, in_save  # type: ignore[method-assign]
 digits = open_dataset("digits")
 data = Dataset(Split(TroubledSource(digits.train.x), TroubledSource(digits.train.y)), digits.test, "digits")

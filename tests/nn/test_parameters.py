@@ -11,8 +11,8 @@ from mpiml.errors import ConfigError
 from mpiml.nn import layers as nn
 from mpiml.nn import optimizers
 from mpiml.nn.layers import LayerNorm, Linear, ReLU, Residual
-from mpiml.nn.models import mlp
 from mpiml.nn.parameters import Gradients, Layout, Parameter, Statistic, constant
+from mpiml.nn.perceptrons import mlp
 from mpiml.vectors import ALIGNMENT, BLOCK, Operands
 
 both_dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])

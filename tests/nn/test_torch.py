@@ -11,8 +11,8 @@ from mpiml.nn import layers as nn
 from mpiml.nn.convnets import cnn, resnet
 from mpiml.nn.export import to_torch
 from mpiml.nn.losses import softmax_cross_entropy
-from mpiml.nn.models import mlp
 from mpiml.nn.parameters import Gradients, Layout
+from mpiml.nn.perceptrons import mlp
 from mpiml.nn.transformers import gpt
 
 torch = pytest.importorskip("torch")

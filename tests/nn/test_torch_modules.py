@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpiml.build import build_model, described
 from mpiml.config import Config
 from mpiml.errors import ConfigError, OutputError
 from mpiml.nn import layers as nn
 from mpiml.nn.parameters import Gradients, Layout
+from mpiml.training.model import build_model, described
 
 torch = pytest.importorskip("torch")
 from mpiml.nn import torch_modules  # noqa: E402
@@ -438,5 +438,5 @@ def test_weights_go_back_into_a_module(tmp_path: Path) -> None:
 def test_pytorch_is_not_imported_for_other_models() -> None:
     import subprocess
 
-    code = "import sys, mpiml.train, mpiml.build; sys.exit('torch' in sys.modules)"
+    code = "import sys, mpiml.train, mpiml.training.model; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0

@@ -8,7 +8,7 @@ from mpiml.clock import Clock
 from mpiml.nn.parameters import Layout, Parameter, constant
 from mpiml.parallel import grid as grids
 from mpiml.parallel import slices
-from mpiml.parallel.allreduce import LibrarySum, OrderedSum
+from mpiml.parallel.gradient_sum import LibrarySum, OrderedSum
 from mpiml.parallel.memory import PrivateMemory
 from mpiml.parallel.state import VALUES, State
 from mpiml.parallel.values import Values

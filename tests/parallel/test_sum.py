@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mpiml.nn import optimizers
 from mpiml.nn.parameters import Block, Layout, Parameter, Statistic, constant
 from mpiml.parallel import slices
-from mpiml.parallel.allreduce import GradientSum, LibrarySum, OrderedSum
+from mpiml.parallel.gradient_sum import GradientSum, LibrarySum, OrderedSum
 from mpiml.parallel.memory import FencedMemory, PrivateMemory, SharedMemory
 from mpiml.parallel.tree import depth
 from mpiml.parallel.update import Update

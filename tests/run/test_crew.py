@@ -14,7 +14,7 @@ from mpiml.clock import Clock
 from mpiml.errors import NotFiniteError
 from mpiml.run.crew import Crew
 from mpiml.run.process import StopRequest
-from mpiml.waiting import broadcast
+from mpiml.team import broadcast
 
 COMM = MPI.COMM_WORLD
 BUSY = (COMM.size + 1) // 2

@@ -12,8 +12,8 @@ from mpi4py import MPI
 
 from mpiml.clock import Clock
 from mpiml.run.log import Log
-from mpiml.run.pace import Pace
 from mpiml.run.step_times import KEPT, WARM_UP, StepTimes, median
+from mpiml.run.stragglers import Pace
 
 
 def noted(seconds: Iterable[float]) -> StepTimes:

@@ -1,0 +1,1 @@
+"""The benchmark: the package against NumPy, MPI and PyTorch, side by side."""

@@ -1,0 +1,49 @@
+"""`python -m mpiml.bench`: each row pits the package against something else, side by side on the same ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from mpiml.bench.rows import ROWS, measure
+from mpiml.command import Parser, ended
+from mpiml.errors import ConfigError
+from mpiml.run.environment import blas, cpu_model
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns 1 if a row could not be measured, for want of PyTorch or h5py excepted."""
+    return ended("mpiml.bench", lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    parser = Parser(prog="python -m mpiml.bench", description=__doc__)
+    parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
+    parser.add_argument("--only", metavar="WORD", default="", help="rows that have this word in them")
+    chosen = parser.parse_args(arguments)
+    rows = [row for row in ROWS if chosen.only in f"{row.group} {row.text} {row.call[0]}"]
+    if not rows:
+        raise ConfigError(f"--only {chosen.only}: no row has this word in it; without --only all rows are listed")
+    machine = f"{os.cpu_count()} cores, {cpu_model()}, {blas()}"
+    print(f"{machine}; medians of pairs (and the middle half of them)")
+    results, group = [], ""
+    for row in rows:
+        if row.group != group:
+            group = row.group
+            print(f"\n{group}")
+        result = measure(row)
+        verdict = row.verdict(result["median"]) if "median" in result else ""
+        results.append({**asdict(row), "verdict": verdict, **result})
+        figure = result.get("error") or f"{result['median']:5.2f} ({result['low']:.2f} to {result['high']:.2f})"
+        print(f"  {row.ranks:>2} ranks  {row.text:<66} {figure:<22} {verdict}", flush=True)
+    if chosen.json:
+        Path(chosen.json).write_text(json.dumps({"machine": machine, "rows": results}, indent=2) + "\n")
+    return int(any(not result.get("error", "needs").startswith("needs") for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

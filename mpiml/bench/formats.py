@@ -1,0 +1,147 @@
+"""File formats: a small model trained on shuffled rows of a file, and on the same rows in memory."""
+
+from __future__ import annotations
+
+import struct
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+from numpy.typing import NDArray
+
+from mpiml.bench.measure import Ratio, times
+from mpiml.bench.models import MOMENTUM, RATE, repeats
+from mpiml.config import Config
+from mpiml.data.dataset import Dataset, open_dataset
+from mpiml.data.formats import KEYS, Options
+from mpiml.data.idx import NAMES
+from mpiml.data.sources import extra
+from mpiml.nn.layers import Embedding, Layer, Linear, stack_flops
+from mpiml.nn.perceptrons import mlp
+from mpiml.training.trainer import Trainer
+
+TEST = 256  # rows
+CONTEXT, TOKENS = 128, 256
+Arrays = Mapping[str, NDArray[Any]]  # by mpiml.data.formats.KEYS
+
+
+def float_rows(megabytes: float) -> Arrays:
+    """Rows of 784 float32 with labels of 10 classes, so many megabytes to train on."""
+    rng, rows = np.random.default_rng(0), int(megabytes * 2**20 / (784 * 4)) + TEST
+    return columns(rng.random((rows, 784), np.float32), rng.integers(0, 10, rows))
+
+
+def image_rows(megabytes: float) -> Arrays:
+    """Images of 28 x 28 bytes with such labels."""
+    rng, rows = np.random.default_rng(0), int(megabytes * 2**20 / 784) + TEST
+    return columns(rng.integers(0, 256, (rows, 28, 28), np.uint8), rng.integers(0, 10, rows, np.uint8))
+
+
+def token_rows(megabytes: float) -> Arrays:
+    """Tokens of two bytes, in rows whose labels are the tokens that come next."""
+    rows = int(megabytes * 2**20 / (2 * CONTEXT)) + TEST
+    text = np.random.default_rng(0).integers(0, TOKENS, rows * CONTEXT + 1, np.uint16)
+    return columns(text[:-1].reshape(rows, CONTEXT), text[1:].reshape(rows, CONTEXT))
+
+
+def columns(x: NDArray[Any], y: NDArray[Any]) -> Arrays:
+    """The last TEST rows to test on, the others to train on."""
+    return dict(zip(KEYS, (x[:-TEST], y[:-TEST], x[-TEST:], y[-TEST:]), strict=True))
+
+
+def write_npy(path: Path, arrays: Arrays, order: Any = "C") -> Path:
+    for key, array in arrays.items():
+        np.save(path / f"{key}.npy", np.asarray(array, order=order))
+    return path
+
+
+def write_npy_by_columns(path: Path, arrays: Arrays) -> Path:
+    return write_npy(path, arrays, "F")
+
+
+def write_npz(path: Path, arrays: Arrays) -> Path:
+    np.savez(path / "d.npz", allow_pickle=False, **arrays)
+    return path / "d.npz"
+
+
+def write_compressed_npz(path: Path, arrays: Arrays) -> Path:
+    np.savez_compressed(path / "d.npz", allow_pickle=False, **arrays)
+    return path / "d.npz"
+
+
+def write_idx(path: Path, arrays: Arrays) -> Path:
+    for key, array in arrays.items():
+        header = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+        (path / NAMES[key]).write_bytes(header + array.tobytes())
+    return path
+
+
+def write_hdf5(path: Path, arrays: Arrays) -> Path:
+    h5py = extra("h5py", "hdf5", "this row")
+    with h5py.File(path / "d.h5", "w") as file:
+        for key, array in arrays.items():
+            file[key] = array
+    return path / "d.h5"
+
+
+def write_tokens(path: Path, arrays: Arrays) -> Path:
+    for which in ("train", "test"):
+        x, y = arrays[f"x_{which}"], arrays[f"y_{which}"]
+        (path / f"{which}.bin").write_bytes(x.tobytes() + y[-1, -1:].tobytes())
+    return path
+
+
+def perceptron(shape: tuple[int, ...]) -> list[Layer]:
+    """784-64-64-10."""
+    return mlp(shape, 10, (64, 64))
+
+
+def next_token(shape: tuple[int, ...]) -> list[Layer]:
+    """A guess at the next token from the one before."""
+    return [Embedding(TOKENS, 64), Linear(64, TOKENS)]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How rows are written, what they are for so many megabytes, what trains on them, and on how many in a step."""
+
+    write: Callable[[Path, Arrays], Path]
+    arrays: Callable[[float], Arrays] = float_rows
+    model: Callable[[tuple[int, ...]], list[Layer]] = perceptron
+    rows: int = 64
+    context: int | None = None
+
+    def trainer(self, data: Dataset) -> Trainer:
+        """A trainer on one rank."""
+        settings = {"lr": RATE, "momentum": MOMENTUM, "optimizer": "momentum", "steps": 10**9}
+        config = Config(batch=self.rows, microbatches=1, **settings)  # type: ignore[arg-type]
+        return Trainer(MPI.COMM_SELF, config, data, self.model(data.train.x.shape))
+
+
+FORMATS = {
+    "npy": Format(write_npy),
+    "npy_columns": Format(write_npy_by_columns),
+    "npz": Format(write_npz),
+    "npz_compressed": Format(write_compressed_npz),
+    "idx": Format(write_idx, image_rows),
+    "hdf5": Format(write_hdf5),
+    "tokens": Format(write_tokens, token_rows, next_token, 8, CONTEXT),
+}
+
+
+def from_file(name: str, megabytes: str) -> Ratio:
+    """Samples/s of training on a file over those of training on the same rows in memory."""
+    kind = FORMATS[name]
+    arrays = kind.arrays(float(megabytes))
+    shape = arrays["x_train"].shape[1:]
+    count = repeats(3.0 * kind.rows * sum(stack_flops(kind.model(shape), shape)))
+    with tempfile.TemporaryDirectory() as directory:
+        data = open_dataset(str(kind.write(Path(directory), arrays)), Options(context=kind.context))
+        file, memory = (kind.trainer(of) for of in (data, Dataset.from_arrays(*arrays.values())))
+        with file.run.ahead, memory.run.ahead:
+            mine, other = times(MPI.COMM_SELF, [file.step, memory.step], [count, count])
+    return Ratio.of(other, mine)

@@ -1,0 +1,223 @@
+"""The rows of the benchmark: what each measures, on how many ranks, and the ratio to reach."""
+
+from __future__ import annotations
+
+import compileall
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mpiml
+from mpiml.run.launcher import BLAS, mpirun
+
+# 784-...-10: layers so small that they measure what is not arithmetic.
+SMALL_LAYERS = "128-127-126-125-124-123"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measurement: in words, its group, on how many ranks, its name and arguments, what to reach, and in how many
+    jobs, of which each gives one figure if there are several."""
+
+    group: str
+    text: str
+    ranks: int
+    call: tuple[str, ...]
+    at_most: float | None = None
+    at_least: float | None = None
+    nodes: str = ""
+    jobs: int = 1
+
+    @property
+    def needs(self) -> str | None:
+        """A package that is not installed but used."""
+        used = {"torch": self.call[0].startswith("torch"), "h5py": "hdf5" in self.call}
+        return next((name for name in used if used[name] and not importlib.util.find_spec(name)), None)
+
+    def verdict(self, median: float) -> str:
+        """Whether the figure is reached; of rows without one nothing is said."""
+        if self.at_most is not None:
+            return f"at most  {self.at_most:4.2f}  {'reached' if median <= self.at_most else 'MISSED'}"
+        if self.at_least is not None:
+            return f"at least {self.at_least:4.2f}  {'reached' if median >= self.at_least else 'MISSED'}"
+        return ""
+
+
+STEP = "one rank's step: time / time of NumPy by hand"
+LAYERS = "forward, backward and update on one core: samples/s / PyTorch's"
+SUM = "all-reduce of the gradient: time / time of MPI_Allreduce"
+DATA = "data-parallel training"
+PIPE = "pipeline"
+FILES = "training on shuffled rows of a file of 200 MB: samples/s / on the same rows in memory"
+OTHER = "start and memory"
+
+ROWS = [
+    *(
+        Row(STEP, f"784-{h}-{h}-10, batch {b}", 1, ("by_hand", f"{h}-{h}", b, "1", "momentum"), at_most=1.10)
+        for h, b in (("64", "64"), ("256", "64"), ("1024", "64"), ("2048", "128"))
+    ),
+    Row(STEP, "many small layers, batch 128, M = 4", 1, ("by_hand", SMALL_LAYERS, "128", "4", "sgd"), at_most=1.25),
+    Row(STEP, "page faults of a step, 784-2048-2048-10", 1, ("page_faults", "2048-2048", "128"), at_most=1.0),
+    Row(STEP, "with --trace / without, 784-256-256-10, batch 256, M = 4", 1, ("traced", "256-256", "256", "4"), 1.03),
+    *(
+        Row(LAYERS, text, 1, ("torch_step", images, *model), at_least=least)
+        for text, images, model, least in (
+            ("mlp 784-256-256-10, 64 rows", "channels_last", ("mlp", "256", "64"), 1.0),
+            ("mlp 784-1024-1024-10, 64 rows", "channels_last", ("mlp", "1024", "64"), 1.0),
+            ("mlp 784-2048-2048-10, 128 rows", "channels_last", ("mlp", "2048", "128"), 1.0),
+            ("gpt, 4 blocks of width 256, 8 rows of 128 tokens", "channels_last", ("gpt",), 0.8),
+            ("cnn, 64 images of 28 x 28, PyTorch's in channels_last", "channels_last", ("cnn",), 0.6),
+            ("cnn, 64 images of 28 x 28, PyTorch's in its default format", "contiguous_format", ("cnn",), None),
+        )
+    ),
+    Row(LAYERS, "that gpt: memory / PyTorch's, a process each", 2, ("torch_memory",), at_most=1.2),
+    *(
+        Row(SUM, f"{size} with SGD, node memory shared", ranks, ("allreduce", mb, "update", "shared"), at_most=limit)
+        for ranks in (2, 4)
+        for size, mb, limit in (("64 MB", "64", 0.30), ("256 kB", "0.25", 0.40))
+    ),
+    *(
+        Row(SUM, f"{mb} MB, private memory", ranks, ("allreduce", mb, "bare", "private"))
+        for ranks in (2, 4)
+        for mb in ("1", "4", "16", "64")
+    ),
+    *(
+        Row(
+            SUM,
+            f"{size} with SGD, two nodes",
+            4,
+            ("allreduce", mb, "update", "shared"),
+            at_most=limit,
+            nodes="2,2",
+        )
+        for size, mb, limit in (("64 MB", "64", None), ("256 kB", "0.25", 1.5))
+    ),
+    *(
+        Row(SUM, f"{text}: bytes/s / of all ranks copying", ranks, ("bandwidth", "64", what), at_least=least)
+        for text, what, least in (("64 MB", "sum", 0.90), ("64 MB with SGD", "update", None))
+        for ranks in (2, 4)
+    ),
+    *(
+        Row(
+            DATA,
+            f"784-{h}-{h}-10, {b} rows a rank: samples/s / PyTorch's",
+            2,
+            ("torch_ddp", f"{h}-{h}", b),
+            None,
+            x,
+        )
+        for h, b, x in (("256", "64", 4.0), ("1024", "64", 3.0), ("2048", "128", 1.5))
+    ),
+    *(
+        Row(DATA, f"the same, {text}, H = {h}", 2, ("weak_scaling", f"{h}-{h}", b, how), None, least)
+        for text, how, least in (
+            ("weak-scaling efficiency", "together", 0.95),
+            ("of ranks that share no data but meet at every step", "apart", None),
+        )
+        for h, b in (("256", "64"), ("1024", "64"), ("2048", "128"))
+    ),
+    Row(
+        DATA,
+        "many small layers, M = 16: samples/s of 16 ranks / of one",
+        16,
+        ("oversubscribed", SMALL_LAYERS, "128", "16"),
+        at_least=0.30,
+    ),
+    *(
+        Row(PIPE, f"8 x Linear({h}) + ReLU, batch {b}: samples/s / PyTorch's", 2, ("torch_pipeline", h, b), at_least=x)
+        for h, b, x in (("256", "256", 2.5), ("512", "256", 1.4), ("1024", "512", 1.0))
+    ),
+    Row(PIPE, "throughput / that of one rank x 2 x (1 - bubble)", 2, ("pipeline", "1024", "1024", "8"), at_least=0.90),
+    *(
+        Row(FILES, text, 1, ("from_file", name, "200"), at_least=least)
+        for text, name, least in (
+            ("784-64-64-10, .npy", "npy", 0.90),
+            ("784-64-64-10, .npz", "npz", 0.90),
+            ("784-64-64-10, MNIST's format", "idx", 0.90),
+            ("784-64-64-10, HDF5 in one piece", "hdf5", 0.90),
+            ("256-64-256 by token, tokens of 16 bits", "tokens", 0.90),
+            ("784-64-64-10, compressed .npz", "npz_compressed", None),
+            ("784-64-64-10, .npy in column order", "npy_columns", None),
+        )
+    ),
+    *(
+        Row(
+            OTHER,
+            f"{' x '.join(shape)} in a fresh process: rate / after a large product",
+            1,
+            ("small_product", *shape),
+            at_least=0.95,
+            jobs=9,
+        )
+        for shape in (("32", "256", "256"), ("64", "784", "256"))
+    ),
+    Row(OTHER, "train --steps 1: time / NumPy, mpi4py, one Allreduce", 16, ("start", "train"), at_most=1.3),
+    Row(OTHER, "of it, importing train beside these", 16, ("start", "import")),
+    Row(OTHER, "100 M parameters, Adam: resident / what is needed", 4, ("memory", "1e8"), at_most=1.10),
+]
+
+
+def measure(row: Row) -> dict[str, Any]:
+    """Measure one row, in jobs of its own: a dictionary with median, low and high, or with an error."""
+    if row.needs:
+        return {"error": f"needs {row.needs}"}
+    if row.call[0] == "start":
+        return start(row.ranks, row.call[1])
+    results = [job(row) for _ in range(row.jobs)]
+    failed = next((result for result in results if "error" in result), None)
+    if failed or row.jobs == 1:
+        return failed or results[0]
+    return spread([result["median"] for result in results])
+
+
+def job(row: Row) -> dict[str, Any]:
+    """What one job of a row has measured."""
+    done = run(row.ranks, ["-m", "mpiml.bench.measurements", *row.call], row.nodes)
+    if done.returncode:
+        return {"error": (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]}
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def start(ranks: int, what: str, pairs: int = 5) -> dict[str, Any]:
+    """Time of a job that trains for one step, or only imports the trainer and meets, over that of the least that any
+    such job does; of both, all is compiled."""
+    compileall.compile_dir(Path(mpiml.__file__).parent, quiet=1)
+    least = "import numpy, mpi4py.MPI as M; M.COMM_WORLD.Allreduce(M.IN_PLACE, numpy.zeros(1))"
+    other = ["-m", "mpiml.train", "--steps", "1"] if what == "train" else ["-c", f"import mpiml.train; {least}"]
+    ratios = []
+    for pair in range(pairs + 1):
+        spent = []
+        for arguments in (other, ["-c", least]):
+            begin = time.perf_counter()
+            done = run(ranks, arguments)
+            spent.append(time.perf_counter() - begin)
+            if done.returncode:
+                return {"error": done.stderr.strip().splitlines()[-1]}
+        if pair:
+            ratios.append(spent[0] / spent[1])
+    return spread(ratios)
+
+
+def spread(ratios: Sequence[float]) -> dict[str, float]:
+    """The median of some figures, and the range of the middle half."""
+    low, median, high = statistics.quantiles(ratios, n=4)
+    return {"median": median, "low": low, "high": high}
+
+
+def run(ranks: int, arguments: Sequence[str], nodes: str = "") -> subprocess.CompletedProcess[str]:
+    """A job on some ranks, in a directory that goes away, with one BLAS thread a rank."""
+    env = os.environ | dict.fromkeys(BLAS, "1")
+    env |= {"MPIML_NODES": nodes} if nodes else {}
+    with tempfile.TemporaryDirectory() as directory:
+        command = [mpirun(), "-n", str(ranks), sys.executable, *arguments]
+        return subprocess.run(command, check=False, capture_output=True, text=True, env=env, timeout=600, cwd=directory)

@@ -1,0 +1,81 @@
+"""PyTorch on the same ranks, for comparison: its data parallelism and its pipelining, over gloo."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mpi4py import MPI
+from torch import nn
+from torch.distributed import init_process_group
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+
+from mpiml.bench.models import MOMENTUM, RATE, images
+
+
+def join(comm: MPI.Intracomm) -> None:
+    """Let PyTorch know the other ranks."""
+    torch.set_num_threads(1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = comm.bcast(probe.getsockname()[1])
+    init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=comm.rank, world_size=comm.size)
+
+
+class DataParallel:
+    """DistributedDataParallel on a perceptron 784-hidden-10; `rows` of each rank's step are gathered from memory."""
+
+    def __init__(self, comm: MPI.Intracomm, hidden: Sequence[int], rows: int):
+        join(comm)
+        widths = [784, *hidden, 10]
+        layers: list[nn.Module] = []
+        for a, b in itertools.pairwise(widths):
+            layers += [nn.Linear(a, b), nn.ReLU()]
+        self.model = nn.parallel.DistributedDataParallel(nn.Sequential(*layers[:-1]))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=RATE, momentum=MOMENTUM)
+        x, y = images()
+        half = slice(comm.rank * len(x) // comm.size, (comm.rank + 1) * len(x) // comm.size)
+        self.x, self.y = torch.from_numpy(x[half]), torch.from_numpy(y[half])
+        self.order, self.rows, self.at = torch.randperm(len(self.x)), rows, 0
+
+    def step(self) -> None:
+        """One step."""
+        index = self.order[self.at : self.at + self.rows]
+        self.at = (self.at + self.rows) % (len(self.order) - self.rows + 1)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss: Any = nn.functional.cross_entropy(self.model(self.x[index]), self.y[index])
+        loss.backward()
+        self.optimizer.step()
+
+
+class Pipeline:
+    """Eight linear layers with ReLU in as many stages as there are ranks, 1F1B, mean squared error, plain SGD."""
+
+    def __init__(self, comm: MPI.Intracomm, width: int, batch: int, microbatches: int):
+        join(comm)
+        self.rank, self.last = comm.rank, comm.rank == comm.size - 1
+        layers: list[nn.Module] = []
+        for _ in range(8 // comm.size):
+            layers += [nn.Linear(width, width), nn.ReLU()]
+        module = nn.Sequential(*layers)
+        stage = PipelineStage(module, comm.rank, comm.size, torch.device("cpu"))
+        self.schedule: Any = Schedule1F1B(stage, microbatches, loss_fn=nn.functional.mse_loss)
+        self.optimizer = torch.optim.SGD(module.parameters(), lr=RATE)
+        self.x, self.y = torch.rand(4 * batch, width), torch.rand(4 * batch, width)
+        self.order, self.batch, self.at = torch.randperm(4 * batch), batch, 0
+
+    def step(self) -> None:
+        """One step."""
+        index = self.order[self.at : self.at + self.batch]
+        self.at = (self.at + self.batch) % len(self.order)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.rank == 0:
+            self.schedule.step(self.x[index])
+        elif self.last:
+            self.schedule.step(target=self.y[index], losses=[])
+        else:
+            self.schedule.step()
+        self.optimizer.step()

@@ -1,0 +1,1 @@
+"""Looks at the job it runs in: ranks, cores, MPI, speed."""

@@ -1,0 +1,126 @@
+"""What the doctor finds out about a job: where its ranks are, with what software, and how fast all is there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mpi4py import MPI
+
+from mpiml.doctor import probes
+from mpiml.parallel.grid import nodes_of_ranks
+from mpiml.run import environment, one_job
+from mpiml.run.offsets import clock_offset
+
+SIZES = (8, 1 << 16, 1 << 20, 1 << 24)  # bytes of the all-reduces
+MESSAGE = 1 << 22  # bytes of the message that tells the bandwidth
+
+
+@dataclass
+class Place:
+    """Where one rank runs.
+
+    Attributes:
+        cores: that it may use, of the `node_cores` that its node has.
+        age: the seconds from its process's start to the first line of this program.
+        software: what has to be the same on all ranks.
+    """
+
+    host: str
+    cpu: str
+    cores: list[int]
+    node_cores: int
+    blas: str
+    shared_memory: int
+    age: float
+    software: dict[str, str]
+
+
+@dataclass
+class Facts:
+    """All that the doctor finds out. Rates are per second, by rank; times are seconds.
+
+    Attributes:
+        node: for each rank, the first rank on its node.
+        copy: bytes read and written by each rank while all copy.
+        gemm_alone: floating-point operations of rank 0 while the others rest; `gemm` of each while all compute.
+        inside, between: latency and bytes per second of messages on a node and between two, where there are such.
+        allreduce: (bytes, seconds).
+        skew: by node, how far its clock is ahead of rank 0's.
+        blas_threads: of a rank.
+        launch: what is wrong with the way the job was started, if anything is.
+    """
+
+    mpi: str
+    threads: bool
+    node: list[int]
+    places: list[Place]
+    gemm_alone: float
+    gemm: list[float]
+    copy: list[float]
+    allreduce: list[tuple[int, float]]
+    inside: tuple[float, float] | None = None
+    between: tuple[float, float] | None = None
+    skew: dict[int, float] = field(default_factory=dict)
+    blas_threads: int = 1
+    launch: str = ""
+
+    def nodes(self) -> dict[int, list[int]]:
+        """The ranks of each node, by its first rank."""
+        found = defaultdict(list)
+        for rank, first in enumerate(self.node):
+            found[first].append(rank)
+        return dict(found)
+
+    def cores(self, ranks: Sequence[int]) -> set[int]:
+        """Those that some ranks of a node may use, all together."""
+        return set[int]().union(*(self.places[rank].cores for rank in ranks))
+
+    def crowded(self, ranks: Sequence[int]) -> bool:
+        """Whether they have to take turns."""
+        return len(ranks) * self.blas_threads > len(self.cores(ranks))
+
+
+def examine(comm: MPI.Intracomm, age: float, blas_threads: int, wrong: str) -> Facts:
+    """Look and measure; collective, the result is known to all.
+
+    Args:
+        wrong: with the launch.
+    """
+    node = nodes_of_ranks(comm)
+    firsts = sorted(set(node))
+    neighbour = next((rank for rank in range(1, comm.size) if node[rank] == node[0]), None)
+    facts = Facts(
+        mpi=environment.mpi_library(),
+        threads=MPI.Query_thread() == MPI.THREAD_MULTIPLE,
+        node=node,
+        places=comm.allgather(_place(age)),
+        gemm_alone=probes.alone(comm, 0, probes.gemm_rate),
+        gemm=probes.at_once(comm, probes.gemm_rate),
+        copy=probes.at_once(comm, probes.copy_rate),
+        allreduce=[(size, probes.allreduce_time(comm, size)) for size in SIZES] if comm.size > 1 else [],
+        skew={first: clock_offset(comm, first) for first in firsts},
+        blas_threads=blas_threads,
+        launch=wrong,
+    )
+    if neighbour is not None:
+        facts.inside = _link(comm, neighbour)
+    if len(firsts) > 1:
+        facts.between = _link(comm, firsts[1])
+    return facts
+
+
+def _place(age: float) -> Place:
+    free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
+    here = environment.of_rank(threads=0)
+    cores = sorted(os.sched_getaffinity(0))
+    return Place(
+        here["host"], here["cpu"], cores, os.cpu_count() or 1, environment.blas(), free, age, one_job.software()
+    )
+
+
+def _link(comm: MPI.Intracomm, other: int) -> tuple[float, float]:
+    return probes.message_time(comm, 0, other, 8), MESSAGE / probes.message_time(comm, 0, other, MESSAGE)

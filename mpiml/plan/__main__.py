@@ -1,0 +1,48 @@
+"""`python -m mpiml.plan --ranks 64 --node-ranks 16 [settings of mpiml.train]`: sizes a job; no MPI."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from mpiml.command import Parser, ended, whole
+from mpiml.config import parse
+from mpiml.documents import to_json
+from mpiml.partition import check_ranks
+from mpiml.plan.sizing import plan, screen
+from mpiml.training.job import job_of
+from mpiml.training.resolve import open_data
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m mpiml.plan",
+        description="What a training job would be, on any grid; starts no MPI.",
+        usage="%(prog)s --ranks N [--node-ranks N] [--json] [settings of mpiml.train]",
+        epilog="All other settings are mpiml.train's: its --help lists them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--ranks", type=whole(), required=True, metavar="N", help="of the job")
+    parser.add_argument("--node-ranks", type=whole(), metavar="N", help="of a node (default: all on one)")
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit code that mpiml.train would."""
+    return ended("mpiml.plan", lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    chosen, settings = _parser().parse_known_args(arguments)
+    config = parse(settings, "mpiml.plan")
+    check_ranks(chosen.ranks, config.pipe)
+    data = open_data(config)
+    made = plan(job_of(config, chosen.ranks, chosen.node_ranks or chosen.ranks, data), data.name)
+    print(to_json(asdict(made), indent=2) if chosen.json else screen(made))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

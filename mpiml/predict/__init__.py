@@ -1,0 +1,1 @@
+"""Steps on grids that nobody has measured, from measured pieces."""

@@ -1,0 +1,93 @@
+"""How a program begins, before NumPy and MPI are loaded, and how it ends, after all else."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from mpiml.errors import ConfigError
+from mpiml.run import alarm
+from mpiml.run.launcher import environment
+
+
+def begin(program: str) -> None:
+    """What has to come first of all: from here on this process ends, whatever hangs."""
+    alarm.start(program, sys.argv[1:])
+    alarm.during("importing")
+    gc.disable()  # until all is imported: what is imported stays
+    atexit.register(_last)
+    _open_streams()
+    os.environ.update(environment())  # before NumPy loads
+
+
+def answer_help(parse: Callable[[Sequence[str]], object]) -> None:
+    """Parse the arguments before MPI starts if they ask for help, which then is printed and ends the program: --help
+    works where MPI does not, on a login node say. What else is wrong with them is reported when MPI is up."""
+    if {"-h", "--help", "--version"} & set(sys.argv[1:]):
+        with contextlib.suppress(ConfigError):
+            parse(sys.argv[1:])
+
+
+@alarm.shown_as("MPI_Init, which waits for all ranks: one of them has not come")
+def start_mpi() -> None:
+    """Load and start MPI."""
+    import numpy  # noqa: F401 (what is slow to load comes first, for the others wait in MPI_Init)
+
+    alarm.during("starting MPI")
+    from mpi4py import MPI  # noqa: F401 (starts MPI)
+
+    alarm.during("importing")
+
+
+def begun() -> None:
+    """All is imported."""
+    gc.freeze()
+    gc.enable()
+    alarm.during("reading its settings")
+
+
+def end(code: int) -> NoReturn:
+    """End this process with an exit code, as soon as threads and functions registered with atexit let it."""
+    from mpiml.run.process import ignore_signals
+
+    ignore_signals()
+    alarm.during("ending: in a thread, or in a function registered with atexit,")
+    sys.exit(code)
+
+
+def _last() -> None:
+    """What Python calls after all other functions registered with atexit."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi and mpi.Is_initialized() and not mpi.Is_finalized():
+        _end_mpi()
+    alarm.last()
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except (OSError, ValueError, AttributeError):  # full, or without a reader; closed; None
+            setattr(sys, name, None)  # else Python fails too, and ends with another exit code
+
+
+@alarm.shown_as("MPI_Finalize, which waits for all ranks: one of them has not come")
+def _end_mpi() -> None:
+    alarm.during("ending MPI")
+    from mpi4py import MPI
+
+    MPI.Finalize()
+
+
+def _open_streams() -> None:
+    """Open what is closed of standard input, output and error on nothing: else the next file that is opened, a
+    checkpoint say, takes its number, and gets what libraries print."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115

@@ -1,0 +1,1 @@
+"""Scaling studies: points that are measured, and their report."""

@@ -1,0 +1,204 @@
+"""The plots of a scaling study, drawn with matplotlib (extra [plots])."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mpiml.clock import SHARES
+from mpiml.errors import ConfigError
+from mpiml.scaling.laws import Interval
+from mpiml.scaling.table import Line, Study
+
+# Told apart by the colour-blind too: Okabe and Ito, "Color universal design", 2008.
+BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
+DARK = "#444444"
+COLOURS = dict(zip(SHARES, (BLUE, ORANGE, RED, GREEN, GREY), strict=True))
+CROWDED = "more ranks than cores"
+LOOKS = ((BLUE, "o"), (RED, "s"), (GREEN, "^"), (ORANGE, "D"), (GREY, "v"))  # of lines
+Draw = Callable[[Any, Study], None]
+
+
+def step_time(axes: Any, study: Study) -> None:
+    """Milliseconds of a step by ranks, and what they would be without any loss."""
+    ranks = _curves(axes, _by_stages(study), lambda line: _times(line.step, 1e3))
+    first = 1e3 * study.base.step.value
+    _ideal(axes, ranks, [first / p if study.mode == "strong" else first for p in ranks])
+    _logarithmic(axes, ranks, "time of a step (ms)")
+    _decades(axes)
+
+
+def speed(axes: Any, study: Study) -> None:
+    """Speed-up by ranks."""
+    ranks = _curves(axes, _by_stages(study), lambda line: line.speed_up)
+    _ideal(axes, ranks, [float(p) for p in ranks])
+    what = "speed-up" if study.mode == "strong" else "scaled speed-up"
+    _logarithmic(axes, ranks, f"{what} over one rank at its best")
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}")
+
+
+def efficiency(axes: Any, study: Study) -> None:
+    """Speed-up per rank."""
+    ranks = _curves(axes, _by_stages(study), lambda line: _times(line.efficiency, 100))
+    _ideal(axes, ranks, [100.0] * len(ranks))
+    _logarithmic(axes, ranks, "efficiency (%)")
+    axes.set_ylim(0, max(110.0, axes.get_ylim()[1]))
+
+
+def shares(axes: Any, study: Study) -> None:
+    """What the ranks of each grid spend a step's time on."""
+    lines = study.grids()
+    bottom = [0.0] * len(lines)
+    for name in SHARES:
+        heights = [100 * line.share(name) for line in lines]
+        colour = {"color": COLOURS[name], "edgecolor": "white", "linewidth": 0.7}
+        axes.bar(range(len(lines)), heights, 0.7, bottom, label=name, **colour)
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    piped = any(line.point.stages > 1 for line in lines)
+    axes.set_xticks(range(len(lines)), [_label(line, piped) for line in lines], rotation=60 if len(lines) > 8 else 0)
+    what = "stages x replicas" if piped else "ranks"
+    axes.set_xlabel(what + (" (* more ranks than cores)" if any(line.oversubscribed for line in lines) else ""))
+    axes.set_ylabel("share of a step's time (%)")
+    axes.set_ylim(0, 100)
+    _legend(axes)
+
+
+def accuracy(axes: Any, study: Study) -> None:
+    """Seconds until training has reached the target, by ranks, with the grid and the micro-batches that do so first."""
+    trained = [line for line in study.lines if line.target]
+    slowest_first = sorted(trained, key=lambda line: -(line.seconds_to_target or 0))
+    reached = {line.point.ranks: line for line in slowest_first if line.seconds_to_target}
+    lines = [reached[count] for count in sorted(reached)]
+    ranks = _curves(axes, {"fastest grid": lines}, _to_target) if lines else []
+    if lines:
+        first = lines[0].point
+        start = _to_target(lines[0]).value * first.ranks
+        since = f"ideal, from {_count(first.ranks, 'rank')} with M = {first.microbatches}"
+        _ideal(axes, ranks, [start / count for count in ranks], since)
+    missed = sorted({line.point.ranks for line in trained} - set(ranks))
+    for count in missed:
+        axes.axvline(count, color=GREY, linestyle=":")
+        axes.annotate(
+            "not reached", (count, 0.5), xycoords=("data", "axes fraction"), rotation=90, ha="right", va="center"
+        )
+    _logarithmic(axes, sorted([*ranks, *missed]), f"time to a test score of {study.target:g} (s)")
+    if lines:
+        _decades(axes)
+    else:
+        axes.set_yticks([])
+
+
+def _to_target(line: Line) -> Interval:
+    return _times(line.step, line.target.steps if line.target and line.target.steps else 0)
+
+
+PLOTS: dict[str, Draw] = {"time": step_time, "speed-up": speed, "efficiency": efficiency, "shares": shares}
+
+
+def draw(study: Study, directory: Path) -> dict[str, str]:
+    """Write each plot as PNG and SVG; returns the SVGs' texts by name. Raises ConfigError without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError("plots need matplotlib: pip install 'mpiml[plots]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    texts = {}
+    trained = any(line.target for line in study.lines)
+    for name, plot in (PLOTS | ({"accuracy": accuracy} if trained else {})).items():
+        figure, axes = pyplot.subplots(figsize=(5, 3.75), layout="constrained")
+        figure.suptitle(_title(study), fontsize=10)
+        plot(axes, study)
+        figure.savefig(directory / f"{name}.png", dpi=150)
+        content = io.StringIO()
+        figure.savefig(content, format="svg")
+        texts[name] = content.getvalue()
+        (directory / f"{name}.svg").write_text(texts[name])
+        pyplot.close(figure)
+    return texts
+
+
+def _by_stages(study: Study) -> dict[str, list[Line]]:
+    """What is drawn as a line, under its name: the points of each number of stages."""
+    found: dict[int, list[Line]] = {}
+    for line in study.grids():
+        found.setdefault(line.point.stages, []).append(line)
+    if len(found) == 1:
+        return {"median, interval": study.grids()}
+    return {_count(stages, "stage"): found[stages] for stages in sorted(found)}
+
+
+def _curves(axes: Any, series: Mapping[str, list[Line]], measure: Callable[[Line], Interval]) -> list[int]:
+    """Medians with their intervals; hollow where ranks took turns on the cores. Returns all numbers of ranks."""
+    for (label, lines), (colour, marker) in zip(series.items(), itertools.cycle(LOOKS), strict=False):
+        ranks = [line.point.ranks for line in lines]
+        found = [measure(line) for line in lines]
+        values = [one.value for one in found]
+        inside = [(one.low, one.high) if math.isfinite(one.high) else (one.value, one.value) for one in found]
+        errors = [
+            [max(value - low, 0.0) for (low, _), value in zip(inside, values, strict=True)],
+            [max(high - value, 0.0) for (_, high), value in zip(inside, values, strict=True)],
+        ]
+        axes.errorbar(ranks, values, errors, fmt="none", ecolor=colour, capsize=3)
+        axes.plot(ranks, values, marker, linestyle="-", linewidth=1, color=colour, label=label)
+        if crowded := [index for index, line in enumerate(lines) if line.oversubscribed]:
+            hollow = {"color": colour, "mfc": "white", "label": CROWDED}
+            axes.plot([ranks[i] for i in crowded], [values[i] for i in crowded], marker, **hollow)
+    return sorted({line.point.ranks for lines in series.values() for line in lines})
+
+
+def _title(study: Study) -> str:
+    rows = study.base.point.batch
+    return "strong scaling, batch " + f"{rows}" if study.mode == "strong" else f"weak scaling, {rows} rows a rank"
+
+
+def _times(interval: Interval, factor: float) -> Interval:
+    return Interval(factor * interval.value, factor * interval.low, factor * interval.high)
+
+
+def _ideal(axes: Any, ranks: list[int], values: list[float], label: str = "ideal") -> None:
+    axes.plot(ranks, values, "--", color=DARK, linewidth=1, label=label)
+    _legend(axes)
+
+
+def _legend(axes: Any) -> None:
+    """Above the axes, where it hides nothing; what has one name is there once."""
+    handles, labels = axes.get_legend_handles_labels()
+    named = dict(sorted(zip(labels, handles, strict=True), key=lambda pair: pair[0] == CROWDED))
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "frameon": False}
+    axes.legend(named.values(), named, fontsize=8, ncols=len(SHARES), columnspacing=1, handlelength=1.5, **place)
+
+
+def _logarithmic(axes: Any, ranks: list[int], label: str) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ranks, [str(p) for p in ranks])
+    axes.minorticks_off()
+    axes.set_xlabel("ranks")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+
+
+def _decades(axes: Any) -> None:
+    """A logarithmic axis with numbers that are read at a glance: 0.5, 1, 2, 5, 10."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _label(line: Line, grid: bool) -> str:
+    point = line.point
+    name = f"{point.stages} x {point.ranks // point.stages}" if grid else str(point.ranks)
+    return f"{name}{'*' if line.oversubscribed else ''}"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" + ("s" if number > 1 else "")

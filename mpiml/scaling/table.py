@@ -1,0 +1,294 @@
+"""The table of a scaling study: what its points measured, and what follows from it; no MPI."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpiml.errors import ConfigError
+from mpiml.run.directory import read_result
+from mpiml.scaling.jobs import evaluations, trained, training
+from mpiml.scaling.laws import Interval, karp_flatt, median_interval, speed_up
+from mpiml.scaling.points import POINTS, TRAINING, Point, measured, read, same_parts
+
+
+@dataclass(frozen=True)
+class Target:
+    """How far training went with a point's batch and micro-batches.
+
+    Attributes:
+        metric, target: the test score that is asked for.
+        best: the best score of the run.
+        steps: after which an evaluation reached the target; None if none did.
+        every: so many steps the score was looked at.
+    """
+
+    metric: str
+    target: float
+    best: float
+    steps: int | None
+    every: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """A point with what its repeats measured.
+
+    Attributes:
+        medians: of each repeat, the median seconds of a step (of the slowest rank in it).
+        rows: of a step on average.
+        shares: seconds of a step by activity, the mean over ranks and repeats.
+        speed_up: times as many rows a second as one rank does with the micro-batches that suit it best.
+        same_parts: the same against one rank with micro-batches of the same size.
+        target: what training came to, if a target is asked for and the run has ended.
+    """
+
+    point: Point
+    nodes: int
+    cores: int
+    threads: int
+    medians: tuple[float, ...]
+    rows: float
+    shares: Mapping[str, float]
+    speed_up: Interval
+    same_parts: float
+    target: Target | None = None
+
+    @property
+    def step(self) -> Interval:
+        """Seconds of a step."""
+        return median_interval(self.medians)
+
+    @property
+    def samples_per_second(self) -> float:
+        return self.rows / self.step.value
+
+    @property
+    def efficiency(self) -> Interval:
+        """Speed-up per rank."""
+        up, ranks = self.speed_up, self.point.ranks
+        return Interval(up.value / ranks, up.low / ranks, up.high / ranks)
+
+    @property
+    def seconds_to_target(self) -> float | None:
+        """As many steps as the training run needed, each as long as the point's median."""
+        return self.target.steps * self.step.value if self.target and self.target.steps else None
+
+    @property
+    def oversubscribed(self) -> bool:
+        """Whether ranks had to take turns on the cores of their node."""
+        return self.point.ranks * self.threads > self.cores * self.nodes
+
+    def share(self, *names: str) -> float:
+        """The fraction of a step's time that ranks spend on activities."""
+        total = sum(self.shares.values())
+        return sum(self.shares[name] for name in names) / total if total else 0.0
+
+    def row(self) -> dict[str, Any]:
+        """What computing centres ask for, under its names."""
+        replicas = self.point.ranks // self.point.stages
+        node_hours = self.nodes * self.step.value / 3600
+        return {
+            "nodes": self.nodes,
+            "ranks": self.point.ranks,
+            "stages": self.point.stages,
+            "replicas": replicas,
+            "threads": self.threads,
+            "batch": self.point.batch,
+            "batch_per_rank": self.point.batch / self.point.ranks,
+            "microbatches": self.point.microbatches,
+            "repeats": len(self.medians),
+            "step_seconds": self.step.value,
+            "step_seconds_low": self.step.low,
+            "step_seconds_high": self.step.high,
+            "samples_per_second": self.samples_per_second,
+            "speed_up": self.speed_up.value,
+            "speed_up_low": self.speed_up.low,
+            "speed_up_high": self.speed_up.high,
+            "speed_up_same_parts": self.same_parts,
+            "efficiency": self.efficiency.value,
+            "karp_flatt": karp_flatt(self.point.ranks, self.speed_up.value) if self.point.ranks > 1 else None,
+            "communication_share": self.share("communication"),
+            "waiting_share": self.share("waiting"),
+            "node_hours_per_million_samples": node_hours * 1e6 / self.rows,
+            "oversubscribed": self.oversubscribed,
+            "steps_to_target": self.target.steps if self.target else None,
+            "samples_to_target": self.target.steps * self.rows if self.target and self.target.steps else None,
+            "seconds_to_target": self.seconds_to_target,
+            "best_score": self.target.best if self.target else None,
+        }
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as it stands on disk.
+
+    Attributes:
+        lines: of all points that have been measured, those asked for first.
+        base: one rank with the micro-batches that suit it best.
+        environment: of the first job.
+        open: how many of its jobs, timed or trained, have not been done yet.
+        bases: the micro-batches of points of one rank that have not been measured yet.
+        damaged: files of repeats that cannot be read.
+        target, max_epochs: what training runs are to reach, and within how many epochs, if there are any.
+    """
+
+    mode: str
+    settings: Sequence[str]
+    lines: list[Line]
+    base: Line
+    environment: dict[str, Any]
+    open: int = 0
+    bases: Sequence[int] = ()
+    damaged: Sequence[Path] = ()
+    target: float | None = None
+    max_epochs: int = 0
+
+    def asked(self) -> list[Line]:
+        """Without the points that are there only to compare with."""
+        return [line for line in self.lines if not line.point.extra]
+
+    def grids(self) -> list[Line]:
+        """Every grid, by ranks and stages; one rank is the base."""
+        more = (line for line in self.asked() if line.point.ranks > 1)
+        return [self.base, *sorted(more, key=lambda line: line.point)]
+
+    def best(self) -> list[Line]:
+        """For each number of ranks the fastest grid; one rank is the base."""
+        ordered = sorted(self.grids(), key=lambda line: line.samples_per_second)
+        found = {line.point.ranks: line for line in ordered}
+        return [found[ranks] for ranks in sorted(found)]
+
+
+def load(directory: Path) -> Study:
+    """Read a study. Raises ConfigError if there is none, or nothing of one rank in it."""
+    about = read(directory)
+    asked = set(about["points"])
+    repeats: dict[Point, list[dict[str, Any]]] = defaultdict(list)
+    damaged = []
+    for point in sorted(asked):
+        for path in sorted((directory / POINTS).glob(f"{point.name}_*.json")):
+            if found := measured(path):
+                repeats[point].append(found)
+            else:
+                damaged.append(path)
+    bases = [point for point in repeats if point.ranks == 1]
+    if not bases:
+        raise ConfigError(f"{directory}: no job of one rank has been measured yet; run the study again")
+    base = min(bases, key=lambda point: statistics.median(_rates(repeats[point], inverse=True)))
+    lines = [_line(about, directory, point, repeats, base) for point in sorted(repeats, key=lambda p: (p.extra, p))]
+    return Study(
+        mode=about["mode"],
+        settings=about["settings"],
+        lines=lines,
+        base=next(line for line in lines if line.point == base),
+        environment=repeats[base][0]["environment"],
+        open=_open(about, directory, asked, repeats),
+        bases=sorted(point.microbatches for point in asked - repeats.keys() if point.ranks == 1),
+        damaged=damaged,
+        target=about.get("target"),
+        max_epochs=about.get("max_epochs", 0),
+    )
+
+
+def _open(
+    about: Mapping[str, Any], directory: Path, asked: Collection[Point], repeats: Mapping[Point, Sequence[object]]
+) -> int:
+    missing: int = sum(max(about.get("repeats", 0) - len(repeats.get(point, ())), 0) for point in asked)
+    if about.get("target") is not None:
+        missing += sum(_target(about, directory, point) is None for point in trained(list(asked)))
+    return missing
+
+
+def _target(about: Mapping[str, Any], directory: Path, point: Point) -> Target | None:
+    """What the training run came to that speaks for a point; None if there is none, or it has not ended."""
+    if about.get("target") is None:
+        return None
+    run = directory / TRAINING / training(point, about["max_epochs"])
+    if read_result(run).get("status") != "done":
+        return None
+    metric, scores = evaluations(run)
+    steps = next((step for step, score in scores if score >= about["target"]), None)
+    return Target(metric, about["target"], max(score for _, score in scores), steps, every=scores[0][0])
+
+
+def _rates(jobs: Sequence[Mapping[str, Any]], inverse: bool = False) -> list[float]:
+    """Of each repeat, seconds of a row if `inverse`, else rows a second."""
+    found = [statistics.median(job["step_seconds"]) / job["rows"] for job in jobs]
+    return found if inverse else [1 / seconds for seconds in found]
+
+
+def _line(
+    about: Mapping[str, Any],
+    directory: Path,
+    point: Point,
+    repeats: Mapping[Point, Sequence[Mapping[str, Any]]],
+    base: Point,
+) -> Line:
+    jobs = repeats[point]
+    same = [p for p in repeats if p.ranks == 1 and p.microbatches == same_parts(about["mode"], point)]
+    mine = _rates(jobs, inverse=True)
+    return Line(
+        point=point,
+        nodes=jobs[0]["nodes"],
+        cores=jobs[0]["cores"],
+        threads=jobs[0]["threads"],
+        medians=tuple(statistics.median(job["step_seconds"]) for job in jobs),
+        rows=jobs[0]["rows"],
+        shares={name: statistics.mean(job["shares"][name] for job in jobs) for name in jobs[0]["shares"]},
+        speed_up=speed_up({0: mine}, _rates(repeats[base], inverse=True))[0],
+        same_parts=statistics.median(_rates(repeats[same[0]], inverse=True)) / statistics.median(mine) if same else 0.0,
+        target=_target(about, directory, point),
+    )
+
+
+def markdown(study: Study) -> str:
+    """The table for a proposal; what is marked with * ran on more ranks than cores."""
+    heads = ["nodes", "ranks", "grid", "threads", "batch", "of a rank", "M", "repeats", "step ms (95 %)", "samples/s"]
+    heads += ["speed-up (95 %)", "same M", "efficiency", "communication", "node-h / 10^6"]
+    if study.target is not None:
+        heads += [f"steps to {study.target:g}", "samples to it", "seconds to it"]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---:|" * len(heads)]
+    for line in study.asked():
+        point, step, up = line.point, line.step, line.speed_up
+        cells = [
+            str(line.nodes),
+            f"{point.ranks}{'*' if line.oversubscribed else ''}",
+            f"{point.stages} x {point.ranks // point.stages}",
+            str(line.threads),
+            str(point.batch),
+            f"{point.batch / point.ranks:g}",
+            str(point.microbatches),
+            str(len(line.medians)),
+            _estimate(Interval(1e3 * step.value, 1e3 * step.low, 1e3 * step.high)),
+            f"{line.samples_per_second:,.0f}",
+            _estimate(up),
+            f"{line.same_parts:.2f}" if line.same_parts else "",
+            f"{line.efficiency.value:.0%}",
+            f"{line.share('communication', 'waiting'):.0%}",
+            f"{line.row()['node_hours_per_million_samples']:.4f}",
+            *(_to_target(line) if study.target is not None else ()),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _estimate(found: Interval) -> str:
+    """A value with its interval, if the repeats give one."""
+    if found.low == found.high or math.isinf(found.high):
+        return f"{found.value:.2f}"
+    return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+
+
+def _to_target(line: Line) -> tuple[str, str, str]:
+    """Steps, samples and seconds to the target."""
+    if not line.target:
+        return "open", "", ""
+    if not line.target.steps:
+        return f"not reached ({line.target.best:.4g})", "", ""
+    return str(line.target.steps), f"{line.target.steps * line.rows:,.0f}", f"{line.seconds_to_target:.3g}"

@@ -1,0 +1,100 @@
+"""One point of a scaling study: a job that trains for some steps and writes down how long each took.
+
+`mpirun -n RANKS python -m mpiml.scaling.timing FILE WARM_UP STEPS [settings of mpiml.train]`. What is timed is the main
+loop of mpiml.train, without log, evaluation and checkpoints.
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    from mpiml.run import start
+
+    start.begin("mpiml.scaling.timing")
+    start.start_mpi()
+
+import json
+import sys
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+
+import mpiml
+from mpiml.clock import SHARES, Clock
+from mpiml.config import Config, parse
+from mpiml.partition import check_ranks
+from mpiml.run import alarm, environment, one_job
+from mpiml.run.directory import write_atomically
+from mpiml.run.failure import Guard, exit_code
+from mpiml.run.process import prepare_process
+from mpiml.training.data import open_data
+from mpiml.training.trainer import Trainer
+
+
+def measure(comm: MPI.Intracomm, trainer: Trainer, warm_up: int, steps: int) -> dict[str, Any]:
+    """Train for `warm_up` steps that do not count and `steps` that do; collective.
+
+    Returns seconds of each step, of the rank that was slowest in it, and the mean seconds of a step that ranks spent
+    on each of clock.SHARES.
+    """
+    for _ in range(warm_up):
+        trainer.step()
+    clock = trainer.run.clock
+    before = np.array(clock.shares())
+    seconds = np.empty(steps)
+    for index in range(steps):
+        began = perf_counter()
+        trainer.step()
+        seconds[index] = perf_counter() - began
+    clock("joining")
+    shares = (np.array(clock.shares()) - before) / (steps * comm.size)
+    comm.Allreduce(MPI.IN_PLACE, seconds, MPI.MAX)
+    comm.Allreduce(MPI.IN_PLACE, shares)
+    return {"step_seconds": seconds.tolist(), "shares": dict(zip(SHARES, shares.tolist(), strict=True))}
+
+
+def main() -> int:
+    """Measure a point. Returns the exit code."""
+    try:
+        with Guard(MPI.COMM_WORLD, Clock(), "mpiml.scaling.timing"):
+            one_job.check_size(MPI.COMM_WORLD.size)
+            point(MPI.COMM_WORLD, Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), parse(sys.argv[4:]))
+        return 0
+    except BaseException as error:  # reported already
+        return exit_code(error)
+
+
+def point(comm: MPI.Intracomm, path: Path, warm_up: int, steps: int, config: Config) -> None:
+    """Measure a point and let rank 0 write what is found, with all that it depends on, to `path`; collective."""
+    check_ranks(comm.size, config.pipe)
+    prepare_process(config.threads)
+    data = open_data(config, comm, Clock(), None)
+    trainer = Trainer(comm, config.replace(steps=warm_up + steps, epochs=None), data)
+    with trainer.run.ahead:
+        found = measure(comm, trainer, warm_up, steps)
+    ranks = comm.gather(environment.of_rank(config.threads))
+    if comm.rank == 0:
+        run = trainer.run
+        assert ranks, "rank 0 gathers"
+        found |= {
+            "mpiml": mpiml.__version__,
+            "ranks": comm.size,
+            "nodes": len({rank["host"] for rank in ranks}),
+            "cores": run.grid.cores,
+            "stages": run.grid.stages,
+            "replicas": run.grid.replicas,
+            "threads": config.threads,
+            "microbatches": run.config.microbatches,
+            "rows": run.shards.rows_per_step,
+            "settings": run.config.to_toml(),
+            "environment": environment.of_job(ranks, data.fingerprint),
+        }
+        write_atomically(path, json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    start.begun()
+    alarm.off()  # what is measured may take long
+    start.end(main())

@@ -1,1 +1,0 @@
-"""The programs beside training: benchmarks."""

@@ -1,0 +1,197 @@
+"""The data of a run: opened on all ranks, compared between them, and looked at, every value, before the first step."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from mpi4py import MPI
+
+from mpiml.clock import Clock
+from mpiml.config import Config
+from mpiml.data.dataset import Dataset
+from mpiml.data.fingerprint import Fingerprint, difference
+from mpiml.data.inspection import Findings, inspect, problem
+from mpiml.data.normalize import Moments, Normalization, moments
+from mpiml.data.shards import Shards, classes_seen, starved
+from mpiml.data.sources import Indices, Source
+from mpiml.errors import ConfigError, DataError
+from mpiml.parallel.grid import Grid
+from mpiml.team import allgather, broadcast, on_rank_0, together, wait
+from mpiml.training import resolve
+
+T = TypeVar("T")
+
+
+def open_data(config: Config, comm: MPI.Intracomm, clock: Clock, data: Dataset | None) -> Dataset:
+    """The data set that the settings name, or `data`, the same on all ranks; collective.
+
+    Raises, on all ranks alike, DataError or ConfigError if there is none, or if some rank has another.
+    """
+    elsewhere = "; if the run's data lie elsewhere in this job, say where by --data"
+
+    def opened() -> tuple[Dataset, Fingerprint]:
+        try:
+            opened = data or resolve.open_data(config)
+            return opened, opened.fingerprint
+        except DataError as error:
+            stored = config.resume and "data" not in (config.given or ())
+            raise DataError(f"{error}{elsewhere if stored else ''}") from error
+
+    clock("data")
+    mine, fingerprint = together(comm, clock, naming(comm.rank, comm.size, opened))
+    with clock.doing("joining"):
+        first = broadcast(comm, fingerprint)
+
+    def same() -> None:
+        if other := difference(fingerprint, first, "on rank 0"):
+            raise DataError(f"{mine.name}: ranks have different data: {other}")
+
+    together(comm, clock, naming(comm.rank, comm.size, same))
+    if mine.check:
+        on_rank_0(comm, clock, naming(comm.rank, comm.size, mine.check))
+    return mine
+
+
+@dataclass
+class Seen:
+    """What the data set asks of a model.
+
+    Attributes:
+        outputs: the number of classes, or of values per label.
+        tokens: one more than the highest integer input; 0 if inputs are not integers.
+        notes: what a person should know.
+    """
+
+    outputs: int
+    tokens: int
+    notes: list[str]
+
+
+def look_at(
+    data: Dataset,
+    grid: Grid,
+    clock: Clock,
+    train: Indices | None,
+    test: Indices,
+    classes: int | None,
+    both: bool = False,
+    tokens: int | None = None,
+    ignore: int | None = None,
+) -> Seen:
+    """Read the rows that this rank will use, and check all values of the data set; collective.
+
+    Inputs are read by the first stage, labels by the last, each row of the training set by one replica.
+
+    Args:
+        train, test: the numbers of this replica's rows; train is None if nobody trains, and then its rows are not read.
+        classes: how many there are, if that has been said; else the data set may know it, or the labels tell.
+        both: whether those who train on inputs need labels too, and the other way round.
+        tokens: how many token ids there are, if that has been said and is not the number of classes.
+        ignore: the label that means no label, if there is one.
+    """
+    ends = {"x": grid.stage == 0, "y": grid.stage == grid.stages - 1}
+    also = both and any(ends.values())
+    classes = classes or data.classes
+    limits, ignored = {"x": tokens or classes, "y": classes}, {"x": None, "y": ignore}
+    seen = Seen((classes or 0) if data.classification else math.prod(data.train.y.shape), 0, [])
+    splits = [(split_, rows) for split_, rows in ((data.train, train), (data.test, test)) if rows is not None]
+    columns = [(split_, rows, column) for split_, rows in splits for column in ends]
+
+    def read() -> list[Findings]:
+        findings = []
+        for split_, rows, column in columns:
+            hold = ends[column] or (also and split_ is data.train)
+            findings.append(_read(clock, getattr(split_, column), rows, hold, ends[column], ignored[column]))
+        return findings
+
+    mine = together(grid.comm, clock, naming(grid.launched[grid.comm.rank], grid.comm.size, read))
+    everyones = allgather(grid.comm, mine)
+    for (split_, _, column), findings in zip(columns, zip(*everyones, strict=True), strict=True):
+        source: Source = getattr(split_, column)
+        found = _sound(data, grid, source, column, findings, limits[column])
+        highest = int(max(found.highest[0], -1))
+        if column == "x":
+            seen.tokens = max(seen.tokens, highest + 1)
+        elif data.classification:
+            seen.outputs = max(seen.outputs, highest + 1)
+            if found.masked:
+                seen.notes.append(f"{source.name}: {found.masked} labels are {ignore} and do not count")
+    return seen
+
+
+def _sound(
+    data: Dataset, grid: Grid, source: Source, column: str, findings: Sequence[Findings], limit: int | None
+) -> Findings:
+    """What all ranks have found in a column. Raises DataError, on all alike, for what cannot be used."""
+    found = functools.reduce(operator.or_, findings)
+    if wrong := problem(data, column, found, limit):
+        problems = [problem(data, column, its, limit) for its in findings]
+        reader = next(rank for rank, its in enumerate(problems) if its and its[1] == wrong[1])
+        raise _alike(DataError(f"{source.name}: {wrong[0]} {wrong[1]}"), grid.launched[reader], grid.comm.size)
+    return found
+
+
+def measure(data: Dataset, grid: Grid, clock: Clock, shards: Shards) -> Normalization:
+    """Mean and deviation of the inputs over all training rows, each read by one rank; collective."""
+
+    def mine() -> list[Moments]:
+        if data.language_model:
+            raise ConfigError("--normalize: the data set's inputs are tokens, not numbers")
+        clock("data")
+        block = range(shards.first, shards.last) if grid.stage == 0 else ()
+        return [moments(data.train.x, shards.numbers(m), clock.progress) for m in block]
+
+    everyones = grid.comm.gather(together(grid.comm, clock, mine))
+    return on_rank_0(grid.comm, clock, lambda: Normalization.of(itertools.chain(*(everyones or []))))
+
+
+def look_for_starving(data: Dataset, grid: Grid, clock: Clock, shards: Shards, classes: int) -> list[str]:
+    """A warning if the shards of sorted labels have only some of the classes each; collective."""
+    if not data.classification or data.language_model or shards.strided:
+        return []
+    found = np.zeros(classes + shards.microbatches, np.int64)
+    counts, seen = found[:classes], found[classes:]
+    if grid.stage == grid.stages - 1:
+        clock("data")
+        counts[:], seen[:] = classes_seen(shards, classes, clock.progress)
+    clock("joining")
+    wait([grid.comm.Iallreduce(MPI.IN_PLACE, found)])
+    warning = starved(counts, seen)
+    return [f"warning: {warning}"] if warning else []
+
+
+def _read(clock: Clock, source: Source, rows: Indices, hold: bool, look: bool, ignore: int | None) -> Findings:
+    clock("data")
+    if hold:
+        source.hold(rows)
+    return inspect(source, rows, ignore, clock.progress) if look else Findings()
+
+
+def _alike(error: DataError, rank: int, ranks: int) -> DataError:
+    """An error that every rank comes to by itself from what all know, of data that `rank` has read."""
+    error = _of_rank(error, rank, ranks)
+    error.rank, error.everywhere = rank, True
+    return error
+
+
+def naming(rank: int, ranks: int, action: Callable[[], T]) -> Callable[[], T]:
+    """`action`, which names this rank in a DataError that it raises: a file may be bad on one node alone."""
+
+    def named() -> T:
+        try:
+            return action()
+        except DataError as error:
+            raise _of_rank(error, rank, ranks) from error
+
+    return named
+
+
+def _of_rank(error: DataError, rank: int, ranks: int) -> DataError:
+    return DataError(f"{error} (rank {rank})" if ranks > 1 else str(error))

@@ -1,0 +1,214 @@
+"""The run directory of a job: which run it is, who holds it, and what stands there from the start."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpi4py import MPI
+
+from mpiml import documents
+from mpiml.config import Config
+from mpiml.data.fingerprint import difference
+from mpiml.errors import DataError, OutputError
+from mpiml.flags import absolute
+from mpiml.run import checkpoint, environment
+from mpiml.run.console import say
+from mpiml.run.directory import (
+    CHECKPOINTS,
+    CONFIG,
+    ENVIRONMENT,
+    METRICS,
+    RunDirectory,
+    holds_run,
+    read_result,
+    write_atomically,
+    write_result,
+)
+from mpiml.run.failure import Guard
+from mpiml.team import broadcast, on_rank_0
+from mpiml.training.run import Run
+from mpiml.training.saved import CODE, settings_in, settings_of
+
+RUNNING: dict[str, Any] = {"status": "running", "exit_code": None, "reason": None, "rank": None}
+
+
+def settings(asked: Config) -> tuple[Config, Config | None]:
+    """The settings to start from: those asked for, or a stored run's, changed as asked; and the stored ones, if there
+    are any. Rank 0 calls it.
+
+    A run whose config.toml is gone has them in its checkpoints.
+    """
+    if not (asked.resume and asked.out):
+        return asked, None
+    path = Path(asked.out)
+    stored, checkpoints = path / CONFIG, path / CHECKPOINTS
+    if stored.exists():
+        before = settings_in(stored)
+    elif checkpoints.is_dir() and (newest := checkpoint.newest(checkpoints, lambda name: False)[0]):
+        before = settings_of(newest, CODE, {name: getattr(asked, name) for name in asked.given or ()})
+    else:
+        return asked, None
+    cfg = asked.resumed(before)
+    if absolute(cfg.data) != absolute(before.data) and environment.data(path) is None:
+        raise DataError(
+            f"--data {cfg.data}: the run in {path} has {before.data}, and without its {ENVIRONMENT} nothing tells "
+            "whether these are the same data"
+        )
+    return cfg, before
+
+
+@dataclass
+class Opened:
+    """What every rank knows of the run directory: where it is, a token of this job, and what there is to say."""
+
+    path: Path
+    token: str
+    notes: list[str]
+
+    @property
+    def metrics(self) -> Path:
+        """One line per logged step and per evaluation."""
+        return self.path / METRICS
+
+    @property
+    def checkpoints(self) -> Path:
+        """The directory of checkpoints."""
+        return self.path / CHECKPOINTS
+
+
+class Hold:
+    """The run directory of a job, locked by rank 0; collective.
+
+    On a resume it is locked before anything can be refused, so that result.json shows how this job failed and not how
+    the last one ended. It is let go last, after a failure has been written.
+
+    Args:
+        guard: is told where it is.
+    """
+
+    def __init__(self, guard: Guard):
+        self.guard, self.comm, self.clock = guard, guard.comm, guard.clock
+        self._directory: RunDirectory | None = None  # on rank 0
+        self._before: dict[str, Any] = {}  # the result of the job before
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._directory:
+            self._directory.close()
+
+    def resumed(self, asked: Config) -> tuple[Config, Config | None, dict[str, Any] | None]:
+        """The settings to start from; the stored ones, or None; and the result if nothing is left to do.
+
+        If something is, the directory is held from here on.
+        """
+        if not asked.resume:
+            return asked, None, None
+
+        def look() -> tuple[Config, Config | None, dict[str, Any] | None]:
+            path, done = Path(asked.out or ""), None
+            try:
+                cfg, stored = settings(asked)
+                done = _finished(cfg, read_result(path))
+            finally:
+                if not done and path.is_dir() and holds_run(path):
+                    self._take(RunDirectory.create(asked.out, ""), resume=True)
+            return cfg, stored, done
+
+        cfg, stored, done = on_rank_0(self.comm, self.clock, look)
+        self._tell(self.comm)
+        return cfg, stored, done
+
+    def finished(self, comm: MPI.Intracomm, cfg: Config) -> dict[str, Any] | None:
+        """The result of a run that, as is known only by now, has nothing left to do; collective over `comm`."""
+
+        def look() -> dict[str, Any] | None:
+            done = _finished(cfg, self._before)
+            if done and self._directory:
+                write_result(self._directory.path, done)
+            return done
+
+        done: dict[str, Any] | None = on_rank_0(comm, self.clock, look)
+        return done
+
+    def opened(self, run: Run, name: str) -> Opened:
+        """The directory, with all in it that is known at the start; collective over the run's ranks.
+
+        Args:
+            name: of the data set, for the name of a new directory.
+        """
+        comm, config = run.grid.comm, run.config
+        ranks = comm.gather(environment.of_rank(config.threads))
+
+        def write() -> Opened:
+            if not self._directory:
+                self._take(RunDirectory.create(config.out, f"{name}-{config.model}"), config.resume)
+            assert self._directory, "it has just been taken"
+            path = self._directory.path
+            job = environment.of_job(ranks or [], run.fingerprint)
+            job, changes = environment.going_on(environment.read(path), job, checkpoint.last_step(path / CHECKPOINTS))
+            _check_same_data(run, path)
+            _check_nothing_vanished(path, self._before)
+            saved = self._before.get("saved", 0)
+            of_run = {"ranks": comm.size, "pipe": config.pipe, "microbatches": config.microbatches}
+            write_result(path, RUNNING | {"step": saved, "saved": saved} | of_run)
+            write_atomically(path / CONFIG, config.to_toml())
+            write_atomically(path / ENVIRONMENT, documents.to_json(job, indent=2) + "\n")
+            warnings = [f"warning: {text}" for text in (*environment.warnings(ranks or []), *changes)]
+            return Opened(path, self._directory.token, [*warnings, *self._directory.notes, *_notes(self._before)])
+
+        known: Opened = on_rank_0(comm, self.clock, write)
+        self._tell(comm)
+        return known
+
+    def _take(self, directory: RunDirectory, resume: bool) -> None:
+        """Rank 0: from now on this job's fate is written there."""
+        self._directory = directory
+        self._before = read_result(directory.path)
+        self.guard.run, self.guard.token = directory.path, directory.token
+        directory.prepare(resume)
+        before = {key: value for key, value in self._before.items() if key != "traceback"}
+        write_result(directory.path, {"step": 0, "saved": 0} | before | RUNNING)
+
+    def _tell(self, comm: MPI.Intracomm) -> None:
+        with self.clock.doing("joining"):
+            self.guard.run, self.guard.token = broadcast(comm, (self.guard.run, self.guard.token))
+
+
+def _finished(cfg: Config, result: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of the job before, if there is nothing left to do."""
+    if not (cfg.out and cfg.steps) or result.get("status") != "done" or result.get("step", 0) < cfg.steps:
+        return None
+    if not cfg.quiet:
+        say(f"{cfg.out} is finished after step {result['step']}: nothing to do", sys.stdout)
+    return result | {"exit_code": 0}  # which is what "done" says, whatever else a file says
+
+
+def _notes(before: Mapping[str, Any]) -> list[str]:
+    """What a person should know of the job before, by its result."""
+    if before.get("status") == "running":
+        return ["the last job in this directory ended without a word: killed, or its node failed"]
+    if before.get("status") == "failed":
+        return [f"the last job in this directory failed: {before.get('reason')}"]
+    return []
+
+
+def _check_same_data(run: Run, path: Path) -> None:
+    """Raise DataError if the run in a directory was trained on other data."""
+    before = environment.data(path)
+    if before and (other := difference(run.fingerprint, before, "in the run so far")):
+        raise DataError(f"{run.config.data} holds other data than the run in {path} was trained on: {other}")
+
+
+def _check_nothing_vanished(path: Path, before: Mapping[str, Any]) -> None:
+    """Raise OutputError if the checkpoints are gone: the result of the last job says that there was one."""
+    if before.get("saved") and not checkpoint.listed(path / CHECKPOINTS):
+        raise OutputError(
+            f"the checkpoints in {path / CHECKPOINTS} are gone, of which the last was of step {before['saved']}: put "
+            "them back, or begin anew with another --out"
+        )

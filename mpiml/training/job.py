@@ -1,0 +1,146 @@
+"""A training job that nobody has started: its settings, its model and its grid; no MPI."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpiml.config import Config
+from mpiml.data.dataset import Dataset
+from mpiml.data.inspection import inspect, problem
+from mpiml.errors import DataError
+from mpiml.nn.base import Layer
+from mpiml.nn.parameters import Shape
+from mpiml.partition import check_ranks, part
+from mpiml.training.model import build_loss, build_metric, model_for
+from mpiml.training.resolve import resolve
+from mpiml.training.stages import StageDesign, cut
+from mpiml.training.task import Task
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run on a grid.
+
+    Attributes:
+        config: its settings, resolved.
+        stages: its model.
+        ranks, node_ranks: of the job, and of a node; the last node may have fewer.
+        rows: that it trains on.
+        columns: of the table of a step record.
+    """
+
+    config: Config
+    stages: Sequence[StageDesign]
+    ranks: int
+    node_ranks: int
+    rows: int
+    columns: int
+
+    @property
+    def microbatches(self) -> int:
+        assert self.config.microbatches, "the settings of a job are resolved"
+        return self.config.microbatches
+
+    @property
+    def replicas(self) -> int:
+        return self.ranks // len(self.stages)
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.ranks // self.node_ranks)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.rows // self.config.batch)
+
+    @property
+    def microbatch_rows(self) -> int:
+        """Of the largest micro-batch."""
+        return math.ceil(math.ceil(self.rows / self.microbatches) / self.steps_per_epoch)
+
+    @property
+    def shared(self) -> bool:
+        """Whether the ranks of a node hold one copy of the values."""
+        return self.config.allreduce == "ordered" and self.config.memory != "private"
+
+    def passes(self, replica: int) -> int:
+        """The micro-batches of a replica."""
+        first, last = part(replica, self.replicas, self.microbatches)
+        return last - first
+
+    def homes(self, stage: int) -> NDArray[np.int64]:
+        """The node of each replica of a stage."""
+        return np.arange(stage * self.replicas, (stage + 1) * self.replicas) // self.node_ranks
+
+    def groups(self, stage: int) -> list[int]:
+        """How many replicas of a stage, in order, sum their gradients in one memory: those of each node, or each by
+        itself."""
+        return np.unique(self.homes(stage), return_counts=True)[1].tolist() if self.shared else [1] * self.replicas
+
+
+def needs(data: Dataset, classes: int | None, ignore: int | None = None) -> tuple[int, int]:
+    """(outputs, tokens) that a model needs, from as little of the data as tells it.
+
+    Raises DataError for labels that cannot be.
+    """
+    known = classes or data.classes
+    if not data.classification:
+        return math.prod(data.train.y.shape), 0
+    if known:
+        return known, known
+    highest = {"x": -1, "y": -1}
+    for split in (data.train, data.test):
+        for column in ("x", "y") if data.language_model else ("y",):
+            source, every = getattr(split, column), np.arange(len(split))
+            source.hold(every)
+            found = inspect(source, every, data.ignored(ignore) if column == "y" else None)
+            if wrong := problem(data, column, found):
+                raise DataError(f"{source.name}: {wrong[0]} {wrong[1]}")
+            highest[column] = max(highest[column], int(found.highest[0]))
+    return highest["y"] + 1, highest["x"] + 1
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained, whatever the grid: layers, the shape of an input row, rows, and what else a Job has."""
+
+    layers: Sequence[Layer]
+    shape: Shape
+    rows: int
+    classification: bool
+    columns: int
+
+    def on(self, config: Config, ranks: int, node_ranks: int, rows: int | None = None) -> Job:
+        """The job on a grid, on as many rows as there are or on others. Raises ConfigError as mpiml.train would."""
+        rows = rows or self.rows
+        check_ranks(ranks, config.pipe)
+        config = resolve(config, rows, self.classification, ranks // config.pipe)
+        return Job(config, cut(config, self.layers, self.shape), ranks, node_ranks, rows, self.columns)
+
+
+def training(config: Config, data: Dataset) -> Training:
+    """What mpiml.train would train with these settings. Raises ConfigError or DataError as it would."""
+    config = resolve(config.replace(pipe=1, cuts=(), microbatches=1), len(data.train), data.classification, 1)
+    outputs, tokens = needs(data, config.classes, config.ignore)
+    task = Task(data.train.x.shape, data.train.y.shape, data.classification, outputs, tokens)
+    build_loss(config)
+    layers = model_for(config, task, None)
+    columns = 2 + build_metric(config, outputs).columns
+    return Training(layers, task.shape, len(data.train), data.classification, columns)
+
+
+def job_of(config: Config, ranks: int, node_ranks: int, data: Dataset) -> Job:
+    """The job that mpiml.train would be on so many ranks. Raises ConfigError or DataError as it would."""
+    check_ranks(ranks, config.pipe)
+    resolve(config, len(data.train), data.classification, ranks // config.pipe)  # before data are read
+    return training(config, data).on(config, ranks, node_ranks)
+
+
+def kind(layer: Layer) -> str:
+    inner = ", ".join(kind(one) for one in layer.inner())
+    return f"{type(layer).__name__}({inner})" if inner else type(layer).__name__

@@ -1,0 +1,173 @@
+"""From settings to what is trained: the layers, the loss and the metric; no MPI."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpiml import documents
+from mpiml.config import Config
+from mpiml.errors import ConfigError, OutputError
+from mpiml.nn import base as nn
+from mpiml.nn.checked import OwnLoss, OwnMetric
+from mpiml.nn.losses import R2, Accuracy, Loss, Metric, mean_squared_error, softmax_cross_entropy
+from mpiml.nn.parameters import Shape
+from mpiml.training.task import Task
+from mpiml.usercode import called_with, is_name, named
+
+if TYPE_CHECKING:
+    from mpiml.run.checkpoint import Checkpoint
+
+Model = Any  # layers, PyTorch modules, a list of both, or a function (shape, outputs) that returns such
+Objective = Callable[[Any, Any, bool], tuple[list[float], Any]]
+
+
+def model_for(config: Config, task: Task, model: Model | None) -> list[nn.Layer]:
+    """The layers, named, for what a data set asks; `model` as of `build_model`."""
+    return build_model(config, task.shape, task.outputs, task.vocabulary, task.final, model)
+
+
+def build_model(
+    config: Config, shape: Shape, outputs: int, tokens: int, final: Shape | None, model: Model | None
+) -> list[nn.Layer]:
+    """The layers, named.
+
+    Args:
+        shape: of an input row.
+        outputs: how many the model needs: classes, or values to predict.
+        tokens: how many token ids the inputs may hold, if that is what they are.
+        final: the shape that a row of the output must have, or None for any.
+        model: a Model in place of config.model.
+    """
+    make = chosen(config, tokens) if model is None else model
+    try:
+        layers = _list_of_layers(_made(make, config, shape, outputs))
+        nn.name(layers)
+        nn.skip_first_dx(layers)
+        *shapes, found = nn.stack_shapes(layers, shape)
+        for layer, before in zip(layers, shapes, strict=True):
+            layer.check_place(before, tokens)
+            tokens = 0 if nn.parameters([layer]) else tokens
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"the model does not fit the data: {error}") from None
+    if not any(parameter.size for parameter in nn.parameters(layers)):
+        raise ConfigError("the model has no parameters, so there is nothing to train")
+    ours = not (is_name(config.loss) and is_name(config.metric))  # else nothing of ours looks at the outputs
+    if ours and final is not None and found != final:
+        raise ConfigError(f"the model gives rows of shape {found}, but the labels need {final}")
+    return layers
+
+
+def chosen(config: Config, tokens: int = 0) -> Model:
+    """What builds the model that --model names."""
+    if is_name(config.model):
+        model: Model = named(config.model, "--model")
+        return called_with(model, f"--model {config.model}", "shape", "outputs") if callable(model) else model
+    channels, blocks = config.channels, config.blocks
+    transformer = {"tokens": tokens, "width": config.width, "heads": config.heads, "blocks": blocks}
+    builders: dict[str, tuple[str, dict[str, Any]]] = {
+        "mlp": ("mpiml.nn.perceptrons:mlp", {"hidden": config.hidden, "activation": config.activation}),
+        "cnn": ("mpiml.nn.convnets:cnn", {"channels": channels, "norm": config.norm}),
+        "resnet": ("mpiml.nn.convnets:resnet", {"channels": channels, "blocks": blocks, "norm": config.norm}),
+        "gpt": ("mpiml.nn.transformers:gpt", transformer),
+    }
+    name, sizes = builders[config.model]
+    return functools.partial(named(name, "--model"), **sizes, dropout=config.dropout)
+
+
+def _made(model: Model, config: Config, shape: Shape, outputs: int) -> Any:
+    """The model, made if it is a function that makes it, with layers in place of PyTorch's modules.
+
+    What PyTorch draws for first values is a function of the seed alone.
+    """
+    modules = _torch_modules()
+    if isinstance(model, nn.Layer) or (modules and modules.is_module(model)) or not callable(model):
+        made = model
+    else:
+        with modules.keyed(config.seed, "init", "torch") if modules else contextlib.nullcontext():
+            made = model(shape, outputs)
+        if not modules and _torch_modules():  # the call itself has imported it, and drawn what it liked
+            return _made(model, config, shape, outputs)
+    return modules.as_layers(made, config.dtype, config.threads) if modules else made
+
+
+def described(layers: Sequence[nn.Layer], seed: int) -> dict[str, str]:
+    """What ranks must agree in: the kind and the attributes of every layer, the shape and the first values of every
+    parameter, under names that a message can use."""
+    described: dict[str, str] = {}
+    for layer in nn.everything(layers):
+        described |= {f"the model, {path}": text for path, text in layer.described().items()}
+        for parameter in layer.own_parameters().values():
+            described[f"first values of the model, {parameter.name}"] = parameter.described(seed)
+    return described
+
+
+def constants(layers: Sequence[nn.Layer]) -> str:
+    """Checksums of the model's constants, tensors that are neither trained nor saved in checkpoints, as JSON; empty for
+    layers that have none."""
+    modules = _torch_modules()
+    found = modules.constants(layers) if modules else None
+    return "" if found is None else json.dumps(found)
+
+
+def check_constants(mine: str, saved: Checkpoint) -> None:
+    """Raise OutputError if the model's constants are not those that a checkpoint, if it tells, was trained with."""
+    origin = f"{saved.origin}: constants"
+    here, there = (documents.from_json(text or "{}", origin) for text in (mine, saved.constants or mine))
+    if not documents.fits(there, dict[str, str]):
+        raise OutputError(f"{origin} is damaged: it must hold checksums by name, not {documents.shown(there)}")
+    if other := sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name)):
+        more = f" and {len(other) - 1} more" if len(other) > 1 else ""
+        raise OutputError(
+            f"{other[0]}{more}: not what the checkpoint was trained with; parameters that require no gradient and "
+            "buffers are in no checkpoint, so the model has to come with the same ones"
+        )
+
+
+def _torch_modules() -> Any:
+    """What knows PyTorch, or None where nobody has imported that: it takes seconds."""
+    return importlib.import_module("mpiml.nn.torch_modules") if "torch" in sys.modules else None
+
+
+def _list_of_layers(made: Any) -> list[nn.Layer]:
+    layers = list(made) if isinstance(made, Sequence) else [made]
+    for layer in layers:
+        if not isinstance(layer, nn.Layer):
+            raise ValueError(f"it must be a list of layers, but holds {type(layer).__name__}")
+    if not layers:
+        raise ValueError("it has no layers")
+    return layers
+
+
+def build_loss(config: Config) -> Loss:
+    """The loss that --loss names."""
+    if is_name(config.loss):
+        return OwnLoss(config.loss)
+    return softmax_cross_entropy if config.loss == "cross_entropy" else mean_squared_error
+
+
+def build_metric(config: Config, outputs: int) -> Metric:
+    """The metric that --metric names; one of a user's own is what the named function returns for `outputs`."""
+    if is_name(config.metric):
+        return OwnMetric(config.metric, outputs)
+    return Accuracy() if config.metric == "accuracy" else R2(outputs)
+
+
+def objective(loss: Loss, metric: Metric) -> Objective:
+    """What the last stage computes: (y, labels, measured) -> a row of the step record, and the gradient by the model's
+    output; the metric is summed only if it is to be measured."""
+
+    def score(y: Any, labels: Any, measured: bool) -> tuple[list[float], Any]:
+        total, weight, dy = loss(y, labels)
+        return [total, weight, *(metric.sums(y, labels) if measured else ())], np.ascontiguousarray(dy, y.dtype)
+
+    return score

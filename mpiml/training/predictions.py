@@ -1,0 +1,105 @@
+"""Predictions of all test rows in one file, in row order; each replica keeps its own until rank 0 writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from mpiml.clock import Clock
+from mpiml.errors import ConfigError
+from mpiml.nn.parameters import Shape
+from mpiml.parallel.stage import Part
+from mpiml.partition import part
+from mpiml.run.directory import Parts, replacing
+from mpiml.team import broadcast, on_rank_0, wait
+from mpiml.training.evaluation import Evaluation
+from mpiml.training.task import Task
+
+Rows = NDArray[Any]
+SUFFIXES = (".npy", ".csv")
+
+
+def check_path(path: Path) -> None:
+    """Raise ConfigError if predictions cannot be written there: better before the work than after it."""
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"--predictions {path}: must end in {' or '.join(SUFFIXES)}")
+    if path.is_dir():
+        raise ConfigError(f"--predictions {path}: is a directory")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--predictions {path}: there is no directory {path.parent}")
+
+
+class Predictions:
+    """What the last stage of this replica makes of its test rows: of each the class, or values as its labels.
+
+    Args:
+        here: what this rank's stage computes; from now on, what it scores is kept.
+        task: what the model is for. If loss and metric are a user's own, outputs may be anything, and stay as they are.
+    """
+
+    def __init__(self, here: Part, task: Task):
+        self._classes = task.classification and here.y_shape == task.final
+        values = task.labels if here.y_shape == task.final else here.y_shape
+        self.shape: Shape = task.labels if self._classes else values
+        self.dtype: DTypeLike = np.int64 if self._classes else here.dtype
+        self._kept: list[Rows] = []
+        self._score, here.objective = here.objective, self._objective
+
+    def _objective(self, y: Rows, labels: Rows, measured: bool) -> tuple[list[float], Rows]:
+        found = y.argmax(axis=-1) if self._classes else y.astype(self.dtype)
+        self._kept.append(np.ascontiguousarray(found, self.dtype).reshape(len(y), *self.shape))
+        return self._score(y, labels, measured)
+
+    def write(self, path: Path, tests: Evaluation, clock: Clock) -> None:
+        """Write those of all replicas; collective. Raises OutputError, on all ranks alike, if that fails."""
+        grid = tests.grid
+        clock("joining")
+        shape, dtype = broadcast(grid.comm, (self.shape, self.dtype), grid.rank_of(grid.stages - 1, 0))
+        arrays = self._gathered(tests, shape, dtype)
+
+        def written() -> None:
+            clock("log")
+            try:
+                with replacing(path, moved=clock.progress) as file:
+                    _write(file, path.suffix, arrays, (len(tests.split), *shape), dtype)
+            finally:
+                for _ in arrays:  # whatever happened: others wait until their messages are taken
+                    pass
+
+        mine = grid.comm.rank > 0 and grid.stage == grid.stages - 1
+        sent = [grid.comm.Isend(array, 0) for array in self._kept] if mine else []
+        on_rank_0(grid.comm, clock, written)
+        wait(sent)
+
+    def _gathered(self, tests: Evaluation, shape: Shape, dtype: DTypeLike) -> Iterator[Rows]:
+        """On rank 0, all chunks in their order."""
+        grid = tests.grid
+        for replica in range(grid.replicas):
+            source = grid.rank_of(grid.stages - 1, replica)
+            if source == 0:
+                yield from self._kept
+                continue
+            for chunk in range(*part(replica, grid.replicas, tests.chunks)):
+                rows = min(tests.chunk_rows, len(tests.split) - chunk * tests.chunk_rows)
+                array = np.empty((rows, *shape), dtype)
+                wait([grid.comm.Irecv(array, source)])
+                yield array
+
+
+def _write(file: Parts, suffix: str, arrays: Iterator[Rows], shape: Shape, dtype: DTypeLike) -> None:
+    if suffix == ".npy":
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        for array in arrays:
+            file.write(array.data)
+        return
+    rows, columns = shape[0], int(np.prod(shape[1:]))
+    names = ["prediction"] if len(shape) == 1 else [f"prediction{column}" for column in range(columns)]
+    file.write((",".join(["row", *names]) + "\n").encode())
+    lines = (line for array in arrays for line in array.reshape(len(array), columns).astype(str).tolist())
+    for row, line in zip(range(rows), lines, strict=True):
+        file.write((",".join([str(row), *line]) + "\n").encode())

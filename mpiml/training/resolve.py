@@ -1,0 +1,122 @@
+"""What the settings leave open, decided before a run begins: steps, micro-batches, rates; no MPI."""
+
+from __future__ import annotations
+
+from mpiml.config import FALLING, Config
+from mpiml.data.dataset import Dataset, open_dataset
+from mpiml.data.formats import Options
+from mpiml.errors import ConfigError
+from mpiml.flags import absolute
+from mpiml.nn import optimizers
+from mpiml.parallel.tree import aligned
+from mpiml.usercode import is_name
+
+DEFAULT_EPOCHS = 30
+
+
+def open_data(config: Config) -> Dataset:
+    """The data set that the settings name. Raises DataError or ConfigError if there is none."""
+    return open_dataset(config.data, Options(config.label, config.context, config.held_out, config.token_dtype))
+
+
+def resolve(config: Config, rows: int, classification: bool, replicas: int, before: Config | None = None) -> Config:
+    """The config with all that was left open decided, so that its text repeats the run on any grid, from anywhere.
+
+    `before` is that of the run that it goes on with, if there is one.
+
+    Raises ConfigError for micro-batches that the replicas or the rows cannot share, for settings that do not fit the
+    labels, and for a run that would go on with a learning rate that has fallen already.
+    """
+    default = replicas if config.pipe == 1 else min(2 * config.pipe * replicas, rows)
+    microbatches = config.microbatches or default
+    if microbatches < replicas:
+        ranks = replicas * config.pipe
+        fits = next(s for s in range(config.pipe, ranks + 1) if ranks % s == 0 and ranks // s <= microbatches)
+        raise ConfigError(
+            f"--microbatches {microbatches}: {replicas} replicas need at least one each; "
+            f"at least {replicas}, or fewer replicas (--pipe {fits}, say)"
+        )
+    if microbatches > rows:
+        raise ConfigError(f"--microbatches {microbatches}: the data set has only {rows} rows to share out")
+    steps = config.steps or (config.epochs or DEFAULT_EPOCHS) * -(-rows // config.batch)
+    if before:
+        check_fall(config, before, steps)
+    decay = config.weight_decay
+    return scored(config, classification).replace(
+        data=absolute(config.data),
+        init=config.init and absolute(config.init),
+        microbatches=microbatches,
+        steps=steps,
+        epochs=None,
+        lr=optimizers.default_rate(config.optimizer) if config.lr is None else config.lr,
+        weight_decay=(0.01 if config.optimizer == "adamw" else 0.0) if decay is None else decay,
+        decay_steps=config.decay_steps or steps,
+    )
+
+
+def scored(config: Config, classification: bool) -> Config:
+    """The config with loss and metric decided. Raises ConfigError for those that do not fit the labels."""
+    loss, metric = ("cross_entropy", "accuracy") if classification else ("mse", "r2")
+    for flag, value, fitting in (("--loss", config.loss, loss), ("--metric", config.metric, metric)):
+        if value not in ("auto", fitting) and not is_name(value):
+            kind = "integers" if classification else "not integers"
+            raise ConfigError(f"{flag} {value}: the data set's labels are {kind}; leave it at auto")
+    if config.ignore is not None and not classification:
+        raise ConfigError(f"--ignore {config.ignore}: the data set's labels are not integers; leave it out")
+    return config.replace(
+        loss=loss if config.loss == "auto" else config.loss,
+        metric=metric if config.metric == "auto" else config.metric,
+    )
+
+
+def check_fall(config: Config, before: Config, steps: int) -> None:
+    """Raise ConfigError unless a run that goes on to `steps` has a learning rate that falls as it did before, or as has
+    been said for the steps that are added."""
+    last = before.decay_steps or 0
+    longer = config.decay != "none" and steps > max(before.steps or 0, last)
+    for name in FALLING:
+        was = getattr(before, name)
+        if getattr(config, name) != was and not longer:
+            raise config.refusal(name, was)
+    if longer and "decay_steps" not in (config.given or ()):
+        low = {"cosine": "0", "step": "a hundredth"}[config.decay]
+        raise ConfigError(
+            f"{steps} steps: the learning rate of the run in {config.out} has fallen to {low} by step {last}; say how "
+            f"it goes on: with --decay-steps {steps} it falls until then, from --lr if that is given too; with "
+            f"--decay-steps {last} it stays"
+        )
+
+
+def warnings(config: Config) -> list[str]:
+    """What is to be said of the settings: that the learning rate is 0 before the last step."""
+    steps, last = config.steps or 0, config.decay_steps or 0
+    if config.decay != "cosine" or steps <= last:
+        return []
+    return [f"warning: the learning rate is 0 from step {last} of {steps} on, by --decay-steps: nothing is learned"]
+
+
+def grid_text(stages: int, replicas: int, microbatches: int) -> str:
+    """One line on a grid, with the flag that repeats the run's arithmetic on another."""
+    ranks = stages * replicas
+    text = f"{_count(ranks, 'rank')} = {_count(stages, 'stage')} x {_count(replicas, 'replica')}"
+    text += f"; --microbatches {microbatches} repeats these bits on any grid"
+    if not aligned(replicas, microbatches):
+        power = 1 << (microbatches // replicas).bit_length() - 1
+        text += f" (--microbatches {power * replicas} would need the fewest messages on this one)"
+    return text
+
+
+def busy(config: Config, before: Config | None, ranks: int) -> int:
+    """How many of `ranks` have work: all of them, unless a run goes on that has fewer micro-batches than they would
+    make replicas. `before` as of `resolve`."""
+    return min(ranks, config.pipe * config.microbatches) if before and config.microbatches else ranks
+
+
+def idle_text(busy: int, idle: int, microbatches: int) -> list[str]:
+    """One line about ranks without work, if there are any."""
+    keeps = f"--microbatches {microbatches} of the run keeps {busy} busy"
+    return [f"{busy + idle} ranks, but {keeps}: {_count(idle, 'rank')} idle"] if idle else []
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" + ("s" if number > 1 else "")

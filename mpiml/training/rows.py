@@ -1,0 +1,99 @@
+"""The rows of a run: shards to train on and chunks to test on, looked at, as the settings want them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from mpiml.clock import Clock
+from mpiml.config import Config
+from mpiml.data.dataset import Dataset, Split
+from mpiml.data.normalize import Normalization, NormalizedSource
+from mpiml.data.prefetch import ReadAhead, steps_ahead
+from mpiml.data.shards import Shards
+from mpiml.errors import DataError
+from mpiml.parallel.grid import Grid
+from mpiml.partition import part
+from mpiml.team import together
+from mpiml.training.data import look_at, look_for_starving, measure
+from mpiml.training.evaluation import Evaluation
+from mpiml.training.task import Task
+from mpiml.usercode import called_with, named
+
+
+@dataclass
+class RowsOfRun:
+    """The rows of a run, looked at, and what they ask of a model."""
+
+    shards: Shards
+    tests: Evaluation
+    task: Task
+    normalization: Normalization | None
+    notes: list[str]
+
+
+def look_at_rows(config: Config, data: Dataset, grid: Grid, clock: Clock) -> RowsOfRun:
+    """The rows to train and to test on, as the settings want them; collective over the grid.
+
+    Raises, on all ranks alike, DataError or ConfigError for rows that cannot be used.
+    """
+    assert config.microbatches, "settings are resolved before a run is assembled"
+    shards = Shards(
+        data.train,
+        config.microbatches,
+        config.batch,
+        config.seed,
+        *part(grid.replica, grid.replicas, config.microbatches),
+        dtype=config.dtype,
+        shuffle=config.shuffle,
+        block_rows=config.block_rows,
+        strided=config.shards == "strided",
+        transform=together(grid.comm, clock, functools.partial(find_transform, config, data)),
+    )
+    tests = Evaluation(data.test, config.eval_rows, grid, config.dtype)
+    also, ignore = shards.transform is not None, data.ignored(config.ignore)
+    seen = look_at(data, grid, clock, shards.rows(), tests.rows(), config.classes, both=also, ignore=ignore)
+    shards.split, tests.split = (split.ignoring(ignore) for split in (data.train, data.test))
+    notes = [*seen.notes, *look_for_starving(data, grid, clock, shards, seen.outputs)]
+    normalization = None
+    if config.normalize:
+        normalization = measure(data, grid, clock, shards)
+        shards.split, tests.split = (normalized(s, normalization, config.dtype) for s in (shards.split, tests.split))
+    task = Task(data.train.x.shape, data.train.y.shape, data.classification, seen.outputs, seen.tokens, ignore)
+    return RowsOfRun(shards, tests, task, normalization, notes)
+
+
+def normalized(split_: Split, by: Normalization, dtype: DTypeLike) -> Split:
+    """A split whose inputs are normalised."""
+    return Split(NormalizedSource(split_.x, by, dtype), split_.y)
+
+
+def find_transform(config: Config, data: Dataset) -> Callable[..., Any] | None:
+    """The user's function for rows to train on, if there is one. Raises ConfigError if it is none, and when called,
+    DataError for labels that are no classes."""
+    if not config.transform:
+        return None
+    function: Callable[..., Any] = named(config.transform, "--transform")
+    called_with(function, f"--transform {config.transform}", "x", "y", "rng")
+    lowest = (0 if data.ignored(config.ignore) is None else -1) if data.classification else -math.inf
+
+    def transform(x: Any, y: Any, rng: np.random.Generator) -> tuple[Any, Any]:
+        x, y = function(x, y, rng)
+        if np.min(y, initial=0) < lowest:
+            hint = "classes are numbered from 0 (-1 may mean no label if --ignore says that there are such rows)"
+            raise DataError(f"--transform {config.transform} gave a label of {np.min(y)}, but {hint}")
+        return x, y
+
+    return transform
+
+
+def read_ahead(config: Config, shards: Shards, grid: Grid) -> ReadAhead:
+    """The training rows, read as far ahead as the settings say."""
+    steps = steps_ahead(shards) if config.prefetch is None else config.prefetch
+    return ReadAhead(shards, steps, config.steps or 0, grid.stage == 0, grid.stage == grid.stages - 1)

@@ -1,0 +1,50 @@
+"""A model cut into stages; no MPI."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mpiml import partition
+from mpiml.config import Config
+from mpiml.nn import base as nn
+from mpiml.nn.parameters import Layout, Shape
+
+
+@dataclass(frozen=True)
+class StageDesign:
+    """Consecutive layers of a model.
+
+    Attributes:
+        first: the number of its first layer in the model.
+        x_shape, y_shape: of a row that comes in and of one that goes out.
+        layout: of its parameters.
+        learned: whether a stage before it has parameters, and so needs a gradient from this one.
+        flops: floating-point operations of the forward pass for a row.
+    """
+
+    first: int
+    layers: list[nn.Layer]
+    x_shape: Shape
+    y_shape: Shape
+    layout: Layout
+    learned: bool
+    flops: int
+
+
+def cut(config: Config, layers: Sequence[nn.Layer], shape: Shape) -> list[StageDesign]:
+    """The stages that the settings cut a model into: as --cuts says, or so that the slowest is as fast as it can be.
+
+    Raises ConfigError if there are too few layers.
+    """
+    shapes, flops = nn.stack_shapes(layers, shape), nn.stack_flops(layers, shape)
+    if config.cuts:
+        partition.check_cuts(config.cuts, len(layers), config.pipe)
+    cuts = config.cuts or partition.balanced(flops, config.pipe)
+    stages: list[StageDesign] = []
+    for a, b in itertools.pairwise([0, *cuts, len(layers)]):
+        layout = Layout(nn.parameters(layers[a:b]), config.dtype)
+        learned = any(stage.layout.size for stage in stages)
+        stages.append(StageDesign(a, list(layers[a:b]), shapes[a], shapes[b], layout, learned, sum(flops[a:b])))
+    return stages

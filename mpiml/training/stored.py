@@ -1,0 +1,112 @@
+"""A stored model: a checkpoint, the run that it is of, and the data to score it on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mpiml.config import Config
+from mpiml.data.dataset import Dataset
+from mpiml.data.fingerprint import difference
+from mpiml.data.normalize import Normalization
+from mpiml.errors import ConfigError, DataError, OutputError
+from mpiml.nn.parameters import Layout
+from mpiml.parallel.state import VALUES
+from mpiml.run import checkpoint as checkpoints
+from mpiml.run import environment
+from mpiml.run.checkpoint import Checkpoint
+from mpiml.run.directory import CHECKPOINTS, CONFIG
+from mpiml.training import resolve, storage
+from mpiml.training.model import check_constants
+from mpiml.training.saved import code_of, settings_in, settings_of
+from mpiml.training.task import Task
+
+if TYPE_CHECKING:
+    from mpiml.run.checkpoint import Checkpoint
+
+
+@dataclass
+class Found:
+    """What all ranks know of a checkpoint."""
+
+    config: Config
+    step: int
+    task: Task
+    normalization: Normalization | None
+    run: Path
+    notes: list[str]
+
+
+def find(
+    run: str | None, file: str | None, asked: Mapping[str, Any], named: Mapping[str, Any]
+) -> tuple[Found, Checkpoint]:
+    """The checkpoint to score, without optimizer state, and what there is to know of it. Rank 0 calls it.
+
+    Settings that are asked for, and not None, take the place of the run's; `named` are those that may name code.
+    """
+    own: dict[str, str] = {}
+
+    def wanted(name: str) -> bool:
+        return not name.startswith("optimizer.")
+
+    problems: list[str] = []
+    if file is not None:
+        if Path(file).is_dir():
+            raise ConfigError(f"--checkpoint {file}: is a directory, not a file; a run is scored with --run")
+        saved, path = checkpoints.load(Path(file), wanted), Path(file).absolute().parent.parent
+    else:
+        path = Path(run or "")
+        if not (path / CHECKPOINTS).is_dir():
+            raise ConfigError(f"--run {run}: " + ("holds no run" if path.is_dir() else "there is no such directory"))
+        saved, problems = _newest(path / CHECKPOINTS, wanted)
+        if (path / CONFIG).exists():
+            own = code_of(settings_in(path / CONFIG))
+    given = {name: value for name, value in named.items() if value is not None}
+    config, task = settings_of(saved, tuple(named), own | given), Task.of_checkpoint(saved)
+    cuts = config.cuts if config.pipe == asked["pipe"] else ()
+    config = resolve.scored(config, task.classification).replace(
+        cuts=cuts, **{name: value for name, value in asked.items() if value is not None}
+    )
+    normalization = storage.normalization(saved, task) if config.normalize else None
+    return Found(config, saved.step, task, normalization, path, [f"warning: skipped {p}" for p in problems]), saved
+
+
+def _newest(directory: Path, wanted: Callable[[str], bool]) -> tuple[Checkpoint, list[str]]:
+    """The newest whole checkpoint, and what is wrong with newer ones. The run may remove files meanwhile."""
+    while True:
+        there = checkpoints.listed(directory)
+        try:
+            saved, problems = checkpoints.newest(directory, wanted)
+        except OutputError:
+            if there == checkpoints.listed(directory):
+                raise
+            continue
+        if saved:
+            return saved, problems
+        raise OutputError(f"{directory.parent} has no checkpoint yet")
+
+
+def check_data(found: Found, data: Dataset, others: bool) -> None:
+    """Raise DataError unless a data set is of the kind that the run's was, and unchanged if it is not `others`."""
+    task = found.task
+    for what, mine, its in (
+        ("rows of x_test are", data.test.x.shape, task.shape),
+        ("labels of a row are", data.test.y.shape, task.labels),
+        ("labels are", *("classes" if kind else "values" for kind in (data.classification, task.classification))),
+    ):
+        if mine != its:
+            raise DataError(f"{data.name}: {what} {mine}, but the run's {its}")
+    before = None if others else environment.data(found.run)
+    if before and (other := difference(data.fingerprint, before, "in the run")):
+        raise DataError(
+            f"{data.name} has changed since the run: {other}; to score it all the same, name it with --data"
+        )
+
+
+def check_model(saved: Checkpoint, constants: str, layouts: Sequence[Layout]) -> None:
+    """Raise OutputError if a checkpoint is of another model: before memory that only a forged one asks for is."""
+    check_constants(constants, saved)
+    needed = storage.needed_kinds(layouts, (VALUES,))
+    checkpoints.check_kinds(saved.origin, checkpoints.kinds_of(saved.arrays), needed)

@@ -1,0 +1,75 @@
+"""What a data set asks of a model; no MPI."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mpiml import documents
+from mpiml.errors import OutputError
+from mpiml.nn.parameters import Shape
+
+if TYPE_CHECKING:
+    from mpiml.run.checkpoint import Checkpoint
+
+
+LOWEST = {"shape": 1, "labels": 1, "outputs": 1, "tokens": 0}  # that sizes in a task can be
+
+
+MOST_AXES = 32  # of a row
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a data set asks of a model.
+
+    Attributes:
+        shape, labels: of a row of inputs, and of its labels.
+        classification: whether labels are classes.
+        outputs: how many classes, or values to predict, there are.
+        tokens: one more than the highest integer input; 0 if inputs are not integers.
+        ignore: the label that means no label, if there is one.
+    """
+
+    shape: Shape
+    labels: Shape
+    classification: bool
+    outputs: int
+    tokens: int
+    ignore: int | None = None
+
+    @property
+    def final(self) -> Shape:
+        """The shape that a row of the model's output must have."""
+        return (*self.labels, self.outputs) if self.classification else (self.outputs,)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids rows of inputs may hold: where there is a label for each, as many as there are classes."""
+        return max(self.tokens, self.outputs if self.classification and self.labels else 0)
+
+    def to_json(self) -> str:
+        """As a checkpoint holds it."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def of_checkpoint(cls, saved: Checkpoint) -> Task:
+        """The reverse of `to_json`. Raises OutputError for a checkpoint that holds none, or one that cannot be."""
+        origin = f"{saved.origin}: task"
+        if not saved.task:
+            raise OutputError(f"{saved.origin} does not say what its model takes: go on with the run for one that does")
+        kinds = typing.get_type_hints(cls)
+        needed = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
+        values = documents.check_fields(documents.from_json(saved.task, origin), kinds, origin, needed)
+        values = {"ignore": -1} | values  # where it does not say, -1 was ignored
+        if unknown := values.keys() - kinds.keys():
+            raise OutputError(f"{origin} has {documents.shown(min(unknown))}, which this version does not know")
+        for name, low in LOWEST.items():
+            sizes = values[name] if isinstance(values[name], list) else [values[name]]
+            if len(sizes) > MOST_AXES or any(size < low for size in sizes):
+                raise OutputError(f"{origin} is damaged: {name} is {documents.shown(values[name])}, which cannot be")
+        fields: dict[str, Any] = {key: tuple(it) if isinstance(it, list) else it for key, it in values.items()}
+        return cls(**fields)

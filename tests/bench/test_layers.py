@@ -1,0 +1,63 @@
+"""The benchmark of layers: both sides do the same arithmetic, from the same weights to the same weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mpiml.bench.layers import TASKS, Task, transformer
+
+torch = pytest.importorskip("torch")
+SIDE = 28 // 4  # of an image after two poolings
+
+
+def small(model: str) -> Task:
+    if model == "gpt":
+        return transformer(width=16, blocks=2)
+    return TASKS[model](*(["16", "8"] if model == "mlp" else []))
+
+
+def in_torch(array: np.ndarray, model: str, name: str) -> np.ndarray:
+    """A parameter as PyTorch's of that name: outputs first; images are (channels, height, width)."""
+    if array.ndim == 4:
+        return array.transpose(3, 2, 0, 1)
+    if array.ndim == 1 or name in ("0.token.weight", "0.place.weight"):
+        return array
+    if model == "cnn":
+        return array.reshape(SIDE, SIDE, -1, 10).transpose(3, 2, 0, 1).reshape(10, -1)
+    return array.T
+
+
+@pytest.mark.parametrize("model", TASKS)
+def test_both_sides_learn_the_same(model: str) -> None:
+    """Values are compared where the gradient is more than rounding: Adam's first step only asks for its sign."""
+    task = small(model)
+    ours, theirs = task.ours(), task.theirs("channels_last")
+    run, parameters = ours.run, dict(theirs.module.named_parameters())
+    (layout,), sum_ = run.layouts, run.stage.sum
+
+    def mine(vector: np.ndarray) -> list[np.ndarray]:
+        found = layout.named(vector).values()
+        return [in_torch(array, model, name).copy() for array, name in zip(found, parameters, strict=True)]
+
+    with torch.no_grad():
+        for value, parameter in zip(mine(sum_.values), parameters.values(), strict=True):
+            parameter.copy_(torch.from_numpy(value))
+    (batch,) = run.ahead.batches(1)
+    rows = torch.from_numpy(np.array(batch.select()))
+    ours.step()
+    theirs.train(rows)
+    weight = task.y[: task.rows].size
+    for name, value, slope in zip(parameters, mine(sum_.values), mine(sum_.slots[0]), strict=True):
+        parameter = parameters[name]
+        grad = parameter.grad.numpy()
+        np.testing.assert_allclose(slope / weight, grad, rtol=1e-3, atol=1e-6, err_msg=name)
+        sure = np.abs(grad) > 1e-5
+        np.testing.assert_allclose(value[sure], parameter.detach().numpy()[sure], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("memory_format", ["contiguous_format", "channels_last"])
+def test_images_lie_as_asked_for(memory_format: str) -> None:
+    side = small("cnn").theirs(memory_format)
+    first, *_ = side.module
+    assert first(side.x[:4]).is_contiguous(memory_format=getattr(torch, memory_format))

@@ -1,0 +1,31 @@
+"""The benchmark's rows: each can be measured, and what several jobs give is put together."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+
+import pytest
+
+from mpiml.bench import rows
+from mpiml.bench.measurements import MEASUREMENTS
+from mpiml.bench.rows import OTHER, ROWS, Row
+
+
+def test_every_row_is_a_measurement_with_its_arguments() -> None:
+    named = {measurement.__name__: measurement for measurement in MEASUREMENTS}
+    for row in ROWS:
+        if row.call[0] != "start":
+            inspect.signature(named[row.call[0]]).bind(*row.call[1:])
+    groups = [group for group, _ in itertools.groupby(row.group for row in ROWS)]
+    assert len(groups) == len(set(groups))  # a title is printed once
+
+
+def test_of_several_jobs_the_median_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Row(OTHER, "a row", 1, ("small_product", "1", "1", "1"), at_least=0.9, jobs=5)
+    medians = iter([5.0, 1.0, 3.0, 2.0, 4.0])
+    monkeypatch.setattr(rows, "job", lambda row: {"median": next(medians)})
+    assert rows.measure(row) == {"median": 3.0, "low": 1.5, "high": 4.5}
+    results = iter([{"median": 1.0}, {"error": "lost"}, *[{"median": 1.0}] * 3])
+    monkeypatch.setattr(rows, "job", lambda row: next(results))
+    assert rows.measure(row) == {"error": "lost"}

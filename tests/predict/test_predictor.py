@@ -1,0 +1,272 @@
+"""Predictions: the model of a step against numbers worked out by hand, and its commands on a real, small study."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpiml.config import Config
+from mpiml.data.dataset import Dataset
+from mpiml.errors import ConfigError
+from mpiml.plan import costs
+from mpiml.predict import predictor
+from mpiml.predict.__main__ import main
+from mpiml.predict.calibration import in_parts
+from mpiml.predict.machine import MACHINE, Link, Machine, Pace, interpolated, load
+from mpiml.predict.step import step
+from mpiml.scaling.points import POINTS, STUDY, Point
+from mpiml.training.job import Job, job_of
+from tests.conftest import mpirun
+from tests.scaling.test_study import command, made
+
+NETWORK = Link.assumed(1e-3, 1e6)
+ROWS = 40
+
+
+def job(ranks: int = 1, node_ranks: int = 0, **settings: Any) -> Job:
+    """Linear(8, 16), ReLU, Linear(16, 4) on steps of 40 rows."""
+    x, y = np.ones((120, 8), np.float32), np.arange(120) % 4
+    chosen = {"hidden": (16,), "batch": ROWS, "optimizer": "sgd"} | settings
+    return job_of(Config(**chosen), ranks, node_ranks or ranks, Dataset.from_arrays(x, y, x, y))
+
+
+def machine(**changes: Any) -> Machine:
+    """Layers take 1, 2 and 3 ms a row forward and twice that backward; inputs 10 ms, the loss 20 ms a row."""
+
+    def curve(milliseconds: float) -> list[float]:
+        return [milliseconds * 1e-3, milliseconds * 1e-3 * 10]
+
+    pace = Pace(
+        inputs=curve(10),
+        loss=curve(20),
+        forward=[curve(1), curve(2), curve(3)],
+        backward=[curve(2), curve(4), curve(6)],
+        update=1e-3,
+        add=1e-4,
+        microbatch=0.5,
+        step=7.0,
+    )
+    layers = ["layers.0 Linear", "layers.1 ReLU", "layers.2 Linear"]
+    plain = Machine("1", "cpu", "", layers, [1, 10], 4, 4, pace, pace, Link([8, 1000], [1.0, 993.0]), None)
+    return replace(plain, **changes)
+
+
+def test_one_rank_by_hand() -> None:
+    took = step(job(microbatches=4), machine(), NETWORK)
+    # Four micro-batches of ten rows, each (10 + 20 + 6 + 12) ms a row and half a second; two merges in pairs and one
+    # of pairs, each of 224 elements with padding.
+    assert took.compute == pytest.approx(4 * (0.48 + 0.5) + 3 * 224 * 1e-4)
+    assert (took.waiting, took.communication) == pytest.approx((0, 7.0))
+    assert took.update == pytest.approx(224 * 1e-3)
+    assert took.seconds == pytest.approx(took.compute + 7.224)
+
+
+def test_a_pipeline_by_hand() -> None:
+    made = job(2, pipe=2, microbatches=2, batch=20)
+    took = step(made, machine(), NETWORK)
+    # Cut after the first layer: stage 0 takes .11 and .02, stage 1 .25 and .1 of ten rows, and .25 for being a pass.
+    first, second, way = (0.36, 0.27), (0.50, 0.35), 1.0 + 10 * 16 * 4 - 8
+    backward_1 = first[0] + way + 2 * (second[0] + second[1])  # 1F1B: F B F B on the last stage
+    assert took.compute == pytest.approx(sum(first) + sum(second) + max(made.stages[0].layout.size, 0) * 1e-4)
+    assert took.waiting + sum(first) + sum(second) == pytest.approx(backward_1 + way + first[1])
+
+
+def test_two_nodes_by_hand() -> None:
+    """One block belongs to rank 0, another to rank 1: each node sends the other's part, and gets it back."""
+    here, apart = job(2, 2, microbatches=2), job(2, 1, microbatches=2)
+    within, between = (step(one, machine(), NETWORK) for one in (here, apart))
+    found = costs.exchange(apart, 0)
+    busiest = found.gradients_out.max() + found.values_out.max()  # one after the other
+    record = 1e-3 + 8 * (2 + 2 * 4) / 1e6  # loss, weight, and two columns of accuracy
+    exchanged = busiest / 1e6 + found.messages.max() * 1e-3
+    assert between.communication - within.communication == pytest.approx(record + exchanged)
+    assert within.update == pytest.approx(found.slices.max() / 4 * (1e-3 + 1e-4))  # two parts make one addition
+    assert between.compute == pytest.approx(within.compute)
+
+
+def test_more_ranks_slow_each_other_down() -> None:
+    alone = machine().alone
+    known = machine(busy=replace(alone, update=4e-3, forward=[[2e-3, 2e-2]] * 3))
+    assert known.pace(1) == alone
+    assert known.pace(3).update == pytest.approx(3e-3)
+    assert known.pace(4).forward[2] == pytest.approx([2e-3, 2e-2])
+    assert known.pace(99) == known.pace(4)
+
+
+def test_between_measured_sizes() -> None:
+    assert interpolated([1, 3], [10.0, 20.0], 2) == 15
+    assert interpolated([1, 3], [10.0, 20.0], 5) == 30
+    assert interpolated([1, 3], [10.0, 5.0], 5) == 5  # noise does not make larger things free
+    known = machine()
+    assert known.seconds([4.0, 8.0], 0.25) == 1.0  # one micro-batch in four has a row
+    assert Link.assumed(2e-6, 1e9).time(1e9) == pytest.approx(1.000002)
+    assert Link([8, 1008], [0.5, 1.5]).bandwidth == pytest.approx(1000)
+
+
+def test_backward_passes_are_measured_from_the_last_layer() -> None:
+    found = in_parts([[1, 2, 3, 4, 5, 6, 7], [10, 20, 30, 40, 50, 60, 70]], 2)
+    assert (found["inputs"], found["loss"], found["update"]) == ([1, 10], [4, 40], [7, 70])
+    assert (found["forward"], found["backward"]) == ([[2, 20], [3, 30]], [[6, 60], [5, 50]])
+
+
+def test_larger_nodes_than_the_measured_one_are_assumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    known(tmp_path, one=[1.0], two=[1.0])
+    for ranks, node_ranks, cores in (("1,4,32", "64", "32"), ("4,32", "8", "8"), ("4", "64", None), ("32", "4", None)):
+        assert main(["predict", str(tmp_path), "--ranks", ranks, "--node-ranks", node_ranks]) == 0
+        told = capsys.readouterr().out
+        assert ("ASSUMED: nodes" in told) == (cores is not None)
+        assert cores is None or f"ASSUMED: nodes of {cores} cores, on each of which a rank computes" in told
+
+
+def test_how_a_network_is_known(tmp_path: Path) -> None:
+    alone, linked = machine(), machine(between=Link([0, 1e9], [3e-6, 1.0 + 3e-6]))
+    assumed = "2.0 us (ASSUMED; --latency X says otherwise), then 10.0 GB/s (ASSUMED; --bandwidth X says otherwise)"
+    assert predictor.told(alone).endswith(f"between nodes: {assumed}")
+    assert predictor.told(alone, 1e-5, 2e9).endswith("between nodes: 10.0 us (as given), then 2.0 GB/s (as given)")
+    half = "10.0 us (as given), then 10.0 GB/s (ASSUMED; --bandwidth X says otherwise)"
+    assert predictor.told(alone, 1e-5).endswith(half)
+    assert predictor.told(linked).endswith("3.0 us (measured), then 1.0 GB/s (measured)")
+    assert predictor.told(linked, 1e-5).endswith("10.0 us (as given), then 1.0 GB/s (measured)")
+    assert predictor.network(linked) == linked.between
+
+
+def test_measurements_are_kept_and_their_medians_count(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"predict calibrate {tmp_path}"):
+        load(tmp_path)
+    (tmp_path / MACHINE).mkdir()
+    for number, update in enumerate((1.0, 9.0, 2.0)):
+        pace = replace(machine().alone, update=update)
+        (tmp_path / MACHINE / f"{number}.json").write_text(machine(alone=pace).to_json())
+    assert load(tmp_path).alone == replace(machine().alone, update=2.0)
+    assert load(tmp_path).inside == machine().inside
+    (tmp_path / MACHINE / "3.json").write_text(machine(ranks=8).to_json())
+    with pytest.raises(ConfigError, match="different numbers of ranks"):
+        load(tmp_path)
+    (tmp_path / MACHINE / "4.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"4.json cannot be used"):
+        load(tmp_path)
+
+
+def known(directory: Path, **measured: list[float]) -> Path:
+    """A study of digits by a model of three layers whose machine is known."""
+    base, two = Point(1, 1, 60, 1), Point(2, 1, 60, 2)
+    eight = Point(8, 1, 60, 8)
+    made(directory, "strong", {base: measured["one"], two: measured["two"], eight: [1.0]})
+    path = directory / POINTS / f"{eight.name}_0.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"nodes": 1}))
+    study = json.loads((directory / STUDY).read_text())
+    settings = ["--hidden", "16", "--batch", "60", "--optimizer", "sgd"]
+    (directory / STUDY).write_text(json.dumps(study | {"settings": settings, "steps": 9, "warm_up": 1}))
+    four = replace(machine().alone, forward=[[1e-3, 1e-2]] * 4, backward=[[1e-3, 1e-2]] * 4)
+    (directory / MACHINE).mkdir()
+    (directory / MACHINE / "000.json").write_text(machine(alone=four, busy=four, layers=["?"] * 4).to_json())
+    return directory
+
+
+def test_predictions_are_checked_against_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    known(tmp_path, one=[1.0], two=[1.0])
+    found, left_out = predictor.compare(tmp_path)
+    one, two = (each.predicted for each in found)
+    assert left_out == 1  # eight ranks have to take turns
+    for name, factor, code in (("good", 1.1, 0), ("bad", 1.5, 1)):
+        (tmp_path / name).mkdir()
+        study = known(tmp_path / name, one=[one * factor * 1e3] * 2, two=[two * factor * 1e3] * 2)
+        assert main(["check", str(study)]) == code
+        told = capsys.readouterr().out
+        assert "2 points" in told
+        assert f"median error {1 - 1 / factor:.0%}" in told
+        assert "more ranks than cores: 1\n" in told
+    (tmp_path / "loud").mkdir()
+    study = known(tmp_path / "loud", one=[one * 1e3, one * 2e3], two=[two * 1e3, two * 2e3])
+    assert main(["check", str(study)]) == 1
+    assert "cannot be told, repeats are 67% apart" in capsys.readouterr().out  # and predictions 33 % off
+
+
+def test_the_best_grid_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    known(tmp_path, one=[1.0], two=[1.0])
+    assert main(["predict", str(tmp_path), "--ranks", "1,4,64", "--node-ranks", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["predictions"]
+    assert {(one["ranks"], one["stages"]) for one in found} == {(1, 1), (4, 1), (4, 2), (4, 4), (64, 2), (64, 4)}
+    best = max((one for one in found if one["ranks"] == 4), key=lambda one: one["samples_per_second"])
+
+    assert main(["predict", str(tmp_path), "--ranks", "1,4,256", "--node-ranks", "4", "--latency", "1e-5"]) == 0
+    told = capsys.readouterr().out
+    assert "ASSUMED; --bandwidth" in told
+    assert f"{best['stages']} x {4 // best['stages']}" in told
+    (line,) = (line for line in told.splitlines() if line.strip().startswith("4 "))
+    assert sum(int(cell[:-1]) for cell in line.split()[-4:]) == pytest.approx(100, abs=2)
+    assert "256 ranks: no grid" in told
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"mode": "strong", "settings": [], "points": [{"x": 1}]}'])
+@pytest.mark.parametrize("arguments", [["predict", "--ranks", "2"], ["check"], ["calibrate"]])
+def test_damaged_studies_are_refused(
+    tmp_path: Path, text: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / STUDY).write_text(text)
+    assert main([*arguments, str(tmp_path)]) == 74
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert f"{tmp_path / STUDY} is damaged" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["predict", "nowhere", "--ranks", "4"], "holds no study"),
+        (["calibrate", "nowhere"], "holds no study"),
+        (["check", "nowhere"], "holds no study"),
+        (["predict", "KNOWN", "--ranks", "4", "--node-ranks", "0"], "--node-ranks: must be a whole number, at least 1"),
+        (["predict", "KNOWN", "--ranks", "4", "--bandwidth", "-1"], "--bandwidth: must be more than 0"),
+        (["predict", "KNOWN", "--ranks", "4", "--latency", "nan"], "--latency: must be a number"),
+        (["predict", "KNOWN", "--ranks", "0"], "--ranks: must be whole numbers, each at least 1"),
+        (["calibrate", "KNOWN", "--repeats", "0"], "--repeats: must be a whole number, at least 1"),
+        (["calibrate", "KNOWN", "--ranks", "0"], "--ranks: must be a whole number, at least 1"),
+        (["calibrate", "KNOWN", "--launcher", "nosuch {ranks}"], "no program nosuch"),
+    ],
+)
+def test_bad_commands_are_refused(
+    arguments: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = str(known(tmp_path, one=[1.0], two=[1.0]))
+    assert main([study if word == "KNOWN" else word for word in arguments]) == 78
+    assert named in capsys.readouterr().err
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    known(tmp_path, one=[1.0], two=[1.0])
+    (tmp_path / MACHINE / "000.json").write_text(machine().to_json())
+    with pytest.raises(ConfigError, match="is of another model"):
+        predictor.Predictor(tmp_path)
+
+
+@pytest.mark.contract
+def test_a_real_calibration(tmp_path: Path) -> None:
+    """What is measured has the right shape, and predictions and their check can be made of it: of times, nothing."""
+    launch = " ".join([*mpirun(1)[:-1], "{ranks}"])
+    directory = tmp_path / "study"
+    study = ["--steps", "2", "--warm-up", "1", "--repeats", "1", "--out", str(directory), "--launcher", launch]
+    settings = ["--hidden", "8,8", "--batch", "24"]
+    assert command("mpiml.scaling", "run", "--ranks", "1", *study, "--", *settings).returncode == 0
+    done = command("mpiml.predict", "calibrate", str(directory), "--ranks", "2", "--repeats", "1", "--launcher", launch)
+    assert done.returncode == 0, done.stderr
+    found = load(directory)
+    assert (found.ranks, found.rows, len(found.layers)) == (2, [1, 2, 4, 8, 16, 24], 6)
+    for pace in (found.alone, found.busy):
+        curves = [pace.inputs, pace.loss, *pace.forward, *pace.backward]
+        assert len(curves) == 2 + 2 * 6
+        assert all(len(curve) == 6 and min(curve) >= 0 for curve in curves)
+        assert min(pace.update, pace.add, pace.microbatch, pace.step) >= 0
+        assert pace.forward[1][-1] > 0
+    assert found.inside
+    assert found.between is None
+    told = command("mpiml.predict", "predict", str(directory), "--ranks", "2,6", "--node-ranks", "1")
+    assert told.returncode == 0, told.stderr
+    checked = command("mpiml.predict", "check", str(directory))
+    assert checked.returncode in (0, 1), checked.stderr
+    assert "points: median error" in checked.stdout

@@ -1,0 +1,475 @@
+"""Scaling studies: which points are measured, what the table makes of them, and a real study with its report."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpiml.command import ended, telling
+from mpiml.config import Config
+from mpiml.errors import ConfigError
+from mpiml.run.launcher import launcher
+from mpiml.scaling import plots
+from mpiml.scaling.__main__ import main
+from mpiml.scaling.jobs import Task, Training, tasks, trained, training
+from mpiml.scaling.points import POINTS, STUDY, TRAINING, Point, plan, runs
+from mpiml.scaling.report import fit, fits_text, notes
+from mpiml.scaling.table import Study, load, markdown
+from tests.conftest import launch, mpirun
+
+
+def test_strong_points_keep_the_batch() -> None:
+    points = plan("strong", [1, 2, 4], [1, 2], 64, None)
+    assert [p for p in points if not p.extra] == [
+        Point(1, 1, 64, 1),
+        Point(2, 1, 64, 2),
+        Point(2, 2, 64, 4),
+        Point(4, 1, 64, 4),
+        Point(4, 2, 64, 8),
+    ]
+    assert [p.microbatches for p in points if p.extra] == [2, 4, 8]  # one rank with one is there already
+
+
+def test_weak_points_keep_the_rows_of_a_rank() -> None:
+    points = plan("weak", [1, 2, 4], [1, 2], 64, None)
+    assert {p.batch / p.ranks for p in points} == {64}
+    assert [p.microbatches for p in points if p.extra] == [2]  # pipelines have two micro-batches a rank, others one
+
+
+def test_given_microbatches_are_kept() -> None:
+    assert {p.microbatches for p in plan("strong", [1, 2, 4], [1], 64, 8)} == {1, 8}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "pipes", "batch", "microbatches", "named"),
+    [([1, 3], [2], 64, None, "--ranks 3"), ([1, 8], [1], 4, None, "--ranks 8"), ([1, 8], [1], 64, 4, "4: fewer")],
+)
+def test_what_cannot_be_measured_is_refused(
+    ranks: list[int], pipes: list[int], batch: int, microbatches: int | None, named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        plan("strong", ranks, pipes, batch, microbatches)
+
+
+def test_repeats_are_shuffled_alike_each_time() -> None:
+    points = plan("strong", [1, 2, 4, 8], [1], 64, None)
+    order = runs(points, 3)
+    assert order == runs(points, 3)
+    plain = [(point, repeat) for point in points for repeat in range(3)]
+    assert sorted(order) == sorted(plain)
+    assert order != plain
+    assert [point for point, _ in order[:3]] != [points[0]] * 3  # a point's repeats are apart
+
+
+def made(directory: Path, mode: str, step_ms: dict[Point, list[float]]) -> Path:
+    """A study whose repeats took so many milliseconds a step."""
+    (directory / POINTS).mkdir()
+    points = [dataclasses.asdict(point) for point in step_ms]
+    (directory / STUDY).write_text(json.dumps({"mode": mode, "settings": [], "points": points}))
+    for point, medians in step_ms.items():
+        for repeat, milliseconds in enumerate(medians):
+            job = {
+                "step_seconds": [milliseconds / 1e3] * 3,
+                "shares": {"compute": 3.0, "waiting": 0.0, "communication": 1.0, "update": 0.0, "data": 0.0},
+                "rows": point.batch,
+                "nodes": max(point.ranks // 2, 1),
+                "cores": 2,
+                "threads": 1,
+                "environment": {},
+            }
+            (directory / POINTS / f"{point.name}_{repeat}.json").write_text(json.dumps(job))
+    return directory
+
+
+def test_speed_up_is_against_one_rank_at_its_best(tmp_path: Path) -> None:
+    one, other, two = Point(1, 1, 64, 1), Point(1, 1, 64, 2, extra=True), Point(2, 1, 64, 2)
+    study = load(made(tmp_path, "strong", {one: [12.0, 12.1], other: [10.0, 10.0], two: [5.0, 6.0, 4.0]}))
+    assert study.base.point == other
+    line = next(line for line in study.lines if line.point == two)
+    assert line.speed_up.value == pytest.approx(2.0)
+    assert (line.step.low, line.step.value, line.step.high) == pytest.approx((0.004, 0.005, 0.006))
+    assert line.efficiency.value == pytest.approx(1.0)
+    assert line.same_parts == pytest.approx(2.0)
+    assert line.share("communication") == pytest.approx(0.25)
+    assert not line.oversubscribed
+    assert other not in [line.point for line in study.asked()]
+    assert [line.point for line in study.best()] == [other, two]
+
+
+def test_weak_speed_up_counts_rows(tmp_path: Path) -> None:
+    one, four = Point(1, 1, 64, 1), Point(4, 1, 256, 4)
+    study = load(made(tmp_path, "weak", {one: [10.0], four: [12.5]}))
+    assert study.lines[1].speed_up.value == pytest.approx(3.2)
+    assert study.lines[1].row()["node_hours_per_million_samples"] == pytest.approx(2 * 12.5e-3 / 3600 * 1e6 / 256)
+
+
+def test_more_ranks_than_cores_are_marked(tmp_path: Path) -> None:
+    one, eight = Point(1, 1, 64, 1), Point(8, 1, 64, 8)
+    made(tmp_path, "strong", {one: [10.0], eight: [9.0]})
+    path = tmp_path / POINTS / f"{eight.name}_0.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"nodes": 1}))
+    study = load(tmp_path)
+    assert [line.oversubscribed for line in study.lines] == [False, True]
+    assert "| 8* |" in markdown(study)
+
+
+def test_laws_are_fitted_where_each_rank_has_a_core(tmp_path: Path) -> None:
+    """On nodes of two cores: with eight ranks on one, the laws would be of ranks that take turns."""
+    points = {Point(ranks, 1, 64, ranks): [16.0 / ranks, 16.1 / ranks] for ranks in (1, 2, 4, 8)}
+    made(tmp_path, "strong", points)
+    amdahl, universal, karp_flatt = fit(load(tmp_path))
+    assert amdahl.word.startswith("supported")
+    assert list(karp_flatt.parameters) == [f"serial fraction on {ranks} ranks" for ranks in (2, 4, 8)]
+    for ranks in (4, 8):
+        path = next((tmp_path / POINTS).glob(f"ranks-0000{ranks}*_0.json"))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"nodes": 1}))
+    laws = fit(load(tmp_path))
+    assert all(law.word.startswith("cannot be told") for law in laws)
+    assert list(laws[-1].parameters) == ["serial fraction on 2 ranks"]
+    assert "with a core for each rank" in fits_text(laws[1:2])
+    assert universal.parameters
+
+
+def test_what_is_no_study_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no study"):
+        load(tmp_path)
+    with pytest.raises(ConfigError, match="no job of one rank"):
+        load(made(tmp_path, "strong", {Point(2, 1, 64, 2): [1.0]}))
+
+
+def test_base_is_called_the_best_only_if_all_are_there(tmp_path: Path) -> None:
+    one, other, two = Point(1, 1, 64, 1), Point(1, 1, 64, 2, extra=True), Point(2, 1, 64, 2)
+    made(tmp_path, "strong", {one: [12.0], other: [10.0], two: [5.0]})
+    assert "with M = 2, which suits it best" in notes(load(tmp_path))[0]
+    (tmp_path / POINTS / f"{one.name}_0.json").unlink()
+    assert "with M = 2, the best so far, for M = 1 is still to be measured" in notes(load(tmp_path))[0]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"step_seconds": [1]'])
+def test_damaged_files_of_points_are_told_and_count_as_open(tmp_path: Path, text: str) -> None:
+    one = Point(1, 1, 64, 1)
+    made(tmp_path, "strong", {one: [10.0, 11.0]})
+    (tmp_path / STUDY).write_text(json.dumps(json.loads((tmp_path / STUDY).read_text()) | {"repeats": 2}))
+    assert load(tmp_path).open == 0
+    path = tmp_path / POINTS / f"{one.name}_1.json"
+    path.write_text(text)
+    study = load(tmp_path)
+    assert (study.open, study.lines[0].medians) == (1, (0.01,))
+    assert any(str(path) in note for note in notes(study))
+    jobs = tasks(tmp_path, [one], 2, (1, 3), Config(batch=64), [], 640, None)
+    assert [job.done for job in jobs] == [job.path != path for job in jobs]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"mode": "strong", "settings": [], "points": [{"x": 1}]}'])
+@pytest.mark.parametrize("command", ["run", "report"])
+def test_damaged_studies_are_refused(
+    tmp_path: Path, text: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / STUDY).write_text(text)
+    more = ["--ranks", "1", "--out"] if command == "run" else []
+    assert main([command, *more, str(tmp_path)]) == 74
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert f"{tmp_path / STUDY} is damaged" in told
+
+
+TARGET = {"target": 0.9, "max_epochs": 3}
+
+
+def train_to(directory: Path, point: Point, scores: list[float], epochs: int = 3) -> None:
+    """What a training run leaves that was evaluated every ten steps."""
+    run = directory / TRAINING / training(point, epochs)
+    run.mkdir(parents=True)
+    lines = [{"step": 10 * n, "evaluation": {"loss": 1.0, "accuracy": s, "rows": 9}} for n, s in enumerate(scores, 1)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [{"step": 10, "loss": 1.0}, *lines]))
+    (run / "result.json").write_text(json.dumps({"status": "done"}))
+
+
+def test_time_to_target_is_the_steps_of_a_run_and_the_points_own_time(tmp_path: Path) -> None:
+    """The two stages and the two replicas share batch and micro-batches, so they share a run."""
+    one, replicas, stages, four = Point(1, 1, 64, 1), Point(2, 1, 64, 4), Point(2, 2, 64, 4), Point(4, 1, 64, 8)
+    made(tmp_path, "strong", {one: [10.0], replicas: [5.0], stages: [6.0], four: [3.0]})
+    about = json.loads((tmp_path / STUDY).read_text()) | TARGET | {"repeats": 2}
+    (tmp_path / STUDY).write_text(json.dumps(about))
+    train_to(tmp_path, one, [0.5, 0.89, 0.8])
+    train_to(tmp_path, stages, [0.5, 0.95, 0.8])
+    study = load(tmp_path)
+    assert [line.seconds_to_target for line in study.lines] == [None, pytest.approx(0.1), pytest.approx(0.12), None]
+    assert study.lines[1].row()["samples_to_target"] == 20 * 64
+    assert study.open == 4 + 1  # the second repeats, and the training run of four ranks
+    rows = markdown(study).splitlines()[2:]
+    assert [row.split("|")[-4].strip() for row in rows] == ["not reached (0.89)", "20", "20", "open"]
+    assert any("look at the score to the next: 10 with a batch of 64." in note for note in notes(study))
+    assert any("5 of the study's jobs still to be done" in note for note in notes(study))
+
+
+def test_each_batch_and_micro_batches_are_trained_once(tmp_path: Path) -> None:
+    points = plan("strong", [1, 2, 4], [1, 2], 64, 8)
+    assert trained(points) == [Point(4, 2, 64, 8)]
+    weak = plan("weak", [1, 2, 4], [1], 64, None)
+    asked = Config(batch=64, eval_every=12)
+    assert every(tasks(tmp_path, weak, 1, (1, 3), asked, [], 6400, 5)) == [12, 6, 3]  # as many rows at each size
+    assert every(tasks(tmp_path, weak, 1, (1, 3), Config(batch=64), [], 6400, 5)) == [10, 5, 2]  # of 500 steps, ...
+    assert every(tasks(tmp_path, weak, 1, (1, 3), Config(batch=64), [], 640, 1)) == [1, 1, 1]
+    assert every(tasks(tmp_path, weak, 1, (1, 3), Config(batch=64), [], 6400, None)) == []
+
+
+def every(jobs: list[Task]) -> list[int]:
+    """The steps between evaluations of each training run."""
+    words = [word for job in jobs if isinstance(job, Training) for word in job.words]
+    return [int(word.split("=")[1]) for word in words if word.startswith("--eval-every")]
+
+
+def legend(plot: Callable[[Any, Study], None], study: Study) -> dict[str, list[float]]:
+    """What a plot shows under which name, by ranks."""
+    figure = pytest.importorskip("matplotlib.figure")
+    axes = figure.Figure().subplots()
+    plot(axes, study)
+    handles, labels = axes.get_legend_handles_labels()
+    return {label: list(getattr(handle, "get_xdata", list)()) for handle, label in zip(handles, labels, strict=True)}
+
+
+def test_each_number_of_stages_has_a_line(tmp_path: Path) -> None:
+    one, data, pipe = Point(1, 1, 64, 1), Point(2, 1, 64, 2), Point(2, 2, 64, 4)
+    four = Point(4, 2, 64, 8)
+    study = load(made(tmp_path, "strong", {one: [10.0], data: [5.0], pipe: [6.0], four: [3.0]}))
+    for plot in (plots.step_time, plots.speed, plots.efficiency):
+        assert legend(plot, study) == {"1 stage": [1, 2], "2 stages": [2, 4], "ideal": [1, 2, 4]}
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    plots.shares(axes, study)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1 x 1", "1 x 2", "2 x 1", "2 x 2"]
+
+
+def test_time_to_target_starts_from_the_best_one_rank_too(tmp_path: Path) -> None:
+    one, other, two = Point(1, 1, 64, 1), Point(1, 1, 64, 2, extra=True), Point(2, 1, 64, 2)
+    made(tmp_path, "strong", {one: [10.0], other: [8.0], two: [5.0]})
+    (tmp_path / STUDY).write_text(json.dumps(json.loads((tmp_path / STUDY).read_text()) | TARGET))
+    train_to(tmp_path, one, [0.5, 0.95])
+    train_to(tmp_path, two, [0.5, 0.95])
+    assert "ideal, from 1 rank with M = 2" in legend(plots.accuracy, load(tmp_path))
+
+
+def test_one_repeat_has_no_interval(tmp_path: Path) -> None:
+    text = markdown(load(made(tmp_path, "strong", {Point(1, 1, 64, 1): [10.0]})))
+    assert "| 10.00 |" in text
+    assert "inf" not in text
+
+
+def test_a_launcher_must_say_where_the_ranks_go() -> None:
+    assert launcher("srun --mpi=pmi2 -n {ranks}", 4) == ["srun", "--mpi=pmi2", "-n", "4"]
+    assert launcher("srun -n {ranks} -N {nodes}", 5, 4) == ["srun", "-n", "5", "-N", "2"]
+    with pytest.raises(ConfigError, match=r"\{ranks\}"):
+        launcher("srun", 4)
+    with pytest.raises(ConfigError, match="--node-ranks"):
+        launcher("srun -n {ranks} -N {nodes}", 4)
+
+
+def command(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", program, *arguments]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.contract
+def test_a_real_study(tmp_path: Path) -> None:
+    """Measured, a lost and a failed point measured again, reported."""
+    start = " ".join([*mpirun(1)[:-1], "{ranks}"])
+    study = ["--steps", "3", "--warm-up", "1", "--repeats", "2", "--out", str(tmp_path / "s"), "--launcher", start]
+    accuracy = ["--target", "0.01", "--max-epochs", "1"]
+    done = command("mpiml.scaling", "run", "--ranks", "2", *study, *accuracy, "--", "--hidden", "16", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trained, test accuracy") == 2
+    files = sorted((tmp_path / "s" / POINTS).iterdir())
+    assert len(files) == 6  # one and two ranks, and one rank with two micro-batches, twice each
+    found = json.loads(files[-1].read_text())
+    assert (found["ranks"], found["microbatches"], len(found["step_seconds"])) == (2, 2, 3)
+    assert all(0 < seconds < 10 for seconds in found["step_seconds"])
+    # The mean over ranks; each step's seconds are of its slowest rank, so they are more, if not by much.
+    assert 0.7 < sum(found["shares"].values()) / (sum(found["step_seconds"]) / 3) < 1.1
+
+    files[0].unlink()
+    part = command("mpiml.scaling", "run", "--ranks", "2", *study, "--only", "2,1", "--", "--hidden", "16", "--quiet")
+    assert part.stdout.count("\n") == 1  # of two ranks, one job a repeat
+    again = command("mpiml.scaling", "run", "--ranks", "2", *study, "--", "--hidden", "16", "--quiet")
+    assert again.stdout.count("there already") == 5
+    other = command("mpiml.scaling", "run", "--ranks", "2", *study, "--", "--hidden", "17", "--quiet")
+    assert (other.returncode, "choose another --out" in other.stderr) == (78, True)
+
+    pytest.importorskip("matplotlib")
+    told = command("mpiml.scaling", "report", str(tmp_path / "s"))
+    assert told.returncode == 0, told.stderr
+    page = (tmp_path / "s" / "scaling.html").read_text()
+    assert page.count("<svg") == 5
+    assert not [word for word in ("src=", 'href="http', "@import") if word in page]
+    rows = list(csv.DictReader((tmp_path / "s" / "scaling.csv").open()))
+    assert [row["ranks"] for row in rows] == ["1", "2", "1"]
+    content = json.loads((tmp_path / "s" / "scaling.json").read_text())
+    assert content["rows"][1]["speed_up"] > 0
+    assert content["rows"][1]["seconds_to_target"] > 0
+    assert content["open"] == 0
+    assert (tmp_path / "s" / "speed-up.png").stat().st_size > 5000
+
+
+def script(path: Path, text: str) -> str:
+    """A launcher."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return f"{path} {{ranks}}"
+
+
+def test_failed_jobs_are_told_and_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start = script(tmp_path / "start", "echo some warning >&2; echo mpiml: broken >&2; exit 3")
+    study = ["run", "--ranks", "1", "--repeats", "1", "--out", str(tmp_path / "s"), "--launcher", start]
+    assert main(study) == 1
+    told = capsys.readouterr()
+    assert "failed, exit code 3: mpiml: broken\n" in told.out
+    assert "tries them again" in told.err
+
+
+def test_line_that_names_the_fault() -> None:
+    many = ["prterun says", "  File mpiml/train.py", "ValueError: x", "mpiml.train: rank 2 died", "mpiml: and more"]
+    assert telling(many, r"^mpiml", r"^\w*Error") == "mpiml.train: rank 2 died"
+    assert telling(many[:3], r"^mpiml", r"^\w*Error") == "ValueError: x"
+    assert telling(["", "first", "second"], "error") == "first"
+    assert telling([], "error") == "it said nothing"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (ConfigError("no"), 78, "p: no\n"),
+        (KeyboardInterrupt(), 130, "p: interrupted\n"),
+        (PermissionError(13, "Permission denied", "/x"), 74, "p: /x: Permission denied\n"),
+    ],
+)
+def test_commands_end_in_one_line(
+    error: BaseException, code: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def act() -> int:
+        raise error
+
+    assert ended("p", act) == code
+    assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize("module", ["plan --ranks 4", "doctor"])
+def test_nobody_needs_to_read_what_is_printed(module: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    name, *arguments = module.split()
+    command = [sys.executable, "-m", f"mpiml.{name}", *arguments]
+    done = subprocess.run(command, check=False, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["run", "--ranks", "0"], "--ranks: must be whole numbers, each at least 1, as in 1,2,4"),
+        (["run", "--ranks", "2,x"], "not '2,x'"),
+        (["run", "--ranks", "1", "--steps", "0"], "--steps: must be"),
+        (["run", "--ranks", "1", "--repeats", "0"], "--repeats: must be"),
+        (["run", "--ranks", "1", "--warm-up", "-1"], "--warm-up: must be"),
+        (["run", "--ranks", "1", "--timeout", "0"], "--timeout: must be more than 0"),
+        (["run", "--ranks", "1", "--timeout", "nan"], "--timeout: must be a number"),
+        (["run", "--ranks", "1", "--target", "nan"], "--target: must be a number"),
+        (["run", "--ranks", "1", "--target", "1.5"], "--target 1.5: accuracy is at most 1"),
+        (["run", "--ranks", "1", "--launcher", "nosuch {ranks}"], "no program nosuch"),
+        (["run", "--ranks", "1", "--launcher", "true"], "must say {ranks}"),
+        (["run", "--ranks", "1", "--slurm", "--node-ranks", "1", "--launcher", "true"], "must say {ranks}"),
+        (["run", "--ranks", "1", "--only", "3,0"], "no job of so many ranks"),
+        (["run", "--ranks", "1", "--only", "3"], "--only: must be a number of ranks and a repeat, as in 4,0"),
+        (["run", "--ranks", "1", "--", "--trace", "t.json"], "--trace is of no use to a study"),
+        (["run", "--ranks", "1", "--", "--time-limit", "5"], "--time-limit is of no use"),
+        (["run", "--ranks", "1", "--", "--save-every", "5"], "--save-every is of no use"),
+        (["run", "--ranks", "1", "--", "--batch", "9999"], "--batch 9999: more than the 1437 rows"),
+        (
+            ["run", "--ranks", "2,16", "--mode", "weak", "--", "--batch", "100"],
+            "--batch 100 x 16 ranks: more than the 1437 rows to train on; --batch 89 at most",
+        ),
+        (["run", "--ranks", "2048", "--mode", "weak", "--", "--batch", "1"], "use fewer ranks"),
+        (["run", "--ranks", "1,64", "--pipes", "64"], "cannot be cut into 64 stages"),
+        (["run", "--ranks", "2", "--", "--pipe", "2"], "--pipe is the study's"),
+        (["run", "--ranks", "2", "--", "--hiden", "2"], "did you mean --hidden"),
+        (["run", "--ranks", "2", "--sbatch", "--partition=x"], "--slurm, which is not given"),
+        (["run", "--ranks", "2", "--target", "1", "--", "--eval-every", "0"], "--eval-every 0"),
+        (["report", "nowhere"], "holds no study"),
+    ],
+)
+def test_bad_commands_are_refused_and_leave_nothing_behind(
+    arguments: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "s")] if arguments[0] == "run" else []
+    assert main([arguments[0], *out, *arguments[1:]]) == 78
+    told = capsys.readouterr().err
+    assert named in told
+    assert told.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_that_cannot_be_used_are_refused_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = ["run", "--ranks", "1,2", "--out", str(tmp_path / "s"), "--", "--data", str(tmp_path / "nothing.npz")]
+    assert main(study) == 65
+    assert "nothing.npz" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["file", "file/s", "/proc/none"])
+def test_places_that_cannot_be_written_are_refused(
+    tmp_path: Path, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["run", "--ranks", "1", "--out", str(tmp_path / place)]) == 74
+    assert capsys.readouterr().err.startswith("mpiml.scaling: cannot write")
+
+
+def test_the_same_settings_in_other_words_are_the_same_study(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = ["run", "--ranks", "1", "--repeats", "1", "--out", str(tmp_path / "s"), "--launcher"]
+    study += [script(tmp_path / "start", "exit 1"), "--"]
+    assert main([*study, "--batch", "64", "--hidden", "8"]) == 1
+    assert main([*study, "--hidden=8", "--batch=64", "--seed", "0"]) == 1
+    assert main([*study, "--hidden=8"]) == 78
+    assert "choose another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "named"), [([], "--node-ranks"), (["--node-ranks", "1"], "no sbatch found")])
+def test_without_slurm_nothing_is_submitted(tmp_path: Path, flags: list[str], named: str) -> None:
+    study = ["run", "--slurm", "--ranks", "1", "--out", str(tmp_path / "s"), *flags]
+    command = [sys.executable, "-m", "mpiml.scaling", *study]
+    env = {name: value for name, value in os.environ.items() if name != "PATH"}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=env | {"PATH": "/nowhere"})
+    assert (done.returncode, named in done.stderr) == (78, True), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_line_of_sbatch_that_names_the_fault_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(tmp_path / "squeue", "")
+    script(
+        tmp_path / "sbatch",
+        "echo 'sbatch: note: x' >&2; echo 'sbatch: error: invalid partition specified: nosuch' >&2\n"
+        "echo 'sbatch: error: Batch job submission failed' >&2; exit 1",
+    )
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert main(["run", "--slurm", "--node-ranks", "1", "--ranks", "1", "--out", str(tmp_path / "s")]) == 78
+    assert "exit code 1: sbatch: error: invalid partition specified: nosuch\n" in capsys.readouterr().err
+
+
+@pytest.mark.contract
+def test_processes_that_are_not_one_job_measure_nothing(tmp_path: Path) -> None:
+    """As a launcher makes them that does not suit the MPI library."""
+    done = launch(0, "-m", "mpiml.scaling.timing", str(tmp_path / "x.json"), "1", "1", SLURM_STEP_NUM_TASKS="4")
+    assert (done.returncode, "4 processes" in done.stderr) == (78, True), done.stderr
+    assert not (tmp_path / "x.json").exists()

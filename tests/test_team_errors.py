@@ -1,0 +1,94 @@
+"""Tests that an error of one rank becomes the same error on all."""
+
+import pytest
+from mpi4py import MPI
+
+from mpiml.clock import BLOCKED_ON_OTHERS, Clock
+from mpiml.errors import ConfigError, DataError, RunError
+from mpiml.team import on_rank_0, together
+
+pytestmark = pytest.mark.mpi
+WORLD = MPI.COMM_WORLD
+LAST, MIDDLE = WORLD.size - 1, WORLD.size // 2
+
+
+def fail_on(*ranks: int) -> str:
+    """What an action does that fails on these ranks, each in its own way."""
+    if WORLD.rank in ranks:
+        raise (DataError if WORLD.rank % 2 else ConfigError)(f"rank {WORLD.rank} of {WORLD.size} fails")
+    return f"result of {WORLD.rank}"
+
+
+def check(error: RunError, rank: int) -> None:
+    """It is the error of `rank`, wherever it is raised."""
+    assert type(error) is (DataError if rank % 2 else ConfigError)
+    assert str(error) == f"rank {rank} of {WORLD.size} fails"
+    assert error.rank == rank
+    assert error.everywhere
+
+
+def test_together_every_rank_has_its_own_result() -> None:
+    assert together(WORLD, Clock(), fail_on) == f"result of {WORLD.rank}"
+
+
+@pytest.mark.parametrize("result", [None, 0, False, [], ()])
+def test_results_that_are_false(result: object) -> None:
+    assert together(WORLD, Clock(), lambda: result) == result
+    assert on_rank_0(WORLD, Clock(), lambda: result) == result
+
+
+@pytest.mark.parametrize("rank", sorted({0, MIDDLE, LAST}))
+def test_together_one_rank_fails(rank: int) -> None:
+    with pytest.raises(RunError) as caught:
+        together(WORLD, Clock(), lambda: fail_on(rank))
+    check(caught.value, rank)
+
+
+@pytest.mark.parametrize("lowest", sorted({0, MIDDLE, LAST}))
+def test_together_the_lowest_rank_is_named(lowest: int) -> None:
+    with pytest.raises(RunError) as caught:
+        together(WORLD, Clock(), lambda: fail_on(*range(lowest, WORLD.size)))
+    check(caught.value, lowest)
+
+
+def test_on_rank_0_calls_nobody_else() -> None:
+    calls: list[int] = []
+
+    def act() -> str:
+        calls.append(WORLD.rank)
+        return fail_on()
+
+    assert on_rank_0(WORLD, Clock(), act) == "result of 0"
+    assert calls == ([0] if WORLD.rank == 0 else [])
+
+
+def test_on_rank_0_fails_everywhere() -> None:
+    with pytest.raises(RunError) as caught:
+        on_rank_0(WORLD, Clock(), lambda: fail_on(0))
+    check(caught.value, 0)
+
+
+def test_work_goes_on_after_a_failure() -> None:
+    """All ranks have made the same calls, so the next collective ones match."""
+    for rank in (0, LAST):
+        with pytest.raises(RunError):
+            together(WORLD, Clock(), lambda rank=rank: fail_on(rank))
+    assert on_rank_0(WORLD, Clock(), lambda: WORLD.size) == WORLD.size
+    assert WORLD.allreduce(1) == WORLD.size
+
+
+@pytest.mark.parametrize("before", ["joining", "communication", "data"])
+def test_whoever_acts_waits_for_nobody_by_the_clock(before: str) -> None:
+    """Else the watch names no rank that is stuck in what it does."""
+    for act in (together, on_rank_0):
+        clock, seen = Clock(), []
+        clock(before)
+        act(WORLD, clock, lambda seen=seen, clock=clock: seen.append(clock.activity))
+        assert not set(seen) & BLOCKED_ON_OTHERS
+        assert clock.activity == before
+
+
+def test_exit_codes_survive() -> None:
+    with pytest.raises(RunError) as caught:
+        together(WORLD, Clock(), lambda: fail_on(LAST))
+    assert caught.value.exit_code == (DataError if LAST % 2 else ConfigError).exit_code

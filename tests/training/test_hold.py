@@ -1,0 +1,163 @@
+"""The run directory is held in good time, tells of this job and no other, and is let go; nothing is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from mpiml.config import parse
+from mpiml.data.dataset import Dataset
+from mpiml.errors import ConfigError, DataError, DirectoryError, OutputError, RunError
+from mpiml.evaluate import evaluate
+from mpiml.run import directory
+from mpiml.train import train
+
+
+def rows(salt: float = 0.0) -> Dataset:
+    x, y = np.arange(80.0).reshape(40, 2) + salt, np.arange(40) % 2
+    return Dataset.from_arrays(x, y, x[:8], y[:8])
+
+
+def run(path: Path, flags: str = "", data: Dataset | None = None) -> dict[str, Any]:
+    length = "" if "--epochs" in flags else "--steps 2"
+    config = parse(f"--out {path} --hidden 4 --quiet {length} {flags}".split())
+    return train(config, MPI.COMM_SELF, data=data or rows())
+
+
+def result(path: Path) -> dict[str, Any]:
+    return json.loads((path / "result.json").read_text())
+
+
+@pytest.fixture
+def done(tmp_path: Path) -> Path:
+    """A run that is done."""
+    run(tmp_path / "run")
+    assert result(tmp_path / "run")["status"] == "done"
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("flags", "salt", "kind"),
+    [
+        ("--resume --steps 3", 1.0, DataError),
+        ("--resume --steps 3 --batch 7", 0.0, ConfigError),
+        ("--resume --steps 3 --pipe 2", 0.0, ConfigError),
+        ("--resume --steps 3 --trace X/config.toml", 0.0, ConfigError),
+    ],
+)
+def test_job_that_is_refused_leaves_no_result_of_the_last(done: Path, flags: str, salt: float, kind: type) -> None:
+    with pytest.raises(kind) as caught:
+        run(done, flags.replace("X", str(done)), rows(salt))
+    told = result(done)
+    assert (told["status"], told["exit_code"]) == ("failed", caught.value.exit_code)
+    assert told["reason"] == str(caught.value)
+    assert run(done, "--resume --steps 3")["status"] == "done"
+
+
+def test_job_that_cannot_write_leaves_no_result_of_the_last(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: bytes | str) -> None:
+        raise OutputError(f"cannot write {path}: no space left on device")
+
+    monkeypatch.setattr(directory, "write_atomically", full)
+    monkeypatch.setattr("mpiml.training.hold.write_atomically", full)
+    with pytest.raises(OutputError):
+        run(done, "--resume --steps 3")
+    assert (result(done)["status"], result(done)["exit_code"]) == ("failed", 74)
+
+
+@pytest.mark.parametrize("more", ["--steps 3", "--epochs 9"])
+def test_job_says_that_it_is_running_before_it_reads_the_data(done: Path, more: str) -> None:
+    class Looking(Dataset):
+        @property
+        def fingerprint(self) -> Any:
+            seen.append(result(done)["status"])
+            return super().fingerprint
+
+    seen: list[str] = []
+    data = rows()
+    run(done, f"--resume {more}", Looking(data.train, data.test, data.name))
+    assert seen[0] == "running"
+
+
+@pytest.mark.parametrize("flags", ["--resume", "--resume --epochs 1"])
+def test_run_that_is_done_keeps_its_result(done: Path, flags: str) -> None:
+    before = (done / "result.json").read_text()
+    config = parse(f"--out {done} {flags} --quiet".split())
+    assert train(config, MPI.COMM_SELF, data=rows()) == json.loads(before)
+    assert (done / "result.json").read_text() == before
+
+
+def test_directory_in_use_is_refused_before_the_data_are_read(done: Path) -> None:
+    held = directory.RunDirectory(done)
+    try:
+        with pytest.raises(DirectoryError, match="in use by another job"):
+            run(done, "--resume --steps 3", rows(1.0))
+    finally:
+        held.close()
+    assert result(done)["status"] == "done"
+
+
+def not_finite(path: Path) -> None:
+    data = Dataset.from_arrays(*(np.full((9, 2), 1e30), np.full(9, 1e30)) * 2)
+    run(path / f"n{len(list(path.iterdir()))}", "--optimizer sgd --prefetch 2", data)
+
+
+def taken(path: Path) -> None:
+    run(path / "run", "--steps 5")
+
+
+def refused(path: Path) -> None:
+    run(path / "run", "--steps 5 --resume --batch 9")
+
+
+def bad_data(path: Path) -> None:
+    run(path / "bad", "", Dataset.from_arrays(*(np.full((9, 2), np.nan), np.arange(9) % 2) * 2))
+
+
+def unwritable(path: Path) -> None:
+    (path / "odd").mkdir(exist_ok=True)
+    (path / "odd" / "checkpoints").touch()
+    run(path / "odd")
+
+
+def not_scored(path: Path) -> None:
+    x, y = np.arange(80.0).reshape(40, 2), np.arange(40) % 2
+    evaluate(str(path / "run"), data=Dataset.from_arrays(x, y, x[:8] * np.nan, y[:8]), comm=MPI.COMM_SELF)
+
+
+@pytest.mark.parametrize("fails", [not_finite, taken, refused, bad_data, unwritable, not_scored])
+def test_runs_that_fail_leave_nothing_behind(done: Path, fails: Callable[[Path], None]) -> None:
+    def tried(times: int) -> tuple[set[str], int, int]:
+        """What there is after so many runs: descriptors, threads, and how many communicators can still be made."""
+        for _ in range(times):
+            with contextlib.suppress(RunError):
+                fails(done.parent)
+                pytest.fail("it should have failed")
+        gc.collect()
+        return set(os.listdir("/proc/self/fd")), threading.active_count(), communicators()
+
+    (descriptors, threads, free), (descriptors_later, threads_later, free_later) = tried(2), tried(5)
+    assert descriptors_later <= descriptors  # what earlier tests have left may go meanwhile
+    assert threads_later <= threads
+    assert free_later >= free
+
+
+def communicators() -> int:
+    """How many the library has left: MPICH some 2000, others more than we count."""
+    made: list[MPI.Comm] = []
+    with contextlib.suppress(MPI.Exception):
+        while len(made) < 3000:
+            made.append(MPI.COMM_SELF.Dup())
+    for comm in made:
+        comm.Free()
+    return len(made)

@@ -1,0 +1,391 @@
+"""What is trained: models, losses and metrics by name, one's own among them, and labels that fit them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mpiml.config import Config
+from mpiml.errors import ConfigError, OutputError
+from mpiml.nn.layers import (
+    BatchNorm2d,
+    CausalSelfAttention,
+    Conv2d,
+    Dropout,
+    Embedding,
+    GroupNorm,
+    Layer,
+    Linear,
+    Residual,
+    name,
+)
+from mpiml.nn.losses import R2, Accuracy, mean_squared_error, softmax_cross_entropy
+from mpiml.nn.parameters import Parameter
+from mpiml.run.checkpoint import Checkpoint
+from mpiml.training.model import build_loss, build_metric, build_model, check_constants, described, objective
+from mpiml.training.resolve import resolve
+from mpiml.training.task import Task
+from mpiml.usercode import is_name, named
+
+MINE = """
+import numpy as np
+from mpiml.nn.layers import Linear, Tanh
+
+def model(shape, outputs):
+    return [Linear(*shape, 6), Tanh(), Linear(6, outputs)]
+
+def broken(shape, outputs):
+    return [Linear(99, outputs)]
+
+def nothing(shape, outputs):
+    return None
+
+def empty(shape, outputs):
+    return []
+
+def absolute(y, labels):
+    error = y - labels.reshape(y.shape)
+    return float(np.abs(error).sum()), float(len(y)), np.sign(error).astype(float)
+
+class Largest:
+    name, columns = "largest", 1
+    def __init__(self, outputs):
+        self.outputs = outputs
+    def sums(self, y, labels):
+        return np.array([y.max()])
+    def value(self, totals):
+        return totals[0]
+
+def alone(y):
+    return 0.0
+
+class Thing:
+    name, columns = "thing", 2
+    sums = value = staticmethod(lambda *_: [0.0, 1.0])
+
+def thing(**given):
+    made = Thing()
+    vars(made).update(given)
+    return lambda outputs: made
+
+five = 5
+one_number = lambda y, labels: 1.0
+negative = lambda y, labels: (1.0, -1.0, y)
+endless = lambda y, labels: (1.0, float("inf"), y)
+no_weight = lambda y, labels: (1.0, None, y)
+no_total = lambda y, labels: (y, 1.0, y)
+of_one_row = lambda y, labels: (1.0, 1.0, y[:1])
+known = thing(name="test_loss")
+nameless = thing(name="")
+uncounted = thing(columns=2.0)
+fewer = thing(columns=3)
+more = thing(columns=1)
+of_labels = thing(sums=alone)
+of_nothing = thing(value=lambda: 1.0)
+word = thing(value=lambda totals: "word")
+vector = thing(value=lambda totals: np.ones(2))
+
+class Places:
+    best = Largest
+    def __init__(self, outputs):
+        pass
+"""
+
+
+@pytest.fixture(autouse=True)
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_of_a_test.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def layers(final: tuple[int, ...] | None = (3,), shape: tuple[int, ...] = (64,), **settings: object) -> list[Layer]:
+    return build_model(Config(**settings), shape, 3, 5, final, None)  # type: ignore[arg-type]
+
+
+def kinds(layers: list[Layer], kind: type[Layer]) -> list[Layer]:
+    return [layer for layer in layers if isinstance(layer, kind)]
+
+
+def test_settings_reach_the_model() -> None:
+    perceptron = layers(hidden=(7, 8), dropout=0.1)
+    assert [layer.outputs for layer in kinds(perceptron, Linear)] == [7, 8, 3]
+    assert len(kinds(perceptron, Dropout)) == 2
+    images = layers(model="cnn", channels=5, dropout=0.1)
+    assert [layer.outputs for layer in kinds(images, Conv2d)] == [5, 10]
+    assert len(kinds(images, Dropout)) == 1
+    assert [type(layer) for layer in layers(model="cnn", norm="batch")].count(BatchNorm2d) == 2
+    residual = layers(model="resnet", channels=8, blocks=3, dropout=0.1)
+    assert [layer.outputs for layer in kinds(residual, Conv2d)] == [8, 16, 32]
+    assert len(kinds(residual, Residual)) == 9
+    assert len(kinds(residual, Dropout)) == 1
+    assert kinds(residual, GroupNorm)
+    assert not kinds(residual, BatchNorm2d)
+    assert kinds(layers(model="resnet", norm="batch"), BatchNorm2d)
+    tokens = layers((64, 3), model="gpt", blocks=3, width=12, heads=6, dropout=0.1)
+    assert (tokens[0].tokens, tokens[0].features) == (5, 12) if isinstance(tokens[0], Embedding) else False
+    assert len(kinds(tokens, Residual)) == 6
+    _, attention, dropout = tokens[2].inner()
+    assert isinstance(attention, CausalSelfAttention)
+    assert attention.heads == 6
+    assert isinstance(dropout, Dropout)
+
+
+def test_a_model_of_ones_own() -> None:
+    own = layers(model="mine_of_a_test:model")
+    assert [layer.outputs for layer in kinds(own, Linear)] == [6, 3]
+    assert [layer.path for layer in own] == ["layers.0", "layers.1", "layers.2"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"model": "mine_of_a_test:broken"}, ["does not fit the data", "99", "(64,)"]),
+        ({"model": "mine_of_a_test:nothing"}, ["list of layers", "NoneType"]),
+        ({"model": "mine_of_a_test:empty"}, ["no layers"]),
+        ({"model": "mine_of_a_test:five"}, ["list of layers", "int"]),
+        (
+            {"model": "mine_of_a_test:alone"},
+            ["--model mine_of_a_test:alone(y): too many positional arguments", "called with (shape, outputs)"],
+        ),
+        ({"model": "mine_of_a_test:modle"}, ["--model mine_of_a_test:modle", "modle"]),
+        (
+            {"model": "no_such_module_here:model"},
+            ["--model no_such_module_here:model", "no module no_such_module_here"],
+        ),
+        ({"model": "gpt"}, ["(64, 3)", "(3,)"]),
+        ({"model": "gpt", "heads": 3}, ["3 heads", "128 features"]),
+        ({"model": "cnn", "shape": (65,)}, ["(65,)", "(height, width, channels)"]),
+    ],
+)
+def test_models_that_do_not_work(settings: dict, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        layers(**settings)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_given_model_stands_in_place_of_the_named_one() -> None:
+    given = [Linear(64, 3)]
+    assert build_model(Config(model="gpt"), (64,), 3, 5, (3,), given) == given
+    assert len(build_model(Config(model="gpt"), (64,), 3, 5, (3,), lambda shape, outputs: given)) == 1
+    with pytest.raises(ConfigError, match="no layers"):
+        build_model(Config(), (64,), 3, 5, (3,), [])
+
+
+def test_any_shape_will_do_where_loss_and_metric_are_ones_own() -> None:
+    assert len(layers(None, model="mine_of_a_test:model")) == 3
+
+
+def test_token_ids_are_as_many_as_the_data_say() -> None:
+    assert Task((9,), (9,), True, 7, 5).vocabulary == 7  # for a label of each token may be the next input
+    assert Task((9,), (), True, 7, 5).vocabulary == 5
+    assert Task((9,), (), True, 7, 0).vocabulary == 0
+    assert Task((9,), (9,), False, 9, 5).vocabulary == 5
+
+
+def test_losses_by_name() -> None:
+    assert build_loss(Config(loss="cross_entropy")) is softmax_cross_entropy
+    assert build_loss(Config(loss="mse")) is mean_squared_error
+    total, weight, dy = build_loss(Config(loss="mine_of_a_test:absolute"))(
+        np.array([[1.0], [5.0]]), np.array([3.0, 4.0])
+    )
+    assert (total, weight, dy.tolist()) == (3, 2, [[-1], [1]])
+
+
+def test_metrics_by_name() -> None:
+    assert isinstance(build_metric(Config(metric="accuracy"), 4), Accuracy)
+    r2 = build_metric(Config(metric="r2"), 4)
+    assert isinstance(r2, R2)
+    assert r2.outputs == 4
+    assert build_metric(Config(metric="mine_of_a_test:Largest"), 4).metric.outputs == 4
+    own = build_metric(Config(metric="mine_of_a_test:Places.best"), 4)
+    assert (own.name, own.columns, own.sums(np.ones((2, 4)), np.ones(2)), own.value([3])) == ("largest", 1, [1], 3)
+    with pytest.raises(ConfigError, match="--metric mine_of_a_test:Places: Places has no name"):
+        build_metric(Config(metric="mine_of_a_test:Places"), 4)
+
+
+def test_the_objective_is_a_row_of_the_step_record() -> None:
+    score = objective(build_loss(Config(loss="mine_of_a_test:absolute")), build_metric(Config(metric="r2"), 1))
+    y, labels = np.array([[1.0], [5.0]], np.float32), np.array([3.0, 4.0], np.float32)
+    assert score(y, labels, False)[0] == [3, 2]
+    row, dy = score(y, labels, True)
+    assert row == [3, 2, 2, 7, 25, 5]
+    assert dy.dtype == np.float32  # whatever the loss makes of it
+
+
+Y = np.zeros((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        ("five", ["--loss mine_of_a_test:five: is no function, but int", "called with (y, labels)"]),
+        ("alone", ["--loss mine_of_a_test:alone(y): too many positional arguments", "called with (y, labels)"]),
+        ("one_number", ["--loss mine_of_a_test:one_number", "returns 1.0", "(sum of weight x loss, sum of weights,"]),
+        ("negative", ["--loss mine_of_a_test:negative", "-1 as sum of weights", "finite and not negative"]),
+        ("endless", ["--loss mine_of_a_test:endless", "inf as sum of weights"]),
+        ("no_weight", ["--loss mine_of_a_test:no_weight", "as sum of weights None; a number is needed"]),
+        ("no_total", ["--loss mine_of_a_test:no_total", "as sum of losses ndarray of shape (2, 3)"]),
+        ("of_one_row", ["--loss mine_of_a_test:of_one_row", "gradient of shape (1, 3) for outputs of shape (2, 3)"]),
+    ],
+)
+def test_losses_that_are_none(loss: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        build_loss(Config(loss=f"mine_of_a_test:{loss}"))(Y, Y)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [
+        ("five", ["--metric mine_of_a_test:five: is no function, but int", "called with (outputs)"]),
+        ("absolute", ["absolute(y, labels): missing a required argument: 'labels'", "called with (outputs)"]),
+        ("known", ["--metric mine_of_a_test:known", "called 'test_loss'", "result.json"]),
+        ("nameless", ["--metric mine_of_a_test:nameless", "called ''"]),
+        ("uncounted", ["--metric mine_of_a_test:uncounted", "columns is 2.0"]),
+        ("fewer", ["--metric mine_of_a_test:fewer", "sums returns 2 values, but columns is 3"]),
+        ("more", ["--metric mine_of_a_test:more", "sums returns 2 values, but columns is 1"]),
+        ("of_labels", ["--metric mine_of_a_test:of_labels: sums(y)", "called with (y, labels)"]),
+        ("of_nothing", ["--metric mine_of_a_test:of_nothing: value()", "called with (totals)"]),
+        ("word", ["--metric mine_of_a_test:word", "value returns 'word'; a number is needed"]),
+        ("vector", ["--metric mine_of_a_test:vector", "value returns ndarray of shape (2,)"]),
+    ],
+)
+def test_metrics_that_are_none(metric: str, words: list[str]) -> None:
+    def used() -> None:
+        made = build_metric(Config(metric=f"mine_of_a_test:{metric}"), 3)
+        made.value(made.sums(Y, Y))
+
+    with pytest.raises(ConfigError) as error:
+        used()
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_what_a_users_function_raises_stays_what_it_is() -> None:
+    with pytest.raises(AttributeError):
+        build_loss(Config(loss="mine_of_a_test:absolute"))(Y, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [
+        ("a:b", True),
+        ("a.b_1:c.d", True),
+        ("a", False),
+        ("a:", False),
+        (":a", False),
+        ("a b:c", False),
+        ("a:b:c", False),
+    ],
+)
+def test_names(text: str, good: bool) -> None:
+    assert is_name(text) is good
+
+
+def test_what_a_name_stands_for() -> None:
+    assert named("math:pi", "--loss") == np.pi
+
+
+@pytest.mark.parametrize(
+    ("settings", "classification", "loss", "metric"),
+    [
+        ({}, True, "cross_entropy", "accuracy"),
+        ({}, False, "mse", "r2"),
+        ({"loss": "a:b"}, True, "a:b", "accuracy"),
+        ({"metric": "a:b"}, False, "mse", "a:b"),
+        ({"loss": "mse", "metric": "r2"}, False, "mse", "r2"),
+    ],
+)
+def test_loss_and_metric_follow_the_labels(settings: dict, classification: bool, loss: str, metric: str) -> None:
+    config = resolve(Config(**settings), 50, classification, 1)
+    assert (config.loss, config.metric) == (loss, metric)
+
+
+@pytest.mark.parametrize(
+    ("settings", "classification", "words"),
+    [
+        ({"loss": "mse"}, True, ["--loss mse", "are integers"]),
+        ({"metric": "r2"}, True, ["--metric r2", "are integers"]),
+        ({"metric": "accuracy"}, False, ["--metric accuracy", "not integers"]),
+    ],
+)
+def test_loss_and_metric_must_fit_the_labels(settings: dict, classification: bool, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        resolve(Config(**settings), 50, classification, 1)
+    assert all(word in str(error.value) for word in words)
+
+
+def saved(task: str = "", constants: str = "") -> Checkpoint:
+    return Checkpoint(1, "", {}, task, constants, "step-1.safetensors")
+
+
+def test_a_task_is_read_back_and_old_ones_ignore_minus_one() -> None:
+    for task in (Task((8, 8), (), True, 10, 17), Task((3,), (2,), True, 4, 0, 255), Task((), (9,), False, 1, 0)):
+        assert Task.of_checkpoint(saved(task.to_json())) == task
+    old = '{"shape": [3], "labels": [], "classification": true, "outputs": 4, "tokens": 0}'
+    assert Task.of_checkpoint(saved(old)) == Task((3,), (), True, 4, 0, -1)
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("shape", [["touch", "PWNED"], "ab", 3, [4, -1], [0], [1] * 33, [True]]),
+        ("labels", [[1.5], None, [0]]),
+        ("classification", [1, "yes"]),
+        ("outputs", [-1, "x", 1 << 63, True, 0]),
+        ("tokens", [-1, None]),
+        ("ignore", ["x", True]),
+        ("extra", [1]),
+    ],
+)
+def test_a_task_that_cannot_be_is_one_line_that_names_the_file_and_the_field(field: str, values: list[object]) -> None:
+    for value in values:
+        text = json.dumps(json.loads(Task((8, 8), (), True, 10, 17).to_json()) | {field: value})
+        with pytest.raises(OutputError) as error:
+            Task.of_checkpoint(saved(text))
+        assert str(error.value).startswith("step-1.safetensors: task ")
+        assert field in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '"x"', '{"outputs": 3}', "[" * 100_000, "null"])
+def test_what_is_no_task(text: str) -> None:
+    with pytest.raises(OutputError, match=r"^step-1.safetensors: task is damaged: "):
+        Task.of_checkpoint(saved(text))
+
+
+def test_constants_are_checksums_by_name() -> None:
+    check_constants("", saved())
+    check_constants('{"a": "1"}', saved(constants='{"a": "1"}'))
+    for text in ("{", "[1]", '{"a": 1}', "[" * 100_000):
+        with pytest.raises(OutputError, match=r"^step-1.safetensors: constants is damaged: "):
+            check_constants("", saved(constants=text))
+    with pytest.raises(OutputError, match="a: not what the checkpoint was trained with"):
+        check_constants("", saved(constants='{"a": "1"}'))
+
+
+def test_what_ranks_compare_of_a_model_names_what_differs() -> None:
+    def text(*layers: Layer, seed: int = 0) -> dict[str, str]:
+        name(layers)
+        return described(layers, seed)
+
+    class Own(Layer):
+        def __init__(self, values: np.ndarray):
+            self.weight = Parameter(values.shape, lambda rng, count: values.reshape(-1)[:count])
+            self.drawn = Parameter((3,), lambda rng, count: rng.random(count))
+
+    def model(rate: float = 0.1, gain: float = 2.0, first: float = 0.0, seed: int = 0) -> dict[str, str]:
+        values = np.arange(first, first + 6).reshape(3, 2)
+        return text(Linear(4, 3, gain), Dropout(rate), Residual(Own(values)), seed=seed)
+
+    assert model() == model()
+    for settings, name_ in (
+        ({"rate": 0.2}, "the model, layers.1"),
+        ({"gain": 1.0}, "first values of the model, layers.0.weight"),
+        ({"first": 1.0}, "first values of the model, layers.2.layers.0.weight"),
+        ({"seed": 1}, "first values of the model, layers.2.layers.0.drawn"),
+    ):
+        other = model(**settings)
+        assert [key for key, its in model().items() if its != other[key]] == [name_]

@@ -1,0 +1,71 @@
+"""A learning rate that falls, where a run goes on for more steps than it was to fall over; labels that are ignored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mpiml.config import Config
+from mpiml.errors import ConfigError
+from mpiml.training.resolve import resolve, warnings
+
+BEFORE = Config(decay="cosine", steps=20, decay_steps=20, lr=0.1, out="a", microbatches=1)
+
+
+def gone_on(before: Config = BEFORE, **asked: Any) -> Config:
+    """What a run of 50 rows in steps of 128 goes on with."""
+    after = Config(resume=True, out="a", **asked).resumed(before)
+    return resolve(after, 50, True, 1, before)
+
+
+@pytest.mark.parametrize("more", [{"steps": 40}, {"epochs": 40}])
+@pytest.mark.parametrize(("decay", "low"), [("cosine", "0"), ("step", "a hundredth")])
+def test_more_steps_than_it_falls_over_are_refused_with_what_would_work(decay: str, low: str, more: Any) -> None:
+    before = BEFORE.replace(decay=decay)
+    with pytest.raises(ConfigError, match=rf"^40 steps: .* run in a has fallen to {low} by step 20") as error:
+        gone_on(before, **more)
+    assert "--decay-steps 40" in str(error.value)
+    assert gone_on(before, **more, decay_steps=40).decay_steps == 40
+    with pytest.raises(ConfigError, match="40 steps"):
+        gone_on(before, **more, lr=0.01)  # of 0 it would be 0 all the same
+    assert gone_on(before, **more, decay_steps=40, lr=0.01).lr == 0.01
+    assert gone_on(before, **more, decay_steps=20).decay_steps == 20  # said, so that it is meant
+
+
+@pytest.mark.parametrize("asked", [{}, {"steps": 20}, {"steps": 10}])
+def test_no_more_steps_need_no_word_and_allow_no_other_rate(asked: Any) -> None:
+    assert gone_on(**asked).decay_steps == 20
+    for other in ({"lr": 0.01}, {"decay_steps": 30}):
+        (name,) = other
+        with pytest.raises(ConfigError, match=rf"^--{name.replace('_', '-')} .*: the run in a has "):
+            gone_on(**asked, **other)
+
+
+def test_a_run_that_was_to_be_longer_than_it_falls_over_goes_on_so() -> None:
+    before = BEFORE.replace(steps=30)
+    assert gone_on(before).decay_steps == 20
+    assert gone_on(before, steps=30).decay_steps == 20
+    assert gone_on(before.replace(decay="none"), steps=99).steps == 99
+    with pytest.raises(ConfigError, match="31 steps"):
+        gone_on(before, steps=31)
+
+
+def test_what_was_said_once_need_not_be_said_again() -> None:
+    extended = gone_on(steps=40, decay_steps=40, lr=0.01)
+    assert gone_on(extended, steps=40, decay_steps=40, lr=0.01) == gone_on(extended) == extended
+
+
+@pytest.mark.parametrize(
+    ("decay", "steps", "words"),
+    [("cosine", 40, "the learning rate is 0 from step 20 of 40 on"), ("cosine", 20, None), ("step", 40, None)],
+)
+def test_a_rate_of_0_is_not_passed_over(decay: str, steps: int, words: str | None) -> None:
+    said = warnings(BEFORE.replace(decay=decay, steps=steps))
+    assert not said if words is None else words in said[0]
+
+
+def test_values_have_no_label_that_is_ignored() -> None:
+    assert resolve(Config(ignore=0), 50, True, 1).ignore == 0
+    with pytest.raises(ConfigError, match="--ignore 0: the data set's labels are not integers"):
+        resolve(Config(ignore=0), 50, False, 1)
