@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
+E = TypeVar("E", bound="RunError")
+
 
 class RunError(Exception):
     """A run cannot start or go on. Its message is one line that says what to do.
@@ -22,6 +24,11 @@ class RunError(Exception):
         self.rank: int | None = None
         self.everywhere = False
         self.silent = False
+
+    def on_all_ranks(self: E, rank: int | None = None) -> E:
+        """This error, which every rank raises now; `rank` is whose fault it is."""
+        self.rank, self.everywhere = rank, True
+        return self
 
 
 class StallError(RunError):

@@ -60,7 +60,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from mpiml import documents, team
+from mpiml import documents
 from mpiml.clock import Clock
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
@@ -79,7 +79,7 @@ from mpiml.run.console import say
 from mpiml.run.failure import Guard, exit_code
 from mpiml.run.process import prepare_process
 from mpiml.run.watch import Watch
-from mpiml.team import on_rank_0, together
+from mpiml.team import Team, share_cores
 from mpiml.training import storage
 from mpiml.training.data import look_at, open_data
 from mpiml.training.evaluation import Evaluation
@@ -131,8 +131,7 @@ def evaluate(
     Raises:
         RunError: as mpiml.train.train.
     """
-    clock = Clock()
-    comm = MPI.COMM_WORLD if comm is None else comm
+    team = Team(MPI.COMM_WORLD if comm is None else comm, Clock())
     whole: list[Checkpoint] = []  # on rank 0
     asked = {"pipe": pipe, "label": label, "token_dtype": token_dtype, "held_out": held_out}
     named = {"data": data, "model": model, "loss": loss, "metric": metric}
@@ -144,14 +143,14 @@ def evaluate(
         whole.append(saved)
         return found
 
-    with Guard(comm, clock, PROGRAM) as guard:
+    with Guard(team, PROGRAM) as guard:
         one_job.check_size(MPI.COMM_WORLD.size)
-        one_job.check_alike(comm, clock, one_job.software())
-        found = on_rank_0(comm, clock, look)
-        together(comm, clock, lambda: check_ranks(comm.size, pipe))
-        with Watch(comm.Dup(), clock, found.config.stall_timeout, guard.fail), np.errstate(all="ignore"):
+        team.check_alike(one_job.software())
+        found = team.on_rank_0(look)
+        team.together(lambda: check_ranks(team.size, pipe))
+        with Watch(team.comm.Dup(), team.clock, found.config.stall_timeout, guard.fail), np.errstate(all="ignore"):
             made = None if isinstance(model, str) else model
-            return _evaluate(found, whole, data, predictions, comm, clock, made)
+            return _evaluate(found, whole, data, predictions, team, made)
 
 
 def _evaluate(
@@ -159,18 +158,17 @@ def _evaluate(
     whole: list[Checkpoint],
     data: str | Dataset | None,
     predictions: str | None,
-    comm: MPI.Intracomm,
-    clock: Clock,
+    team: Team,
     model: Model | None,
 ) -> dict[str, Any]:
     prepare_process(found.config.threads)
     config = found.config
-    dataset = open_data(config, comm, clock, data if isinstance(data, Dataset) else None)
-    together(comm, clock, lambda: check_data(found, dataset, others=data is not None))
+    dataset = open_data(config, team, data if isinstance(data, Dataset) else None)
+    team.together(lambda: check_data(found, dataset, others=data is not None))
     about = {"run": str(found.run), "step": found.step}
     about["data"] = dataset.name if isinstance(data, Dataset) else config.data
-    with freed(grids.build(comm, config.pipe), comm.size) as grid:
-        return about | _scored(found, whole, dataset, predictions, grid, clock, model)
+    with freed(grids.build(team, config.pipe), team.size) as grid:
+        return about | _scored(found, whole, dataset, predictions, grid, model)
 
 
 def _scored(
@@ -179,23 +177,23 @@ def _scored(
     dataset: Dataset,
     predictions: str | None,
     grid: Grid,
-    clock: Clock,
     model: Model | None,
 ) -> dict[str, Any]:
     """The sums over the test rows; collective over the grid."""
     config, task = found.config, found.task
-    team.share_cores(grid.node.size * config.threads, grid.cores)
+    team, clock = grid.team, grid.team.clock
+    share_cores(grid.node.size * config.threads, grid.cores)
     tests = Evaluation(dataset.test, config.eval_rows, grid, config.dtype)
     classes = task.outputs if task.classification else None
-    seen = look_at(dataset, grid, clock, None, tests.rows(), classes, tokens=task.vocabulary, ignore=task.ignore)
+    seen = look_at(dataset, grid, None, tests.rows(), classes, tokens=task.vocabulary, ignore=task.ignore)
     tests.split = dataset.test.ignoring(task.ignore)
     if found.normalization:
         tests.split = normalized(tests.split, found.normalization, config.dtype)
-    layouts, metric, here, fixed = build_stage(config, task, grid, clock, model)
-    on_rank_0(grid.comm, clock, lambda: check_model(whole[0], fixed, layouts))
+    layouts, metric, here, fixed = build_stage(config, task, grid, model)
+    team.on_rank_0(lambda: check_model(whole[0], fixed, layouts))
     values, problem = _placed(config, grid, layouts[grid.stage])
     with freed(values, grid.comm.size):
-        _filled(values, grid, layouts, whole, clock)
+        _filled(values, grid, layouts, whole)
         for note in [*found.notes, *seen.notes, *([f"warning: {problem}"] if problem else [])]:
             if grid.comm.rank == 0:
                 say(note, sys.stderr)
@@ -203,8 +201,8 @@ def _scored(
         record = tests.score(Stage(grid.pipe, here, clock), metric, clock, found.step)
         assert record, "nobody asks it to leave off"
         if kept:
-            kept.write(Path(predictions or ""), tests, clock)
-        score = on_rank_0(grid.comm, clock, lambda: metric.value(record.metric))
+            kept.write(Path(predictions or ""), tests)
+        score = team.on_rank_0(lambda: metric.value(record.metric))
     return {"rows": len(tests.split), "test_loss": record.mean_loss, metric.name: score}
 
 
@@ -216,12 +214,12 @@ def _placed(config: Config, grid: Grid, layout: Layout) -> tuple[Values, str | N
     return values, problem
 
 
-def _filled(values: Values, grid: Grid, layouts: Sequence[Layout], whole: list[Checkpoint], clock: Clock) -> None:
+def _filled(values: Values, grid: Grid, layouts: Sequence[Layout], whole: list[Checkpoint]) -> None:
     """Hand out the values of the checkpoint on rank 0; collective."""
     stages: list[Mapping[str, Any]] = []
-    clock("checkpoint")
-    on_rank_0(grid.comm, clock, lambda: stages.extend(storage.vectors(layouts, whole.pop(), (VALUES,))))
-    State(grid, values, {}, clock).distribute(stages, VALUES)
+    grid.team.clock("checkpoint")
+    grid.team.on_rank_0(lambda: stages.extend(storage.vectors(layouts, whole.pop(), (VALUES,))))
+    State(grid, values, {}, grid.team.clock).distribute(stages, VALUES)
 
 
 def text(result: Mapping[str, Any]) -> str:
@@ -239,15 +237,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str]) -> int:
-    comm, clock = MPI.COMM_WORLD, Clock()
+    team = Team(MPI.COMM_WORLD, Clock())
     try:
-        with Guard(comm, clock, PROGRAM):
-            asked = on_rank_0(comm, clock, lambda: vars(parse(arguments)))
+        with Guard(team, PROGRAM):
+            asked = team.on_rank_0(lambda: vars(parse(arguments)))
         as_json = asked.pop("json")
         result = evaluate(**asked)
     except BaseException as error:  # reported already, and in a job of several ranks known to all
         return exit_code(error)
-    if comm.rank == 0:
+    if team.rank == 0:
         print(documents.to_json(result) if as_json else text(result), flush=True)
     return 0
 

@@ -1,23 +1,17 @@
-"""Ranks that act together: waiting for others without keeping a core from those that have work, and doing something
-on some ranks so that all know how it went.
-
-An error of one becomes the same error on all; an OSError counts as an OutputError. By the clock, whoever waits for the
-others' verdict is joining them, and whoever acts is not: so the watch takes no rank that waits for stuck, and names
-the one that is.
-"""
+"""Ranks that act together, and waiting for other ranks without keeping a core from those that have work."""
 
 import itertools
 import os
 import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
 from mpi4py import MPI
 
 from mpiml.clock import BLOCKED_ON_OTHERS, Clock
-from mpiml.errors import OutputError, RunError
+from mpiml.errors import ConfigError, OutputError, RunError
 
 T = TypeVar("T")
 
@@ -98,55 +92,108 @@ def allgather(comm: MPI.Intracomm, value: T) -> list[T]:
     return [pickle.loads(everything[start:stop]) for start, stop in itertools.pairwise(ends)]
 
 
-def together(comm: MPI.Intracomm, clock: Clock, action: Callable[[], T]) -> T:
-    """Call `action` on every rank; it must not communicate. Collective.
+class Team:
+    """Ranks that act together, and the clock that says what this one is doing.
 
-    Raises, on all ranks alike, the RunError of the lowest rank on which there was one.
+    While a rank waits here for the others its activity is "joining", and while it acts it is not: so the watch takes no
+    rank that waits for stuck, and names the one that is.
+
+    Attributes:
+        launched: the rank that the launcher gave each rank of `comm`: messages name ranks by it.
     """
-    doing = clock.activity
-    result, error = _attempt(clock, action)
-    clock("joining")
-    first = np.array([comm.size if error is None else comm.rank])
-    wait([comm.Iallreduce(MPI.IN_PLACE, first, MPI.MIN)])
-    if first[0] < comm.size:
-        raise _everywhere(broadcast(comm, _portable(error), int(first[0])), int(first[0]))
-    clock(doing)
-    return result  # type: ignore[return-value]
 
+    def __init__(self, comm: MPI.Intracomm, clock: Clock, launched: Sequence[int] | None = None):
+        self.comm, self.clock = comm, clock
+        self.launched = list(range(comm.size) if launched is None else launched)
 
-def on_rank_0(comm: MPI.Intracomm, clock: Clock, action: Callable[[], T]) -> T:
-    """Call `action` on rank 0 alone and return its result on all ranks. Collective.
+    @property
+    def rank(self) -> int:
+        """Of this process among the team."""
+        return self.comm.rank
 
-    Raises, on all ranks alike, the RunError that rank 0 raised.
-    """
-    doing = clock.activity
-    result, error = _attempt(clock, action) if comm.rank == 0 else (None, None)
-    clock("joining")
-    result, portable = broadcast(comm, (result, _portable(error)))
-    clock(doing)
-    if portable:
-        raise _everywhere(portable, 0)
-    return result  # type: ignore[return-value]
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return self.comm.size
 
+    @property
+    def name(self) -> int:
+        """The rank that the launcher gave this process."""
+        return self.launched[self.comm.rank]
 
-def _attempt(clock: Clock, action: Callable[[], T]) -> tuple[T | None, RunError | None]:
-    if clock.activity in BLOCKED_ON_OTHERS:
-        clock("start")
-    try:
-        return action(), None
-    except RunError as error:
-        return None, error
-    except OSError as error:
-        return None, OutputError(f"{error.filename or 'input or output'}: {error.strerror or error}")
+    def wait(self, requests: Sequence[MPI.Request]) -> None:
+        """Return when all requests, which need the other ranks, are complete."""
+        with self.clock.doing("joining"):
+            wait(requests)
+
+    def broadcast(self, value: T, root: int = 0) -> T:
+        """What `value` is on rank `root`, on all ranks; collective."""
+        with self.clock.doing("joining"):
+            return broadcast(self.comm, value, root)
+
+    def allgather(self, value: T) -> list[T]:
+        """The values of all ranks, on all ranks; collective."""
+        with self.clock.doing("joining"):
+            return allgather(self.comm, value)
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Call `action` on every rank; it must not communicate. Collective.
+
+        Raises, on all ranks alike, the RunError of the lowest rank on which there was one.
+        """
+        result, error = self._attempt(action)
+        first = np.array([self.size if error is None else self.rank])
+        self.wait([self.comm.Iallreduce(MPI.IN_PLACE, first, MPI.MIN)])
+        if first[0] < self.size:
+            raise self._everywhere(self.broadcast(_portable(error), int(first[0])), int(first[0]))
+        return result  # type: ignore[return-value]
+
+    def on_rank_0(self, action: Callable[[], T]) -> T:
+        """Call `action` on rank 0 alone and return its result on all ranks. Collective.
+
+        Raises, on all ranks alike, the RunError that rank 0 raised.
+        """
+        result, error = self._attempt(action) if self.rank == 0 else (None, None)
+        result, portable = self.broadcast((result, _portable(error)))
+        if portable:
+            raise self._everywhere(portable, 0)
+        return result  # type: ignore[return-value]
+
+    def check_alike(self, values: Mapping[str, str], hint: str = "") -> None:
+        """Raise ConfigError, on all ranks alike, if some rank has other values than rank 0; collective.
+
+        Args:
+            values: of this rank, under names that a message can use.
+            hint: what to do, for the end of the message.
+        """
+        first = self.broadcast(dict(values))
+
+        def compare() -> None:
+            for name in {**first, **values}:
+                here, there = values.get(name, "none"), first.get(name, "none")
+                if here != there:
+                    where = f"rank {self.name} on {os.uname().nodename}"
+                    text = f"ranks differ in {name}: {here} ({where}), {there} (rank {self.launched[0]})"
+                    raise ConfigError(f"{text}; {hint}" if hint else text)
+
+        self.together(compare)
+
+    def _attempt(self, action: Callable[[], T]) -> tuple[T | None, RunError | None]:
+        """What an action returns, or the RunError that it raises; an OSError counts as an OutputError."""
+        acting = "start" if self.clock.activity in BLOCKED_ON_OTHERS else self.clock.activity
+        with self.clock.doing(acting):
+            try:
+                return action(), None
+            except RunError as error:
+                return None, error
+            except OSError as error:
+                return None, OutputError(f"{error.filename or 'input or output'}: {error.strerror or error}")
+
+    def _everywhere(self, portable: tuple[type[RunError], str] | None, rank: int) -> RunError:
+        assert portable, "the failing rank sent no error"
+        kind, message = portable
+        return kind(message).on_all_ranks(self.launched[rank])
 
 
 def _portable(error: RunError | None) -> tuple[type[RunError], str] | None:
     return (type(error), str(error)) if error else None
-
-
-def _everywhere(portable: tuple[type[RunError], str] | None, rank: int) -> RunError:
-    assert portable, "the failing rank sent no error"
-    kind, message = portable
-    error = kind(message)
-    error.rank, error.everywhere = rank, True
-    return error

@@ -38,7 +38,7 @@ from mpiml.run.deadline import Deadline
 from mpiml.run.failure import Guard, exit_code
 from mpiml.run.process import StopRequest, prepare_process
 from mpiml.run.watch import Watch
-from mpiml.team import on_rank_0, together
+from mpiml.team import Team
 from mpiml.training import resolve, storage
 from mpiml.training.data import open_data
 from mpiml.training.hold import Hold, Opened
@@ -71,39 +71,36 @@ def train(
             job is ended instead, for the others would wait for it for ever.
     """
     comm = MPI.COMM_WORLD if comm is None else comm
-    clock = trace.clock_for(config.trace, comm.size)
-    guard = Guard(comm, clock, PROGRAM)
+    guard = Guard(Team(comm, trace.clock_for(config.trace, comm.size)), PROGRAM)
     with Hold(guard) as hold, guard:
-        return _train(config, comm, model, data, hold, guard)
+        return _train(config, model, data, hold, guard)
 
 
-def _train(
-    asked: Config, comm: MPI.Intracomm, model: Model | None, data: Dataset | None, hold: Hold, guard: Guard
-) -> dict[str, Any]:
-    began, clock = perf_counter(), guard.clock
+def _train(asked: Config, model: Model | None, data: Dataset | None, hold: Hold, guard: Guard) -> dict[str, Any]:
+    began, everyone = perf_counter(), guard.team
     one_job.check_size(MPI.COMM_WORLD.size)
-    one_job.check_alike(comm, clock, one_job.software() | asked.by_flag())
+    everyone.check_alike(one_job.software() | asked.by_flag())
     cfg, before, done = hold.resumed(asked)
     if done:
         return done
     stop = StopRequest(Deadline(cfg.time_limit, os.environ))
-    with Watch(comm.Dup(), clock, cfg.stall_timeout, guard.fail) as watch, stop:
-        together(comm, clock, lambda: check_ranks(comm.size, cfg.pipe))
+    with Watch(everyone.comm.Dup(), everyone.clock, cfg.stall_timeout, guard.fail) as watch, stop:
+        everyone.together(lambda: check_ranks(everyone.size, cfg.pipe))
         if cfg.trace:
-            on_rank_0(comm, clock, lambda: trace.check(cfg.trace, cfg.out))
+            everyone.on_rank_0(lambda: trace.check(cfg.trace, cfg.out))
         prepare_process(cfg.threads)
-        crew = Crew(comm, resolve.busy(cfg, before, comm.size), clock)
+        crew = Crew(everyone, resolve.busy(cfg, before, everyone.size))
         stop.others = crew.asked
 
-        def work(team: MPI.Intracomm) -> dict[str, Any]:
-            dataset, replicas = open_data(cfg, team, clock, data), team.size // cfg.pipe
+        def work(team: Team) -> dict[str, Any]:
+            dataset, replicas = open_data(cfg, team, data), team.size // cfg.pipe
             rows, classes = len(dataset.train), dataset.classification
-            resolved = together(team, clock, lambda: resolve.resolve(cfg, rows, classes, replicas, before))
+            resolved = team.together(lambda: resolve.resolve(cfg, rows, classes, replicas, before))
             if cfg.resume and (done := hold.finished(team, resolved)):  # --epochs has become steps
                 return done
             idle = resolve.idle_text(team.size, crew.idle, resolved.microbatches or 1)
             with freed(grids.build(team, cfg.pipe), team.size) as grid:
-                run = assemble(resolved, dataset, grid, clock, model, storage.check_saved)
+                run = assemble(resolved, dataset, grid, model, storage.check_saved)
                 with freed(run, team.size):
                     return _run(run, dataset.name, hold, [*run.notes, *watch.notes, *idle], stop, began)
 
@@ -112,17 +109,17 @@ def _train(
 
 def _run(run: Run, name: str, hold: Hold, notes: list[str], stop: StopRequest, began: float) -> dict[str, Any]:
     """Train what is assembled, in its directory. Returns the content of result.json."""
-    cfg, clock = run.config, run.clock
+    cfg = run.config
     directory = hold.opened(run, name)
     begin = storage.restore(run, directory.path)
     rows, metric = run.shards.rows_per_step, run.metric.name
-    with log.Log(run.grid.comm, directory.metrics, clock, rows, metric, run.pace()) as logger:
+    with log.Log(run.grid.team, directory.metrics, rows, metric, run.pace()) as logger:
         logger.open_console(begin.step + 1, run.steps, cfg.quiet)
         grid = resolve.grid_text(run.grid.stages, run.grid.replicas, cfg.microbatches or 1)
         for line in [*directory.notes, *notes, *begin.notes, grid]:
             logger.say(line)
         # Numbers that are not finite end the run, with a better message than NumPy's.
-        drawn = trace.written(cfg.trace, run.grid, clock, logger.say)
+        drawn = trace.written(cfg.trace, run.grid, logger.say)
         with run.ahead, np.errstate(all="ignore"), drawn:
             outcome = begin.history | _loop(run, begin, directory, logger, stop)
         outcome["samples_per_second"] = logger.samples_per_second()
@@ -200,7 +197,7 @@ def _refuse_not_finite(run: Run, step: int, record: Record, norm: float | None =
     elif record.bad_entry is not None:
         replicas, total = grid.replicas, run.config.microbatches or 1
         replica = (replicas * (record.bad_entry + 1) - 1) // total
-        rank = grid.launched[grid.rank_of(grid.stages - 1, replica)]
+        rank = grid.team.launched[grid.rank_of(grid.stages - 1, replica)]
         reason = f"the loss is not finite in step {step} (micro-batch {record.bad_entry}, rank {rank})"
     elif norm is not None and not norm < float("inf"):
         reason = f"the gradient is not finite in step {step}"
@@ -228,13 +225,13 @@ def _summary(run: Run, path: Path, outcome: dict[str, Any], logger: log.Log) -> 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code."""
-    comm, clock = MPI.COMM_WORLD, Clock()
+    team = Team(MPI.COMM_WORLD, Clock())
     try:
-        with Guard(comm, clock, PROGRAM):
+        with Guard(team, PROGRAM):
             given = list(sys.argv[1:] if arguments is None else arguments)
-            first, config = on_rank_0(comm, clock, lambda: (given, parse(given, PROGRAM)))
-            config = together(comm, clock, lambda: config if given == first else parse(given, PROGRAM))
-        return int(train(config, comm)["exit_code"])
+            first, config = team.on_rank_0(lambda: (given, parse(given, PROGRAM)))
+            config = team.together(lambda: config if given == first else parse(given, PROGRAM))
+        return int(train(config, team.comm)["exit_code"])
     except BaseException as error:  # reported already, and in a job of several ranks known to all
         return exit_code(error)
 

@@ -5,11 +5,15 @@ from mpi4py import MPI
 
 from mpiml.clock import BLOCKED_ON_OTHERS, Clock
 from mpiml.errors import ConfigError, DataError, RunError
-from mpiml.team import on_rank_0, together
+from mpiml.team import Team
 
 pytestmark = pytest.mark.mpi
 WORLD = MPI.COMM_WORLD
 LAST, MIDDLE = WORLD.size - 1, WORLD.size // 2
+
+
+def team() -> Team:
+    return Team(WORLD, Clock())
 
 
 def fail_on(*ranks: int) -> str:
@@ -28,26 +32,26 @@ def check(error: RunError, rank: int) -> None:
 
 
 def test_together_every_rank_has_its_own_result() -> None:
-    assert together(WORLD, Clock(), fail_on) == f"result of {WORLD.rank}"
+    assert team().together(fail_on) == f"result of {WORLD.rank}"
 
 
 @pytest.mark.parametrize("result", [None, 0, False, [], ()])
 def test_results_that_are_false(result: object) -> None:
-    assert together(WORLD, Clock(), lambda: result) == result
-    assert on_rank_0(WORLD, Clock(), lambda: result) == result
+    assert team().together(lambda: result) == result
+    assert team().on_rank_0(lambda: result) == result
 
 
 @pytest.mark.parametrize("rank", sorted({0, MIDDLE, LAST}))
 def test_together_one_rank_fails(rank: int) -> None:
     with pytest.raises(RunError) as caught:
-        together(WORLD, Clock(), lambda: fail_on(rank))
+        team().together(lambda: fail_on(rank))
     check(caught.value, rank)
 
 
 @pytest.mark.parametrize("lowest", sorted({0, MIDDLE, LAST}))
 def test_together_the_lowest_rank_is_named(lowest: int) -> None:
     with pytest.raises(RunError) as caught:
-        together(WORLD, Clock(), lambda: fail_on(*range(lowest, WORLD.size)))
+        team().together(lambda: fail_on(*range(lowest, WORLD.size)))
     check(caught.value, lowest)
 
 
@@ -58,13 +62,13 @@ def test_on_rank_0_calls_nobody_else() -> None:
         calls.append(WORLD.rank)
         return fail_on()
 
-    assert on_rank_0(WORLD, Clock(), act) == "result of 0"
+    assert team().on_rank_0(act) == "result of 0"
     assert calls == ([0] if WORLD.rank == 0 else [])
 
 
 def test_on_rank_0_fails_everywhere() -> None:
     with pytest.raises(RunError) as caught:
-        on_rank_0(WORLD, Clock(), lambda: fail_on(0))
+        team().on_rank_0(lambda: fail_on(0))
     check(caught.value, 0)
 
 
@@ -72,23 +76,38 @@ def test_work_goes_on_after_a_failure() -> None:
     """All ranks have made the same calls, so the next collective ones match."""
     for rank in (0, LAST):
         with pytest.raises(RunError):
-            together(WORLD, Clock(), lambda rank=rank: fail_on(rank))
-    assert on_rank_0(WORLD, Clock(), lambda: WORLD.size) == WORLD.size
+            team().together(lambda rank=rank: fail_on(rank))
+    assert team().on_rank_0(lambda: WORLD.size) == WORLD.size
     assert WORLD.allreduce(1) == WORLD.size
 
 
 @pytest.mark.parametrize("before", ["joining", "communication", "data"])
 def test_whoever_acts_waits_for_nobody_by_the_clock(before: str) -> None:
     """Else the watch names no rank that is stuck in what it does."""
-    for act in (together, on_rank_0):
+    for act in (Team.together, Team.on_rank_0):
         clock, seen = Clock(), []
         clock(before)
-        act(WORLD, clock, lambda seen=seen, clock=clock: seen.append(clock.activity))
+        act(Team(WORLD, clock), lambda seen=seen, clock=clock: seen.append(clock.activity))
         assert not set(seen) & BLOCKED_ON_OTHERS
         assert clock.activity == before
 
 
 def test_exit_codes_survive() -> None:
     with pytest.raises(RunError) as caught:
-        together(WORLD, Clock(), lambda: fail_on(LAST))
+        team().together(lambda: fail_on(LAST))
     assert caught.value.exit_code == (DataError if LAST % 2 else ConfigError).exit_code
+
+
+def test_ranks_are_named_as_the_launcher_numbers_them() -> None:
+    """A grid numbers its ranks by node, so that its rank 0 may be another than the user's."""
+    turned = MPI.Intracomm(WORLD.Split(0, -WORLD.rank))
+    team = Team(turned, Clock(), turned.allgather(WORLD.rank))
+    assert team.name == WORLD.rank
+    with pytest.raises(RunError) as caught:
+        team.together(lambda: fail_on(0))
+    check(caught.value, 0)
+    if WORLD.size > 1:
+        values = {"cards": "one" if WORLD.rank == 0 else "none"}
+        with pytest.raises(ConfigError, match=rf"ranks differ in cards: one \(rank 0 on .*\), none \(rank {LAST}\)"):
+            team.check_alike(values)
+    turned.Free()

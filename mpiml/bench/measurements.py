@@ -31,6 +31,7 @@ from mpiml.bench.models import (
     repeats,
     tower,
 )
+from mpiml.clock import Clock
 from mpiml.doctor.probes import gemm_rate
 from mpiml.nn.layers import Linear
 from mpiml.nn.optimizers import SGD, Optimizer
@@ -40,7 +41,7 @@ from mpiml.parallel.gradient_sum import OrderedSum
 from mpiml.parallel.memory import PrivateMemory, SharedMemory, share
 from mpiml.parallel.update import Update
 from mpiml.run.process import prepare_process
-from mpiml.team import meet, share_cores
+from mpiml.team import Team, meet, share_cores
 from mpiml.training.trainer import Trainer
 from mpiml.vectors import PIECE, Operands, bytes_of
 
@@ -100,7 +101,7 @@ class Copy(Optimizer):
 def ordered(size: int, memory_kind: str, optimizer: Optimizer) -> tuple[OrderedSum, Update]:
     """The ordered sum of one vector of `size` float32, one micro-batch per rank, and its update."""
     layout = Layout([Parameter((size,), constant(0.0))], np.float32)
-    grid = grids.build(WORLD, 1)
+    grid = grids.build(Team(WORLD, Clock()), 1)
     each = bytes_of(layout.size, layout.dtype)
     memory, problem = share(grid.comm, grid.local, each, each, memory_kind)
     nodes = [1] * grid.replicas if isinstance(memory, PrivateMemory) else grid.nodes

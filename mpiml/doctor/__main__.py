@@ -45,7 +45,7 @@ from mpiml.errors import ConfigError
 from mpiml.run import alarm, one_job
 from mpiml.run.failure import Guard, exit_code
 from mpiml.run.process import prepare_process
-from mpiml.team import on_rank_0
+from mpiml.team import Team
 
 if __name__ == "__main__":
     start.begun()
@@ -61,7 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _look(parse: Callable[[], argparse.Namespace], age: float) -> int:
-    comm, clock = MPI.COMM_WORLD, Clock()
+    comm = MPI.COMM_WORLD
+    team = Team(comm, Clock())
     silent, wrong = comm.rank > 0, ""
     try:
         one_job.check_size(comm.size)
@@ -70,8 +71,8 @@ def _look(parse: Callable[[], argparse.Namespace], age: float) -> int:
     if silent and comm.size == 1:  # another process tells, with its exit code too; some launchers kill it for mine
         return 0
     try:
-        with Guard(comm, clock, PROGRAM):
-            chosen = on_rank_0(comm, clock, parse)
+        with Guard(team, PROGRAM):
+            chosen = team.on_rank_0(parse)
     except ConfigError as error:  # reported already
         return exit_code(error)
     alarm.during("looking at the job")

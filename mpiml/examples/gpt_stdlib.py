@@ -28,7 +28,7 @@ from mpiml.data.dataset import Dataset, Split, open_dataset
 from mpiml.data.formats import Options
 from mpiml.errors import DataError
 from mpiml.run.failure import Guard, exit_code
-from mpiml.team import on_rank_0, together
+from mpiml.team import Team
 from mpiml.train import train
 
 PROGRAM = "mpiml.examples.gpt_stdlib"
@@ -83,15 +83,15 @@ def compare(config: Config, loss: float) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code."""
-    comm, clock = MPI.COMM_WORLD, Clock()
+    team = Team(MPI.COMM_WORLD, Clock())
     try:
-        with Guard(comm, clock, PROGRAM):
-            config = together(comm, clock, lambda: settings(sys.argv[1:] if arguments is None else arguments))
-        result = train(config, comm)
+        with Guard(team, PROGRAM):
+            config = team.together(lambda: settings(sys.argv[1:] if arguments is None else arguments))
+        result = train(config, team.comm)
         if result["status"] != "done" or "test_loss" not in result:
             return int(result["exit_code"])
-        with Guard(comm, clock, PROGRAM):
-            return int(not on_rank_0(comm, clock, lambda: compare(config, result["test_loss"])))
+        with Guard(team, PROGRAM):
+            return int(not team.on_rank_0(lambda: compare(config, result["test_loss"])))
     except BaseException as error:  # reported already
         return exit_code(error)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mpi4py import MPI
 
-from mpiml.team import allgather
+from mpiml.team import Team, allgather
 
 
 @dataclass
@@ -15,10 +15,9 @@ class Grid:
     """This rank's place, and the communicators along the axes.
 
     Attributes:
-        comm: all ranks, renumbered by (node, rank): a node's replicas are neighbours whatever the launcher did.
+        team: all ranks, renumbered by (node, rank): a node's replicas are neighbours whatever the launcher did.
         pipe: the stages of this replica, `stage` of `stages`.
         data: the replicas of this stage, `replica` of `replicas`; the inner axis, so that sums stay on a node.
-        launched: the rank that the launcher gave each rank of `comm`.
         nodes: the number of this stage's replicas on each node, in order.
         node: the ranks of this node; `local`, those of them that are replicas of this stage.
         cores: how many cores the ranks of this node may use, all together.
@@ -26,20 +25,24 @@ class Grid:
         made: the communicators that there are, without those that are others under another name.
     """
 
-    comm: MPI.Intracomm
+    team: Team
     pipe: MPI.Intracomm
     data: MPI.Intracomm
     stage: int
     stages: int
     replica: int
     replicas: int
-    launched: list[int]
     nodes: list[int]
     node: MPI.Intracomm
     local: MPI.Intracomm
     leaders: MPI.Intracomm | None
     cores: int
     made: list[MPI.Intracomm]
+
+    @property
+    def comm(self) -> MPI.Intracomm:
+        """The communicator of all ranks."""
+        return self.team.comm
 
     def free(self) -> None:
         """Give the communicators back: an MPI library has only some thousands. Collective."""
@@ -51,15 +54,16 @@ class Grid:
         return stage * self.replicas + replica
 
 
-def build(comm: MPI.Intracomm, stages: int) -> Grid:
-    """Make the grid; collective over `comm`; `stages` divides their number."""
+def build(team: Team, stages: int) -> Grid:
+    """Make the grid of a team's ranks; collective; `stages` divides their number."""
+    comm = team.comm
     home = nodes_of_ranks(comm)
-    launched = sorted(range(comm.size), key=lambda rank: (home[rank], rank))
-    ordered = MPI.Intracomm(comm.Create(comm.Get_group().Incl(launched)))
+    order = sorted(range(comm.size), key=lambda rank: (home[rank], rank))
+    ordered = MPI.Intracomm(comm.Create(comm.Get_group().Incl(order)))
     stage, replica = divmod(ordered.rank, ordered.size // stages)
     pipe, data = (MPI.Intracomm(ordered.Split(other)) for other in (replica, stage))
     here = home[comm.rank]
-    of_stage = [home[rank] for rank in launched[stage * data.size : (stage + 1) * data.size]]
+    of_stage = [home[rank] for rank in order[stage * data.size : (stage + 1) * data.size]]
     node, local, leaders, made = ordered, data, None, [pipe, data, ordered]
     if len(set(home)) > 1:
         node, local = (MPI.Intracomm(among.Split(here)) for among in (ordered, data))
@@ -67,14 +71,13 @@ def build(comm: MPI.Intracomm, stages: int) -> Grid:
         leaders = None if first == MPI.COMM_NULL else MPI.Intracomm(first)
         made += [comm for comm in (node, local, leaders) if comm]
     return Grid(
-        comm=ordered,
+        team=Team(ordered, team.clock, [team.launched[rank] for rank in order]),
         pipe=pipe,
         data=data,
         stage=stage,
         stages=stages,
         replica=replica,
         replicas=data.size,
-        launched=launched,
         nodes=[of_stage.count(name) for name in dict.fromkeys(of_stage)],
         node=node,
         local=local,

@@ -191,8 +191,7 @@ def share(
         return memory, None
     if kind == "shared":
         refusal = ConfigError(f"--memory shared: {problems[0]}; auto or private would work")
-        refusal.everywhere = True
-        raise refusal
+        raise refusal.on_all_ranks()
     return PrivateMemory(), f"{problems[0]}: each rank keeps its own copy of the model"
 
 

@@ -37,7 +37,7 @@ from mpiml.run import alarm, environment
 from mpiml.run.directory import write_atomically
 from mpiml.run.failure import Guard
 from mpiml.run.process import prepare_process
-from mpiml.team import meet
+from mpiml.team import Team, meet
 from mpiml.training.data import open_data
 from mpiml.training.job import job_of, kind
 from mpiml.training.trainer import Trainer, on_arrays
@@ -228,10 +228,11 @@ class Calibration:
 def main() -> None:
     """Measure, and let rank 0 write what is found."""
     comm = MPI.COMM_WORLD
-    with Guard(comm, Clock(), "mpiml.predict.calibration"):
+    team = Team(comm, Clock())
+    with Guard(team, "mpiml.predict.calibration"):
         config = parse(sys.argv[2:])
         prepare_process(config.threads)
-        data = open_data(config, comm, Clock(), None)
+        data = open_data(config, team, None)
         machine = Calibration(comm, config, data).machine()
         if comm.rank == 0:
             write_atomically(Path(sys.argv[1]), machine.to_json())

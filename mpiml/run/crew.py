@@ -8,10 +8,9 @@ from typing import Any
 
 from mpi4py import MPI
 
-from mpiml.clock import Clock
 from mpiml.errors import RunError
 from mpiml.run.process import StopRequest
-from mpiml.team import broadcast, wait
+from mpiml.team import Team, broadcast, wait
 
 NAP = 0.01  # seconds between two looks of a rank that waits
 
@@ -26,14 +25,14 @@ class Crew:
         idle: how many wait.
     """
 
-    def __init__(self, comm: MPI.Intracomm, busy: int, clock: Clock):
-        self.idle, self.clock = comm.size - busy, clock
-        self.team: MPI.Intracomm | None = comm
+    def __init__(self, everyone: Team, busy: int):
+        comm, self.idle, self.clock = everyone.comm, everyone.size - busy, everyone.clock
+        self.team: Team | None = everyone
         self._stops: list[MPI.Request] = []
         if self.idle:
             self._everyone = comm.Dup()
-            team = comm.Split(0 if comm.rank < busy else MPI.UNDEFINED, comm.rank)
-            self.team = None if team == MPI.COMM_NULL else MPI.Intracomm(team)
+            working = comm.Split(0 if comm.rank < busy else MPI.UNDEFINED, comm.rank)
+            self.team = None if working == MPI.COMM_NULL else Team(MPI.Intracomm(working), self.clock)
             waiting = range(busy, comm.size) if comm.rank == 0 else ()
             self._stops = [self._everyone.Irecv(bytearray(), rank) for rank in waiting]
 
@@ -41,7 +40,7 @@ class Crew:
         """Whether one more rank that waits has been asked to stop. Rank 0 knows."""
         return MPI.Request.Testany(self._stops)[0] != MPI.UNDEFINED
 
-    def run(self, work: Callable[[MPI.Intracomm], dict[str, Any]], stop: StopRequest) -> dict[str, Any]:
+    def run(self, work: Callable[[Team], dict[str, Any]], stop: StopRequest) -> dict[str, Any]:
         """What `work(team)` returns on the ranks that work, or the error that all of them raise, on all ranks alike.
 
         An error of one rank alone passes: it ends the whole job.
@@ -72,12 +71,10 @@ class Crew:
             wait(self._stops)
             self._everyone.Free()
             if self.team is not None:
-                self.team.Free()
+                self.team.comm.Free()
 
 
-def _attempt(
-    work: Callable[[MPI.Intracomm], dict[str, Any]], team: MPI.Intracomm
-) -> tuple[dict[str, Any], RunError | None]:
+def _attempt(work: Callable[[Team], dict[str, Any]], team: Team) -> tuple[dict[str, Any], RunError | None]:
     try:
         return work(team), None
     except RunError as error:

@@ -14,12 +14,13 @@ from typing import Any
 
 from mpi4py import MPI
 
-from mpiml.clock import BLOCKED_ON_OTHERS, Clock
+from mpiml.clock import BLOCKED_ON_OTHERS
 from mpiml.errors import DirectoryError, OutputError, RunError, StallError, known_to_all
 from mpiml.run import alarm, lock
 from mpiml.run.alarm import within
 from mpiml.run.console import say
 from mpiml.run.directory import FAILED, read_result, update_result
+from mpiml.team import Team
 
 # Seconds in which a failing process tries to ...
 WRITING = 5.0  # write the reason down,
@@ -41,8 +42,8 @@ class Guard:
         run: the run directory, once it is known, and a `token` for this job that all ranks share.
     """
 
-    def __init__(self, comm: MPI.Intracomm, clock: Clock, program: str):
-        self.comm, self.clock, self.program = comm, clock, program
+    def __init__(self, team: Team, program: str):
+        self.team, self.comm, self.clock, self.program = team, team.comm, team.clock, program
         self.run: Path | None = None
         self.token = ""
         self._lock = threading.Lock()

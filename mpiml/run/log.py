@@ -13,14 +13,14 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from mpiml import documents
-from mpiml.clock import SHARES, Clock
+from mpiml.clock import SHARES
 from mpiml.run import environment
 from mpiml.run.console import say, width
 from mpiml.run.directory import named_errors, write_atomically
 from mpiml.run.metrics import content_of, lines
 from mpiml.run.step_times import StepTimes, median
 from mpiml.run.stragglers import Pace
-from mpiml.team import on_rank_0, wait
+from mpiml.team import Team
 
 CONSOLE_PAUSE = 5.0  # seconds between lines where nobody sits at a terminal
 
@@ -29,21 +29,21 @@ class Log:
     """Collective: every rank calls every method.
 
     Args:
-        comm: all ranks.
+        team: all ranks.
         metrics: the file; only rank 0 writes it.
-        clock: of this rank.
         rows: of a step on average, for samples per second.
         metric: name of the metric.
         pace: finds out who is slow.
     """
 
-    def __init__(self, comm: MPI.Intracomm, metrics: Path, clock: Clock, rows: float, metric: str, pace: Pace):
-        self.comm, self.metrics, self.clock, self.rows, self.metric = comm, metrics, clock, rows, metric
+    def __init__(self, team: Team, metrics: Path, rows: float, metric: str, pace: Pace):
+        self.team, self.comm, self.clock = team, team.comm, team.clock
+        self.metrics, self.rows, self.metric = metrics, rows, metric
         self.pace = pace
         self._named: set[int] = set()
         self.times = StepTimes()
         self._recent, self._recent_seconds = 0, 0.0  # steps since the last line
-        self._shares = np.array(clock.shares())
+        self._shares = np.array(team.clock.shares())
         self._console: Console | None = None
 
     def open_console(self, first: int, last: int, quiet: bool) -> None:
@@ -77,8 +77,7 @@ class Log:
         mine = np.concatenate([seconds, [self._recent_seconds, self.pace.crowded]])
         steps, self._recent, self._recent_seconds = self._recent, 0, 0.0
         everyones = np.empty((self.comm.size, len(mine)))
-        self.clock("joining")
-        wait([self.comm.Igather(mine, everyones)])
+        self.team.wait([self.comm.Igather(mine, everyones)])
 
         def entry() -> dict[str, Any]:
             speed, times = self._times(everyones, steps)
@@ -134,14 +133,14 @@ class Log:
         if not self.times.steps:
             return None
         slowest = self.times.sample()
-        wait([self.comm.Iallreduce(MPI.IN_PLACE, slowest, MPI.MAX)])
+        self.team.wait([self.comm.Iallreduce(MPI.IN_PLACE, slowest, MPI.MAX)])
         return round(self.rows / median(slowest), 1)
 
     def where_the_time_went(self) -> dict[str, float]:
         """The mean over ranks of each share of the time of all steps."""
         mine = np.array(self.clock.shares())
         total = np.empty_like(mine)
-        wait([self.comm.Iallreduce(mine, total)])
+        self.team.wait([self.comm.Iallreduce(mine, total)])
         return dict(zip(SHARES, (total / max(total.sum(), 1e-9)).tolist(), strict=True))
 
     def _write(self, entry: Callable[[], dict[str, Any]]) -> None:
@@ -151,7 +150,7 @@ class Log:
             with named_errors("write", self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
                 file.write(documents.to_json(entry()) + "\n")
 
-        on_rank_0(self.comm, self.clock, append)
+        self.team.on_rank_0(append)
 
 
 class Console:

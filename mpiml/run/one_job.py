@@ -6,13 +6,10 @@ import os
 from collections.abc import Mapping
 
 import numpy as np
-from mpi4py import MPI
 
 import mpiml
-from mpiml.clock import Clock
 from mpiml.errors import ConfigError
 from mpiml.run.environment import mpi_library
-from mpiml.team import broadcast, together
 
 HINT = "start it by the mpirun of that MPI library, or by srun --mpi=pmi2 or --mpi=pmix (srun --mpi=list)"
 
@@ -49,31 +46,10 @@ def check_size(size: int, environment: Mapping[str, str] = os.environ) -> None:
         return
     library = mpi_library()
     error = ConfigError(f"{expected} processes were started, but {library} makes them jobs of {size}: {HINT}")
-    error.everywhere, error.silent = True, not is_first(environment)
-    raise error
+    error.silent = not is_first(environment)
+    raise error.on_all_ranks()
 
 
 def software() -> dict[str, str]:
     """What has to be the same on all ranks of a run."""
     return {"MPI library": mpi_library(), "mpiml": mpiml.__version__, "NumPy": np.__version__}
-
-
-def check_alike(comm: MPI.Intracomm, clock: Clock, mine: Mapping[str, str], hint: str = "") -> None:
-    """Raise ConfigError, on all ranks alike, if some rank has other values than rank 0; collective.
-
-    Args:
-        mine: what this rank has, under names that a message can use.
-        hint: what to do, for the end of the message.
-    """
-    with clock.doing("joining"):
-        first = broadcast(comm, dict(mine))
-
-    def compare() -> None:
-        for name in {**first, **mine}:
-            here, there = mine.get(name, "none"), first.get(name, "none")
-            if here != there:
-                where = f"rank {comm.rank} on {os.uname().nodename}"
-                text = f"ranks differ in {name}: {here} ({where}), {there} (rank 0)"
-                raise ConfigError(f"{text}; {hint}" if hint else text)
-
-    together(comm, clock, compare)

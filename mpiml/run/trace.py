@@ -18,12 +18,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from mpi4py import MPI
 
-from mpiml.clock import Clock
+from mpiml.clock import Activity, Clock
 from mpiml.errors import ConfigError, OutputError, RunError
 from mpiml.run.console import say as say_to
 from mpiml.run.directory import is_own, named_errors, temporary, write_atomically
 from mpiml.run.offsets import Ruler
-from mpiml.team import on_rank_0, wait
+from mpiml.team import Team, wait
 
 EVENTS = 500_000  # in a file, of all ranks: about 50 MB, which a browser still takes
 LEAST = 2_000  # of a rank, however many ranks there are
@@ -62,7 +62,7 @@ class Recorder(Clock):
         self.limit = max(EVENTS // ranks, LEAST)
         self.events: deque[Noted] = deque([(self._since, 0, None, self.activity, -1)], self.limit)
 
-    def __call__(self, activity: str) -> None:
+    def __call__(self, activity: Activity) -> None:
         super().__call__(activity)
         self.events.append((self._since, self.step, self.within, activity, -1))
 
@@ -76,7 +76,7 @@ class Recorder(Clock):
         self.events.append((time, self.step, self.within, part, microbatch))
 
     @contextmanager
-    def booked(self, name: str) -> Iterator[None]:
+    def booked(self, name: Activity) -> Iterator[None]:
         """As of a Clock; the part of computing that it interrupts goes on after it."""
         before = self.events[-1]
         with super().booked(name):
@@ -92,10 +92,9 @@ class Recorder(Clock):
 class Grid(Protocol):
     """What a timeline needs of a grid (mpiml.parallel.grid)."""
 
-    comm: MPI.Intracomm
     node: MPI.Intracomm
     leaders: MPI.Intracomm | None
-    launched: list[int]
+    team: Team
     replicas: int
 
 
@@ -124,11 +123,12 @@ def check(path: str | None, run: str | None) -> None:
 
 
 @contextmanager
-def written(path: str | None, grid: Grid, clock: Clock, say: Callable[[str], None]) -> Iterator[None]:
+def written(path: str | None, grid: Grid, say: Callable[[str], None]) -> Iterator[None]:
     """Write the timeline when a block ends, also if it ends by an error that all ranks know of; collective.
 
     If it cannot be written, rank 0 says so: no reason to call a run failed.
     """
+    clock = grid.team.clock
     if not (path and isinstance(clock, Recorder)):
         yield
         return
@@ -147,16 +147,16 @@ def _write(path: Path, grid: Grid, clock: Recorder, ruler: Ruler) -> str:
     """Returns what there is to say about it."""
     clock("log")
     known = np.array([clock.first])
-    wait([grid.comm.Iallreduce(MPI.IN_PLACE, known, MPI.MAX)])
+    wait([grid.team.comm.Iallreduce(MPI.IN_PLACE, known, MPI.MAX)])
     first = min(int(known[0]), clock.step)  # the last step is shown even if not the whole of it is there
     noted = [event for event in clock.events if event[1] >= first]
     steps = f"{next((event[1] for event in noted if event[1]), 0)} to {clock.step}"
     ruler.finish()
     *times, end = ruler.times([*(event[0] for event in noted), perf_counter()])
     origin = np.array(times[:1])
-    wait([grid.comm.Iallreduce(MPI.IN_PLACE, origin, MPI.MIN)])
+    wait([grid.team.comm.Iallreduce(MPI.IN_PLACE, origin, MPI.MIN)])
     events = [Event(time, *event[1:]) for time, event in zip(times, noted, strict=True)]
-    everyones = grid.comm.gather(lines(1 + grid.comm.rank, spans(events, end), float(origin[0])))
+    everyones = grid.team.comm.gather(lines(1 + grid.team.comm.rank, spans(events, end), float(origin[0])))
 
     def write() -> str:
         import gzip
@@ -170,13 +170,14 @@ def _write(path: Path, grid: Grid, clock: Recorder, ruler: Ruler) -> str:
             return ""
         return f"timeline: {path}" + (f" (from step {first} on; what was before did not fit)" if first else "")
 
-    return on_rank_0(grid.comm, clock, write)
+    return grid.team.on_rank_0(write)
 
 
 def tracks(grid: Grid) -> list[str]:
     """The names of all ranks' tracks, by stage and replica."""
-    places = [divmod(rank, grid.replicas) for rank in range(grid.comm.size)]
-    return [f"rank {grid.launched[r]}: stage {stage}, replica {replica}" for r, (stage, replica) in enumerate(places)]
+    places = [divmod(rank, grid.replicas) for rank in range(grid.team.size)]
+    named = zip(grid.team.launched, places, strict=True)
+    return [f"rank {name}: stage {stage}, replica {replica}" for name, (stage, replica) in named]
 
 
 def spans(events: Sequence[Event], end: float) -> Iterator[Span]:

@@ -29,6 +29,7 @@ from mpiml.run import alarm, environment, one_job
 from mpiml.run.directory import write_atomically
 from mpiml.run.failure import Guard, exit_code
 from mpiml.run.process import prepare_process
+from mpiml.team import Team
 from mpiml.training.data import open_data
 from mpiml.training.trainer import Trainer
 
@@ -58,19 +59,21 @@ def measure(comm: MPI.Intracomm, trainer: Trainer, warm_up: int, steps: int) -> 
 def main() -> int:
     """Measure a point. Returns the exit code."""
     try:
-        with Guard(MPI.COMM_WORLD, Clock(), "mpiml.scaling.timing"):
-            one_job.check_size(MPI.COMM_WORLD.size)
-            point(MPI.COMM_WORLD, Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), parse(sys.argv[4:]))
+        team = Team(MPI.COMM_WORLD, Clock())
+        with Guard(team, "mpiml.scaling.timing"):
+            one_job.check_size(team.size)
+            point(team, Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), parse(sys.argv[4:]))
         return 0
     except BaseException as error:  # reported already
         return exit_code(error)
 
 
-def point(comm: MPI.Intracomm, path: Path, warm_up: int, steps: int, config: Config) -> None:
+def point(team: Team, path: Path, warm_up: int, steps: int, config: Config) -> None:
     """Measure a point and let rank 0 write what is found, with all that it depends on, to `path`; collective."""
+    comm = team.comm
     check_ranks(comm.size, config.pipe)
     prepare_process(config.threads)
-    data = open_data(config, comm, Clock(), None)
+    data = open_data(config, team, None)
     trainer = Trainer(comm, config.replace(steps=warm_up + steps, epochs=None), data)
     with trainer.run.ahead:
         found = measure(comm, trainer, warm_up, steps)

@@ -23,13 +23,13 @@ from mpiml.data.shards import Shards, classes_seen, starved
 from mpiml.data.sources import Indices, Source
 from mpiml.errors import ConfigError, DataError
 from mpiml.parallel.grid import Grid
-from mpiml.team import allgather, broadcast, on_rank_0, together, wait
+from mpiml.team import Team
 from mpiml.training import resolve
 
 T = TypeVar("T")
 
 
-def open_data(config: Config, comm: MPI.Intracomm, clock: Clock, data: Dataset | None) -> Dataset:
+def open_data(config: Config, team: Team, data: Dataset | None) -> Dataset:
     """The data set that the settings name, or `data`, the same on all ranks; collective.
 
     Raises, on all ranks alike, DataError or ConfigError if there is none, or if some rank has another.
@@ -44,18 +44,17 @@ def open_data(config: Config, comm: MPI.Intracomm, clock: Clock, data: Dataset |
             stored = config.resume and "data" not in (config.given or ())
             raise DataError(f"{error}{elsewhere if stored else ''}") from error
 
-    clock("data")
-    mine, fingerprint = together(comm, clock, naming(comm.rank, comm.size, opened))
-    with clock.doing("joining"):
-        first = broadcast(comm, fingerprint)
+    team.clock("data")
+    mine, fingerprint = team.together(naming(team, opened))
+    first = team.broadcast(fingerprint)
 
     def same() -> None:
         if other := difference(fingerprint, first, "on rank 0"):
             raise DataError(f"{mine.name}: ranks have different data: {other}")
 
-    together(comm, clock, naming(comm.rank, comm.size, same))
+    team.together(naming(team, same))
     if mine.check:
-        on_rank_0(comm, clock, naming(comm.rank, comm.size, mine.check))
+        team.on_rank_0(naming(team, mine.check))
     return mine
 
 
@@ -77,7 +76,6 @@ class Seen:
 def look_at(
     data: Dataset,
     grid: Grid,
-    clock: Clock,
     train: Indices | None,
     test: Indices,
     classes: int | None,
@@ -96,6 +94,7 @@ def look_at(
         tokens: how many token ids there are, if that has been said and is not the number of classes.
         ignore: the label that means no label, if there is one.
     """
+    team = grid.team
     ends = {"x": grid.stage == 0, "y": grid.stage == grid.stages - 1}
     also = both and any(ends.values())
     classes = classes or data.classes
@@ -108,11 +107,10 @@ def look_at(
         findings = []
         for split_, rows, column in columns:
             hold = ends[column] or (also and split_ is data.train)
-            findings.append(_read(clock, getattr(split_, column), rows, hold, ends[column], ignored[column]))
+            findings.append(_read(team.clock, getattr(split_, column), rows, hold, ends[column], ignored[column]))
         return findings
 
-    mine = together(grid.comm, clock, naming(grid.launched[grid.comm.rank], grid.comm.size, read))
-    everyones = allgather(grid.comm, mine)
+    everyones = team.allgather(team.together(naming(team, read)))
     for (split_, _, column), findings in zip(columns, zip(*everyones, strict=True), strict=True):
         source: Source = getattr(split_, column)
         found = _sound(data, grid, source, column, findings, limits[column])
@@ -134,12 +132,14 @@ def _sound(
     if wrong := problem(data, column, found, limit):
         problems = [problem(data, column, its, limit) for its in findings]
         reader = next(rank for rank, its in enumerate(problems) if its and its[1] == wrong[1])
-        raise _alike(DataError(f"{source.name}: {wrong[0]} {wrong[1]}"), grid.launched[reader], grid.comm.size)
+        error = DataError(f"{source.name}: {wrong[0]} {wrong[1]}")
+        raise _of_rank(error, grid.team, reader).on_all_ranks(grid.team.launched[reader])
     return found
 
 
-def measure(data: Dataset, grid: Grid, clock: Clock, shards: Shards) -> Normalization:
+def measure(data: Dataset, grid: Grid, shards: Shards) -> Normalization:
     """Mean and deviation of the inputs over all training rows, each read by one rank; collective."""
+    team, clock = grid.team, grid.team.clock
 
     def mine() -> list[Moments]:
         if data.language_model:
@@ -148,21 +148,21 @@ def measure(data: Dataset, grid: Grid, clock: Clock, shards: Shards) -> Normaliz
         block = range(shards.first, shards.last) if grid.stage == 0 else ()
         return [moments(data.train.x, shards.numbers(m), clock.progress) for m in block]
 
-    everyones = grid.comm.gather(together(grid.comm, clock, mine))
-    return on_rank_0(grid.comm, clock, lambda: Normalization.of(itertools.chain(*(everyones or []))))
+    everyones = team.comm.gather(team.together(mine))
+    return team.on_rank_0(lambda: Normalization.of(itertools.chain(*(everyones or []))))
 
 
-def look_for_starving(data: Dataset, grid: Grid, clock: Clock, shards: Shards, classes: int) -> list[str]:
+def look_for_starving(data: Dataset, grid: Grid, shards: Shards, classes: int) -> list[str]:
     """A warning if the shards of sorted labels have only some of the classes each; collective."""
     if not data.classification or data.language_model or shards.strided:
         return []
     found = np.zeros(classes + shards.microbatches, np.int64)
     counts, seen = found[:classes], found[classes:]
+    team, clock = grid.team, grid.team.clock
     if grid.stage == grid.stages - 1:
         clock("data")
         counts[:], seen[:] = classes_seen(shards, classes, clock.progress)
-    clock("joining")
-    wait([grid.comm.Iallreduce(MPI.IN_PLACE, found)])
+    team.wait([team.comm.Iallreduce(MPI.IN_PLACE, found)])
     warning = starved(counts, seen)
     return [f"warning: {warning}"] if warning else []
 
@@ -174,24 +174,17 @@ def _read(clock: Clock, source: Source, rows: Indices, hold: bool, look: bool, i
     return inspect(source, rows, ignore, clock.progress) if look else Findings()
 
 
-def _alike(error: DataError, rank: int, ranks: int) -> DataError:
-    """An error that every rank comes to by itself from what all know, of data that `rank` has read."""
-    error = _of_rank(error, rank, ranks)
-    error.rank, error.everywhere = rank, True
-    return error
-
-
-def naming(rank: int, ranks: int, action: Callable[[], T]) -> Callable[[], T]:
+def naming(team: Team, action: Callable[[], T]) -> Callable[[], T]:
     """`action`, which names this rank in a DataError that it raises: a file may be bad on one node alone."""
 
     def named() -> T:
         try:
             return action()
         except DataError as error:
-            raise _of_rank(error, rank, ranks) from error
+            raise _of_rank(error, team, team.rank) from error
 
     return named
 
 
-def _of_rank(error: DataError, rank: int, ranks: int) -> DataError:
-    return DataError(f"{error} (rank {rank})" if ranks > 1 else str(error))
+def _of_rank(error: DataError, team: Team, rank: int) -> DataError:
+    return DataError(f"{error} (rank {team.launched[rank]})" if team.size > 1 else str(error))

@@ -63,8 +63,7 @@ class Evaluation:
         if record.bad_entry is not None:
             reason = f"the test loss is not finite after step {step} (chunk {record.bad_entry})"
             error = NotFiniteError(f"{reason}; a smaller --lr, --warmup-steps or --clip may help")
-            error.everywhere = True
-            raise error
+            raise error.on_all_ranks()
         return record
 
     def _chunks(self, sums: Sums, rounds: Rounds | None) -> Iterator[tuple[Batch, NDArray[np.float64]]]:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpi4py import MPI
-
 from mpiml import documents
 from mpiml.config import Config
 from mpiml.data.fingerprint import difference
@@ -29,7 +27,7 @@ from mpiml.run.directory import (
     write_result,
 )
 from mpiml.run.failure import Guard
-from mpiml.team import broadcast, on_rank_0
+from mpiml.team import Team
 from mpiml.training.run import Run
 from mpiml.training.saved import CODE, settings_in, settings_of
 
@@ -91,7 +89,7 @@ class Hold:
     """
 
     def __init__(self, guard: Guard):
-        self.guard, self.comm, self.clock = guard, guard.comm, guard.clock
+        self.guard = guard
         self._directory: RunDirectory | None = None  # on rank 0
         self._before: dict[str, Any] = {}  # the result of the job before
 
@@ -120,12 +118,12 @@ class Hold:
                     self._take(RunDirectory.create(asked.out, ""), resume=True)
             return cfg, stored, done
 
-        cfg, stored, done = on_rank_0(self.comm, self.clock, look)
-        self._tell(self.comm)
+        cfg, stored, done = self.guard.team.on_rank_0(look)
+        self._tell(self.guard.team)
         return cfg, stored, done
 
-    def finished(self, comm: MPI.Intracomm, cfg: Config) -> dict[str, Any] | None:
-        """The result of a run that, as is known only by now, has nothing left to do; collective over `comm`."""
+    def finished(self, team: Team, cfg: Config) -> dict[str, Any] | None:
+        """The result of a run that, as is known only by now, has nothing left to do; collective over `team`."""
 
         def look() -> dict[str, Any] | None:
             done = _finished(cfg, self._before)
@@ -133,7 +131,7 @@ class Hold:
                 write_result(self._directory.path, done)
             return done
 
-        done: dict[str, Any] | None = on_rank_0(comm, self.clock, look)
+        done: dict[str, Any] | None = team.on_rank_0(look)
         return done
 
     def opened(self, run: Run, name: str) -> Opened:
@@ -162,8 +160,8 @@ class Hold:
             warnings = [f"warning: {text}" for text in (*environment.warnings(ranks or []), *changes)]
             return Opened(path, self._directory.token, [*warnings, *self._directory.notes, *_notes(self._before)])
 
-        known: Opened = on_rank_0(comm, self.clock, write)
-        self._tell(comm)
+        known: Opened = run.grid.team.on_rank_0(write)
+        self._tell(run.grid.team)
         return known
 
     def _take(self, directory: RunDirectory, resume: bool) -> None:
@@ -175,9 +173,8 @@ class Hold:
         before = {key: value for key, value in self._before.items() if key != "traceback"}
         write_result(directory.path, {"step": 0, "saved": 0} | before | RUNNING)
 
-    def _tell(self, comm: MPI.Intracomm) -> None:
-        with self.clock.doing("joining"):
-            self.guard.run, self.guard.token = broadcast(comm, (self.guard.run, self.guard.token))
+    def _tell(self, team: Team) -> None:
+        self.guard.run, self.guard.token = team.broadcast((self.guard.run, self.guard.token))
 
 
 def _finished(cfg: Config, result: dict[str, Any]) -> dict[str, Any] | None:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from mpiml.clock import Clock
 from mpiml.config import Config
 from mpiml.nn.parameters import Gradients, Layout
 from mpiml.parallel.gradient_sum import GradientSum, LibrarySum, OrderedSum
@@ -22,9 +21,7 @@ from mpiml.vectors import bytes_of
 Agree = Callable[[NDArray[np.float64], bool, bool], Record]
 
 
-def place(
-    config: Config, grid: Grid, layout: Layout, columns: int, clock: Clock
-) -> tuple[GradientSum, Agree, list[str]]:
+def place(config: Config, grid: Grid, layout: Layout, columns: int) -> tuple[GradientSum, Agree, list[str]]:
     """The stage's gradient sum and the agreement on the step record, in the memory that `config` asks for.
 
     Collective. `columns` are those of the record's table. Also returns what there is to say.
@@ -42,7 +39,7 @@ def place(
     notes = [f"warning: {text}" for text in (problem, also) if text]
     nodes = [1] * grid.replicas if isinstance(memory, PrivateMemory) else grid.nodes
     bucket = math.ceil(config.bucket * 2**20 / layout.dtype.itemsize)
-    sum_ = OrderedSum(grid.data, memory, nodes, *sum_arguments, bucket, clock)
+    sum_ = OrderedSum(grid.data, memory, nodes, *sum_arguments, bucket, grid.team.clock)
     if isinstance(board, SharedMemory):
         return sum_, Agreement(grid, board, microbatches, columns), notes
     return sum_, private, notes

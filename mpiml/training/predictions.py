@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from mpiml.clock import Clock
 from mpiml.errors import ConfigError
 from mpiml.nn.parameters import Shape
 from mpiml.parallel.stage import Part
 from mpiml.partition import part
 from mpiml.run.directory import Parts, replacing
-from mpiml.team import broadcast, on_rank_0, wait
+from mpiml.team import wait
 from mpiml.training.evaluation import Evaluation
 from mpiml.training.task import Task
 
@@ -54,11 +53,10 @@ class Predictions:
         self._kept.append(np.ascontiguousarray(found, self.dtype).reshape(len(y), *self.shape))
         return self._score(y, labels, measured)
 
-    def write(self, path: Path, tests: Evaluation, clock: Clock) -> None:
+    def write(self, path: Path, tests: Evaluation) -> None:
         """Write those of all replicas; collective. Raises OutputError, on all ranks alike, if that fails."""
-        grid = tests.grid
-        clock("joining")
-        shape, dtype = broadcast(grid.comm, (self.shape, self.dtype), grid.rank_of(grid.stages - 1, 0))
+        grid, clock = tests.grid, tests.grid.team.clock
+        shape, dtype = grid.team.broadcast((self.shape, self.dtype), grid.rank_of(grid.stages - 1, 0))
         arrays = self._gathered(tests, shape, dtype)
 
         def written() -> None:
@@ -72,8 +70,8 @@ class Predictions:
 
         mine = grid.comm.rank > 0 and grid.stage == grid.stages - 1
         sent = [grid.comm.Isend(array, 0) for array in self._kept] if mine else []
-        on_rank_0(grid.comm, clock, written)
-        wait(sent)
+        grid.team.on_rank_0(written)
+        grid.team.wait(sent)
 
     def _gathered(self, tests: Evaluation, shape: Shape, dtype: DTypeLike) -> Iterator[Rows]:
         """On rank 0, all chunks in their order."""

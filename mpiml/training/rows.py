@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
-from mpiml.clock import Clock
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset, Split
 from mpiml.data.normalize import Normalization, NormalizedSource
@@ -20,7 +19,6 @@ from mpiml.data.shards import Shards
 from mpiml.errors import DataError
 from mpiml.parallel.grid import Grid
 from mpiml.partition import part
-from mpiml.team import together
 from mpiml.training.data import look_at, look_for_starving, measure
 from mpiml.training.evaluation import Evaluation
 from mpiml.training.task import Task
@@ -38,7 +36,7 @@ class RowsOfRun:
     notes: list[str]
 
 
-def look_at_rows(config: Config, data: Dataset, grid: Grid, clock: Clock) -> RowsOfRun:
+def look_at_rows(config: Config, data: Dataset, grid: Grid) -> RowsOfRun:
     """The rows to train and to test on, as the settings want them; collective over the grid.
 
     Raises, on all ranks alike, DataError or ConfigError for rows that cannot be used.
@@ -54,16 +52,16 @@ def look_at_rows(config: Config, data: Dataset, grid: Grid, clock: Clock) -> Row
         shuffle=config.shuffle,
         block_rows=config.block_rows,
         strided=config.shards == "strided",
-        transform=together(grid.comm, clock, functools.partial(find_transform, config, data)),
+        transform=grid.team.together(functools.partial(find_transform, config, data)),
     )
     tests = Evaluation(data.test, config.eval_rows, grid, config.dtype)
     also, ignore = shards.transform is not None, data.ignored(config.ignore)
-    seen = look_at(data, grid, clock, shards.rows(), tests.rows(), config.classes, both=also, ignore=ignore)
+    seen = look_at(data, grid, shards.rows(), tests.rows(), config.classes, both=also, ignore=ignore)
     shards.split, tests.split = (split.ignoring(ignore) for split in (data.train, data.test))
-    notes = [*seen.notes, *look_for_starving(data, grid, clock, shards, seen.outputs)]
+    notes = [*seen.notes, *look_for_starving(data, grid, shards, seen.outputs)]
     normalization = None
     if config.normalize:
-        normalization = measure(data, grid, clock, shards)
+        normalization = measure(data, grid, shards)
         shards.split, tests.split = (normalized(s, normalization, config.dtype) for s in (shards.split, tests.split))
     task = Task(data.train.x.shape, data.train.y.shape, data.classification, seen.outputs, seen.tokens, ignore)
     return RowsOfRun(shards, tests, task, normalization, notes)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mpiml import team
 from mpiml.clock import Clock
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
@@ -28,9 +27,8 @@ from mpiml.parallel.stage import Part, TrainingStage
 from mpiml.parallel.state import State
 from mpiml.parallel.update import Update
 from mpiml.partition import part
-from mpiml.run import one_job
 from mpiml.run.stragglers import Pace
-from mpiml.team import on_rank_0, together
+from mpiml.team import share_cores
 from mpiml.training.evaluation import Evaluation
 from mpiml.training.model import Model, build_loss, build_metric, constants, described, model_for, objective
 from mpiml.training.place import Agree, gradients, place
@@ -100,7 +98,7 @@ class Run:
         grid, config = self.grid, self.config
         blocks = (part(replica, grid.replicas, config.microbatches or 1) for replica in range(grid.replicas))
         crowded = grid.node.size * config.threads > grid.cores
-        return Pace(grid.stages, [stop - start for start, stop in blocks], grid.launched, crowded)
+        return Pace(grid.stages, [stop - start for start, stop in blocks], grid.team.launched, crowded)
 
     def record(self, entries: int, measured: bool = False) -> NDArray[np.float64]:
         """An empty table for that many micro-batches, with columns for the metric only if it is to be measured: of many
@@ -112,7 +110,6 @@ def assemble(
     config: Config,
     data: Dataset,
     grid: Grid,
-    clock: Clock,
     model: Model | None,
     check: Callable[[Config, Sequence[Layout]], None] = lambda config, layouts: None,
 ) -> Run:
@@ -122,15 +119,16 @@ def assemble(
 
     Raises, on all ranks alike, DataError or ConfigError for data or a model that do not fit.
     """
+    team, clock = grid.team, grid.team.clock
     clock("joining")
-    team.share_cores(grid.node.size * config.threads, grid.cores)
-    rows = look_at_rows(config, data, grid, clock)
-    layouts, metric, here, fixed = build_stage(config, rows.task, grid, clock, model)
-    on_rank_0(grid.comm, clock, lambda: check(config, layouts))
+    share_cores(grid.node.size * config.threads, grid.cores)
+    rows = look_at_rows(config, data, grid)
+    layouts, metric, here, fixed = build_stage(config, rows.task, grid, model)
+    team.on_rank_0(lambda: check(config, layouts))
     layout = layouts[grid.stage]
-    sum_, agreement, notes = place(config, grid, layout, 2 + metric.columns, clock)
+    sum_, agreement, notes = place(config, grid, layout, 2 + metric.columns)
     layout.bind(sum_.values)
-    together(grid.comm, clock, functools.partial(layout.initialise, sum_.values, config.seed, *sum_.worker))
+    team.together(functools.partial(layout.initialise, sum_.values, config.seed, *sum_.worker))
     here.gradients = gradients(layout, sum_)
     optimizer = optimizers.build(config.optimizer, config.momentum, config.weight_decay or 0.0)
     update = Update(grid.comm, grid.replica, sum_, optimizer, config.clip, rows.shards.rows_of, clock)
@@ -156,25 +154,22 @@ def assemble(
     )
 
 
-def build_stage(
-    config: Config, task: Task, grid: Grid, clock: Clock, model: Model | None
-) -> tuple[list[Layout], Metric, Part, str]:
+def build_stage(config: Config, task: Task, grid: Grid, model: Model | None) -> tuple[list[Layout], Metric, Part, str]:
     """The model, cut into stages: every stage's layout, the metric, what this rank's stage computes, and checksums
     of the model's constants as JSON; collective.
 
     Raises, on all ranks alike, ConfigError for a model, a loss or a metric that does not fit.
     """
-
-    clock("model")
+    team = grid.team
 
     def made() -> tuple[Loss, Metric, list[nn.Layer], list[StageDesign], dict[str, str]]:
         layers = model_for(config, task, model)
         stages = cut(config, layers, task.shape)
         return build_loss(config), build_metric(config, task.outputs), layers, stages, described(layers, config.seed)
 
-    loss, metric, layers, stages, text = together(grid.comm, clock, made)
-    one_job.check_alike(grid.comm, clock, text, ONE_MODEL)
-    clock("joining")
+    with team.clock.doing("model"):
+        loss, metric, layers, stages, text = team.together(made)
+        team.check_alike(text, ONE_MODEL)
     stage = stages[grid.stage]
     here = Part(
         forward=functools.partial(nn.forward, stage.layers, learned=stage.learned),

@@ -18,7 +18,6 @@ from mpiml.run import checkpoint, lock, log
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.run.directory import CHECKPOINTS, CONFIG, METRICS, sync_file, update_result
 from mpiml.run.metrics import entries, missing
-from mpiml.team import on_rank_0
 from mpiml.training.hold import Opened
 from mpiml.training.model import check_constants
 from mpiml.training.run import Run
@@ -48,7 +47,7 @@ def finish(run: Run, directory: Opened, outcome: Mapping[str, Any]) -> dict[str,
         sync_file(directory.metrics)
         return update_result(directory.path, outcome)
 
-    result: dict[str, Any] = on_rank_0(run.grid.comm, run.clock, write)
+    result: dict[str, Any] = run.grid.team.on_rank_0(write)
     return result
 
 
@@ -70,7 +69,7 @@ class Restored(NamedTuple):
 
 def restore(run: Run, path: Path) -> Restored:
     """Put the state of the newest good checkpoint, or the weights of --init, in place; collective."""
-    cfg, comm = run.config, run.grid.comm
+    cfg = run.config
     whole: list[Mapping[str, Any]] = []
 
     def read() -> tuple[Restored, tuple[str, ...], Normalization | None]:
@@ -94,7 +93,7 @@ def restore(run: Run, path: Path) -> Restored:
         return begin, names, saved
 
     run.clock("checkpoint")
-    begin, names, saved = on_rank_0(comm, run.clock, read)
+    begin, names, saved = run.grid.team.on_rank_0(read)
     if saved and run.normalization:
         run.normalization.take(saved)
     if names:
@@ -147,7 +146,7 @@ def save(run: Run, step: int, directory: Opened) -> float:
             checkpoint.save(directory.checkpoints, saved, run.config.keep, run.clock.progress)
             update_result(directory.path, {"step": step, "saved": step})
 
-        on_rank_0(run.grid.comm, run.clock, write)
+        run.grid.team.on_rank_0(write)
     return time.monotonic() - began
 
 
@@ -165,7 +164,7 @@ def digest(run: Run) -> str:
             run.clock("checkpoint")
             return checkpoint.digest(named(run.layouts, stages, VALUES).items(), run.clock.progress)
 
-        return on_rank_0(run.grid.comm, run.clock, computed)
+        return run.grid.team.on_rank_0(computed)
 
 
 def named(layouts: Sequence[Layout], stages: Sequence[Mapping[str, Any]], *names: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from mpiml.data.dataset import Dataset
 from mpiml.nn.layers import Layer
 from mpiml.parallel import grid as grids
 from mpiml.run.trace import clock_for
+from mpiml.team import Team
 from mpiml.training import resolve, run
 
 
@@ -29,7 +30,7 @@ class Trainer:
         replicas = comm.size // config.pipe
         config = resolve.resolve(config, len(data.train), data.classification, replicas)
         clock = clock_for(config.trace, comm.size)
-        self.run = run.assemble(config, data, grids.build(comm, config.pipe), clock, layers)
+        self.run = run.assemble(config, data, grids.build(Team(comm, clock), config.pipe), layers)
         self.number = 0
 
     def step(self) -> None:

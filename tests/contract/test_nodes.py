@@ -33,8 +33,10 @@ eval exec nsenter --target "$holder" --net --uts -- "$@"
 """
 WHERE = """
 from mpi4py import MPI
+from mpiml.clock import Clock
 from mpiml.parallel import grid
-nodes = grid.build(MPI.COMM_WORLD, 1).nodes
+from mpiml.team import Team
+nodes = grid.build(Team(MPI.COMM_WORLD, Clock()), 1).nodes
 names = MPI.COMM_WORLD.gather(MPI.Get_processor_name())
 if names:
     print(nodes, names)

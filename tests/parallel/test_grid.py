@@ -3,7 +3,9 @@
 import pytest
 from mpi4py import MPI
 
+from mpiml.clock import Clock
 from mpiml.parallel import grid as grids
+from mpiml.team import Team
 from tests.conftest import launch
 
 WORLD = MPI.COMM_WORLD
@@ -14,7 +16,7 @@ WORLD = MPI.COMM_WORLD
 def test_places_and_communicators(pipe: int) -> None:
     if WORLD.size % pipe:
         return
-    grid = grids.build(WORLD, pipe)
+    grid = grids.build(Team(WORLD, Clock()), pipe)
     assert (grid.stages, grid.replicas) == (pipe, WORLD.size // pipe)
     assert (grid.stage, grid.replica) == divmod(grid.comm.rank, grid.replicas)
     assert grid.rank_of(grid.stage, grid.replica) == grid.comm.rank
@@ -29,9 +31,9 @@ def test_places_and_communicators(pipe: int) -> None:
 
 @pytest.mark.mpi
 def test_ranks_and_nodes_add_up() -> None:
-    grid = grids.build(WORLD, 1)
+    grid = grids.build(Team(WORLD, Clock()), 1)
     launched = grid.comm.allgather(WORLD.rank)
-    assert launched == grid.launched
+    assert launched == grid.team.launched
     assert sum(grid.nodes) == grid.replicas
     assert all(grid.nodes)
 
@@ -39,17 +41,19 @@ def test_ranks_and_nodes_add_up() -> None:
 @pytest.mark.mpi
 def test_a_part_of_the_job_has_a_grid_of_its_own() -> None:
     part = WORLD.Split(WORLD.rank % 2, -WORLD.rank)
-    grid = grids.build(part, part.size)
+    grid = grids.build(Team(part, Clock()), part.size)
     launched, stages = grid.comm.allgather(part.rank), grid.pipe.allgather(grid.stage)
-    assert launched == grid.launched
+    assert launched == grid.team.launched
     assert stages == list(range(part.size))
 
 
 SHOW = """
 from mpi4py import MPI
+from mpiml.clock import Clock
 from mpiml.parallel import grid
-made = grid.build(MPI.COMM_WORLD, {pipe})
-found = made.comm.gather((made.launched, made.nodes))
+from mpiml.team import Team
+made = grid.build(Team(MPI.COMM_WORLD, Clock()), {pipe})
+found = made.comm.gather((made.team.launched, made.nodes))
 if made.comm.rank == 0:
     print(found)
 """

@@ -9,10 +9,12 @@ import pytest
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from mpiml.clock import Clock
 from mpiml.parallel import grid as grids
 from mpiml.parallel.memory import SharedMemory
 from mpiml.parallel.record import Agreement, Record, agree
 from mpiml.partition import part
+from mpiml.team import Team
 
 WORLD = MPI.COMM_WORLD
 LAST = WORLD.size - 1
@@ -88,7 +90,7 @@ def test_later_messages_do_not_mix() -> None:
 @pytest.mark.mpi
 def test_steps_may_have_fewer_columns_than_the_most() -> None:
     """As those of which the metric is not measured; what they agree on is the same as of a table with all columns."""
-    grid, columns = grids.build(WORLD, 1), 50
+    grid, columns = grids.build(Team(WORLD, Clock()), 1), 50
     memory = SharedMemory(grid.node, 0, Agreement.bytes_needed(grid.node.size, 16, columns))
     agreement, random = Agreement(grid, memory, 16, columns), np.random.default_rng(0)
     for step in range(30):

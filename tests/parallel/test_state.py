@@ -12,6 +12,7 @@ from mpiml.parallel.gradient_sum import LibrarySum, OrderedSum
 from mpiml.parallel.memory import PrivateMemory
 from mpiml.parallel.state import VALUES, State
 from mpiml.parallel.values import Values
+from mpiml.team import Team
 from mpiml.vectors import Vector, zeros
 
 pytestmark = pytest.mark.mpi
@@ -40,7 +41,7 @@ def whole(stages: int, salt: float) -> Whole:
 
 
 def build(kind: type, pipe: int, *bucket: int) -> tuple[grids.Grid, State]:
-    grid = grids.build(WORLD, pipe)
+    grid = grids.build(Team(WORLD, Clock()), pipe)
     layout = layouts(pipe)[grid.stage]
     arguments = (16, layout.size, layout.blocks(), layout.dtype, *bucket)
     sum_ = kind(grid.data, PrivateMemory(), [1] * grid.replicas, *arguments)
@@ -88,7 +89,7 @@ class Short(MPI.Intracomm):
 def test_long_vectors_go_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slices, "MESSAGE", 5000)
     grid, trained = build(LibrarySum, 1)
-    grid.comm, layout = Short(grid.comm), layouts(1)[0]
+    grid.team, layout = Team(Short(grid.comm), grid.team.clock), layouts(1)[0]
     values = Values(grid, PrivateMemory(), layout.size, layout.dtype)
     values._firsts = Short(values._firsts)
     states = {name: zeros(layout.size, layout.dtype) for name in NAMES[1:]}

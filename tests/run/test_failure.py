@@ -19,6 +19,7 @@ from mpiml.run import directory, failure
 from mpiml.run.directory import FAILED, RESULT, read_result, write_result
 from mpiml.run.failure import Guard
 from mpiml.run.lock import LOCK, Owner
+from mpiml.team import Team
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def guard(path: Path) -> Guard:
-    made = Guard(MPI.COMM_SELF, Clock(), "a.program")
+    made = Guard(Team(MPI.COMM_SELF, Clock()), "a.program")
     made.run, made.token = path, "here"
     return made
 

@@ -14,6 +14,7 @@ from mpiml.clock import Clock
 from mpiml.run.log import Log
 from mpiml.run.step_times import KEPT, WARM_UP, StepTimes, median
 from mpiml.run.stragglers import Pace
+from mpiml.team import Team
 
 
 def noted(seconds: Iterable[float]) -> StepTimes:
@@ -45,7 +46,7 @@ def test_of_a_long_run_every_rank_keeps_the_same_fair_sample() -> None:
 
 
 def test_a_log_does_not_grow_with_the_steps(tmp_path: Path) -> None:
-    log = Log(MPI.COMM_SELF, tmp_path / "metrics.jsonl", Clock(), 100.0, "r2", Pace(1, [1], [0], crowded=False))
+    log = Log(Team(MPI.COMM_SELF, Clock()), tmp_path / "metrics.jsonl", 100.0, "r2", Pace(1, [1], [0], crowded=False))
     tracemalloc.start()
     for step in range(2000):
         log.timed(0.5 + step % 2, step, 0.0)

@@ -15,6 +15,7 @@ from mpiml.errors import ConfigError, NotFiniteError
 from mpiml.parallel import grid as grids
 from mpiml.run import trace
 from mpiml.run.trace import Event, Recorder, Span, spans
+from mpiml.team import Team
 
 WORLD = MPI.COMM_WORLD
 
@@ -103,9 +104,9 @@ def test_spans_nest() -> None:
 
 def traced(path: Path, steps: int, error: Exception | None = None, begin: int = 1) -> list[str]:
     """What a job says that does as many things in a step as its rank's number and two more."""
-    grid, said = grids.build(WORLD, 1), []
-    clock = Recorder(WORLD.size)
-    with trace.written(str(path), grid, clock, said.append):
+    clock, said = Recorder(WORLD.size), []
+    grid = grids.build(Team(WORLD, clock), 1)
+    with trace.written(str(path), grid, said.append):
         for clock.step in range(begin, steps + 1):
             for _ in range(WORLD.rank + 2):
                 clock("data")

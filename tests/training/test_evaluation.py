@@ -21,6 +21,7 @@ from mpiml.parallel import grid as grids
 from mpiml.parallel import rounds
 from mpiml.parallel.record import Record
 from mpiml.parallel.stage import Part, Stage
+from mpiml.team import Team
 from mpiml.training.evaluation import Evaluation, Sums
 
 pytestmark = pytest.mark.mpi
@@ -33,7 +34,7 @@ class Scored:
     """Scores rows that are their own losses on a grid; `done` counts the chunks that have passed this rank."""
 
     def __init__(self, values: NDArray[np.float64], pipe: int, chunk_rows: int = 1):
-        self.grid, self.done = grids.build(WORLD, pipe), 0
+        self.grid, self.done = grids.build(Team(WORLD, Clock()), pipe), 0
         split = Split(ArraySource(values[:, None]), ArraySource(values))
         self.tests = Evaluation(split, chunk_rows, self.grid, "float64")
         shapes: Any = {"x_shape": (1,), "y_shape": (1,), "dtype": "float64"}
@@ -118,7 +119,7 @@ def test_quick_chunks_are_voted_on_seldom() -> None:
 
 def test_a_rank_keeps_the_rows_of_its_own_chunks_alone() -> None:
     """And the first replica none."""
-    sums = Sums(grids.build(WORLD, 1), 3)
+    sums = Sums(grids.build(Team(WORLD, Clock()), 1), 3)
     for chunk in range(4):
         sums.add(chunk, np.ones(3))
     assert len(sums._rows) == (0 if WORLD.rank == 0 else 4)
