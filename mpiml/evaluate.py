@@ -84,9 +84,9 @@ from mpiml.training import storage
 from mpiml.training.data import look_at, open_data
 from mpiml.training.evaluation import Evaluation
 from mpiml.training.model import Model
+from mpiml.training.place import build_stage
 from mpiml.training.predictions import Predictions, check_path
 from mpiml.training.rows import normalized
-from mpiml.training.run import build_stage
 from mpiml.training.stored import Found, check_data, check_model, find
 from mpiml.vectors import bytes_of
 
@@ -189,16 +189,17 @@ def _scored(
     tests.split = dataset.test.ignoring(task.ignore)
     if found.normalization:
         tests.split = normalized(tests.split, found.normalization, config.dtype)
-    layouts, metric, here, fixed = build_stage(config, task, grid, model)
-    team.on_rank_0(lambda: check_model(whole[0], fixed, layouts))
+    built, computation = build_stage(config, task, grid, model)
+    layouts, metric = built.layouts, built.metric
+    team.on_rank_0(lambda: check_model(whole[0], built.constants, layouts))
     values, problem = _placed(config, grid, layouts[grid.stage])
     with freed(values, grid.comm.size):
         _filled(values, grid, layouts, whole)
         for note in [*found.notes, *seen.notes, *([f"warning: {problem}"] if problem else [])]:
             if grid.comm.rank == 0:
                 say(note, sys.stderr)
-        kept = Predictions(here, task) if predictions else None
-        record = tests.score(Stage(grid.pipe, here, clock), metric, clock, found.step)
+        kept = Predictions(computation, task) if predictions else None
+        record = tests.score(Stage(grid.pipe, computation, clock), metric, clock, found.step)
         assert record, "nobody asks it to leave off"
         if kept:
             kept.write(Path(predictions or ""), tests)
@@ -218,7 +219,7 @@ def _filled(values: Values, grid: Grid, layouts: Sequence[Layout], whole: list[C
     """Hand out the values of the checkpoint on rank 0; collective."""
     stages: list[Mapping[str, Any]] = []
     grid.team.clock("checkpoint")
-    grid.team.on_rank_0(lambda: stages.extend(storage.vectors(layouts, whole.pop(), (VALUES,))))
+    grid.team.on_rank_0(lambda: stages.extend(storage.from_arrays(layouts, whole.pop(), (VALUES,))))
     State(grid, values, {}, grid.team.clock).distribute(stages, VALUES)
 
 

@@ -28,9 +28,8 @@ from mpi4py import MPI
 from mpiml.clock import Clock
 from mpiml.config import Config, parse
 from mpiml.data.dataset import Dataset
-from mpiml.errors import SAVED, NotFiniteError, freed
+from mpiml.errors import SAVED, freed
 from mpiml.parallel import grid as grids
-from mpiml.parallel.record import Record, agree
 from mpiml.partition import check_ranks
 from mpiml.run import log, one_job, trace
 from mpiml.run.crew import Crew
@@ -39,16 +38,18 @@ from mpiml.run.failure import Guard, exit_code
 from mpiml.run.process import StopRequest, prepare_process
 from mpiml.run.watch import Watch
 from mpiml.team import Team
-from mpiml.training import resolve, storage
+from mpiml.training import resolve
 from mpiml.training.data import open_data
-from mpiml.training.hold import Hold, Opened
+from mpiml.training.hold import Hold
 from mpiml.training.model import Model
-from mpiml.training.run import Due, Run, assemble
+from mpiml.training.run import Run, assemble
+from mpiml.training.storage import Restored, Store, check_saved
 
 if __name__ == "__main__":
     start.begun()
 
 PROGRAM = "mpiml.train"
+DONE: dict[str, Any] = {"status": "done", "exit_code": 0}
 
 
 def train(
@@ -98,9 +99,9 @@ def _train(asked: Config, model: Model | None, data: Dataset | None, hold: Hold,
             resolved = team.together(lambda: resolve.resolve(cfg, rows, classes, replicas, before))
             if cfg.resume and (done := hold.finished(team, resolved)):  # --epochs has become steps
                 return done
-            idle = resolve.idle_text(team.size, crew.idle, resolved.microbatches or 1)
+            idle = resolve.idle_text(team.size, crew.idle, resolved.microbatches)
             with freed(grids.build(team, cfg.pipe), team.size) as grid:
-                run = assemble(resolved, dataset, grid, model, storage.check_saved)
+                run = assemble(resolved, dataset, grid, model, check_saved)
                 with freed(run, team.size):
                     return _run(run, dataset.name, hold, [*run.notes, *watch.notes, *idle], stop, began)
 
@@ -109,111 +110,60 @@ def _train(asked: Config, model: Model | None, data: Dataset | None, hold: Hold,
 
 def _run(run: Run, name: str, hold: Hold, notes: list[str], stop: StopRequest, began: float) -> dict[str, Any]:
     """Train what is assembled, in its directory. Returns the content of result.json."""
-    cfg = run.config
+    cfg, grid, data = run.config, run.grid, run.data
     directory = hold.opened(run, name)
-    begin = storage.restore(run, directory.path)
-    rows, metric = run.shards.rows_per_step, run.metric.name
-    with log.Log(run.grid.team, directory.metrics, rows, metric, run.pace()) as logger:
-        logger.open_console(begin.step + 1, run.steps, cfg.quiet)
-        grid = resolve.grid_text(run.grid.stages, run.grid.replicas, cfg.microbatches or 1)
-        for line in [*directory.notes, *notes, *begin.notes, grid]:
+    store = Store(run, directory, stop.deadline)
+    restored = store.restore()
+    warnings = hold.begun(run, directory)
+    rows, metric = data.shards.rows_per_step, run.model.metric.name
+    with log.Log(grid.team, directory.metrics, rows, metric, run.pace(), restored.history) as logger:
+        logger.open_console(restored.step + 1, cfg.steps, cfg.quiet)
+        shape = resolve.grid_text(grid.stages, grid.replicas, cfg.microbatches)
+        for line in [*warnings, *directory.notes, *notes, *restored.notes, shape]:
             logger.say(line)
         # Numbers that are not finite end the run, with a better message than NumPy's.
-        drawn = trace.written(cfg.trace, run.grid, logger.say)
-        with run.ahead, np.errstate(all="ignore"), drawn:
-            outcome = begin.history | _loop(run, begin, directory, logger, stop)
+        with data.ahead, np.errstate(all="ignore"), trace.written(cfg.trace, grid, logger.say):
+            stopped = _begin(run, restored, store, logger, stop) or _loop(run, restored.step, store, logger, stop)
+            ended = {"status": "stopped", "exit_code": SAVED, "reason": stop.reason()} if stopped else DONE
+            outcome = {"step": restored.step} | ended | logger.known | {"weights_sha256": store.digest()}
         outcome["samples_per_second"] = logger.samples_per_second()
         outcome["seconds"] = round(perf_counter() - began, 3)
         _summary(run, directory.path, outcome, logger)
-    return storage.finish(run, directory, outcome)
+    return store.finish(outcome)
 
 
-def _loop(run: Run, begin: storage.Restored, directory: Opened, logger: log.Log, stop: StopRequest) -> dict[str, Any]:
-    """Train from the step after the restored one. Returns the outcome for result.json."""
-    outcome: dict[str, Any] = {"status": "done", "exit_code": 0, "step": begin.step}
-    stop.deadline.expect(storage.size(run))
-    stopped = False
-    if begin.unscored or begin.step < run.steps:  # else there is nothing to stop
-        stopped = agree(run.grid.comm, run.record(0), stop=stop.now()).stop
-    if begin.unscored and not stopped:
-        stopped = not _evaluate(run, begin.step, logger, stop, outcome)
-    for step in range(begin.step + 1, run.steps + 1):
-        if stopped:
-            break
+def _begin(run: Run, restored: Restored, store: Store, logger: log.Log, stop: StopRequest) -> bool:
+    """Do what is left of the step that a run goes on from. Returns whether it was asked to stop before the next."""
+    if not restored.unscored and restored.step == run.config.steps:
+        return False  # there is nothing to stop
+    if run.asked_to_stop(stop.now()):
+        return True
+    return restored.unscored and not logger.evaluation(run.evaluate(restored.step, stop.at_once))
+
+
+def _loop(run: Run, start: int, store: Store, logger: log.Log, stop: StopRequest) -> bool:
+    """Train from the step after `start`. Returns whether it was asked to stop before the last."""
+    for step in range(start + 1, run.config.steps + 1):
         due = run.due(step)
-        record = _step(run, step, due, logger, stop)
-        outcome |= {"step": step, "loss": record.mean_loss}
-        save = due.save or record.stop
-        if save:
-            stop.deadline.saved(storage.save(run, step, directory))
-        scored = not due.evaluation or _evaluate(run, step, logger, stop, outcome)
-        if not (scored or save):
-            storage.save(run, step, directory)
-        stopped = not scored or (record.stop and step < run.steps)
-    if stopped:
-        outcome |= {"status": "stopped", "exit_code": SAVED, "reason": stop.reason()}
-    return outcome | {"weights_sha256": storage.digest(run)}
-
-
-def _step(run: Run, step: int, due: Due, logger: log.Log, stop: StopRequest) -> Record:
-    """Forward, backward, agree, sum, update; collective. Raises NotFiniteError on all ranks alike."""
-    began = perf_counter()
-    cfg, comm, clock = run.config, run.grid.comm, run.clock
-    assert cfg.microbatches, "settings are resolved before a run is assembled"
-    clock.step = step
-    table = run.record(cfg.microbatches, measured=due.log)
-    run.stage.train(step, run.ahead.batches(step), table, measured=due.log)
-    clock("communication")
-    record = run.agree(table, not run.update.finite, stop.now())
-    _refuse_not_finite(run, step, record)
-    rate = run.learning_rate(step)
-    shown = due.log or due.save or due.evaluation or record.stop
-    norm = run.update.step(rate, record.weight, step, shown)
-    _refuse_not_finite(run, step, record, norm)
-    if shown:  # else the next step's record will carry it
-        _refuse_not_finite(run, step + 1, agree(comm, run.record(0), not run.update.finite))
-    clock("compute")
-    logger.timed(perf_counter() - began, step, record.mean_loss)
-    if due.log:
-        logger.step(step, run.epoch(step), record.mean_loss, run.metric.value(record.metric), rate, norm)
-    return record
-
-
-def _evaluate(run: Run, step: int, logger: log.Log, stop: StopRequest, outcome: dict[str, Any]) -> bool:
-    """Score the test rows on all replicas, for the log and the outcome; collective. False if a stop came between."""
-    record = run.tests.score(run.stage, run.metric, run.clock, step, stop.at_once)
-    if record:
-        score = run.metric.value(record.metric)
-        logger.evaluation(step, run.epoch(step), record.mean_loss, score, len(run.tests.split))
-        outcome |= {run.metric.name: score, "test_loss": record.mean_loss}
-    return record is not None
-
-
-def _refuse_not_finite(run: Run, step: int, record: Record, norm: float | None = None) -> None:
-    """End the run, on all ranks, if the loss of this step or what its gradient did is not finite; collective."""
-    grid, reason, rank = run.grid, None, None
-    if record.broken:
-        reason = f"weights are not finite after step {step - 1}"
-    elif record.bad_entry is not None:
-        replicas, total = grid.replicas, run.config.microbatches or 1
-        replica = (replicas * (record.bad_entry + 1) - 1) // total
-        rank = grid.team.launched[grid.rank_of(grid.stages - 1, replica)]
-        reason = f"the loss is not finite in step {step} (micro-batch {record.bad_entry}, rank {rank})"
-    elif norm is not None and not norm < float("inf"):
-        reason = f"the gradient is not finite in step {step}"
-    if reason:
-        error = NotFiniteError(f"{reason}; a smaller --lr, --warmup-steps or --clip may help")
-        error.rank, error.everywhere = rank, True
-        run.stage.sum.drop()
-        raise error
+        done = run.step(step, due, stop.now)  # forward, backward, agree, sum, update; refuses what is not finite
+        logger.timed(done)
+        if due.log:
+            logger.step(done)
+        if due.save or done.stop:
+            store.save(step)  # first: an evaluation may fail
+        scored = not due.evaluation or logger.evaluation(run.evaluate(step, stop.at_once))
+        if not scored or (done.stop and step < run.config.steps):
+            store.save(step)
+            return True
+    return False
 
 
 def _summary(run: Run, path: Path, outcome: dict[str, Any], logger: log.Log) -> None:
     """What a person wants to know at the end."""
     shares = logger.where_the_time_went()
     speed = outcome["samples_per_second"]
-    scored = outcome.get(run.metric.name)
-    score = "" if scored is None else f"test {run.metric.name} {scored:.4f}, "
+    scored = outcome.get(run.model.metric.name)
+    score = "" if scored is None else f"test {run.model.metric.name} {scored:.4f}, "
     what = "done" if outcome["status"] == "done" else "stopped and saved; go on with --resume"
     logger.say(
         f"{what}: step {outcome['step']}, {score}{outcome['seconds']:.1f} s"

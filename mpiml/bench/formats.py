@@ -14,7 +14,7 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from mpiml.bench.measure import Ratio, times
-from mpiml.bench.models import MOMENTUM, RATE, repeats
+from mpiml.bench.models import MOMENTUM, RATE, Trainer, repeats
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset, open_dataset
 from mpiml.data.formats import KEYS, Options
@@ -22,7 +22,7 @@ from mpiml.data.idx import NAMES
 from mpiml.data.sources import extra
 from mpiml.nn.layers import Embedding, Layer, Linear, stack_flops
 from mpiml.nn.perceptrons import mlp
-from mpiml.training.trainer import Trainer
+from mpiml.training.run import unsaved
 
 TEST = 256  # rows
 CONTEXT, TOKENS = 128, 256
@@ -119,7 +119,7 @@ class Format:
         """A trainer on one rank."""
         settings = {"lr": RATE, "momentum": MOMENTUM, "optimizer": "momentum", "steps": 10**9}
         config = Config(batch=self.rows, microbatches=1, **settings)  # type: ignore[arg-type]
-        return Trainer(MPI.COMM_SELF, config, data, self.model(data.train.x.shape))
+        return Trainer(unsaved(MPI.COMM_SELF, config, data, self.model(data.train.x.shape)))
 
 
 FORMATS = {
@@ -142,6 +142,6 @@ def from_file(name: str, megabytes: str) -> Ratio:
     with tempfile.TemporaryDirectory() as directory:
         data = open_dataset(str(kind.write(Path(directory), arrays)), Options(context=kind.context))
         file, memory = (kind.trainer(of) for of in (data, Dataset.from_arrays(*arrays.values())))
-        with file.run.ahead, memory.run.ahead:
+        with file.run.data.ahead, memory.run.data.ahead:
             mine, other = times(MPI.COMM_SELF, [file.step, memory.step], [count, count])
     return Ratio.of(other, mine)

@@ -12,12 +12,11 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from mpiml.bench.measure import Ratio, times
-from mpiml.bench.models import images, on_arrays, repeats
+from mpiml.bench.models import Trainer, images, on_arrays, repeats
 from mpiml.nn.convnets import cnn
 from mpiml.nn.layers import Layer, stack_flops
 from mpiml.nn.perceptrons import mlp
 from mpiml.nn.transformers import gpt
-from mpiml.training.trainer import Trainer
 
 CHANNELS = 32
 PLACES, TOKENS = 128, 256

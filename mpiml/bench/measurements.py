@@ -24,6 +24,7 @@ from mpiml.bench.measure import Ratio, times
 from mpiml.bench.models import (
     MOMENTUM,
     RATE,
+    Trainer,
     images,
     on_arrays,
     perceptron,
@@ -42,7 +43,6 @@ from mpiml.parallel.memory import PrivateMemory, SharedMemory, share
 from mpiml.parallel.update import Update
 from mpiml.run.process import prepare_process
 from mpiml.team import Team, meet, share_cores
-from mpiml.training.trainer import Trainer
 from mpiml.vectors import PIECE, Operands, bytes_of
 
 WORLD = MPI.COMM_WORLD

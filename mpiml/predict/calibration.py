@@ -40,7 +40,7 @@ from mpiml.run.process import prepare_process
 from mpiml.team import Team, meet
 from mpiml.training.data import open_data
 from mpiml.training.job import job_of, kind
-from mpiml.training.trainer import Trainer, on_arrays
+from mpiml.training.run import Run, unsaved
 
 SIZES = (8, 1 << 12, 1 << 14, 1 << 16, 1 << 18, 1 << 20, 1 << 22)  # bytes of messages
 PATIENCE = 0.05  # seconds for a piece, of which there are some dozens
@@ -77,21 +77,21 @@ def timed(action: Callable[[], object]) -> Seconds:
 
 
 class Pieces:
-    """The pieces of a step of a trainer on one rank by itself.
+    """The pieces of a step of a run on one rank by itself.
 
     Args:
-        layers: those that the trainer trains.
+        layers: those that the run trains.
     """
 
-    def __init__(self, trainer: Trainer, layers: Sequence[Layer]):
-        self.run, self.layers = trainer.run, layers
+    def __init__(self, run: Run, layers: Sequence[Layer]):
+        self.run, self.layers = run, layers
         self._random = np.random.default_rng(0)
 
     def step(self, rows: int) -> Seconds:
         """Measures inputs, each layer forward, the loss, each layer backward, and sum and update, in this order: of
         `rows` random rows. One after the other as in training, for each finds in cache what the others leave there."""
-        part, split, dtype = self.run.stage.part, self.run.shards.split, self.run.config.dtype
-        gradients, transform = part.gradients[0], self.run.shards.batches(1)[0].transform
+        part, split, dtype = self.run.stage.part, self.run.data.shards.split, self.run.config.dtype
+        gradients, transform = part.gradients[0], self.run.data.shards.batches(1)[0].transform
 
         def parts() -> list[float]:
             chosen = self._random.integers(0, len(split), rows)
@@ -129,17 +129,19 @@ def in_parts(found: Sequence[Sequence[float]], layers: int) -> dict[str, Any]:
 
 
 class Idle:
-    """A trainer of next to nothing: what its steps take is not arithmetic."""
+    """A run of next to nothing: what its steps take is not arithmetic."""
 
     def __init__(self, comm: MPI.Intracomm, config: Config, microbatches: int):
         x, layers = np.zeros((EPOCH * microbatches, 1), np.float32), [Linear(1, 1)]
-        settings = {"batch": microbatches, "microbatches": microbatches, "optimizer": config.optimizer}
-        self.trainer = on_arrays(comm, layers, x, x, dtype=config.dtype, **settings)
-        self.pieces = Pieces(self.trainer, layers)
+        settings = Config(
+            batch=microbatches, microbatches=microbatches, optimizer=config.optimizer, dtype=config.dtype, steps=STEPS
+        )
+        self.run = unsaved(comm, settings, Dataset.from_arrays(x, x, x, x), layers)
+        self.pieces = Pieces(self.run, layers)
 
     def step(self) -> float:
         """The median time of a step; every rank does as many."""
-        found = [timed(self.trainer.step)()[0] for _ in range(STEPS)]
+        found = [self.run.step(step).seconds for step in range(1, STEPS + 1)]
         return statistics.median(found[STEPS // 5 :])
 
 
@@ -177,13 +179,13 @@ class Calibration:
     def _pace(self, comm: MPI.Intracomm, measure: Measure) -> Pace:
         """What the ranks of `comm` need if they compute by themselves, and meet as `comm` at every step."""
         config = self.config.replace(pipe=1, cuts=(), microbatches=2, bucket=0.0)
-        trainer = Trainer(MPI.COMM_SELF, config, self.data, self.layers)
-        own = Pieces(trainer, self.layers)
+        run = unsaved(MPI.COMM_SELF, config, self.data, self.layers)
+        own = Pieces(run, self.layers)
         curves = [measure(own.step(rows)) for rows in self.rows]
         parts = in_parts(curves, len(self.layers))
         add = measure(timed(own.add))[0]
-        size = max(trainer.run.stage.sum.values.size, 1)
-        trainer.run.free()
+        size = max(run.stage.sum.values.size, 1)
+        run.free()
         step, microbatch, fixed = self._overhead(comm, measure)
         return Pace(
             inputs=parts["inputs"],
@@ -203,7 +205,7 @@ class Calibration:
         few, more = (measure(lambda idle=idle: [idle.step()], 1)[0] for idle in (one, many))
         *passes, update = measure(alone.pieces.step(1))
         for idle in (one, many, alone):
-            idle.trainer.run.free()
+            idle.run.free()
         microbatch = (more - few) / (MANY - 1)
         return max(few - microbatch, 0.0), max(microbatch - sum(passes), 0.0), update
 

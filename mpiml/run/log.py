@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
@@ -25,6 +25,36 @@ from mpiml.team import Team
 CONSOLE_PAUSE = 5.0  # seconds between lines where nobody sits at a terminal
 
 
+class Step(NamedTuple):
+    """A step that is done.
+
+    Attributes:
+        score: the metric, if it was measured.
+        norm: of the gradient, if it was worked out.
+        seconds: that it took on this rank.
+        stop: whether some rank asks to stop after it.
+    """
+
+    step: int
+    epoch: int
+    loss: float
+    score: float | None
+    rate: float
+    norm: float | None
+    seconds: float
+    stop: bool
+
+
+class Evaluation(NamedTuple):
+    """The test rows, of which there are `rows`, scored after a step."""
+
+    step: int
+    epoch: int
+    loss: float
+    score: float
+    rows: int
+
+
 class Log:
     """Collective: every rank calls every method.
 
@@ -34,12 +64,18 @@ class Log:
         rows: of a step on average, for samples per second.
         metric: name of the metric.
         pace: finds out who is slow.
+        known: the last results in a log that goes on.
+
+    Attributes:
+        known: the last results, under the names of result.json.
     """
 
-    def __init__(self, team: Team, metrics: Path, rows: float, metric: str, pace: Pace):
+    def __init__(
+        self, team: Team, metrics: Path, rows: float, metric: str, pace: Pace, known: Mapping[str, Any] | None = None
+    ):
         self.team, self.comm, self.clock = team, team.comm, team.clock
         self.metrics, self.rows, self.metric = metrics, rows, metric
-        self.pace = pace
+        self.pace, self.known = pace, dict(known or {})
         self._named: set[int] = set()
         self.times = StepTimes()
         self._recent, self._recent_seconds = 0, 0.0  # steps since the last line
@@ -63,14 +99,15 @@ class Log:
         if self._console:
             self._console.line(text)
 
-    def timed(self, seconds: float, step: int, loss: float) -> None:
+    def timed(self, done: Step) -> None:
         """Note how long a step took on this rank."""
-        self.times.add(seconds)
-        self._recent, self._recent_seconds = self._recent + 1, self._recent_seconds + seconds
+        self.times.add(done.seconds)
+        self._recent, self._recent_seconds = self._recent + 1, self._recent_seconds + done.seconds
+        self.known |= {"step": done.step, "loss": done.loss}
         if self._console:
-            self._console.progress(step, loss, self.rows / seconds)
+            self._console.progress(done.step, done.loss, self.rows / done.seconds)
 
-    def step(self, step: int, epoch: int, loss: float, score: float, rate: float, norm: float | None) -> None:
+    def step(self, done: Step) -> None:
         """Write the line of a step; times are since the last such line, the least and the most of any rank."""
         seconds = np.array(self.clock.shares()) - self._shares
         self._shares += seconds
@@ -82,15 +119,16 @@ class Log:
         def entry() -> dict[str, Any]:
             speed, times = self._times(everyones, steps)
             if self._console:
-                text = f"step {step}  epoch {epoch}  loss {loss:.4f}  {self.metric} {score:.4f}  {speed:,.0f} samples/s"
+                score = f"{self.metric} {done.score:.4f}"
+                text = f"step {done.step}  epoch {done.epoch}  loss {done.loss:.4f}  {score}  {speed:,.0f} samples/s"
                 self._console.now_and_then(text)
             return {
-                "step": step,
-                "epoch": epoch,
-                "loss": loss,
-                self.metric: score,
-                "learning_rate": rate,
-                "gradient_norm": norm,
+                "step": done.step,
+                "epoch": done.epoch,
+                "loss": done.loss,
+                self.metric: done.score,
+                "learning_rate": done.rate,
+                "gradient_norm": done.norm,
                 "samples_per_second": round(speed, 1),
                 "seconds": times,
             }
@@ -121,11 +159,16 @@ class Log:
                 )
         return steps * self.rows / slowest_step if slowest_step else 0.0, times
 
-    def evaluation(self, step: int, epoch: int, loss: float, score: float, rows: int) -> None:
-        """Write the line of an evaluation."""
+    def evaluation(self, done: Evaluation | None) -> bool:
+        """Write the line of an evaluation, if it was not cut short; returns whether there is one."""
+        if done is None:
+            return False
+        step, epoch, loss, score, rows = done
         result = {"loss": loss, self.metric: score, "rows": rows}
         self._write(lambda: {"step": step, "epoch": epoch, "evaluation": result})
         self.say(f"step {step}  epoch {epoch}  test loss {loss:.4f}  test {self.metric} {score:.4f}")
+        self.known |= {self.metric: score, "test_loss": loss}
+        return True
 
     def samples_per_second(self) -> float | None:
         """Rows of a step / median step time; a step's time is its slowest rank's; the first steps are left out, and

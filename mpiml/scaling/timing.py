@@ -15,7 +15,6 @@ if __name__ == "__main__":
 import json
 import sys
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -31,28 +30,24 @@ from mpiml.run.failure import Guard, exit_code
 from mpiml.run.process import prepare_process
 from mpiml.team import Team
 from mpiml.training.data import open_data
-from mpiml.training.trainer import Trainer
+from mpiml.training.run import Run, unsaved
 
 
-def measure(comm: MPI.Intracomm, trainer: Trainer, warm_up: int, steps: int) -> dict[str, Any]:
+def measure(run: Run, warm_up: int, steps: int) -> dict[str, Any]:
     """Train for `warm_up` steps that do not count and `steps` that do; collective.
 
     Returns seconds of each step, of the rank that was slowest in it, and the mean seconds of a step that ranks spent
     on each of clock.SHARES.
     """
-    for _ in range(warm_up):
-        trainer.step()
-    clock = trainer.run.clock
-    before = np.array(clock.shares())
-    seconds = np.empty(steps)
-    for index in range(steps):
-        began = perf_counter()
-        trainer.step()
-        seconds[index] = perf_counter() - began
-    clock("joining")
-    shares = (np.array(clock.shares()) - before) / (steps * comm.size)
-    comm.Allreduce(MPI.IN_PLACE, seconds, MPI.MAX)
-    comm.Allreduce(MPI.IN_PLACE, shares)
+    team = run.grid.team
+    for step in range(1, warm_up + 1):
+        run.step(step)
+    before = np.array(team.clock.shares())
+    seconds = np.array([run.step(step).seconds for step in range(warm_up + 1, warm_up + steps + 1)])
+    team.clock("joining")
+    shares = (np.array(team.clock.shares()) - before) / (steps * team.size)
+    team.comm.Allreduce(MPI.IN_PLACE, seconds, MPI.MAX)
+    team.comm.Allreduce(MPI.IN_PLACE, shares)
     return {"step_seconds": seconds.tolist(), "shares": dict(zip(SHARES, shares.tolist(), strict=True))}
 
 
@@ -74,12 +69,11 @@ def point(team: Team, path: Path, warm_up: int, steps: int, config: Config) -> N
     check_ranks(comm.size, config.pipe)
     prepare_process(config.threads)
     data = open_data(config, team, None)
-    trainer = Trainer(comm, config.replace(steps=warm_up + steps, epochs=None), data)
-    with trainer.run.ahead:
-        found = measure(comm, trainer, warm_up, steps)
+    run = unsaved(comm, config.replace(steps=warm_up + steps, epochs=None), data)
+    with run.data.ahead:
+        found = measure(run, warm_up, steps)
     ranks = comm.gather(environment.of_rank(config.threads))
     if comm.rank == 0:
-        run = trainer.run
         assert ranks, "rank 0 gathers"
         found |= {
             "mpiml": mpiml.__version__,
@@ -90,7 +84,7 @@ def point(team: Team, path: Path, warm_up: int, steps: int, config: Config) -> N
             "replicas": run.grid.replicas,
             "threads": config.threads,
             "microbatches": run.config.microbatches,
-            "rows": run.shards.rows_per_step,
+            "rows": run.data.shards.rows_per_step,
             "settings": run.config.to_toml(),
             "environment": environment.of_job(ranks, data.fingerprint),
         }

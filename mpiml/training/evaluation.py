@@ -21,6 +21,11 @@ from mpiml.partition import part
 from mpiml.team import wait
 
 
+def not_finite(reason: str, rank: int | None = None) -> NotFiniteError:
+    """The error of a run that diverges, which all ranks raise; `rank` is where it was seen first."""
+    return NotFiniteError(f"{reason}; a smaller --lr, --warmup-steps or --clip may help").on_all_ranks(rank)
+
+
 class Evaluation:
     """The rows of a split, read from row 0 in chunks of `chunk_rows` rows; each replica has a block of whole chunks.
 
@@ -61,9 +66,7 @@ class Evaluation:
             clock("communication")
             record = sums.over_all()
         if record.bad_entry is not None:
-            reason = f"the test loss is not finite after step {step} (chunk {record.bad_entry})"
-            error = NotFiniteError(f"{reason}; a smaller --lr, --warmup-steps or --clip may help")
-            raise error.on_all_ranks()
+            raise not_finite(f"the test loss is not finite after step {step} (chunk {record.bad_entry})")
         return record
 
     def _chunks(self, sums: Sums, rounds: Rounds | None) -> Iterator[tuple[Batch, NDArray[np.float64]]]:

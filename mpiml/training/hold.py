@@ -135,34 +135,48 @@ class Hold:
         return done
 
     def opened(self, run: Run, name: str) -> Opened:
-        """The directory, with all in it that is known at the start; collective over the run's ranks.
+        """The directory, of which nothing but its result has been written; collective over the run's ranks.
+
+        Raises DataError or OutputError, on all ranks alike, if its run has other data or lost its checkpoints.
 
         Args:
             name: of the data set, for the name of a new directory.
         """
-        comm, config = run.grid.comm, run.config
-        ranks = comm.gather(environment.of_rank(config.threads))
+        config = run.config
 
-        def write() -> Opened:
+        def look() -> Opened:
             if not self._directory:
                 self._take(RunDirectory.create(config.out, f"{name}-{config.model}"), config.resume)
             assert self._directory, "it has just been taken"
             path = self._directory.path
-            job = environment.of_job(ranks or [], run.fingerprint)
-            job, changes = environment.going_on(environment.read(path), job, checkpoint.last_step(path / CHECKPOINTS))
             _check_same_data(run, path)
             _check_nothing_vanished(path, self._before)
+            return Opened(path, self._directory.token, [*self._directory.notes, *_notes(self._before)])
+
+        opened: Opened = run.grid.team.on_rank_0(look)
+        self._tell(run.grid.team)
+        return opened
+
+    def begun(self, run: Run, opened: Opened) -> list[str]:
+        """Write what is known at the start, when nothing can be refused any more; collective over the run's ranks.
+
+        Returns what a person should know of the job.
+        """
+        comm, config = run.grid.comm, run.config
+        ranks = comm.gather(environment.of_rank(config.threads))
+
+        def write() -> list[str]:
+            path = opened.path
+            job = environment.of_job(ranks or [], run.data.fingerprint)
+            job, changes = environment.going_on(environment.read(path), job, checkpoint.last_step(opened.checkpoints))
             saved = self._before.get("saved", 0)
             of_run = {"ranks": comm.size, "pipe": config.pipe, "microbatches": config.microbatches}
             write_result(path, RUNNING | {"step": saved, "saved": saved} | of_run)
             write_atomically(path / CONFIG, config.to_toml())
             write_atomically(path / ENVIRONMENT, documents.to_json(job, indent=2) + "\n")
-            warnings = [f"warning: {text}" for text in (*environment.warnings(ranks or []), *changes)]
-            return Opened(path, self._directory.token, [*warnings, *self._directory.notes, *_notes(self._before)])
+            return [f"warning: {text}" for text in (*environment.warnings(ranks or []), *changes)]
 
-        known: Opened = run.grid.team.on_rank_0(write)
-        self._tell(run.grid.team)
-        return known
+        return run.grid.team.on_rank_0(write)
 
     def _take(self, directory: RunDirectory, resume: bool) -> None:
         """Rank 0: from now on this job's fate is written there."""
@@ -198,7 +212,7 @@ def _notes(before: Mapping[str, Any]) -> list[str]:
 def _check_same_data(run: Run, path: Path) -> None:
     """Raise DataError if the run in a directory was trained on other data."""
     before = environment.data(path)
-    if before and (other := difference(run.fingerprint, before, "in the run so far")):
+    if before and (other := difference(run.data.fingerprint, before, "in the run so far")):
         raise DataError(f"{run.config.data} holds other data than the run in {path} was trained on: {other}")
 
 

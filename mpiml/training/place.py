@@ -1,32 +1,86 @@
-"""Where the vectors of a stage lie in memory: its gradient sum, and the agreement on the step record."""
+"""The stage of this rank: what it computes, and where its vectors lie in memory."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpiml.config import Config
+from mpiml.nn import base as nn
+from mpiml.nn.losses import Loss, Metric
 from mpiml.nn.parameters import Gradients, Layout
 from mpiml.parallel.gradient_sum import GradientSum, LibrarySum, OrderedSum
 from mpiml.parallel.grid import Grid
 from mpiml.parallel.memory import PrivateMemory, SharedMemory, share
 from mpiml.parallel.record import Agreement, Record, agree
+from mpiml.parallel.stage import Part
 from mpiml.parallel.tree import depth
+from mpiml.training.model import Model, build_loss, build_metric, constants, described, model_for, objective
+from mpiml.training.resolve import Resolved
+from mpiml.training.stages import StageDesign, cut
+from mpiml.training.task import Task
 from mpiml.vectors import bytes_of
 
+ONE_MODEL = "all ranks must build the same model: what it draws must follow from --seed, and no order from a set"
 Agree = Callable[[NDArray[np.float64], bool, bool], Record]
 
 
-def place(config: Config, grid: Grid, layout: Layout, columns: int) -> tuple[GradientSum, Agree, list[str]]:
+@dataclass(frozen=True)
+class BuiltModel:
+    """What all ranks know of the model.
+
+    Attributes:
+        task: what it is for.
+        layouts: of the parameters of each stage.
+        constants: checksums, as JSON, of the tensors that are neither trained nor saved.
+    """
+
+    task: Task
+    layouts: list[Layout]
+    metric: Metric
+    constants: str
+
+
+def build_stage(config: Config, task: Task, grid: Grid, model: Model | None) -> tuple[BuiltModel, Part]:
+    """The model, cut into stages, and what this rank's stage computes; collective.
+
+    Raises, on all ranks alike, ConfigError for a model, a loss or a metric that does not fit.
+    """
+    team = grid.team
+
+    def build() -> tuple[Loss, Metric, list[nn.Layer], list[StageDesign], dict[str, str]]:
+        layers = model_for(config, task, model)
+        stages = cut(config, layers, task.shape)
+        return build_loss(config), build_metric(config, task.outputs), layers, stages, described(layers, config.seed)
+
+    with team.clock.doing("model"):
+        loss, metric, layers, stages, text = team.together(build)
+        team.check_alike(text, ONE_MODEL)
+    stage = stages[grid.stage]
+    computation = Part(
+        forward=functools.partial(nn.forward, stage.layers, learned=stage.learned),
+        at=lambda training, step, m: nn.At(training, config.seed, step, m),
+        objective=objective(loss, metric),
+        x_shape=stage.x_shape,
+        y_shape=stage.y_shape,
+        dtype=config.dtype,
+        learns=stage.learned or stage.layout.size > 0,
+        learned=stage.learned,
+    )
+    return BuiltModel(task, [stage.layout for stage in stages], metric, constants(layers)), computation
+
+
+def place(config: Resolved, grid: Grid, layout: Layout, columns: int) -> tuple[GradientSum, Agree, list[str]]:
     """The stage's gradient sum and the agreement on the step record, in the memory that `config` asks for.
 
     Collective. `columns` are those of the record's table. Also returns what there is to say.
     """
-    microbatches = config.microbatches or 1
+    microbatches = config.microbatches
     sum_arguments = (microbatches, layout.size, layout.blocks(), layout.dtype)
     private = functools.partial(agree, grid.comm)
     if config.allreduce == "mpi":

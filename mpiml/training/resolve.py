@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 from mpiml.config import FALLING, Config
 from mpiml.data.dataset import Dataset, open_dataset
 from mpiml.data.formats import Options
@@ -14,15 +17,29 @@ from mpiml.usercode import is_name
 DEFAULT_EPOCHS = 30
 
 
+class Resolved(Config):
+    """Settings of which none is left open, so that their text repeats the run on any grid, from anywhere."""
+
+    microbatches: int
+    steps: int
+    lr: float
+    weight_decay: float
+    decay_steps: int
+
+    @classmethod
+    def of(cls, config: Config, **decided: Any) -> Resolved:
+        """The settings with what has been decided."""
+        settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        return cls(**settings | decided)
+
+
 def open_data(config: Config) -> Dataset:
     """The data set that the settings name. Raises DataError or ConfigError if there is none."""
     return open_dataset(config.data, Options(config.label, config.context, config.held_out, config.token_dtype))
 
 
-def resolve(config: Config, rows: int, classification: bool, replicas: int, before: Config | None = None) -> Config:
-    """The config with all that was left open decided, so that its text repeats the run on any grid, from anywhere.
-
-    `before` is that of the run that it goes on with, if there is one.
+def resolve(config: Config, rows: int, classification: bool, replicas: int, before: Config | None = None) -> Resolved:
+    """Decide what the settings leave open; `before` are those of the run that this one goes on with, if there is one.
 
     Raises ConfigError for micro-batches that the replicas or the rows cannot share, for settings that do not fit the
     labels, and for a run that would go on with a learning rate that has fallen already.
@@ -42,7 +59,8 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int, befo
     if before:
         check_fall(config, before, steps)
     decay = config.weight_decay
-    return scored(config, classification).replace(
+    return Resolved.of(
+        scored(config, classification),
         data=absolute(config.data),
         init=config.init and absolute(config.init),
         microbatches=microbatches,
@@ -87,9 +105,9 @@ def check_fall(config: Config, before: Config, steps: int) -> None:
         )
 
 
-def warnings(config: Config) -> list[str]:
+def warnings(config: Resolved) -> list[str]:
     """What is to be said of the settings: that the learning rate is 0 before the last step."""
-    steps, last = config.steps or 0, config.decay_steps or 0
+    steps, last = config.steps, config.decay_steps
     if config.decay != "cosine" or steps <= last:
         return []
     return [f"warning: the learning rate is 0 from step {last} of {steps} on, by --decay-steps: nothing is learned"]

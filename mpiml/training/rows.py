@@ -1,4 +1,4 @@
-"""The rows of a run: shards to train on and chunks to test on, looked at, as the settings want them."""
+"""The data of a run: shards to train on and chunks to test on, looked at, as the settings want them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from numpy.typing import DTypeLike
 
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset, Split
+from mpiml.data.fingerprint import Fingerprint
 from mpiml.data.normalize import Normalization, NormalizedSource
 from mpiml.data.prefetch import ReadAhead, steps_ahead
 from mpiml.data.shards import Shards
@@ -21,50 +22,68 @@ from mpiml.parallel.grid import Grid
 from mpiml.partition import part
 from mpiml.training.data import look_at, look_for_starving, measure
 from mpiml.training.evaluation import Evaluation
+from mpiml.training.resolve import Resolved
 from mpiml.training.task import Task
 from mpiml.usercode import called_with, named
 
 
-@dataclass
-class RowsOfRun:
-    """The rows of a run, looked at, and what they ask of a model."""
+@dataclass(frozen=True)
+class RunData:
+    """The data of a run, looked at, and what they ask of a model.
+
+    Attributes:
+        ahead: the rows of `shards`, read some steps ahead.
+        notes: what a person should know.
+    """
 
     shards: Shards
+    ahead: ReadAhead
     tests: Evaluation
     task: Task
     normalization: Normalization | None
+    fingerprint: Fingerprint
     notes: list[str]
 
 
-def look_at_rows(config: Config, data: Dataset, grid: Grid) -> RowsOfRun:
-    """The rows to train and to test on, as the settings want them; collective over the grid.
+def build_data(config: Resolved, data: Dataset, grid: Grid) -> RunData:
+    """Look at the rows that this rank will train and test on, and cut them as the settings say; collective.
 
     Raises, on all ranks alike, DataError or ConfigError for rows that cannot be used.
     """
-    assert config.microbatches, "settings are resolved before a run is assembled"
-    shards = Shards(
-        data.train,
-        config.microbatches,
-        config.batch,
-        config.seed,
-        *part(grid.replica, grid.replicas, config.microbatches),
+    first, last = part(grid.replica, grid.replicas, config.microbatches)
+    cut = functools.partial(
+        Shards,
+        microbatches=config.microbatches,
+        batch=config.batch,
+        seed=config.seed,
+        first=first,
+        last=last,
         dtype=config.dtype,
         shuffle=config.shuffle,
         block_rows=config.block_rows,
         strided=config.shards == "strided",
         transform=grid.team.together(functools.partial(find_transform, config, data)),
     )
-    tests = Evaluation(data.test, config.eval_rows, grid, config.dtype)
-    also, ignore = shards.transform is not None, data.ignored(config.ignore)
-    seen = look_at(data, grid, shards.rows(), tests.rows(), config.classes, both=also, ignore=ignore)
-    shards.split, tests.split = (split.ignoring(ignore) for split in (data.train, data.test))
+    deal = functools.partial(Evaluation, chunk_rows=config.eval_rows, grid=grid, dtype=config.dtype)
+    shards, ignore = cut(data.train), data.ignored(config.ignore)
+    also, test_rows = shards.transform is not None, deal(data.test).rows()
+    seen = look_at(data, grid, shards.rows(), test_rows, config.classes, both=also, ignore=ignore)
+    train, test = (split.ignoring(ignore) for split in (data.train, data.test))
+    shards = cut(train)
     notes = [*seen.notes, *look_for_starving(data, grid, shards, seen.outputs)]
-    normalization = None
-    if config.normalize:
-        normalization = measure(data, grid, shards)
-        shards.split, tests.split = (normalized(s, normalization, config.dtype) for s in (shards.split, tests.split))
-    task = Task(data.train.x.shape, data.train.y.shape, data.classification, seen.outputs, seen.tokens, ignore)
-    return RowsOfRun(shards, tests, task, normalization, notes)
+    normalization = measure(data, grid, shards) if config.normalize else None
+    if normalization:
+        train, test = (normalized(split, normalization, config.dtype) for split in (train, test))
+        shards = cut(train)
+    return RunData(
+        shards=shards,
+        ahead=read_ahead(config, shards, grid),
+        tests=deal(test),
+        task=Task(data.train.x.shape, data.train.y.shape, data.classification, seen.outputs, seen.tokens, ignore),
+        normalization=normalization,
+        fingerprint=data.fingerprint,
+        notes=notes,
+    )
 
 
 def normalized(split_: Split, by: Normalization, dtype: DTypeLike) -> Split:
@@ -91,7 +110,7 @@ def find_transform(config: Config, data: Dataset) -> Callable[..., Any] | None:
     return transform
 
 
-def read_ahead(config: Config, shards: Shards, grid: Grid) -> ReadAhead:
+def read_ahead(config: Resolved, shards: Shards, grid: Grid) -> ReadAhead:
     """The training rows, read as far ahead as the settings say."""
     steps = steps_ahead(shards) if config.prefetch is None else config.prefetch
-    return ReadAhead(shards, steps, config.steps or 0, grid.stage == 0, grid.stage == grid.stages - 1)
+    return ReadAhead(shards, steps, config.steps, grid.stage == 0, grid.stage == grid.stages - 1)

@@ -1,119 +1,166 @@
-"""From settings to the parts of a run: data, model, stages, gradient sum, update, each in its place on the grid."""
+"""A run: its parts, each in its place on the grid, one step of training, and an evaluation; there is no other step."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
+from mpi4py import MPI
 from numpy.typing import NDArray
 
-from mpiml.clock import Clock
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
-from mpiml.data.fingerprint import Fingerprint
-from mpiml.data.normalize import Normalization
-from mpiml.data.prefetch import ReadAhead
-from mpiml.data.shards import Shards
-from mpiml.nn import base as nn
 from mpiml.nn import optimizers
-from mpiml.nn.losses import Loss, Metric
 from mpiml.nn.parameters import Layout
 from mpiml.nn.rates import learning_rate
+from mpiml.parallel import grid as grids
 from mpiml.parallel.grid import Grid
+from mpiml.parallel.record import Record, agree
 from mpiml.parallel.schedules import SCHEDULES
-from mpiml.parallel.stage import Part, TrainingStage
+from mpiml.parallel.stage import TrainingStage
 from mpiml.parallel.state import State
 from mpiml.parallel.update import Update
 from mpiml.partition import part
+from mpiml.run import log
 from mpiml.run.stragglers import Pace
-from mpiml.team import share_cores
-from mpiml.training.evaluation import Evaluation
-from mpiml.training.model import Model, build_loss, build_metric, constants, described, model_for, objective
-from mpiml.training.place import Agree, gradients, place
-from mpiml.training.resolve import warnings
-from mpiml.training.rows import look_at_rows, read_ahead
-from mpiml.training.stages import StageDesign, cut
-from mpiml.training.task import Task
+from mpiml.run.trace import clock_for
+from mpiml.team import Team, share_cores
+from mpiml.training.evaluation import not_finite
+from mpiml.training.model import Model
+from mpiml.training.place import Agree, BuiltModel, build_stage, gradients, place
+from mpiml.training.resolve import Resolved, resolve, warnings
+from mpiml.training.rows import RunData, build_data
 
-ONE_MODEL = "all ranks must build the same model: what it draws must follow from --seed, and no order from a set"
+
+class Due(NamedTuple):
+    """What is to be done after a step, in this order: saving before an evaluation, which may fail."""
+
+    log: bool = False
+    save: bool = False
+    evaluation: bool = False
 
 
 @dataclass(frozen=True)
-class Due:
-    """What is to be done after a step, in this order: saving before an evaluation, which may fail."""
-
-    log: bool
-    save: bool
-    evaluation: bool
-
-
-@dataclass
 class Run:
-    """The parts of a run on this rank."""
+    """The parts of a run on this rank.
 
-    config: Config
+    Attributes:
+        agree: (table, not finite, stop) -> the step record, the same on all ranks.
+        rate: the learning rate of a step.
+        notes: what a person should know.
+    """
+
+    config: Resolved
     grid: Grid
-    clock: Clock
-    shards: Shards
-    ahead: ReadAhead
-    tests: Evaluation
-    task: Task
-    metric: Metric
-    layouts: list[Layout]
+    data: RunData
+    model: BuiltModel
     stage: TrainingStage
     update: Update
     state: State
     agree: Agree
+    rate: Callable[[int], float]
     notes: list[str]
-    normalization: Normalization | None
-    constants: str
-    fingerprint: Fingerprint
-    learning_rate: Callable[[int], float]
 
-    @property
-    def steps(self) -> int:
-        """The number of the last step."""
-        assert self.config.steps, "settings are resolved before a run is assembled"
-        return self.config.steps
+    def due(self, step: int) -> Due:
+        """What is to be done after a step: all of it, where it is done at all, after the last."""
+        config, last = self.config, step == self.config.steps
+        every = (config.log_every, config.save_every, config.eval_every)
+        return Due(*(steps > 0 and (last or step % steps == 0) for steps in every))
+
+    def step(self, step: int, due: Due = Due(), stop: Callable[[], bool] = lambda: False) -> log.Step:  # noqa: B008
+        """Forward, backward, agree, sum, update; collective.
+
+        Args:
+            due: what follows: the metric and the gradient's norm are only worked out to be logged, and what is shown or
+                saved has been looked at before.
+            stop: whether this rank asks to stop after the step; is asked once, when its gradients are there.
+
+        Raises NotFiniteError, on all ranks alike, if the loss, the gradient or the weights are not finite.
+        """
+        began, clock, update = perf_counter(), self.grid.team.clock, self.update
+        clock.step = step
+        table = self._table(self.config.microbatches, measured=due.log)
+        self.stage.train(step, self.data.ahead.batches(step), table, measured=due.log)
+        clock("communication")
+        record = self.agree(table, not update.finite, stop())
+        self._check_finite(step, record)
+        rate, shown = self.rate(step), any(due) or record.stop
+        norm = update.step(rate, record.weight, step, shown)
+        self._check_finite(step, record, norm)
+        if shown:  # else the next step's record will carry it
+            self._check_finite(step + 1, agree(self.grid.comm, self._table(0), not update.finite))
+        clock("compute")
+        score = self.model.metric.value(record.metric) if due.log else None
+        seconds = perf_counter() - began
+        return log.Step(step, self.epoch(step), record.mean_loss, score, rate, norm, seconds, record.stop)
+
+    def evaluate(self, step: int, stop: Callable[[], bool]) -> log.Evaluation | None:
+        """Score the test rows with the weights after a step; collective. None if `stop` has said so meanwhile.
+
+        Raises NotFiniteError, on all ranks alike, if the loss is not finite.
+        """
+        tests, metric = self.data.tests, self.model.metric
+        record = tests.score(self.stage, metric, self.grid.team.clock, step, stop)
+        if record is None:
+            return None
+        score = metric.value(record.metric)
+        return log.Evaluation(step, self.epoch(step), record.mean_loss, score, len(tests.split))
+
+    def asked_to_stop(self, stop: bool) -> bool:
+        """Whether any rank asks to stop before a step; collective."""
+        return agree(self.grid.comm, self._table(0), stop=stop).stop
 
     def epoch(self, step: int) -> int:
         """The number of the epoch that a step is in, from 1 on."""
-        return (step - 1) // self.shards.steps_per_epoch + 1
+        return (step - 1) // self.data.shards.steps_per_epoch + 1
 
-    def due(self, step: int) -> Due:
-        """What is to be done after a step."""
-        config, last = self.config, step == self.steps
-        every = (config.log_every, config.save_every, config.eval_every)
-        return Due(*(steps > 0 and (last or step % steps == 0) for steps in every))
+    def pace(self) -> Pace:
+        """What compares the times of this run's ranks."""
+        grid, config = self.grid, self.config
+        blocks = (part(replica, grid.replicas, config.microbatches) for replica in range(grid.replicas))
+        crowded = grid.node.size * config.threads > grid.cores
+        return Pace(grid.stages, [stop - start for start, stop in blocks], grid.team.launched, crowded)
 
     def free(self) -> None:
         """Give back what the MPI library holds for the run; collective."""
         self.stage.sum.free()
         self.grid.free()
 
-    def pace(self) -> Pace:
-        """What compares the times of this run's ranks."""
-        grid, config = self.grid, self.config
-        blocks = (part(replica, grid.replicas, config.microbatches or 1) for replica in range(grid.replicas))
-        crowded = grid.node.size * config.threads > grid.cores
-        return Pace(grid.stages, [stop - start for start, stop in blocks], grid.team.launched, crowded)
-
-    def record(self, entries: int, measured: bool = False) -> NDArray[np.float64]:
+    def _table(self, entries: int, measured: bool = False) -> NDArray[np.float64]:
         """An empty table for that many micro-batches, with columns for the metric only if it is to be measured: of many
         outputs they may be thousands."""
-        return np.zeros((entries, 2 + (self.metric.columns if measured else 0)))
+        return np.zeros((entries, 2 + (self.model.metric.columns if measured else 0)))
+
+    def _check_finite(self, step: int, record: Record, norm: float | None = None) -> None:
+        """End the run, on all ranks, if the loss of this step or what its gradient did is not finite; collective."""
+        if record.broken:
+            error = not_finite(f"weights are not finite after step {step - 1}")
+        elif record.bad_entry is not None:
+            grid, entry = self.grid, record.bad_entry
+            replica = (grid.replicas * (entry + 1) - 1) // self.config.microbatches
+            rank = grid.team.launched[grid.rank_of(grid.stages - 1, replica)]
+            error = not_finite(f"the loss is not finite in step {step} (micro-batch {entry}, rank {rank})", rank)
+        elif norm is not None and not norm < float("inf"):
+            error = not_finite(f"the gradient is not finite in step {step}")
+        else:
+            return
+        self.stage.sum.drop()
+        raise error
 
 
 def assemble(
-    config: Config,
+    config: Resolved,
     data: Dataset,
     grid: Grid,
-    model: Model | None,
+    model: Model | None = None,
     check: Callable[[Config, Sequence[Layout]], None] = lambda config, layouts: None,
 ) -> Run:
-    """Build everything; collective over the grid. `config` is resolved.
+    """Build everything; collective over the grid.
 
     `check` looks at the stages' layouts, on rank 0, before memory for them is asked for.
 
@@ -122,63 +169,32 @@ def assemble(
     team, clock = grid.team, grid.team.clock
     clock("joining")
     share_cores(grid.node.size * config.threads, grid.cores)
-    rows = look_at_rows(config, data, grid)
-    layouts, metric, here, fixed = build_stage(config, rows.task, grid, model)
-    team.on_rank_0(lambda: check(config, layouts))
-    layout = layouts[grid.stage]
-    sum_, agreement, notes = place(config, grid, layout, 2 + metric.columns)
+    rows = build_data(config, data, grid)
+    built, computation = build_stage(config, rows.task, grid, model)
+    team.on_rank_0(lambda: check(config, built.layouts))
+    layout = built.layouts[grid.stage]
+    sum_, agreement, notes = place(config, grid, layout, 2 + built.metric.columns)
     layout.bind(sum_.values)
     team.together(functools.partial(layout.initialise, sum_.values, config.seed, *sum_.worker))
-    here.gradients = gradients(layout, sum_)
-    optimizer = optimizers.build(config.optimizer, config.momentum, config.weight_decay or 0.0)
+    computation = dataclasses.replace(computation, gradients=gradients(layout, sum_))
+    optimizer = optimizers.build(config.optimizer, config.momentum, config.weight_decay)
     update = Update(grid.comm, grid.replica, sum_, optimizer, config.clip, rows.shards.rows_of, clock)
     return Run(
         config=config,
         grid=grid,
-        clock=clock,
-        shards=rows.shards,
-        ahead=read_ahead(config, rows.shards, grid),
-        tests=rows.tests,
-        task=rows.task,
-        metric=metric,
-        layouts=layouts,
-        agree=agreement,
-        notes=[*rows.notes, *notes, *warnings(config)],
-        normalization=rows.normalization,
-        constants=fixed,
-        fingerprint=data.fingerprint,
-        stage=TrainingStage(grid.pipe, here, sum_, SCHEDULES[config.schedule], clock),
+        data=rows,
+        model=built,
+        stage=TrainingStage(grid.pipe, computation, sum_, SCHEDULES[config.schedule], clock),
         update=update,
         state=State(grid, sum_, update.states, clock),
-        learning_rate=learning_rate(config.lr or 0.0, config.warmup_steps, config.decay, config.decay_steps or 1),
+        agree=agreement,
+        rate=learning_rate(config.lr, config.warmup_steps, config.decay, config.decay_steps),
+        notes=[*rows.notes, *notes, *warnings(config)],
     )
 
 
-def build_stage(config: Config, task: Task, grid: Grid, model: Model | None) -> tuple[list[Layout], Metric, Part, str]:
-    """The model, cut into stages: every stage's layout, the metric, what this rank's stage computes, and checksums
-    of the model's constants as JSON; collective.
-
-    Raises, on all ranks alike, ConfigError for a model, a loss or a metric that does not fit.
-    """
-    team = grid.team
-
-    def made() -> tuple[Loss, Metric, list[nn.Layer], list[StageDesign], dict[str, str]]:
-        layers = model_for(config, task, model)
-        stages = cut(config, layers, task.shape)
-        return build_loss(config), build_metric(config, task.outputs), layers, stages, described(layers, config.seed)
-
-    with team.clock.doing("model"):
-        loss, metric, layers, stages, text = team.together(made)
-        team.check_alike(text, ONE_MODEL)
-    stage = stages[grid.stage]
-    here = Part(
-        forward=functools.partial(nn.forward, stage.layers, learned=stage.learned),
-        at=lambda training, step, m: nn.At(training, config.seed, step, m),
-        objective=objective(loss, metric),
-        x_shape=stage.x_shape,
-        y_shape=stage.y_shape,
-        dtype=config.dtype,
-        learns=stage.learned or stage.layout.size > 0,
-        learned=stage.learned,
-    )
-    return [stage.layout for stage in stages], metric, here, constants(layers)
+def unsaved(comm: MPI.Intracomm, config: Config, data: Dataset, model: Model | None = None) -> Run:
+    """A run that keeps nothing, to measure its steps: without log, checkpoints and directory; collective."""
+    grid = grids.build(Team(comm, clock_for(config.trace, comm.size)), config.pipe)
+    resolved = resolve(config, len(data.train), data.classification, grid.replicas)
+    return assemble(resolved, data, grid, model)

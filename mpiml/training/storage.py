@@ -1,4 +1,4 @@
-"""How a run begins anew or where it left off, and how its state is kept."""
+"""The state of a run: restored where it left off, or begun anew, and saved in the run's directory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from mpiml.nn.parameters import Layout, Parameter
 from mpiml.parallel.state import VALUES
 from mpiml.run import checkpoint, lock, log
 from mpiml.run.checkpoint import Checkpoint
-from mpiml.run.directory import CHECKPOINTS, CONFIG, METRICS, sync_file, update_result
+from mpiml.run.deadline import Deadline
+from mpiml.run.directory import CHECKPOINTS, CONFIG, sync_file, update_result
 from mpiml.run.metrics import entries, missing
 from mpiml.training.hold import Opened
 from mpiml.training.model import check_constants
@@ -36,21 +37,6 @@ def check_saved(cfg: Config, layouts: Sequence[Layout]) -> None:
         checkpoint.check_kinds(cfg.init, checkpoint.kinds(Path(cfg.init)), needed)
 
 
-def finish(run: Run, directory: Opened, outcome: Mapping[str, Any]) -> dict[str, Any]:
-    """Write how the run ended; collective. Returns the whole result.
-
-    Raises DirectoryError, on all ranks alike, if another job has taken the directory.
-    """
-
-    def write() -> dict[str, Any]:
-        lock.check(directory.path, directory.token)
-        sync_file(directory.metrics)
-        return update_result(directory.path, outcome)
-
-    result: dict[str, Any] = run.grid.team.on_rank_0(write)
-    return result
-
-
 class Restored(NamedTuple):
     """Where a run goes on.
 
@@ -67,107 +53,136 @@ class Restored(NamedTuple):
     unscored: bool
 
 
-def restore(run: Run, path: Path) -> Restored:
-    """Put the state of the newest good checkpoint, or the weights of --init, in place; collective."""
-    cfg = run.config
-    whole: list[Mapping[str, Any]] = []
+class Store:
+    """The state of a run in its directory. Every method is collective.
 
-    def read() -> tuple[Restored, tuple[str, ...], Normalization | None]:
-        found, begin, saved = None, Restored(0, [], {}, False), None
+    Raises DirectoryError, on all ranks alike, where it would write and another job has taken the directory.
+
+    Args:
+        deadline: is told how long saving takes.
+    """
+
+    def __init__(self, run: Run, directory: Opened, deadline: Deadline):
+        self.run, self.directory, self.deadline = run, directory, deadline
+        self.team, self.clock = run.grid.team, run.grid.team.clock
+        self._saved = 0  # the step of the last checkpoint
+        size = sum(layout.size * layout.dtype.itemsize for layout in run.model.layouts) * len(run.state.mine)
+        deadline.expect(size)
+
+    def restore(self) -> Restored:
+        """Put the state of the newest good checkpoint, or the weights of --init, in place."""
+        run, stages = self.run, list[Mapping[str, Any]]()  # on rank 0, of each stage its vectors
+
+        def read() -> tuple[Restored, tuple[str, ...], Normalization | None]:
+            saved, names, start = self._find()
+            normalizing = None
+            if saved and start.step:
+                _check_same_run(run.config, saved)
+                check_constants(run.model.constants, saved)
+                normalizing = normalization(saved, run.model.task) if run.data.normalization else None
+            if saved:
+                stages.extend(from_arrays(run.model.layouts, saved, names))
+            return start, names, normalizing
+
+        self.clock("checkpoint")
+        start, names, normalizing = self.team.on_rank_0(read)
+        if normalizing and run.data.normalization:
+            run.data.normalization.take(normalizing)
+        if names:
+            run.state.distribute(stages, *names)
+        self._saved = start.step
+        return start
+
+    def _find(self) -> tuple[Checkpoint | None, tuple[str, ...], Restored]:
+        """Rank 0: the checkpoint to begin with, if there is one, which of its vectors count, and where it leads."""
+        cfg, moved = self.run.config, self.clock.progress
+        start, saved = Restored(0, [], {}, False), None
         if cfg.resume:
-            found, problems = checkpoint.newest(path / CHECKPOINTS, moved=run.clock.progress)
-            begin = _log_so_far(run, path, found, [f"warning: skipped {problem}" for problem in problems])
-        names = tuple(run.state.mine) if found else ()
-        if found and "init" in (cfg.given or ()):
-            begin.notes.append(f"--init {cfg.init} is not read: it is for a run's first step")
-        if not found and cfg.init:
-            found, names = checkpoint.load(Path(cfg.init), moved=run.clock.progress), (VALUES,)
-            begin.notes.append(f"first weights from {cfg.init}")
-        if found:
-            if begin.step:
-                _check_same_run(cfg, found)
-                check_constants(run.constants, found)
-            if begin.step and run.normalization:
-                saved = normalization(found, run.task)
-            whole.extend(vectors(run.layouts, found, names))
-        return begin, names, saved
+            saved, problems = checkpoint.newest(self.directory.checkpoints, moved=moved)
+            start = self._log_so_far(saved, [f"warning: skipped {problem}" for problem in problems])
+        if saved:
+            if "init" in (cfg.given or ()):
+                start.notes.append(f"--init {cfg.init} is not read: it is for a run's first step")
+            return saved, tuple(self.run.state.mine), start
+        if cfg.init:
+            start.notes.append(f"first weights from {cfg.init}")
+            return checkpoint.load(Path(cfg.init), moved=moved), (VALUES,), start
+        return None, (), start
 
-    run.clock("checkpoint")
-    begin, names, saved = run.grid.team.on_rank_0(read)
-    if saved and run.normalization:
-        run.normalization.take(saved)
-    if names:
-        run.state.distribute(whole, *names)
-    return begin
+    def _log_so_far(self, saved: Checkpoint | None, notes: list[str]) -> Restored:
+        """The log, cut to what was there when a checkpoint was written; without one, to nothing."""
+        run, metrics, step = self.run, self.directory.metrics, saved.step if saved else 0
+        cfg = run.config
+        if saved:
+            its = settings_of(saved, (), {})
+            if lost := missing(entries(metrics), step, its.log_every, its.eval_every):
+                notes.append(f"warning: {metrics} has lost its lines of steps {lost[0]} to {lost[-1]}")
+        where = f"no checkpoint in {self.directory.path} yet: starting at step 0"
+        notes.append(f"going on after step {step}" if saved else where)
+        kept, damaged = log.cut(metrics, step, cfg.steps, cfg.eval_every, cfg.log_every)
+        scored = any("evaluation" in entry and entry["step"] == step for entry in kept)
+        unscored = saved is not None and run.due(step).evaluation and not scored
+        return Restored(step, notes + damaged, log.last_known(kept, run.model.metric.name), unscored)
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint of a step, unless that is done, when the metrics so far are on disk."""
+        if step == self._saved:
+            return
+        run, began = self.run, time.monotonic()
+        with self.clock.booked("checkpoint"):
+            stages = run.state.collect()
+
+            def write() -> None:
+                self.clock("checkpoint")
+                lock.check(self.directory.path, self.directory.token)
+                sync_file(self.directory.metrics)
+                arrays = to_arrays(run.model.layouts, stages, *run.state.mine)
+                if run.data.normalization:
+                    arrays |= run.data.normalization.arrays()
+                saved = Checkpoint(step, run.config.to_toml(), arrays, run.model.task.to_json(), run.model.constants)
+                checkpoint.save(self.directory.checkpoints, saved, run.config.keep, self.clock.progress)
+                update_result(self.directory.path, {"step": step, "saved": step})
+
+            self.team.on_rank_0(write)
+        self._saved = step
+        self.deadline.saved(time.monotonic() - began)
+
+    def digest(self) -> str:
+        """The SHA-256 of all weights in layer order, the same for every layout."""
+        run = self.run
+        with self.clock.booked("checkpoint"):
+            stages = run.state.collect(VALUES)
+
+            def compute() -> str:
+                self.clock("checkpoint")
+                return checkpoint.digest(to_arrays(run.model.layouts, stages, VALUES).items(), self.clock.progress)
+
+            return self.team.on_rank_0(compute)
+
+    def finish(self, outcome: Mapping[str, Any]) -> dict[str, Any]:
+        """Write how the run ended. Returns the whole result."""
+
+        def write() -> dict[str, Any]:
+            lock.check(self.directory.path, self.directory.token)
+            sync_file(self.directory.metrics)
+            return update_result(self.directory.path, outcome)
+
+        return self.team.on_rank_0(write)
 
 
-def _log_so_far(run: Run, path: Path, found: Checkpoint | None, notes: list[str]) -> Restored:
-    """The log, cut to what was there when a checkpoint was written; without one, to nothing."""
-    cfg, metrics, step = run.config, path / METRICS, found.step if found else 0
-    if found:
-        its = settings_of(found, (), {})
-        if lost := missing(entries(metrics), step, its.log_every, its.eval_every):
-            notes.append(f"warning: {metrics} has lost its lines of steps {lost[0]} to {lost[-1]}")
-    notes.append(f"going on after step {step}" if found else f"no checkpoint in {path} yet: starting at step 0")
-    kept, damaged = log.cut(metrics, step, run.steps, cfg.eval_every, cfg.log_every)
-    scored = any("evaluation" in entry and entry["step"] == step for entry in kept)
-    unscored = found is not None and run.due(step).evaluation and not scored
-    return Restored(step, notes + damaged, log.last_known(kept, run.metric.name), unscored)
-
-
-def _check_same_run(cfg: Config, found: Checkpoint) -> None:
-    saved = settings_of(found, (), {})
+def _check_same_run(cfg: Config, saved: Checkpoint) -> None:
+    """Raise OutputError if a checkpoint has settings that these may not go on with."""
+    theirs = settings_of(saved, (), {})
     for field in all_settings():
-        mine, theirs = getattr(cfg, field.name), getattr(saved, field.name)
-        if mine != theirs and not saved.may_become(field, mine):
+        mine, its = getattr(cfg, field.name), getattr(theirs, field.name)
+        if mine != its and not theirs.may_become(field, mine):
             raise OutputError(
-                f"{found.origin} has {flag(field.name)} {theirs}, but {CONFIG} {mine}: they are of different runs, or "
+                f"{saved.origin} has {flag(field.name)} {its}, but {CONFIG} {mine}: they are of different runs, or "
                 f"{CONFIG} is damaged; if you remove it, --resume takes the checkpoint's settings"
             )
 
 
-def save(run: Run, step: int, directory: Opened) -> float:
-    """Write a checkpoint, when the metrics so far are on disk; collective. Returns the seconds that it took.
-
-    Raises DirectoryError, on all ranks alike, if another job has taken the directory.
-    """
-    began = time.monotonic()
-    with run.clock.booked("checkpoint"):
-        stages = run.state.collect()
-
-        def write() -> None:
-            run.clock("checkpoint")
-            lock.check(directory.path, directory.token)
-            sync_file(directory.metrics)
-            arrays = named(run.layouts, stages, *run.state.mine)
-            if run.normalization:
-                arrays |= run.normalization.arrays()
-            saved = Checkpoint(step, run.config.to_toml(), arrays, run.task.to_json(), run.constants)
-            checkpoint.save(directory.checkpoints, saved, run.config.keep, run.clock.progress)
-            update_result(directory.path, {"step": step, "saved": step})
-
-        run.grid.team.on_rank_0(write)
-    return time.monotonic() - began
-
-
-def size(run: Run) -> int:
-    """The bytes of a checkpoint."""
-    return sum(layout.size * layout.dtype.itemsize for layout in run.layouts) * len(run.state.mine)
-
-
-def digest(run: Run) -> str:
-    """The SHA-256 of all weights in layer order, the same for every layout; collective."""
-    with run.clock.booked("checkpoint"):
-        stages = run.state.collect(VALUES)
-
-        def computed() -> str:
-            run.clock("checkpoint")
-            return checkpoint.digest(named(run.layouts, stages, VALUES).items(), run.clock.progress)
-
-        return run.grid.team.on_rank_0(computed)
-
-
-def named(layouts: Sequence[Layout], stages: Sequence[Mapping[str, Any]], *names: str) -> dict[str, Any]:
+def to_arrays(layouts: Sequence[Layout], stages: Sequence[Mapping[str, Any]], *names: str) -> dict[str, Any]:
     """All stages' vectors as arrays: weights under their names, state NAME as optimizer.NAME.(weight's name)."""
     arrays: dict[str, Any] = {}
     for vector in names:
@@ -178,7 +193,7 @@ def named(layouts: Sequence[Layout], stages: Sequence[Mapping[str, Any]], *names
 
 
 def needed_kinds(layouts: Sequence[Layout], names: Sequence[str]) -> dict[str, checkpoint.Kind]:
-    """Of what kind the arrays of `named` are."""
+    """Of what kind the arrays of `to_arrays` are."""
     return {
         name: (layout.dtype.name, p.shape)
         for vector in names
@@ -193,11 +208,11 @@ def _names(layout: Layout, vector: str) -> dict[Parameter, str]:
     return {p: prefix + p.name for p in layout.parameters if vector == VALUES or p.momentum is None}
 
 
-def vectors(layouts: Sequence[Layout], found: Checkpoint, names: Sequence[str]) -> list[Mapping[str, Any]]:
-    """The reverse of `named`, for some vectors. Raises OutputError if the checkpoint is of another model."""
+def from_arrays(layouts: Sequence[Layout], found: Checkpoint, names: Sequence[str]) -> list[Mapping[str, Any]]:
+    """The reverse of `to_arrays`, for some vectors. Raises OutputError if the checkpoint is of another model."""
     checkpoint.check_kinds(found.origin, checkpoint.kinds_of(found.arrays), needed_kinds(layouts, names))
     stages = [{name: layout.zeros() for name in names} for layout in layouts]
-    for name, target in named(layouts, stages, *names).items():
+    for name, target in to_arrays(layouts, stages, *names).items():
         target[...] = found.arrays[name]
     return list(stages)
 

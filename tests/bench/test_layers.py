@@ -34,7 +34,7 @@ def test_both_sides_learn_the_same(model: str) -> None:
     task = small(model)
     ours, theirs = task.ours(), task.theirs("channels_last")
     run, parameters = ours.run, dict(theirs.module.named_parameters())
-    (layout,), sum_ = run.layouts, run.stage.sum
+    (layout,), sum_ = run.model.layouts, run.stage.sum
 
     def mine(vector: np.ndarray) -> list[np.ndarray]:
         found = layout.named(vector).values()

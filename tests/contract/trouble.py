@@ -20,7 +20,7 @@ from mpiml.parallel.state import State
 from mpiml.run import watch
 from mpiml.run.failure import exit_code
 from mpiml.train import train
-from mpiml.training import storage
+from mpiml.training.storage import Store
 
 RANKS, PHASE, KIND = [int(rank) for rank in sys.argv[1].split(",")], sys.argv[2], sys.argv[3]
 STEP = 7
@@ -148,9 +148,9 @@ def model(shape: tuple[int, ...], outputs: int) -> list[Layer]:
     return layers
 
 
-def at_end(run: Any, path: Any, outcome: Any) -> Any:
+def at_end(store: Store, outcome: Any) -> Any:
     trouble("end")
-    return finish(run, path, outcome)
+    return finish(store, outcome)
 
 
 def in_save(*arguments: Any) -> Any:
@@ -160,7 +160,7 @@ def in_save(*arguments: Any) -> Any:
 
 if KIND in ("kill-launcher", "unnoticed"):
     watch.LOOK = 0.1
-finish, storage.finish = storage.finish, at_end
+finish, Store.finish = Store.finish, at_end  # type: ignore[method-assign]
 collect, State.collect = State.collect, in_save  # type: ignore[method-assign]
 digits = open_dataset("digits")
 data = Dataset(Split(TroubledSource(digits.train.x), TroubledSource(digits.train.y)), digits.test, "digits")

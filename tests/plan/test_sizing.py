@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from mpiml.bench import models
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
 from mpiml.errors import ConfigError, DataError
@@ -24,7 +23,9 @@ from mpiml.parallel.exchange import tags
 from mpiml.parallel.memory import SharedMemory
 from mpiml.plan import activations, costs
 from mpiml.plan.sizing import plan, screen
+from mpiml.team import Team
 from mpiml.training.job import Job, job_of, needs
+from mpiml.training.run import unsaved
 from mpiml.vectors import bytes_of
 
 WORLD = MPI.COMM_WORLD
@@ -207,18 +208,18 @@ def test_a_real_run_allocates_and_sends_as_planned(
     monkeypatch.setenv("MPIML_NODES", ",".join(map(str, nodes)))
     build = grids.build
 
-    def recording(comm: MPI.Intracomm, stages: int) -> grids.Grid:
-        grid = build(comm, stages)
+    def recording(team: Team, stages: int) -> grids.Grid:
+        grid = build(team, stages)
         grid.data, grid.pipe = Recording(grid.data), Recording(grid.pipe)
         return grid
 
     monkeypatch.setattr(grids, "build", recording)
     made = job(WORLD.size, node_ranks, **settings)
     monkeypatch.setattr(Recording, "tags", tags(made.config.microbatches or 1))
-    real = models.Trainer(WORLD, made.config, arrays(120))
-    for _ in range(made.steps_per_epoch):
-        real.step()
-    run, stage, replica = real.run, real.run.grid.stage, real.run.grid.replica
+    run = unsaved(WORLD, made.config, arrays(120))
+    for step in range(1, made.steps_per_epoch + 1):
+        run.step(step)
+    stage, replica = run.grid.stage, run.grid.replica
     sum_, data, pipe = run.stage.sum, run.grid.data, run.grid.pipe
     assert isinstance(data, Recording)
     assert isinstance(pipe, Recording)

@@ -21,8 +21,9 @@ from mpiml.parallel.state import VALUES, State
 from mpiml.run import checkpoint, lock
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.train import train
-from mpiml.training import hold, storage
+from mpiml.training import hold
 from mpiml.training.hold import _check_nothing_vanished, _finished
+from mpiml.training.storage import Store, check_saved, from_arrays, needed_kinds, normalization, to_arrays
 from mpiml.training.task import Task
 from tests.data import samples
 from tests.forging import ARRAYS, forge
@@ -121,26 +122,42 @@ def test_a_job_whose_directory_is_taken_does_not_say_that_it_is_done(tmp_path: P
         (tmp_path / "result.json").write_text('{"status": "running", "of": "the other"}')
         return digest(*arguments)
 
-    digest = storage.digest
-    monkeypatch.setattr(storage, "digest", taken)
+    digest = Store.digest
+    monkeypatch.setattr(Store, "digest", taken)
     with pytest.raises(DirectoryError, match="taken over by another job"):
         train(Config(**SHORT | {"save_every": 0}, out=str(tmp_path)))
     assert json.loads((tmp_path / "result.json").read_text()) == {"status": "running", "of": "the other"}
 
 
 def test_a_result_tells_of_the_last_save_while_the_run_goes_on(tmp_path: Path, monkeypatch: Any) -> None:
-    told: list[tuple[int, int]] = []
-    save = storage.save
+    results: list[tuple[int, int]] = []
+    save = Store.save
 
-    def saved(*arguments: Any) -> Any:
-        seconds = save(*arguments)
+    def saved(*arguments: Any) -> None:
+        save(*arguments)
         result = json.loads((tmp_path / "result.json").read_text())
-        told.append((result["step"], result["saved"]))
-        return seconds
+        results.append((result["step"], result["saved"]))
 
-    monkeypatch.setattr(storage, "save", saved)
+    monkeypatch.setattr(Store, "save", saved)
     assert train(Config(**SHORT, out=str(tmp_path)))["saved"] == 6
-    assert told == [(2, 2), (4, 4), (6, 6)]
+    assert results == [(2, 2), (4, 4), (6, 6)]
+
+
+def test_what_a_run_has_reached_outlives_a_refusal(tmp_path: Path) -> None:
+    """A checkpoint of another run has come into its directory."""
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    before = train(Config(**SHORT, out=str(mine)))
+    train(Config(**SHORT | {"lr": 0.5}, out=str(other)))
+    shutil.copy(other / "checkpoints" / "step-000000006.safetensors", mine / "checkpoints")
+    config = (mine / "config.toml").read_bytes()
+    with pytest.raises(OutputError, match="they are of different runs"):
+        train(Config(**SHORT | {"steps": 8}, out=str(mine), resume=True))
+    result = json.loads((mine / "result.json").read_text())
+    assert result["status"] == "failed"
+    assert {name: result[name] for name in ("accuracy", "weights_sha256")} == {
+        name: before[name] for name in ("accuracy", "weights_sha256")
+    }
+    assert (mine / "config.toml").read_bytes() == config
 
 
 def test_a_refused_job_leaves_what_the_last_one_has_reached(tmp_path: Path) -> None:
@@ -166,31 +183,31 @@ def layouts(*layers: Linear) -> list[Layout]:
 def test_arrays_come_back_under_their_names() -> None:
     (layout,) = stages = layouts(Linear(4, 3))
     values = [{VALUES: np.arange(layout.size, dtype="f"), "mean": np.ones(layout.size, "f")}]
-    arrays = storage.named(stages, values, VALUES, "mean")
-    assert checkpoint.kinds_of(arrays) == storage.needed_kinds(stages, (VALUES, "mean"))
-    (found,) = storage.vectors(stages, Checkpoint(1, "", arrays), (VALUES, "mean"))
-    back = storage.named(stages, [found], VALUES, "mean")
+    arrays = to_arrays(stages, values, VALUES, "mean")
+    assert checkpoint.kinds_of(arrays) == needed_kinds(stages, (VALUES, "mean"))
+    (found,) = from_arrays(stages, Checkpoint(1, "", arrays), (VALUES, "mean"))
+    back = to_arrays(stages, [found], VALUES, "mean")
     assert all((back[name] == array).all() for name, array in arrays.items())
 
 
 def test_shapes_are_compared_before_memory_is_asked_for() -> None:
     huge = layouts(Linear(4, 10**12), Linear(10**12, 3))
     with pytest.raises(OutputError, match=r"layers.0.weight is float32 \(4, 3\), the model's float32 \(4, 10+\)"):
-        storage.vectors(huge, Checkpoint(1, "", ARRAYS), (VALUES,))
+        from_arrays(huge, Checkpoint(1, "", ARRAYS), (VALUES,))
 
 
 def test_a_longer_model_is_another_one(tmp_path: Path) -> None:
     more = {"layers.1.weight": np.ones((3, 3), "f")}
     with pytest.raises(OutputError, match=r"the checkpoint has layers.1.weight, which the model does not have"):
-        storage.vectors(layouts(Linear(4, 3)), Checkpoint(1, "", ARRAYS | more), (VALUES,))
+        from_arrays(layouts(Linear(4, 3)), Checkpoint(1, "", ARRAYS | more), (VALUES,))
     first = forge(tmp_path / "longer.safetensors", arrays=ARRAYS | more | {"optimizer.mean.layers.0.bias": np.ones(3)})
     newest = forge(tmp_path / "run" / "checkpoints" / checkpoint.file_name(6), arrays=ARRAYS | more)
     for config in (Config(init=str(first)), resumed(newest)):
         with pytest.raises(OutputError, match=r"safetensors has layers.1.weight, which the model does not have"):
-            storage.check_saved(config, layouts(Linear(4, 3)))
+            check_saved(config, layouts(Linear(4, 3)))
     forge(newest)
     for config in (Config(init=str(newest)), resumed(newest), parse(["--resume", "--out", str(tmp_path / "new")])):
-        storage.check_saved(config, layouts(Linear(4, 3)))
+        check_saved(config, layouts(Linear(4, 3)))
 
 
 def resumed(file: Path) -> Config:
@@ -237,10 +254,10 @@ def test_a_done_result_needs_no_more(tmp_path: Path) -> None:
 )
 def test_inputs_are_normalised_by_arrays_of_their_shape(changes: dict[str, np.ndarray]) -> None:
     good = {"data.mean": np.zeros(4), "data.scale": np.ones(4)}
-    assert storage.normalization(Checkpoint(1, "", ARRAYS | good), TASK).scale.sum() == 4
+    assert normalization(Checkpoint(1, "", ARRAYS | good), TASK).scale.sum() == 4
     for arrays in (ARRAYS | good | changes, ARRAYS):
         with pytest.raises(OutputError, match=r"data\.(mean|scale)"):
-            storage.normalization(Checkpoint(1, "", arrays), TASK)
+            normalization(Checkpoint(1, "", arrays), TASK)
 
 
 FLAGS: dict[str, Any] = {"hidden": (8,), "batch": 20, "microbatches": 2, "quiet": True}
