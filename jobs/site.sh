@@ -3,7 +3,7 @@
 
 # module load python mpich                      # the site's own MPI and Python, if you use them
 PYTHON=${PYTHON:-.venv/mpich/bin/python}
-PROGRAM=${PROGRAM:--m mpiml.train}              # or a program of yours that calls mpiml.train.train
+PROGRAM=${PROGRAM:--m mpiml.train}              # or a program of yours that calls mpiml.api.train
 LAUNCH=${LAUNCH:-srun --mpi=pmi2 --cpu-bind=cores}   # this is the line to change for mpirun:
 # LAUNCH=${LAUNCH:-mpirun -n $SLURM_NTASKS}
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from mpiml.bench.rows import ROWS, measure
+from mpiml.bench.rows import ROWS, figure, measure, table
 from mpiml.command import Parser, ended
 from mpiml.errors import ConfigError
 from mpiml.run.environment import blas, cpu_model
@@ -24,7 +24,11 @@ def _main(arguments: Sequence[str] | None) -> int:
     parser = Parser(prog="python -m mpiml.bench", description=__doc__)
     parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
     parser.add_argument("--only", metavar="WORD", default="", help="rows that have this word in them")
+    parser.add_argument("--table", metavar="FILE", help="measure nothing: print the figures of such a file as Markdown")
     chosen = parser.parse_args(arguments)
+    if chosen.table:
+        print(table(json.loads(Path(chosen.table).read_text())))
+        return 0
     rows = [row for row in ROWS if chosen.only in f"{row.group} {row.text} {row.call[0]}"]
     if not rows:
         raise ConfigError(f"--only {chosen.only}: no row has this word in it; without --only all rows are listed")
@@ -38,8 +42,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         result = measure(row)
         verdict = row.verdict(result["median"]) if "median" in result else ""
         results.append({**asdict(row), "verdict": verdict, **result})
-        figure = result.get("error") or f"{result['median']:5.2f} ({result['low']:.2f} to {result['high']:.2f})"
-        print(f"  {row.ranks:>2} ranks  {row.text:<66} {figure:<22} {verdict}", flush=True)
+        print(f"  {row.ranks:>2} ranks  {row.text:<66} {figure(result):<22} {verdict}", flush=True)
     if chosen.json:
         Path(chosen.json).write_text(json.dumps({"machine": machine, "rows": results}, indent=2) + "\n")
     return int(any(not result.get("error", "needs").startswith("needs") for result in results))

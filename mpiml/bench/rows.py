@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -221,3 +221,22 @@ def run(ranks: int, arguments: Sequence[str], nodes: str = "") -> subprocess.Com
     with tempfile.TemporaryDirectory() as directory:
         command = [mpirun(), "-n", str(ranks), sys.executable, *arguments]
         return subprocess.run(command, check=False, capture_output=True, text=True, env=env, timeout=600, cwd=directory)
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The figures that --json has written, as a Markdown table with the marks that ROWS have."""
+    figures = {(row["group"], row["text"], row["ranks"]): row for row in report["rows"]}
+    lines, group = ["| measured | ranks | ratio (middle half) | to reach |", "|---|---:|---|---|"], ""
+    for row in ROWS:
+        if row.group != group:
+            group = row.group
+            lines.append(f"| **{group}** | | | |")
+        result = figures.get((row.group, row.text, row.ranks), {"error": "not measured"})
+        verdict = " ".join(row.verdict(result["median"]).split()) if "median" in result else ""
+        lines.append(f"| {row.text} | {row.ranks} | {figure(result)} | {verdict} |")
+    return "\n".join(lines)
+
+
+def figure(result: Mapping[str, Any]) -> str:
+    """A result of `measure` as text."""
+    return result.get("error") or f"{result['median']:.2f} ({result['low']:.2f} to {result['high']:.2f})"
