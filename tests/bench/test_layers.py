@@ -43,7 +43,7 @@ def test_both_sides_learn_the_same(model: str) -> None:
     with torch.no_grad():
         for value, parameter in zip(mine(sum_.values), parameters.values(), strict=True):
             parameter.copy_(torch.from_numpy(value))
-    (batch,) = run.ahead.batches(1)
+    (batch,) = run.data.ahead.batches(1)
     rows = torch.from_numpy(np.array(batch.select()))
     ours.step()
     theirs.train(rows)
