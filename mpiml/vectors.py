@@ -71,20 +71,13 @@ def is_finite(vector: Vector) -> bool:
 
 @dataclass(slots=True)
 class Operands:
-    """The vectors, all of equal length, that the update of one piece reads and writes.
+    """The vectors, all of equal length, that the update of one piece reads and writes."""
 
-    Attributes:
-        value, states: the values and the optimizer's states; changed in place.
-        scratch: two vectors to write into; the first may be `total`.
-        total: the gradient, summed over the batch.
-        decays: whether weight decay applies.
-    """
-
-    value: Vector
-    states: Sequence[Vector]
-    scratch: tuple[Vector, Vector]
-    total: Vector
-    decays: bool
+    value: Vector  # changed in place
+    states: Sequence[Vector]  # of the optimizer; changed in place
+    scratch: tuple[Vector, Vector]  # to be overwritten; the first may be `total`
+    total: Vector  # the gradient, summed over the batch
+    decays: bool  # whether weight decay applies
 
 
 def average(on: Operands, scale: float, momentum: float) -> None:

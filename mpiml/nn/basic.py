@@ -101,10 +101,8 @@ class Reshape(Layer):
 
 
 class Residual(Layer):
-    """y = x + f(x), where f is a stack of layers that keeps the shape of x.
-
-    He et al., "Deep residual learning for image recognition", CVPR 2016.
-    """
+    """y = x + f(x), where f is a stack of layers that keeps the shape of x: He et al., "Deep residual learning for
+    image recognition", CVPR 2016."""
 
     def __init__(self, *layers: Layer):
         self.layers = list(layers)

@@ -24,15 +24,11 @@ class Loss(Protocol):
 class Metric(Protocol):
     """A score that is computed from sums over rows, so that parts of the rows can be summed apart.
 
-    Attributes:
-        name: under which the score is logged.
-        columns: the number of sums.
-
     `sums(y, labels)` returns the sums over the given rows, float64; `value(totals)` the score, from the sums over all.
     """
 
-    name: str
-    columns: int
+    name: str  # under which the score is logged
+    columns: int  # how many sums
 
     def sums(self, y: Array, labels: Labels) -> NDArray[np.float64]: ...
 
@@ -71,10 +67,7 @@ def mean_squared_error(y: Array, labels: Labels) -> tuple[float, float, Array]:
 
 
 class Accuracy:
-    """The fraction of labels whose output is the largest, not counting labels of -1.
-
-    y (rows, ..., classes), labels (rows, ...).
-    """
+    """The fraction of labels but -1 whose output is the largest; y (rows, ..., classes), labels (rows, ...)."""
 
     name = "accuracy"
     columns = 2

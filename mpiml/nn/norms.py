@@ -14,10 +14,8 @@ PIXELS = 1 << 10  # pixels of an image that are summed in the image's dtype; the
 
 
 class LayerNorm(Layer):
-    """y = g (x - mean) / sqrt(variance + epsilon) + b over the last axis; x and y (rows, ..., features).
-
-    Ba et al., "Layer normalization", 2016.
-    """
+    """y = g (x - mean) / sqrt(variance + epsilon) + b over the last axis of x (rows, ..., features): Ba et al., "Layer
+    normalization", 2016."""
 
     def __init__(self, features: int, epsilon: float = 1e-5):
         self.features, self.epsilon = features, epsilon
@@ -62,10 +60,8 @@ class LayerNorm(Layer):
 
 
 class RMSNorm(Layer):
-    """y = g x / sqrt(mean of x^2 + epsilon) over the last axis; x and y (rows, ..., features).
-
-    Zhang and Sennrich, "Root mean square layer normalization", NeurIPS 2019.
-    """
+    """y = g x / sqrt(mean of x^2 + epsilon) over the last axis of x (rows, ..., features): Zhang and Sennrich, "Root
+    mean square layer normalization", NeurIPS 2019."""
 
     def __init__(self, features: int, epsilon: float = 1e-5):
         self.features, self.epsilon = features, epsilon

@@ -57,10 +57,8 @@ class _Pool(Layer):
 
 
 class MaxPool2d(_Pool):
-    """y = the largest x in each window of size x size; if several are equal, the first gets the gradient.
-
-    x (rows, H, W, channels), y (rows, H // size, W // size, channels).
-    """
+    """y = the largest x in each window of size x size; of equal ones, the first gets the gradient. x (rows, H, W,
+    channels), y (rows, H // size, W // size, channels)."""
 
     def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
         first, *others = self._pixels(x)

@@ -119,13 +119,12 @@ class TorchLayer(Layer):
         return f"{self.path}, {type(self.module).__name__},".lstrip(", ")
 
 
-def as_layers(made: Any, dtype: DTypeLike, threads: int) -> Any:
-    """A user's model as a list of layers, with a TorchLayer for each torch module; a model without any is returned
-    unchanged. Raises ConfigError for modules that cannot be trained as layers.
-    """
-    parts = parts_of(made)
-    if not any(is_module(part) for part in [made, *parts]):
-        return made
+def as_layers(model: Any, dtype: DTypeLike, threads: int) -> Any:
+    """The layers of a user's model, with a TorchLayer for each torch module; a model without any is returned unchanged.
+    Raises ConfigError for modules that cannot be trained as layers."""
+    parts = parts_of(model)
+    if not any(is_module(part) for part in [model, *parts]):
+        return model
     prepare_torch(threads)
     owner: dict[Tensor, int] = {}
     for index, part in enumerate(parts):
@@ -138,31 +137,29 @@ def as_layers(made: Any, dtype: DTypeLike, threads: int) -> Any:
     return [TorchLayer(part, dtype) if is_module(part) else part for part in parts]
 
 
-def is_module(made: Any) -> bool:
-    """Whether it is a PyTorch module, which is a model although it can be called."""
-    return isinstance(made, torch.nn.Module)
+def is_module(model: Any) -> bool:
+    """Whether a user's model is a PyTorch module; unlike other things that can be called, it makes no model."""
+    return isinstance(model, torch.nn.Module)
 
 
-def parts_of(made: Any) -> list[Any]:
-    """The parts of a model that become layers: the children of an nn.Sequential, any other module whole, the items of a
-    list."""
-    if is_module(made):
-        return list(made) if type(made).forward is torch.nn.Sequential.forward else [made]
-    return list(made) if isinstance(made, Sequence) else [made]
+def parts_of(model: Any) -> list[Any]:
+    """The parts of a model that become layers: children of an nn.Sequential, items of a list, any other module whole."""
+    if is_module(model):
+        return list(model) if type(model).forward is torch.nn.Sequential.forward else [model]
+    return list(model) if isinstance(model, Sequence) else [model]
 
 
-def load_into(made: T, path: str | Path) -> T:
+def load_into(model: T, path: str | Path) -> T:
     """Copies the weights of a checkpoint into the model's torch modules. Returns the model.
 
-    `made` is the model as the function returns it that the run's --model names. Parameters that require no gradient
-    are not in a checkpoint and stay as they are. Raises ValueError for another model's checkpoint, OutputError if
-    `path` is not a file.
+    `model` is what the function returns that the run's --model names. Parameters that require no gradient are not in a
+    checkpoint and stay as they are. Raises ValueError for another model's checkpoint, OutputError if it is not a file.
     """
     from safetensors.numpy import load_file
 
     check_regular(Path(path))
     arrays = load_file(path)
-    parts = parts_of(made)
+    parts = parts_of(model)
     for index, part in enumerate(parts):
         for name, tensor in part.named_parameters() if is_module(part) else ():
             if not tensor.requires_grad:
@@ -176,7 +173,7 @@ def load_into(made: T, path: str | Path) -> T:
     others = tuple(f"layers.{index}." for index, part in enumerate(parts) if not is_module(part))
     if more := [name for name in arrays if name.startswith("layers.") and not name.startswith(others)]:
         raise ValueError(f"{path} is of another model: {min(more)} is in it, and not here")
-    return made
+    return model
 
 
 def constants(layers: Sequence[Layer]) -> dict[str, str] | None:

@@ -18,22 +18,13 @@ ROWS = 2, 3  # rows in two calls: an axis of fixed length cannot have both lengt
 
 @dataclass(frozen=True)
 class Trial:
-    """How a module treats rows of one shape.
+    """How a module treats rows of one shape."""
 
-    Attributes:
-        output: the shape of a row that it returns.
-        flops: floating-point operations of the forward pass, for one row.
-        takes_ids: whether the rows must be integers, as token ids are.
-        writes_input: whether it writes to its input.
-        reaches_parameters: whether a backward pass gives at least one parameter a gradient.
-        reaches_input: whether a backward pass gives the input a gradient.
-    """
-
-    output: Shape
-    flops: int
-    takes_ids: bool
+    output: Shape  # of a row that it returns
+    flops: int  # of the forward pass, for one row
+    takes_ids: bool  # whether the rows must be integers, as token ids are
     writes_input: bool
-    reaches_parameters: bool
+    reaches_parameters: bool  # whether a backward pass gives at least one parameter a gradient
     reaches_input: bool
 
 
@@ -82,7 +73,7 @@ def _run_zeros(module: torch.nn.Module, shape: Shape, dtype: torch.dtype, name: 
         if not y.is_floating_point() or not y.ndim or len(y) != rows or outputs[0] != outputs[-1]:
             raise ValueError(
                 f"for {rows} rows it returns {y.dtype} of shape {tuple(y.shape)}; "
-                f"as many rows of floating-point numbers, of a shape that is always the same, are needed"
+                f"{rows} rows of floating-point numbers are needed, and their shape must always be the same"
             )
     if changed := [tensor for tensor, version in _versions(module).items() if before.get(tensor) != version]:
         raise ConfigError(
