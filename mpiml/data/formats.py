@@ -146,5 +146,5 @@ def _files(path: Path) -> list[Path]:
         return [path]
     files = sorted(file for file in paths if file.is_file())
     if not files:
-        raise DataError(f"--data {path}: there are no files")
+        raise DataError(f"--data {path}: there are no files; give a file, a directory of files, or a pattern with *")
     return files

@@ -55,7 +55,7 @@ class OwnMetric:
                 raise ConfigError(f"{self.flag}: {type(self.metric).__name__} has no {attribute}")
         self.name, self.columns = self.metric.name, self.metric.columns
         if not isinstance(self.name, str) or not self.name or self.name in FIELDS:
-            raise ConfigError(f"{self.flag}: name is {self.name!r}; it must be text that is no field of result.json")
+            raise ConfigError(f"{self.flag}: is called {self.name!r}; choose text that is not a field of result.json")
         if not isinstance(self.columns, int) or self.columns < 0:
             raise ConfigError(f"{self.flag}: columns is {self.columns!r}; it must be the number of sums")
         called_with(self.metric.sums, f"{self.flag}: sums", "y", "labels")

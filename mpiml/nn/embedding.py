@@ -37,8 +37,10 @@ class Embedding(Layer):
 
     def check_place(self, shape: Shape, tokens: int) -> None:
         if tokens > self.tokens:
-            what = f"{self.path}, Embedding({self.tokens}, {self.features}),"
-            raise ValueError(f"{what} has no vector for token ids above {self.tokens - 1}; they go up to {tokens - 1}")
+            raise ValueError(
+                f"{self.path}, Embedding({self.tokens}, {self.features}), has no vector for token ids above "
+                f"{self.tokens - 1}; they go up to {tokens - 1}, which needs Embedding({tokens}, {self.features})"
+            )
 
     def output_shape(self, shape: Shape) -> Shape:
         return (*shape, self.features)

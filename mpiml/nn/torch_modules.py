@@ -143,7 +143,7 @@ def is_module(model: Any) -> bool:
 
 
 def parts_of(model: Any) -> list[Any]:
-    """The parts of a model that become layers: children of an nn.Sequential, items of a list, any other module whole."""
+    """The parts of a model that become layers: children of an nn.Sequential, items of a list, another module whole."""
     if is_module(model):
         return list(model) if type(model).forward is torch.nn.Sequential.forward else [model]
     return list(model) if isinstance(model, Sequence) else [model]

@@ -22,7 +22,7 @@ from mpiml.random import key
 def prepare_torch(threads: int) -> None:
     """Make torch use `threads` threads and deterministic algorithms."""
     torch.set_num_threads(threads)
-    with suppress(RuntimeError):  # too late if torch has computed in parallel already; then the setting has no effect
+    with suppress(RuntimeError):  # raised if it has been set, or such threads have been started, before
         torch.set_num_interop_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # only helps to find bugs, and is slow
