@@ -39,10 +39,7 @@ def named(text: str, flag: str) -> Any:
 
 
 def called_with(function: T, what: str, *arguments: str) -> T:
-    """`function`, unchanged. Raises ConfigError unless it can be called with these arguments.
-
-    `what` names the function in the message; `arguments` are the names under which it is shown what it will get.
-    """
+    """`function`, unchanged. Raises ConfigError, in which it is called `what`, unless it takes as many `arguments`."""
     call = f"it is called with ({', '.join(arguments)})"
     if not callable(function):
         raise ConfigError(f"{what}: must be a function, but is {type(function).__name__}; {call}")

@@ -13,7 +13,7 @@ from mpiml.nn.tiling import tiles
 
 
 class ReLU(Layer):
-    """y = max(x, 0)."""
+    """y = max(x, 0): Nair and Hinton, "Rectified linear units improve restricted Boltzmann machines", ICML 2010."""
 
     def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
         y = np.maximum(x, 0)

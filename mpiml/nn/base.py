@@ -81,8 +81,8 @@ class Layer:
 def forward(layers: Sequence[Layer], x: Array, at: At, learned: bool = False) -> tuple[Array, Backward]:
     """Calls the layers one after the other: a stack of layers is itself a layer.
 
-    Every array between two layers is made C-contiguous and of the input's dtype, as a message between stages would
-    arrive. So it changes nothing where the model is cut into stages.
+    Every array between two layers is made C-contiguous and of the input's dtype, as messages between stages are: the
+    results are the same wherever the model is cut into stages.
 
     Args:
         learned: whether layers before these have parameters, so that the gradient by x is needed.

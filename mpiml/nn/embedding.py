@@ -12,7 +12,8 @@ class Embedding(Layer):
     """y = W[x], with W (tokens, features); x (rows, ...) holds token ids, y (rows, ..., features).
 
     Ids arrive in the run's dtype, as all inputs do; float32 is exact for ids up to 2^24. They get no gradient.
-    First values are normal with standard deviation `deviation`.
+    First values are normal with standard deviation `deviation`. Bengio et al., "A neural probabilistic language model",
+    JMLR 3, 2003.
     """
 
     def __init__(self, tokens: int, features: int, deviation: float = 0.02):
@@ -52,7 +53,7 @@ class Embedding(Layer):
 class PositionalEmbedding(Layer):
     """y = x + P, with P (positions, features), one vector for each position; x and y (rows, positions, features).
 
-    First values are drawn as in Embedding.
+    First values are drawn as in Embedding. Gehring et al., "Convolutional sequence to sequence learning", ICML 2017.
     """
 
     def __init__(self, positions: int, features: int, deviation: float = 0.02):

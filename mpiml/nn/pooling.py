@@ -106,7 +106,8 @@ class AvgPool2d(_Pool):
 
 
 class GlobalAvgPool(Layer):
-    """y = the mean over all pixels of an image; x (rows, H, W, channels), y (rows, channels)."""
+    """y = the mean over all pixels; x (rows, H, W, channels), y (rows, channels): Lin et al., "Network in network",
+    ICLR 2014."""
 
     def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
         y = x.mean(axis=(1, 2))
