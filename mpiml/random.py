@@ -1,4 +1,4 @@
-"""Random numbers as a pure function of what they are for, so that no layout and no restart can change them."""
+"""Random numbers as a pure function of the seed and their purpose, so that no layout and no restart changes them."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def generator(seed: int, *purpose: str | int) -> np.random.Generator:
-    """A generator keyed by the run's seed and the purpose: ("dropout", "layers.2", step, microbatch), say.
+    """A generator keyed by the run's seed and a purpose, such as ("dropout", "layers.2", step, microbatch).
 
     Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox).
     """
@@ -14,6 +14,6 @@ def generator(seed: int, *purpose: str | int) -> np.random.Generator:
 
 
 def key(seed: int, *purpose: str | int) -> int:
-    """The key of that generator, 128 bits, for random numbers of another kind."""
+    """The 128-bit key of `generator(seed, *purpose)`, to seed other libraries' generators with."""
     words = repr((seed, *purpose)).encode()
     return int.from_bytes(hashlib.blake2b(words, digest_size=16).digest(), "little")

@@ -1,4 +1,4 @@
-"""What a user brings along, named on the command line as package.module:function."""
+"""A user's own functions, named on the command line as package.module:function."""
 
 import functools
 import importlib
@@ -13,39 +13,39 @@ NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 def is_name(text: str) -> bool:
-    """Whether that is how something is named."""
+    """Whether `text` has the form package.module:function."""
     return NAME.fullmatch(text) is not None
 
 
 def named(text: str, flag: str) -> Any:
-    """What package.module:function names; the module is imported from the current directory or where Python looks.
+    """The object called `text`, package.module:function; imports the module from the current directory or sys.path.
 
-    Raises ConfigError if the text is of another form, or if there is no such module or nothing of that name in it.
-    What the module itself raises while it is imported passes through.
+    `flag` is the setting that names it, for messages. Raises ConfigError if `text` has another form, or if the module
+    or the function does not exist. An exception that the module raises while it is imported passes through.
     """
     if not is_name(text):
         raise ConfigError(f"{flag} {text}: must be package.module:function")
-    module, _, path = text.partition(":")
+    name, _, path = text.partition(":")
     try:
-        found = importlib.import_module(module)
+        module = importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name and f"{module}.".startswith(f"{error.name}."):
+        if error.name and f"{name}.".startswith(f"{error.name}."):
             raise ConfigError(f"{flag} {text}: no module {error.name} here or on PYTHONPATH") from None
         raise
     try:
-        return functools.reduce(getattr, path.split("."), found)
+        return functools.reduce(getattr, path.split("."), module)
     except AttributeError as error:
         raise ConfigError(f"{flag} {text}: {error}") from None
 
 
 def called_with(function: T, what: str, *arguments: str) -> T:
-    """A user's function, which will be called with these arguments. Raises ConfigError if it does not take them."""
+    """`function`, unchanged. Raises ConfigError, in which it is called `what`, unless it takes as many `arguments`."""
     call = f"it is called with ({', '.join(arguments)})"
     if not callable(function):
-        raise ConfigError(f"{what}: is no function, but {type(function).__name__}; {call}")
+        raise ConfigError(f"{what}: must be a function, but is {type(function).__name__}; {call}")
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some of those that are written in C have none
+    except (TypeError, ValueError):  # some functions written in C have no signature
         return function
     try:
         signature.bind(*arguments)

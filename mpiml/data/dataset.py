@@ -22,13 +22,13 @@ DIGITS = Path(__file__).with_name("digits.npz")
 
 @dataclass
 class Split:
-    """The rows that a run trains on, or those that it is tested on."""
+    """Inputs x and labels y of the training rows, or of the test rows."""
 
     x: Source
     y: Source
 
     def ignoring(self, label: int | None) -> Split:
-        """These rows with -1 in place of a label that is to be ignored."""
+        """These rows with -1 in place of `label`, the one to be ignored; unchanged if it is -1 or None."""
         return self if label in (None, -1) else Split(self.x, LabelSource(self.y, label))
 
     def __len__(self) -> int:
@@ -37,15 +37,15 @@ class Split:
 
 @dataclass
 class Dataset:
-    """What a run learns from. Integer labels make it a classification, floating-point labels a regression.
+    """Training rows and test rows. Integer labels make it a classification, floating-point labels a regression.
 
-    A label is one number, or a row of them. Classes are numbered from 0. One number may mean that there is no label,
-    and does not count: the one that --ignore names, or else -1 where a row has several labels.
+    A row has one label, or several on one axis. Classes are numbered from 0. One number may mean "no label", which
+    losses and metrics leave out: the number that --ignore names, or -1 if a row has several labels.
 
     Attributes:
-        files: where it comes from; two ranks, or a run and the run that it goes on with, must see the same.
-        classes: how many there are; None if that is to be found in the labels.
-        check: raises DataError for damage that reading rows would not show; that one rank calls it is enough.
+        files: what the rows are read from; must be equal on all ranks, and in a run and its resumption.
+        classes: the number of classes; None if it follows from the labels.
+        check: raises DataError for damage that reading rows would not show; one rank's call is enough.
 
     Raises DataError if the four sources do not fit together.
     """
@@ -75,66 +75,66 @@ class Dataset:
 
     @classmethod
     def from_arrays(cls, x_train: ArrayLike, y_train: ArrayLike, x_test: ArrayLike, y_test: ArrayLike) -> Dataset:
-        """A data set from arrays in memory, first axis rows."""
+        """A data set of arrays in memory, whose first axis counts rows."""
         x, y = ArraySource(x_train, "x_train"), ArraySource(y_train, "y_train")
         return cls(Split(x, y), Split(ArraySource(x_test, "x_test"), ArraySource(y_test, "y_test")))
 
     @functools.cached_property
     def fingerprint(self) -> Fingerprint:
-        """What tells these files and columns from others of the same names."""
+        """Sizes and checksums of samples of the files and columns: almost surely different for different data."""
         columns = {f"{c}_{w}": getattr(s, c) for w, s in (("train", self.train), ("test", self.test)) for c in "xy"}
-        shapes = {name: f"{len(of):,} rows of {of.shape} {of.dtype}" for name, of in columns.items()}
-        for name, of in columns.items():
-            if isinstance(of, ArraySource) and not self.files:
-                shapes[name] += f", {of_array(of.array)}"
-        return of_files(self.files) + [list(shape) for shape in shapes.items()]
+        texts = {name: f"{len(column):,} rows of {column.shape} {column.dtype}" for name, column in columns.items()}
+        for name, column in columns.items():
+            if isinstance(column, ArraySource) and not self.files:
+                texts[name] += f", {of_array(column.array)}"
+        return of_files(self.files) + [list(item) for item in texts.items()]
 
     @property
     def classification(self) -> bool:
-        """Whether labels are classes."""
+        """Whether labels are classes, not values."""
         return self.train.y.dtype.kind != "f"
 
     @property
     def language_model(self) -> bool:
-        """Whether there is a class for each input of a row, and inputs are classes too."""
+        """Whether rows have several labels that are classes: then inputs are taken for token ids."""
         return self.classification and bool(self.train.y.shape)
 
-    def ignored(self, said: int | None) -> int | None:
-        """The label that means no label: as has been `said`, else -1 where a row has several, as tokens and masks have.
-        None if each label counts."""
-        return -1 if said is None and self.classification and self.train.y.shape else said
+    def ignored(self, setting: int | None) -> int | None:
+        """The label that means "no label": `setting` if given, else -1 if a row has several classes as labels, such as
+        tokens or pixels. None if every label counts."""
+        return -1 if setting is None and self.language_model else setting
 
 
 def open_dataset(spec: str, options: Options | None = None) -> Dataset:
-    """The data set named by `--data`: digits, files at a path, or what a function package.module:name returns.
+    """The data set that `--data` names: digits, files at a path, or what a function package.module:name returns.
 
-    Raises DataError or ConfigError if there is none.
+    Raises DataError if it is missing or damaged, ConfigError if the function is missing.
     """
     if is_name(spec):
         function = called_with(named(spec, "--data"), f"--data {spec}")
         try:
-            made = function()
+            dataset = function()
         except OSError as error:
             raise DataError(f"--data {spec}: {error}") from error
-        if not isinstance(made, Dataset):
-            raise DataError(f"--data {spec}: must return a Dataset, but returns {type(made).__name__}")
-        return made
+        if not isinstance(dataset, Dataset):
+            raise DataError(f"--data {spec}: must return a Dataset, but returns {type(dataset).__name__}")
+        return dataset
     columns = open_files(str(DIGITS) if spec == "digits" else spec, options or Options())
     x_train, y_train, x_test, y_test = columns.sources
     name = "digits" if spec == "digits" else "".join(c for c in Path(spec).stem if c not in "*?[]") or "text"
     return Dataset(Split(x_train, y_train), Split(x_test, y_test), name, columns.files, columns.classes, columns.check)
 
 
-Transform = Callable[[NDArray[Any], NDArray[Any]], tuple[Any, Any]]  # of a micro-batch's x and y into other ones
+Transform = Callable[[NDArray[Any], NDArray[Any]], tuple[Any, Any]]  # (x, y) of a micro-batch -> those to train on
 
 
 @dataclass
 class Batch:
-    """The rows that a stage passes at once: a micro-batch, or a chunk of an evaluation.
+    """The rows that a stage processes at once: a micro-batch, or a chunk of an evaluation.
 
-    `index` is its number in the whole step or evaluation, `rows` how many rows it has. Nothing is read before
-    x() or y() is called, for only the first stage needs inputs and only the last needs labels; a `transform` needs
-    both, wherever it is called.
+    `index` is its number in the whole step or evaluation, `rows` its number of rows; `select` returns the rows' numbers
+    in `split`. Rows are read only when x() or y() is called, because only the first stage needs inputs and only the
+    last needs labels. With a `transform`, either call reads both.
     """
 
     index: int
@@ -149,7 +149,7 @@ class Batch:
         return self._transformed[0] if self.transform else self._x()
 
     def y(self) -> NDArray[np.generic]:
-        """The labels: integers as they index, numbers in the run's dtype."""
+        """The labels: classes as np.intp, values in the run's dtype."""
         return self._transformed[1] if self.transform else self._y()
 
     def _x(self) -> NDArray[np.floating]:
@@ -164,11 +164,11 @@ class Batch:
 
     @functools.cached_property
     def _transformed(self) -> tuple[NDArray[np.floating], NDArray[np.generic]]:
-        """x and y as the user's function gives them. Raises DataError unless they are rows as before."""
+        """x and y from the user's function. Raises DataError unless they have the shapes that they had before."""
         assert self.transform, "only a batch with a transform is transformed"
         x, y = self.transform(self._x(), self._y())
-        for name, given, source in (("x", x, self.split.x), ("y", y, self.split.y)):
+        for name, array, source in (("x", x, self.split.x), ("y", y, self.split.y)):
             needed = (self.rows, *source.shape)
-            if np.shape(given) != needed:
-                raise DataError(f"--transform gave {name} of shape {np.shape(given)}; {needed} is needed")
+            if np.shape(array) != needed:
+                raise DataError(f"--transform gave {name} of shape {np.shape(array)}; {needed} is needed")
         return np.asarray(x, self.dtype), np.asarray(y, self._label_dtype)

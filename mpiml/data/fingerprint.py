@@ -1,4 +1,4 @@
-"""What tells one data set from another at a glance: sizes, and a hash of samples of every file, or of every array."""
+"""Fingerprints of data sets, quick to compute: sizes, and a hash of samples of every file, or of every array."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from numpy.typing import NDArray
 
 from mpiml.errors import DataError
 
-BLOCK = 1 << 14  # bytes of a sample
-BLOCKS = 16  # samples of a file, evenly spaced from its first byte to its last
-
+SAMPLE = 1 << 14  # bytes of a sample
+SAMPLES = 16  # samples of a file, evenly spaced from its first byte to its last
 ARRAY = 1 << 22  # bytes of an array in memory that are sampled at most
 
-Fingerprint = list[list[str]]  # [what, its properties]: the same on all ranks, and in a run and the one that it goes on
+Fingerprint = list[list[str]]  # of each file or column [name, properties]; equal on all ranks and after a resumption
 
 
 def of_files(files: Sequence[Path]) -> Fingerprint:
-    """Of each file its name below what they all have in common, its size, and a hash of its samples."""
+    """For each file its path below their common directory, its size, and a hash of its samples."""
     root = os.path.commonpath([path.parent for path in files]) if files else ""
     return [[os.path.relpath(path, root), _of_file(path)] for path in files]
 
@@ -32,9 +31,9 @@ def _of_file(path: Path) -> str:
         size = path.stat().st_size
         sampled = hashlib.blake2b(digest_size=16)
         with open(path, "rb", buffering=0) as file:
-            for block in range(BLOCKS if size > BLOCK else 1):
-                file.seek(max(size - BLOCK, 0) * block // (BLOCKS - 1))
-                sampled.update(file.read(BLOCK))
+            for sample in range(SAMPLES if size > SAMPLE else 1):
+                file.seek(max(size - SAMPLE, 0) * sample // (SAMPLES - 1))
+                sampled.update(file.read(SAMPLE))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
     return f"{size:,} bytes, samples {sampled.hexdigest()}"
@@ -43,7 +42,7 @@ def _of_file(path: Path) -> str:
 def of_array(array: NDArray[Any]) -> str:
     """A hash of samples of an array in memory: runs of rows, evenly spaced from the first to the last."""
     row_bytes = max(array[:1].nbytes, 1)
-    rows = max(BLOCK // row_bytes, 1)
+    rows = max(SAMPLE // row_bytes, 1)
     samples = max(min(-(-len(array) // rows), ARRAY // (rows * row_bytes)), 2)
     sampled = hashlib.blake2b(digest_size=16)
     for sample in range(samples):
@@ -52,11 +51,11 @@ def of_array(array: NDArray[Any]) -> str:
     return f"samples {sampled.hexdigest()}"
 
 
-def difference(mine: Fingerprint, theirs: Fingerprint, whose: str) -> str | None:
-    """The first difference in words, `whose` saying where the other data are; None if they are the same."""
-    for (name, its), (other_name, others) in zip(mine, theirs, strict=False):
+def difference(here: Fingerprint, other: Fingerprint, where: str) -> str | None:
+    """The first difference in words, in which `where` says where the other data are; None if there is none."""
+    for (name, properties), (other_name, other_properties) in zip(here, other, strict=False):
         if name != other_name:
-            return f"{name} here, but {other_name} {whose}"
-        if its != others:
-            return f"{name} has {its} here, but {others} {whose}"
-    return f"{len(mine)} files and columns here, but {len(theirs)} {whose}" if len(mine) != len(theirs) else None
+            return f"{name} here, but {other_name} {where}"
+        if properties != other_properties:
+            return f"{name} has {properties} here, but {other_properties} {where}"
+    return f"{len(here)} files and columns here, but {len(other)} {where}" if len(here) != len(other) else None

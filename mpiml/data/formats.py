@@ -1,4 +1,4 @@
-"""Which file format a data set is in, by the name of its file or by the files in its directory."""
+"""File formats: chosen by the name of a data set's file, or by the files in its directory."""
 
 from __future__ import annotations
 
@@ -24,25 +24,17 @@ CHOICES = (
 
 @dataclass(frozen=True)
 class Options:
-    """What some formats need to know.
+    """Settings that only some formats need."""
 
-    Attributes:
-        label: the column of a table that holds the labels.
-        context: tokens of a row.
-        held_out: the part of a text to test on, if there is none of its own.
-        tokens: the dtype of a token in a .bin file.
-    """
-
-    label: str | None = None
-    context: int | None = None
-    held_out: float = 0.1
-    tokens: str = "uint16"
+    label: str | None = None  # the column of a table that holds the labels
+    context: int | None = None  # the number of tokens in a row; given only for text and tokens
+    held_out: float = 0.1  # the fraction of a text to test on if there are no test files
+    tokens: str = "uint16"  # the dtype of a token in a .bin file
 
 
 @dataclass
 class Columns:
-    """The columns of a data set in the order of KEYS, and their files; `classes` if the format knows how many; `check`
-    as of mpiml.data.dataset.Dataset."""
+    """The columns of a data set in the order of KEYS, and what `Dataset` needs besides them."""
 
     sources: Sequence[Source]
     files: Sequence[Path]
@@ -51,7 +43,7 @@ class Columns:
 
 
 def open_files(spec: str, options: Options) -> Columns:
-    """The columns of the data set at a path. Raises DataError if there is none, or a damaged one."""
+    """The columns of the data set at a path. Raises DataError if it is missing, damaged or of unknown format."""
     path = Path(spec)
     opener = by_suffix(path) or (by_files(path) if path.is_dir() else None)
     if options.context is not None:
@@ -60,10 +52,10 @@ def open_files(spec: str, options: Options) -> Columns:
         return open_tokens(path, options)
     if opener is None:
         if path.suffix in (".txt", ".bin"):
-            raise DataError(f"--data {spec}: text and tokens need --context T, how many of them make a row")
+            raise DataError(f"--data {spec}: text and tokens need --context T, the number of tokens in a row")
         if path.suffix in (".csv", ".parquet"):
             names = f"train{path.suffix} and test{path.suffix}"
-            raise DataError(f"--data {spec}: name the two files {names}, and give their directory")
+            raise DataError(f"--data {spec}: needs two files named {names}; give the directory that holds them")
         missing = "" if path.exists() else "there is no such file or directory; "
         raise DataError(f"--data {spec}: {missing}{CHOICES}")
     return opener(path, options)
@@ -73,12 +65,12 @@ Opener = Callable[[Path, Options], Columns]
 
 
 def by_suffix(path: Path) -> Opener | None:
-    """How to open a file of this name."""
+    """The function that opens a file of this name, if the format follows from the name."""
     return {".npz": open_npz, ".h5": open_h5, ".hdf5": open_h5, ".hdf": open_h5}.get(path.suffix.lower())
 
 
 def by_files(directory: Path) -> Opener | None:
-    """How to open a directory that holds these files."""
+    """The function that opens this directory, if the format follows from the names of its files."""
     if any((directory / f"{key}.npy").exists() for key in KEYS):
         return open_npy
     if any(idx.find(directory, key) for key in KEYS):
@@ -111,7 +103,7 @@ def open_idx(path: Path, options: Options) -> Columns:
 
 
 def open_table(path: Path, options: Options) -> Columns:
-    from mpiml.data.tables import CSV, Parquet, table_sources
+    from mpiml.data.tables import CSV, Parquet
 
     plain = any((path / f"{which}.csv").exists() for which in ("train", "test"))
     kind, suffix = (CSV, ".csv") if plain else (Parquet, ".parquet")
@@ -119,13 +111,13 @@ def open_table(path: Path, options: Options) -> Columns:
     train, test = (kind(file, options.label) for file in files)
     if train.names != test.names:
         raise DataError(f"{files[0]} has columns {', '.join(train.names)}, {files[1]} {', '.join(test.names)}")
-    return Columns([*table_sources(train), *table_sources(test)], files)
+    return Columns([*train.sources(), *test.sources()], files)
 
 
 def open_tokens(path: Path, options: Options) -> Columns:
     from mpiml.data import text
 
-    assert options.context, "text and tokens are opened by their context"
+    assert options.context, "text and tokens are opened only if --context is given"
     train, test = _token_files(path)
     suffixes = {file.suffix for file in [*train, *test]}
     pretokenised = suffixes <= {".npy", ".bin"}
@@ -136,7 +128,7 @@ def open_tokens(path: Path, options: Options) -> Columns:
 
 
 def _token_files(path: Path) -> tuple[Sequence[Path], Sequence[Path]]:
-    """The files to train and to test on. The second list is empty if the first is to be divided."""
+    """The files to train and to test on. The second list is empty if the first is to be split."""
     for train, test in (("train", "test"), ("train", "val")):
         for suffix in ("", ".txt", ".bin", ".npy"):
             if (path / f"{train}{suffix}").exists() and (path / f"{test}{suffix}").exists():
@@ -145,14 +137,14 @@ def _token_files(path: Path) -> tuple[Sequence[Path], Sequence[Path]]:
 
 
 def _files(path: Path) -> list[Path]:
-    """The files at a path: itself, those below a directory, or those that a pattern with * fits; sorted."""
+    """The files at a path, sorted: the path itself, all files below a directory, or those that match a pattern."""
     if path.is_dir():
-        found = [file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts)]
+        paths = [file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts)]
     elif glob.has_magic(str(path)) and not path.exists():
-        found = [Path(file) for file in glob.glob(str(path), recursive=True)]
+        paths = [Path(file) for file in glob.glob(str(path), recursive=True)]
     else:
         return [path]
-    files = sorted(file for file in found if file.is_file())
+    files = sorted(file for file in paths if file.is_file())
     if not files:
-        raise DataError(f"--data {path}: there are no files")
+        raise DataError(f"--data {path}: there are no files; give a file, a directory of files, or a pattern with *")
     return files

@@ -1,5 +1,5 @@
-"""HDF5 files with one data set per column, mapped into memory or read in runs of rows; every rank opens the file by
-itself and reads only its rows."""
+"""HDF5 files with one data set per column, mapped into memory or read in runs of rows. Every rank opens the file on its
+own and reads only its rows."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from mpiml.errors import DataError
 
 
 def open_hdf5(path: Path) -> Any:
-    """The open file. Raises DataError if it is damaged or no HDF5 file."""
+    """The open file. Raises DataError if it is damaged or not an HDF5 file."""
     h5py = extra("h5py", "hdf5", f"--data {path}")
     file_size(path)
     try:
-        return h5py.File(path, "r", locking=False)  # parallel file systems often have no locks, and nobody writes
+        return h5py.File(path, "r", locking=False)  # parallel file systems often lack locks, and nobody writes
     except OSError as error:
         raise DataError(f"cannot read {path}: {error}") from None
 
 
 def hdf5_column(file: Any, path: Path, key: str) -> Source:
-    """The data set `key` of an open file: by memory map if the file holds its values in one piece and as NumPy has
-    them, else read by HDF5. Raises DataError for one that is missing, no array of numbers, or never written."""
+    """The data set `key` of an open file: by memory map if its values lie in one piece and in NumPy's own format, else
+    read by HDF5. Raises DataError if it is missing, not an array of numbers, or was never written."""
     h5t = extra("h5py.h5t", "hdf5", f"--data {path}")
     source = HDF5Source(file, path, key)
     values = source.values
-    offset = values.id.get_offset()  # None but for one piece in the file itself
+    offset = values.id.get_offset()  # None unless the values lie in one piece in the file itself
     if offset is None or not values.id.get_type().equal(h5t.py_create(values.dtype, logical=True)):
         return source
-    holder = Path(values.file.filename)  # another file, if the key is a link
-    return mapped(holder, source.name, values.shape, values.dtype, offset, values.id.get_storage_size())
+    actual = Path(values.file.filename)  # another file if the key is a link
+    return mapped(actual, source.name, values.shape, values.dtype, offset, values.id.get_storage_size())
 
 
-class HDF5Source:
+class HDF5Source(Source):
     """The data set `key` of an open file, read in runs of consecutive rows."""
 
     def __init__(self, file: Any, path: Path, key: str):
@@ -44,8 +44,8 @@ class HDF5Source:
         try:
             self.values = file[key]
         except (KeyError, OSError):
-            there = ", ".join(sorted(file)) or "nothing"
-            raise DataError(f"{path} has no data set {key}; it holds {there}") from None
+            names = ", ".join(sorted(file)) or "nothing"
+            raise DataError(f"{path} has no data set {key}; it holds {names}") from None
         if not hasattr(self.values, "dtype"):
             raise DataError(f"{self.name} is a group, not a data set")
         if self.values.shape is None:
@@ -57,22 +57,20 @@ class HDF5Source:
     def __len__(self) -> int:
         return len(self.values)
 
-    def hold(self, rows: Indices) -> None:
-        pass
-
     def rows(self, indices: Indices) -> Rows:
         order = np.argsort(indices, kind="stable")
-        rising = indices[order]
-        found = np.empty((len(indices), *self.shape), self.dtype)
+        ordered = indices[order]
+        rows = np.empty((len(indices), *self.shape), self.dtype)
         try:
-            for first, last in runs(rising):
-                found[order[first:last]] = self.values[rising[first] : rising[last - 1] + 1]
+            for first, last in runs(ordered):
+                rows[order[first:last]] = self.values[ordered[first] : ordered[last - 1] + 1]
         except OSError as error:
-            raise DataError(f"{self.name}: damaged at row {rising[first]} or after it: {error}") from None
-        return found
+            raise DataError(f"{self.name}: damaged at row {ordered[first]} or after it: {error}") from None
+        return rows
 
     def _check_written(self) -> None:
-        """HDF5 gives zeros for what was declared but never written: a writer that died would go unnoticed."""
+        """Raise DataError if values were declared but never written: HDF5 would return zeros, so that a writer that
+        died would go unnoticed."""
         values = self.values
         declared = math.prod(values.shape) * values.dtype.itemsize
         if values.chunks:

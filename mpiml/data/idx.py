@@ -1,4 +1,4 @@
-"""IDX files, plain or gzipped: the format and the file names of MNIST (http://yann.lecun.com/exdb/mnist)."""
+"""IDX files, plain or gzipped: MNIST's format and file names (http://yann.lecun.com/exdb/mnist)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES = {
 
 
 def find(directory: Path, key: str) -> Path | None:
-    """MNIST's file of a column: as it is distributed, unpacked, or with the dot that some programs put in its name."""
+    """MNIST's file for a column, gzipped as distributed or unpacked. Some copies have ".idx" for "-idx" in the name."""
     name = NAMES[key]
     for candidate in (name, f"{name}.gz", dotted := name.replace("-idx", ".idx"), f"{dotted}.gz"):
         if (directory / candidate).exists():
@@ -40,8 +40,8 @@ def idx_file(path: Path) -> Source:
     with _open_gzip(path) as stream:
         shape, dtype = _read_header(stream, str(path))
         offset = stream.tell()
-    # A gzip file ends with the size of what is in it, modulo 2^32: nothing need be unpacked to compare. If it is not as
-    # declared, all is unpacked to find out whether that is the end of the file at all.
+    # A gzip file ends with its unpacked size modulo 2^32, so the size can be compared without unpacking. If it differs
+    # from the header's, the file is unpacked to find out whether it was cut short, which is reported first.
     with open(path, "rb") as file:
         file.seek(-4, 2)
         (unpacked,) = struct.unpack("<I", file.read(4))
@@ -78,11 +78,11 @@ def _read_header(stream: IO[bytes], name: str) -> tuple[tuple[int, ...], np.dtyp
     try:
         magic = stream.read(4)
         if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in DTYPES or not magic[3]:
-            raise DataError(f"{name} is no IDX file: it begins with {magic.hex(' ') or 'nothing'}")
+            raise DataError(f"{name} is not an IDX file: it begins with {magic.hex(' ') or 'nothing'}")
         axes = stream.read(4 * magic[3])
     except DataError:
         raise
-    except Exception as error:  # of gzip or zlib
+    except Exception as error:  # from gzip or zlib, which raise classes of their own
         raise DataError(f"{name}: damaged: {error}") from None
     if len(axes) < 4 * magic[3]:
         raise DataError(f"{name}: ends within its header, at byte {4 + len(axes)}")

@@ -1,4 +1,4 @@
-"""A look at every value of some rows before a run begins: what would spoil it is found, and named by its row."""
+"""A look at every value of a rank's rows before a run begins, to find those that would spoil it, with their rows."""
 
 from __future__ import annotations
 
@@ -12,25 +12,24 @@ from mpiml.clock import unwatched
 from mpiml.data.dataset import Dataset
 from mpiml.data.sources import Indices, Rows, Source
 
-SCAN = 1 << 24  # bytes of a source that are looked at together
+SCAN = 1 << 24  # bytes of a source that are looked at at once
 
 
 @dataclass
 class Findings:
-    """What a look at some rows found: of integers the extremes, each with its first row, without those that are to be
-    ignored, and how many these are; and rows that are not finite."""
+    """What a look at rows has shown."""
 
-    lowest: tuple[float, int] = (math.inf, 0)
+    lowest: tuple[float, int] = (math.inf, 0)  # (value, its first row), of integers that are not to be ignored
     highest: tuple[float, int] = (-math.inf, 0)
-    bad_rows: int = 0
+    bad_rows: int = 0  # rows that hold values that are not finite
     first_bad: int | None = None
-    masked: int = 0
+    masked: int = 0  # integers that are to be ignored
 
     def __or__(self, other: Findings) -> Findings:
         first = [row for row in (self.first_bad, other.first_bad) if row is not None]
         return Findings(
             min(self.lowest, other.lowest),
-            max(self.highest, other.highest, key=lambda found: (found[0], -found[1])),
+            max(self.highest, other.highest, key=lambda extreme: (extreme[0], -extreme[1])),
             self.bad_rows + other.bad_rows,
             min(first, default=None),
             self.masked + other.masked,
@@ -38,13 +37,13 @@ class Findings:
 
 
 def inspect(
-    source: Source, rows: Indices, ignore: int | None = None, moved: Callable[[], object] = unwatched
+    source: Source, rows: Indices, ignore: int | None = None, progress: Callable[[], object] = unwatched
 ) -> Findings:
-    """Look at some rows of a source, numbers rising, a few megabytes at a time.
+    """Look at the given rows of a source, in rising order, a few megabytes at a time.
 
-    `ignore` is a label that is none; `moved` is called after every few megabytes.
+    `ignore` is the label that means "no label"; `progress` is called after every few megabytes.
     """
-    found = Findings()
+    findings = Findings()
     row_bytes = max(math.prod(source.shape) * source.dtype.itemsize, 1)
     chunk = max(SCAN // row_bytes, 1)
     for first in range(0, len(rows), chunk):
@@ -53,11 +52,11 @@ def inspect(
         if source.dtype.kind == "f":
             bad = np.flatnonzero(~np.isfinite(flat).all(axis=1))
             if len(bad):
-                found |= Findings(bad_rows=len(bad), first_bad=int(numbers[bad[0]]))
+                findings |= Findings(bad_rows=len(bad), first_bad=int(numbers[bad[0]]))
         elif flat.size:
-            found |= _extremes(flat, numbers, ignore)
-        moved()
-    return found
+            findings |= _extremes(flat, numbers, ignore)
+        progress()
+    return findings
 
 
 def _extremes(flat: Rows, numbers: Indices, ignore: int | None) -> Findings:
@@ -72,22 +71,22 @@ def _extremes(flat: Rows, numbers: Indices, ignore: int | None) -> Findings:
     return Findings(lowest, highest, masked=masked)
 
 
-def problem(data: Dataset, column: str, found: Findings, classes: int | None = None) -> tuple[str, int] | None:
-    """What is wrong with the values of column "x" or "y", and the row where; None if nothing is.
+def problem(data: Dataset, column: str, findings: Findings, classes: int | None = None) -> tuple[str, int] | None:
+    """What is wrong with the values of column "x" or "y", and in which row; None if they can be used.
 
-    `classes` is how many there are, if that has been said.
+    `classes` is the number of classes, if the data set or a setting says it.
     """
-    if found.first_bad is not None:
-        return f"{found.bad_rows} rows hold values that are not finite, the first is row", found.first_bad
+    if findings.first_bad is not None:
+        return f"{findings.bad_rows} rows hold values that are not finite, the first is row", findings.first_bad
     if not (data.language_model or (column == "y" and data.classification)):
         return None
-    (lowest, low_row), (highest, high_row) = found.lowest, found.highest
+    (lowest, low_row), (highest, high_row) = findings.lowest, findings.highest
     what = "label" if column == "y" else "token"
     if lowest < 0:
         hint = f": number the classes from 0, or if it means no label, train with --ignore {lowest:.0f}"
         return f"{what} {lowest:.0f} is below 0{hint if column == 'y' else ''}, in row", low_row
-    if found.masked and highest < 0:
-        return "all labels are to be ignored, so none counts, from row", low_row
+    if findings.masked and highest < 0:
+        return "all labels are to be ignored, so nothing can be learned, from row", low_row
     if classes and highest >= classes:
         return f"{what} {highest:.0f} is not one of the {classes} classes 0 to {classes - 1}, in row", high_row
     if not classes and not data.language_model and highest >= len(data.train):

@@ -11,23 +11,24 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mpiml.clock import unwatched
-from mpiml.data.sources import Indices, Rows, Source
+from mpiml.data.sources import Indices, Rows, Source, WrappedSource
 
 Floats = NDArray[np.float64]
-SCAN = 1 << 22  # bytes of a source, in float64, that are added up together
-CONSTANT = 1e-10  # an input that varies by less, relative to its mean, is only centred
+SCAN = 1 << 22  # bytes of a source, in float64, that are summed at once
+CONSTANT = 1e-10  # an input whose standard deviation is at most this times its mean is only centred
 
 
 @dataclass
 class Moments:
-    """Of some rows: how many, and of each input the mean and the sum of squared deviations from it."""
+    """The number of rows, and for each input the mean over them and the sum of squared deviations from it."""
 
     rows: int
     mean: Floats
     squares: Floats
 
     def __add__(self, other: Moments) -> Moments:
-        """Of both (Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm", 1979)."""
+        """The moments of both sets of rows: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for
+        computing sample variances", 1979."""
         rows = self.rows + other.rows
         if not rows:
             return self
@@ -36,8 +37,9 @@ class Moments:
         return Moments(rows, self.mean + shift * share, squares)
 
 
-def moments(source: Source, rows: Indices, moved: Callable[[], object] = unwatched) -> Moments:
-    """Of some rows of a source, added up in chunks that depend on their shape alone; `moved` is called after each."""
+def moments(source: Source, rows: Indices, progress: Callable[[], object] = unwatched) -> Moments:
+    """The moments of these rows of a source, in chunks whose size depends on a row's shape alone; calls `progress`
+    after each."""
     total = Moments(0, np.zeros(source.shape), np.zeros(source.shape))
     chunk = max(SCAN // (8 * math.prod(source.shape)), 1)
     for first in range(0, len(rows), chunk):
@@ -45,13 +47,13 @@ def moments(source: Source, rows: Indices, moved: Callable[[], object] = unwatch
         mean = np.add.reduce(x, axis=0) / len(x)
         x -= mean
         total += Moments(len(x), mean, np.add.reduce(np.square(x, out=x), axis=0))
-        moved()
+        progress()
     return total
 
 
 @dataclass
 class Normalization:
-    """What inputs are shifted and multiplied by; float64, of the shape of a row."""
+    """(x - mean) * scale; both float64, of the shape of a row."""
 
     mean: Floats
     scale: Floats
@@ -60,7 +62,7 @@ class Normalization:
 
     @classmethod
     def of(cls, shards: Iterable[Moments]) -> Normalization:
-        """From the moments of all shards in their order, whoever has added them up: the same bits on every layout."""
+        """From the moments of all shards, added in the order of the shards: the same bits on every layout."""
         first, *others = shards
         total = sum(others, first)
         deviation = np.sqrt(total.squares / total.rows)
@@ -68,7 +70,7 @@ class Normalization:
         return cls(total.mean, np.where(constant, 1.0, 1 / np.where(constant, 1.0, deviation)))
 
     def arrays(self) -> dict[str, Floats]:
-        """As a checkpoint holds it."""
+        """Mean and scale by their names in a checkpoint."""
         return dict(zip(self.NAMES, (self.mean, self.scale), strict=True))
 
     @classmethod
@@ -77,25 +79,19 @@ class Normalization:
         return cls(*(arrays[name] for name in cls.NAMES))
 
     def take(self, other: Normalization) -> None:
-        """Become another, in all sources that use this one."""
+        """Copy the values of `other`, so that all sources that share this object use them."""
         self.mean[...], self.scale[...] = other.mean, other.scale
 
 
-class NormalizedSource:
+class NormalizedSource(WrappedSource):
     """A source of normalised rows in the run's dtype."""
 
     def __init__(self, source: Source, by: Normalization, dtype: DTypeLike):
-        self.source, self.by = source, by
-        self.name, self.shape, self.dtype = source.name, source.shape, np.dtype(dtype)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def hold(self, rows: Indices) -> None:
-        self.source.hold(rows)
+        super().__init__(source, dtype)
+        self.by = by
 
     def rows(self, indices: Indices) -> Rows:
-        x = self.source.rows(indices).astype(np.float64)  # for inputs far from 0
+        x = self.source.rows(indices).astype(np.float64)  # x - mean loses digits in float32 if x is far from 0
         x -= self.by.mean
         x *= self.by.scale
         normalized: Rows = x.astype(self.dtype, copy=False)

@@ -1,4 +1,4 @@
-"""NumPy's own files: .npy files and the members of .npz archives, of which at first only the headers are read."""
+"""NumPy's own files: .npy files and members of .npz archives. Opening one reads only its header."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from mpiml.errors import DataError
 if TYPE_CHECKING:
     import zipfile
 
-Header = tuple[tuple[int, ...], bool, np.dtype]  # shape, whether in column order, dtype
-CHECKED = 1 << 30  # bytes, read once by one rank: about a second
+Header = tuple[tuple[int, ...], bool, np.dtype]  # shape, whether in column (Fortran) order, dtype
+CHECKED = 1 << 30  # bytes of the largest member whose checksum is verified: one rank reads that in about a second
 LONGEST_HEADER = 10_000  # bytes; NumPy refuses longer ones too, but only after reading them
 
 
@@ -41,7 +41,7 @@ class CompressedSource(StreamedSource):
     def open_stream(self) -> IO[bytes]:
         import zipfile
 
-        with zipfile.ZipFile(self.path) as archive:  # closed only when its member is, too
+        with zipfile.ZipFile(self.path) as archive:  # the file stays open until the member is closed too
             stream = archive.open(self.member)
             _read_header(stream, self.name)
             return stream
@@ -59,8 +59,8 @@ def npz_member(path: Path, key: str) -> Source:
     try:
         with zipfile.ZipFile(path) as archive:
             if member not in archive.namelist():
-                there = ", ".join(sorted(n.removesuffix(".npy") for n in archive.namelist())) or "nothing"
-                raise DataError(f"{path} has no array {key}; it holds {there}")
+                names = ", ".join(sorted(n.removesuffix(".npy") for n in archive.namelist())) or "nothing"
+                raise DataError(f"{path} has no array {key}; it holds {names}")
             info = archive.getinfo(member)
             with archive.open(member) as stream:
                 shape, columns, dtype = _read_header(stream, name)
@@ -68,8 +68,8 @@ def npz_member(path: Path, key: str) -> Source:
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
     except zipfile.BadZipFile as error:
-        raise DataError(f"{path} is no .npz file: {error}") from None
-    except (RuntimeError, NotImplementedError, zlib.error) as error:  # encrypted, unknown method, damaged
+        raise DataError(f"{path} is not an .npz file: {error}") from None
+    except (RuntimeError, NotImplementedError, zlib.error) as error:  # encrypted, unknown compression, damaged
         raise DataError(f"{name}: damaged: {error}") from None
     if info.compress_type == zipfile.ZIP_STORED:
         offset = _stored_offset(path, info) + header
@@ -81,8 +81,8 @@ def npz_member(path: Path, key: str) -> Source:
 
 
 def check_sums(path: Path, keys: Sequence[str]) -> None:
-    """Compare stored members of a .npz file with their checksums, for nothing else does; larger ones than CHECKED are
-    left out. Raises DataError for one that is damaged."""
+    """Verify the checksums of a .npz file's uncompressed members, except those above CHECKED bytes; mapping them into
+    memory does not. Raises DataError if one is damaged."""
     import zipfile
 
     with zipfile.ZipFile(path) as archive:
@@ -105,11 +105,11 @@ def _read_header(stream: IO[bytes], name: str) -> Header:
         return read(stream)
     except (ValueError, EOFError, SyntaxError, tokenize.TokenError) as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"{name} is no array in .npy format: {reason}") from None
+        raise DataError(f"{name} is not an array in .npy format: {reason}") from None
 
 
 def _stored_offset(path: Path, info: zipfile.ZipInfo) -> int:
-    """Where a stored member's bytes begin: after its local header, whose name and extra field have own lengths."""
+    """The offset of a stored member's bytes: after its local header, whose two last fields vary in length."""
     with open(path, "rb") as file:
         file.seek(info.header_offset + 26)
         lengths: tuple[int, int] = struct.unpack("<HH", file.read(4))

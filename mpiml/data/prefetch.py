@@ -1,4 +1,4 @@
-"""Reading ahead: a thread prepares the rows of the next steps while this one computes. It makes no MPI calls."""
+"""Reading ahead: a thread, which makes no MPI calls, prepares the rows of the next steps during a step."""
 
 from __future__ import annotations
 
@@ -14,61 +14,60 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpiml.data.dataset import Batch, Split
-from mpiml.data.normalize import NormalizedSource
 from mpiml.data.shards import Shards
-from mpiml.data.sources import ArraySource, HeldSource, LabelSource, Source
+from mpiml.data.sources import ArraySource, HeldSource, Source, WrappedSource
 from mpiml.data.text import Windows
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-AHEAD = 2  # steps
-HANDED_OVER = 2e-4  # seconds that it takes to hand the rows of a step from thread to thread
-TRIES = 3  # one that is quick will do: a machine has hiccups
-Prepared = list[tuple[Any, Any]]  # of each micro-batch x and y, None where this rank needs none
+AHEAD = 2  # steps to read ahead by default
+HANDOVER = 2e-4  # seconds that it takes to pass the rows of a step from thread to thread
+TRIES = 3  # timings, of which the fastest counts: others may have been disturbed
+Prepared = list[tuple[Any, Any]]  # (x, y) of each micro-batch; None for what this rank does not need
 
 
 @dataclass
 class ReadyBatch:
-    """A micro-batch whose rows are in memory, or will be: x() and y() wait for them.
+    """A Batch whose rows the thread reads: x() and y() wait for them, and raise what went wrong in the thread.
 
-    What went wrong in the thread is raised here, in the rank's own.
+    `position` is its position in `prepared`, the micro-batches of a step.
     """
 
     index: int
     rows: int
-    place: int
+    position: int
     prepared: Future[Prepared]
 
     def x(self) -> NDArray[np.floating]:
         """The inputs, in the run's dtype."""
-        x: NDArray[np.floating] = self.prepared.result()[self.place][0]
+        x: NDArray[np.floating] = self.prepared.result()[self.position][0]
         return x
 
     def y(self) -> NDArray[np.generic]:
         """The labels."""
-        y: NDArray[np.generic] = self.prepared.result()[self.place][1]
+        y: NDArray[np.generic] = self.prepared.result()[self.position][1]
         return y
 
 
 class ReadAhead:
-    """The micro-batches of shards, `steps` steps ahead; for use in a `with` statement, which ends the thread.
+    """Prepares the micro-batches of shards `steps` steps ahead, in a `with` statement, which ends the thread.
 
     Args:
-        steps: 0 reads nothing ahead, and starts no thread.
-        last: the last step; none is read beyond it.
-        x, y: what this rank needs of a batch.
+        steps: 0 reads nothing ahead and starts no thread.
+        last: the number of the last step.
+        x, y: whether this rank needs inputs, and labels.
     """
 
     def __init__(self, shards: Shards, steps: int, last: int, x: bool, y: bool):
         self.shards, self.steps, self.last, self.needs = shards, steps, last, (x, y)
         self._pending: dict[int, tuple[list[Batch], Future[Prepared]]] = {}
-        self._asked: queue.SimpleQueue[tuple[list[Batch], Future[Prepared]] | None] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[tuple[list[Batch], Future[Prepared]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> ReadAhead:
         if self.steps:
-            # Not of a ThreadPoolExecutor: Python waits for its threads before it ends, and a read may hang.
+            # Not a ThreadPoolExecutor: Python waits for its threads before it exits, and a read may hang.
             self._thread = threading.Thread(target=self._read, name="reading ahead", daemon=True)
             self._thread.start()
         return self
@@ -77,14 +76,14 @@ class ReadAhead:
         if self._thread:
             for _, prepared in self._pending.values():
                 prepared.cancel()
-            self._asked.put(None)
-            if kind is None:  # after an error nobody waits for a read: it may be what hangs
+            self._requests.put(None)
+            if kind is None:  # after an error, do not wait: the error may be that a read hangs
                 self._thread.join()
         self._thread = None
         self._pending.clear()
 
     def batches(self, step: int) -> list[Batch] | list[ReadyBatch]:
-        """The micro-batches of a step. Those of the next ones will be prepared from now on."""
+        """The micro-batches of a step; requests those of the next steps."""
         if self._thread is None:
             return self.shards.batches(step)
         from concurrent.futures import Future
@@ -92,18 +91,18 @@ class ReadAhead:
         for ahead in range(step, min(step + self.steps, self.last) + 1):
             if ahead not in self._pending:
                 self._pending[ahead] = self.shards.batches(ahead), Future()
-                self._asked.put(self._pending[ahead])
+                self._requests.put(self._pending[ahead])
         batches, prepared = self._pending.pop(step)
-        return [ReadyBatch(batch.index, batch.rows, place, prepared) for place, batch in enumerate(batches)]
+        return [ReadyBatch(batch.index, batch.rows, position, prepared) for position, batch in enumerate(batches)]
 
     def _read(self) -> None:
-        """What the thread does until it is asked for nothing more."""
-        while asked := self._asked.get():
-            batches, prepared = asked
+        """The thread: serves requests until it gets None."""
+        while request := self._requests.get():
+            batches, prepared = request
             if prepared.set_running_or_notify_cancel():
                 try:
                     prepared.set_result(self._prepare(batches))
-                except BaseException as error:  # raised again where the rows are wanted
+                except BaseException as error:  # raised again by x() and y()
                     prepared.set_exception(error)
 
     def _prepare(self, batches: list[Batch]) -> Prepared:
@@ -112,42 +111,38 @@ class ReadAhead:
 
 
 def steps_ahead(shards: Shards) -> int:
-    """How many steps to read ahead where no setting says: none if the rows of a step are taken more quickly than one
-    thread hands them to another.
+    """How many steps to read ahead by default: none if reading a step's rows takes less time than passing them from
+    thread to thread.
 
-    So it is with rows in memory, and mostly with those of a mapped file that the system keeps in memory: whether it
-    does is found by taking some, for which they must have been looked at before. Other sources, of a user's own say,
-    are not read for that.
+    That holds for rows in memory, and often for mapped files that the system keeps in memory, which is measured. For
+    this, the rows must have been read once before. Sources of other kinds, such as a user's own, are not tried.
     """
-    sources = [_beneath(source) for source in (shards.split.x, shards.split.y)]
+    sources = [_innermost(source) for source in (shards.split.x, shards.split.y)]
     if shards.transform or not all(isinstance(source, (ArraySource, HeldSource, Windows)) for source in sources):
         return AHEAD
     random = np.random.default_rng(0)
-    tried = (_seconds(shards, sources, random) for _ in range(TRIES))
-    return 0 if in_memory(shards.split) or any(seconds < HANDED_OVER for seconds in tried) else AHEAD
+    times = (_seconds(shards, sources, random) for _ in range(TRIES))
+    return 0 if in_memory(shards.split) or any(seconds < HANDOVER for seconds in times) else AHEAD
 
 
 def in_memory(split: Split) -> bool:
     """Whether all rows are in this process's own memory."""
-    return all(_in_memory(_beneath(source)) for source in (split.x, split.y))
+    sources = [_innermost(source) for source in (split.x, split.y)]
+    mapped = (isinstance(source, ArraySource) and isinstance(source.array, np.memmap) for source in sources)
+    return all(isinstance(source, (ArraySource, HeldSource)) for source in sources) and not any(mapped)
 
 
-def _in_memory(source: Source) -> bool:
-    mapped = isinstance(source, ArraySource) and isinstance(source.array, np.memmap)
-    return isinstance(source, (ArraySource, HeldSource)) and not mapped
-
-
-def _beneath(source: Source) -> Source:
-    return _beneath(source.source) if isinstance(source, (NormalizedSource, LabelSource)) else source
+def _innermost(source: Source) -> Source:
+    return _innermost(source.source) if isinstance(source, WrappedSource) else source
 
 
 def _seconds(shards: Shards, sources: Sequence[Source], random: np.random.Generator) -> float:
-    """How long it takes to take as many rows at random as a step does, micro-batch by micro-batch."""
+    """The time to read as many rows as a step does, drawn at random, micro-batch by micro-batch."""
     count = math.ceil(shards.rows_per_step / shards.microbatches)
-    blocks = [rows for m in range(shards.first, shards.last) if (rows := shards.shard(m))]
-    drawn = [rows.start + rows.step * random.integers(0, len(rows), count) for rows in blocks]
+    ranges = [rows for m in range(shards.first, shards.last) if (rows := shards.shard(m))]
+    batches = [rows.start + rows.step * random.integers(0, len(rows), count) for rows in ranges]
     began = perf_counter()
-    for numbers in drawn:
+    for numbers in batches:
         for source in sources:
             source.rows(numbers)
     return perf_counter() - began

@@ -1,4 +1,4 @@
-"""Which rows a step trains on: a pure function of the step, so that a restart needs nothing but its number."""
+"""The rows of each step: a pure function of the step's number, so that a restart needs nothing else."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from mpiml.partition import part
 from mpiml.random import generator
 
 Rows = NDArray[np.int64]
-SCAN = 1 << 20  # labels that are counted together
-Order = Callable[[int, int], Rows]  # (a, b) -> the places in a shard that come a-th to (b-1)-th in an epoch
+SCAN = 1 << 20  # labels that are counted at once
+Order = Callable[[int, int], Rows]  # (a, b) -> which rows of a shard, from 0, come a-th to (b-1)-th in an epoch
 
 
 class Shards:
     """Shards first..last-1 of a split that is cut into `microbatches` shards, and their rows at every step.
 
-    An epoch has `steps_per_epoch` steps, of `rows_per_step` rows on average. In it, each shard gives every one of
-    its rows once, in an order drawn from (seed, epoch, shard). Shards start out of step with each other by a
-    fraction of a row a step, so that short shards do not all give their next row at the same step.
+    An epoch has `steps_per_epoch` steps of `rows_per_step` rows on average. It uses every row of a shard once, in an
+    order drawn from (seed, epoch, shard). If a shard has fewer rows than steps, only some steps get a row from it;
+    shards are offset against each other so that these are not the same steps for all.
 
     Args:
-        shuffle: of a shard in every epoch: "none", "rows", or "blocks" of `block_rows` consecutive rows.
-        strided: whether shard m is every M-th row from row m on, not the m-th part of all rows.
-        transform: (x, y, random numbers of this step and micro-batch) -> x and y to train on.
+        batch: rows per step that are asked for; `rows_per_step` is at most this.
+        shuffle: what is shuffled within a shard in every epoch: "none", "rows", or "blocks" of `block_rows` rows.
+        strided: whether shard m is every M-th row from row m on, instead of the m-th of M consecutive parts.
+        transform: (x, y, generator of this step and micro-batch) -> x and y to train on.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Shards:
         self._epoch, self._orders = -1, dict[int, Order]()
 
     def rows(self) -> Rows:
-        """The numbers of all rows that these shards read, rising."""
+        """The numbers of all rows of these shards, in rising order."""
         return np.sort(np.concatenate([np.arange(0), *map(self.numbers, range(self.first, self.last))]))
 
     def shard(self, m: int) -> range:
@@ -68,24 +69,24 @@ class Shards:
         return np.arange(rows.start, rows.stop, rows.step)
 
     def batches(self, step: int) -> list[Batch]:
-        """The micro-batches of step 1, 2, ..., those without rows included."""
+        """The micro-batches of step 1, 2, ..., including empty ones."""
         epoch, t = divmod(step - 1, self.steps_per_epoch)
         return [self._batch(epoch, t, m) for m in range(self.first, self.last)]
 
     def rows_of(self, step: int) -> int:
-        """How many rows step 1, 2, ... has over all shards, others' included."""
-        ends = (self._places((step - 1) % self.steps_per_epoch, m) for m in range(self.microbatches))
+        """The number of rows of step 1, 2, ... over all micro-batches, including other ranks'."""
+        ends = (self._span((step - 1) % self.steps_per_epoch, m) for m in range(self.microbatches))
         return sum(b - a for a, b in ends)
 
-    def _places(self, t: int, m: int) -> tuple[int, int]:
-        """From which place in its order for an epoch to which shard m goes in step t of it."""
+    def _span(self, t: int, m: int) -> tuple[int, int]:
+        """(a, b): step t = 0, 1, ... of an epoch uses the a-th to (b-1)-th row in shard m's order for this epoch."""
         rows, steps = len(self.shard(m)), self.steps_per_epoch
         offset = steps * m // self.microbatches
         return (rows * t + offset) // steps, (rows * (t + 1) + offset) // steps
 
     def _batch(self, epoch: int, t: int, m: int) -> Batch:
         rows = self.shard(m)
-        a, b = self._places(t, m)
+        a, b = self._span(t, m)
 
         def select() -> Rows:
             return rows.start + rows.step * self._order(epoch, m, len(rows))(a, b)
@@ -110,60 +111,62 @@ class Shards:
         if self.shuffle == "none":
             return np.arange
         if self.shuffle == "blocks":
-            return blocks(length, self.block_rows, generator(self.seed, "blocks", epoch, m))
+            return block_order(length, self.block_rows, generator(self.seed, "blocks", epoch, m))
         permutation = generator(self.seed, "order", epoch, m).permutation(length)
         return lambda a, b: permutation[a:b]
 
 
-def blocks(length: int, block: int, random: np.random.Generator) -> Order:
-    """0..length-1 in runs of `block` numbers, the last maybe shorter, the runs in random order."""
-    starts = block * random.permutation(-(-length // block))
-    sizes = np.minimum(length - starts, block)
+def block_order(length: int, block_rows: int, random: np.random.Generator) -> Order:
+    """The order of 0..length-1 in blocks of `block_rows` consecutive numbers (the last may be shorter), shuffled."""
+    starts = block_rows * random.permutation(-(-length // block_rows))
+    sizes = np.minimum(length - starts, block_rows)
     ends = np.cumsum(sizes)
-    shifts = starts - (ends - sizes)  # from the place in the epoch to the place in the shard
+    shifts = starts - (ends - sizes)  # from the position in the order to the row of the shard
 
     def order(a: int, b: int) -> Rows:
-        places = np.arange(a, b)
-        moved: Rows = places + shifts[np.searchsorted(ends, places, side="right")]
-        return moved
+        positions = np.arange(a, b)
+        rows: Rows = positions + shifts[np.searchsorted(ends, positions, side="right")]
+        return rows
 
     return order
 
 
 def classes_seen(
-    shards: Shards, classes: int, moved: Callable[[], object] = unwatched
+    shards: Shards, classes: int, progress: Callable[[], object] = unwatched
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """How often these shards' labels are of each class, and of how many classes each shard has any (0: not ours).
-
-    `moved` is called whenever some more have been counted.
-    """
+    """The number of labels of each class in these shards, and for each of all M shards the number of classes that occur
+    in it, 0 for those of other ranks. `progress` is called after every SCAN labels."""
     counts, seen = np.zeros(classes, np.int64), np.zeros(shards.microbatches, np.int64)
     for m in range(shards.first, shards.last):
-        mine, rows = np.zeros(classes, np.int64), shards.numbers(m)
+        in_shard, rows = np.zeros(classes, np.int64), shards.numbers(m)
         for first in range(0, len(rows), SCAN):
             labels = shards.split.y.rows(rows[first : first + SCAN]).astype(np.intp)
-            mine += np.bincount(labels[labels >= 0], minlength=classes)
-            moved()
-        counts += mine
-        seen[m] = np.count_nonzero(mine)
+            in_shard += np.bincount(labels[labels >= 0], minlength=classes)
+            progress()
+        counts += in_shard
+        seen[m] = np.count_nonzero(in_shard)
     return counts, seen
 
 
 def starved(counts: NDArray[np.int64], seen: NDArray[np.int64]) -> str | None:
-    """A warning if shards have far fewer classes than as many rows drawn at random would have."""
+    """A warning if shards have labels of far fewer classes than as many rows drawn at random would have; else None.
+
+    Args:
+        counts, seen: of `classes_seen`, summed over all ranks.
+    """
     share = counts / counts.sum()
     expected = float((1 - (1 - share) ** (counts.sum() / len(seen))).sum())
     if seen.mean() >= 0.8 * expected:
         return None
     return (
         f"a shard has labels of {seen.mean():.1f} classes on average, but rows drawn at random would have "
-        f"{expected:.1f}: the labels seem to be sorted, and a micro-batch never sees most classes; "
-        "--shards strided deals the rows out"
+        f"{expected:.1f}: the labels seem to be sorted, so that micro-batches lack most classes; "
+        "--shards strided spreads neighbouring rows over all shards"
     )
 
 
 def chunks(split: Split, chunk_rows: int, first: int, last: int, dtype: DTypeLike) -> list[Batch]:
-    """Chunks first..last-1 of a split that is read from row 0 in chunks of `chunk_rows` rows."""
+    """Chunks first..last-1 of a split in row order, cut into chunks of `chunk_rows` rows (the last may be shorter)."""
 
     def chunk(index: int) -> Batch:
         start, stop = index * chunk_rows, min((index + 1) * chunk_rows, len(split))

@@ -1,4 +1,4 @@
-"""Sources of rows: what they have in common, and those in memory, mapped into it or streamed."""
+"""Sources of rows: their interface, and sources in memory, mapped into memory, or streamed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import itertools
 import math
 import os
 import stat
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Protocol
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from mpiml.errors import DataError
 
@@ -24,11 +24,11 @@ CHUNK = 1 << 22  # bytes of a stream that are read at once
 
 
 class Source(Protocol):
-    """A column of a data set: what `len` gives many rows, each of `shape` and `dtype`.
+    """A column of a data set: `len(source)` rows, each of `shape` and `dtype`.
 
-    `rows(indices)` returns a fresh array of those rows; `hold(rows)` says beforehand, with their numbers in rising
-    order, that no others will be asked for, so that a source that cannot be read at random keeps just these.
-    Reading ahead calls `rows` in a thread of its own, at the same time as others read other sources.
+    `rows(indices)` returns these rows in a new array. `hold(rows)` is called before, with the numbers, in rising order,
+    of all rows that will be read, so that a source without random access can keep these in memory. `rows` may be
+    called from another thread, while the rank's own thread reads other sources.
     """
 
     name: str
@@ -37,12 +37,13 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def hold(self, rows: Indices) -> None: ...
+    def hold(self, rows: Indices) -> None:
+        return
 
     def rows(self, indices: Indices) -> Rows: ...
 
 
-class ArraySource:
+class ArraySource(Source):
     """An array in memory, or mapped into it."""
 
     def __init__(self, array: ArrayLike, name: str = "array"):
@@ -54,20 +55,16 @@ class ArraySource:
     def __len__(self) -> int:
         return len(self.array)
 
-    def hold(self, rows: Indices) -> None:
-        pass
-
     def rows(self, indices: Indices) -> Rows:
         check_whole(self.array, self.name)
-        return rows_of(np.asarray(self.array), indices)  # no memmap, of which all that is computed would be one
+        return rows_of(np.asarray(self.array), indices)  # not a memmap: all results of it would be of that class
 
 
-class LabelSource:
-    """A source of labels with -1 in place of those that are `ignore`: what losses and metrics leave out."""
+class WrappedSource(Source):
+    """The base of sources that change the rows of another source, and their dtype."""
 
-    def __init__(self, source: Source, ignore: int):
-        self.source, self.ignore = source, ignore
-        self.name, self.shape, self.dtype = source.name, source.shape, np.dtype(np.intp)
+    def __init__(self, source: Source, dtype: DTypeLike):
+        self.source, self.name, self.shape, self.dtype = source, source.name, source.shape, np.dtype(dtype)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -75,17 +72,22 @@ class LabelSource:
     def hold(self, rows: Indices) -> None:
         self.source.hold(rows)
 
+
+class LabelSource(WrappedSource):
+    """A source of labels with -1, which losses and metrics leave out, in place of the label `ignore`."""
+
+    def __init__(self, source: Source, ignore: int):
+        super().__init__(source, np.intp)
+        self.ignore = ignore
+
     def rows(self, indices: Indices) -> Rows:
         labels: Rows = self.source.rows(indices).astype(np.intp)
         labels[labels == self.ignore] = -1
         return labels
 
 
-class HeldSource(ABC):
-    """A source that can only be read from its start: it is read once, and of it the held rows stay in memory.
-
-    Subclasses say how in `read(rows)`, which returns those rows.
-    """
+class HeldSource(Source):
+    """A source that can only be read from start to end: `hold` reads it once and keeps the held rows in memory."""
 
     def __init__(self, name: str, shape: tuple[int, ...], dtype: np.dtype):
         check_rows(shape, dtype, name)
@@ -97,27 +99,27 @@ class HeldSource(ABC):
 
     @abstractmethod
     def read(self, rows: Indices) -> Rows:
-        """Those rows, whose numbers increase."""
+        """These rows; their numbers are in rising order."""
 
     def hold(self, rows: Indices) -> None:
         self._held = self.read(rows)
         self._rows = np.array(rows)
 
     def rows(self, indices: Indices) -> Rows:
-        places = np.searchsorted(self._rows, indices)
-        missing = places == len(self._rows)
-        missing |= self._rows[np.where(missing, 0, places)] != indices if len(self._rows) else True
+        positions = np.searchsorted(self._rows, indices)
+        missing = positions == len(self._rows)
+        missing |= self._rows[np.where(missing, 0, positions)] != indices if len(self._rows) else True
         if missing.any():
             raise IndexError(f"{self.name}: row {indices[missing][0]} is not one of the rows that are held")
-        return rows_of(self._held, places)
+        return rows_of(self._held, positions)
 
 
 class StreamedSource(HeldSource):
-    """Rows of fixed size, one after the other in a stream of bytes that `open_stream` opens at the first of them."""
+    """Rows of fixed size, one after the other in a stream of bytes."""
 
     @abstractmethod
     def open_stream(self) -> IO[bytes]:
-        """The bytes of all rows, from the first on."""
+        """A stream that begins at the first byte of row 0."""
 
     def read(self, rows: Indices) -> Rows:
         row_bytes, at = math.prod(self.shape) * self.dtype.itemsize, 0
@@ -127,26 +129,27 @@ class StreamedSource(HeldSource):
                 _skip(stream, (int(rows[first]) - at) * row_bytes, self.name)
                 _fill(stream, held[first:last].reshape(-1).view(np.uint8), self.name)
                 at = int(rows[last - 1]) + 1
-            if at == self.length and _read(stream, 1, self.name, at_end=True):  # also checks the whole stream's sum
+            if at == self.length and _read(stream, 1, self.name, at_end=True):  # at its end a stream verifies its sum
                 raise DataError(f"{self.name}: goes on after its last row")
         return held
 
 
 def rows_of(array: Rows, indices: Indices) -> Rows:
-    """Some rows of an array, fresh and in C order. They cost what these rows cost, however the array lies in memory."""
+    """These rows of an array in a new array, in C order. The cost depends on these rows only."""
     if array.flags.c_contiguous and array.flags.aligned:
         return array.take(indices, axis=0)
-    return np.ascontiguousarray(array[indices])  # take would copy all of it first: of one mapped from a .npz file, say
+    # `take` would first copy the whole array if it is not aligned, as arrays mapped from a .npz file often are not.
+    return np.ascontiguousarray(array[indices])
 
 
 def mapped(
     path: Path, name: str, shape: tuple[int, ...], dtype: np.dtype, offset: int, holds: int, order: str = "C"
 ) -> ArraySource:
-    """An array in a file by memory map: only rows that are asked for are read.
+    """An array in a file, by memory map: only the rows that are used are read.
 
     Args:
-        offset: where in the file it begins, in bytes.
-        holds: how many bytes of it the file holds.
+        offset: the byte of the file at which the array begins.
+        holds: the number of its bytes that the file really holds.
     """
     declared = check_size(shape, dtype, name, holds)
     array = np.memmap(path, dtype, "r", offset, shape, order) if declared else np.empty(shape, dtype)  # type: ignore[call-overload]
@@ -154,15 +157,15 @@ def mapped(
 
 
 def check_whole(array: Rows, name: str) -> None:
-    """Raise DataError if an array is mapped from a file that has been cut short since: to read what is gone would end
-    the process without a word (SIGBUS)."""
+    """Raise DataError if an array is mapped from a file that has become shorter since. Reading beyond its end would
+    kill the process without a message (SIGBUS)."""
     mapping = array._mmap if isinstance(array, np.memmap) else None  # type: ignore[attr-defined]
     if mapping is not None and mapping.size() < (needed := array.offset + array.nbytes):  # type: ignore[attr-defined]
         raise DataError(f"{name} was cut short while it was read: it holds {mapping.size():,} of {needed:,} bytes")
 
 
 def check_rows(shape: tuple[int, ...], dtype: np.dtype, name: str) -> None:
-    """Raise DataError unless these are rows of real numbers."""
+    """Raise DataError unless an array of this shape and dtype holds rows of real numbers."""
     if dtype.kind not in "biuf":
         raise DataError(f"{name} has dtype {dtype}; real numbers are needed (pickled objects are never read)")
     if not shape:
@@ -170,7 +173,7 @@ def check_rows(shape: tuple[int, ...], dtype: np.dtype, name: str) -> None:
 
 
 def check_size(shape: tuple[int, ...], dtype: np.dtype, name: str, holds: int) -> int:
-    """The bytes of an array. Raises DataError if they are not as many as the file holds: headers may lie."""
+    """The number of bytes of an array. Raises DataError if the file holds more or fewer: headers may be wrong."""
     check_rows(shape, dtype, name)
     declared = math.prod(shape) * dtype.itemsize
     if declared != holds or min(shape) < 0:
@@ -179,11 +182,12 @@ def check_size(shape: tuple[int, ...], dtype: np.dtype, name: str, holds: int) -
 
 
 def file_size(path: Path) -> int:
-    """The bytes of a file. Raises DataError if it is no regular file (a pipe would never end) or cannot be read."""
+    """The number of bytes of a file. Raises DataError if it cannot be read or is not a regular file (reading a pipe
+    could take for ever)."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            what = "Is a directory" if stat.S_ISDIR(status.st_mode) else "is no regular file"
+            what = "Is a directory" if stat.S_ISDIR(status.st_mode) else "is not a regular file"
             raise DataError(f"cannot read {path}: {what}")
         with open(path, "rb"):
             return status.st_size
@@ -192,13 +196,13 @@ def file_size(path: Path) -> int:
 
 
 def runs(rows: Indices) -> Iterator[tuple[int, int]]:
-    """Where in `rows` runs of consecutive numbers begin and end, as (first, last + 1)."""
+    """The runs of consecutive numbers in `rows`: (first, stop) positions in `rows` of each."""
     edges = [0, *(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
     return itertools.pairwise(edges) if len(rows) else iter(())
 
 
 def extra(module: str, name: str, why: str) -> ModuleType:
-    """Import what an extra of this package brings. Raises DataError, naming the extra, if it is missing."""
+    """Import a module that the extra `name` of this package installs. Raises DataError if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -207,7 +211,7 @@ def extra(module: str, name: str, why: str) -> ModuleType:
 
 
 def read_all(stream: IO[bytes], name: str) -> None:
-    """Read to the end, where a stream checks its sum. Raises DataError if it is damaged."""
+    """Read a stream to its end, where it verifies its checksum. Raises DataError if it is damaged."""
     while _read(stream, CHUNK, name, at_end=True):
         pass
 

@@ -1,12 +1,13 @@
-"""Tables, CSV or Parquet: one column holds the labels, all others the inputs; a rank keeps the rows that it holds."""
+"""Tables, CSV or Parquet: one column holds the labels, all others the inputs. A rank keeps its own rows in memory."""
 
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,59 +15,52 @@ from numpy.typing import NDArray
 from mpiml.data.sources import HeldSource, Indices, Rows, extra, file_size, runs
 from mpiml.errors import DataError
 
-LINES = 4096  # lines of a CSV file that are parsed together
+LINES = 4096  # lines of a CSV file that are parsed at once
 
 
-class Table(Protocol):
-    """What the two sources of a table have in common.
+class Table(ABC):
+    """A table of `length` rows with `inputs` input columns of dtype `x_dtype`, and labels of dtype `y_dtype`."""
 
-    `x_dtype` and `y_dtype` are those of its `inputs` input columns and of its labels; `read(rows)` gives both.
-    """
-
-    path: Path
+    names: list[str]
     length: int
     inputs: int
     x_dtype: np.dtype
     y_dtype: np.dtype
 
-    def read(self, rows: Indices) -> tuple[Rows, Rows]: ...
+    def __init__(self, path: Path):
+        self.path, self._rows, self._left = path, np.empty(0, np.int64), dict[int, Rows]()
 
+    @abstractmethod
+    def read(self, rows: Indices) -> tuple[Rows, Rows]:
+        """Inputs (rows, inputs) and labels (rows,) of these rows, whose numbers are in rising order."""
 
-def table_sources(table: Table) -> tuple[HeldSource, HeldSource]:
-    """The inputs and the labels of a table as sources. The rows that both hold are read once."""
-    shared = _Shared(table)
-    x = TableSource(shared, 0, f"{table.path}: inputs", (table.length, table.inputs), table.x_dtype)
-    return x, TableSource(shared, 1, f"{table.path}: labels", (table.length,), table.y_dtype)
-
-
-class _Shared:
-    """Remembers the half of what was read last that nobody has asked for yet."""
-
-    def __init__(self, table: Table):
-        self.table = table
-        self._rows, self._left = np.empty(0, np.int64), dict[int, Rows]()
+    def sources(self) -> tuple[HeldSource, HeldSource]:
+        """The inputs and the labels as two sources. Rows that both hold are read once."""
+        x = TableSource(self, 0, f"{self.path}: inputs", (self.length, self.inputs), self.x_dtype)
+        return x, TableSource(self, 1, f"{self.path}: labels", (self.length,), self.y_dtype)
 
     def take(self, half: int, rows: Indices) -> Rows:
+        """Inputs (half 0) or labels (half 1) of these rows. Keeps the other half until it is taken too."""
         if half not in self._left or not np.array_equal(rows, self._rows):
-            self._rows, self._left = np.array(rows), dict(enumerate(self.table.read(rows)))
+            self._rows, self._left = np.array(rows), dict(enumerate(self.read(rows)))
         return self._left.pop(half)
 
 
 class TableSource(HeldSource):
     """One half of a table: its inputs, or its labels."""
 
-    def __init__(self, shared: _Shared, half: int, name: str, shape: tuple[int, ...], dtype: np.dtype):
+    def __init__(self, table: Table, half: int, name: str, shape: tuple[int, ...], dtype: np.dtype):
         super().__init__(name, shape, dtype)
-        self.shared, self.half = shared, half
+        self.table, self.half = table, half
 
     def read(self, rows: Indices) -> Rows:
-        return self.shared.take(self.half, rows)
+        return self.table.take(self.half, rows)
 
 
-def label_place(names: Sequence[str], label: str | None, path: Path) -> int:
-    """Where the column of labels is. Raises DataError if it is not there, or not said."""
+def label_column(names: Sequence[str], label: str | None, path: Path) -> int:
+    """The position of the column of labels. Raises DataError if `label` is None or does not name exactly one column."""
     if label is None:
-        raise DataError(f"{path}: say which column holds the labels, with --label; there are {', '.join(names)}")
+        raise DataError(f"{path}: name the column of labels with --label; there are {', '.join(names)}")
     if names.count(label) != 1:
         what = f"has {names.count(label)} columns" if label in names else "has no column"
         raise DataError(f"{path} {what} {label}; there are {', '.join(names)}")
@@ -75,16 +69,16 @@ def label_place(names: Sequence[str], label: str | None, path: Path) -> int:
     return names.index(label)
 
 
-class CSV:
-    """A file of numbers between commas, under a line with the names of the columns.
+class CSV(Table):
+    """A file of comma-separated numbers, whose first line names the columns.
 
-    Labels are classes if the first of them is written as an integer; then all must be.
+    If the first label is written as an integer, labels are classes, and all must be integers.
     """
 
     def __init__(self, path: Path, label: str | None):
         import csv
 
-        self.path = path
+        super().__init__(path)
         if not file_size(path):
             raise DataError(f"{path} is empty")
         with open(path, "rb") as file:
@@ -96,7 +90,7 @@ class CSV:
                 ended = chunk.endswith(b"\n")
         self.length += not ended
         self.names = [name.strip() for name in names]
-        self.label = label_place(self.names, label, path)
+        self.label = label_column(self.names, label, path)
         self.inputs = len(self.names) - 1
         self.x_dtype = np.dtype(np.float64)
         self.y_dtype = np.dtype(np.int64 if self._whole(first) else np.float64)
@@ -118,7 +112,7 @@ class CSV:
         return x, y
 
     def _lines(self, rows: Indices) -> Iterator[tuple[int, str]]:
-        """The lines of some rows, each with its number in the file; row 0 is in line 2."""
+        """(number of the line, the line) of these rows; row 0 is in line 2."""
         with open(self.path, "rb") as file:
             file.readline()
             at = 0
@@ -130,7 +124,7 @@ class CSV:
                 at = stop
 
     def _parse(self, batch: Sequence[tuple[int, str]]) -> NDArray[np.float64]:
-        """Numbers of some lines. If that fails, line by line, to find out where."""
+        """The numbers in these lines. If that fails, parses line by line to name the line in the error."""
         try:
             values = self._numbers([line for _, line in batch])
             if values.shape == (len(batch), len(self.names)):
@@ -146,23 +140,23 @@ class CSV:
                 self._numbers([line])
             except ValueError as error:
                 raise DataError(f"{self.path}, line {number}: {str(error).partition(' at row')[0]}") from None
-        raise DataError(f"{self.path}: lines {batch[0][0]} to {batch[-1][0]} are no table of numbers")
+        raise DataError(f"{self.path}: lines {batch[0][0]} to {batch[-1][0]} are not a table of numbers")
 
     def _numbers(self, lines: Sequence[str]) -> NDArray[np.float64]:
-        if not all(line.strip() for line in lines):  # loadtxt would pass over them, and warn if there is nothing else
+        if not all(line.strip() for line in lines):  # loadtxt would skip empty lines
             raise ValueError("a line is empty")
         return np.loadtxt(lines, np.float64, comments=None, delimiter=",", quotechar='"', ndmin=2)
 
     def _check_whole(self, labels: NDArray[np.float64], batch: Sequence[tuple[int, str]]) -> None:
-        wrong = np.flatnonzero(labels != np.floor(labels))  # true of nan as well
+        wrong = np.flatnonzero(labels != np.floor(labels))  # also true for nan
         if len(wrong):
             raise DataError(
-                f"{self.path}, line {batch[wrong[0]][0]}: the label {labels[wrong[0]]:g} is no integer, but that in "
-                "line 2 is; for a regression, write that one with a decimal point"
+                f"{self.path}, line {batch[wrong[0]][0]}: the label {labels[wrong[0]]:g} is not an integer, but the "
+                "label in line 2 is; for a regression, write the label in line 2 with a decimal point"
             )
 
     def _whole(self, line: bytes) -> bool:
-        """Whether the label in a line is written as an integer."""
+        """Whether the label in this line is written as an integer."""
         import csv
 
         fields = next(csv.reader([self._text(line, 2)]), [])
@@ -176,12 +170,12 @@ class CSV:
             raise DataError(f"{self.path}, line {number}: not in UTF-8: {error.reason}") from None
 
 
-class Parquet:
-    """A Parquet file of numbers; row groups without rows that are held are not read."""
+class Parquet(Table):
+    """A Parquet file of numbers; reads only the row groups that contain wanted rows."""
 
     def __init__(self, path: Path, label: str | None):
         parquet = extra("pyarrow.parquet", "parquet", f"--data {path}")
-        self.path = path
+        super().__init__(path)
         file_size(path)
         try:
             self.file: Any = parquet.ParquetFile(path, memory_map=True)
@@ -190,7 +184,7 @@ class Parquet:
             raise DataError(f"cannot read {path}: {error}") from None
         self.length, self.names = self.file.metadata.num_rows, list(schema.names)
         dtypes = [self._dtype(*column) for column in zip(schema, schema.empty_table().columns, strict=True)]
-        self.label = label_place(self.names, label, path)
+        self.label = label_column(self.names, label, path)
         self.inputs = len(self.names) - 1
         self.y_dtype = dtypes.pop(self.label)
         self.x_dtype = np.result_type(*dtypes)
@@ -205,8 +199,8 @@ class Parquet:
                 columns = self._columns(group, start)
                 wanted = rows[first:last] - start
                 y[first:last] = columns.pop(self.label)[wanted]
-                for place, column in enumerate(columns):
-                    x[first:last, place] = column[wanted]
+                for position, column in enumerate(columns):
+                    x[first:last, position] = column[wanted]
             start = stop
         return x, y
 
@@ -223,7 +217,7 @@ class Parquet:
 
     def _dtype(self, field: Any, empty: Any) -> np.dtype:
         try:
-            dtype: np.dtype = empty.to_numpy().dtype  # field.type.to_pandas_dtype() may want pandas
+            dtype: np.dtype = empty.to_numpy().dtype  # field.type.to_pandas_dtype() may need pandas
         except (NotImplementedError, TypeError):
             dtype = np.dtype(object)
         if dtype.kind not in "biuf":

@@ -1,4 +1,4 @@
-"""Text and tokens for language models: a row is a window of T of them, its labels are those that come next."""
+"""Text and tokens for language models: a row is a window of T tokens, its labels are the T tokens one further on."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from mpiml.data.npy import npy_file
-from mpiml.data.sources import Indices, Rows, check_whole, file_size
+from mpiml.data.sources import Indices, Rows, Source, check_whole, file_size
 from mpiml.errors import DataError
 
 BYTES = np.dtype(np.uint8)
-SHARE = 8  # one in so many of the files that a process may have open may be one of these
+SHARE = 8  # at most 1 / SHARE of the files that a process may have open are files of tokens
 
 
 class Tokens:
-    """Files one after the other as one sequence, of which only what is asked for is read.
+    """The tokens of several files, one file after the other; only the parts that are used are read.
 
-    There may be more files than a process may have open, and a file that is mapped into memory is open: those that were
-    read last stay mapped. Threads may share it.
+    A file that is mapped into memory counts as open, and there may be more files than a process may have open: only
+    those that were used last stay mapped. Threads may share an object.
 
     Args:
-        dtype: of a token; a .npy file has its own.
+        dtype: of a token in files without a header; .npy files say their own.
     """
 
     def __init__(self, paths: Sequence[Path], dtype: np.dtype):
         self.paths, self.dtype = paths, dtype
-        self._begins: list[int] = []  # the byte of each file at which its tokens begin
+        self._offsets: list[int] = []  # the byte of each file at which its tokens begin
         sizes = [self._length(number, path) for number, path in enumerate(paths)]
         self.ends = np.cumsum(sizes, dtype=np.int64)
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -42,27 +42,31 @@ class Tokens:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def read(self, start: int, stop: int, out: NDArray[np.generic]) -> None:
-        """Put tokens start..stop-1 into `out`."""
+        """Copy tokens start..stop-1 into `out`."""
         number, at = int(np.searchsorted(self.ends, start, side="right")), start
         while at < stop:
-            begin = int(self.ends[number - 1]) if number else 0
+            begin = self._begin(number)
             until = min(stop, int(self.ends[number]))
             if until > at:  # an empty file cannot be mapped
                 out[at - start : until - start] = self._file(number)[at - begin : until - begin]
             at, number = until, number + 1
 
     def windows(self, starts: Indices, length: int) -> Rows:
-        """The `length` tokens from each of these places on, those of a file all at once."""
-        taken = np.empty((len(starts), length), self.dtype)
+        """The `length` tokens that begin at each of `starts`, (len(starts), length); reads all windows of a file at
+        once."""
+        rows = np.empty((len(starts), length), self.dtype)
         files = np.searchsorted(self.ends, starts, side="right")
         inside = starts + length <= self.ends[files]
         for number in set(files[inside].tolist()):
-            here = inside & (files == number)
-            begin = int(self.ends[number - 1]) if number else 0
-            taken[here] = sliding_window_view(self._file(number), length)[starts[here] - begin]
-        for place in np.flatnonzero(~inside).tolist():  # over the end of a file into the next ones
-            self.read(int(starts[place]), int(starts[place]) + length, taken[place])
-        return taken
+            of_file = inside & (files == number)
+            rows[of_file] = sliding_window_view(self._file(number), length)[starts[of_file] - self._begin(number)]
+        for index in np.flatnonzero(~inside).tolist():  # windows that go on in the next file
+            self.read(int(starts[index]), int(starts[index]) + length, rows[index])
+        return rows
+
+    def _begin(self, number: int) -> int:
+        """The position of a file's first token in the whole sequence."""
+        return int(self.ends[number - 1]) if number else 0
 
     def _length(self, number: int, path: Path) -> int:
         size = file_size(path)
@@ -73,12 +77,12 @@ class Tokens:
             if number and source.dtype != self.dtype:
                 raise DataError(f"{path} is {source.dtype}, but {self.paths[0]} is {self.dtype}")
             self.dtype = source.dtype
-            self._begins.append(size - len(source) * self.dtype.itemsize)
+            self._offsets.append(size - len(source) * self.dtype.itemsize)
             return len(source)
         length, odd = divmod(size, self.dtype.itemsize)
         if odd:
-            raise DataError(f"{path}: its {size:,} bytes are no whole number of {self.dtype} tokens")
-        self._begins.append(0)
+            raise DataError(f"{path}: its {size:,} bytes are not a whole number of {self.dtype} tokens")
+        self._offsets.append(0)
         return length
 
     def _file(self, number: int) -> NDArray[np.generic]:
@@ -87,20 +91,20 @@ class Tokens:
         return array
 
     def _map(self, number: int) -> NDArray[np.generic]:
-        path, length = self.paths[number], int(self.ends[number]) - (int(self.ends[number - 1]) if number else 0)
+        path, length = self.paths[number], int(self.ends[number]) - self._begin(number)
         try:
-            return np.memmap(path, self.dtype, "r", self._begins[number], (length,))
+            return np.memmap(path, self.dtype, "r", self._offsets[number], (length,))
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror or error}") from None
-        except ValueError:  # of NumPy, for a file with fewer bytes
+        except ValueError:  # NumPy's, if the file holds fewer bytes
             raise DataError(f"{path} was cut short while it was read: it holds {file_size(path):,} bytes") from None
 
 
-class Windows:
-    """Rows of `context` tokens, one after the other, of tokens start..stop-1.
+class Windows(Source):
+    """A source that cuts tokens start..stop-1 into consecutive rows of `context` tokens, dropping the rest.
 
     Args:
-        shift: 0 for inputs, 1 for labels.
+        shift: 0 for inputs; 1 for labels, each the token that follows its input.
     """
 
     def __init__(self, tokens: Tokens, context: int, start: int, stop: int, shift: int, name: str):
@@ -111,9 +115,6 @@ class Windows:
 
     def __len__(self) -> int:
         return self.length
-
-    def hold(self, rows: Indices) -> None:
-        pass
 
     def rows(self, indices: Indices) -> Rows:
         outside = indices[(indices < 0) | (indices >= self.length)]
@@ -126,13 +127,13 @@ def windows(train: Tokens, test: Tokens | None, context: int, held_out: float, n
     """x_train, y_train, x_test and y_test of text or tokens.
 
     Args:
-        test: the tokens to test on; if there are none, the last part, `held_out`, of those to train on.
+        test: the tokens to test on; if None, the last `held_out` (a fraction) of the tokens in `train`.
     """
     cut = len(train) if test else len(train) - round(held_out * len(train))
     spans = {"train": (train, 0, cut), "test": (test, 0, len(test)) if test else (train, cut, len(train))}
     for which, (_, start, stop) in spans.items():
         if stop - start <= context:
-            raise DataError(f"{name}: {stop - start} tokens to {which} on are no row of {context} and one more")
+            raise DataError(f"{name}: {stop - start} tokens to {which} on are too few: a row needs {context} + 1")
     return [
         Windows(tokens, context, start, stop, shift, f"{name}: {column}_{which}")
         for which, (tokens, start, stop) in spans.items()

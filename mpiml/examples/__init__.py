@@ -1,1 +1,1 @@
-"""Models and data of the examples that `make example-NAME` runs: what a user would bring along."""
+"""Models and data of the examples that `make example-NAME` runs, as a user would write them."""

@@ -1,7 +1,7 @@
-"""A gpt that reads the bytes of Python's standard library, beside a bigram model that was fitted to the same bytes.
+"""A gpt trained on the bytes of Python's standard library, compared with a bigram model fitted to the same bytes.
 
-`mpirun -n 4 python -m mpiml.examples.gpt_stdlib`: about a minute on 2 cores. Settings of mpiml.train may follow. The
-exit code is 1 if the gpt, on the bytes held out, is no better than the bigram model.
+`mpirun -n 4 python -m mpiml.examples.gpt_stdlib` takes about a minute on 2 cores; settings of mpiml.train may follow.
+The exit code is 1 if the gpt's loss on the held-out bytes is not below the bigram model's.
 """
 
 from __future__ import annotations
@@ -34,34 +34,31 @@ SETTINGS = (
     "--decay cosine --clip 1 --save-every 0"
 )
 BYTES = 256
-UNSEEN = 0.1  # is added to how often one byte follows another: none is impossible
+UNSEEN = 0.1  # added to the count of every pair of bytes, so that no pair has probability 0
 
 
 def settings(arguments: Sequence[str]) -> Config:
-    """The settings of the example, and what the command line makes of them.
-
-    Raises DataError if there is no standard library to read.
-    """
+    """The example's settings, changed by the command line's. Raises DataError if the standard library is missing."""
     library = sysconfig.get_path("stdlib")
     sources = os.path.join(glob.escape(library), "*.py")
     config = parse([*SETTINGS.split(), "--data", sources, *arguments], PROGRAM)
     if config.data == sources and not glob.glob(sources):
         raise DataError(
-            f"there are no .py files in {library}, where Python says that its standard library is (it may lie in an "
-            "archive); name another text with --data 'src/**/*.py'"
+            f"there are no .py files in {library}, where Python's standard library should be (it may be in an archive "
+            "instead); name another text with --data 'src/**/*.py'"
         )
     return config
 
 
 def bigram_loss(dataset: Dataset) -> float:
-    """Nats per byte, over the test rows, of a model that knows how often a byte follows another in training."""
-    seen, asked = pairs(dataset.train) + UNSEEN, pairs(dataset.test)
-    log_likelihood = np.log(seen / seen.sum(axis=1, keepdims=True))
-    return float(-(asked * log_likelihood).sum() / asked.sum())
+    """The loss on the test rows, in nats per byte, of a model that predicts from pairs counted in the training rows."""
+    train, test = pairs(dataset.train) + UNSEEN, pairs(dataset.test)
+    log_likelihood = np.log(train / train.sum(axis=1, keepdims=True))
+    return float(-(test * log_likelihood).sum() / test.sum())
 
 
 def pairs(split: Split) -> NDArray[np.float64]:
-    """How often each byte (row) is followed by each other one (column)."""
+    """How often each byte (row) is followed by each byte (column)."""
     counts = np.zeros(BYTES * BYTES)
     for rows in np.array_split(np.arange(len(split)), len(split) // 1000 + 1):
         x, y = split.x.rows(rows).astype(np.intp), split.y.rows(rows).astype(np.intp)
@@ -70,7 +67,7 @@ def pairs(split: Split) -> NDArray[np.float64]:
 
 
 def compare(config: Config, loss: float) -> bool:
-    """Say which model knows the held-out bytes better; whether it is the gpt."""
+    """Print both models' losses on the held-out bytes. Returns whether the gpt's is lower."""
     dataset = open_dataset(config.data, Options(context=config.context, held_out=config.held_out))
     bigram = bigram_loss(dataset)
     verdict = "the gpt is below" if loss < bigram else "the gpt is NOT below"

@@ -1,4 +1,4 @@
-"""A small residual network in PyTorch, and the digits as images for it: `make example-torch`."""
+"""A small residual network in PyTorch, and the handwritten digits as images: `make example-torch`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from mpiml.api import Dataset
 from mpiml.data.dataset import DIGITS
 
-GROUPS = 4  # of channels that are normalised together
+GROUPS = 4  # groups of channels in a GroupNorm
 
 
 class Block(nn.Module):
     """y = relu(f(x) + s(x)): f is two 3 x 3 convolutions, s the identity, or a 1 x 1 convolution if the shape changes.
 
-    He et al., "Deep residual learning for image recognition", CVPR 2016, with group normalisation.
+    x and y (rows, channels, H, W). He et al., "Deep residual learning for image recognition", CVPR 2016, with GroupNorm
+    in place of batch normalisation.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1):
@@ -36,10 +37,10 @@ class Block(nn.Module):
 
 
 def resnet(shape: tuple[int, ...], outputs: int, width: int = 16) -> nn.Sequential:
-    """The model, which can be cut into stages between any two of its children.
+    """The model; it can be cut into stages between any two of its children.
 
     Args:
-        shape: of a row: (channels, height, width), as PyTorch's convolutions take images.
+        shape: of an input row: (channels, height, width), as PyTorch's convolutions take images.
     """
     stem = nn.Sequential(nn.Conv2d(shape[0], width, 3, padding=1, bias=False), nn.GroupNorm(GROUPS, width), nn.ReLU())
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, outputs))

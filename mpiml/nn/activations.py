@@ -1,4 +1,4 @@
-"""Activations: a function of each element."""
+"""Activations: functions of each element. x and y have the same shape, any (rows, ...)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 
 from mpiml.nn.base import Array, At, Backward, Layer
 from mpiml.nn.parameters import Shape
-from mpiml.nn.tiling import blocks
+from mpiml.nn.tiling import tiles
 
 
 class ReLU(Layer):
-    """y = max(x, 0)."""
+    """y = max(x, 0): Nair and Hinton, "Rectified linear units improve restricted Boltzmann machines", ICML 2010."""
 
     def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
         y = np.maximum(x, 0)
@@ -35,9 +35,9 @@ class GELU(Layer):
     CUBIC = 0.044715 * SCALE
 
     def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
-        return _with_slope(self._block, x, at)
+        return _with_slope(self._tile, x, at)
 
-    def _block(self, x: Array, y: Array, slope: Array | None) -> None:
+    def _tile(self, x: Array, y: Array, slope: Array | None) -> None:
         square = x * x
         half = square * self.CUBIC  # becomes h = (1 + tanh) / 2, so that y = x h and dh/du = 2 h (1 - h)
         half += self.SCALE
@@ -61,10 +61,10 @@ class SiLU(Layer):
     """y = x / (1 + exp(-x)): Elfwing et al., "Sigmoid-weighted linear units", Neural Networks 107, 2018."""
 
     def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
-        return _with_slope(self._block, x, at)
+        return _with_slope(self._tile, x, at)
 
     @staticmethod
-    def _block(x: Array, y: Array, slope: Array | None) -> None:
+    def _tile(x: Array, y: Array, slope: Array | None) -> None:
         sigmoid = x * 0.5  # 1 / (1 + exp(-x)) = (1 + tanh(x / 2)) / 2, which cannot overflow
         np.tanh(sigmoid, out=sigmoid)
         sigmoid *= 0.5
@@ -80,14 +80,14 @@ class SiLU(Layer):
 
 
 def _with_slope(write: Callable[[Array, Array, Array | None], None], x: Array, at: At) -> tuple[Array, Backward]:
-    """A layer whose forward pass computes dy/dx as well, in training, where it is all that backward needs.
+    """y and backward of an activation. In training the forward pass computes the slope dy/dx too, while x is in cache.
 
     Args:
-        write: (x, y, slope) -> None writes y and slope, if that is not None, for a block of x.
+        write: write(x, y, slope) fills y, and slope unless it is None, from x: one tile, flat.
     """
     y = np.empty(x.shape, x.dtype)
     slope = np.empty(x.shape, x.dtype) if at.training else None
     flat_x, flat_y, flat_slope = x.reshape(x.size), y.reshape(x.size), None if slope is None else slope.reshape(x.size)
-    for block in blocks(x.size, x.itemsize):
-        write(flat_x[block], flat_y[block], None if flat_slope is None else flat_slope[block])
+    for tile in tiles(x.size, x.itemsize):
+        write(flat_x[tile], flat_y[tile], None if flat_slope is None else flat_slope[tile])
     return y, lambda dy, grads: dy * slope

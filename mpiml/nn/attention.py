@@ -1,4 +1,4 @@
-"""Self-attention: each place of a row looks at those before it."""
+"""Causal self-attention: each position of a row attends to itself and to the positions before it."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from mpiml.nn.base import Array, At, Backward, Layer
 from mpiml.nn.basic import Linear
 from mpiml.nn.parameters import Gradients, Shape
 
-QUERIES = 128  # places that look at once: their scores fit a second-level cache, and little is computed to be masked
+QUERIES = 128  # queries in a tile: their scores fit a second-level cache, and few scores are computed to be masked
 
 
 class CausalSelfAttention(Layer):
-    """y = softmax(Q K^T / sqrt(d) + mask) V for each head, and linear maps before and after; x, y (rows, T, features).
+    """softmax(Q K^T / sqrt(d) + mask) V in each head, between two linear maps; x and y (rows, T, features).
 
-    Q, K and V, of d = features / heads each, are a linear map of x; the mask hides places after one's own.
-    Vaswani et al., "Attention is all you need", NeurIPS 2017. The scores are not kept but computed again in the
-    backward pass from the softmax's normalisation: Dao et al., "FlashAttention", NeurIPS 2022.
+    The first map gives Q, K and V, each of size d = features / heads per head; the mask hides later positions.
+    Vaswani et al., "Attention is all you need", NeurIPS 2017. The backward pass computes the scores again, using the
+    log of each softmax's sum: Dao et al., "FlashAttention", NeurIPS 2022.
 
     Args:
-        gain: of the linear map after the heads; that before them has 1.
+        gain: for the first values of the linear map after the heads (see Linear); the map before them has gain 1.
     """
 
     def __init__(self, features: int, heads: int, gain: float = 1.0):
@@ -38,14 +38,14 @@ class CausalSelfAttention(Layer):
         return self.project, self.combine
 
     def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
-        rows, places = x.shape[:2]
+        rows, length = x.shape[:2]
         projected, project_backward = self.project(x, at)
-        split = (rows, places, 3, self.heads, self.features // self.heads)
+        split = (rows, length, 3, self.heads, self.features // self.heads)
         qkv = projected.reshape(split).transpose(2, 0, 3, 1, 4)  # (3, rows, heads, T, d)
         attended = np.empty(x.shape, x.dtype)
         heads = _heads(attended, self.heads)
         log_sums = np.empty((*heads.shape[:3], 1), x.dtype)
-        for row, here, seen in _blocks(rows, places):
+        for row, here, seen in _query_tiles(rows, length):
             scores = _scores(qkv, row, here, seen)
             highest = scores.max(axis=-1, keepdims=True)
             scores -= highest
@@ -56,12 +56,12 @@ class CausalSelfAttention(Layer):
 
         def backward(dy: Array, grads: Gradients) -> Array | None:
             dattended = combine_backward(dy, grads)
-            assert dattended is not None, "an inner layer always gives its gradient by x"
+            assert dattended is not None, "an inner layer always returns its gradient by x"
             dheads = _heads(dattended, self.heads)
             along = np.add.reduce(dheads * heads, axis=-1, keepdims=True)
             dprojected = np.zeros(projected.shape, x.dtype)
             dq, dk, dv = dprojected.reshape(split).transpose(2, 0, 3, 1, 4)
-            for row, here, seen in _blocks(rows, places):
+            for row, here, seen in _query_tiles(rows, length):
                 q, k, v = qkv[0, row, :, here], qkv[1, row, :, seen], qkv[2, row, :, seen]
                 p = _scores(qkv, row, here, seen)
                 p -= log_sums[row, :, here]
@@ -92,16 +92,16 @@ def _heads(x: Array, heads: int) -> Array:
     return x.reshape(*x.shape[:2], heads, x.shape[2] // heads).swapaxes(1, 2)
 
 
-def _blocks(rows: int, places: int) -> Iterator[tuple[int, slice, slice]]:
-    """One row and a block of places at a time: (row, the places that look, those that any of them can see)."""
+def _query_tiles(rows: int, length: int) -> Iterator[tuple[int, slice, slice]]:
+    """Each tile of queries: (row, the queries' positions, the positions that any of them attends to)."""
     for row in range(rows):
-        for start in range(0, places, QUERIES):
-            stop = min(start + QUERIES, places)
+        for start in range(0, length, QUERIES):
+            stop = min(start + QUERIES, length)
             yield row, slice(start, stop), slice(0, stop)
 
 
 def _scores(qkv: Array, row: int, here: slice, seen: slice) -> Array:
-    """Q K^T / sqrt(d) of all heads of a row, (heads, places here, places seen), -inf where a place comes later."""
+    """Q K^T / sqrt(d) of all heads of a row, (heads, queries here, keys seen); -inf for keys later than the query."""
     q, k = qkv[0, row, :, here], qkv[1, row, :, seen]
     scores: Array = q @ k.swapaxes(1, 2)
     scores *= 1 / math.sqrt(q.shape[-1])
@@ -110,6 +110,6 @@ def _scores(qkv: Array, row: int, here: slice, seen: slice) -> Array:
 
 
 @functools.cache
-def _mask(places: int) -> Array:
-    """0 where a place (row) may see another (column), -inf where that comes later."""
-    return np.triu(np.full((places, places), -np.inf, np.float32), 1)
+def _mask(length: int) -> Array:
+    """(queries, keys): 0 for keys up to the query's own position, -inf for later ones."""
+    return np.triu(np.full((length, length), -np.inf, np.float32), 1)

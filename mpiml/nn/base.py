@@ -1,10 +1,10 @@
-"""What a layer is, and what a list of layers can do.
+"""The base class of layers, and functions on lists of layers.
 
 A layer is called as `y, backward = layer(x, at)`; later `dx = backward(dy, grads)`.
 
-x and y hold one row per example, first axis. `backward` writes the gradients of the layer's parameters into
-`grads[parameter]` and returns the gradient by x, or None where nobody needs it. What `backward` needs it holds
-itself, so any number of micro-batches may be in flight; nothing that it holds, and no argument, is written to.
+The first axis of x and y counts rows, one per example. `backward` writes the gradients of the layer's parameters into
+`grads[parameter]` and returns the gradient by x; it may return None if `layer.needs_dx` is False. It holds all that it
+needs, so any number of micro-batches may be in flight; neither the arrays it holds nor the arguments are ever changed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Backward = Callable[[Array, Gradients], Array | None]
 
 @dataclass(frozen=True)
 class At:
-    """Where in the run a layer is called: all that a layer may depend on besides its input and its parameters."""
+    """When in the run a layer is called. A layer's output may depend on this, its input and its parameters only."""
 
     training: bool
     seed: int = 0
@@ -36,13 +36,13 @@ class At:
 
 
 class Layer:
-    """What every layer has. A layer of one's own derives from this and defines `__call__`, and `output_shape` and
-    `flops` where the defaults (same shape; one operation per element) are wrong. Ranks compare its public attributes
-    before step 1; what differs between them has a name that begins with "_".
+    """The base class of layers. Your own layer derives from it and defines `__call__`; also `output_shape` and `flops`
+    if the defaults (the shape stays; one operation per element) are wrong. Ranks compare its public attributes before
+    step 1; begin the names of attributes that may differ between ranks with "_".
 
     Attributes:
-        path: "layers.2", the place in the model; names of parameters and keys of random numbers begin with it.
-        needs_dx: False on the first layer with parameters: nobody reads its gradient by x.
+        path: its position in the model, such as "layers.2"; its parameters' names and random keys begin with it.
+        needs_dx: False for the first layer with parameters and those before it: their gradients by x are not used.
     """
 
     path = ""
@@ -52,7 +52,7 @@ class Layer:
         raise TypeError(f"{type(self).__name__} defines no __call__")
 
     def output_shape(self, shape: Shape) -> Shape:
-        """The shape of a row of y for rows of `shape`. Raises ValueError for rows that the layer cannot take."""
+        """The shape of a row of y if a row of x has `shape`. Raises ValueError if the layer cannot take such rows."""
         return shape
 
     def flops(self, shape: Shape) -> int:
@@ -60,40 +60,41 @@ class Layer:
         return math.prod(shape)
 
     def check_place(self, shape: Shape, tokens: int) -> None:
-        """Raise ValueError if the layer cannot be trained where it stands in the model, on rows of `shape`.
+        """Raise ValueError if the layer cannot be trained at its position in the model, on rows of `shape`.
 
-        `tokens` is how many token ids these rows may hold; 0 if they come from a layer that has parameters.
+        `tokens`: the rows hold token ids below this number; 0 if a layer with parameters comes before.
         """
 
     def inner(self) -> Sequence[Layer]:
-        """The layers that this one is made of."""
+        """The layers inside this one."""
         return ()
 
     def own_parameters(self) -> Mapping[str, Parameter]:
-        """The parameters of the layer itself, by their names in it: those of the attributes that hold them."""
+        """The layer's own parameters, not those of inner layers, by attribute name."""
         return {key: value for key, value in vars(self).items() if isinstance(value, Parameter)}
 
     def described(self) -> dict[str, str]:
-        """What ranks must agree in besides the parameters, by path."""
+        """Descriptions, by path, that must be equal on all ranks; parameters have their own (Parameter.described)."""
         return {self.path: described(self)}
 
 
 def forward(layers: Sequence[Layer], x: Array, at: At, learned: bool = False) -> tuple[Array, Backward]:
-    """Calls the layers one after the other: a stack of layers is a layer.
+    """Calls the layers one after the other: a stack of layers is itself a layer.
 
-    What one hands to the next is made what a message between stages would make it: rows one after the other in
-    memory, in the input's dtype. A cut between two layers then changes nothing.
+    Every array between two layers is made C-contiguous and of the input's dtype, as messages between stages are: the
+    results are the same wherever the model is cut into stages.
 
     Args:
         learned: whether layers before these have parameters, so that the gradient by x is needed.
 
-    Raises ConfigError, as `backward` does, for a layer that gives another shape than it says, or no gradient.
+    Raises ConfigError if a layer returns another shape than its `output_shape` says; so does `backward`, also if a
+    layer returns no gradient that is needed.
     """
     backwards: list[tuple[Backward, Shape]] = []
     for layer in layers:
         y, backward_of_layer = layer(x, at)
         y = np.ascontiguousarray(y, x.dtype)
-        _check(layer, "outputs", y.shape, (len(x), *layer.output_shape(x.shape[1:])), "its output_shape says")
+        _check_shape(layer, "outputs", y.shape, (len(x), *layer.output_shape(x.shape[1:])), "its output_shape says")
         if at.training:
             backwards.append((backward_of_layer, x.shape))
         x = y
@@ -108,7 +109,7 @@ def forward(layers: Sequence[Layer], x: Array, at: At, learned: bool = False) ->
                 if learned or parameters(layers[:index]):
                     raise ConfigError(f"{_named(layers[index])} gives no gradient to the layers before it")
                 return None
-            _check(layers[index], "gradients", np.shape(dx), shape, "its input has")
+            _check_shape(layers[index], "gradients", np.shape(dx), shape, "its input has")
             dy = np.ascontiguousarray(dx, dy.dtype)
         return dy
 
@@ -116,7 +117,7 @@ def forward(layers: Sequence[Layer], x: Array, at: At, learned: bool = False) ->
 
 
 def stack_shapes(layers: Sequence[Layer], shape: Shape) -> list[Shape]:
-    """The shape of a row before each layer, and after the last."""
+    """The shape of a row before each layer, and after the last, for input rows of `shape`."""
     shapes = [shape]
     for layer in layers:
         shapes.append(layer.output_shape(shapes[-1]))
@@ -124,19 +125,19 @@ def stack_shapes(layers: Sequence[Layer], shape: Shape) -> list[Shape]:
 
 
 def stack_flops(layers: Sequence[Layer], shape: Shape) -> list[int]:
-    """Forward floating-point operations of each layer for a row of `shape`."""
+    """Floating-point operations of each layer's forward pass, for an input row of `shape`."""
     return [layer.flops(before) for layer, before in zip(layers, stack_shapes(layers, shape), strict=False)]
 
 
 def name(layers: Sequence[Layer], prefix: str = "layers") -> None:
     """Give every layer its path and every parameter its name.
 
-    Raises ValueError for a layer that stands in two places: its parameters have room for one gradient.
+    Raises ValueError if the model contains one layer twice: its parameters have room for one gradient only.
     """
     flat = list(everything(layers))
     if len({id(layer) for layer in flat}) < len(flat):
         twice = next(layer for index, layer in enumerate(flat) if any(layer is other for other in flat[:index]))
-        raise ValueError(f"one {type(twice).__name__} stands in two places of the model; make two")
+        raise ValueError(f"the model contains the same {type(twice).__name__} object twice; make two of them")
     for index, layer in enumerate(layers):
         layer.path = f"{prefix}.{index}"
         for key, parameter in layer.own_parameters().items():
@@ -145,19 +146,19 @@ def name(layers: Sequence[Layer], prefix: str = "layers") -> None:
 
 
 def everything(layers: Sequence[Layer]) -> Iterator[Layer]:
-    """All layers, also those inside others."""
+    """All layers, including those inside others, each before its inner ones."""
     for layer in layers:
         yield layer
         yield from everything(layer.inner())
 
 
 def parameters(layers: Sequence[Layer]) -> list[Parameter]:
-    """All parameters in layer order."""
+    """The parameters of all layers, including inner ones, in the order of `everything`."""
     return [parameter for layer in everything(layers) for parameter in layer.own_parameters().values()]
 
 
 def skip_first_dx(layers: Sequence[Layer]) -> None:
-    """Tell the first layer with parameters, and those before it, that nobody reads their gradients by x."""
+    """Set `needs_dx` to False for the first layer with parameters and those before it, and to True for all others."""
     for layer in everything(layers):
         layer.needs_dx = True
     for layer in layers:
@@ -166,8 +167,8 @@ def skip_first_dx(layers: Sequence[Layer]) -> None:
             break
 
 
-def _check(layer: Layer, what: str, shape: Shape, needed: Shape, why: str) -> None:
-    """Raise ConfigError unless a layer gives an array of the shape, rows first, that is needed."""
+def _check_shape(layer: Layer, what: str, shape: Shape, needed: Shape, why: str) -> None:
+    """Raise ConfigError unless the array that a layer returned has the needed shape, rows first."""
     if shape == needed:
         return
     if shape[1:] != needed[1:]:
@@ -176,7 +177,7 @@ def _check(layer: Layer, what: str, shape: Shape, needed: Shape, why: str) -> No
 
 
 def described(thing: Any) -> str:
-    """The kind of a layer, or of what it is made of, and its public attributes that are numbers, text or arrays."""
+    """The class of a layer or a module, and its public attributes that are numbers, text or arrays, as text."""
     named = {name: value for name, value in vars(thing).items() if name[0] != "_" and name not in vars(Layer)}
     values = [f"{name}={_described(value)}" for name, value in named.items() if _is_plain(value)]
     return f"{type(thing).__name__}({', '.join(values)})"
@@ -199,5 +200,5 @@ def _described(value: Any) -> str:
 
 
 def _named(layer: Layer) -> str:
-    """A layer in a message."""
+    """A layer's path and class, for the beginning of a message."""
     return f"{layer.path}, {type(layer).__name__},".lstrip(", ")

@@ -1,4 +1,4 @@
-"""Linear maps, dropout, shapes and residual connections: what most models are made of."""
+"""Layers that most models contain: linear maps, dropout, reshaping, and residual connections."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from mpiml.random import generator
 class Linear(Layer):
     """y = x W + b, with W (inputs, outputs); x (rows, ..., inputs), y (rows, ..., outputs).
 
-    He et al., "Delving deep into rectifiers", ICCV 2015, for the first values: uniform, variance 2 / inputs, or
-    `gain` squared / inputs.
+    First values of W are uniform with variance gain^2 / inputs; the default gain is for a ReLU after the layer: He et
+    al., "Delving deep into rectifiers", ICCV 2015.
     """
 
     def __init__(self, inputs: int, outputs: int, gain: float = math.sqrt(2.0)):
@@ -50,7 +50,7 @@ class Linear(Layer):
 
 
 class Dropout(Layer):
-    """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate), in training only.
+    """In training, zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate); any shape.
 
     Srivastava et al., "Dropout", JMLR 15, 2014.
     """
@@ -70,7 +70,7 @@ class Dropout(Layer):
 
 
 class Flatten(Layer):
-    """Rows of any shape become rows of one axis."""
+    """Flattens each row: x (rows, ...), y (rows, values of a row)."""
 
     def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
         return x.reshape(len(x), math.prod(x.shape[1:])), lambda dy, grads: dy.reshape(x.shape)
@@ -83,7 +83,7 @@ class Flatten(Layer):
 
 
 class Reshape(Layer):
-    """Rows of any shape become rows of `shape`, which has as many values."""
+    """Reshapes each row: x (rows, ...), y (rows, *shape), with as many values in a row."""
 
     def __init__(self, shape: Shape):
         self.shape = shape
@@ -101,7 +101,8 @@ class Reshape(Layer):
 
 
 class Residual(Layer):
-    """y = x + f(x), where f is a stack of layers that keeps the shape: He et al., "Deep residual learning", 2015."""
+    """y = x + f(x), where f is a stack of layers that keeps the shape of x: He et al., "Deep residual learning for
+    image recognition", CVPR 2016."""
 
     def __init__(self, *layers: Layer):
         self.layers = list(layers)

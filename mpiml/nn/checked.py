@@ -1,4 +1,4 @@
-"""A loss and a metric of a user's own: all that they return is looked at, for only a step shows what that is."""
+"""A user's own loss and metric, with checks of everything that they return."""
 
 from __future__ import annotations
 
@@ -16,23 +16,26 @@ from mpiml.usercode import called_with, named
 STATUS = {"status", "exit_code", "reason", "rank", "traceback", "step", "ranks", "pipe", "microbatches"}
 OUTCOME = {"saved", "loss", "test_loss", "weights_sha256", "samples_per_second", "seconds"}
 LINE = {"epoch", "learning_rate", "gradient_norm", "evaluation"}
-FIELDS = STATUS | OUTCOME | LINE | {"run", "data", "rows"}  # beside which a metric's value stands under its name
+FIELDS = STATUS | OUTCOME | LINE | {"run", "data", "rows"}  # in result.json and metrics.jsonl: no names for a metric
 
 
 class OwnLoss:
-    """The loss that --loss names. Raises ConfigError for what is none, and when called, for results that are none."""
+    """The loss function that --loss names.
+
+    Raises ConfigError if it is not a loss function; when called, if it does not return (total, weight, gradient).
+    """
 
     def __init__(self, name: str):
         self.flag = f"--loss {name}"
         self.loss = called_with(named(name, "--loss"), self.flag, "y", "labels")
 
     def __call__(self, y: Array, labels: Labels) -> tuple[float, float, Array]:
-        found = self.loss(y, labels)
+        result = self.loss(y, labels)
         try:
-            total, weight, dy = found
+            total, weight, dy = result
         except (TypeError, ValueError):
             needed = "(sum of weight x loss, sum of weights, gradient by y)"
-            raise ConfigError(f"{self.flag}: returns {_kind(found)}; {needed} is needed") from None
+            raise ConfigError(f"{self.flag}: returns {_kind(result)}; {needed} is needed") from None
         weight = _number(weight, f"{self.flag}: returns as sum of weights")
         if not 0 <= weight < math.inf:
             raise ConfigError(f"{self.flag}: returns {weight:g} as sum of weights; it must be finite and not negative")
@@ -42,7 +45,7 @@ class OwnLoss:
 
 
 class OwnMetric:
-    """The metric that --metric names, for so many outputs. Raises ConfigError as OwnLoss."""
+    """The metric that --metric names, for a model with `outputs` outputs. Raises ConfigError as OwnLoss does."""
 
     def __init__(self, name: str, outputs: int):
         self.flag = f"--metric {name}"
@@ -52,17 +55,17 @@ class OwnMetric:
                 raise ConfigError(f"{self.flag}: {type(self.metric).__name__} has no {attribute}")
         self.name, self.columns = self.metric.name, self.metric.columns
         if not isinstance(self.name, str) or not self.name or self.name in FIELDS:
-            raise ConfigError(f"{self.flag}: cannot be called {self.name!r}; result.json has other things by that name")
+            raise ConfigError(f"{self.flag}: is called {self.name!r}; choose text that is not a field of result.json")
         if not isinstance(self.columns, int) or self.columns < 0:
             raise ConfigError(f"{self.flag}: columns is {self.columns!r}; it must be the number of sums")
         called_with(self.metric.sums, f"{self.flag}: sums", "y", "labels")
         called_with(self.metric.value, f"{self.flag}: value", "totals")
 
     def sums(self, y: Array, labels: Labels) -> NDArray[np.float64]:
-        found = self.metric.sums(y, labels)
-        if np.size(found) != self.columns:
-            raise ConfigError(f"{self.flag}: sums returns {np.size(found)} values, but columns is {self.columns}")
-        return np.ravel(found)
+        sums = self.metric.sums(y, labels)
+        if np.size(sums) != self.columns:
+            raise ConfigError(f"{self.flag}: sums returns {np.size(sums)} values, but columns is {self.columns}")
+        return np.ravel(sums)
 
     def value(self, totals: Sequence[float]) -> float:
         return _number(self.metric.value(totals), f"{self.flag}: value returns")
@@ -76,5 +79,5 @@ def _number(value: Any, what: str) -> float:
 
 
 def _kind(value: Any) -> str:
-    """What a user's function returned, in one line."""
+    """A value that a user's function returned, described in one line."""
     return f"{type(value).__name__} of shape {value.shape}" if hasattr(value, "shape") else f"{value!r:.60}"

@@ -14,22 +14,22 @@ from mpiml.nn.parameters import Shape
 from mpiml.nn.perceptrons import dropout_if_any
 from mpiml.nn.pooling import GlobalAvgPool, MaxPool2d
 
-GROUP = 8  # channels that GroupNorm takes together; all of them, where their number is no multiple
+GROUP = 8  # channels in a group of GroupNorm; all channels are one group if their number is not a multiple of this
 
 
 def cnn(shape: Shape, outputs: int, channels: int = 32, norm: str | None = None, dropout: float = 0.0) -> list[Layer]:
-    """A small convolutional network: two 3 x 3 convolutions, of `channels` channels and twice as many, each with max
-    pooling of 2 x 2 and ReLU, and a linear output layer after dropout.
+    """A small convolutional network: two 3 x 3 convolutions, to `channels` channels and to twice as many, each followed
+    by 2 x 2 max pooling and ReLU; then dropout and a linear output layer.
 
     Args:
-        shape: of an input row, as for `as_image`.
+        shape: of an input row; see `as_image`.
         outputs: width of the output: classes, or values to predict.
-        norm: "batch" for BatchNorm2d after each convolution.
+        norm: "batch" for BatchNorm2d after each convolution, None for no normalisation.
     """
     layers, inputs = as_image(shape)
     for width in (channels, 2 * channels):
         layers += [Conv2d(inputs, width), *([BatchNorm2d(width)] if norm == "batch" else [])]
-        layers += [MaxPool2d(), ReLU()]  # as good as ReLU first, on a quarter of the values
+        layers += [MaxPool2d(), ReLU()]  # the same result as ReLU first, on a quarter of the values
         inputs = width
     layers += [Flatten(), *dropout_if_any(dropout)]
     (features,) = stack_shapes(layers, shape)[-1]
@@ -39,15 +39,15 @@ def cnn(shape: Shape, outputs: int, channels: int = 32, norm: str | None = None,
 def resnet(
     shape: Shape, outputs: int, channels: int = 32, blocks: int = 2, norm: str = "group", dropout: float = 0.0
 ) -> list[Layer]:
-    """A small residual network: `blocks` residual blocks of two 3 x 3 convolutions at each of three sizes of image.
+    """A small residual network: `blocks` residual blocks of two 3 x 3 convolutions at each of three image sizes. A
+    convolution of stride 2 between the sizes halves height and width and doubles the channels.
 
-    He et al., "Identity mappings in deep residual networks", ECCV 2016; images are halved, and channels doubled, by a
-    convolution of stride 2 between the blocks.
+    He et al., "Identity mappings in deep residual networks", ECCV 2016.
 
     Args:
-        shape: of an input row, as for `as_image`.
+        shape: of an input row; see `as_image`.
         outputs: width of the output: classes, or values to predict.
-        channels: at the full size of the image.
+        channels: at the full image size.
         norm: "group" for GroupNorm, "batch" for BatchNorm2d.
     """
     layers, inputs = as_image(shape)
@@ -61,10 +61,10 @@ def resnet(
 
 
 def as_image(shape: Shape) -> tuple[list[Layer], int]:
-    """The layers that make rows of `shape` images (height, width, channels), and the number of channels.
+    """The layers that turn rows of `shape` into images (height, width, channels), and the number of channels.
 
-    Rows (height, width) have one channel, and so have flat rows of a square number of pixels. Raises ValueError for
-    other rows.
+    Rows (height, width), and flat rows of a square number of pixels, become images of one channel. Raises ValueError
+    for other shapes.
     """
     if len(shape) == 3:
         return [], shape[2]

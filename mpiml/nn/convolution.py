@@ -10,26 +10,29 @@ from numpy.lib.stride_tricks import as_strided
 
 from mpiml.nn.base import Array, At, Backward, Layer
 from mpiml.nn.parameters import Gradients, Parameter, Shape, constant, uniform
-from mpiml.nn.tiling import blocks
+from mpiml.nn.tiling import tiles
 
-CACHE = 1 << 20  # bytes of patches that are multiplied at once: about a second-level cache
-FEW = 4  # channels from which on the rows of a patch are the longest runs to copy; with fewer, lines of the image are
+CACHE = 1 << 20  # bytes of the patches in a tile: about a second-level cache
+FEW = 4  # below so many channels, patches are copied along image lines: longer runs than along the rows of a patch
 
 
 class Conv2d(Layer):
     """y[i, j] = sum over a, b of x[s i + a - p, s j + b - p] W[a, b] + bias, where x is zero outside the image.
 
     x (rows, H, W, inputs), y (rows, H', W', outputs), W (kernel, kernel, inputs, outputs), H' = (H + 2p - kernel) // s
-    + 1 for stride s and padding p, by default kernel // 2: then an odd kernel and stride 1 keep H and W.
+    + 1 for stride s and padding p. Padding is kernel // 2 by default: an odd kernel and stride 1 then keep H and W.
 
-    A product of matrices, the images' patches times W, for a few images at a time (Chellapilla et al., "High
-    performance convolutional neural networks for document processing", 2006). First values as of Linear.
+    Computed as a matrix product, the images' patches times W, for a few images at a time: Chellapilla et al., "High
+    performance convolutional neural networks for document processing", 2006. First values are drawn as in Linear.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1, padding: int | None = None):
         padding = kernel // 2 if padding is None else padding
         if not 0 <= padding < kernel or stride < 1:
-            raise ValueError(f"Conv2d: padding {padding} and stride {stride} do not go with kernel {kernel}")
+            raise ValueError(
+                f"Conv2d: kernel {kernel}, stride {stride}, padding {padding}: stride must be at least 1, and padding "
+                "at least 0 and less than kernel"
+            )
         self.inputs, self.outputs, self.kernel, self.stride, self.padding = inputs, outputs, kernel, stride, padding
         patch = kernel * kernel * inputs
         self.weight = Parameter((kernel, kernel, inputs, outputs), uniform(math.sqrt(6.0 / patch)))
@@ -40,27 +43,27 @@ class Conv2d(Layer):
         height, width = x.shape[1:3]
         frame, weight = (height + 2 * padding, width + 2 * padding), self.weight.value
         y = np.empty((len(x), *self.output_shape(x.shape[1:])), x.dtype)
-        bias = np.tile(self.bias.value, y.shape[2])  # of a line of the image: few long runs are added faster than many
-        for some, patches in _patches(x, frame, padding, 1, kernel, stride):
-            np.matmul(patches, weight.reshape(-1, outputs), out=y[some].reshape(-1, outputs))
-            lines = y[some].reshape(-1, bias.size)
+        bias = np.tile(self.bias.value, y.shape[2])  # for a whole line of an image: long runs are added faster
+        for images, patches in _patches(x, frame, padding, 1, kernel, stride):
+            np.matmul(patches, weight.reshape(-1, outputs), out=y[images].reshape(-1, outputs))
+            lines = y[images].reshape(-1, bias.size)
             lines += bias
 
         def backward(dy: Array, grads: Gradients) -> Array | None:
             dweight, dbias = grads[self.weight].reshape(-1, outputs), grads[self.bias]
             dweight[...] = dbias[...] = 0
-            for some, patches in _patches(x, frame, padding, 1, kernel, stride):
-                part = dy[some].reshape(-1, outputs)
-                dweight += patches.T @ part
-                dbias += np.ones(len(part), dy.dtype) @ part
+            for images, patches in _patches(x, frame, padding, 1, kernel, stride):
+                dpixels = dy[images].reshape(-1, outputs)
+                dweight += patches.T @ dpixels
+                dbias += np.ones(len(dpixels), dy.dtype) @ dpixels
             return dx_of(dy) if self.needs_dx else None
 
         def dx_of(dy: Array) -> Array:
-            """A convolution as well: of dy, its places `stride` apart, with the weights turned round."""
-            turned = weight[::-1, ::-1].swapaxes(2, 3).reshape(-1, self.inputs)
+            """A convolution too: of dy, its pixels spread `stride` apart, with the kernel rotated by 180 degrees."""
+            rotated = weight[::-1, ::-1].swapaxes(2, 3).reshape(-1, self.inputs)
             dx, around = np.empty(x.shape, dy.dtype), (height + kernel - 1, width + kernel - 1)
-            for some, patches in _patches(dy, around, kernel - 1 - padding, stride, kernel, 1):
-                np.matmul(patches, turned, out=dx[some].reshape(-1, self.inputs))
+            for images, patches in _patches(dy, around, kernel - 1 - padding, stride, kernel, 1):
+                np.matmul(patches, rotated, out=dx[images].reshape(-1, self.inputs))
             return dx
 
         return y, backward
@@ -80,30 +83,30 @@ class Conv2d(Layer):
 
 
 def _patches(
-    x: Array, frame: tuple[int, int], before: int, apart: int, kernel: int, stride: int
+    x: Array, frame: tuple[int, int], offset: int, spacing: int, kernel: int, stride: int
 ) -> Iterator[tuple[slice, Array]]:
-    """The patches that a kernel meets on its way over images in frames of zeros, some images at a time.
+    """All patches of kernel x kernel pixels of images placed in frames of zeros, for a tile of images at a time.
 
     Args:
         x: images (rows, H, W, channels).
         frame: height and width of the frame.
-        before: where in the frame, down and right, the image begins; its places are `apart` apart.
-        stride: of the kernel's way.
+        offset: row and column of the frame at which the image begins; its pixels lie `spacing` apart.
+        stride: between two patches.
 
     Yields:
-        The images' slice, and a matrix (their places, kernel x kernel x channels).
+        The slice of images, and their patches as a matrix (patches, kernel x kernel x channels).
     """
     height, width, channels = x.shape[1:]
     steps = [(side - kernel) // stride + 1 for side in frame]
     patch = kernel * kernel * channels
-    for some in blocks(len(x), math.prod(steps) * patch * x.itemsize, CACHE):
-        images = x[some]
-        framed = np.zeros((len(images), *frame, channels), x.dtype)
-        framed[:, before : before + apart * height : apart, before : before + apart * width : apart] = images
+    inside_rows, inside_columns = (slice(offset, offset + spacing * side, spacing) for side in (height, width))
+    for images in tiles(len(x), math.prod(steps) * patch * x.itemsize, CACHE):
+        framed = np.zeros((len(x[images]), *frame, channels), x.dtype)
+        framed[:, inside_rows, inside_columns] = x[images]
         n, down, right, step = framed.strides
         shape, strides = (*steps, kernel, kernel, channels), (stride * down, stride * right, down, right, step)
-        found = as_strided(framed, (len(images), *shape), (n, *strides), writeable=False)
+        patches = as_strided(framed, (len(framed), *shape), (n, *strides), writeable=False)
         if channels < FEW:
-            yield some, found.transpose(3, 4, 5, 0, 1, 2).reshape(patch, -1).T
+            yield images, patches.transpose(3, 4, 5, 0, 1, 2).reshape(patch, -1).T
         else:
-            yield some, found.reshape(-1, patch)
+            yield images, patches.reshape(-1, patch)

@@ -1,4 +1,4 @@
-"""From token ids to vectors, and where in the row they stand."""
+"""Embeddings: a vector for each token id, and a vector for each position."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from mpiml.nn.parameters import Gradients, Parameter, Shape, normal
 
 
 class Embedding(Layer):
-    """y = W[x], with W (tokens, features): a vector for each token id; x (rows, ...), y (rows, ..., features).
+    """y = W[x], with W (tokens, features); x (rows, ...) holds token ids, y (rows, ..., features).
 
-    Ids come as numbers of the run's dtype, as all inputs do; float32 holds those below 2^24. They have no gradient.
-    First values are normal with standard deviation `deviation`.
+    Ids arrive in the run's dtype, as all inputs do; float32 is exact for ids up to 2^24. They get no gradient.
+    First values are normal with standard deviation `deviation`. Bengio et al., "A neural probabilistic language model",
+    JMLR 3, 2003.
     """
 
     def __init__(self, tokens: int, features: int, deviation: float = 0.02):
@@ -22,9 +23,7 @@ class Embedding(Layer):
     def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
         ids = x.astype(np.intp)
         if ids.size and not 0 <= ids.min() <= ids.max() < self.tokens:
-            raise ValueError(
-                f"token ids are {ids.min()} to {ids.max()}, but Embedding has those of 0 to {self.tokens - 1}"
-            )
+            raise ValueError(f"token ids are {ids.min()} to {ids.max()}, but Embedding has only 0 to {self.tokens - 1}")
 
         def backward(dy: Array, grads: Gradients) -> None:
             grads[self.weight].fill(0)
@@ -39,8 +38,10 @@ class Embedding(Layer):
 
     def check_place(self, shape: Shape, tokens: int) -> None:
         if tokens > self.tokens:
-            what = f"{self.path}, Embedding({self.tokens}, {self.features}),"
-            raise ValueError(f"{what} has no vector for token ids above {self.tokens - 1}; they go up to {tokens - 1}")
+            raise ValueError(
+                f"{self.path}, Embedding({self.tokens}, {self.features}), has no vector for token ids above "
+                f"{self.tokens - 1}; they go up to {tokens - 1}, which needs Embedding({tokens}, {self.features})"
+            )
 
     def output_shape(self, shape: Shape) -> Shape:
         return (*shape, self.features)
@@ -50,13 +51,13 @@ class Embedding(Layer):
 
 
 class PositionalEmbedding(Layer):
-    """y = x + P, with P (places, features): one vector for each place in the row; x (rows, places, features).
+    """y = x + P, with P (positions, features), one vector for each position; x and y (rows, positions, features).
 
-    First values as of Embedding.
+    First values are drawn as in Embedding. Gehring et al., "Convolutional sequence to sequence learning", ICML 2017.
     """
 
-    def __init__(self, places: int, features: int, deviation: float = 0.02):
-        self.shape = (places, features)
+    def __init__(self, positions: int, features: int, deviation: float = 0.02):
+        self.shape = (positions, features)
         self.weight = Parameter(self.shape, normal(deviation))
 
     def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:

@@ -1,4 +1,4 @@
-"""All layers in one place, with what a list of them can do."""
+"""All layers, and the functions on lists of layers, in one module to import from."""
 
 from mpiml.nn.activations import GELU, ReLU, SiLU, Tanh
 from mpiml.nn.attention import CausalSelfAttention

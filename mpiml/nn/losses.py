@@ -1,4 +1,4 @@
-"""Losses and metrics. Both return sums over rows, never means: the update divides once, by the whole batch's weight."""
+"""Losses and metrics. Both return sums over rows, not means: the update divides once, by the whole batch's weight."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mpiml.nn.tiling import blocks
+from mpiml.nn.tiling import tiles
 
 Array = NDArray[np.floating]
 Labels = NDArray[np.generic]
@@ -22,13 +22,13 @@ class Loss(Protocol):
 
 
 class Metric(Protocol):
-    """A score from sums over rows, so that it can be computed in parts.
+    """A score that is computed from sums over rows, so that parts of the rows can be summed apart.
 
-    `name` and `columns` (how many sums); `sums(y, labels)` of some rows, float64; `value(totals)` of all rows.
+    `sums(y, labels)` returns the sums over the given rows, float64; `value(totals)` the score, from the sums over all.
     """
 
-    name: str
-    columns: int
+    name: str  # under which the score is logged
+    columns: int  # how many sums
 
     def sums(self, y: Array, labels: Labels) -> NDArray[np.float64]: ...
 
@@ -36,19 +36,19 @@ class Metric(Protocol):
 
 
 def softmax_cross_entropy(y: Array, labels: Labels) -> tuple[float, float, Array]:
-    """-log softmax(y)[label] for every label that counts, each with weight one.
+    """-log softmax(y)[label] of every label; returns as Loss.
 
-    y (rows, ..., classes), labels (rows, ...) integers in 0..classes-1; one of -1 (padding, a masked token) has
-    weight zero.
+    y (rows, ..., classes), labels (rows, ...) integers in 0..classes-1, each of weight one; a label of -1 (padding, a
+    masked token) has weight zero.
     """
     outputs, goals = y.reshape(-1, y.shape[-1]), labels.reshape(-1).astype(np.intp, copy=False)
     dy, losses = np.empty(outputs.shape, y.dtype), np.empty(len(outputs), y.dtype)
-    for block in blocks(len(outputs), outputs.shape[1] * y.itemsize):
-        part = np.subtract(outputs[block], outputs[block].max(axis=1, keepdims=True), out=dy[block])
-        label = np.arange(len(part)), goals[block]
-        chosen = part[label]
+    for tile in tiles(len(outputs), outputs.shape[1] * y.itemsize):
+        part = np.subtract(outputs[tile], outputs[tile].max(axis=1, keepdims=True), out=dy[tile])
+        label = np.arange(len(part)), goals[tile]
+        score = part[label]
         total = np.exp(part, out=part).sum(axis=1, keepdims=True)
-        losses[block] = np.log(total[:, 0]) - chosen
+        losses[tile] = np.log(total[:, 0]) - score
         part /= total
         part[label] -= 1
     masked = goals < 0
@@ -59,7 +59,7 @@ def softmax_cross_entropy(y: Array, labels: Labels) -> tuple[float, float, Array
 
 
 def mean_squared_error(y: Array, labels: Labels) -> tuple[float, float, Array]:
-    """The mean over a row's outputs of (y - label)^2; y and labels (rows, outputs)."""
+    """The mean over a row's outputs of (y - label)^2, of weight one; returns as Loss. y and labels (rows, outputs)."""
     error: Array = y - labels.reshape(y.shape).astype(y.dtype, copy=False)
     outputs = max(math.prod(y.shape[1:]), 1)
     loss = float(np.add.reduce(np.square(error, dtype=np.float64), axis=None)) / outputs
@@ -67,7 +67,7 @@ def mean_squared_error(y: Array, labels: Labels) -> tuple[float, float, Array]:
 
 
 class Accuracy:
-    """The fraction of labels that are their largest output; those of -1 do not count."""
+    """The fraction of labels but -1 whose output is the largest; y (rows, ..., classes), labels (rows, ...)."""
 
     name = "accuracy"
     columns = 2
@@ -82,7 +82,7 @@ class Accuracy:
 class R2:
     """The coefficient of determination, 1 - residual / total sum of squares, averaged over the outputs.
 
-    An output that never varies counts 1 if it is met exactly and 0 otherwise.
+    An output whose labels are all equal counts 1 if every prediction is exact, and 0 otherwise.
     """
 
     name = "r2"

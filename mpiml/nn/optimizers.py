@@ -1,15 +1,17 @@
-"""Optimizers: which state each keeps, and its update of one piece of the flat vectors."""
+"""Optimizers: the state vectors that each keeps, and its formula, applied to a piece of the flat vectors in place."""
 
-from mpiml import vectors
+import math
+
+import numpy as np
+
 from mpiml.vectors import Operands
 
 
 class Optimizer:
-    """What all optimizers share.
+    """The common part of all optimizers.
 
-    `states` names the state vectors; each has the values' size and starts at zero. `update` changes a piece of
-    the values and of the states in place: its total times `scale` is the batch's mean gradient, `rate` is the
-    learning rate, and `step` counts from 1.
+    `states` names the state vectors; each has the size of the values and starts at zero. `default_rate` is the
+    learning rate that is used if none is given.
     """
 
     states: tuple[str, ...] = ()
@@ -19,23 +21,42 @@ class Optimizer:
         self.weight_decay = weight_decay
 
     def update(self, on: Operands, scale: float, rate: float, step: int) -> None:
+        """Change the values and the states of a piece in place.
+
+        The mean gradient of the batch is `on.total` times `scale`; `rate` is the learning rate; `step` counts from 1.
+        """
         raise TypeError(f"{type(self).__name__} defines no update")
 
-    def _decay(self, on: Operands) -> float:
-        return self.weight_decay if on.decays else 0.0
+    def _gradient(self, on: Operands, scale: float) -> None:
+        """scratch[0] = scale * total + weight_decay * value. Overwrites scratch[1]."""
+        grad, spare = on.scratch
+        np.multiply(on.total, scale, out=grad)
+        if self.weight_decay and on.decays:
+            np.multiply(on.value, self.weight_decay, out=spare)
+            np.add(grad, spare, out=grad)
 
 
 class SGD(Optimizer):
-    """Plain gradient descent."""
+    """value -= rate * (grad + weight_decay * value)."""
 
     default_rate = 0.1
 
     def update(self, on: Operands, scale: float, rate: float, step: int) -> None:
-        vectors.sgd(on, scale, rate, self._decay(on))
+        grad, _ = on.scratch
+        if self.weight_decay and on.decays:
+            self._gradient(on, scale)
+            np.multiply(grad, rate, out=grad)
+        else:
+            np.multiply(on.total, scale * rate, out=grad)
+        np.subtract(on.value, grad, out=on.value)
 
 
 class Momentum(Optimizer):
-    """Gradient descent with momentum, after Nesterov if so said."""
+    """velocity = momentum * velocity + grad; value -= rate * velocity (Nesterov: grad + momentum * velocity).
+
+    Weight decay joins the gradient: grad + weight_decay * value.
+    Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML 2013.
+    """
 
     states = ("velocity",)
     default_rate = 0.05
@@ -45,11 +66,26 @@ class Momentum(Optimizer):
         self.momentum, self.nesterov = momentum, nesterov
 
     def update(self, on: Operands, scale: float, rate: float, step: int) -> None:
-        vectors.momentum_sgd(on, scale, rate, self._decay(on), self.momentum, self.nesterov)
+        value, (velocity,), (grad, spare) = on.value, on.states, on.scratch
+        self._gradient(on, scale)
+        np.multiply(velocity, self.momentum, out=velocity)
+        np.add(velocity, grad, out=velocity)
+        if self.nesterov:
+            np.multiply(velocity, self.momentum, out=spare)
+            np.add(grad, spare, out=grad)
+            np.multiply(grad, rate, out=grad)
+        else:
+            np.multiply(velocity, rate, out=grad)
+        np.subtract(value, grad, out=value)
 
 
 class Adam(Optimizer):
-    """Adam; with `decoupled` decay it is AdamW."""
+    """mean and variance: moving averages of grad and grad^2; value -= rate * mean / (sqrt(variance) + epsilon), where
+    both averages are first divided by 1 - beta^step, which corrects their start at zero.
+
+    Weight decay joins the gradient; with `decoupled`, it shrinks the value instead (AdamW).
+    Kingma and Ba, "Adam", ICLR 2015; Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019.
+    """
 
     states = ("mean", "variance")
     default_rate = 0.001
@@ -65,11 +101,31 @@ class Adam(Optimizer):
         self.betas, self.epsilon, self.decoupled = betas, epsilon, decoupled
 
     def update(self, on: Operands, scale: float, rate: float, step: int) -> None:
-        vectors.adam(on, scale, rate, self._decay(on), self.decoupled, self.betas, self.epsilon, step)
+        value, (mean, variance), (grad, spare) = on.value, on.states, on.scratch
+        first, second = self.betas
+        if self.decoupled:
+            np.multiply(on.total, scale, out=grad)
+            if self.weight_decay and on.decays:
+                np.multiply(value, 1.0 - rate * self.weight_decay, out=value)
+        else:
+            self._gradient(on, scale)
+        np.multiply(mean, first, out=mean)
+        np.multiply(grad, 1.0 - first, out=spare)
+        np.add(mean, spare, out=mean)
+        np.multiply(grad, grad, out=grad)
+        np.multiply(grad, 1.0 - second, out=grad)
+        np.multiply(variance, second, out=variance)
+        np.add(variance, grad, out=variance)
+        np.sqrt(variance, out=spare)
+        np.multiply(spare, 1.0 / math.sqrt(1.0 - second**step), out=spare)
+        np.add(spare, self.epsilon, out=spare)
+        np.divide(mean, spare, out=spare)
+        np.multiply(spare, rate / (1.0 - first**step), out=spare)
+        np.subtract(value, spare, out=value)
 
 
 def build(name: str, momentum: float, weight_decay: float) -> Optimizer:
-    """The optimizer of that name: sgd, momentum, nesterov, adam or adamw."""
+    """The optimizer called `name`: sgd, momentum, nesterov, adam or adamw."""
     if name == "sgd":
         return SGD(weight_decay)
     if name in ("momentum", "nesterov"):
@@ -78,5 +134,5 @@ def build(name: str, momentum: float, weight_decay: float) -> Optimizer:
 
 
 def default_rate(name: str) -> float:
-    """The learning rate that is used where none is given."""
+    """The learning rate that the optimizer called `name` uses if none is given."""
     return build(name, 0.0, 0.0).default_rate

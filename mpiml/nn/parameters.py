@@ -17,7 +17,7 @@ from mpiml.vectors import ALIGNMENT, BLOCK, Vector
 
 Shape = tuple[int, ...]
 Init = Callable[[np.random.Generator, int], NDArray[np.float64]]
-CHUNK = 1 << 18  # elements that are initialised at once: float64 copies of large matrices would be larger than they
+CHUNK = 1 << 18  # elements that are initialised at once: first values are drawn in float64, twice the size of float32
 
 
 class Parameter:
@@ -25,18 +25,18 @@ class Parameter:
 
     Args:
         shape: of the array; for a linear weight (inputs, outputs).
-        init: (generator, count) -> the next `count` first values, float64; called until the array is full. All
-            of it may be drawn twice, because ranks compare checksums of first values.
-        decay: whether weight decay applies; by default to matrices and not to vectors.
+        init: (generator, count) -> the next `count` first values, float64; called until the array is full. The
+            whole array may be drawn twice, because ranks compare checksums of first values.
+        decay: whether weight decay applies; by default only if the array has more than one axis.
 
     Attributes:
-        name: "layers.3.weight", the path from the model's list of layers.
-        value: a view of the flat vector of values, once that is allocated.
-        momentum: of a running average; None where an optimizer makes the changes.
+        name: such as "layers.3.weight": the layer's path and the attribute.
+        value: a view of the flat vector of values; set by `Layout.bind`.
+        momentum: of a running average (Statistic); None if the optimizer changes the array.
     """
 
     momentum: float | None = None
-    _compared: int | None = None  # a checksum of the first values that ranks have compared
+    _compared: int | None = None  # checksum of the first values, as ranks have compared it
 
     def __init__(self, shape: Shape, init: Init, decay: bool | None = None):
         self.shape = shape
@@ -47,41 +47,41 @@ class Parameter:
         self.value: NDArray[np.floating]
 
     def initialise(self, values: Vector, seed: int) -> None:
-        """Write first values, a function of (seed, name) alone. Raises ConfigError if they are not those that ranks
+        """Write first values, a function of (seed, name) alone. Raises ConfigError if they differ from those that ranks
         have compared."""
         checksum = self._draw(seed, values)
         if self._compared not in (None, checksum):
-            what = f"{self.name} gets other first values each time that they are drawn"
-            raise ConfigError(f"{what}: they must follow from the generator that its init is called with")
+            what = f"{self.name} gets different first values each time they are drawn"
+            raise ConfigError(f"{what}; its init must draw them from the generator that it is called with")
         self._compared = None
 
     def described(self, seed: int) -> str:
-        """What ranks must agree in: shape, kind, and how first values are drawn, or else their checksum."""
+        """A text that must be equal on all ranks: shape, kind, and how first values are drawn, or their checksum."""
         self._compared = None if isinstance(self.init, Drawn) else self._draw(seed)
         how = self.init.text if isinstance(self.init, Drawn) else f"checksum {self._compared:08x}"
         kind = f", momentum {self.momentum}" if self.momentum is not None else ", decays" if self.decay else ""
         return f"{self.shape}{kind}, {how}"
 
     def _draw(self, seed: int, out: Vector | None = None) -> int:
-        """Draw first values, write them to `out` if that is given, and return a checksum, of values of one's own."""
+        """Draw first values, and write them to `out` if given. Returns their checksum, or 0 if `init` is Drawn."""
         random, checksum = generator(seed, "init", self.name), 0
         for start in range(0, self.size, CHUNK):
             count = min(CHUNK, self.size - start)
-            part = self.init(random, count)
-            if np.size(part) not in (1, count):
-                raise ConfigError(f"{self.name}: its init gives {np.size(part)} first values where {count} are needed")
+            chunk = self.init(random, count)
+            if np.size(chunk) not in (1, count):
+                raise ConfigError(f"{self.name}: its init gives {np.size(chunk)} first values where {count} are needed")
             if out is not None:
-                out[start : start + count] = part
+                out[start : start + count] = chunk
             if not isinstance(self.init, Drawn):
-                checksum = zlib.crc32(np.ascontiguousarray(part).data, checksum)
+                checksum = zlib.crc32(np.ascontiguousarray(chunk).data, checksum)
         return checksum
 
 
 class Statistic(Parameter):
-    """An array that training averages and does not optimise, such as a running mean.
+    """A running average, such as a running mean: an array that training averages and does not optimise.
 
-    In the place of a gradient, backward writes what the micro-batch finds times its rows. A step with n rows in all
-    then does value += momentum * (sum / n - value). Norm, clipping, weight decay and optimizer pass it by.
+    Instead of a gradient, backward writes the micro-batch's observation times its number of rows. A step of n rows
+    then does value += momentum * (sum / n - value). Gradient norm, clipping, weight decay and optimizer leave it out.
     """
 
     def __init__(self, shape: Shape, init: Init, momentum: float):
@@ -93,7 +93,7 @@ class Gradients:
     """A flat vector for the gradients of one micro-batch: `gradients[parameter]` is the parameter's view of it.
 
     Args:
-        complete: is told during the backward pass from which offset on, to its end, the vector is written.
+        complete: complete(offset) is called during the backward pass: from this offset on the vector is final.
     """
 
     def __init__(self, layout: Layout, vector: Vector, complete: Callable[[int], None] | None = None):
@@ -106,13 +106,13 @@ class Gradients:
         return self._views[parameter]
 
     def begin(self) -> None:
-        """A backward pass begins: nothing is written yet."""
+        """Begin a backward pass: no gradient counts as written."""
         self._written: set[Parameter] = set()
         self._missing = list(self._offsets) if self.complete else []
 
     def finished(self, parameters: Iterable[Parameter]) -> None:
-        """The backward pass has written the gradients of these. In whatever order layers finish, the vector counts as
-        complete down to the first parameter that is missing."""
+        """Note that the gradients of these parameters are written. Layers may finish in any order: `complete` gets the
+        end of the last parameter in the vector that is still missing."""
         if self.complete:
             self._written.update(parameters)
             while self._missing and self._missing[-1] in self._written:
@@ -125,7 +125,7 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Block:
-    """vector[start:stop], at most BLOCK elements of one parameter; the unit of norms and of ownership."""
+    """vector[start:stop], at most BLOCK elements of one parameter: the unit of norms and of ownership."""
 
     start: int
     stop: int
@@ -134,12 +134,12 @@ class Block:
 
 
 class Layout:
-    """Where each of a list of parameters lies in a flat vector.
+    """The offset of each of a list of parameters in a flat vector.
 
-    Every parameter starts on a 64-byte boundary, and the padding is zero in every vector, for ever: no update
-    changes a zero whose gradient is zero. Statistics come first and then parameters without decay, so that an update
-    meets long runs of one kind; parameters with decay, nearly all elements, follow in layer order: a backward pass
-    completes the vector from its end.
+    Every parameter starts on a 64-byte boundary. The padding is zero in every vector and stays so, since no update
+    changes a zero whose gradient is zero. Statistics come first, then parameters without decay, so that updates work
+    on long runs of one kind. Parameters with decay, nearly all elements, follow in layer order, so that a backward
+    pass completes the vector from its end.
     """
 
     def __init__(self, parameters: Sequence[Parameter], dtype: DTypeLike):
@@ -153,7 +153,7 @@ class Layout:
             self.size += -(-parameter.size // per_line) * per_line
 
     def blocks(self) -> list[Block]:
-        """All blocks in the order of the vector; each parameter is cut from its own start."""
+        """All blocks in the order of the vector; each parameter begins a new block."""
         return [
             Block(offset + a, offset + min(a + BLOCK, parameter.size), parameter.decay, parameter.momentum)
             for parameter, offset in self.offsets.items()
@@ -191,7 +191,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Drawn:
-    """First values that follow from the generator and from what `text` says: ranks compare the text alone."""
+    """An init whose values depend on the generator and on `text` alone, so that ranks need to compare only `text`."""
 
     text: str
     draw: Init
@@ -201,15 +201,15 @@ class Drawn:
 
 
 def constant(value: float) -> Init:
-    """Every element alike."""
+    """An init that sets every element to `value`."""
     return Drawn(f"all {value}", lambda _, count: np.full(count, value))
 
 
 def uniform(bound: float) -> Init:
-    """Uniform in [-bound, bound)."""
+    """An init that draws uniformly from [-bound, bound)."""
     return Drawn(f"uniform to {bound}", lambda random, count: random.uniform(-bound, bound, count))
 
 
 def normal(deviation: float) -> Init:
-    """Normal with mean 0 and that standard deviation."""
+    """An init that draws from the normal distribution with mean 0 and standard deviation `deviation`."""
     return Drawn(f"normal of deviation {deviation}", lambda random, count: random.normal(0.0, deviation, count))

@@ -1,4 +1,4 @@
-"""The perceptron. A model is a list of layers, which is what a pipeline can be cut from."""
+"""The multi-layer perceptron. A model is a list of layers, so that it can be cut into pipeline stages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def mlp(
     output layer.
 
     Args:
-        shape: of an input row; anything but one axis is flattened first.
+        shape: of an input row; rows of several axes are flattened first.
         outputs: width of the output: classes, or values to predict.
     """
     layers: list[Layer] = [] if len(shape) == 1 else [Flatten()]
@@ -32,5 +32,5 @@ def mlp(
 
 
 def dropout_if_any(rate: float) -> list[Layer]:
-    """A dropout layer, unless it would do nothing."""
+    """A dropout layer in a list, or an empty list if `rate` is 0."""
     return [Dropout(rate)] if rate else []

@@ -24,20 +24,20 @@ def gpt(
     dropout: float = 0.0,
 ) -> list[Layer]:
     """A language model: token and positional embeddings, pre-norm blocks of attention and perceptron, and a linear map
-    to the scores of the next token at every place.
+    to the scores of the next token at every position.
 
     Radford et al., "Language models are unsupervised multitask learners", 2019.
 
     Args:
-        shape: of an input row: (places,), token ids.
-        outputs: how many tokens can come next.
-        tokens: how many can be read; by default as many.
-        width: of the vector that stands for a token.
+        shape: of an input row: (positions,), token ids.
+        outputs: the number of different tokens that it predicts.
+        tokens: the number of different tokens that it reads; by default `outputs`.
+        width: features of the vector for each position.
     """
     if len(shape) != 1:
-        raise ValueError(f"gpt takes rows of token ids, of shape (places,), got {shape}")
+        raise ValueError(f"gpt takes rows of token ids, of shape (positions,), got {shape}")
     layers: list[Layer] = [Embedding(tokens or outputs, width), PositionalEmbedding(shape[0], width)]
-    gain = 1 / math.sqrt(2 * blocks)  # each block adds twice to what passes through
+    gain = 1 / math.sqrt(2 * blocks)  # each block adds two terms to the residual stream
     for _ in range(blocks):
         attention = CausalSelfAttention(width, heads, gain)
         perceptron = [Linear(width, 4 * width), GELU(), Linear(4 * width, width, gain)]

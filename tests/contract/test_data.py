@@ -235,7 +235,7 @@ def test_file_that_differs_between_ranks(tmp_path: Path, change: str) -> None:
     )
     job = Job(done.returncode, done.stdout, done.stderr, tmp_path / "run")
     if change == "damaged":
-        refused(job, "d.npz is no .npz file", "(rank 1)")
+        refused(job, "d.npz is not an .npz file", "(rank 1)")
     else:
         refused(job, "ranks have different data: d.npz has ", " here, but ", " on rank 0", "(rank 1)")
 

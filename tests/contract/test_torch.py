@@ -116,7 +116,7 @@ def test_weights_taken_to_pytorch_score_as_in_the_run(
 
 def test_steps_are_those_of_plain_pytorch(train: Train, folder: Path) -> None:
     """In float64, all rows at once in plain PyTorch against micro-batches: equal but for rounding."""
-    from mpiml.nn.torch_modules import keyed
+    from mpiml.nn.torch_tensors import keyed
 
     random = np.random.default_rng(0)
     x, y = random.standard_normal((90, 5)), random.integers(0, 3, 90)

@@ -90,17 +90,17 @@ NPY: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "missing": ("x_test.npy", Path.unlink, "x_test.npy: No such file"),
     "truncated": ("x_train.npy", cut(-5), "x_train.npy: its header declares 276 bytes, but the file holds 271"),
     "oversized": ("x_test.npy", longer, "x_test.npy: its header declares 84 bytes, but the file holds 92"),
-    "header cut": ("x_train.npy", cut(40), "x_train.npy is no array in .npy format"),
-    "empty file": ("x_train.npy", cut(0), "x_train.npy is no array in .npy format"),
-    "magic": ("y_train.npy", lambda p: rewrite(p, lambda r: b"\x93NUMPX" + r[6:]), "y_train.npy is no array"),
-    "version": ("y_train.npy", lambda p: rewrite(p, lambda r: r[:6] + b"\x09" + r[7:]), "y_train.npy is no array"),
-    "text": ("y_train.npy", of_text("1\n2\n3\n"), "y_train.npy is no array in .npy format"),
+    "header cut": ("x_train.npy", cut(40), "x_train.npy is not an array in .npy format"),
+    "empty file": ("x_train.npy", cut(0), "x_train.npy is not an array in .npy format"),
+    "magic": ("y_train.npy", lambda p: rewrite(p, lambda r: b"\x93NUMPX" + r[6:]), "y_train.npy is not an array"),
+    "version": ("y_train.npy", lambda p: rewrite(p, lambda r: r[:6] + b"\x09" + r[7:]), "y_train.npy is not an array"),
+    "text": ("y_train.npy", of_text("1\n2\n3\n"), "y_train.npy is not an array in .npy format"),
     "pickled": ("x_train.npy", npy(np.array([{}, None], object)), "pickled objects are never read"),
     "complex": ("x_train.npy", npy(np.ones((23, 4, 3), complex)), "x_train.npy has dtype complex128"),
     "strings": ("y_train.npy", npy(np.full(23, "cat")), "y_train.npy has dtype <U3"),
     "dates": ("y_test.npy", npy(np.zeros(7, "M8[s]")), "y_test.npy has dtype datetime64"),
     "one number": ("y_test.npy", npy(3), "y_test.npy is a single number"),
-    "more rows declared than any disk has": ("x_train.npy", header("(10**15, 4, 3)"), "x_train.npy is no array"),
+    "more rows declared than any disk has": ("x_train.npy", header("(10**15, 4, 3)"), "x_train.npy is not an array"),
     "more declared": ("x_train.npy", header("(1000000000000000, 4, 3)"), "declares 12,000,000,000,000,000 bytes"),
     "negative": ("x_train.npy", header("(-23, -4, 3)"), "x_train.npy: its header declares 276 bytes"),
     "huge header": ("x_train.npy", header("(23, 4, 3)", 276, 2, 0xFFFFFFFF), "header claims 4,294,967,295 bytes"),
@@ -121,7 +121,7 @@ NPY: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "its row": ("y_train.npy", with_value("y_train", 4, -2, "int8"), "in row 4"),
     "label beyond all rows": ("y_test.npy", with_value("y_test", 5, 60, "int8"), "y_test.npy: label 60 makes more"),
     "directory": ("x_test.npy", replaced_by(Path.mkdir), "cannot read"),
-    "pipe": ("x_test.npy", replaced_by(os.mkfifo), "x_test.npy: is no regular file"),
+    "pipe": ("x_test.npy", replaced_by(os.mkfifo), "x_test.npy: is not a regular file"),
     "link to nowhere": ("x_test.npy", replaced_by(lambda p: p.symlink_to("gone")), "x_test.npy: No such file"),
     "not ours": ("x_test.npy", lambda p: p.chmod(0), "x_test.npy: Permission denied"),
 }
@@ -138,10 +138,10 @@ def test_npy(tmp_path: Path, what: str) -> None:
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 IDX: dict[str, tuple[str, Change, str]] = {
-    "magic": (IMAGES, lambda raw: b"\1" + raw[1:], " is no IDX file: it begins with 01 00 08 03"),
-    "type": (IMAGES, lambda raw: raw[:2] + b"\x0a" + raw[3:], " is no IDX file: it begins with 00 00 0a 03"),
-    "no axes": (LABELS, lambda raw: raw[:3] + b"\0", "is no IDX file"),
-    "empty": (IMAGES, lambda raw: b"", "is no IDX file: it begins with nothing"),
+    "magic": (IMAGES, lambda raw: b"\1" + raw[1:], " is not an IDX file: it begins with 01 00 08 03"),
+    "type": (IMAGES, lambda raw: raw[:2] + b"\x0a" + raw[3:], " is not an IDX file: it begins with 00 00 0a 03"),
+    "no axes": (LABELS, lambda raw: raw[:3] + b"\0", "is not an IDX file"),
+    "empty": (IMAGES, lambda raw: b"", "is not an IDX file: it begins with nothing"),
     "header cut": (IMAGES, lambda raw: raw[:9], "ends within its header, at byte 9"),
     "truncated": (IMAGES, lambda raw: raw[:-1], "declares 276 bytes, but the file holds 275"),
     "oversized": (LABELS, lambda raw: raw + b"\0", "declares 23 bytes, but the file holds 24"),
@@ -153,7 +153,7 @@ IDX: dict[str, tuple[str, Change, str]] = {
 }
 GZIP: dict[str, tuple[str, Change, str]] = {
     "not gzipped": (IMAGES, gzip.decompress, "damaged: Not a gzipped file"),
-    "empty": (IMAGES, lambda raw: b"", "is no IDX file: it begins with nothing"),
+    "empty": (IMAGES, lambda raw: b"", "is not an IDX file: it begins with nothing"),
     "truncated": (IMAGES, lambda raw: raw[:-30], "-ubyte.gz is cut short: Compressed file ended before the end"),
     "end of it lost": (IMAGES, lambda raw: raw[:-28] + raw[-4:], "-ubyte.gz is cut short: "),
     "more declared": (
@@ -318,8 +318,8 @@ CSV: dict[str, tuple[Callable[[Path], None], str]] = {
     "not UTF-8": (line(4, "\xe9" + GOOD), "line 4: not in UTF-8"),
     "binary": (line(4, "\0\1\2"), "line 4"),
     "name not UTF-8": (line(1, "\xe9,kind"), "line 1: not in UTF-8"),
-    "fraction as label": (line(9, GOOD.replace("1,2,3", "1.5,2,3")), "line 9: the label 1.5 is no integer"),
-    "nan as label": (line(9, GOOD.replace("1,2,3", "nan,2,3")), "line 9: the label nan is no integer"),
+    "fraction as label": (line(9, GOOD.replace("1,2,3", "1.5,2,3")), "line 9: the label 1.5 is not an integer"),
+    "nan as label": (line(9, GOOD.replace("1,2,3", "nan,2,3")), "line 9: the label nan is not an integer"),
     "word as label": (line(9, GOOD.replace("1,2,3", "cat,2,3")), "line 9: could not convert string 'cat'"),
     "nan": (line(9, GOOD.replace("9", "nan")), "1 rows hold values that are not finite, the first is row 7"),
     "infinite": (line(2, GOOD.replace("9", "1e999")), "1 rows hold values that are not finite, the first is row 0"),
@@ -407,10 +407,10 @@ def saved(array: object) -> bytes:
 
 
 TOKENS: dict[str, tuple[str, bytes, str]] = {
-    "text too short": ("t.txt", b"hello", "5 tokens to train on are no row of 8 and one more"),
-    "too short to test on": ("t.txt", b"hello, wide world", "2 tokens to test on are no row"),
+    "text too short": ("t.txt", b"hello", "5 tokens to train on are too few: a row needs 8 + 1"),
+    "too short to test on": ("t.txt", b"hello, wide world", "2 tokens to test on are too few"),
     "empty": ("t.txt", b"", "0 tokens to train on"),
-    "half a token": ("t.bin", bytes(401), "t.bin: its 401 bytes are no whole number of uint16 tokens"),
+    "half a token": ("t.bin", bytes(401), "t.bin: its 401 bytes are not a whole number of uint16 tokens"),
     "floats": ("t.npy", saved(np.zeros(400)), "t.npy is float64"),
     "a table": ("t.npy", saved(np.zeros((400, 2), int)), "t.npy is int64 in rows of (2,)"),
     "pickled": ("t.npy", saved(np.array([{}], object)), "pickled objects are never read"),

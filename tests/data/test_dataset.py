@@ -75,7 +75,7 @@ def test_functions_that_give_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "rows_of_a_test.py").write_text("\n".join(lines) + "\n")
     monkeypatch.syspath_prepend(tmp_path)
     for name, kind, words in (
-        ("five", ConfigError, "five: is no function, but int; it is called with ()"),
+        ("five", ConfigError, "five: must be a function, but is int; it is called with ()"),
         ("of", ConfigError, "of(name): missing a required argument: 'name'; it is called with ()"),
         ("number", DataError, "number: must return a Dataset, but returns int"),
         ("file", DataError, "file: [Errno 2] No such file or directory: '/nowhere/file'"),

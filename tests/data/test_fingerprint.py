@@ -10,7 +10,7 @@ import pytest
 
 from mpiml.data import fingerprint
 from mpiml.data.dataset import Dataset, Split, open_dataset
-from mpiml.data.fingerprint import BLOCK, difference, of_array, of_files
+from mpiml.data.fingerprint import SAMPLE, difference, of_array, of_files
 from mpiml.data.formats import Options
 from mpiml.data.sources import ArraySource
 from mpiml.errors import DataError
@@ -29,7 +29,7 @@ def test_the_same_wherever_the_files_lie(tmp_path: Path, name: str) -> None:
     assert difference(one, other, "there") is None
 
 
-@pytest.mark.parametrize("size", [1, BLOCK - 1, BLOCK, BLOCK + 1, 16 * BLOCK, 200 * BLOCK])
+@pytest.mark.parametrize("size", [1, SAMPLE - 1, SAMPLE, SAMPLE + 1, 16 * SAMPLE, 200 * SAMPLE])
 @pytest.mark.parametrize("where", ["first", "last"])
 def test_first_and_last_byte_count_always(tmp_path: Path, size: int, where: str) -> None:
     path = tmp_path / "d.bin"
@@ -47,27 +47,27 @@ def test_first_and_last_byte_count_always(tmp_path: Path, size: int, where: str)
 def test_every_byte_of_a_small_file_counts(tmp_path: Path) -> None:
     path = tmp_path / "d.bin"
     prints = set()
-    for place in range(0, 4 * BLOCK, BLOCK // 3):
-        path.write_bytes(bytes(place) + b"\1" + bytes(4 * BLOCK - place))
+    for place in range(0, 4 * SAMPLE, SAMPLE // 3):
+        path.write_bytes(bytes(place) + b"\1" + bytes(4 * SAMPLE - place))
         prints.add(of_files([path])[0][1])
-    assert len(prints) == len(range(0, 4 * BLOCK, BLOCK // 3))
+    assert len(prints) == len(range(0, 4 * SAMPLE, SAMPLE // 3))
 
 
-@pytest.mark.parametrize("row", [(), (3,), (BLOCK,), (BLOCK - 1, 3)])
-@pytest.mark.parametrize("where", [0, -1, BLOCK])
+@pytest.mark.parametrize("row", [(), (3,), (SAMPLE,), (SAMPLE - 1, 3)])
+@pytest.mark.parametrize("where", [0, -1, SAMPLE])
 def test_a_changed_value_of_a_small_array_counts(row: tuple[int, ...], where: int) -> None:
-    array = np.zeros((40, *row), np.uint8) if row else np.zeros(3 * BLOCK, np.uint8)
+    array = np.zeros((40, *row), np.uint8) if row else np.zeros(3 * SAMPLE, np.uint8)
     before = of_array(array)
     array.reshape(-1)[where % array.size] = 1
     assert of_array(array) != before
 
 
 def test_of_a_big_array_samples_count_from_its_first_row_to_its_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fingerprint, "ARRAY", 4 * BLOCK)
-    array = np.arange(100 * BLOCK, dtype=np.uint8).reshape(-1, 64)
+    monkeypatch.setattr(fingerprint, "ARRAY", 4 * SAMPLE)
+    array = np.arange(100 * SAMPLE, dtype=np.uint8).reshape(-1, 64)
     before = of_array(array)
     assert of_array(np.asfortranarray(array)) == before
-    rows = BLOCK // 64
+    rows = SAMPLE // 64
     for first in (0, 33 * rows, 66 * rows, 99 * rows):
         for row in (first, first + rows - 1):
             array[row] += 1

@@ -73,7 +73,7 @@ def test_both_halves_of_a_table_are_read_at_once(tmp_path: Path, name: str, monk
     for rows in (np.arange(5), np.arange(3, 9)):
         data.train.x.hold(rows)
         data.train.y.hold(rows)
-        assert not data.train.x.shared._left  # nothing is kept twice
+        assert not data.train.x.table._left  # nothing is kept twice
     assert reads == [5, 6]
     data.train.x.hold(np.arange(5))
     data.train.y.hold(np.arange(3, 9))

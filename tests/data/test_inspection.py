@@ -46,7 +46,7 @@ def test_inspect_looks_at_all_of_a_source_longer_than_its_scan() -> None:
     values = np.zeros((4, SCAN // 8 // 2 + 1))  # a row is more than half a scan, so that each is a scan of its own
     values[[1, 3], -1] = np.inf
     moves: list[int] = []
-    assert inspect(source(values), np.arange(0, 4), moved=lambda: moves.append(1)) == Findings(bad_rows=2, first_bad=1)
+    assert inspect(source(values), np.arange(4), progress=lambda: moves.append(1)) == Findings(bad_rows=2, first_bad=1)
     assert len(moves) == 4
     assert inspect(source(values), np.arange(2, 4)) == Findings(bad_rows=1, first_bad=3)
 

@@ -126,9 +126,9 @@ def misstated(raw: bytes, field: int, change: int) -> bytes:
 LONG = 50_000  # values: far more than the header's read takes in, so that damage behind it is met only by hold()
 WHOLE = archive(npy((LONG,), LONG))
 BAD = {
-    "no zip": (b"x_train = 1, 2, 3\n" * 10, "no .npz file"),
-    "empty": (b"", "no .npz file"),
-    "cut short": (WHOLE[:-200], "no .npz file"),
+    "no zip": (b"x_train = 1, 2, 3\n" * 10, "is not an .npz file"),
+    "empty": (b"", "is not an .npz file"),
+    "cut short": (WHOLE[:-200], "is not an .npz file"),
     "another key": (saved(1).replace(b"x.npy", b"z.npy"), "no array x; it holds z"),
     "nothing in it": (b"PK\x05\x06" + bytes(18), "it holds nothing"),
     "pickled": (saved(np.array([{}, None], object)), "object"),
@@ -138,8 +138,8 @@ BAD = {
     "records": (saved(np.zeros(3, "f8,i4")), "dtype"),
     "a number": (saved(3.0), "single number"),
     "a compressed number": (saved(3.0, np.savez_compressed), "single number"),
-    "no array": (archive(b"hello, world" * 9), "no array in .npy format"),
-    "an empty member": (archive(b""), "no array in .npy format"),
+    "no array": (archive(b"hello, world" * 9), "is not an array in .npy format"),
+    "an empty member": (archive(b""), "is not an array in .npy format"),
     "more declared, compressed": (archive(npy((10, 3), 20)), "240 bytes, but the file holds 160"),
     "more declared, stored": (archive(npy((10, 3), 20), zipfile.ZIP_STORED), "240 bytes, but the file holds 160"),
     "less declared": (archive(npy((10,), 20)), "80 bytes, but the file holds 160"),

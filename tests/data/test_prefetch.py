@@ -169,7 +169,7 @@ def shards_of(split: Split, transform: Any = None) -> Shards:
 
 @pytest.mark.parametrize("name", [*IN_MEMORY, "npy", "plain_idx"])
 def test_nothing_is_read_ahead_that_is_quickly_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(prefetch, "HANDED_OVER", 1.0)  # seconds: tests may share a busy machine
+    monkeypatch.setattr(prefetch, "HANDOVER", 1.0)  # seconds: tests may share a busy machine
     split = open_dataset(str(FORMATS[name](tmp_path)), OPTIONS).train
     for source in (split.x, split.y):
         source.hold(np.arange(len(source)))

@@ -10,7 +10,7 @@ import pytest
 
 from mpiml.data import shards as module
 from mpiml.data.dataset import Split
-from mpiml.data.shards import Shards, blocks, chunks, classes_seen, starved
+from mpiml.data.shards import Shards, block_order, chunks, classes_seen, starved
 from mpiml.data.sources import ArraySource
 from mpiml.partition import part
 
@@ -227,7 +227,7 @@ def test_blocks_come_in_another_order_for_epoch_seed_and_shard() -> None:
 
 @pytest.mark.parametrize(("length", "block"), [(1, 1), (10, 3), (12, 4), (5, 9), (64, 7)])
 def test_any_part_of_an_order_of_blocks(length: int, block: int) -> None:
-    order = blocks(length, block, np.random.default_rng(3))
+    order = block_order(length, block, np.random.default_rng(3))
     whole = order(0, length)
     assert sorted(whole) == list(range(length))
     for a in range(length + 1):

@@ -448,7 +448,7 @@ def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch, case: str) -> Non
     x = bench.rows(5)
     whole = [bench.forward(x)[0], *bench.both(x)]
     monkeypatch.setattr("mpiml.nn.convolution.CACHE", 2000)
-    monkeypatch.setattr("mpiml.nn.tiling.blocks.__defaults__", (100,))
+    monkeypatch.setattr("mpiml.nn.tiling.tiles.__defaults__", (100,))
     for part, expected in zip([bench.forward(x)[0], *bench.both(x)], whole, strict=True):
         np.testing.assert_allclose(part, expected, rtol=1e-12, atol=1e-13)
 

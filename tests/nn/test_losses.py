@@ -100,7 +100,7 @@ def test_a_label_of_minus_one_weighs_nothing_whatever_the_output_is() -> None:
 
 def test_cross_entropy_in_blocks_is_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = softmax_cross_entropy(*tokens())
-    monkeypatch.setattr("mpiml.nn.tiling.blocks.__defaults__", (100,))
+    monkeypatch.setattr("mpiml.nn.tiling.tiles.__defaults__", (100,))
     total, weight, dy = softmax_cross_entropy(*tokens())
     assert (total, weight) == whole[:2]
     np.testing.assert_array_equal(dy, whole[2])

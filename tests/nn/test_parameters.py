@@ -213,5 +213,5 @@ def test_first_values_that_are_others_when_drawn_again_are_refused() -> None:
             layout.initialise(layout.zeros(), 5)
             layout.initialise(layout.zeros(), 6)  # of another run
             continue
-        with pytest.raises(ConfigError, match=rf"^{name}: its init gives 0|^{name} gets other first values each time"):
+        with pytest.raises(ConfigError, match=rf"^{name}: its init gives 0|^{name} gets different first values"):
             layout.initialise(layout.zeros(), 5)

@@ -221,7 +221,7 @@ Y = np.zeros((2, 3))
 @pytest.mark.parametrize(
     ("loss", "words"),
     [
-        ("five", ["--loss mine_of_a_test:five: is no function, but int", "called with (y, labels)"]),
+        ("five", ["--loss mine_of_a_test:five: must be a function, but is int", "called with (y, labels)"]),
         ("alone", ["--loss mine_of_a_test:alone(y): too many positional arguments", "called with (y, labels)"]),
         ("one_number", ["--loss mine_of_a_test:one_number", "returns 1.0", "(sum of weight x loss, sum of weights,"]),
         ("negative", ["--loss mine_of_a_test:negative", "-1 as sum of weights", "finite and not negative"]),
@@ -240,7 +240,7 @@ def test_losses_that_are_none(loss: str, words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("metric", "words"),
     [
-        ("five", ["--metric mine_of_a_test:five: is no function, but int", "called with (outputs)"]),
+        ("five", ["--metric mine_of_a_test:five: must be a function, but is int", "called with (outputs)"]),
         ("absolute", ["absolute(y, labels): missing a required argument: 'labels'", "called with (outputs)"]),
         ("known", ["--metric mine_of_a_test:known", "called 'test_loss'", "result.json"]),
         ("nameless", ["--metric mine_of_a_test:nameless", "called ''"]),

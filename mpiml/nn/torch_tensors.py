@@ -1,0 +1,93 @@
+"""PyTorch's tensors, threads and random numbers, used so that the bits do not depend on the layout."""
+
+from __future__ import annotations
+
+import weakref
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpiml import vectors
+from mpiml.nn.base import Array
+from mpiml.nn.parameters import Init
+from mpiml.random import key
+
+
+def prepare_torch(threads: int) -> None:
+    """Make torch use `threads` threads and deterministic algorithms."""
+    torch.set_num_threads(threads)
+    with suppress(RuntimeError):  # raised if it has been set, or such threads have been started, before
+        torch.set_num_interop_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # only helps to find bugs, and is slow
+
+
+@contextmanager
+def keyed(seed: int, *purpose: str | int) -> Iterator[None]:
+    """Within the block, torch's random numbers are a function of seed and purpose alone."""
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(key(seed, *purpose) >> 64)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
+
+
+def as_tensor(array: Array) -> Tensor:
+    """The array as a tensor: a view if its memory is writeable and starts on a 64-byte boundary, else an aligned copy.
+
+    Torch's bits depend on alignment. They may depend on strides too, and NumPy's strides of axes of length 1 are
+    arbitrary, so the tensor gets torch's own.
+    """
+    flat = array.reshape(-1)
+    if flat.ctypes.data % vectors.ALIGNMENT or not flat.flags.writeable:
+        aligned = vectors.empty(flat.size, flat.dtype)
+        vectors.copy(flat, aligned)
+        flat = aligned
+    return torch.from_numpy(flat).view(array.shape)
+
+
+def first_values(tensor: Tensor) -> Init:
+    """An init that returns the tensor's values in order. It does not keep the tensor alive: memory of modules that
+    belong to another stage can be freed."""
+    reference, taken = weakref.ref(tensor), 0
+
+    def init(random: np.random.Generator, count: int) -> NDArray[np.float64]:
+        nonlocal taken
+        tensor = reference()
+        assert tensor is not None, "a stage that writes first values holds the module that they come from"
+        values: NDArray[np.float64] = tensor.detach().reshape(-1)[taken : taken + count].numpy()
+        taken = (taken + count) % tensor.numel()
+        return values
+
+    return init
+
+
+def gradients(y: Tensor, wanted: Sequence[Tensor], dy: Tensor) -> Sequence[Tensor]:
+    """The gradient of sum(dy * y) by each tensor; zeros where y does not depend on it."""
+    by_tensor: Sequence[Tensor | None] = [None] * len(wanted)
+    if y.requires_grad:
+        by_tensor = torch.autograd.grad(y, wanted, dy, allow_unused=True)
+    return [torch.zeros_like(of) if g is None else g.to_dense() for of, g in zip(wanted, by_tensor, strict=True)]
+
+
+def leaves(y: Tensor) -> set[Tensor]:
+    """The tensors to which a backward pass from y would add gradients."""
+    nodes, seen = [y.grad_fn], set[Any]()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [before for before, _ in node.next_functions]
+    return {node.variable for node in seen if hasattr(node, "variable")}
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of the tensor's values."""
+    return zlib.crc32(tensor.detach().contiguous().view(-1).numpy(force=True))
