@@ -210,8 +210,8 @@ def _scored(
 def _placed(config: Config, grid: Grid, layout: Layout) -> tuple[Values, str | None]:
     """Room for the values of this rank's stage, and why it is not shared; collective."""
     memory, problem = share(grid.comm, grid.local, 0, bytes_of(layout.size, layout.dtype), config.memory)
-    values = Values(grid, memory, layout.size, layout.dtype)
-    layout.bind(values.values)
+    values = Values(grid.data, memory, layout.size, layout.blocks(), layout.dtype)
+    layout.bind(values.vector)
     return values, problem
 
 
