@@ -208,7 +208,7 @@ def _scored(
 
 
 def _placed(config: Config, grid: Grid, layout: Layout) -> tuple[Values, str | None]:
-    """Room for the values of this rank's stage, and why it is not shared; collective."""
+    """Memory for the values of this rank's stage, and if it is not shared although it should be, why; collective."""
     memory, problem = share(grid.comm, grid.local, 0, bytes_of(layout.size, layout.dtype), config.memory)
     values = Values(grid.data, memory, layout.size, layout.blocks(), layout.dtype)
     layout.bind(values.vector)
@@ -216,7 +216,7 @@ def _placed(config: Config, grid: Grid, layout: Layout) -> tuple[Values, str | N
 
 
 def _filled(values: Values, grid: Grid, layouts: Sequence[Layout], whole: list[Checkpoint]) -> None:
-    """Hand out the values of the checkpoint on rank 0; collective."""
+    """Give every rank the values that it holds, from the checkpoint on rank 0; collective."""
     stages: list[Mapping[str, Any]] = []
     grid.team.clock("checkpoint")
     grid.team.on_rank_0(lambda: stages.extend(storage.from_arrays(layouts, whole.pop(), (VALUES,))))

@@ -46,7 +46,7 @@ class GradientSum(Protocol):
         all of them have finished their backward passes."""
 
     def total(self, index: int, out: Vector) -> Vector:
-        """The summed gradient of values.pieces[index]: in `out`, or if nothing has to be added, where it lies already."""
+        """The summed gradient of values.pieces[index]: in `out`, or where it lies if nothing is to be added."""
 
     def publish(self) -> None:
         """Give the new values of this replica's parts to all; afterwards all replicas hold equal values."""

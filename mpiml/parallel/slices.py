@@ -1,4 +1,4 @@
-"""Cutting a flat vector into the slices that replicas own and the pieces that fit a cache; no MPI."""
+"""How a flat vector is cut: into slices, which replicas own, and pieces, which fit a cache; no MPI."""
 
 import itertools
 from bisect import bisect_left
@@ -61,7 +61,7 @@ def bounds(run: Sequence[Block]) -> tuple[int, int]:
 
 
 def place(ranges: Sequence[Range], start: int, stop: int) -> slice:
-    """Where vector[start:stop], part of one of these ranges, lies in a vector that holds only them, one after another."""
+    """Where vector[start:stop], part of one of these ranges, lies in a vector that holds only these."""
     before = 0
     for first, last in ranges:
         if first <= start < last:
