@@ -116,12 +116,13 @@ def test_messages_are_those_of_the_tree(ranks: int, node_ranks: int, microbatche
     sizes = found.slices
     assert sizes.sum() == bytes_of(made.stages[0].layout.size, "float32") - padding(made)
     for replica in range(ranks):
-        own = tree.plan(replica, nodes, microbatches)
+        own = tree.sum_plan(replica, nodes, microbatches)
         assert found.gradients_out[replica] == sum(sizes[message.owner] for message in own.messages)
-        assert found.packed[replica] == sum(sizes[m.owner] for m in own.messages if len(m.sources) > 1)
-        assert found.gradients_in[replica] == sizes[replica] * sum(s.node is not None for s in own.sources)
-        assert found.values_out[replica] == sizes[replica] * len(own.lanes)
-        assert found.values_in[replica] == sum(sizes[owner] for owner in own.owners)
+        assert found.packed[replica] == sum(sizes[m.owner] for m in own.messages if len(m.contributions) > 1)
+        assert found.gradients_in[replica] == sizes[replica] * sum(c.node is not None for c in own.contributions)
+        partners, owners = tree.links(replica, nodes)
+        assert found.values_out[replica] == sizes[replica] * len(partners)
+        assert found.values_in[replica] == sum(sizes[owner] for owner in owners)
     homes = made.homes(0)
     for node in set(homes):
         mine = homes == node
