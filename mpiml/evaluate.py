@@ -220,7 +220,7 @@ def _filled(values: Values, grid: Grid, layouts: Sequence[Layout], whole: list[C
     stages: list[Mapping[str, Any]] = []
     grid.team.clock("checkpoint")
     grid.team.on_rank_0(lambda: stages.extend(storage.from_arrays(layouts, whole.pop(), (VALUES,))))
-    State(grid, values, {}, grid.team.clock).distribute(stages, VALUES)
+    State(grid, values, {}).distribute(stages, VALUES)
 
 
 def text(result: Mapping[str, Any]) -> str:

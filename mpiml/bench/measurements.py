@@ -109,7 +109,7 @@ def ordered(size: int, memory_kind: str, optimizer: Optimizer) -> tuple[OrderedS
         raise SystemExit(problem)
     sum_ = OrderedSum(Values(grid.data, memory, layout.size, layout.blocks(), layout.dtype), WORLD.size)
     sum_.slots[0][:] = WORLD.rank
-    return sum_, Update(grid.comm, grid.replica, sum_, optimizer, 0.0, lambda step: WORLD.size)
+    return sum_, Update(grid.team, grid.replica, sum_, optimizer, 0.0, lambda step: WORLD.size)
 
 
 def allreduce(megabytes: str, what: str, memory_kind: str) -> Ratio:

@@ -9,8 +9,7 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from mpiml.clock import Clock
-from mpiml.team import wait
+from mpiml.team import Team, wait
 
 PAUSE = 0.2  # seconds between rounds of votes, roughly
 
@@ -29,8 +28,8 @@ class Rounds:
         stop: whether this rank wants to stop.
     """
 
-    def __init__(self, comm: MPI.Intracomm, clock: Clock, lag: int, stop: Callable[[], bool]):
-        self.comm, self.clock, self.lag, self.stop = comm, clock, lag, stop
+    def __init__(self, team: Team, lag: int, stop: Callable[[], bool]):
+        self.team, self.lag, self.stop = team, lag, stop
         self._began = perf_counter()
         self._chunk = self._next = 0  # the chunk that comes next, and the one before which to vote next
         self._votes: NDArray[np.float64] = np.zeros(2)  # whether to stop, and the mean seconds of a chunk
@@ -46,13 +45,13 @@ class Rounds:
         if self._going and self._chunk == self._next:
             seconds = (perf_counter() - self._began) / self._chunk if self._chunk else 0.0
             self._votes[:] = self.stop(), seconds
-            self._cast = self.comm.Iallreduce(MPI.IN_PLACE, self._votes, MPI.MAX)
+            self._cast = self.team.comm.Iallreduce(MPI.IN_PLACE, self._votes, MPI.MAX)
         self._chunk += 1
         return self._going
 
     def _count(self) -> None:
         if self._cast:
-            self.clock("communication")
+            self.team.clock("communication")
             wait([self._cast])
             self._cast, self._going = None, not self._votes[0]
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
-from mpiml.clock import Clock
 from mpiml.parallel.grid import Grid
 from mpiml.parallel.slices import Range, cut, place
 from mpiml.parallel.values import Values
@@ -42,16 +41,14 @@ class State:
     Args:
         values: of this rank's stage.
         states: the optimizer's state vectors of this rank by name, for the parts that it holds of the values.
-        clock: of this rank; a rank that waits for the others is "joining" them.
 
     Attributes:
         names: of all vectors.
         parts: this rank's parts of all vectors, by name, each one message.
     """
 
-    def __init__(self, grid: Grid, values: Values, states: Mapping[str, Vector], clock: Clock):
-        self.clock = clock
-        self.comm, self.stages, self.values = grid.comm, grid.stages, values
+    def __init__(self, grid: Grid, values: Values, states: Mapping[str, Vector]):
+        self.comm, self.clock, self.stages, self.values = grid.comm, grid.team.clock, grid.stages, values
         self.dtype = values.vector.dtype
         collected = grid.replica in {holder for holder, _, _ in values.holders}
         holding = _Holding(grid.stage, values.vector.size, cut(values.held), collected)

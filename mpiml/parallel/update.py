@@ -4,13 +4,11 @@ from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
-from mpi4py import MPI
 
 from mpiml import vectors
-from mpiml.clock import Clock
 from mpiml.parallel.gradient_sum import GradientSum
 from mpiml.parallel.slices import Piece, place
-from mpiml.team import allgather, wait
+from mpiml.team import Team, allgather, wait
 from mpiml.vectors import Operands, Vector
 
 
@@ -27,12 +25,11 @@ class Update:
     """Updates the values of a stage by the summed gradient; collective over all ranks of the run.
 
     Args:
-        comm: all ranks of the run, for the norm.
+        team: all ranks of the run, for the norm.
         replica: of this rank.
         sum_: of this stage.
         clip: the largest norm that the gradient may have; 0 for any.
         rows: (step) -> its rows over all replicas; for running averages.
-        clock: of this rank; the update tells it what it is doing.
 
     Attributes:
         states: the optimizer's state vectors by name, for the parts that this replica holds, one after another.
@@ -41,15 +38,14 @@ class Update:
 
     def __init__(
         self,
-        comm: MPI.Intracomm,
+        team: Team,
         replica: int,
         sum_: GradientSum,
         optimizer: Optimizer,
         clip: float,
         rows: Callable[[int], int],
-        clock: Clock | None = None,
     ):
-        self.comm, self.sum, self.optimizer, self.clip, self.clock = comm, sum_, optimizer, clip, clock or Clock()
+        self.comm, self.clock, self.sum, self.optimizer, self.clip = team.comm, team.clock, sum_, optimizer, clip
         self.rows, self.finite, self.pieces = rows, True, sum_.values.pieces
         dtype = sum_.values.vector.dtype
         size = sum(stop - start for start, stop in sum_.values.held)
@@ -61,7 +57,7 @@ class Update:
         counts = replica in {holder for holder, _, _ in sum_.values.holders}
         self._in_norm = [counts and piece.momentum is None for piece in self.pieces]
         blocks = [len(piece.blocks) for piece, counted in zip(self.pieces, self._in_norm, strict=True) if counted]
-        self._squares = allgather(comm, sum(blocks))
+        self._squares = allgather(team.comm, sum(blocks))
 
     def step(self, rate: float, weight: float, step: int, measure: bool) -> float | None:
         """Do step number `step`, from 1 on, with learning rate `rate`, on a batch whose weights sum to `weight`.

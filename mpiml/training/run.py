@@ -180,7 +180,7 @@ def assemble(
     team.together(functools.partial(layout.initialise, values.vector, config.seed, *values.worker))
     computation = dataclasses.replace(computation, gradients=gradients(layout, sum_))
     optimizer = optimizers.build(config.optimizer, config.momentum, config.weight_decay)
-    update = Update(grid.comm, grid.replica, sum_, optimizer, config.clip, rows.shards.rows_of, clock)
+    update = Update(team, grid.replica, sum_, optimizer, config.clip, rows.shards.rows_of)
     return Run(
         config=config,
         grid=grid,
@@ -188,7 +188,7 @@ def assemble(
         model=built,
         stage=TrainingStage(grid.pipe, computation, sum_, SCHEDULES[config.schedule], clock),
         update=update,
-        state=State(grid, values, update.states, clock),
+        state=State(grid, values, update.states),
         agree=agreement,
         rate=learning_rate(config.lr, config.warmup_steps, config.decay, config.decay_steps),
         notes=[*rows.notes, *notes, *warnings(config)],

@@ -58,7 +58,7 @@ def build(pipe: int, divided: bool = True, bucket: int = 0) -> tuple[grids.Grid,
     values = Values(comm, PrivateMemory(), layout.size, layout.blocks(), layout.dtype, bucket)
     MADE.append(values)
     size = sum(stop - start for start, stop in values.held)
-    return grid, State(grid, values, {name: zeros(size, layout.dtype) for name in NAMES[1:]}, Clock())
+    return grid, State(grid, values, {name: zeros(size, layout.dtype) for name in NAMES[1:]})
 
 
 def same(left: Whole, right: Whole, names: tuple[str, ...]) -> bool:

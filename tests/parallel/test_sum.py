@@ -11,6 +11,7 @@ import pytest
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from mpiml.clock import Clock
 from mpiml.nn import optimizers
 from mpiml.nn.parameters import Layout, Parameter, Statistic, constant
 from mpiml.parallel import slices
@@ -19,6 +20,7 @@ from mpiml.parallel.memory import FencedMemory, Memory, PrivateMemory, SharedMem
 from mpiml.parallel.tree import depth
 from mpiml.parallel.update import Update
 from mpiml.parallel.values import TAGS, Values
+from mpiml.team import Team
 from mpiml.vectors import BLOCK, Block, Operands, bytes_of
 
 pytestmark = pytest.mark.mpi
@@ -238,16 +240,6 @@ def test_a_bucket_arrives_before_the_next_is_written() -> None:
     assert in_time
 
 
-@pytest.mark.parametrize("bucket", [0, 60_000])
-def test_holders_hold_each_element_once(bucket: int) -> None:
-    layout = layout_of("large", "float32")
-    for sum_ in (make(OrderedSum, layout, 16, bucket=bucket), make(LibrarySum, layout, 16)):
-        held = np.zeros(layout.size, int)
-        for _, start, stop in sum_.values.holders:
-            held[start:stop] += 1
-        assert (held[is_real(layout)] == 1).all()
-
-
 def test_a_stage_without_parameters() -> None:
     layout = Layout([], "float32")
     for kind in (OrderedSum, LibrarySum):
@@ -310,7 +302,7 @@ def test_update_has_the_bits_of_a_serial_one(name: str, clip: float, bucket: int
     layout, microbatches, weight = with_averages("small", "float32"), 37, 101.0
     sum_ = make(OrderedSum, layout, microbatches, bucket=bucket)
     optimizer = optimizers.build(name, 0.9, 0.1)
-    update = Update(WORLD, WORLD.rank, sum_, optimizer, clip, ROWS)
+    update = Update(Team(WORLD, Clock()), WORLD.rank, sum_, optimizer, clip, ROWS)
     serial = Serial(optimizer, layout.blocks(), scattered(layout, 99), clip)
     sum_.values.vector[...] = serial.values
     good = []
@@ -365,7 +357,7 @@ def test_norm_is_over_all_stages(kind: type, stages: int) -> None:
     comm = WORLD.Split(stage, WORLD.rank)
     sum_ = make(kind, layouts[stage], 16, comm)
     parts = [[np.round(scattered(layout, m)) for m in range(16)] for layout in layouts]  # exact in any order
-    update = Update(WORLD, comm.rank, sum_, optimizers.build("sgd", 0.0, 0.0), 0.0, ROWS)
+    update = Update(Team(WORLD, Clock()), comm.rank, sum_, optimizers.build("sgd", 0.0, 0.0), 0.0, ROWS)
     feed(sum_, parts[stage])
     norm = update.step(0.1, 3.0, 1, True)
     totals = [serial_sum(of_stage) for of_stage in parts]
@@ -383,7 +375,7 @@ def test_norm_is_over_all_stages(kind: type, stages: int) -> None:
 def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
     layout = layout_of("small", "float32")
     sum_ = make(OrderedSum, layout, 16)
-    update = Update(WORLD, WORLD.rank, sum_, optimizers.build("adam", 0.0, 0.0), 1.0, ROWS)
+    update = Update(Team(WORLD, Clock()), WORLD.rank, sum_, optimizers.build("adam", 0.0, 0.0), 1.0, ROWS)
     sum_.values.vector[...] = before = scattered(layout, 1)
     parts = [scattered(layout, m) for m in range(16)]
     parts[11][0] = bad
@@ -398,7 +390,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
 def test_values_that_are_not_finite_are_noticed() -> None:
     layout = layout_of("small", "float32")
     sum_ = make(OrderedSum, layout, 16)
-    update = Update(WORLD, WORLD.rank, sum_, optimizers.build("sgd", 0.0, 0.0), 0.0, ROWS)
+    update = Update(Team(WORLD, Clock()), WORLD.rank, sum_, optimizers.build("sgd", 0.0, 0.0), 0.0, ROWS)
     parts = [scattered(layout, m) for m in range(16)]
     good = []
     for step, bad in enumerate([1.0, math.inf], start=1):
@@ -413,7 +405,7 @@ def test_values_that_are_not_finite_are_noticed() -> None:
 def test_a_batch_of_weight_zero_changes_nothing(bucket: int) -> None:
     layout = with_averages("small", "float32")
     sum_ = make(OrderedSum, layout, 16, bucket=bucket)
-    update = Update(WORLD, WORLD.rank, sum_, optimizers.build("sgd", 0.0, 0.0), 0.0, ROWS)
+    update = Update(Team(WORLD, Clock()), WORLD.rank, sum_, optimizers.build("sgd", 0.0, 0.0), 0.0, ROWS)
     sum_.values.vector[...] = before = scattered(layout, 1)
     feed(sum_, [layout.zeros()] * 16, 20)
     assert update.step(0.1, 0.0, 1, True) == 0.0

@@ -107,8 +107,8 @@ def test_who_asks_in_the_last_chunks_comes_too_late(pipe: int, monkeypatch: Any)
 
 def test_quick_chunks_are_voted_on_seldom() -> None:
     """At a pause that the slowest rank sets for all."""
-    clock, asked = Clock(), list[int]()
-    series = rounds.Rounds(WORLD, clock, 1, lambda: bool(asked.append(1)))
+    asked = list[int]()
+    series = rounds.Rounds(Team(WORLD, Clock()), 1, lambda: bool(asked.append(1)))
     for _ in range(100):
         assert series.go_on()
         time.sleep(0.004 if WORLD.rank == 0 else 0.0)
