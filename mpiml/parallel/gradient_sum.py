@@ -27,7 +27,7 @@ class GradientSum(Protocol):
 
     Attributes:
         plan: which micro-batches are this replica's, and into which slots they go.
-        values: of the stage; the sum is by them.
+        values: of the stage, which the summed gradient is to change.
         slots: gradient vectors of this replica.
         complete: to be called during the backward pass of this replica's last micro-batch, with the offset from which
             the vector is written to its end; None if nothing can be sent before all of it is.

@@ -115,10 +115,10 @@ def sum_plan(replica: int, nodes: Sequence[int], total: int) -> SumPlan:
     root_counts, root = _reduce(contributions, total)
     assert root == [(0, total)], f"the plan sums {root} instead of all {total} micro-batches"
 
-    contents = []
+    local, contents = of_ranks(home), []
     for sent in of_node(home):
         low, high = sent.covers
-        inside = [c for c in of_ranks(home) if low <= c.covers[0] and c.covers[1] <= high]
+        inside = [c for c in local if low <= c.covers[0] and c.covers[1] <= high]
         contents.append((sent.partial, inside, _reduce(inside, total)[0]))
     microbatches = part(replica, replicas, total)
     counts = shift_reduce(_singles(microbatches), total)[0]

@@ -28,7 +28,7 @@ class Update:
         team: all ranks of the run, for the norm.
         replica: of this rank.
         sum_: of this stage.
-        clip: the largest norm that the gradient may have; 0 for any.
+        clip: the largest norm that the gradient may have; 0 for no limit.
         rows: (step) -> its rows over all replicas; for running averages.
 
     Attributes:
