@@ -208,19 +208,19 @@ def _scored(
 
 
 def _placed(config: Config, grid: Grid, layout: Layout) -> tuple[Values, str | None]:
-    """Room for the values of this rank's stage, and why it is not shared; collective."""
+    """Memory for the values of this rank's stage, and if it is not shared although it should be, why; collective."""
     memory, problem = share(grid.comm, grid.local, 0, bytes_of(layout.size, layout.dtype), config.memory)
-    values = Values(grid, memory, layout.size, layout.dtype)
-    layout.bind(values.values)
+    values = Values(grid.data, memory, layout.size, layout.blocks(), layout.dtype)
+    layout.bind(values.vector)
     return values, problem
 
 
 def _filled(values: Values, grid: Grid, layouts: Sequence[Layout], whole: list[Checkpoint]) -> None:
-    """Hand out the values of the checkpoint on rank 0; collective."""
+    """Give every rank the values that it holds, from the checkpoint on rank 0; collective."""
     stages: list[Mapping[str, Any]] = []
     grid.team.clock("checkpoint")
     grid.team.on_rank_0(lambda: stages.extend(storage.from_arrays(layouts, whole.pop(), (VALUES,))))
-    State(grid, values, {}, grid.team.clock).distribute(stages, VALUES)
+    State(grid, values, {}).distribute(stages, VALUES)
 
 
 def text(result: Mapping[str, Any]) -> str:

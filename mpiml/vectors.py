@@ -14,6 +14,20 @@ BLOCK = 1 << 14  # elements: the unit of norms and of ownership
 PIECE = 1 << 16  # elements: a piece's values, gradient, states and scratch fit a core's cache together
 
 
+@dataclass(frozen=True)
+class Block:
+    """vector[start:stop], at most BLOCK elements of one parameter; the unit of norms and of ownership.
+
+    `decay` says whether weight decay applies; `momentum` is that of a running average, None where an optimizer makes
+    the changes.
+    """
+
+    start: int
+    stop: int
+    decay: bool
+    momentum: float | None = None
+
+
 def empty(size: int, dtype: DTypeLike) -> Vector:
     """A vector of `size` elements, not initialised, that starts on a 64-byte boundary."""
     dtype = np.dtype(dtype)

@@ -39,8 +39,9 @@ from mpiml.nn.optimizers import SGD, Optimizer
 from mpiml.nn.parameters import Layout, Parameter, constant
 from mpiml.parallel import grid as grids
 from mpiml.parallel.gradient_sum import OrderedSum
-from mpiml.parallel.memory import PrivateMemory, SharedMemory, share
+from mpiml.parallel.memory import SharedMemory, share
 from mpiml.parallel.update import Update
+from mpiml.parallel.values import Values
 from mpiml.run.process import prepare_process
 from mpiml.team import Team, meet, share_cores
 from mpiml.vectors import PIECE, Operands, bytes_of
@@ -104,12 +105,11 @@ def ordered(size: int, memory_kind: str, optimizer: Optimizer) -> tuple[OrderedS
     grid = grids.build(Team(WORLD, Clock()), 1)
     each = bytes_of(layout.size, layout.dtype)
     memory, problem = share(grid.comm, grid.local, each, each, memory_kind)
-    nodes = [1] * grid.replicas if isinstance(memory, PrivateMemory) else grid.nodes
     if problem:
         raise SystemExit(problem)
-    sum_ = OrderedSum(grid.data, memory, nodes, WORLD.size, layout.size, layout.blocks(), layout.dtype)
+    sum_ = OrderedSum(Values(grid.data, memory, layout.size, layout.blocks(), layout.dtype), WORLD.size)
     sum_.slots[0][:] = WORLD.rank
-    return sum_, Update(grid.comm, grid.replica, sum_, optimizer, 0.0, lambda step: WORLD.size)
+    return sum_, Update(grid.team, grid.replica, sum_, optimizer, 0.0, lambda step: WORLD.size)
 
 
 def allreduce(megabytes: str, what: str, memory_kind: str) -> Ratio:
@@ -131,7 +131,7 @@ def bandwidth(megabytes: str, what: str) -> Ratio:
     size = int(float(megabytes) * 2**20 / 4)
     sum_, update = ordered(size, "shared", SGD())
     source, target = np.ones(size, np.float32), np.zeros(size, np.float32)
-    values = [sum_.values[piece.start : piece.stop] for piece in sum_.pieces]
+    values = [sum_.values.vector[piece.start : piece.stop] for piece in sum_.values.pieces]
 
     def add() -> None:
         for index, value in enumerate(values):
@@ -144,7 +144,7 @@ def bandwidth(megabytes: str, what: str) -> Ratio:
 
 def one_step(sum_: OrderedSum, update: Update) -> None:
     """Sum and update, with the barrier that a step's record needs anyway."""
-    sum_.memory.barrier()
+    sum_.values.memory.barrier()
     update.step(0.0, 1.0, 1, False)
 
 

@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 from mpiml import vectors
 from mpiml.errors import ConfigError
 from mpiml.random import generator
-from mpiml.vectors import ALIGNMENT, BLOCK, Vector
+from mpiml.vectors import ALIGNMENT, BLOCK, Block, Vector
 
 Shape = tuple[int, ...]
 Init = Callable[[np.random.Generator, int], NDArray[np.float64]]
@@ -121,16 +121,6 @@ class Gradients:
 
     def _end_of(self, parameter: Parameter) -> int:
         return self._offsets[parameter] + parameter.size
-
-
-@dataclass(frozen=True)
-class Block:
-    """vector[start:stop], at most BLOCK elements of one parameter: the unit of norms and of ownership."""
-
-    start: int
-    stop: int
-    decay: bool
-    momentum: float | None = None
 
 
 class Layout:

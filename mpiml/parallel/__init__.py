@@ -1,1 +1,1 @@
-"""What several ranks do together: grid, gradient sum, schedules, stages; knows no layer by name."""
+"""Parallel training: the grid, memory, the gradient sum, schedules and stages; independent of kinds of layers."""

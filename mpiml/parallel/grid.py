@@ -15,14 +15,14 @@ class Grid:
     """This rank's place, and the communicators along the axes.
 
     Attributes:
-        team: all ranks, renumbered by (node, rank): a node's replicas are neighbours whatever the launcher did.
+        team: all ranks, renumbered by (node, rank): the replicas of a node are neighbours wherever the launcher has put
+            the ranks.
         pipe: the stages of this replica, `stage` of `stages`.
         data: the replicas of this stage, `replica` of `replicas`; the inner axis, so that sums stay on a node.
-        nodes: the number of this stage's replicas on each node, in order.
         node: the ranks of this node; `local`, those of them that are replicas of this stage.
-        cores: how many cores the ranks of this node may use, all together.
         leaders: the first ranks of all nodes; None on other ranks, and if there is one node only.
-        made: the communicators that there are, without those that are others under another name.
+        cores: how many cores the ranks of this node may use, all together.
+        made: the communicators to free: the others are one of these under another name.
     """
 
     team: Team
@@ -32,7 +32,6 @@ class Grid:
     stages: int
     replica: int
     replicas: int
-    nodes: list[int]
     node: MPI.Intracomm
     local: MPI.Intracomm
     leaders: MPI.Intracomm | None
@@ -55,18 +54,16 @@ class Grid:
 
 
 def build(team: Team, stages: int) -> Grid:
-    """Make the grid of a team's ranks; collective; `stages` divides their number."""
+    """Make a grid of a team's ranks, whose number is a multiple of `stages`; collective."""
     comm = team.comm
-    home = nodes_of_ranks(comm)
-    order = sorted(range(comm.size), key=lambda rank: (home[rank], rank))
+    homes = nodes_of_ranks(comm)
+    order = sorted(range(comm.size), key=lambda rank: (homes[rank], rank))
     ordered = MPI.Intracomm(comm.Create(comm.Get_group().Incl(order)))
     stage, replica = divmod(ordered.rank, ordered.size // stages)
     pipe, data = (MPI.Intracomm(ordered.Split(other)) for other in (replica, stage))
-    here = home[comm.rank]
-    of_stage = [home[rank] for rank in order[stage * data.size : (stage + 1) * data.size]]
     node, local, leaders, made = ordered, data, None, [pipe, data, ordered]
-    if len(set(home)) > 1:
-        node, local = (MPI.Intracomm(among.Split(here)) for among in (ordered, data))
+    if len(set(homes)) > 1:
+        node, local = (MPI.Intracomm(among.Split(homes[comm.rank])) for among in (ordered, data))
         first = ordered.Split(0 if node.rank == 0 else MPI.UNDEFINED)
         leaders = None if first == MPI.COMM_NULL else MPI.Intracomm(first)
         made += [comm for comm in (node, local, leaders) if comm]
@@ -78,7 +75,6 @@ def build(team: Team, stages: int) -> Grid:
         stages=stages,
         replica=replica,
         replicas=data.size,
-        nodes=[of_stage.count(name) for name in dict.fromkeys(of_stage)],
         node=node,
         local=local,
         leaders=leaders,
@@ -88,9 +84,9 @@ def build(team: Team, stages: int) -> Grid:
 
 
 def nodes_of_ranks(comm: MPI.Intracomm) -> list[int]:
-    """For each rank the first rank on its node: the ranks that share memory with it; collective.
+    """For each rank the number of its node, which is the first of the ranks that share memory with it; collective.
 
-    MPIML_NODES="3,2" makes several nodes of one, of so many ranks each, so that what crosses nodes can be tried.
+    For tests, MPIML_NODES="3,2" makes several nodes of one: of the first 3 ranks, and of the next 2.
     """
     pretended = os.environ.get("MPIML_NODES")
     if pretended:

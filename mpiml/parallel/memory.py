@@ -1,4 +1,4 @@
-"""Where the flat vectors of a node's replicas live: the one place that decides it."""
+"""Memory for the flat vectors of a node's replicas: each replica's own, or shared by all of them."""
 
 from __future__ import annotations
 
@@ -24,36 +24,35 @@ from mpiml.vectors import ALIGNMENT, Vector, bytes_of
 
 PAGE = mmap.PAGESIZE
 SHM = "/dev/shm/"
-NAME = "mpiml-"  # begins the names of files there
-LEFT_BEHIND = 3600.0  # seconds: a file that still has its name is of a job that was killed while it began
+NAME = "mpiml-"  # how names of files in SHM begin
+LEFT_BEHIND = 3600.0  # seconds: a file older than this was left behind by a job that was killed at its start
 
 
 class Memory(Protocol):
-    """Memory of the `ranks` replicas of a node; this one is number `rank` of them.
-
-    `own` allocates `count` vectors for this rank and returns those of all ranks, by rank, for every rank may read
-    the others'; `common` allocates one vector for all of them. Vectors start as zeros. `barrier` returns when all
-    ranks have come to it, and what any of them wrote before can then be read. `post` says how far this rank is, by
-    a number that never falls; how far all ranks are at least, `posted` says, and what each of them wrote before it
-    posted that can then be read.
-    """
+    """Memory that `ranks` replicas of a node share; this one is number `rank` of them. Vectors start as zeros."""
 
     rank: int
     ranks: int
 
-    def own(self, count: int, size: int, dtype: DTypeLike) -> list[list[Vector]]: ...
+    def own(self, count: int, size: int, dtype: DTypeLike) -> list[list[Vector]]:
+        """Allocate `count` vectors for this rank. Returns those of all ranks, by rank: each may read the others'.
+        Collective."""
 
-    def common(self, size: int, dtype: DTypeLike) -> Vector: ...
+    def common(self, size: int, dtype: DTypeLike) -> Vector:
+        """Allocate one vector for all ranks together; all of them call it in the same order."""
 
-    def barrier(self) -> None: ...
+    def barrier(self) -> None:
+        """Return when all ranks have called it. All can then read what any of them wrote before."""
 
-    def post(self, count: int) -> None: ...
+    def post(self, count: int) -> None:
+        """Publish this rank's progress, a number that never falls."""
 
-    def posted(self) -> int: ...
+    def posted(self) -> int:
+        """The least progress of all ranks. What each of them wrote before it posted that number can be read."""
 
 
 class PrivateMemory:
-    """Each replica by itself, as if it were alone on its node."""
+    """Memory of one replica, which shares with nobody."""
 
     rank = 0
     ranks = 1
@@ -78,13 +77,15 @@ class PrivateMemory:
 
 
 class SharedMemory:
-    """One mapping for all ranks of a node. It has no name once all have opened it, so nothing can leave it behind.
+    """One mapping for all ranks of a node; collective to make. It has no name once all have opened it: when they end,
+    however they end, the memory is free again.
 
     Args:
-        comm: the ranks of the node; collective to make.
-        own_bytes: what this rank will allocate by `own` in all, and common_bytes what all will by `common`.
+        comm: the ranks of the node.
+        own_bytes: all that this rank will allocate by `own`.
+        common_bytes: all that the ranks will allocate by `common`.
 
-    Raises OSError, on all ranks of the node, if the memory is not to be had.
+    Raises OSError, on all ranks of the node, if it cannot be had.
     """
 
     def __init__(self, comm: MPI.Intracomm, own_bytes: int, common_bytes: int):
@@ -113,9 +114,10 @@ class SharedMemory:
         return vector
 
     def barrier(self, action: Callable[[], None] | None = None) -> None:
-        """As of Memory; `action` is what the first rank does when all have come, before any of them goes on.
+        """As Memory.barrier; the first rank calls `action` when all have come, before any of them goes on.
 
-        A slot per rank and a word that releases all, each on a cache line of its own, polled.
+        Each rank writes a word of its own; the first rank waits for all of these and writes the word that releases the
+        others. Each word has a cache line for itself.
         """
         self._epoch += 1
         words, apart = self._words, ALIGNMENT // 8
@@ -145,7 +147,7 @@ class SharedMemory:
 
 
 class FencedMemory(SharedMemory):
-    """Shared memory on processors that may reorder stores, where a slot's store does not order those before it."""
+    """Shared memory on processors that may reorder stores: a rank's word may be seen before what it wrote earlier."""
 
     def barrier(self, action: Callable[[], None] | None = None) -> None:
         wait([self.comm.Ibarrier()])
@@ -155,26 +157,24 @@ class FencedMemory(SharedMemory):
             wait([self.comm.Ibarrier()])
 
     def posted(self) -> int:
-        """Nothing is known before a barrier."""
+        """Nothing: only a barrier makes sure that what others wrote can be read."""
         return 0
 
 
 def share(
     everyone: MPI.Intracomm, node: MPI.Intracomm, own_bytes: int, common_bytes: int, kind: str
 ) -> tuple[Memory, str | None]:
-    """Memory of a kind: shared by the ranks of `node` if all ranks of `everyone` can share, else private.
-
-    Collective over `everyone`.
+    """Memory for the ranks of `node`; collective over `everyone`, who all get the same kind.
 
     Args:
         own_bytes, common_bytes: as of SharedMemory.
-        kind: "shared", "private", or "auto": shared where it is to be had.
+        kind: "shared", "private", or "auto": shared if all nodes can, else private.
 
     Returns:
-        The memory, and why it is not shared if it was to be.
+        The memory; and if "auto" made it private, why it could not be shared.
 
     Raises:
-        ConfigError: on all ranks, if it must be shared and cannot.
+        ConfigError: on all ranks, if `kind` is "shared" and some node cannot.
     """
     if kind == "private":
         return PrivateMemory(), None
@@ -200,9 +200,9 @@ def _pages(size: int) -> int:
 
 
 def _map(comm: MPI.Intracomm, total: int, start: int, length: int, common: int) -> mmap.mmap:
-    """Map `total` bytes on all ranks of a node, each of which claims its own part and its share of the first
-    `common` bytes: what is not there is found out now, as an error, and not later as a crash; and a page lies
-    near the core that claimed it.
+    """Map `total` bytes on all ranks of a node. Each claims its own part and its share of the first `common` bytes: if
+    there is too little memory, that is an error now and not a crash later, and a page lies near the core that claimed
+    it.
     """
     shares = [_pages(common * rank // comm.size) for rank in range(comm.size)] + [common]
     claims = [(start, length), (shares[comm.rank], shares[comm.rank + 1] - shares[comm.rank])]
@@ -225,7 +225,10 @@ def _map(comm: MPI.Intracomm, total: int, start: int, length: int, common: int) 
 def _open_together(
     comm: MPI.Intracomm, create: Callable[[], tuple[int, str]], total: int
 ) -> Iterator[tuple[int, OSError | None]]:
-    """A file of `total` bytes that the node's first rank creates and all open: its descriptor, or -1."""
+    """A file of `total` bytes that the node's first rank creates and all open.
+
+    Yields its descriptor, or -1, and this rank's error, if there was one.
+    """
     descriptor, path, file, problem = -1, "", None, None
     try:
         if comm.rank == 0:
@@ -251,10 +254,10 @@ def _open_together(
 
 
 def _open(path: str, file: tuple[int, int]) -> int:
-    """Open what is at a path if it is that very file. Raises OSError if it is another, which stays untouched.
+    """Open the file at a path if its identity is `file`. Raises OSError if it is another file, which stays untouched.
 
-    In containers each rank may have process numbers of its own: then /proc/PID/fd/N of one rank is, for another, its
-    own file, or anybody's.
+    In containers each rank may have process numbers of its own: then the path /proc/PID/fd/N of one rank leads another
+    rank to a file of its own, or of some other process.
     """
     place = os.open(path, os.O_PATH)  # opens nothing yet
     try:
@@ -266,25 +269,26 @@ def _open(path: str, file: tuple[int, int]) -> int:
 
 
 def _identity(descriptor: int) -> tuple[int, int]:
-    """What tells a file from all others of this machine."""
+    """The device and inode numbers of a file: no two files of a machine have the same."""
     status = os.fstat(descriptor)
     return status.st_dev, status.st_ino
 
 
 def _nameless() -> tuple[int, str]:
-    """Memory that never has a name; others open it through this process."""
-    if not hasattr(os, "memfd_create"):  # Pythons that were built for an old C library
+    """A file in memory that never has a name; the other ranks open it through this process."""
+    if not hasattr(os, "memfd_create"):  # in Pythons built for an old C library
         raise OSError(errno.ENOSYS, "this Python has no os.memfd_create")
     descriptor = os.memfd_create("mpiml")
     return descriptor, f"/proc/{os.getpid()}/fd/{descriptor}"
 
 
 def _named() -> tuple[int, str]:
-    """For where processes cannot look at each other: a file in memory, whose name goes when all have opened it."""
+    """A file in memory with a name, which is removed when all have opened it; for machines on which processes cannot
+    open each other's files."""
     import tempfile
 
     for file in Path(SHM).glob(f"{NAME}*"):
-        with contextlib.suppress(OSError):  # somebody else's, or gone
+        with contextlib.suppress(OSError):  # another user's, or already removed
             if time.time() - file.stat().st_mtime > LEFT_BEHIND:
                 file.unlink()
     return tempfile.mkstemp(prefix=NAME, dir=SHM)

@@ -1,4 +1,4 @@
-"""The step record: what all ranks know of a step before any of them updates, so that all decide alike."""
+"""The step record: sums and requests that all ranks agree on before any of them updates, so that all decide alike."""
 
 import math
 from dataclasses import dataclass
@@ -22,10 +22,10 @@ class Record:
     Attributes:
         loss: sum of weight x row loss.
         weight: sum of weights.
-        metric: the metric's sums, if it was measured.
-        broken: whether some rank's values were not finite after the update before.
-        stop: whether some rank was asked to stop.
-        bad_entry: the first micro-batch, or chunk, whose loss is not finite.
+        metric: the metric's sums; empty if it was not measured.
+        broken: whether any rank's values were not finite after the update before this step.
+        stop: whether any rank was asked to stop.
+        bad_entry: the first micro-batch, or chunk of an evaluation, whose loss is not finite.
     """
 
     loss: float
@@ -37,71 +37,72 @@ class Record:
 
     @property
     def mean_loss(self) -> float:
-        """The loss per weight; zero for a step without rows."""
+        """The loss per weight; 0 for a step without rows."""
         return self.loss / self.weight if self.weight else 0.0
 
 
 class Agreement:
-    """The step record over memory that the ranks of a node share: `agree` below, at a fraction of its time.
+    """Agrees on the step record like `agree` below, but through memory that the ranks of a node share: much faster.
 
-    The ranks of a node meet at one barrier. Before it lets them go, the first rank adds up, with the first ranks
-    of the other nodes if there are any. As each rank comes only when its backward passes are done, whoever has the
-    record may also read the gradients of the others on its node.
+    The ranks of a node meet at one barrier. Before it releases them, the first rank adds up the table, together with
+    the first ranks of the other nodes if there are any. As ranks come to the barrier when their backward passes are
+    done, a rank that has the record may also read the gradients of the others on its node.
 
     Args:
         grid: all ranks.
         memory: of all ranks of this node.
-        microbatches, columns: shape of a step's table, in which the metric is measured; others have fewer columns.
+        microbatches, columns: the shape of a step's table with the metric's columns; without these it is narrower.
     """
 
     def __init__(self, grid: Grid, memory: SharedMemory, microbatches: int, columns: int):
         self.memory, self.leaders = memory, grid.leaders
-        flags = memory.common(2 * memory.ranks, np.float64).reshape(memory.ranks, 2)
-        self._flags, self._mine = flags, flags[memory.rank]
-        self._board = memory.common(microbatches * columns, np.float64)
+        self._flags = memory.common(2 * memory.ranks, np.float64).reshape(memory.ranks, 2)
+        self._own_flags = self._flags[memory.rank]
+        self._table = memory.common(microbatches * columns, np.float64)
         self._result = memory.common(3 + columns, np.float64)
         last = grid.stage == grid.stages - 1
-        block = part(grid.replica, grid.replicas, microbatches) if last else (0, 0)
-        self._block = slice(*block)
-        self._here = [slice(*other) for other in allgather(grid.node, block)]
+        own = part(grid.replica, grid.replicas, microbatches) if last else (0, 0)
+        self._own_rows = slice(*own)
+        self._node_rows = [slice(*rows) for rows in allgather(grid.node, own)]
 
     @staticmethod
     def bytes_needed(ranks: int, microbatches: int, columns: int) -> int:
-        """What it allocates of the memory that all ranks of a node share."""
+        """The bytes that an Agreement allocates of the memory of a node's `ranks`, by `common`."""
         return 8 * (2 * ranks + microbatches * columns + 3 + columns) + 3 * ALIGNMENT
 
     def __call__(self, table: NDArray[np.float64], broken: bool, stop: bool) -> Record:
         """As `agree`, for a step."""
-        self._mine[:] = broken, stop
-        everyones = self._board[: table.size].reshape(len(table), -1)
-        everyones[self._block] = table[self._block]
-        self.memory.barrier(lambda: self._combine(everyones))
+        self._own_flags[:] = broken, stop
+        shared = self._table[: table.size].reshape(len(table), -1)
+        shared[self._own_rows] = table[self._own_rows]
+        self.memory.barrier(lambda: self._combine(shared))
         loss, weight, *metric = self._result[3 : 3 + table.shape[1]].tolist()
-        broken_, stop_, bad = self._result[:3].tolist()
-        return Record(loss, weight, metric, bool(broken_), bool(stop_), None if bad < 0 else int(bad))
+        any_broken, any_stop, bad = self._result[:3].tolist()
+        return Record(loss, weight, metric, bool(any_broken), bool(any_stop), None if bad < 0 else int(bad))
 
     def _combine(self, table: NDArray[Any]) -> None:
+        """Write the record into the result that all ranks of the node read; on its first rank."""
         flags = self._flags.max(axis=0)
         if self.leaders is not None:
-            mine = np.zeros_like(table)
-            for block in self._here:
-                mine[block] = table[block]
-            message = np.concatenate([flags, mine.ravel()])
+            of_node = np.zeros_like(table)
+            for rows in self._node_rows:
+                of_node[rows] = table[rows]
+            message = np.concatenate([flags, of_node.ravel()])
             wait([self.leaders.Iallreduce(MPI.IN_PLACE, message)])
             flags, table = message[:2], message[2:].reshape(table.shape)
         record = _record(table, *flags)
         bad = -1 if record.bad_entry is None else record.bad_entry
-        whole = record.broken, record.stop, bad, record.loss, record.weight, *record.metric
-        self._result[: len(whole)] = whole
+        result = record.broken, record.stop, bad, record.loss, record.weight, *record.metric
+        self._result[: len(result)] = result
 
 
 def agree(comm: MPI.Intracomm, table: NDArray[np.float64], broken: bool = False, stop: bool = False) -> Record:
     """Combine all ranks' tables; collective over `comm`.
 
     Args:
-        table: a row (loss, weight, metric sums...) for every micro-batch of the step, on all ranks; this rank has
-            filled in its own, the others are zero. As each row comes from one rank, adding up tables is exact, and
-            the rows are then added in their order: no layout can change the result.
+        table: a row (loss, weight, metric sums...) for every micro-batch of the step, of which this rank has filled in
+            its own; the others are zero. Each row comes from one rank, so adding up the tables is exact; then the rows
+            are added in their order. So no layout changes the result.
     """
     message = np.empty(2 + table.size)
     message[0], message[1], message[2:] = broken, stop, table.ravel()

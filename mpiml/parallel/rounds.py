@@ -1,4 +1,4 @@
-"""Leaving a series of chunks together: all ranks before the same one, and none waits for a message that never comes."""
+"""How ranks leave a series of chunks together: all before the same chunk, so that none waits for another's message."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from mpiml.clock import Clock
-from mpiml.team import wait
+from mpiml.team import Team, wait
 
-PAUSE = 0.2  # seconds between votes, about
+PAUSE = 0.2  # seconds between rounds of votes, roughly
 
 
 class Rounds:
-    """Lets ranks vote now and then, as they go through their chunks, on whether to leave off.
+    """Rounds of votes on whether to stop, held now and then while ranks go through their chunks.
 
-    The votes that are cast before a chunk are counted `lag` chunks later, so that a stage of a pipeline may be so far
-    ahead of another. When the next are cast follows from what was counted: from the time that a chunk takes on the
-    slowest rank. So all ranks vote, count and leave off before the same chunks.
+    Votes cast before a chunk are counted `lag` chunks later, because one stage of a pipeline may be that far ahead of
+    another. With its vote each rank says how long a chunk takes it; from the slowest follows when the next round is.
+    So all ranks vote, count and stop before the same chunks.
 
-    Collective: every rank calls `go_on` equally often, or until it says no, and then `finish`.
+    Collective: every rank calls `go_on` before each of its chunks until it returns False, and then `finish`.
 
     Args:
-        lag: at least the number of stages.
-        stop: whether this rank wants to leave off.
+        lag: in chunks, at least the number of stages.
+        stop: whether this rank wants to stop.
     """
 
-    def __init__(self, comm: MPI.Intracomm, clock: Clock, lag: int, stop: Callable[[], bool]):
-        self.comm, self.clock, self.lag, self.stop = comm, clock, lag, stop
-        self._began, self._chunk, self._next = perf_counter(), 0, 0  # the next chunk, and the one before which to vote
-        self._votes: NDArray[np.float64] = np.zeros(2)  # to leave off, and the mean seconds of a chunk
+    def __init__(self, team: Team, lag: int, stop: Callable[[], bool]):
+        self.team, self.lag, self.stop = team, lag, stop
+        self._began = perf_counter()
+        self._chunk = self._next = 0  # the chunk that comes next, and the one before which to vote next
+        self._votes: NDArray[np.float64] = np.zeros(2)  # whether to stop, and the mean seconds of a chunk
         self._cast: MPI.Request | None = None
         self._going = True
 
@@ -45,18 +45,18 @@ class Rounds:
         if self._going and self._chunk == self._next:
             seconds = (perf_counter() - self._began) / self._chunk if self._chunk else 0.0
             self._votes[:] = self.stop(), seconds
-            self._cast = self.comm.Iallreduce(MPI.IN_PLACE, self._votes, MPI.MAX)
+            self._cast = self.team.comm.Iallreduce(MPI.IN_PLACE, self._votes, MPI.MAX)
         self._chunk += 1
         return self._going
 
     def _count(self) -> None:
         if self._cast:
-            self.clock("communication")
+            self.team.clock("communication")
             wait([self._cast])
             self._cast, self._going = None, not self._votes[0]
 
     def finish(self) -> bool:
-        """Whether all chunks are done. Votes that are not counted yet come too late."""
+        """Whether all chunks were done. Votes that were not counted by then have no effect."""
         going = self._going
         self._count()
         return going

@@ -1,7 +1,7 @@
-"""Pipeline schedules: in which order a stage does the forward and backward passes of its micro-batches; no MPI.
+"""Pipeline schedules: the order in which a stage does the forward and backward passes of its micro-batches; no MPI.
 
-A schedule is a generator of actions, compute only: messages follow from an action's position in the pipeline.
-Every schedule here takes backward passes in micro-batch order, which the gradient sum counts on.
+A schedule is a generator of actions, computation only: the messages follow from the stage. Every schedule here does the
+backward passes in the order of micro-batches, because the gradient sum relies on it.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 
 class Action(NamedTuple):
-    """Forward ("F") or backward ("B") of one micro-batch of a stage, counted from 0."""
+    """The forward ("F") or backward ("B") pass of a micro-batch, which is counted from 0 on each replica."""
 
     kind: Literal["F", "B"]
     microbatch: int
@@ -27,8 +27,8 @@ def gpipe(stages: int, stage: int, microbatches: int) -> Iterator[Action]:
 
 
 def one_f_one_b(stages: int, stage: int, microbatches: int) -> Iterator[Action]:
-    """Forward passes until the pipeline is full, then one backward after each forward, so that no more than
-    `stages - stage` micro-batches are in flight: Narayanan et al., "PipeDream", SOSP 2019 (the flushing variant).
+    """Forward passes until the pipeline is full, then a backward pass after each forward pass, so that at most
+    `stages - stage` micro-batches are in flight: Narayanan et al., "PipeDream", SOSP 2019, with a flush per step.
     """
     ahead = min(stages - stage - 1, microbatches)
     for m in range(ahead):

@@ -1,4 +1,4 @@
-"""A simulator for schedules: finds deadlocks, gives times and memory, draws the picture; no MPI."""
+"""A simulator of pipeline schedules, which finds deadlocks, times, and micro-batches in flight; no MPI."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ from mpiml.parallel.schedules import Action, Schedule
 
 
 @dataclass(frozen=True)
-class Slot:
-    """An action on a stage, with its begin and end."""
+class Pass:
+    """An action of a stage, with the times of its begin and end."""
 
     stage: int
     action: Action
@@ -18,20 +18,26 @@ class Slot:
 
 @dataclass
 class Simulation:
-    """What happened: every action's slot, the time of the whole step, and each stage's most micro-batches in flight."""
+    """A simulated step.
 
-    slots: list[Slot]
+    Attributes:
+        passes: of all stages, in the order in which they were simulated.
+        makespan: the time of the whole step.
+        in_flight: for each stage, the most micro-batches in flight.
+    """
+
+    passes: list[Pass]
     makespan: float
     in_flight: list[int]
 
     def bubble(self) -> float:
-        """The idle fraction of all stages' time."""
-        busy = sum(slot.end - slot.begin for slot in self.slots)
+        """The fraction of the time in which stages are idle, over all stages."""
+        busy = sum(one.end - one.begin for one in self.passes)
         return 1 - busy / (self.makespan * len(self.in_flight)) if self.makespan else 0.0
 
 
 class Deadlock(Exception):
-    """No stage can go on, but actions are left."""
+    """No stage can go on, and some are not done."""
 
 
 def simulate(
@@ -42,22 +48,22 @@ def simulate(
     backward: float | Sequence[float] = 1.0,
     message: float | Sequence[float] = 0.0,
 ) -> Simulation:
-    """Run a schedule on all stages. An action begins when its stage is free and its message has arrived; sends
-    take no time of their stage and block nobody, receives wait; nothing is buffered that a receive would not find.
+    """Run a schedule on all stages. An action begins when its stage is free and its message has arrived; sending takes
+    no time of the stage and never blocks.
 
     Args:
-        forward, backward: time of a pass, of all stages or of each.
-        message: time on the way, of all messages or of those between each stage and the next.
+        forward, backward: the time of a pass, for all stages or for each.
+        message: the time that a message travels, for all stages or for each stage and the next.
 
-    Raises Deadlock, naming what each stage waits for.
+    Raises Deadlock, naming the action at which each stage is stuck.
     """
-    passes = {"F": _of_each(forward, stages), "B": _of_each(backward, stages)}
-    way = _of_each(message, stages - 1)
+    durations = {"F": _of_each(forward, stages), "B": _of_each(backward, stages)}
+    travel = _of_each(message, stages - 1)
     ended: dict[tuple[int, Action], float] = {}
     todo = [list(schedule(stages, stage, microbatches)) for stage in range(stages)]
     place, clock = [0] * stages, [0.0] * stages
     flight, peak = [0] * stages, [0] * stages
-    slots: list[Slot] = []
+    passes: list[Pass] = []
     moved = True
     while moved:
         moved = False
@@ -67,11 +73,11 @@ def simulate(
                 needs = _needs(stages, stage, action)
                 if any(need not in ended for need in needs):
                     break
-                arrived = (ended[need] + (way[min(stage, need[0])] if need[0] != stage else 0) for need in needs)
+                arrived = (ended[need] + (travel[min(stage, need[0])] if need[0] != stage else 0) for need in needs)
                 begin = max([clock[stage], *arrived])
-                end = begin + passes[action.kind][stage]
+                end = begin + durations[action.kind][stage]
                 ended[stage, action] = clock[stage] = end
-                slots.append(Slot(stage, action, begin, end))
+                passes.append(Pass(stage, action, begin, end))
                 flight[stage] += 1 if action.kind == "F" else -1
                 peak[stage] = max(peak[stage], flight[stage])
                 place[stage] += 1
@@ -79,7 +85,7 @@ def simulate(
     stuck = [f"stage {s} at {''.join(map(str, todo[s][place[s]]))}" for s in range(stages) if place[s] < len(todo[s])]
     if stuck:
         raise Deadlock("; ".join(stuck))
-    return Simulation(slots, max(clock, default=0.0), peak)
+    return Simulation(passes, max(clock, default=0.0), peak)
 
 
 def _of_each(times: float | Sequence[float], count: int) -> Sequence[float]:
@@ -87,27 +93,8 @@ def _of_each(times: float | Sequence[float], count: int) -> Sequence[float]:
 
 
 def _needs(stages: int, stage: int, action: Action) -> list[tuple[int, Action]]:
-    """The actions that must have ended, and on which stage, before this one can begin."""
+    """The (stage, action) pairs that must have ended before this one can begin."""
     if action.kind == "F":
         return [(stage - 1, action)] if stage > 0 else []
     own = (stage, Action("F", action.microbatch))
     return [own, (stage + 1, action)] if stage < stages - 1 else [own]
-
-
-def draw(simulation: Simulation) -> str:
-    """The schedule as text: a line per stage, a column per unit of time; forward 0 1 2, backward in brackets."""
-    width = max((len(_label(slot)) for slot in simulation.slots), default=1) + 1
-    lines = []
-    for stage in range(len(simulation.in_flight)):
-        cells = [".".ljust(width)] * round(simulation.makespan)
-        for slot in simulation.slots:
-            if slot.stage == stage:
-                for column in range(round(slot.begin), round(slot.end)):
-                    cells[column] = _label(slot).ljust(width)
-        lines.append(f"stage {stage}  {''.join(cells)}".rstrip())
-    return "\n".join(lines)
-
-
-def _label(slot: Slot) -> str:
-    microbatch = str(slot.action.microbatch)
-    return microbatch if slot.action.kind == "F" else f"[{microbatch}]"

@@ -1,35 +1,21 @@
-"""Cutting a flat vector into the slices that replicas own and the pieces that fit a cache; no MPI."""
+"""How a flat vector is cut: into slices, which replicas own, and pieces, which fit a cache; no MPI."""
 
 import itertools
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from mpiml.vectors import PIECE
+from mpiml.vectors import PIECE, Block
 
 Range = tuple[int, int]
 MESSAGE = 1 << 30  # elements of a message: before MPI 4, libraries count them in C's int
 
 
-class Block(Protocol):
-    """vector[start:stop], a run of elements of one parameter (mpiml.nn.parameters.Block)."""
-
-    @property
-    def start(self) -> int: ...
-    @property
-    def stop(self) -> int: ...
-    @property
-    def decay(self) -> bool: ...
-    @property
-    def momentum(self) -> float | None: ...
-
-
 @dataclass(frozen=True)
 class Piece:
-    """vector[start:stop], whose parameters are of one kind; `blocks` are relative to `start`.
+    """vector[start:stop], blocks with equal decay and momentum, which are updated at once.
 
-    They all decay or all do not; with a momentum they are running averages, else an optimizer changes them.
+    `blocks` are their (start, stop), relative to the piece's start.
     """
 
     start: int
@@ -40,8 +26,8 @@ class Piece:
 
 
 def buckets(blocks: Sequence[Block], size: int) -> list[Sequence[Block]]:
-    """Cut blocks into runs of `size` elements or a little more, the last run first: in the order in which a backward
-    pass completes them. With size 0 one run is all of them."""
+    """Cut blocks into runs of `size` elements or a little more, or one run if `size` is 0. The last run comes first,
+    because a backward pass writes the vector from its end."""
     runs, stop = [], len(blocks)
     for index in reversed(range(len(blocks))):
         if index == 0 or 0 < size <= blocks[stop - 1].stop - blocks[index].start:
@@ -51,18 +37,18 @@ def buckets(blocks: Sequence[Block], size: int) -> list[Sequence[Block]]:
 
 
 def bucket_size(asked: int, size: int, owners: int, most: int) -> int:
-    """How many elements buckets of a vector of `size` get where `asked` are asked for, 0 for one bucket: so many that
-    there are not more than `most` buckets, and so few that each owner's part of one fits into a message."""
+    """The elements of a bucket of a vector of `size`, where `asked` are asked for, 0 for one bucket: so many that there
+    are at most `most` buckets, and so few that each owner's slice fits into a message."""
     return max(min(asked or size, MESSAGE * owners), -(-size // (most - 1)))
 
 
 def cut(ranges: Sequence[Range]) -> list[Range]:
-    """The same ranges, in parts of which each fits into a message."""
+    """Cut ranges into parts that each fit into a message."""
     return [(a, min(a + MESSAGE, stop)) for start, stop in ranges for a in range(start, stop, MESSAGE)]
 
 
 def owned(blocks: Sequence[Block], owners: int) -> list[Sequence[Block]]:
-    """Give each owner a contiguous run of blocks, of nearly equal length; some may get none."""
+    """The run of blocks that each owner gets: one after another, of nearly equal length; some may be empty."""
     starts = [block.start for block in blocks]
     first, stop = bounds(blocks)
     cuts = [bisect_left(starts, first + (stop - first) * owner / owners) for owner in range(owners)] + [len(blocks)]
@@ -75,7 +61,7 @@ def bounds(run: Sequence[Block]) -> tuple[int, int]:
 
 
 def place(ranges: Sequence[Range], start: int, stop: int) -> slice:
-    """Where vector[start:stop], part of one of these ranges, lies in a vector of them alone, one after another."""
+    """Where vector[start:stop], part of one of these ranges, lies in a vector that holds only these."""
     before = 0
     for first, last in ranges:
         if first <= start < last:

@@ -1,4 +1,4 @@
-"""A stage: runs a schedule's actions on its layers and exchanges messages with its neighbours."""
+"""A stage: does the passes of a schedule with its layers, and exchanges messages with its neighbours."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Objective = Callable[[Array, NDArray[np.generic], bool], tuple[list[float], Arra
 
 
 class Batch(Protocol):
-    """Rows that pass a stage at once (mpiml.data.dataset.Batch)."""
+    """A micro-batch, or a chunk of an evaluation, as a stage uses it (mpiml.data.dataset.Batch)."""
 
     index: int
     rows: int
@@ -32,18 +32,18 @@ class Batch(Protocol):
 
 
 @dataclass
-class Part:
-    """What a stage computes; it is all that a stage knows of a model.
+class Computation:
+    """The computation of a stage: all that a Stage knows of a model.
 
     Attributes:
-        forward: (x, at) -> (y, backward), where backward gives the gradient by x if that is `learned`.
-        at: (training, step, micro-batch) -> what forward takes as `at`.
-        objective: (y, labels, measured) -> (the micro-batch's row of sums for the step record, without the metric's
-            unless it is to be measured; gradient by y).
-        x_shape, y_shape: of a row that comes in and of one that goes out.
-        learns: whether this stage has parameters, or one before it: whether it needs a gradient.
-        learned: whether a stage before it has parameters, and so needs a gradient from this one.
-        gradients: what backward writes into, by micro-batch of this replica; empty where nothing is trained.
+        forward: (x, at) -> (y, backward); backward returns the gradient with respect to x if `learned`.
+        at: (training, step, micro-batch) -> forward's argument `at`.
+        objective: (y, labels, measured) -> (the micro-batch's row of sums for the step record, with those of the metric
+            if `measured`; the gradient with respect to y).
+        x_shape, y_shape: of one row of input and of output.
+        learns: whether this stage or one before it has parameters: then it needs a gradient.
+        learned: whether a stage before it has parameters: then it passes a gradient back.
+        gradients: for each micro-batch of this replica, where backward writes; empty where nothing is trained.
     """
 
     forward: Callable[[Array, Any], tuple[Array, Backward]]
@@ -62,20 +62,20 @@ class Stage:
 
     Args:
         comm: the stages of this replica; rank is the stage.
-        part: what it computes.
-        clock: is told what the stage does.
+        computation: of this stage.
+        clock: of this rank; the stage tells it what it is doing.
     """
 
-    def __init__(self, comm: MPI.Intracomm, part: Part, clock: Clock):
-        self.comm, self.part, self.clock = comm, part, clock
+    def __init__(self, comm: MPI.Intracomm, computation: Computation, clock: Clock):
+        self.comm, self.computation, self.clock = comm, computation, clock
         self.stage, self.stages = comm.rank, comm.size
         self.first, self.last = self.stage == 0, self.stage == self.stages - 1
         self._sent: list[MPI.Request] = []
 
     def evaluate(self, batches: Iterable[tuple[Batch, NDArray[np.float64]]]) -> None:
-        """Forward passes alone, each batch with the row for its sums, which the last stage fills in."""
+        """Forward passes only: of batches, each with the row into which the last stage writes the batch's sums."""
         for batch, row in batches:
-            y, _ = self.part.forward(self._input(batch), self.part.at(False, 0, batch.index))
+            y, _ = self.computation.forward(self._input(batch), self.computation.at(False, 0, batch.index))
             self._output(batch, y, row, measured=True)
         self._finish_sends()
 
@@ -85,12 +85,13 @@ class Stage:
             x = batch.x()
             self.clock("compute")
         else:
-            x = self._receive(self.stage - 1, (batch.rows, *self.part.x_shape))
+            x = self._receive(self.stage - 1, (batch.rows, *self.computation.x_shape))
         self.clock.mark("forward", batch.index)
         return x
 
     def _output(self, batch: Batch, y: Array, row: NDArray[np.float64], measured: bool) -> Array | None:
-        """Pass y on, or score it: then its sums go into `row`, and the gradient by y is returned."""
+        """Send y to the next stage. The last stage scores it instead: it writes the sums into `row` and returns the
+        gradient with respect to y."""
         if not self.last:
             self._send(self.stage + 1, y, batch)
             return None
@@ -98,14 +99,15 @@ class Stage:
         labels = batch.y()
         self.clock("compute")
         self.clock.mark("loss", batch.index)
-        sums, dy = self.part.objective(y, labels, measured)
+        sums, dy = self.computation.objective(y, labels, measured)
         row[: len(sums)] = sums
         return dy
 
     def _receive(self, source: int, shape: tuple[int, ...]) -> Array:
-        """A message into a fresh array: backward passes still read the arrays of earlier messages."""
+        """Receive into a fresh array, because backward passes still read the arrays of earlier messages. Raises
+        ValueError if the message has another size."""
         self.clock("waiting")
-        array, status = np.empty(shape, self.part.dtype), MPI.Status()
+        array, status = np.empty(shape, self.computation.dtype), MPI.Status()
         request = self.comm.Irecv(array, source)
         until(lambda: request.Test(status))
         self.clock("compute")
@@ -115,7 +117,7 @@ class Stage:
         return array
 
     def _send(self, target: int, array: Array, batch: Batch) -> None:
-        """Never blocks. The request keeps the array alive, so finished ones are dropped at every send."""
+        """Send without blocking. A request keeps its array alive, so each send drops the requests that are complete."""
         self.clock.mark("send", batch.index)
         self._sent = [request for request in self._sent if not request.Test()]
         self._sent.append(self.comm.Isend(np.ascontiguousarray(array), target))
@@ -131,43 +133,45 @@ class TrainingStage(Stage):
     """A stage that also learns.
 
     Args:
-        sum_: the gradient sum that the backward passes feed.
-        schedule: of training.
+        sum_: of the gradients that the backward passes write.
+        schedule: the order of forward and backward passes.
     """
 
-    def __init__(self, comm: MPI.Intracomm, part: Part, sum_: GradientSum, schedule: Schedule, clock: Clock):
-        super().__init__(comm, part, clock)
+    def __init__(
+        self, comm: MPI.Intracomm, computation: Computation, sum_: GradientSum, schedule: Schedule, clock: Clock
+    ):
+        super().__init__(comm, computation, clock)
         self.sum, self.schedule = sum_, schedule
 
     def train(self, step: int, batches: Sequence[Batch], record: NDArray[np.float64], measured: bool) -> None:
-        """Forward and backward of this replica's micro-batches of a step.
+        """Forward and backward passes of this replica's micro-batches of a step.
 
-        Gradients go into the gradient sum's slots; on the last stage the sums of micro-batch m go into record[m],
-        those of the metric only if it is to be measured.
+        Gradients go into the slots of the gradient sum. The last stage writes the sums of micro-batch m into record[m],
+        with those of the metric if `measured`.
         """
         in_flight: dict[int, tuple[Backward, Array | None]] = {}
         for kind, index in self.schedule(self.stages, self.stage, len(batches)):
             batch = batches[index]
             if kind == "F" and batch.rows:
-                y, backward = self.part.forward(self._input(batch), self.part.at(True, step, batch.index))
+                y, backward = self.computation.forward(self._input(batch), self.computation.at(True, step, batch.index))
                 in_flight[index] = backward, self._output(batch, y, record[batch.index], measured)
             elif kind == "B":
                 self._backward(batch, index, *in_flight.pop(index, (None, None)))
         self._finish_sends()
 
     def _backward(self, batch: Batch, index: int, backward: Backward | None, dy: Array | None) -> None:
-        if self.part.learns:
-            gradients = self.part.gradients[index]
+        if self.computation.learns:
+            gradients = self.computation.gradients[index]
             if backward is None:
                 self.sum.slots[self.sum.plan.slots[index]].fill(0)
             else:
                 if dy is None:
-                    dy = self._receive(self.stage + 1, (batch.rows, *self.part.y_shape))
+                    dy = self._receive(self.stage + 1, (batch.rows, *self.computation.y_shape))
                 self.clock.mark("backward", batch.index)
                 gradients.begin()
                 dx = backward(dy, gradients)
-                if self.part.learned:
-                    assert dx is not None, "a part that is learned gives a gradient"
+                if self.computation.learned:
+                    assert dx is not None, "no gradient for the stages before, which learn"
                     self._send(self.stage - 1, dx, batch)
         self.clock.mark("accumulate", batch.index)
         self.sum.accumulate(index)

@@ -1,15 +1,14 @@
-"""The vectors of the whole model, gathered on rank 0 from those who hold their parts, and handed back."""
+"""The vectors of the whole model: collected on rank 0 from the ranks that hold their parts, and distributed again."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from mpi4py import MPI
 
-from mpiml.clock import Clock
 from mpiml.parallel.grid import Grid
 from mpiml.parallel.slices import Range, cut, place
+from mpiml.parallel.values import Values
 from mpiml.team import allgather, wait
 from mpiml.vectors import Vector
 
@@ -18,53 +17,51 @@ VALUES = "values"
 
 @dataclass(frozen=True)
 class _Holding:
-    """What a rank holds of its stage's vectors, in parts that fit into a message; `counts` if it is to be gathered from
-    this rank."""
+    """The parts of its stage's vectors that a rank holds.
+
+    Attributes:
+        size: of such a vector.
+        ranges: (start, stop) of parts that each fit into a message.
+        collected: whether they are collected from this rank: where all replicas hold everything, only from the first.
+    """
 
     stage: int
     size: int
     ranges: list[Range]
-    counts: bool
+    collected: bool
 
     def parts(self, vector: Vector) -> list[Vector]:
         """The parts of the stage's vector that the rank holds."""
         return [vector[start:stop] for start, stop in self.ranges]
 
 
-class Holder(Protocol):
-    """What is asked of whoever holds a stage's values: `values`, `held`, `holders` and `publish` of a gradient sum."""
-
-    values: Vector
-    held: list[Range]
-    holders: list[tuple[int, int, int]]
-
-    def publish(self) -> None: ...
-
-
 class State:
     """Values and optimizer state of all stages; collective to make and to use.
 
     Args:
-        states: the optimizer's state vectors of this rank, over the parts that its gradient sum holds.
-        clock: of this rank: whoever waits for the others is joining them.
+        values: of this rank's stage.
+        states: the optimizer's state vectors of this rank by name, for the parts that it holds of the values.
 
     Attributes:
-        mine: this rank's parts of all vectors, by name, each one message.
+        names: of all vectors.
+        parts: this rank's parts of all vectors, by name, each one message.
     """
 
-    def __init__(self, grid: Grid, sum_: Holder, states: Mapping[str, Vector], clock: Clock):
-        self.clock = clock
-        self.comm, self.stages, self.sum = grid.comm, grid.stages, sum_
-        self.dtype = sum_.values.dtype
-        counts = grid.replica in {holder for holder, _, _ in sum_.holders}
-        holding = _Holding(grid.stage, sum_.values.size, cut(sum_.held), counts)
-        self.mine = {VALUES: holding.parts(sum_.values)}
-        self.mine |= {name: [state[place(sum_.held, *of)] for of in holding.ranges] for name, state in states.items()}
+    def __init__(self, grid: Grid, values: Values, states: Mapping[str, Vector]):
+        self.comm, self.clock, self.stages, self.values = grid.comm, grid.team.clock, grid.stages, values
+        self.dtype = values.vector.dtype
+        collected = grid.replica in {holder for holder, _, _ in values.holders}
+        holding = _Holding(grid.stage, values.vector.size, cut(values.held), collected)
+        self.parts = {VALUES: holding.parts(values.vector)}
+        self.parts |= {
+            name: [state[place(values.held, *of)] for of in holding.ranges] for name, state in states.items()
+        }
+        self.names = tuple(self.parts)
         self.holdings: list[_Holding] = allgather(self.comm, holding)
 
     def collect(self, *names: str) -> list[dict[str, Vector]]:
         """Each stage's vectors of these names (default: all), on rank 0; empty dictionaries elsewhere."""
-        wanted = names or tuple(self.mine)
+        wanted = names or self.names
         whole: list[dict[str, Vector]] = [{} for _ in range(self.stages)]
         requests = []
         if self.comm.rank == 0:
@@ -72,33 +69,33 @@ class State:
                 for tag, name in enumerate(wanted):
                     if name not in whole[holding.stage]:
                         whole[holding.stage][name] = np.zeros(holding.size, self.dtype)
-                    parts = holding.parts(whole[holding.stage][name])
+                    targets = holding.parts(whole[holding.stage][name])
                     if rank == 0:
-                        for part, mine in zip(parts, self.mine[name], strict=True):
-                            part[...] = mine
-                    elif holding.counts:
-                        requests += [self.comm.Irecv(part, rank, tag) for part in parts]
-        elif self.holdings[self.comm.rank].counts:
-            requests = [self.comm.Isend(mine, 0, tag) for tag, name in enumerate(wanted) for mine in self.mine[name]]
+                        for target, part in zip(targets, self.parts[name], strict=True):
+                            target[...] = part
+                    elif holding.collected:
+                        requests += [self.comm.Irecv(target, rank, tag) for target in targets]
+        elif self.holdings[self.comm.rank].collected:
+            requests = [self.comm.Isend(part, 0, tag) for tag, name in enumerate(wanted) for part in self.parts[name]]
         with self.clock.doing("joining"):
             wait(requests)
         return whole
 
     def distribute(self, whole: Sequence[Mapping[str, Vector]], *names: str) -> None:
-        """The reverse: rank 0 gives every rank its part of these vectors (default: all) of `whole`."""
-        wanted = names or tuple(self.mine)
+        """The reverse: rank 0 gives every rank its parts of these vectors (default: all) of `whole`."""
+        wanted = names or self.names
         requests: list[MPI.Request] = []
         for tag, name in enumerate(wanted):
             if self.comm.rank:
-                requests += [self.comm.Irecv(mine, 0, tag) for mine in self.mine[name]]
+                requests += [self.comm.Irecv(part, 0, tag) for part in self.parts[name]]
                 continue
             for rank, holding in enumerate(self.holdings):
-                parts = holding.parts(whole[holding.stage][name])
+                sources = holding.parts(whole[holding.stage][name])
                 if rank == 0:
-                    for part, mine in zip(parts, self.mine[name], strict=True):
-                        mine[...] = part
+                    for source, part in zip(sources, self.parts[name], strict=True):
+                        part[...] = source
                 else:
-                    requests += [self.comm.Isend(part, rank, tag) for part in parts]
+                    requests += [self.comm.Isend(source, rank, tag) for source in sources]
         with self.clock.doing("joining"):
             wait(requests)
-            self.sum.publish()
+            self.values.publish()

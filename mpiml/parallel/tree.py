@@ -1,13 +1,13 @@
-"""The canonical order of the gradient sum, and how ranks share the work of it; no MPI.
+"""The canonical order of the gradient sum, and how the replicas of a stage share the work; no MPI.
 
 The sum over micro-batches 0..total-1 is a balanced binary tree: node (l, i) covers [i 2^l, (i+1) 2^l) clipped to
-`total`, and a missing right child passes the left one up. Whoever holds what, each addition of the tree is made
-with the same two operands, so the sum has the same bits on every layout.
+`total`, and a missing right child passes the left one up. Whichever ranks hold the operands, each addition has the
+same two, so the sum has the same bits on every layout.
 """
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from mpiml.partition import part
 
@@ -18,8 +18,8 @@ def shift_reduce(ranges: Iterable[Range], total: int) -> tuple[list[int], list[R
     """Plan the sum of contributions that cover `ranges` of micro-batches and come in this order.
 
     Returns:
-        How many times, after each contribution is put on a stack, the top is to be added into the one below it;
-        and the ranges that then stay on the stack: the maximal nodes of the canonical tree.
+        For each contribution, how many times the top of the stack is added into the one below it once the contribution
+        has been pushed; and the ranges that stay on the stack at the end: the maximal nodes of the canonical tree.
     """
     stack: list[Range] = []
     counts = []
@@ -41,7 +41,7 @@ def _is_node(left: Range, right: Range, total: int) -> bool:
 
 
 def slots(counts: Sequence[int]) -> list[int]:
-    """The stack's depth at which each contribution of a plan is put."""
+    """For each contribution of a plan, the place in the stack to which it is pushed, from 0 on."""
     depths, depth = [], 0
     for count in counts:
         depths.append(depth)
@@ -50,8 +50,8 @@ def slots(counts: Sequence[int]) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Source:
-    """A contribution to a sum: the partial sum number `partial` of local rank `rank`, or of another node `node`."""
+class Contribution:
+    """Partial sum number `partial`, of the micro-batches `covers`: of local rank `rank`, or of another node `node`."""
 
     covers: Range
     partial: int
@@ -61,85 +61,101 @@ class Source:
 
 @dataclass(frozen=True)
 class Message:
-    """A partial sum of this node, for the slice that replica `owner` owns; sources and counts as in shift_reduce."""
+    """Partial sum number `partial` of this node, which goes to the replica `owner` for its slice: how this node's
+    contributions make it, with counts as in shift_reduce."""
 
     owner: int
     partial: int
-    sources: list[Source]
+    contributions: list[Contribution]
     counts: list[int]
 
 
-@dataclass
-class Plan:
-    """What one replica does for the sum: nodes are groups of neighbouring replicas that share memory.
+@dataclass(frozen=True)
+class SumPlan:
+    """What one replica does for the sum.
 
     Attributes:
-        block: its micro-batches.
+        microbatches: its own.
         counts, slots: how it sums them (see shift_reduce), in `depth` vectors.
-        sources, root_counts: what it adds up for the slice that it owns, in order.
-        messages: what it sends, for slices owned on other nodes; `lanes` to whom it sends its own slice's values,
-            `owners` from whom it receives values.
+        contributions, root_counts: what it adds up for the slice that it owns, in this order.
+        messages: the partial sums that it sends to the owners of other slices.
     """
 
-    block: Range
+    microbatches: Range
     depth: int
     counts: list[int]
     slots: list[int]
-    sources: list[Source]
+    contributions: list[Contribution]
     root_counts: list[int]
-    messages: list[Message] = field(default_factory=list)
-    lanes: list[int] = field(default_factory=list)
-    owners: list[int] = field(default_factory=list)
+    messages: list[Message]
 
 
-def plan(replica: int, nodes: Sequence[int], total: int) -> Plan:
+def sum_plan(replica: int, nodes: Sequence[int], total: int) -> SumPlan:
     """The plan of one replica.
 
     Args:
-        replica: which.
-        nodes: the number of replicas on each node, in replica order.
+        nodes: the number of replicas on each node, in replica order; those of a node share memory.
         total: the number of micro-batches of a step.
     """
     *firsts, replicas = itertools.accumulate(nodes, initial=0)
-    home = max(node for node, first in enumerate(firsts) if first <= replica)
-    local = replica - firsts[home]
+    home, _ = _home(replica, nodes)
 
-    def ranks(node: int) -> list[Source]:
+    def of_ranks(node: int) -> list[Contribution]:
         return [
-            Source(covers, partial, rank=rank)
+            Contribution(covers, partial, rank=rank)
             for rank in range(nodes[node])
             for partial, covers in enumerate(partials(firsts[node] + rank, replicas, total))
         ]
 
-    def node_partials(node: int) -> list[Source]:
-        left = shift_reduce([source.covers for source in ranks(node)], total)[1]
-        return [Source(covers, partial, node=node) for partial, covers in enumerate(left)]
+    def of_node(node: int) -> list[Contribution]:
+        left = _reduce(of_ranks(node), total)[1]
+        return [Contribution(covers, partial, node=node) for partial, covers in enumerate(left)]
 
-    sources = [s for node in range(len(nodes)) for s in (ranks(node) if node == home else node_partials(node))]
-    root_counts, root = shift_reduce([source.covers for source in sources], total)
+    contributions = [c for node in range(len(nodes)) for c in (of_ranks(node) if node == home else of_node(node))]
+    root_counts, root = _reduce(contributions, total)
     assert root == [(0, total)], f"the plan sums {root} instead of all {total} micro-batches"
 
-    block = part(replica, replicas, total)
-    counts = shift_reduce(_singles(block), total)[0]
-    result = Plan(block, depth(replica, replicas, total), counts, slots(counts), sources, root_counts)
-    here = ranks(home)
-    contents = []
-    for partial in node_partials(home):
-        low, high = partial.covers
-        inside = [source for source in here if low <= source.covers[0] and source.covers[1] <= high]
-        contents.append((partial.partial, inside, shift_reduce([source.covers for source in inside], total)[0]))
-    elsewhere = (owner for owner in range(replicas) if not firsts[home] <= owner < firsts[home] + nodes[home])
-    for owner in elsewhere:
-        if owner % nodes[home] == local:
-            result.owners.append(owner)
-            result.messages += [Message(owner, *content) for content in contents]
-    result.lanes = [speaker for node, speaker in enumerate(lanes(replica, nodes)) if node != home]
-    return result
+    local, contents = of_ranks(home), []
+    for sent in of_node(home):
+        low, high = sent.covers
+        inside = [c for c in local if low <= c.covers[0] and c.covers[1] <= high]
+        contents.append((sent.partial, inside, _reduce(inside, total)[0]))
+    microbatches = part(replica, replicas, total)
+    counts = shift_reduce(_singles(microbatches), total)[0]
+    return SumPlan(
+        microbatches=microbatches,
+        depth=depth(replica, replicas, total),
+        counts=counts,
+        slots=slots(counts),
+        contributions=contributions,
+        root_counts=root_counts,
+        messages=[Message(owner, *content) for owner in links(replica, nodes)[1] for content in contents],
+    )
 
 
-def lanes(owner: int, nodes: Sequence[int]) -> list[int]:
-    """The replica on each node that speaks with `owner`: slice modulo local ranks, so that all links are used."""
+def partners(owner: int, nodes: Sequence[int]) -> list[int]:
+    """On each node, the replica that exchanges messages about the slice of `owner`: for neighbouring owners different
+    ones, so that all replicas of a node share its traffic."""
     return [first + owner % size for first, size in zip(itertools.accumulate(nodes, initial=0), nodes, strict=False)]
+
+
+def links(replica: int, nodes: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The replicas of other nodes with which a replica exchanges messages.
+
+    Returns:
+        Its partners, for its own slice; and the owners whose partner it is, for theirs.
+    """
+    home, first = _home(replica, nodes)
+    local = range(first, first + nodes[home])
+    others = [partner for node, partner in enumerate(partners(replica, nodes)) if node != home]
+    owners = range(replica - first, sum(nodes), nodes[home])
+    return others, [owner for owner in owners if owner not in local]
+
+
+def _home(replica: int, nodes: Sequence[int]) -> tuple[int, int]:
+    """The node of a replica, and that node's first replica."""
+    *firsts, _ = itertools.accumulate(nodes, initial=0)
+    return max((node, first) for node, first in enumerate(firsts) if first <= replica)
 
 
 def depth(replica: int, replicas: int, total: int) -> int:
@@ -148,12 +164,16 @@ def depth(replica: int, replicas: int, total: int) -> int:
 
 
 def partials(replica: int, replicas: int, total: int) -> list[Range]:
-    """What remains of a replica's own micro-batches after it has added up what it can alone."""
+    """The partial sums of a replica: what its own micro-batches are once it has added up all that it can alone."""
     return shift_reduce(_singles(part(replica, replicas, total)), total)[1]
 
 
-def _singles(block: Range) -> list[Range]:
-    return [(m, m + 1) for m in range(*block)]
+def _singles(microbatches: Range) -> list[Range]:
+    return [(m, m + 1) for m in range(*microbatches)]
+
+
+def _reduce(contributions: Iterable[Contribution], total: int) -> tuple[list[int], list[Range]]:
+    return shift_reduce([contribution.covers for contribution in contributions], total)
 
 
 def aligned(replicas: int, total: int) -> bool:

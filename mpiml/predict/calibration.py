@@ -90,8 +90,8 @@ class Pieces:
     def step(self, rows: int) -> Seconds:
         """Measures inputs, each layer forward, the loss, each layer backward, and sum and update, in this order: of
         `rows` random rows. One after the other as in training, for each finds in cache what the others leave there."""
-        part, split, dtype = self.run.stage.part, self.run.data.shards.split, self.run.config.dtype
-        gradients, transform = part.gradients[0], self.run.data.shards.batches(1)[0].transform
+        computation, split, dtype = self.run.stage.computation, self.run.data.shards.split, self.run.config.dtype
+        gradients, transform = computation.gradients[0], self.run.data.shards.batches(1)[0].transform
 
         def parts() -> list[float]:
             chosen = self._random.integers(0, len(split), rows)
@@ -104,7 +104,7 @@ class Pieces:
                 x = np.ascontiguousarray(y, x.dtype)
                 backwards.append(backward)
                 marks.append(time.perf_counter())
-            dy: Array | None = part.objective(x, batch.y(), False)[1]
+            dy: Array | None = computation.objective(x, batch.y(), False)[1]
             marks.append(time.perf_counter())
             for backward in reversed(backwards):
                 dx = backward(dy, gradients) if dy is not None else None
@@ -184,7 +184,7 @@ class Calibration:
         curves = [measure(own.step(rows)) for rows in self.rows]
         parts = in_parts(curves, len(self.layers))
         add = measure(timed(own.add))[0]
-        size = max(run.stage.sum.values.size, 1)
+        size = max(run.stage.sum.values.vector.size, 1)
         run.free()
         step, microbatch, fixed = self._overhead(comm, measure)
         return Pace(

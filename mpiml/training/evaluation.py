@@ -59,7 +59,7 @@ class Evaluation:
         """
         with clock.booked("evaluation"):
             sums = Sums(self.grid, 2 + metric.columns)
-            rounds = Rounds(self.grid.comm, clock, self.grid.stages, stop) if stop else None
+            rounds = Rounds(self.grid.team, self.grid.stages, stop) if stop else None
             stage.evaluate(self._chunks(sums, rounds))
             if rounds and not rounds.finish():
                 return None

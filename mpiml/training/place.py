@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from mpi4py import MPI
 from numpy.typing import NDArray
 
 from mpiml.config import Config
@@ -18,8 +19,9 @@ from mpiml.parallel.gradient_sum import GradientSum, LibrarySum, OrderedSum
 from mpiml.parallel.grid import Grid
 from mpiml.parallel.memory import PrivateMemory, SharedMemory, share
 from mpiml.parallel.record import Agreement, Record, agree
-from mpiml.parallel.stage import Part
+from mpiml.parallel.stage import Computation
 from mpiml.parallel.tree import depth
+from mpiml.parallel.values import Values
 from mpiml.training.model import Model, build_loss, build_metric, constants, described, model_for, objective
 from mpiml.training.resolve import Resolved
 from mpiml.training.stages import StageDesign, cut
@@ -46,7 +48,7 @@ class BuiltModel:
     constants: str
 
 
-def build_stage(config: Config, task: Task, grid: Grid, model: Model | None) -> tuple[BuiltModel, Part]:
+def build_stage(config: Config, task: Task, grid: Grid, model: Model | None) -> tuple[BuiltModel, Computation]:
     """The model, cut into stages, and what this rank's stage computes; collective.
 
     Raises, on all ranks alike, ConfigError for a model, a loss or a metric that does not fit.
@@ -62,7 +64,7 @@ def build_stage(config: Config, task: Task, grid: Grid, model: Model | None) -> 
         loss, metric, layers, stages, text = team.together(build)
         team.check_alike(text, ONE_MODEL)
     stage = stages[grid.stage]
-    computation = Part(
+    computation = Computation(
         forward=functools.partial(nn.forward, stage.layers, learned=stage.learned),
         at=lambda training, step, m: nn.At(training, config.seed, step, m),
         objective=objective(loss, metric),
@@ -76,31 +78,37 @@ def build_stage(config: Config, task: Task, grid: Grid, model: Model | None) -> 
 
 
 def place(config: Resolved, grid: Grid, layout: Layout, columns: int) -> tuple[GradientSum, Agree, list[str]]:
-    """The stage's gradient sum and the agreement on the step record, in the memory that `config` asks for.
+    """Make the gradient sum of a stage with its values, and the agreement on the step record, in the memory that
+    `config` asks for; collective.
 
-    Collective. `columns` are those of the record's table. Also returns what there is to say.
+    Args:
+        columns: of the record's table, with those of the metric.
+
+    Returns:
+        The sum, the agreement, and notes to print.
     """
     microbatches = config.microbatches
-    sum_arguments = (microbatches, layout.size, layout.blocks(), layout.dtype)
+    flat = (layout.size, layout.blocks(), layout.dtype)
     private = functools.partial(agree, grid.comm)
     if config.allreduce == "mpi":
-        return LibrarySum(grid.data, PrivateMemory(), [1] * grid.replicas, *sum_arguments), private, []
+        copy = Values(MPI.COMM_SELF, PrivateMemory(), *flat)
+        return LibrarySum(grid.data, copy, microbatches), private, []
     slots = depth(grid.replica, grid.replicas, microbatches)
     vector_bytes = bytes_of(layout.size, layout.dtype)
     memory, problem = share(grid.comm, grid.local, slots * vector_bytes, vector_bytes, config.memory)
-    board_bytes = Agreement.bytes_needed(grid.node.size, microbatches, columns)
-    board, also = share(grid.comm, grid.node, 0, board_bytes, "private" if problem else config.memory)
-    notes = [f"warning: {text}" for text in (problem, also) if text]
-    nodes = [1] * grid.replicas if isinstance(memory, PrivateMemory) else grid.nodes
+    table_bytes = Agreement.bytes_needed(grid.node.size, microbatches, columns)
+    of_node, another = share(grid.comm, grid.node, 0, table_bytes, "private" if problem else config.memory)
+    notes = [f"warning: {text}" for text in (problem, another) if text]
     bucket = math.ceil(config.bucket * 2**20 / layout.dtype.itemsize)
-    sum_ = OrderedSum(grid.data, memory, nodes, *sum_arguments, bucket, grid.team.clock)
-    if isinstance(board, SharedMemory):
-        return sum_, Agreement(grid, board, microbatches, columns), notes
+    sum_ = OrderedSum(Values(grid.data, memory, *flat, bucket), microbatches, grid.team.clock)
+    if isinstance(of_node, SharedMemory):
+        return sum_, Agreement(grid, of_node, microbatches, columns), notes
     return sum_, private, notes
 
 
 def gradients(layout: Layout, sum_: GradientSum) -> list[Gradients]:
-    """For each of this replica's micro-batches what its backward pass writes into; the sum watches the last."""
+    """For each micro-batch of this replica, where its backward pass writes. The last pass also reports its progress to
+    the sum, which then sends what is complete."""
     of_slot = [Gradients(layout, slot) for slot in sum_.slots]
     *slots, last = sum_.plan.slots
     return [*(of_slot[slot] for slot in slots), Gradients(layout, sum_.slots[last], sum_.complete)]

@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from mpiml.errors import ConfigError
 from mpiml.nn.parameters import Shape
-from mpiml.parallel.stage import Part
+from mpiml.parallel.stage import Computation
 from mpiml.partition import part
 from mpiml.run.directory import Parts, replacing
 from mpiml.team import wait
@@ -40,7 +40,7 @@ class Predictions:
         task: what the model is for. If loss and metric are a user's own, outputs may be anything, and stay as they are.
     """
 
-    def __init__(self, here: Part, task: Task):
+    def __init__(self, here: Computation, task: Task):
         self._classes = task.classification and here.y_shape == task.final
         values = task.labels if here.y_shape == task.final else here.y_shape
         self.shape: Shape = task.labels if self._classes else values

@@ -129,6 +129,7 @@ class Run:
     def free(self) -> None:
         """Give back what the MPI library holds for the run; collective."""
         self.stage.sum.free()
+        self.state.values.free()
         self.grid.free()
 
     def _table(self, entries: int, measured: bool = False) -> NDArray[np.float64]:
@@ -174,11 +175,12 @@ def assemble(
     team.on_rank_0(lambda: check(config, built.layouts))
     layout = built.layouts[grid.stage]
     sum_, agreement, notes = place(config, grid, layout, 2 + built.metric.columns)
-    layout.bind(sum_.values)
-    team.together(functools.partial(layout.initialise, sum_.values, config.seed, *sum_.worker))
+    values = sum_.values
+    layout.bind(values.vector)
+    team.together(functools.partial(layout.initialise, values.vector, config.seed, *values.worker))
     computation = dataclasses.replace(computation, gradients=gradients(layout, sum_))
     optimizer = optimizers.build(config.optimizer, config.momentum, config.weight_decay)
-    update = Update(grid.comm, grid.replica, sum_, optimizer, config.clip, rows.shards.rows_of, clock)
+    update = Update(team, grid.replica, sum_, optimizer, config.clip, rows.shards.rows_of)
     return Run(
         config=config,
         grid=grid,
@@ -186,7 +188,7 @@ def assemble(
         model=built,
         stage=TrainingStage(grid.pipe, computation, sum_, SCHEDULES[config.schedule], clock),
         update=update,
-        state=State(grid, sum_, update.states, clock),
+        state=State(grid, values, update.states),
         agree=agreement,
         rate=learning_rate(config.lr, config.warmup_steps, config.decay, config.decay_steps),
         notes=[*rows.notes, *notes, *warnings(config)],

@@ -66,7 +66,7 @@ class Store:
         self.run, self.directory, self.deadline = run, directory, deadline
         self.team, self.clock = run.grid.team, run.grid.team.clock
         self._saved = 0  # the step of the last checkpoint
-        size = sum(layout.size * layout.dtype.itemsize for layout in run.model.layouts) * len(run.state.mine)
+        size = sum(layout.size * layout.dtype.itemsize for layout in run.model.layouts) * len(run.state.names)
         deadline.expect(size)
 
     def restore(self) -> Restored:
@@ -103,7 +103,7 @@ class Store:
         if saved:
             if "init" in (cfg.given or ()):
                 start.notes.append(f"--init {cfg.init} is not read: it is for a run's first step")
-            return saved, tuple(self.run.state.mine), start
+            return saved, self.run.state.names, start
         if cfg.init:
             start.notes.append(f"first weights from {cfg.init}")
             return checkpoint.load(Path(cfg.init), moved=moved), (VALUES,), start
@@ -136,7 +136,7 @@ class Store:
                 self.clock("checkpoint")
                 lock.check(self.directory.path, self.directory.token)
                 sync_file(self.directory.metrics)
-                arrays = to_arrays(run.model.layouts, stages, *run.state.mine)
+                arrays = to_arrays(run.model.layouts, stages, *run.state.names)
                 if run.data.normalization:
                     arrays |= run.data.normalization.arrays()
                 saved = Checkpoint(step, run.config.to_toml(), arrays, run.model.task.to_json(), run.model.constants)

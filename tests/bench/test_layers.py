@@ -41,14 +41,14 @@ def test_both_sides_learn_the_same(model: str) -> None:
         return [in_torch(array, model, name).copy() for array, name in zip(found, parameters, strict=True)]
 
     with torch.no_grad():
-        for value, parameter in zip(mine(sum_.values), parameters.values(), strict=True):
+        for value, parameter in zip(mine(sum_.values.vector), parameters.values(), strict=True):
             parameter.copy_(torch.from_numpy(value))
     (batch,) = run.data.ahead.batches(1)
     rows = torch.from_numpy(np.array(batch.select()))
     ours.step()
     theirs.train(rows)
     weight = task.y[: task.rows].size
-    for name, value, slope in zip(parameters, mine(sum_.values), mine(sum_.slots[0]), strict=True):
+    for name, value, slope in zip(parameters, mine(sum_.values.vector), mine(sum_.slots[0]), strict=True):
         parameter = parameters[name]
         grad = parameter.grad.numpy()
         np.testing.assert_allclose(slope / weight, grad, rtol=1e-3, atol=1e-6, err_msg=name)

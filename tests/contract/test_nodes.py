@@ -36,7 +36,8 @@ from mpi4py import MPI
 from mpiml.clock import Clock
 from mpiml.parallel import grid
 from mpiml.team import Team
-nodes = grid.build(Team(MPI.COMM_WORLD, Clock()), 1).nodes
+local = grid.build(Team(MPI.COMM_WORLD, Clock()), 1).local
+nodes = [size for rank, size in MPI.COMM_WORLD.allgather((local.rank, local.size)) if rank == 0]
 names = MPI.COMM_WORLD.gather(MPI.Get_processor_name())
 if names:
     print(nodes, names)

@@ -18,8 +18,9 @@ from safetensors.numpy import load_file
 
 from mpiml.bench.__main__ import main as bench
 from mpiml.parallel.schedules import one_f_one_b
-from mpiml.parallel.simulator import draw, simulate
+from mpiml.parallel.simulator import simulate
 from tests.conftest import mpirun
+from tests.parallel.picture import draw
 
 pytestmark = pytest.mark.contract
 

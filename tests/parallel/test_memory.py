@@ -123,9 +123,9 @@ def test_a_python_without_memfd_create_shares_memory_too(monkeypatch: pytest.Mon
 @pytest.mark.mpi
 def test_another_file_under_the_same_name_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where ranks have process numbers of their own: what rank 0 calls /proc/PID/fd/N is another's data set."""
-    mine = tmp_path / "data"
-    mine.write_bytes(b"a data set")
-    everyones = [Path(path) for path in COMM.allgather(str(mine))]
+    own_file = tmp_path / "data"
+    own_file.write_bytes(b"a data set")
+    everyones = [Path(path) for path in COMM.allgather(str(own_file))]
 
     def misleading() -> tuple[int, str]:
         return os.memfd_create("mpiml"), str(everyones[-1])
@@ -140,7 +140,7 @@ def test_another_file_under_the_same_name_is_left_alone(tmp_path: Path, monkeypa
     assert isinstance(memory, PrivateMemory) == (COMM.size > 1)
     assert COMM.size == 1 or "cannot be shared" in str(problem)
     COMM.Barrier()
-    assert mine.read_bytes() == b"a data set"
+    assert own_file.read_bytes() == b"a data set"
 
 
 def test_a_file_that_a_killed_job_left_behind_goes_with_the_next(

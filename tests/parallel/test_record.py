@@ -20,8 +20,8 @@ WORLD = MPI.COMM_WORLD
 LAST = WORLD.size - 1
 
 
-def mine(table: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The rows of this rank; the others are zero."""
+def own_rows(table: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A table with the rows of this rank only; the others are zero."""
     held = np.zeros_like(table)
     rows = slice(*part(WORLD.rank, WORLD.size, len(table)))
     held[rows] = table[rows]
@@ -35,7 +35,7 @@ def test_rows_are_added_in_their_order(seed: int) -> None:
     random = np.random.default_rng(seed)
     column = random.permutation(np.tile([1e16, 1.0, -1e16, 1e-8, 1e300, -1e300], 4))
     table = np.stack([column, np.arange(24.0), random.permutation(column), np.full(24, 0.1)], axis=1)
-    record = agree(WORLD, mine(table))
+    record = agree(WORLD, own_rows(table))
     loss, weight, *metric = (functools.reduce(operator.add, column) for column in table.T.tolist())
     assert record == Record(loss, weight, metric)
     assert record.mean_loss == loss / 276
@@ -62,7 +62,7 @@ def test_all_ranks_at_once_are_still_a_yes() -> None:
 def test_the_first_bad_entry_is_named(bad: float) -> None:
     table = np.ones((20, 3))
     table[[7, 18], 0] = bad
-    assert agree(WORLD, mine(table)).bad_entry == 7
+    assert agree(WORLD, own_rows(table)).bad_entry == 7
 
 
 @pytest.mark.mpi
@@ -70,7 +70,7 @@ def test_the_first_bad_entry_is_named(bad: float) -> None:
 def test_a_sum_that_does_not_exist_is_not_finite(values: tuple[float, float]) -> None:
     table = np.zeros((16, 2))
     table[[3, 12], 0] = values
-    assert not math.isfinite(agree(WORLD, mine(table)).loss)
+    assert not math.isfinite(agree(WORLD, own_rows(table)).loss)
 
 
 @pytest.mark.mpi
@@ -83,8 +83,8 @@ def test_no_rows(entries: int) -> None:
 
 @pytest.mark.mpi
 def test_later_messages_do_not_mix() -> None:
-    found = [agree(WORLD, mine(np.full((16, 2), float(step)))).loss for step in range(20)]
-    assert found == [16.0 * step for step in range(20)]
+    losses = [agree(WORLD, own_rows(np.full((16, 2), float(step)))).loss for step in range(20)]
+    assert losses == [16.0 * step for step in range(20)]
 
 
 @pytest.mark.mpi
@@ -95,8 +95,8 @@ def test_steps_may_have_fewer_columns_than_the_most() -> None:
     agreement, random = Agreement(grid, memory, 16, columns), np.random.default_rng(0)
     for step in range(30):
         whole = random.standard_normal((16, columns)) * 10.0 ** random.integers(-8, 8, (16, columns))
-        expected = agree(WORLD, mine(whole))
+        expected = agree(WORLD, own_rows(whole))
         table = np.ascontiguousarray(whole[:, : (2, columns, 7)[step % 3]])
-        record = agreement(mine(table), False, step == 3)
+        record = agreement(own_rows(table), False, step == 3)
         assert record == Record(expected.loss, expected.weight, expected.metric[: table.shape[1] - 2], stop=step == 3)
     grid.free()

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 from mpiml.parallel.schedules import SCHEDULES, Action, gpipe, one_f_one_b
-from mpiml.parallel.simulator import Deadlock, draw, simulate
+from mpiml.parallel.simulator import Deadlock, simulate
+from tests.parallel.picture import draw
 
 F, B = 1.0, 2.0  # times of a forward and of a backward pass; unequal, so that mixing them up shows
 MOST_IN_FLIGHT = {
@@ -43,7 +44,7 @@ def test_schedule_is_as_good_as_theory(name: str, stages: int) -> None:
             check_order(actions, microbatches)
             assert peak(actions) == MOST_IN_FLIGHT[name](stages, stage, microbatches)
         simulation = simulate(schedule, stages, microbatches, F, B)
-        assert len(simulation.slots) == 2 * stages * microbatches
+        assert len(simulation.passes) == 2 * stages * microbatches
         assert simulation.makespan == (microbatches + stages - 1) * (F + B)
         assert simulation.in_flight == [MOST_IN_FLIGHT[name](stages, s, microbatches) for s in range(stages)]
         assert simulation.bubble() == pytest.approx((stages - 1) / (microbatches + stages - 1))
@@ -52,7 +53,7 @@ def test_schedule_is_as_good_as_theory(name: str, stages: int) -> None:
 def test_stages_and_messages_may_take_times_of_their_own() -> None:
     """Two stages, two micro-batches: by hand, F0 F1 [0] [1] on the first, F0 [0] F1 [1] on the second."""
     simulation = simulate(one_f_one_b, 2, 2, [1, 3], [2, 6], [10])
-    ends = [(slot.stage, str(slot.action), slot.end) for slot in simulation.slots]
+    ends = [(one.stage, str(one.action), one.end) for one in simulation.passes]
     assert [end for stage, _, end in ends if stage == 0] == [1, 2, 32, 41]
     assert [end for stage, _, end in ends if stage == 1] == [14, 20, 23, 29]
 
@@ -61,7 +62,7 @@ def test_stages_and_messages_may_take_times_of_their_own() -> None:
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_no_micro_batches(name: str, stages: int) -> None:
     simulation = simulate(SCHEDULES[name], stages, 0)
-    assert (simulation.slots, simulation.makespan, simulation.bubble()) == ([], 0.0, 0.0)
+    assert (simulation.passes, simulation.makespan, simulation.bubble()) == ([], 0.0, 0.0)
 
 
 def impatient(stages: int, stage: int, microbatches: int) -> Iterator[Action]:
@@ -96,9 +97,9 @@ def test_a_deadlock_needs_enough_micro_batches() -> None:
 
 def test_times_of_single_actions() -> None:
     simulation = simulate(one_f_one_b, 2, 1, F, B)
-    found = {(slot.stage, slot.action): (slot.begin, slot.end) for slot in simulation.slots}
+    times = {(one.stage, one.action): (one.begin, one.end) for one in simulation.passes}
     forward, backward = Action("F", 0), Action("B", 0)
-    assert found == {(0, forward): (0, 1), (1, forward): (1, 2), (1, backward): (2, 4), (0, backward): (4, 6)}
+    assert times == {(0, forward): (0, 1), (1, forward): (1, 2), (1, backward): (2, 4), (0, backward): (4, 6)}
 
 
 PICTURES = {

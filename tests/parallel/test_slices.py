@@ -98,8 +98,8 @@ def test_a_bucket_ends_as_soon_as_it_is_long_enough_and_without_a_size_never() -
 
 def test_places_in_a_vector_of_ranges_alone() -> None:
     ranges = [(100, 110), (40, 47), (0, 3)]
-    found = [place(ranges, *some) for some in [(100, 110), (104, 106), (40, 41), (46, 47), (0, 3)]]
-    assert found == [slice(0, 10), slice(4, 6), slice(10, 11), slice(16, 17), slice(17, 20)]
+    places = [place(ranges, *limits) for limits in [(100, 110), (104, 106), (40, 41), (46, 47), (0, 3)]]
+    assert places == [slice(0, 10), slice(4, 6), slice(10, 11), slice(16, 17), slice(17, 20)]
     with pytest.raises(ValueError, match="47 to 48"):
         place(ranges, 47, 48)
 
@@ -119,16 +119,16 @@ def test_no_blocks_at_all() -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_pieces_hold_each_block_once_and_fit_the_cache(seed: int, longest: int) -> None:
     blocks = random_blocks(seed, longest)
-    found = pieces(blocks)
+    joined = pieces(blocks)
     inside = [
         Block(piece.start + start, piece.start + stop, piece.decay, piece.momentum)
-        for piece in found
+        for piece in joined
         for start, stop in piece.blocks
     ]
     assert inside == blocks
-    for piece in found:
+    for piece in joined:
         assert piece.stop - piece.start <= PIECE
         assert (piece.blocks[0][0], piece.blocks[-1][1]) == (0, piece.stop - piece.start)
-    for left, right in itertools.pairwise(found):
+    for left, right in itertools.pairwise(joined):
         kinds = [(piece.decay, piece.momentum) for piece in (left, right)]
         assert kinds[0] != kinds[1] or left.start + PIECE < right.start + right.blocks[0][1], "could be joined"

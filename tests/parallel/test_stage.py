@@ -9,7 +9,7 @@ import pytest
 from mpi4py import MPI
 
 from mpiml.clock import Clock
-from mpiml.parallel.stage import Part, Stage
+from mpiml.parallel.stage import Computation, Stage
 
 pytestmark = pytest.mark.mpi
 WORLD = MPI.COMM_WORLD
@@ -34,7 +34,7 @@ def test_a_message_that_is_too_short_is_refused(columns: int) -> None:
         return
     pair = WORLD.Split(WORLD.rank // 2, WORLD.rank)
     if pair.size == 2:
-        part = Part(
+        computation = Computation(
             forward=lambda x, at: (x[:, :columns] if pair.rank == 0 else x, lambda dy, grads: None),
             at=lambda *place: None,
             objective=lambda y, labels, measured: ([float(y.sum()), 3.0], y),
@@ -47,8 +47,8 @@ def test_a_message_that_is_too_short_is_refused(columns: int) -> None:
         record = np.zeros((1, 2))
         if pair.rank == 1 and columns < 4:
             with pytest.raises(ValueError, match=rf"stage 0 sent {3 * columns} values, but 12 are needed"):
-                Stage(pair, part, Clock()).evaluate([(Rows(), record[0])])
+                Stage(pair, computation, Clock()).evaluate([(Rows(), record[0])])
         else:
-            Stage(pair, part, Clock()).evaluate([(Rows(), record[0])])
+            Stage(pair, computation, Clock()).evaluate([(Rows(), record[0])])
             assert record.tolist() == [[12.0, 3.0] if pair.rank == 1 else [0.0, 0.0]]
     pair.Free()

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mpiml.parallel.tree import Plan, aligned, lanes, partials, plan, shift_reduce, slots
+from mpiml.parallel.tree import SumPlan, aligned, links, partials, partners, shift_reduce, slots, sum_plan
 from mpiml.partition import part
 
 LAYOUTS = [
@@ -86,10 +86,10 @@ def reduce(parts: list[str], counts: list[int]) -> str:
     return result
 
 
-def own_sums(own: Plan) -> list[str]:
+def own_sums(own: SumPlan) -> list[str]:
     """What lies in a replica's slots after its last micro-batch; a slot in use is never written to."""
     held: list[str] = []
-    for index, m in enumerate(range(*own.block)):
+    for index, m in enumerate(range(*own.microbatches)):
         assert own.slots[index] == len(held)
         held.append(str(m))
         for _ in range(own.counts[index]):
@@ -98,7 +98,7 @@ def own_sums(own: Plan) -> list[str]:
     return held
 
 
-def send_all(plans: list[Plan], held: list[list[str]], firsts: list[int]) -> dict[tuple[int, int, int], str]:
+def send_all(plans: list[SumPlan], held: list[list[str]], firsts: list[int]) -> dict[tuple[int, int, int], str]:
     """All partial sums on their way, by (sender, receiver, partial)."""
     sent = {}
     for sender, own in enumerate(plans):
@@ -106,23 +106,23 @@ def send_all(plans: list[Plan], held: list[list[str]], firsts: list[int]) -> dic
         for message in own.messages:
             address = sender, message.owner, message.partial
             assert address not in sent
-            sent[address] = reduce([held[first + s.rank][s.partial] for s in message.sources], message.counts)
+            sent[address] = reduce([held[first + c.rank][c.partial] for c in message.contributions], message.counts)
     return sent
 
 
 def simulate(nodes: list[int], total: int) -> None:
     replicas, firsts = sum(nodes), [sum(nodes[:node]) for node in range(len(nodes))]
-    plans = [plan(replica, nodes, total) for replica in range(replicas)]
+    plans = [sum_plan(replica, nodes, total) for replica in range(replicas)]
     held = [own_sums(own) for own in plans]
     sent = send_all(plans, held, firsts)
     for owner, own in enumerate(plans):
         first = max(f for f in firsts if f <= owner)
         parts = []
-        for source in own.sources:
-            if source.node is None:
-                parts.append(held[first + source.rank][source.partial])
+        for one in own.contributions:
+            if one.node is None:
+                parts.append(held[first + one.rank][one.partial])
             else:
-                parts.append(sent.pop((lanes(owner, nodes)[source.node], owner, source.partial)))
+                parts.append(sent.pop((partners(owner, nodes)[one.node], owner, one.partial)))
         assert reduce(parts, own.root_counts) == expression(0, root_size(total), total)
     assert not sent, "messages that nobody expects"
 
@@ -146,23 +146,22 @@ def test_replicas_and_nodes_without_micro_batches(nodes: list[int], total: int) 
 
 @pytest.mark.parametrize("nodes", LAYOUTS, ids=str)
 def test_values_reach_every_other_node_once(nodes: list[int]) -> None:
-    """By the replica that also sends the node's partial sums: lanes and owners are two views of the same links."""
+    """Partners and owners are two views of the same links."""
     replicas = range(sum(nodes))
-    plans = [plan(replica, nodes, 24) for replica in replicas]
-    given = [(owner, taker) for owner in replicas for taker in plans[owner].lanes]
-    taken = [(owner, taker) for taker in replicas for owner in plans[taker].owners]
+    given = [(owner, taker) for owner in replicas for taker in links(owner, nodes)[0]]
+    taken = [(owner, taker) for taker in replicas for owner in links(taker, nodes)[1]]
     assert sorted(given) == sorted(taken)
     assert len(set(given)) == len(given) == sum(nodes) * (len(nodes) - 1)
     home = [node for node, count in enumerate(nodes) for _ in range(count)]
     for owner in replicas:
-        assert [home[taker] for taker in plans[owner].lanes] == [n for n in range(len(nodes)) if n != home[owner]]
+        assert [home[taker] for taker in links(owner, nodes)[0]] == [n for n in range(len(nodes)) if n != home[owner]]
 
 
 @pytest.mark.parametrize("nodes", [[3, 2], [4, 4], [5, 1, 2]], ids=str)
-def test_lanes_share_out_the_links(nodes: list[int]) -> None:
+def test_partners_share_the_links(nodes: list[int]) -> None:
     for node, count in enumerate(nodes):
-        speakers = [lanes(owner, nodes)[node] - sum(nodes[:node]) for owner in range(sum(nodes))]
-        loads = [speakers.count(local) for local in range(count)]
+        numbers = [partners(owner, nodes)[node] - sum(nodes[:node]) for owner in range(sum(nodes))]
+        loads = [numbers.count(local) for local in range(count)]
         assert max(loads) - min(loads) <= 1
 
 

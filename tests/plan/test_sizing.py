@@ -19,8 +19,8 @@ from mpiml.errors import ConfigError, DataError
 from mpiml.nn.layers import Conv2d, Flatten, Layer, LayerNorm, Linear, ReLU
 from mpiml.parallel import grid as grids
 from mpiml.parallel import slices, tree
-from mpiml.parallel.exchange import tags
 from mpiml.parallel.memory import SharedMemory
+from mpiml.parallel.values import TAGS
 from mpiml.plan import activations, costs
 from mpiml.plan.sizing import plan, screen
 from mpiml.team import Team
@@ -116,12 +116,13 @@ def test_messages_are_those_of_the_tree(ranks: int, node_ranks: int, microbatche
     sizes = found.slices
     assert sizes.sum() == bytes_of(made.stages[0].layout.size, "float32") - padding(made)
     for replica in range(ranks):
-        own = tree.plan(replica, nodes, microbatches)
+        own = tree.sum_plan(replica, nodes, microbatches)
         assert found.gradients_out[replica] == sum(sizes[message.owner] for message in own.messages)
-        assert found.packed[replica] == sum(sizes[m.owner] for m in own.messages if len(m.sources) > 1)
-        assert found.gradients_in[replica] == sizes[replica] * sum(s.node is not None for s in own.sources)
-        assert found.values_out[replica] == sizes[replica] * len(own.lanes)
-        assert found.values_in[replica] == sum(sizes[owner] for owner in own.owners)
+        assert found.packed[replica] == sum(sizes[m.owner] for m in own.messages if len(m.contributions) > 1)
+        assert found.gradients_in[replica] == sizes[replica] * sum(c.node is not None for c in own.contributions)
+        partners, owners = tree.links(replica, nodes)
+        assert found.values_out[replica] == sizes[replica] * len(partners)
+        assert found.values_in[replica] == sum(sizes[owner] for owner in owners)
     homes = made.homes(0)
     for node in set(homes):
         mine = homes == node
@@ -169,14 +170,13 @@ class Recording(MPI.Intracomm):
         return made
 
     notes: list[tuple[str, int, int]]
-    tags = 1  # of a bucket
 
     def Send_init(self, buf: Any, dest: int, tag: int = 0) -> MPI.Prequest:
-        self.notes.append(("values out" if tag % self.tags == 0 else "gradients out", dest, buf.nbytes))
+        self.notes.append(("values out" if tag % TAGS == 0 else "gradients out", dest, buf.nbytes))
         return super().Send_init(buf, dest, tag)
 
     def Recv_init(self, buf: Any, source: int = -1, tag: int = -1) -> MPI.Prequest:
-        self.notes.append(("values in" if tag % self.tags == 0 else "gradients in", source, buf.nbytes))
+        self.notes.append(("values in" if tag % TAGS == 0 else "gradients in", source, buf.nbytes))
         return super().Recv_init(buf, source, tag)
 
     def Isend(self, buf: Any, dest: int, tag: int = 0) -> MPI.Request:
@@ -215,7 +215,6 @@ def test_a_real_run_allocates_and_sends_as_planned(
 
     monkeypatch.setattr(grids, "build", recording)
     made = job(WORLD.size, node_ranks, **settings)
-    monkeypatch.setattr(Recording, "tags", tags(made.config.microbatches or 1))
     run = unsaved(WORLD, made.config, arrays(120))
     for step in range(1, made.steps_per_epoch + 1):
         run.step(step)
@@ -231,11 +230,12 @@ def test_a_real_run_allocates_and_sends_as_planned(
     assert data.total("values in") == found.values_in[replica]
     assert sum(kind.endswith("out") for kind, *_ in data.notes) <= found.messages[replica]  # nothing is not sent
     assert sum(bytes_of(slot.size, slot.dtype) for slot in sum_.slots) == held.gradients[replica]
-    assert bytes_of(sum_.values.size, sum_.values.dtype) == held.values
+    assert bytes_of(sum_.values.vector.size, sum_.values.vector.dtype) == held.values
     assert sum(state.nbytes for state in run.update.states.values()) == held.state[replica]
-    if isinstance(sum_.memory, SharedMemory):
+    memory = sum_.values.memory
+    if isinstance(memory, SharedMemory):
         planned = held.values + held.gradients[made.homes(stage) == made.homes(stage)[replica]].sum()
-        assert planned <= len(sum_.memory._map) < planned + (2 + 3 * WORLD.size) * 4096
+        assert planned <= len(memory._map) < planned + (2 + 3 * WORLD.size) * 4096
 
     sent = np.array([pipe.total("forward"), pipe.total("backward")])
     run.grid.data.Allreduce(MPI.IN_PLACE, sent)

@@ -20,7 +20,7 @@ from mpiml.errors import NotFiniteError
 from mpiml.parallel import grid as grids
 from mpiml.parallel import rounds
 from mpiml.parallel.record import Record
-from mpiml.parallel.stage import Part, Stage
+from mpiml.parallel.stage import Computation, Stage
 from mpiml.team import Team
 from mpiml.training.evaluation import Evaluation, Sums
 
@@ -38,7 +38,7 @@ class Scored:
         split = Split(ArraySource(values[:, None]), ArraySource(values))
         self.tests = Evaluation(split, chunk_rows, self.grid, "float64")
         shapes: Any = {"x_shape": (1,), "y_shape": (1,), "dtype": "float64"}
-        part = Part(self.forward, lambda *at: None, self.objective, **shapes, learns=False, learned=False)
+        part = Computation(self.forward, lambda *at: None, self.objective, **shapes, learns=False, learned=False)
         self.stage = Stage(self.grid.pipe, part, Clock())
 
     def forward(self, x: Any, at: Any) -> Any:
@@ -107,8 +107,8 @@ def test_who_asks_in_the_last_chunks_comes_too_late(pipe: int, monkeypatch: Any)
 
 def test_quick_chunks_are_voted_on_seldom() -> None:
     """At a pause that the slowest rank sets for all."""
-    clock, asked = Clock(), list[int]()
-    series = rounds.Rounds(WORLD, clock, 1, lambda: bool(asked.append(1)))
+    asked = list[int]()
+    series = rounds.Rounds(Team(WORLD, Clock()), 1, lambda: bool(asked.append(1)))
     for _ in range(100):
         assert series.go_on()
         time.sleep(0.004 if WORLD.rank == 0 else 0.0)
