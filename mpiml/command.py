@@ -1,10 +1,10 @@
-"""What all commands share: flags that are refused with what would work, an end in one line, and tables and quantities
-as a person reads them; no MPI.
-"""
+"""What all commands share: a parser that raises ConfigError, types of arguments, exit codes and one-line errors, and
+text for a person to read: tables, sizes, counts."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import re
@@ -14,21 +14,20 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from mpiml.errors import ConfigError, RunError
-from mpiml.run.console import say
 
-INTERRUPTED, CLOSED = 130, 141  # exit codes: what a shell says of a program that SIGINT, or SIGPIPE, has ended
+INTERRUPTED, CLOSED = 130, 141  # exit codes as a shell gives them for SIGINT and SIGPIPE
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises ConfigError for what cannot be understood."""
+    """Raises ConfigError where argparse would print the usage and exit."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message.removeprefix("argument "))
 
 
-def ended(program: str, act: Callable[[], int]) -> int:
-    """Do what a command is for. Returns its exit code, also of what can go wrong for reasons outside the program, of
-    which one line tells."""
+def run_command(program: str, act: Callable[[], int]) -> int:
+    """Call `act` and return its exit code. For an error, print one line and return the exit code that stands for it; an
+    error in a user's own code is printed with its traceback."""
     try:
         code = act()
         sys.stdout.flush()
@@ -37,19 +36,23 @@ def ended(program: str, act: Callable[[], int]) -> int:
         text, code = f"{program}: {error}", error.exit_code
     except KeyboardInterrupt:
         text, code = f"{program}: interrupted", INTERRUPTED
-    except BrokenPipeError:  # who read what it prints has gone, and need not be told
+    except BrokenPipeError:  # the reader of the output has gone, as `head` does: that is not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
         return CLOSED
     except OSError as error:
         text, code = f"{program}: {error.filename or 'input or output'}: {error.strerror or error}", 74
-    except Exception:  # of a user's own code, who needs to see where
+    except Exception:  # from a user's own code: the traceback shows where
         text, code = traceback.format_exc().rstrip(), RunError.exit_code
-    say(text, sys.stderr)
+    with contextlib.suppress(
+        OSError, ValueError, AttributeError
+    ):  # stderr is full or has no reader; is closed; is None
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
     return code
 
 
 def whole(low: int = 1) -> Callable[[str], int]:
-    """The type of an argument that is a whole number."""
+    """The type of an argument that is a whole number, at least `low`."""
 
     def read(text: str) -> int:
         if not text.removeprefix("-").isdecimal() or int(text) < low:
@@ -60,7 +63,7 @@ def whole(low: int = 1) -> Callable[[str], int]:
 
 
 def wholes(text: str) -> list[int]:
-    """The type of an argument that is a list of counts."""
+    """The type of an argument that is a list of whole numbers above 0; returns them sorted, each once."""
     items = text.split(",")
     if not all(item.strip().isdecimal() and int(item) for item in items):
         raise argparse.ArgumentTypeError(f"must be whole numbers, each at least 1, as in 1,2,4, not {text!r}")
@@ -86,16 +89,16 @@ def positive(text: str) -> float:
     return value
 
 
-def telling(lines: Sequence[str], *patterns: str) -> str:
-    """The line of many that says what went wrong, for programs have much to say besides: the first in which the first
-    of some regular expressions is found that is found in any; else the first."""
-    said = [line.strip() for line in lines if line.strip()]
-    found = (line for pattern in patterns for line in said if re.search(pattern, line))
-    return next(found, said[0] if said else "it said nothing")
+def fault_line(output: str, *patterns: str) -> str:
+    """The line of a program's output that names the fault: the first line that matches the first regular expression
+    which any line matches; else the first line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    matching = (line for pattern in patterns for line in lines if re.search(pattern, line))
+    return next(matching, lines[0] if lines else "it printed no error")
 
 
 def table(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
-    """Lines of aligned columns, each to its side: "l" or "r"."""
+    """Lines of aligned columns; `sides` has a letter for each column: "l" for left, "r" for right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(_pad(*cell) for cell in zip(row, widths, sides, strict=True)).rstrip() for row in rows]
 
@@ -104,13 +107,18 @@ def _pad(text: str, width: int, side: str) -> str:
     return text.ljust(width) if side == "l" else text.rjust(width)
 
 
+def plural(number: int, thing: str) -> str:
+    """A number of things: "1 rank", "2 ranks"."""
+    return f"{number} {thing}" + ("s" if number != 1 else "")
+
+
 def size(amount: float) -> str:
     """Bytes: "1.5 MiB"."""
     return _scaled(amount, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
 
 
 def count(amount: float) -> str:
-    """How many: "1.5 M"."""
+    """A large number: "1.5 M"."""
     return _scaled(amount, 1000, ("", "k", "M", "G", "T", "P"))
 
 

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import mpiml
 from mpiml import documents
@@ -333,18 +333,16 @@ def typed(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parser(program: str) -> ArgumentParser:
-    import argparse
+    from argparse import SUPPRESS  # only where a command line is parsed: not on every rank
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise ConfigError(message.removeprefix("argument "))
+    from mpiml.command import Parser
 
     parser = Parser(
         prog=f"python -m {program}",
         usage=f"[mpirun -n RANKS] python -m {program} [settings]",
         description="Train a model on the ranks of an MPI job: data-parallel, layer-split (--pipe), or both.",
         epilog="Example: mpirun -n 16 python -m mpiml.train --pipe 4",
-        argument_default=argparse.SUPPRESS,
+        argument_default=SUPPRESS,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"mpiml {mpiml.__version__}")

@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mpiml.command import Parser, ended, whole
+from mpiml.command import Parser, run_command, whole
 
 
 def _text(text: str) -> str:
@@ -21,25 +21,26 @@ def _text(text: str) -> str:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """What a command line asks for. Raises ConfigError for what cannot be understood; `--help` raises SystemExit."""
+    """The parsed command line. Raises ConfigError for what is wrong in it; `--help` prints and raises SystemExit."""
     parser = Parser(
         prog="python -m mpiml.evaluate",
-        usage="[mpirun -n RANKS] python -m mpiml.evaluate --run DIR [settings]",
-        description="Score a run's newest checkpoint on its test rows, with the same result on any grid.",
+        usage="[mpirun -n RANKS] python -m mpiml.evaluate (--run DIR | --checkpoint FILE) [settings]",
+        description="Score a run's newest checkpoint on its test rows. The result is the same on any grid.",
         allow_abbrev=False,
     )
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--run", type=_text, metavar="DIR", help="run directory; the run may still be going on")
-    which.add_argument("--checkpoint", type=_text, metavar="FILE", help="a checkpoint in place of a run's newest")
+    which.add_argument("--run", type=_text, metavar="DIR", help="run directory; the run may still be training")
+    which.add_argument("--checkpoint", type=_text, metavar="FILE", help="a checkpoint, instead of a run's newest")
+    function = "package.module:function"
     more = {
-        "--data": ("SPEC", "score the test rows of this data set, as for mpiml.train"),
-        "--label": ("NAME", "its column of labels (default for this and the next two: as in the run)"),
-        "--token-dtype": ("NAME", "its tokens'"),
-        "--held-out": ("X", "the part of it to test on if it has no test file"),
-        "--model": ("package.module:function", "your own model: one that only a checkpoint names is not run"),
-        "--loss": ("package.module:function", "your own loss, likewise"),
-        "--metric": ("package.module:function", "your own metric, likewise"),
-        "--predictions": ("FILE", "write classes, or values, in row order; FILE ends in .npy or .csv"),
+        "--data": ("SPEC", "score the test rows of this data set, given as for mpiml.train (default: the run's)"),
+        "--label": ("NAME", "the data set's column of labels (default: as in the run)"),
+        "--token-dtype": ("NAME", "the type of its tokens (default: as in the run)"),
+        "--held-out": ("X", "the part of it to test on if it has no test file (default: as in the run)"),
+        "--model": (function, "your own model; a function that only the checkpoint names is not called"),
+        "--loss": (function, "your own loss; likewise"),
+        "--metric": (function, "your own metric; likewise"),
+        "--predictions": ("FILE", "write the predicted class, or values, of every test row to a .npy or .csv file"),
     }
     for flag, (metavar, help) in more.items():
         parser.add_argument(flag, type=_text, metavar=metavar, help=help)
@@ -234,7 +235,7 @@ def text(result: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code."""
-    return ended(PROGRAM, lambda: _main(sys.argv[1:] if arguments is None else arguments))
+    return run_command(PROGRAM, lambda: _main(sys.argv[1:] if arguments is None else arguments))
 
 
 def _main(arguments: Sequence[str]) -> int:

@@ -1,1 +1,1 @@
-"""The benchmark: the package against NumPy, MPI and PyTorch, side by side."""
+"""The benchmark: the package against NumPy, MPI and PyTorch, in pairs on the same ranks."""

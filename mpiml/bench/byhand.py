@@ -1,7 +1,7 @@
-"""A training step written by hand in plain NumPy: what the package's step is measured against.
+"""A training step written by hand in plain NumPy, against which the package's step is measured.
 
-It does the same arithmetic as one rank that trains a 784-H-H-10 perceptron with ReLU, softmax cross-entropy and
-momentum: the usual way to write it, parameter by parameter, with no framework around it.
+It does the arithmetic of one rank that trains a perceptron with ReLU, softmax cross-entropy and momentum, in the usual
+way: parameter by parameter, without a framework.
 """
 
 import itertools
@@ -16,7 +16,7 @@ class Perceptron:
     """A stack of linear layers with ReLU between them.
 
     Args:
-        widths: of the input, the hidden layers and the output.
+        widths: widths of the input, the hidden layers and the output.
     """
 
     def __init__(self, widths: list[int], seed: int = 0):

@@ -1,4 +1,4 @@
-"""File formats: a small model trained on shuffled rows of a file, and on the same rows in memory."""
+"""Training a small model on shuffled rows of a file, in each format, against the same rows in memory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from mpiml.bench.measure import Ratio, times
 from mpiml.bench.models import MOMENTUM, RATE, Trainer, repeats
+from mpiml.bench.pairs import Ratio, ratio
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset, open_dataset
 from mpiml.data.formats import KEYS, Options
@@ -30,26 +30,26 @@ Arrays = Mapping[str, NDArray[Any]]  # by mpiml.data.formats.KEYS
 
 
 def float_rows(megabytes: float) -> Arrays:
-    """Rows of 784 float32 with labels of 10 classes, so many megabytes to train on."""
+    """Rows of 784 float32 with labels of 10 classes; `megabytes` to train on."""
     rng, rows = np.random.default_rng(0), int(megabytes * 2**20 / (784 * 4)) + TEST
     return columns(rng.random((rows, 784), np.float32), rng.integers(0, 10, rows))
 
 
 def image_rows(megabytes: float) -> Arrays:
-    """Images of 28 x 28 bytes with such labels."""
+    """Images of 28 x 28 bytes with labels of 10 classes."""
     rng, rows = np.random.default_rng(0), int(megabytes * 2**20 / 784) + TEST
     return columns(rng.integers(0, 256, (rows, 28, 28), np.uint8), rng.integers(0, 10, rows, np.uint8))
 
 
 def token_rows(megabytes: float) -> Arrays:
-    """Tokens of two bytes, in rows whose labels are the tokens that come next."""
+    """Tokens of two bytes, in rows whose labels are the next tokens."""
     rows = int(megabytes * 2**20 / (2 * CONTEXT)) + TEST
     text = np.random.default_rng(0).integers(0, TOKENS, rows * CONTEXT + 1, np.uint16)
     return columns(text[:-1].reshape(rows, CONTEXT), text[1:].reshape(rows, CONTEXT))
 
 
 def columns(x: NDArray[Any], y: NDArray[Any]) -> Arrays:
-    """The last TEST rows to test on, the others to train on."""
+    """Split rows: the last TEST to test on, the others to train on."""
     return dict(zip(KEYS, (x[:-TEST], y[:-TEST], x[-TEST:], y[-TEST:]), strict=True))
 
 
@@ -101,13 +101,13 @@ def perceptron(shape: tuple[int, ...]) -> list[Layer]:
 
 
 def next_token(shape: tuple[int, ...]) -> list[Layer]:
-    """A guess at the next token from the one before."""
+    """Predicts the next token from the last one."""
     return [Embedding(TOKENS, 64), Linear(64, TOKENS)]
 
 
 @dataclass(frozen=True)
 class Format:
-    """How rows are written, what they are for so many megabytes, what trains on them, and on how many in a step."""
+    """A file format: how rows are written, how they are made for some megabytes, the model, and the rows of a step."""
 
     write: Callable[[Path, Arrays], Path]
     arrays: Callable[[float], Arrays] = float_rows
@@ -134,7 +134,7 @@ FORMATS = {
 
 
 def from_file(name: str, megabytes: str) -> Ratio:
-    """Samples/s of training on a file over those of training on the same rows in memory."""
+    """Samples/s of training on a file over those on the same rows in memory."""
     kind = FORMATS[name]
     arrays = kind.arrays(float(megabytes))
     shape = arrays["x_train"].shape[1:]
@@ -143,5 +143,4 @@ def from_file(name: str, megabytes: str) -> Ratio:
         data = open_dataset(str(kind.write(Path(directory), arrays)), Options(context=kind.context))
         file, memory = (kind.trainer(of) for of in (data, Dataset.from_arrays(*arrays.values())))
         with file.run.data.ahead, memory.run.data.ahead:
-            mine, other = times(MPI.COMM_SELF, [file.step, memory.step], [count, count])
-    return Ratio.of(other, mine)
+            return ratio(MPI.COMM_SELF, memory.step, file.step, count)

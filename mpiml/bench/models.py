@@ -1,4 +1,4 @@
-"""The package's own training step without log and checkpoints, for measuring, on any model and ranks."""
+"""Trainers of the package for the benchmark: models, random rows, and how often to repeat a step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROWS = 8192
 
 
 class Trainer:
-    """A run that keeps nothing, of which `step` does one step after the other."""
+    """Does one step of a run after the other, without log and checkpoints."""
 
     def __init__(self, run: Run):
         self.run, self.number = run, 0
@@ -31,7 +31,7 @@ class Trainer:
 
 
 def on_arrays(comm: MPI.Intracomm, layers: Sequence[Layer], x: ArrayLike, y: ArrayLike, **settings: object) -> Trainer:
-    """A trainer of these layers on these rows, with the rate and the momentum that its peers have."""
+    """A trainer of these layers on these rows, with the learning rate and momentum of the other side."""
     data = Dataset.from_arrays(x, y, np.asarray(x)[:256], np.asarray(y)[:256])
     config = Config(lr=RATE, momentum=MOMENTUM, steps=10**9, **settings)  # type: ignore[arg-type]
     return Trainer(unsaved(comm, config, data, list(layers)))

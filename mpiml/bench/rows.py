@@ -1,32 +1,26 @@
-"""The rows of the benchmark: what each measures, on how many ranks, and the ratio to reach."""
+"""The rows of the benchmark: the measurement of each, its ranks, and the ratio to reach."""
 
 from __future__ import annotations
 
-import compileall
 import importlib.util
-import json
-import os
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import mpiml
-from mpiml.run.launcher import BLAS, mpirun
-
-# 784-...-10: layers so small that they measure what is not arithmetic.
+# Widths of hidden layers so small that a step is mostly overhead.
 SMALL_LAYERS = "128-127-126-125-124-123"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A measurement: in words, its group, on how many ranks, its name and arguments, what to reach, and in how many
-    jobs, of which each gives one figure if there are several."""
+    """A row.
+
+    Attributes:
+        call: the name of the measurement and its arguments (mpiml.bench.measurements); or "start" and what to start.
+        at_most, at_least: the ratio to reach.
+        nodes: ranks of each pretended node, as in MPIML_NODES.
+        jobs: how many jobs; of several, each gives one figure instead of one for each pair.
+    """
 
     group: str
     text: str
@@ -39,12 +33,12 @@ class Row:
 
     @property
     def needs(self) -> str | None:
-        """A package that is not installed but used."""
+        """The package that the row needs and that is not installed, if any."""
         used = {"torch": self.call[0].startswith("torch"), "h5py": "hdf5" in self.call}
         return next((name for name in used if used[name] and not importlib.util.find_spec(name)), None)
 
     def verdict(self, median: float) -> str:
-        """Whether the figure is reached; of rows without one nothing is said."""
+        """Whether the ratio is reached; empty for rows without one."""
         if self.at_most is not None:
             return f"at most  {self.at_most:4.2f}  {'reached' if median <= self.at_most else 'MISSED'}"
         if self.at_least is not None:
@@ -91,14 +85,7 @@ ROWS = [
         for mb in ("1", "4", "16", "64")
     ),
     *(
-        Row(
-            SUM,
-            f"{size} with SGD, two nodes",
-            4,
-            ("allreduce", mb, "update", "shared"),
-            at_most=limit,
-            nodes="2,2",
-        )
+        Row(SUM, f"{size} with SGD, two nodes", 4, ("allreduce", mb, "update", "shared"), at_most=limit, nodes="2,2")
         for size, mb, limit in (("64 MB", "64", None), ("256 kB", "0.25", 1.5))
     ),
     *(
@@ -107,14 +94,7 @@ ROWS = [
         for ranks in (2, 4)
     ),
     *(
-        Row(
-            DATA,
-            f"784-{h}-{h}-10, {b} rows a rank: samples/s / PyTorch's",
-            2,
-            ("torch_ddp", f"{h}-{h}", b),
-            None,
-            x,
-        )
+        Row(DATA, f"784-{h}-{h}-10, {b} rows a rank: samples/s / PyTorch's", 2, ("torch_ddp", f"{h}-{h}", b), None, x)
         for h, b, x in (("256", "64", 4.0), ("1024", "64", 3.0), ("2048", "128", 1.5))
     ),
     *(
@@ -166,65 +146,8 @@ ROWS = [
 ]
 
 
-def measure(row: Row) -> dict[str, Any]:
-    """Measure one row, in jobs of its own: a dictionary with median, low and high, or with an error."""
-    if row.needs:
-        return {"error": f"needs {row.needs}"}
-    if row.call[0] == "start":
-        return start(row.ranks, row.call[1])
-    results = [job(row) for _ in range(row.jobs)]
-    failed = next((result for result in results if "error" in result), None)
-    if failed or row.jobs == 1:
-        return failed or results[0]
-    return spread([result["median"] for result in results])
-
-
-def job(row: Row) -> dict[str, Any]:
-    """What one job of a row has measured."""
-    done = run(row.ranks, ["-m", "mpiml.bench.measurements", *row.call], row.nodes)
-    if done.returncode:
-        return {"error": (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]}
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
-
-
-def start(ranks: int, what: str, pairs: int = 5) -> dict[str, Any]:
-    """Time of a job that trains for one step, or only imports the trainer and meets, over that of the least that any
-    such job does; of both, all is compiled."""
-    compileall.compile_dir(Path(mpiml.__file__).parent, quiet=1)
-    least = "import numpy, mpi4py.MPI as M; M.COMM_WORLD.Allreduce(M.IN_PLACE, numpy.zeros(1))"
-    other = ["-m", "mpiml.train", "--steps", "1"] if what == "train" else ["-c", f"import mpiml.train; {least}"]
-    ratios = []
-    for pair in range(pairs + 1):
-        spent = []
-        for arguments in (other, ["-c", least]):
-            begin = time.perf_counter()
-            done = run(ranks, arguments)
-            spent.append(time.perf_counter() - begin)
-            if done.returncode:
-                return {"error": done.stderr.strip().splitlines()[-1]}
-        if pair:
-            ratios.append(spent[0] / spent[1])
-    return spread(ratios)
-
-
-def spread(ratios: Sequence[float]) -> dict[str, float]:
-    """The median of some figures, and the range of the middle half."""
-    low, median, high = statistics.quantiles(ratios, n=4)
-    return {"median": median, "low": low, "high": high}
-
-
-def run(ranks: int, arguments: Sequence[str], nodes: str = "") -> subprocess.CompletedProcess[str]:
-    """A job on some ranks, in a directory that goes away, with one BLAS thread a rank."""
-    env = os.environ | dict.fromkeys(BLAS, "1")
-    env |= {"MPIML_NODES": nodes} if nodes else {}
-    with tempfile.TemporaryDirectory() as directory:
-        command = [mpirun(), "-n", str(ranks), sys.executable, *arguments]
-        return subprocess.run(command, check=False, capture_output=True, text=True, env=env, timeout=600, cwd=directory)
-
-
 def table(report: Mapping[str, Any]) -> str:
-    """The figures that --json has written, as a Markdown table with the marks that ROWS have."""
+    """The figures that --json has written as a Markdown table, with the ratios to reach from ROWS."""
     figures = {(row["group"], row["text"], row["ranks"]): row for row in report["rows"]}
     lines, group = ["| measured | ranks | ratio (middle half) | to reach |", "|---|---:|---|---|"], ""
     for row in ROWS:
@@ -238,5 +161,5 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def figure(result: Mapping[str, Any]) -> str:
-    """A result of `measure` as text."""
+    """A result of jobs.measure_row as text."""
     return result.get("error") or f"{result['median']:.2f} ({result['low']:.2f} to {result['high']:.2f})"

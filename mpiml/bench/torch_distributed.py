@@ -1,8 +1,7 @@
-"""PyTorch on the same ranks, for comparison: its data parallelism and its pipelining, over gloo."""
+"""PyTorch's data parallelism and pipelining on the ranks of an MPI job, over gloo."""
 
 from __future__ import annotations
 
-import itertools
 import socket
 from collections.abc import Sequence
 from typing import Any
@@ -14,10 +13,11 @@ from torch.distributed import init_process_group
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 from mpiml.bench.models import MOMENTUM, RATE, images
+from mpiml.bench.torch_eager import mlp
 
 
 def join(comm: MPI.Intracomm) -> None:
-    """Let PyTorch know the other ranks."""
+    """Make PyTorch's process group of these ranks."""
     torch.set_num_threads(1)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -26,15 +26,11 @@ def join(comm: MPI.Intracomm) -> None:
 
 
 class DataParallel:
-    """DistributedDataParallel on a perceptron 784-hidden-10; `rows` of each rank's step are gathered from memory."""
+    """DistributedDataParallel on a perceptron 784-hidden-10; `rows`: rows of each rank's step, gathered from memory."""
 
     def __init__(self, comm: MPI.Intracomm, hidden: Sequence[int], rows: int):
         join(comm)
-        widths = [784, *hidden, 10]
-        layers: list[nn.Module] = []
-        for a, b in itertools.pairwise(widths):
-            layers += [nn.Linear(a, b), nn.ReLU()]
-        self.model = nn.parallel.DistributedDataParallel(nn.Sequential(*layers[:-1]))
+        self.model = nn.parallel.DistributedDataParallel(mlp(hidden))
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=RATE, momentum=MOMENTUM)
         x, y = images()
         half = slice(comm.rank * len(x) // comm.size, (comm.rank + 1) * len(x) // comm.size)

@@ -1,4 +1,4 @@
-"""The models of mpiml.nn as a PyTorch user writes them, and their training step on one core: the peer of one rank."""
+"""The models of mpiml.nn as a PyTorch user writes them, and their training step on one core."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def gpt(tokens: int, places: int, width: int, heads: int, blocks: int) -> nn.Mod
 
 
 class Embeddings(nn.Module):
-    """Of tokens and of places, added up."""
+    """The sum of token and position embeddings."""
 
     def __init__(self, tokens: int, places: int, width: int):
         super().__init__()
@@ -62,7 +62,7 @@ class Residual(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """By PyTorch's own kernel."""
+    """Causal attention by PyTorch's own kernel."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -77,12 +77,12 @@ class CausalSelfAttention(nn.Module):
 
 
 class Eager:
-    """Trains a module on rows gathered from memory, by softmax cross-entropy; momentum or Adam, as one fused kernel.
+    """Trains a module on rows gathered from memory, by softmax cross-entropy; momentum or Adam, in its fused kernels.
 
     Args:
         x: rows of numbers or token ids; images are (height, width, channels).
-        rows: of a step.
-        images: how they lie in memory, contiguous_format (PyTorch's default) or channels_last.
+        rows: rows of a step.
+        images: memory format of images, contiguous_format (PyTorch's default) or channels_last.
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""Looks at the job it runs in: ranks, cores, MPI, speed."""
+"""The doctor: whether a job is well placed on its machine."""

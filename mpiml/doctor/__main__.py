@@ -1,4 +1,4 @@
-"""`mpirun -n 4 python -m mpiml.doctor`: looks at the job it runs in and says what is well, what is not, what to do."""
+"""`mpirun -n 4 python -m mpiml.doctor`: examines the job that it runs in, and prints problems and advice."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mpiml.command import Parser, ended, whole
+from mpiml.command import Parser, run_command, whole
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """What a command line asks for. Raises ConfigError for what cannot be understood; `--help` raises SystemExit."""
+    """The parsed command line. Raises ConfigError for what is wrong in it; `--help` prints and raises SystemExit."""
     parser = Parser(
         prog="python -m mpiml.doctor",
-        description="Look at the job it runs in, and say what is well, what is not, and what to do.",
+        usage="[mpirun -n RANKS] python -m mpiml.doctor [--threads N] [--json]",
+        description="Examine the MPI job that runs it: where its ranks are, how fast they compute, copy and send. "
+        "Print what is wrong and what to do; exit code 1 if there is a problem.",
         allow_abbrev=False,
     )
-    parser.add_argument("--threads", type=whole(), default=1, metavar="N", help="BLAS threads of a rank (default: 1)")
+    parser.add_argument(
+        "--threads", type=whole(), default=1, metavar="N", help="BLAS threads of each rank (default: 1)"
+    )
     parser.add_argument("--json", action="store_true", help="print facts and findings as JSON")
     return parser.parse_args(arguments)
 
@@ -54,13 +58,13 @@ PROGRAM = "mpiml.doctor"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns 1 if there is a problem."""
+    """The command. Returns 1 if there is a problem, or the exit code of an error."""
     age = probes.seconds_since_start()
     given = sys.argv[1:] if arguments is None else arguments
-    return ended(PROGRAM, lambda: _look(lambda: parse(given), age))
+    return run_command(PROGRAM, lambda: _examine(lambda: parse(given), age))
 
 
-def _look(parse: Callable[[], argparse.Namespace], age: float) -> int:
+def _examine(parse: Callable[[], argparse.Namespace], age: float) -> int:
     comm = MPI.COMM_WORLD
     team = Team(comm, Clock())
     silent, wrong = comm.rank > 0, ""
@@ -68,20 +72,20 @@ def _look(parse: Callable[[], argparse.Namespace], age: float) -> int:
         one_job.check_size(comm.size)
     except ConfigError as error:
         silent, wrong = silent or error.silent, str(error)
-    if silent and comm.size == 1:  # another process tells, with its exit code too; some launchers kill it for mine
+    if silent and comm.size == 1:  # another process prints the problem; an exit code here may have it killed before
         return 0
     try:
         with Guard(team, PROGRAM):
             chosen = team.on_rank_0(parse)
-    except ConfigError as error:  # reported already
+    except ConfigError as error:  # the guard has reported it
         return exit_code(error)
-    alarm.during("looking at the job")
+    alarm.during("examining the job")
     prepare_process(chosen.threads)
     facts = examine(comm, age, chosen.threads, wrong)
     findings = judge(facts)
     if chosen.json and not silent:
-        found = {"mpiml": mpiml.__version__, "facts": asdict(facts), "findings": [asdict(f) for f in findings]}
-        print(to_json(found, indent=2), flush=True)
+        content = {"mpiml": mpiml.__version__, "facts": asdict(facts), "findings": [asdict(f) for f in findings]}
+        print(to_json(content, indent=2), flush=True)
     elif not silent:
         print(screen(findings), flush=True)
     return int(any(finding.verdict == "problem" for finding in findings))

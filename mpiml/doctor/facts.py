@@ -1,10 +1,9 @@
-"""What the doctor finds out about a job: where its ranks are, with what software, and how fast all is there."""
+"""The facts about a job: where its ranks run, with what software, and how fast they compute, copy and send."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +15,7 @@ from mpiml.run import environment, one_job
 from mpiml.run.offsets import clock_offset
 
 SIZES = (8, 1 << 16, 1 << 20, 1 << 24)  # bytes of the all-reduces
-MESSAGE = 1 << 22  # bytes of the message that tells the bandwidth
+MESSAGE = 1 << 22  # bytes of the message that measures bandwidth
 
 
 @dataclass
@@ -24,9 +23,10 @@ class Place:
     """Where one rank runs.
 
     Attributes:
-        cores: that it may use, of the `node_cores` that its node has.
-        age: the seconds from its process's start to the first line of this program.
-        software: what has to be the same on all ranks.
+        cores: the cores that it may use, of the `node_cores` that its node has.
+        shared_memory: bytes that are free in /dev/shm.
+        age: seconds from the start of its process until all was imported.
+        software: versions that have to be the same on all ranks.
     """
 
     host: str
@@ -41,17 +41,18 @@ class Place:
 
 @dataclass
 class Facts:
-    """All that the doctor finds out. Rates are per second, by rank; times are seconds.
+    """All facts about a job. Rates are per second, by rank; times are seconds.
 
     Attributes:
+        threads: whether MPI supports MPI_THREAD_MULTIPLE.
         node: for each rank, the first rank on its node.
         copy: bytes read and written by each rank while all copy.
-        gemm_alone: floating-point operations of rank 0 while the others rest; `gemm` of each while all compute.
-        inside, between: latency and bytes per second of messages on a node and between two, where there are such.
-        allreduce: (bytes, seconds).
-        skew: by node, how far its clock is ahead of rank 0's.
-        blas_threads: of a rank.
-        launch: what is wrong with the way the job was started, if anything is.
+        gemm_alone: floating-point operations of rank 0 while the others rest; `gemm`: of each while all compute.
+        inside, between: latency and bytes per second of messages on a node and between two; None without such.
+        allreduce: (bytes, seconds) of MPI_Allreduce.
+        skew: by the first rank of a node, how far its clock is ahead of rank 0's.
+        blas_threads: BLAS threads of a rank.
+        launch: the error in the way the job was started; empty if there is none.
     """
 
     mpi: str
@@ -70,26 +71,22 @@ class Facts:
 
     def nodes(self) -> dict[int, list[int]]:
         """The ranks of each node, by its first rank."""
-        found = defaultdict(list)
+        nodes: dict[int, list[int]] = {}
         for rank, first in enumerate(self.node):
-            found[first].append(rank)
-        return dict(found)
+            nodes.setdefault(first, []).append(rank)
+        return nodes
 
     def cores(self, ranks: Sequence[int]) -> set[int]:
-        """Those that some ranks of a node may use, all together."""
+        """The cores that any of these ranks, all on one node, may use."""
         return set[int]().union(*(self.places[rank].cores for rank in ranks))
 
     def crowded(self, ranks: Sequence[int]) -> bool:
-        """Whether they have to take turns."""
+        """Whether these ranks, all on one node, have more threads than cores and must take turns."""
         return len(ranks) * self.blas_threads > len(self.cores(ranks))
 
 
 def examine(comm: MPI.Intracomm, age: float, blas_threads: int, wrong: str) -> Facts:
-    """Look and measure; collective, the result is known to all.
-
-    Args:
-        wrong: with the launch.
-    """
+    """Gather and measure all facts; collective, known to all ranks. `wrong`: see Facts.launch."""
     node = nodes_of_ranks(comm)
     firsts = sorted(set(node))
     neighbour = next((rank for rank in range(1, comm.size) if node[rank] == node[0]), None)

@@ -1,1 +1,1 @@
-"""What a job would be on any grid, from its settings alone; no MPI."""
+"""The plan of a job: its stages, memory and messages on any grid, worked out from its settings without MPI."""

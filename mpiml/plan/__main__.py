@@ -1,4 +1,4 @@
-"""`python -m mpiml.plan --ranks 64 --node-ranks 16 [settings of mpiml.train]`: sizes a job; no MPI."""
+"""`python -m mpiml.plan --ranks 64 --node-ranks 16 [settings of mpiml.train]`: prints the plan of a job; no MPI."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from mpiml.command import Parser, ended, whole
+from mpiml.command import Parser, run_command, whole
 from mpiml.config import parse
 from mpiml.documents import to_json
 from mpiml.partition import check_ranks
@@ -18,20 +18,20 @@ from mpiml.training.resolve import open_data
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m mpiml.plan",
-        description="What a training job would be, on any grid; starts no MPI.",
+        description="Print what a training job would be on any grid: layers, stages, memory, messages. Starts no MPI.",
         usage="%(prog)s --ranks N [--node-ranks N] [--json] [settings of mpiml.train]",
-        epilog="All other settings are mpiml.train's: its --help lists them.",
+        epilog="All other settings are those of mpiml.train; see python -m mpiml.train --help.",
         allow_abbrev=False,
     )
-    parser.add_argument("--ranks", type=whole(), required=True, metavar="N", help="of the job")
-    parser.add_argument("--node-ranks", type=whole(), metavar="N", help="of a node (default: all on one)")
+    parser.add_argument("--ranks", type=whole(), required=True, metavar="N", help="ranks of the job")
+    parser.add_argument("--node-ranks", type=whole(), metavar="N", help="ranks on each node (default: all on one node)")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code that mpiml.train would."""
-    return ended("mpiml.plan", lambda: _main(arguments))
+    return run_command("mpiml.plan", lambda: _main(arguments))
 
 
 def _main(arguments: Sequence[str] | None) -> int:

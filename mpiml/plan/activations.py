@@ -1,4 +1,4 @@
-"""What backward passes need, measured: the memory that a forward pass leaves in use."""
+"""Memory that a forward pass keeps for its backward pass, measured."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ import numpy as np
 from mpiml.nn import base as nn
 from mpiml.training.stages import StageDesign
 
-ROWS = (8, 24)  # of two micro-batches: what both hold alike is of no layer
-ARRAYS = [tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)]  # objects that other threads make are no array
+ROWS = (8, 24)  # of two micro-batches: memory that does not depend on the rows cancels in their difference
+ARRAYS = [tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)]  # NumPy's arrays alone: other threads allocate too
 
 
 def bytes_of_a_row(stage: StageDesign, last: bool) -> float:
-    """Bytes that a stage holds for each row of a micro-batch in flight, its input included, and on the last stage the
-    gradient of the loss.
+    """Bytes that a stage holds for each row of a micro-batch in flight: its input, what its layers keep, and on the
+    last stage the gradient of the loss.
 
-    A forward pass of a few rows is run, with parameters of zero, and what NumPy has allocated and not freed after it
-    is counted; memory that other libraries allocate is not seen.
+    Two forward passes are run on zeros, and what NumPy has allocated and not freed after each is counted. Memory that
+    other libraries allocate is not counted.
     """
-    stage.layout.bind(np.zeros(stage.layout.size, stage.layout.dtype))  # never written, so no memory either
-    _held(stage, ROWS[0])  # what layers make once and keep is made now
+    stage.layout.bind(np.zeros(stage.layout.size, stage.layout.dtype))  # never written to: takes no memory
+    _held(stage, ROWS[0])  # layers allocate here what they keep for good
     few, many = (_held(stage, rows) for rows in ROWS)
     row = (many - few) / (ROWS[1] - ROWS[0])
     return row + (math.prod(stage.y_shape) * stage.layout.dtype.itemsize if last else 0)
 
 
 def _held(stage: StageDesign, rows: int) -> int:
+    """Bytes of arrays that a forward pass of `rows` rows leaves allocated."""
     gc.collect()
     tracemalloc.start()
     try:

@@ -1,4 +1,4 @@
-"""What a step of a job needs on any grid, from its settings alone: memory, and bytes that move; no MPI."""
+"""The costs of a job's step on any grid, from its settings alone: memory, messages, passes of the pipeline; no MPI."""
 
 from __future__ import annotations
 
@@ -18,148 +18,153 @@ from mpiml.parallel.tree import depth, partials, shift_reduce
 from mpiml.training.job import Job
 from mpiml.vectors import bytes_of
 
-Bytes = NDArray[np.int64]  # of each replica of a stage
-BACKWARD = 2.0  # times the operations of a forward pass: the gradients by the input, and by the parameters
+Counts = NDArray[np.int64]  # bytes or messages: a number for each replica of a stage, or for each node
+BACKWARD = 2.0  # operations of a backward pass over those of a forward pass: gradients of inputs and of parameters
 
 
 @functools.cache
 def node_partials(first: int, count: int, replicas: int, microbatches: int) -> tuple[int, int]:
-    """The partial sums that `count` replicas of one memory are left with, and how many of them add up several."""
+    """How many partial sums `count` replicas of one memory are left with, and how many of them have several sources."""
     ranges = [covers for replica in range(first, first + count) for covers in partials(replica, replicas, microbatches)]
     left = shift_reduce(ranges, microbatches)[1]
     return len(left), len(set(left) - set(ranges))
 
 
 @functools.cache
-def depths(replicas: int, microbatches: int) -> NDArray[np.int64]:
-    """For each replica, the gradient vectors that it needs (mpiml.parallel.tree)."""
+def depths(replicas: int, microbatches: int) -> Counts:
+    """For each replica, how many gradient vectors it needs (mpiml.parallel.tree)."""
     return np.array([depth(replica, replicas, microbatches) for replica in range(replicas)])
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """The messages of a stage's gradient sum in a step (mpiml.parallel.exchange), by replica, in bytes.
+class Traffic:
+    """Messages of a stage's gradient sum in a step (mpiml.parallel.exchange); all in bytes but `messages`.
 
     Attributes:
-        slices: what it owns of a vector.
-        gradients_out, gradients_in: partial sums that it sends and receives; values_out, values_in: new values.
-        packed: buffers for sums that it makes only to send them.
-        gradients_abroad, values_abroad: what of it goes to other nodes, as a mean over its group.
-        messages: that it sends.
+        slices: by replica, what it owns of the vector.
+        gradients_out, gradients_in: by replica, partial sums that it sends and receives.
+        values_out, values_in: by replica, new values that it sends and receives.
+        packed: by replica, buffers for partial sums that it adds up only to send them.
+        messages: by replica, how many it sends.
+        gradients_abroad, values_abroad: by node of the job, what its replicas send to other nodes.
     """
 
-    slices: Bytes
-    gradients_out: Bytes
-    gradients_in: Bytes
-    values_out: Bytes
-    values_in: Bytes
-    packed: Bytes
-    gradients_abroad: NDArray[np.float64]
-    values_abroad: NDArray[np.float64]
-    messages: NDArray[np.int64]
-
-    @classmethod
-    def without_messages(cls, slices: Bytes) -> Exchange:
-        """Nothing but slices."""
-        none, zero = (np.zeros((5, len(slices)), kind) for kind in (np.int64, np.float64))
-        return cls(slices, none[0], none[1], none[2], none[3], none[4], zero[0], zero[1], np.zeros_like(slices))
+    slices: Counts
+    gradients_out: Counts
+    gradients_in: Counts
+    values_out: Counts
+    values_in: Counts
+    packed: Counts
+    messages: Counts
+    gradients_abroad: Counts
+    values_abroad: Counts
 
 
-def exchange(job: Job, stage: int) -> Exchange:
-    """The messages of the canonical sum; nothing is sent with --allreduce mpi, where the library decides."""
-    layout, replicas, groups = job.stages[stage].layout, job.replicas, job.groups(stage)
-    item = layout.dtype.itemsize
-    runs = _slices(job, stage) if job.config.allreduce == "ordered" else np.full((1, replicas), layout.size)
-    slices, parts = runs.sum(axis=0) * item, (runs > 0).sum(axis=0)
-    found = Exchange.without_messages(slices)
+def traffic(job: Job, stage: int) -> Traffic:
+    """The messages of the canonical sum; none with --allreduce mpi, where the library decides.
+
+    mpiml.parallel.tree.plan lists every message of one replica: too many to list for thousands of replicas, which need
+    their number alone. A test holds that both agree.
+    """
+    layout, replicas, item = job.stages[stage].layout, job.replicas, job.stages[stage].layout.dtype.itemsize
     if job.config.allreduce == "mpi":
-        return found
-    homes, owner = job.homes(stage), np.arange(replicas)
-    left = [node_partials(sum(groups[:g]), groups[g], replicas, job.microbatches) for g in range(len(groups))]
-    everyone, of_node = sum(count for count, _ in left), np.bincount(homes, slices)
-    groups_of_node = np.bincount(homes[np.cumsum([0, *groups[:-1]])], minlength=len(of_node))
-    all_lanes = {
-        count: np.array([np.bincount(owner % count, amounts) for amounts in (slices, parts)], np.int64)
-        for count in set(groups)
-    }
-    first = 0
-    for count, (partial, added) in zip(groups, left, strict=True):
-        mine = slice(first, first + count)
-        lanes = all_lanes[count].copy()  # bytes, and parts, of others' slices that each rank speaks for
-        for row, amounts in enumerate((slices, parts)):
-            lanes[row] -= np.bincount(owner[mine] % count, amounts[mine], count).astype(np.int64)
-        others = len(groups) - 1
-        found.gradients_out[mine], found.values_in[mine] = partial * lanes[0], lanes[0]
-        found.packed[mine], found.messages[mine] = added * lanes[0], partial * lanes[1] + others * parts[mine]
-        found.gradients_in[mine] = (everyone - partial) * slices[mine]
-        found.values_out[mine] = others * slices[mine]
-        node = homes[first]
-        found.gradients_abroad[mine] = partial * (slices.sum() - of_node[node]) / count
-        found.values_abroad[mine] = slices[mine].sum() * (len(groups) - groups_of_node[node]) / count
-        first += count
-    return found
+        none, nobody = np.zeros(replicas, np.int64), np.zeros(job.nodes, np.int64)
+        return Traffic(none + layout.size * item, none, none, none, none, none, none, nobody, nobody)
+    owned_elements = _slices(job, stage)
+    slices, parts = owned_elements.sum(axis=0) * item, (owned_elements > 0).sum(axis=0)
+    counts = np.array(job.groups(stage))  # replicas of each group that shares a memory
+    firsts, others = np.cumsum(counts) - counts, len(counts) - 1
+    left = [node_partials(*group, replicas, job.microbatches) for group in zip(firsts, counts, strict=True)]
+    partial, added = np.repeat(np.array(left), counts, axis=0).T  # of each replica's group
+    lane_bytes, lane_parts = _of_lanes(counts, slices), _of_lanes(counts, parts)
+
+    def of_nodes(nodes: Counts, amounts: Counts) -> Counts:
+        return np.bincount(nodes, amounts, job.nodes).astype(np.int64)
+
+    homes = job.homes(stage)
+    node_bytes = of_nodes(homes, slices)
+    node_partial_sums, node_groups = (of_nodes(homes[firsts], each) for each in (partial[firsts], np.ones_like(firsts)))
+    return Traffic(
+        slices=slices,
+        gradients_out=partial * lane_bytes,
+        gradients_in=(partial[firsts].sum() - partial) * slices,
+        values_out=others * slices,
+        values_in=lane_bytes,
+        packed=added * lane_bytes,
+        messages=partial * lane_parts + others * parts,
+        gradients_abroad=node_partial_sums * (slices.sum() - node_bytes),
+        values_abroad=node_bytes * (len(counts) - node_groups),
+    )
 
 
-def _slices(job: Job, stage: int) -> NDArray[np.int64]:
+def _of_lanes(counts: Counts, amounts: Counts) -> Counts:
+    """For each replica, the sum of `amounts` over the replicas of other groups whose lane it is (parallel.tree.lanes):
+    those whose number modulo the size of its group is its own number in the group."""
+    owners = np.arange(len(amounts))
+    sizes, firsts = np.repeat(counts, counts), np.repeat(np.cumsum(counts) - counts, counts)
+    lanes = owners - firsts
+    everyone = np.zeros_like(amounts)
+    for size in set(counts.tolist()):
+        alike = sizes == size
+        everyone[alike] = np.bincount(owners % size, amounts, size)[lanes[alike]]
+    everyone -= amounts[firsts + (lanes - firsts) % sizes]  # each lane has one replica of the group itself
+    return everyone
+
+
+def _slices(job: Job, stage: int) -> Counts:
     """Elements that each replica owns of each bucket: (buckets, replicas)."""
     layout, several = job.stages[stage].layout, len(job.groups(stage)) > 1
     bucket = math.ceil(job.config.bucket * 2**20 / layout.dtype.itemsize) if several else 0
-    rows = []
-    for run in buckets(layout.blocks(), bucket):
-        limits = [bounds(mine) for mine in owned(run, job.replicas)]
-        rows.append([stop - start for start, stop in limits])
-    return np.array(rows, np.int64).reshape(-1, job.replicas)
+    limits = [[bounds(blocks) for blocks in owned(run, job.replicas)] for run in buckets(layout.blocks(), bucket)]
+    return np.diff(np.array(limits, np.int64).reshape(-1, job.replicas, 2))[..., 0]
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes that the ranks of a stage hold, by replica; `values` for each rank, or for all on a node together."""
+class StageMemory:
+    """Bytes that a stage's ranks hold: `values` for each rank, or for all on a node together; the others by replica."""
 
     values: int
-    gradients: Bytes
-    state: Bytes
-    activations: Bytes
-    messages: Bytes
+    gradients: Counts
+    state: Counts
+    activations: Counts
+    messages: Counts
 
     @property
-    def own(self) -> Bytes:
-        """What each rank holds besides the values."""
+    def own(self) -> Counts:
+        """Bytes that each rank holds besides the values."""
         return self.gradients + self.state + self.activations + self.messages
 
 
-def memory(job: Job, stage: int, activations: float) -> Memory:
-    """What a stage holds, if backward passes of a micro-batch need `activations` bytes for each of its rows."""
-    layout, moved = job.stages[stage].layout, exchange(job, stage)
+def stage_memory(job: Job, stage: int, row_bytes: float) -> StageMemory:
+    """What a stage holds if it keeps `row_bytes` for each row of a micro-batch in flight."""
+    layout, moved = job.stages[stage].layout, traffic(job, stage)
     vector = bytes_of(layout.size, layout.dtype)
     states = len(optimizers.build(job.config.optimizer, 0.0, 0.0).states)
     flights = np.array([in_flight(job, stage, job.passes(replica)) for replica in range(job.replicas)])
-    return Memory(
+    return StageMemory(
         values=vector,
         gradients=depths(job.replicas, job.microbatches) * vector,
         state=states * moved.slices,
-        activations=(flights * job.microbatch_rows * activations).astype(np.int64),
+        activations=(flights * job.microbatch_rows * row_bytes).astype(np.int64),
         messages=moved.gradients_in + moved.packed,
     )
 
 
-def fullest_node(job: Job, memories: Sequence[Memory]) -> int:
+def fullest_node(job: Job, memories: Sequence[StageMemory]) -> int:
     """The bytes that the fullest node holds."""
     held = np.zeros(job.nodes)
-    for stage, found in enumerate(memories):
+    for stage, memory in enumerate(memories):
         homes = job.homes(stage)
-        held += np.bincount(homes, found.own, minlength=job.nodes)
+        held += np.bincount(homes, memory.own, minlength=job.nodes)
         copies = np.bincount(homes, minlength=job.nodes)
-        held += found.values * (np.minimum(copies, 1) if job.shared else copies)
+        held += memory.values * (np.minimum(copies, 1) if job.shared else copies)
     return int(held.max())
 
 
 def busiest_node(job: Job) -> float:
     """The bytes that the busiest node sends to others for the gradient sums."""
-    sent = np.zeros(job.nodes)
-    for stage in range(len(job.stages)):
-        found = exchange(job, stage)
-        sent += np.bincount(job.homes(stage), found.gradients_abroad + found.values_abroad, job.nodes)
-    return float(sent.max())
+    moved = [traffic(job, stage) for stage in range(len(job.stages))]
+    return float(np.sum([stage.gradients_abroad + stage.values_abroad for stage in moved], axis=0).max())
 
 
 def in_flight(job: Job, stage: int, passes: int) -> int:
@@ -177,7 +182,7 @@ def _in_flight(schedule: str, stages: int, stage: int, passes: int) -> int:
 
 
 def pipeline(job: Job) -> Simulation:
-    """The step's passes on the replica with the most micro-batches, in units of time that are operations."""
+    """The passes of a step on the replica with the most micro-batches; the unit of time is an operation."""
     forward = [float(max(stage.flops, 1)) for stage in job.stages]
     passes = max(job.passes(replica) for replica in range(job.replicas))
     schedule = SCHEDULES[job.config.schedule]
@@ -186,7 +191,7 @@ def pipeline(job: Job) -> Simulation:
 
 @dataclass(frozen=True)
 class Boundary:
-    """Messages between two stages in a step: bytes forward and back of all replicas, and the part between nodes."""
+    """Messages between a stage and the next: bytes of all replicas in a step, and the part that leaves its node."""
 
     forward: float
     backward: float
@@ -194,16 +199,16 @@ class Boundary:
 
 
 def boundaries(job: Job) -> list[Boundary]:
-    """What stages tell each other."""
-    found = []
+    """The messages from each stage but the last to the next, and back."""
+    edges = []
     rows = job.rows / job.steps_per_epoch
     for number, (stage, following) in enumerate(zip(job.stages, job.stages[1:], strict=False)):
-        row = math.prod(stage.y_shape) * stage.layout.dtype.itemsize
+        moved = rows * math.prod(stage.y_shape) * stage.layout.dtype.itemsize
         crossing = float(np.mean(job.homes(number) != job.homes(number + 1)))
-        found.append(Boundary(rows * row, rows * row if following.learned else 0.0, crossing))
-    return found
+        edges.append(Boundary(moved, moved if following.learned else 0.0, crossing))
+    return edges
 
 
 def record_bytes(job: Job) -> int:
-    """Of the table that all nodes add up in a step, so that everyone knows loss and weight."""
+    """Bytes of the step record, which all nodes add up in every step."""
     return 8 * (2 + job.microbatches * job.columns)

@@ -1,4 +1,4 @@
-"""What a training job would be on any grid: layers, stages, memory, bytes that move; no MPI."""
+"""The plan of a training job on any grid: layers, stages, memory, messages; no MPI."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mpiml.plan.costs import BACKWARD
 from mpiml.training.job import Job, kind
 from mpiml.training.resolve import grid_text
 
-TRAINING = 1 + BACKWARD  # times the operations of a forward pass
+TRAINING = 1 + BACKWARD  # operations of both passes over those of a forward pass
 
 
 @dataclass(frozen=True)
 class LayerLine:
-    """A layer: what it is called, the shape of a row that it gives, its parameters, and the operations of its forward
-    pass for a row."""
+    """A layer: its path and kind, the shape of a row of its output, how many parameters it has, the operations of its
+    forward pass for a row, and its stage."""
 
     path: str
     kind: str
@@ -34,8 +34,8 @@ class LayerLine:
 
 @dataclass(frozen=True)
 class StageLine:
-    """A stage: its layers, its share of the operations, the most micro-batches in flight, and the bytes that its
-    fullest rank holds; `values` are one copy for all of the stage's ranks on a node, if `Plan.shared`."""
+    """A stage: its first and last layer, its share of the operations, the most micro-batches in flight, and the bytes
+    that its fullest rank holds; `values` are one copy for all of the stage's ranks on a node, if `Plan.shared`."""
 
     first: int
     last: int
@@ -52,7 +52,7 @@ class StageLine:
 
 @dataclass(frozen=True)
 class Wire:
-    """Bytes of a step, of all ranks together: between nodes, and in messages on nodes."""
+    """Bytes that all ranks together send in a step: between nodes, and to ranks of the same node."""
 
     what: str
     between: float
@@ -61,14 +61,14 @@ class Wire:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is told of a job.
+    """The plan of a job.
 
     Attributes:
-        rows: of a step, on average; microbatch_rows: of the largest micro-batch.
-        flops: of a step, forward and backward.
+        rows: rows of a step, on average; microbatch_rows: rows of the largest micro-batch.
+        flops: operations of a step, forward and backward.
         shared: whether the ranks of a node hold one copy of the values.
-        bubble: the idle part of the step's passes with these stages; even_bubble: with stages of equal work.
-        rank_bytes, node_bytes: that the fullest rank and the fullest node hold; a rank's share of shared values counts.
+        bubble: the part of the passes' time in which these stages are idle; even_bubble: if all had equal work.
+        rank_bytes, node_bytes: held by the fullest rank and the fullest node; of shared values a rank's share counts.
         node_out: bytes that the busiest node sends to others for the gradient sum in a step.
     """
 
@@ -95,10 +95,10 @@ class Plan:
 
 
 def plan(job: Job, data: str) -> Plan:
-    """All that can be said of a job beforehand."""
+    """The plan of a job that trains on the data set named `data`."""
     last = len(job.stages) - 1
     rows = [activations.bytes_of_a_row(stage, number == last) for number, stage in enumerate(job.stages)]
-    memories = [costs.memory(job, number, row) for number, row in enumerate(rows)]
+    memories = [costs.stage_memory(job, number, row) for number, row in enumerate(rows)]
     flops = sum(stage.flops for stage in job.stages)
     passes = max(job.passes(replica) for replica in range(job.replicas))
     held = [memory.own + memory.values / _sharers(job, number) for number, memory in enumerate(memories)]
@@ -142,7 +142,7 @@ def _layers(job: Job) -> list[LayerLine]:
     return lines
 
 
-def _stage(job: Job, number: int, memory: costs.Memory, flops: int) -> StageLine:
+def _stage(job: Job, number: int, memory: costs.StageMemory, flops: int) -> StageLine:
     stage = job.stages[number]
     fullest = int(np.argmax(memory.own))
     return StageLine(
@@ -161,7 +161,7 @@ def _stage(job: Job, number: int, memory: costs.Memory, flops: int) -> StageLine
 
 
 def wires(job: Job) -> list[Wire]:
-    """What moves in a step. Within a node only pipelines need messages, unless ranks keep copies of their own."""
+    """All messages of a step. On a node only pipelines send some, unless each rank holds its own copy of the values."""
     edges = costs.boundaries(job)
     lines = [
         Wire("inputs of stages", *_apart([(edge.forward, edge.abroad) for edge in edges])),
@@ -169,19 +169,15 @@ def wires(job: Job) -> list[Wire]:
     ]
     if job.config.allreduce == "mpi":
         return [*lines, _library(job)]
-    found = [costs.exchange(job, number) for number in range(len(job.stages))]
-    for what, sent, abroad in (
-        ("partial sums of gradients", "gradients_out", "gradients_abroad"),
-        ("values", "values_out", "values_abroad"),
-    ):
-        all_ = sum(int(getattr(one, sent).sum()) for one in found)
-        between = sum(float(getattr(one, abroad).sum()) for one in found)
-        lines.append(Wire(what, between, all_ - between))
+    moved = [costs.traffic(job, number) for number in range(len(job.stages))]
+    for what, field in (("partial sums of gradients", "gradients"), ("values", "values")):
+        sent, between = (float(sum(getattr(one, field + way).sum() for one in moved)) for way in ("_out", "_abroad"))
+        lines.append(Wire(what, between, sent - between))
     return lines
 
 
 def _library(job: Job) -> Wire:
-    """The fewest bytes with which MPI_Allreduce can do its work: each but one copy goes, and a sum comes back."""
+    """The fewest bytes that MPI_Allreduce can send: every copy but one is sent once, and the sum comes back."""
     vectors = [stage.layout.size * stage.layout.dtype.itemsize for stage in job.stages]
     nodes = [len(set(job.homes(stage).tolist())) for stage in range(len(vectors))]
     between = sum(2 * vector * (count - 1) for vector, count in zip(vectors, nodes, strict=True))
@@ -190,6 +186,7 @@ def _library(job: Job) -> Wire:
 
 
 def _apart(messages: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Bytes between nodes and on nodes, of messages of (bytes, part that leaves its node)."""
     return sum(size * abroad for size, abroad in messages), sum(size * (1 - abroad) for size, abroad in messages)
 
 
@@ -200,7 +197,7 @@ def screen(plan: Plan) -> str:
         plan.grid,
         f"{nodes}; an epoch of {plan.data} is {plan.steps_per_epoch:,} steps of {plan.rows:,.1f} rows, "
         f"each in {plan.microbatches:,} micro-batches of at most {plan.microbatch_rows:,}",
-        f"{plan.steps:,} steps; one takes about {count(plan.flops)} operations, forward and backward",
+        f"{plan.steps:,} steps of about {count(plan.flops)} operations, forward and backward",
     ]
     layers = [["layer", "kind", "row of its output", "parameters", "operations", "stage"]]
     for line in plan.layers:
@@ -208,7 +205,7 @@ def screen(plan: Plan) -> str:
         name, parameters = line.path.rpartition(".")[2], f"{line.parameters:,}"
         layers.append([name, line.kind, shape, parameters, count(line.flops), str(line.stage)])
     total = [f"{sum(line.parameters for line in plan.layers):,}", count(sum(line.flops for line in plan.layers))]
-    layers.append(["", "in all; operations are of a row, forward", "", *total, ""])
+    layers.append(["", "total; operations: a forward pass of one row", "", *total, ""])
     return "\n".join([*head, "", *table(layers, "rllrrr"), "", *_memory(plan), "", *_wires(plan)])
 
 
@@ -220,17 +217,17 @@ def _memory(plan: Plan) -> list[str]:
         gradients = f"{vectors}{size(stage.gradients // stage.gradient_vectors)}"
         held = [size(stage.values), gradients, *map(size, (stage.state, stage.activations, stage.messages))]
         lines.append([str(index), f"{stage.first}-{stage.last}", f"{stage.share:.0%}", str(stage.in_flight), *held])
-    whose = "values: one copy a node, the rest each rank's own" if plan.shared else "each rank has all of it"
+    values = "one copy for each node" if plan.shared else "a copy for each rank"
     return [
         *table(lines, "rrrrrrrrr"),
-        f"of each stage's fullest rank; {whose}; activations: measured on a forward pass",
+        f"memory of each stage's fullest rank; values: {values}; activations: measured on a forward pass",
         f"at most {size(plan.rank_bytes)} a rank and {size(plan.node_bytes)} a node, without data, Python, libraries",
         f"stages are idle for {plan.bubble:.0%} of the time of their passes ({plan.even_bubble:.0%} if all were equal)",
     ]
 
 
 def _wires(plan: Plan) -> list[str]:
-    lines = [["in a step move", "between nodes", "on nodes"]]
+    lines = [["sent in a step", "between nodes", "on nodes"]]
     lines += [[wire.what, size(wire.between), size(wire.within)] for wire in plan.wires]
-    sums = f"for the sums the busiest node sends {size(plan.node_out)}"
+    sums = f"the busiest node sends {size(plan.node_out)} for the gradient sums"
     return [*table(lines, "lrr"), *([sums] if plan.node_out else [])]

@@ -1,1 +1,1 @@
-"""Steps on grids that nobody has measured, from measured pieces."""
+"""Predictions: the time of a step on grids that have not been measured."""

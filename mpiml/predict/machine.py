@@ -1,6 +1,6 @@
-"""What a machine needs for the pieces of a training step: constants that are measured, each by itself; no MPI.
+"""The times that a machine takes for the pieces of a training step, each measured by itself; no MPI.
 
-`python -m mpiml.predict calibrate` measures them (mpiml.predict.calibration) and puts them beside a study's points.
+`python -m mpiml.predict calibrate` measures them (mpiml.predict.calibration) and keeps them in a study's directory.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import numpy as np
 from mpiml import documents
 from mpiml.errors import ConfigError, OutputError
 
-MACHINE = "machine"  # of a study's directory: what was measured, a file for each time
+MACHINE = "machine"  # in a study's directory: a file for each calibration
 Curve = Sequence[float]  # seconds, by rows of a micro-batch
-Part = TypeVar("Part", "Pace", "Link")
+Part = TypeVar("Part", "Speeds", "Link")
 
 
 @dataclass(frozen=True)
-class Pace:
-    """Seconds that a rank needs.
+class Speeds:
+    """Seconds that a rank takes for the pieces of a step.
 
     Attributes:
         inputs, loss: to read inputs; to read labels and compute the loss.
-        forward, backward: of each layer.
-        update: to sum and optimize, for each element that it owns; add: for an addition of an element.
-        microbatch: what else a micro-batch takes; step: and a step: the step record, meeting the node's ranks.
+        forward, backward: for each layer's passes.
+        update: to sum and update one element that it owns; add: to add one element to another.
+        microbatch: overhead of a micro-batch; step: overhead of a step, such as the step record.
     """
 
     inputs: Curve
@@ -41,20 +41,20 @@ class Pace:
     microbatch: float
     step: float
 
-    def towards(self, other: Pace, way: float) -> Pace:
-        """A pace that lies between two: at `way` 0 this one, at 1 the other."""
-        return _mixed(lambda pair: pair[0] + way * (pair[1] - pair[0]), self, other)
+    def towards(self, other: Speeds, fraction: float) -> Speeds:
+        """Interpolate: these speeds at `fraction` 0, the other ones at 1."""
+        return _mixed(lambda pair: pair[0] + fraction * (pair[1] - pair[0]), self, other)
 
 
 def _mixed(mix: Callable[[Any], Any], first: Part, *others: Part) -> Part:
-    """What `mix` makes of all numbers of some paces or links: along the first axis are those of each."""
+    """Combine speeds, or links, number by number: `mix` gets an array with one of them along its first axis."""
     numbers = {name: [getattr(one, name) for one in (first, *others)] for name in asdict(first)}
     return type(first)(**{name: mix(np.array(of_each)).tolist() for name, of_each in numbers.items()})
 
 
 @dataclass(frozen=True)
 class Link:
-    """Messages between two ranks: `seconds` for each of `sizes` in bytes, rising; measured, or assumed."""
+    """Messages between two ranks: `seconds` for each of `sizes` in bytes, in rising order; measured or assumed."""
 
     sizes: Sequence[float]
     seconds: Sequence[float]
@@ -78,14 +78,15 @@ class Link:
 
 @dataclass(frozen=True)
 class Machine:
-    """A node of a machine, and what is known of the network.
+    """A calibration of one node of a machine, and of the network.
 
     Attributes:
-        settings: of the model that was measured, as TOML.
+        settings: the settings of the measured model, as TOML.
         layers: its layers' names and kinds.
-        rows: of micro-batches that were measured, rising.
-        cores: of a node, and `ranks` that computed at once in `busy`; `alone` one did.
-        inside, between: messages on a node, and between two; None if there was nobody to send to.
+        rows: the numbers of rows of a micro-batch that were measured, rising.
+        cores: cores of the node.
+        alone, busy: speeds of one rank while the others rest, and while all `ranks` compute.
+        inside, between: messages on a node, and between two; None without a second rank, or node.
     """
 
     mpiml: str
@@ -95,59 +96,59 @@ class Machine:
     rows: Sequence[int]
     cores: int
     ranks: int
-    alone: Pace
-    busy: Pace
+    alone: Speeds
+    busy: Speeds
     inside: Link | None
     between: Link | None
 
-    def pace(self, ranks: int) -> Pace:
-        """With so many ranks on a node."""
+    def speeds(self, ranks: int) -> Speeds:
+        """The speeds of a rank if this many compute on its node."""
         return self.alone.towards(self.busy, min((ranks - 1) / max(self.ranks - 1, 1), 1.0))
 
     def seconds(self, curve: Curve, rows: float) -> float:
-        """Of micro-batches of `rows` rows on average; less than one means that some are empty and take no time."""
+        """Seconds for a micro-batch of `rows` rows on average; below one row, some are empty and take no time."""
         return interpolated(self.rows, curve, rows) if rows >= 1 else rows * curve[0]
 
     @classmethod
-    def typical(cls, found: Sequence[Machine]) -> Machine:
-        """The median of each number of some measurements of one machine."""
+    def of_medians(cls, machines: Sequence[Machine]) -> Machine:
+        """The median of each number over several calibrations of one machine."""
 
         def median(name: str) -> Any:
-            parts = [getattr(one, name) for one in found]
+            parts = [getattr(machine, name) for machine in machines]
             return _mixed(lambda values: np.median(values, axis=0), *parts) if parts[0] else None
 
-        return replace(found[0], **{name: median(name) for name in ("alone", "busy", "inside", "between")})
+        return replace(machines[0], **{name: median(name) for name in ("alone", "busy", "inside", "between")})
 
     @classmethod
-    def from_json(cls, found: Any) -> Machine:
-        """The reverse of `to_json`, parsed. Raises ValueError, TypeError or KeyError for another value."""
-        links = {name: Link(**found[name]) if found[name] else None for name in ("inside", "between")}
-        paces = {name: Pace(**found[name]) for name in ("alone", "busy")}
-        return cls(**found | links | paces)
+    def from_json(cls, content: Any) -> Machine:
+        """The reverse of `to_json`, parsed. Raises ValueError, TypeError or KeyError for other content."""
+        links = {name: Link(**content[name]) if content[name] else None for name in ("inside", "between")}
+        speeds = {name: Speeds(**content[name]) for name in ("alone", "busy")}
+        return cls(**content | links | speeds)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
 
 
-def load(directory: Path) -> Machine:
-    """What was measured for a study, the median of all times. Raises ConfigError if nothing was."""
-    found = []
+def load_machine(directory: Path) -> Machine:
+    """The medians of all calibrations in a study's directory. Raises ConfigError if there are none."""
+    machines = []
     for path in sorted((directory / MACHINE).glob("*.json")):
         try:
-            found.append(Machine.from_json(documents.from_json(documents.read(path), str(path))))
+            machines.append(Machine.from_json(documents.from_json(documents.read(path), str(path))))
         except (OutputError, ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{path} cannot be used: {error}; delete it, or calibrate another study") from None
-    if not found:
+    if not machines:
         raise ConfigError(
-            f"{directory} knows nothing of the machine: python -m mpiml.predict calibrate {directory} measures it"
+            f"{directory} has no calibration of the machine: python -m mpiml.predict calibrate {directory} makes one"
         )
-    if len({(len(one.rows), len(one.layers), one.ranks, one.cores) for one in found}) > 1:
+    if len({(len(one.rows), len(one.layers), one.ranks, one.cores) for one in machines}) > 1:
         raise ConfigError(f"{directory / MACHINE}: measured on different numbers of ranks, or on different machines")
-    return Machine.typical(found)
+    return Machine.of_medians(machines)
 
 
 def interpolated(places: Sequence[float], values: Sequence[float], at: float) -> float:
-    """The value at a place between known ones, or beyond the last, along the last two."""
+    """Interpolate linearly between known places; beyond the last, extrapolate from the last two, never falling."""
     if at > places[-1] and len(places) > 1:
         (a, b), (low, high) = places[-2:], values[-2:]
         return high + (at - b) * max(high - low, 0.0) / (b - a)

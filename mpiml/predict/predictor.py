@@ -1,4 +1,4 @@
-"""Predictions for the model of a study, and their comparison with what the study measured; no MPI."""
+"""Predictions for the model of a study, and their comparison with the study's times; no MPI."""
 
 from __future__ import annotations
 
@@ -10,56 +10,56 @@ from typing import Any
 
 from mpiml.config import parse
 from mpiml.errors import ConfigError
-from mpiml.predict.machine import MACHINE, Link, Machine, load
-from mpiml.predict.step import Step, step
-from mpiml.scaling import table
-from mpiml.scaling.points import read
-from mpiml.training.job import Job, Training, training
+from mpiml.predict.machine import MACHINE, Link, Machine, load_machine
+from mpiml.predict.step import StepTime, step_time
+from mpiml.scaling.points import read_study
+from mpiml.scaling.results import Line, load_study
+from mpiml.training.job import Job, unplaced
 from mpiml.training.resolve import open_data
 
-LATENCY, BANDWIDTH = 2e-6, 10e9  # assumed of a network that was not measured: a second, and bytes per second
+LATENCY, BANDWIDTH = 2e-6, 10e9  # assumed of a network that was not measured: seconds, and bytes per second
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A grid and what a step is predicted to take on it."""
+    """A grid and the predicted time of its step."""
 
     ranks: int
     stages: int
     batch: int
     microbatches: int
-    step: Step
+    step: StepTime
     samples_per_second: float
 
 
 class Predictor:
-    """Predictions for a study's model. Raises ConfigError if it is another than was measured."""
+    """Predictions for a study's model. Raises ConfigError if the calibration is of another model."""
 
     def __init__(self, directory: Path, latency: float | None = None, bandwidth: float | None = None):
-        study = read(directory)
-        self.machine, self.weak = load(directory), study["mode"] == "weak"
+        study = read_study(directory)
+        self.machine, self.weak = load_machine(directory), study["mode"] == "weak"
         self.config = parse(study["settings"])
-        self.training: Training = training(self.config, open_data(self.config))
+        self.training = unplaced(self.config, open_data(self.config))
         if len(self.training.layers) != len(self.machine.layers):
             raise ConfigError(f"{directory / MACHINE} is of another model: delete it and calibrate again")
         self.network = network(self.machine, latency, bandwidth)
 
     def job(self, ranks: int, node_ranks: int, **settings: Any) -> Job:
-        """On a grid; a data set that is smaller than a batch is taken to grow with it."""
+        """The job on a grid; a data set smaller than the batch is assumed to grow with it."""
         config = self.config.replace(**settings)
         return self.training.on(config, ranks, node_ranks, max(self.training.rows, config.batch))
 
     def grids(self, ranks: int, node_ranks: int) -> Iterator[Prediction]:
-        """What each grid of so many ranks would need, with sensible numbers of micro-batches."""
+        """A prediction for each grid of these ranks and each sensible number of micro-batches."""
         batch = self.config.batch * (ranks if self.weak else 1)
         for stages in (s for s in range(1, min(ranks, len(self.training.layers)) + 1) if ranks % s == 0):
             replicas = ranks // stages
             for microbatches in self._microbatches(stages, replicas, batch):
                 settings = {"pipe": stages, "batch": batch, "microbatches": microbatches, "cuts": ()}
                 job = self.job(ranks, node_ranks, **settings)
-                found = step(job, self.machine, self.network)
+                time = step_time(job, self.machine, self.network)
                 rows = job.rows / job.steps_per_epoch
-                yield Prediction(ranks, stages, batch, microbatches, found, rows / found.seconds)
+                yield Prediction(ranks, stages, batch, microbatches, time, rows / time.seconds)
 
     def _microbatches(self, stages: int, replicas: int, batch: int) -> list[int]:
         if self.config.microbatches:
@@ -69,36 +69,36 @@ class Predictor:
 
 
 def network(machine: Machine, latency: float | None = None, bandwidth: float | None = None) -> Link:
-    """Messages between nodes: as given, else as measured, else as is assumed."""
+    """Messages between nodes: as given, else as measured, else as assumed."""
     known = machine.between or Link.assumed(LATENCY, BANDWIDTH)
     if latency or bandwidth:
         return Link.assumed(latency or known.latency, bandwidth or known.bandwidth)
     return known
 
 
-def told(machine: Machine, latency: float | None = None, bandwidth: float | None = None) -> str:
-    """What is known of the machine, what is given, and what is assumed."""
+def describe(machine: Machine, latency: float | None = None, bandwidth: float | None = None) -> str:
+    """The machine in a few lines; of the network, what is measured, given and assumed."""
     lines = [
         f"{machine.cpu}, {machine.cores} cores; {machine.ranks} ranks computed at once",
-        f"a step takes {machine.busy.step * 1e6:.0f} us and a micro-batch {machine.busy.microbatch * 1e6:.0f} us "
-        f"besides arithmetic; sum and update {machine.busy.update * 1e9:.2f} ns an element",
+        f"overhead: {machine.busy.step * 1e6:.0f} us a step, {machine.busy.microbatch * 1e6:.0f} us a micro-batch; "
+        f"sum and update {machine.busy.update * 1e9:.2f} ns an element",
     ]
     if machine.inside:
         lines.append(f"messages on a node: {_link(machine.inside, 'measured', 'measured')}")
     values = {"latency": latency, "bandwidth": bandwidth}
-    other = {name: "measured" if machine.between else f"ASSUMED; --{name} X says otherwise" for name in values}
+    other = {name: "measured" if machine.between else f"ASSUMED; set it with --{name} X" for name in values}
     sources = ["as given" if value else other[name] for name, value in values.items()]
     return "\n".join([*lines, f"messages between nodes: {_link(network(machine, latency, bandwidth), *sources)}"])
 
 
 def _link(link: Link, latency: str, bandwidth: str) -> str:
-    """Latency and bandwidth, each with how it is known."""
+    """Latency and bandwidth, each with its source."""
     return f"{link.latency * 1e6:.1f} us ({latency}), then {link.bandwidth / 1e9:.1f} GB/s ({bandwidth})"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A measured point beside its prediction: medians of seconds of a step, and how far its repeats are apart."""
+    """A point's measured and predicted time: seconds of a step, and the relative range of the measured repeats."""
 
     study: str
     grid: str
@@ -114,24 +114,24 @@ class Comparison:
 
 
 def compare(directory: Path) -> tuple[list[Comparison], int]:
-    """Every point of a study that can be predicted, and how many were left out because ranks had to take turns."""
+    """A study's points with their predictions, and how many points are left out: those with more ranks than cores."""
     predictor = Predictor(directory)
-    lines = table.load(directory).lines
-    found = [_compared(directory, predictor, line) for line in lines if not line.oversubscribed]
-    return found, len(lines) - len(found)
+    lines = load_study(directory).lines
+    compared = [_compared(directory, predictor, line) for line in lines if not line.oversubscribed]
+    return compared, len(lines) - len(compared)
 
 
-def _compared(directory: Path, predictor: Predictor, line: table.Line) -> Comparison:
+def _compared(directory: Path, predictor: Predictor, line: Line) -> Comparison:
     point = line.point
     settings = {"pipe": point.stages, "batch": point.batch, "microbatches": point.microbatches}
     job = predictor.job(point.ranks, -(-point.ranks // line.nodes), **settings)
     median = statistics.median(line.medians)
     return Comparison(
         study=str(directory),
-        grid=f"{point.stages} x {point.ranks // point.stages}",
+        grid=point.grid,
         batch=point.batch,
         microbatches=point.microbatches,
         measured=median,
         spread=(max(line.medians) - min(line.medians)) / median,
-        predicted=step(job, predictor.machine, predictor.network).seconds,
+        predicted=step_time(job, predictor.machine, predictor.network).seconds,
     )

@@ -8,18 +8,20 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from mpi4py import MPI
 
-from mpiml.clock import BLOCKED_ON_OTHERS
+from mpiml.clock import BLOCKED_ON_OTHERS, Clock
 from mpiml.errors import DirectoryError, OutputError, RunError, StallError, known_to_all
 from mpiml.run import alarm, lock
 from mpiml.run.alarm import within
 from mpiml.run.console import say
 from mpiml.run.directory import FAILED, read_result, update_result
+from mpiml.run.one_job import check_size
 from mpiml.team import Team
 
 # Seconds in which a failing process tries to ...
@@ -180,3 +182,16 @@ def end_job(code: int) -> None:
     time.sleep(FORWARDING)  # the launcher drops what it has not forwarded when it kills
     MPI.COMM_WORLD.Abort(code)
     os._exit(code)
+
+
+def run_job(program: str, act: Callable[[Team], object]) -> int:
+    """Call `act` with a team of all ranks of this job, guarded and without a time limit. Returns the exit code."""
+    alarm.off()
+    try:
+        team = Team(MPI.COMM_WORLD, Clock())
+        with Guard(team, program):
+            check_size(team.size)
+            act(team)
+        return 0
+    except BaseException as error:  # the guard has reported it
+        return exit_code(error)

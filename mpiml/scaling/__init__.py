@@ -1,1 +1,1 @@
-"""Scaling studies: points that are measured, and their report."""
+"""Scaling studies: grids are measured in jobs of their own, and a report is made of the times."""

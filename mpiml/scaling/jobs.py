@@ -1,4 +1,4 @@
-"""The MPI jobs of a study, one after the other: repeats of points that are timed, and training runs; no MPI."""
+"""The MPI jobs of a study: repeats of points, which are timed, and training runs to a target; no MPI."""
 
 from __future__ import annotations
 
@@ -13,64 +13,64 @@ from mpiml.config import Config
 from mpiml.errors import ConfigError, OutputError
 from mpiml.run.directory import METRICS, read_result
 from mpiml.run.metrics import content_of, lines
-from mpiml.scaling.points import POINTS, TRAINING, Point, measured, runs
+from mpiml.scaling.points import POINTS, TRAINING, Point, read_repeat, shuffled
 
-LOOKS = 50  # evaluations of a training run, at least: steps to a target are known to one part in so many
+EVALUATIONS = 50  # of a training run, at least: so the steps to a target are known to a fiftieth of the run
 
 
 @dataclass(frozen=True)
-class Task(ABC):
+class StudyJob(ABC):
     """A job on the ranks of a point.
 
     Attributes:
-        repeat: of the jobs of so many ranks, the one that this belongs to.
-        path: where it leaves what it found.
-        words: what python is to run.
+        repeat: which of the study's repeats it belongs to.
+        path: the file, or the run directory, that it writes.
+        arguments: of the Python that each rank runs.
     """
 
     point: Point
     repeat: int
     path: Path
-    words: Sequence[str]
+    arguments: Sequence[str]
 
     @property
     @abstractmethod
     def done(self) -> bool:
-        """Whether it needs not be run again."""
+        """Whether its result is there, so that it need not run again."""
 
     @abstractmethod
-    def told(self) -> str:
-        """What it found, in a few words."""
+    def summary(self) -> str:
+        """Its result in a few words."""
 
 
-class Timing(Task):
+class TimedRepeat(StudyJob):
     """A repeat of a point, by mpiml.scaling.timing."""
 
     @property
     def done(self) -> bool:
-        return measured(self.path) is not None
+        return read_repeat(self.path) is not None
 
-    def told(self) -> str:
-        found = measured(self.path)
-        assert found, "it is done"
-        middle = statistics.median(found["step_seconds"])
-        return f"{middle * 1e3:.2f} ms a step, {found['rows'] / middle:,.0f} samples/s"
+    def summary(self) -> str:
+        result = read_repeat(self.path)
+        assert result, "it is done"
+        median = statistics.median(result["step_seconds"])
+        return f"{median * 1e3:.2f} ms a step, {result['rows'] / median:,.0f} samples/s"
 
 
-class Training(Task):
+class TrainingRun(StudyJob):
     """A training run to the last epoch, by mpiml.train."""
 
     @property
     def done(self) -> bool:
         return read_result(self.path).get("status") == "done"
 
-    def told(self) -> str:
+    def summary(self) -> str:
         metric, scores = evaluations(self.path)
         step, score = max(scores, key=lambda scored: scored[1])
         return f"trained, test {metric} at best {score:.4f}, after {step} steps"
 
 
-def tasks(
+def jobs_of(
     directory: Path,
     points: Sequence[Point],
     repeats: int,
@@ -79,57 +79,56 @@ def tasks(
     settings: Sequence[str],
     rows: int,
     epochs: int | None,
-) -> list[Task]:
-    """All jobs of a study: what is timed in the order of points.runs, then what is trained.
+) -> list[StudyJob]:
+    """All jobs of a study: the timed repeats in the order of points.shuffled, then the training runs.
 
     Args:
-        timed: steps that do not count, and steps that do.
+        timed: steps to warm up, and steps to time.
         config, settings: of mpiml.train, parsed and as they were given.
-        rows: that there are to train on.
+        rows: rows of the training set.
         epochs: of training runs; None for no such runs.
 
-    Raises ConfigError if training runs are asked for and evaluations are not.
+    Raises ConfigError if there are to be training runs without evaluations.
     """
-    found: list[Task] = []
-    for point, repeat in runs(points, repeats):
+    jobs: list[StudyJob] = []
+    for point, repeat in shuffled(points, repeats):
         path = directory / POINTS / f"{point.name}_{repeat}.json"
-        words = ["-m", "mpiml.scaling.timing", str(path), *map(str, timed), *settings, *point.settings()]
-        found.append(Timing(point, repeat, path, words))
+        arguments = ["-m", "mpiml.scaling.timing", str(path), *map(str, timed), *settings, *point.flags()]
+        jobs.append(TimedRepeat(point, repeat, path, arguments))
     if not epochs:
-        return found
+        return jobs
     if not config.eval_every:
         raise ConfigError("--target needs evaluations: leave out --eval-every 0")
-    for point in trained(points):
-        path = directory / TRAINING / training(point, epochs)
+    for point in points_to_train(points):
+        path = run_directory(directory, point, epochs)
         if "eval_every" in (config.given or ()):  # after as many rows, whatever the batch
             every = max(1, config.eval_every * config.batch // point.batch)
         else:
-            every = max(1, epochs * -(-rows // point.batch) // LOOKS)
-        run = [f"--epochs={epochs}", f"--eval-every={every}", "--save-every=0", "--quiet", "--resume", f"--out={path}"]
-        found.append(Training(point, 0, path, ["-m", "mpiml.train", *settings, *point.settings(), *run]))
-    return found
+            every = max(1, epochs * -(-rows // point.batch) // EVALUATIONS)
+        flags = f"--epochs={epochs} --eval-every={every} --save-every=0 --quiet --resume".split()
+        arguments = ["-m", "mpiml.train", *settings, *point.flags(), *flags, f"--out={path}"]
+        jobs.append(TrainingRun(point, 0, path, arguments))
+    return jobs
 
 
-def trained(points: Sequence[Point]) -> list[Point]:
-    """The points to train on: the largest of those that end with the same weights, bit for bit, because batch and
-    micro-batches are the same."""
+def points_to_train(points: Sequence[Point]) -> list[Point]:
+    """For each batch and number of micro-batches the largest point: all points that share both end with the same
+    weights, bit for bit."""
     asked = sorted(point for point in points if not point.extra)
     return list({(point.batch, point.microbatches): point for point in asked}.values())
 
 
-def training(point: Point, epochs: int) -> str:
-    """The directory of the training run that speaks for a point."""
-    return f"batch-{point.batch}_microbatches-{point.microbatches}_epochs-{epochs}"
+def run_directory(directory: Path, point: Point, epochs: int) -> Path:
+    """The run directory, in a study's, of the training run that shares a point's batch and micro-batches."""
+    return directory / TRAINING / f"batch-{point.batch}_microbatches-{point.microbatches}_epochs-{epochs}"
 
 
 def evaluations(run: Path) -> tuple[str, list[tuple[int, float]]]:
     """The metric's name, and (step, test score) of every evaluation of a run."""
     path = run / METRICS
     entries, problems = lines(path, content_of(path))
-    found = [(line["step"], line["evaluation"]) for _, line in entries if "evaluation" in line]
-    if problems or not found:
+    scored = [(line["step"], line["evaluation"]) for _, line in entries if "evaluation" in line]
+    if problems or not scored:
         raise OutputError(problems[0] if problems else f"{path} has no evaluation")
-    (metric,) = found[0][1].keys() - {"loss", "rows"}
-    return metric, [
-        (step, -math.inf if evaluation[metric] is None else evaluation[metric]) for step, evaluation in found
-    ]
+    (metric,) = scored[0][1].keys() - {"loss", "rows"}
+    return metric, [(step, -math.inf if scores[metric] is None else scores[metric]) for step, scores in scored]

@@ -1,4 +1,4 @@
-"""Scaling laws fitted to measured times, each with an interval and a word on whether the data support it; no MPI."""
+"""Scaling laws fitted to measured times, with intervals and a verdict on whether the data support them; no MPI."""
 
 from __future__ import annotations
 
@@ -16,39 +16,41 @@ Times = Mapping[int, Sequence[float]]  # seconds of a step, by number of ranks, 
 Array = NDArray[np.float64]
 RESAMPLES = 1000
 LEVEL = 0.95
-SCATTER = 0.2  # of the median: with repeats that differ more, nearly any law would seem to fit
+SCATTER = 0.2  # of the median: if repeats differ more, nearly any law would seem to fit
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and where it lies with a probability of LEVEL; without an interval (too few repeats), all of it."""
+    """An estimate and its interval of confidence LEVEL; infinite if there are too few repeats for one."""
 
     value: float
     low: float
     high: float
 
+    def scaled(self, factor: float) -> Interval:
+        return Interval(factor * self.value, factor * self.low, factor * self.high)
+
 
 @dataclass(frozen=True)
 class Fit:
-    """A law's parameters by name, how far its curve is from the medians at most, relative, and what the data say of
-    it."""
+    """A law: its parameters by name, the largest relative distance of its curve from the medians, and a verdict."""
 
     law: str
     parameters: dict[str, Interval]
     error: float
-    word: str
+    verdict: str
 
 
 def median_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     """The median and its interval from order statistics, which assumes nothing of the distribution.
 
-    With fewer than 6 values the whole range covers less than 95 %: it is what can be said.
+    With fewer than 6 values it is the whole range, which covers less than 95 %.
     Conover, "Practical Nonparametric Statistics", 3rd ed., 1999, section 3.2.
     """
     ordered, n = sorted(values), len(values)
     if not n:
         raise ValueError("no values: a median needs at least one")
-    below = 0  # how many of the smallest, and of the largest, lie outside
+    below = 0  # how many of the smallest values, and of the largest, lie outside
     while below < (n - 1) // 2 and 1 - 2 * _binomial(below + 1, n) >= level:
         below += 1
     return Interval(statistics.median(ordered), ordered[below], ordered[n - 1 - below])
@@ -59,16 +61,13 @@ def _binomial(most: int, n: int) -> float:
     return float(sum(math.comb(n, k) for k in range(most + 1)) / 2**n)
 
 
-def speed_up(times: Times, base: Sequence[float]) -> dict[int, Interval]:
-    """Median base time over median time, with the interval of resampled repeats, by number of ranks."""
-    return {
-        ranks: _resampled(lambda both: statistics.median(both[0]) / statistics.median(both[1]), [base, values])
-        for ranks, values in times.items()
-    }
+def speed_up(base: Sequence[float], times: Sequence[float]) -> Interval:
+    """The median of `base` over the median of `times`, with an interval from resampled repeats."""
+    return _resampled(lambda both: statistics.median(both[0]) / statistics.median(both[1]), [base, times])
 
 
 def karp_flatt(ranks: int, speed_up: float) -> float:
-    """The serial fraction that a speed-up on several ranks would come from, if nothing else slowed it.
+    """The serial fraction that explains a speed-up on several ranks if nothing else slows it.
 
     Karp and Flatt, "Measuring parallel processor performance", CACM 33(5), 1990.
     """
@@ -77,34 +76,8 @@ def karp_flatt(ranks: int, speed_up: float) -> float:
     return (1 / speed_up - 1 / ranks) / (1 - 1 / ranks)
 
 
-def karp_flatt_trend(ups: Mapping[int, Interval]) -> Fit:
-    """The Karp-Flatt metric of some speed-ups by number of ranks, and what its course says."""
-    found = {f"serial fraction on {p} ranks": _serial_fraction(p, ups[p]) for p in sorted(ups)}
-    return Fit("Karp-Flatt", found, math.nan, _course(list(found.values())))
-
-
-def _serial_fraction(ranks: int, up: Interval) -> Interval:
-    value = karp_flatt(ranks, up.value)
-    if math.isinf(up.high):
-        return Interval(value, -math.inf, math.inf)
-    return Interval(value, karp_flatt(ranks, up.high), karp_flatt(ranks, up.low))
-
-
-def _course(fractions: Sequence[Interval]) -> str:
-    if len(fractions) < 2:
-        return "cannot be told: needs two rank counts besides one rank, with a core for each rank"
-    first, last = fractions[0], fractions[-1]
-    if not max(one.high - one.low for one in fractions) <= SCATTER:
-        return f"cannot be told: its intervals are wider than {SCATTER:g}, or there are none"
-    if last.low > first.high:
-        return "grows with the ranks: overhead, such as communication, that a serial part does not explain"
-    if last.high < first.low:
-        return "falls with the ranks: they gain more than they lose, by larger caches, say"
-    return "constant within its intervals: a serial part"
-
-
 def amdahl(times: Times) -> Fit:
-    """T(p) = T1 (s + (1 - s) / p), for a problem of one size: s is the serial fraction.
+    """T(p) = T1 (s + (1 - s) / p) for a problem of constant size; s is the serial fraction.
 
     Amdahl, "Validity of the single processor approach", AFIPS 1967.
     """
@@ -137,7 +110,8 @@ def gustafson(times: Times) -> Fit:
 
 
 def universal(times: Times) -> Fit:
-    """T(p) = T1 (1 + a (p - 1) + b p (p - 1)) / p: a is contention, b what it costs that all agree with all.
+    """T(p) = T1 (1 + a (p - 1) + b p (p - 1)) / p: a is contention, b is coherence (the cost of
+    all-to-all agreement).
 
     Gunther, "Guerrilla Capacity Planning", 2007: the universal scalability law.
     """
@@ -153,17 +127,17 @@ def universal(times: Times) -> Fit:
 
 
 def _least_squares(medians: Mapping[int, float], terms: Callable[[int], list[float]]) -> list[float]:
-    """Coefficients, none negative, of the terms whose sum is nearest to the times, relative to each time."""
+    """Coefficients, none negative, of the terms whose sum is nearest to the times; distances are relative."""
     rows = np.array([[term / time for term in terms(p)] for p, time in medians.items()])
     keep = list(range(rows.shape[1]))
-    found = np.zeros(rows.shape[1])
+    coefficients = np.zeros(rows.shape[1])
     while keep:
-        some: Array = np.linalg.lstsq(rows[:, keep], np.ones(len(rows)), rcond=None)[0]
-        if (some >= 0).all():
-            found[keep] = some
+        solution: Array = np.linalg.lstsq(rows[:, keep], np.ones(len(rows)), rcond=None)[0]
+        if (solution >= 0).all():
+            coefficients[keep] = solution
             break
-        keep.pop(int(np.argmin(some)))  # what would be negative is not there
-    return found.tolist()
+        keep.pop(int(np.argmin(solution)))  # leave out the term that would be negative
+    return coefficients.tolist()
 
 
 def _fit(
@@ -176,12 +150,12 @@ def _fit(
     """A law fitted to times.
 
     Args:
-        solve: from medians by number of ranks, the time on one rank and the law's parameters.
-        predict: from a number of ranks and what `solve` gives, a time.
+        solve: from medians by number of ranks to the time on one rank and the law's parameters.
+        predict: from a number of ranks and the result of `solve` to a time.
     """
     if 1 not in times or len(times) < len(names) + 1:
-        needed = f"one rank and {len(names)} more rank counts"
-        return Fit(law, {}, math.nan, f"cannot be told: needs times on {needed}, with a core for each rank")
+        needed = f"one rank and {len(names)} more numbers of ranks"
+        return Fit(law, {}, math.nan, f"undecided: needs times on {needed}, with a core for each rank")
     sizes = sorted(times)
 
     def of(samples: Sequence[Sequence[float]]) -> list[float]:
@@ -195,23 +169,23 @@ def _fit(
     curve = of(columns)
     errors = [abs(predict(p, *curve) / statistics.median(times[p]) - 1) for p in sizes]
     spread = max((max(values) - min(values)) / statistics.median(values) / 2 for values in columns)
-    return Fit(law, parameters, max(errors), _word(len(sizes), len(names), max(errors), spread))
+    return Fit(law, parameters, max(errors), _verdict(len(sizes), len(names), max(errors), spread))
 
 
-def _word(points: int, parameters: int, error: float, spread: float) -> str:
+def _verdict(points: int, parameters: int, error: float, spread: float) -> str:
     if points <= parameters + 1:
-        return "cannot be told: as many parameters as points allow, any data would fit; measure more rank counts"
+        return "undecided: with so few points the law fits any data; measure more numbers of ranks"
     if spread > SCATTER:
-        return f"cannot be told: repeats of one point differ by up to {spread:.0%} to either side"
+        return f"undecided: repeats of one point differ by up to {spread:.0%} to either side"
     if error <= max(spread, 0.01):
         return f"supported: within the spread of the repeats ({error:.0%} of {spread:.0%})"
     if error <= 0.10:
-        return f"roughly: {error:.0%} off at worst, more than the repeats' spread of {spread:.0%}"
-    return f"not supported: {error:.0%} off at worst; something this law does not know decides the time"
+        return f"roughly supported: {error:.0%} off at worst, more than the repeats' spread of {spread:.0%}"
+    return f"not supported: {error:.0%} off at worst; something that this law leaves out decides the time"
 
 
 def _resampled(estimate: Callable[[Sequence[Sequence[float]]], float], samples: Sequence[Sequence[float]]) -> Interval:
-    """An estimate from samples, with the interval of estimates from samples drawn anew from them.
+    """An estimate from samples, with the interval of estimates from samples resampled with replacement.
 
     Efron and Tibshirani, "An Introduction to the Bootstrap", 1993: percentile intervals.
     """

@@ -1,8 +1,7 @@
-"""The plots of a scaling study, drawn with matplotlib (extra [plots])."""
+"""The plots of a scaling study, drawn by matplotlib (extra [plots])."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -10,29 +9,30 @@ from pathlib import Path
 from typing import Any
 
 from mpiml.clock import SHARES
+from mpiml.command import plural
 from mpiml.errors import ConfigError
 from mpiml.scaling.laws import Interval
-from mpiml.scaling.table import Line, Study
+from mpiml.scaling.results import Line, Study
 
-# Told apart by the colour-blind too: Okabe and Ito, "Color universal design", 2008.
+# Colours that the colour-blind can tell apart: Okabe and Ito, "Color universal design", 2008.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
 DARK = "#444444"
 COLOURS = dict(zip(SHARES, (BLUE, ORANGE, RED, GREEN, GREY), strict=True))
 CROWDED = "more ranks than cores"
-LOOKS = ((BLUE, "o"), (RED, "s"), (GREEN, "^"), (ORANGE, "D"), (GREY, "v"))  # of lines
+STYLES = ((BLUE, "o"), (RED, "s"), (GREEN, "^"), (ORANGE, "D"), (GREY, "v"))  # of curves
 Draw = Callable[[Any, Study], None]
 
 
-def step_time(axes: Any, study: Study) -> None:
-    """Milliseconds of a step by ranks, and what they would be without any loss."""
-    ranks = _curves(axes, _by_stages(study), lambda line: _times(line.step, 1e3))
+def draw_time(axes: Any, study: Study) -> None:
+    """Milliseconds of a step by ranks, and the ideal."""
+    ranks = _curves(axes, _by_stages(study), lambda line: line.step.scaled(1e3))
     first = 1e3 * study.base.step.value
     _ideal(axes, ranks, [first / p if study.mode == "strong" else first for p in ranks])
     _logarithmic(axes, ranks, "time of a step (ms)")
     _decades(axes)
 
 
-def speed(axes: Any, study: Study) -> None:
+def draw_speed_up(axes: Any, study: Study) -> None:
     """Speed-up by ranks."""
     ranks = _curves(axes, _by_stages(study), lambda line: line.speed_up)
     _ideal(axes, ranks, [float(p) for p in ranks])
@@ -42,16 +42,16 @@ def speed(axes: Any, study: Study) -> None:
     axes.yaxis.set_major_formatter("{x:g}")
 
 
-def efficiency(axes: Any, study: Study) -> None:
+def draw_efficiency(axes: Any, study: Study) -> None:
     """Speed-up per rank."""
-    ranks = _curves(axes, _by_stages(study), lambda line: _times(line.efficiency, 100))
+    ranks = _curves(axes, _by_stages(study), lambda line: line.efficiency.scaled(100))
     _ideal(axes, ranks, [100.0] * len(ranks))
     _logarithmic(axes, ranks, "efficiency (%)")
     axes.set_ylim(0, max(110.0, axes.get_ylim()[1]))
 
 
-def shares(axes: Any, study: Study) -> None:
-    """What the ranks of each grid spend a step's time on."""
+def draw_shares(axes: Any, study: Study) -> None:
+    """The activities that a step's time is spent on, by grid."""
     lines = study.grids()
     bottom = [0.0] * len(lines)
     for name in SHARES:
@@ -68,8 +68,8 @@ def shares(axes: Any, study: Study) -> None:
     _legend(axes)
 
 
-def accuracy(axes: Any, study: Study) -> None:
-    """Seconds until training has reached the target, by ranks, with the grid and the micro-batches that do so first."""
+def draw_accuracy(axes: Any, study: Study) -> None:
+    """Seconds of training to the target by ranks, each with the grid and the micro-batches that reach it first."""
     trained = [line for line in study.lines if line.target]
     slowest_first = sorted(trained, key=lambda line: -(line.seconds_to_target or 0))
     reached = {line.point.ranks: line for line in slowest_first if line.seconds_to_target}
@@ -78,7 +78,7 @@ def accuracy(axes: Any, study: Study) -> None:
     if lines:
         first = lines[0].point
         start = _to_target(lines[0]).value * first.ranks
-        since = f"ideal, from {_count(first.ranks, 'rank')} with M = {first.microbatches}"
+        since = f"ideal, from {plural(first.ranks, 'rank')} with M = {first.microbatches}"
         _ideal(axes, ranks, [start / count for count in ranks], since)
     missed = sorted({line.point.ranks for line in trained} - set(ranks))
     for count in missed:
@@ -94,14 +94,19 @@ def accuracy(axes: Any, study: Study) -> None:
 
 
 def _to_target(line: Line) -> Interval:
-    return _times(line.step, line.target.steps if line.target and line.target.steps else 0)
+    return line.step.scaled(line.target.steps if line.target and line.target.steps else 0)
 
 
-PLOTS: dict[str, Draw] = {"time": step_time, "speed-up": speed, "efficiency": efficiency, "shares": shares}
+PLOTS: dict[str, Draw] = {
+    "time": draw_time,
+    "speed-up": draw_speed_up,
+    "efficiency": draw_efficiency,
+    "shares": draw_shares,
+}
 
 
-def draw(study: Study, directory: Path) -> dict[str, str]:
-    """Write each plot as PNG and SVG; returns the SVGs' texts by name. Raises ConfigError without matplotlib."""
+def draw(study: Study, directory: Path) -> list[str]:
+    """Write each plot as PNG and SVG; returns their names. Raises ConfigError without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -109,38 +114,35 @@ def draw(study: Study, directory: Path) -> dict[str, str]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    texts = {}
     trained = any(line.target for line in study.lines)
-    for name, plot in (PLOTS | ({"accuracy": accuracy} if trained else {})).items():
+    plots = PLOTS | ({"accuracy": draw_accuracy} if trained else {})
+    for name, plot in plots.items():
         figure, axes = pyplot.subplots(figsize=(5, 3.75), layout="constrained")
         figure.suptitle(_title(study), fontsize=10)
         plot(axes, study)
         figure.savefig(directory / f"{name}.png", dpi=150)
-        content = io.StringIO()
-        figure.savefig(content, format="svg")
-        texts[name] = content.getvalue()
-        (directory / f"{name}.svg").write_text(texts[name])
+        figure.savefig(directory / f"{name}.svg")
         pyplot.close(figure)
-    return texts
+    return list(plots)
 
 
 def _by_stages(study: Study) -> dict[str, list[Line]]:
-    """What is drawn as a line, under its name: the points of each number of stages."""
-    found: dict[int, list[Line]] = {}
+    """The curves of a plot by label: one for each number of stages."""
+    curves: dict[int, list[Line]] = {}
     for line in study.grids():
-        found.setdefault(line.point.stages, []).append(line)
-    if len(found) == 1:
+        curves.setdefault(line.point.stages, []).append(line)
+    if len(curves) == 1:
         return {"median, interval": study.grids()}
-    return {_count(stages, "stage"): found[stages] for stages in sorted(found)}
+    return {plural(stages, "stage"): curves[stages] for stages in sorted(curves)}
 
 
 def _curves(axes: Any, series: Mapping[str, list[Line]], measure: Callable[[Line], Interval]) -> list[int]:
-    """Medians with their intervals; hollow where ranks took turns on the cores. Returns all numbers of ranks."""
-    for (label, lines), (colour, marker) in zip(series.items(), itertools.cycle(LOOKS), strict=False):
+    """Draw medians with their intervals; hollow with more ranks than cores. Returns all numbers of ranks."""
+    for (label, lines), (colour, marker) in zip(series.items(), itertools.cycle(STYLES), strict=False):
         ranks = [line.point.ranks for line in lines]
-        found = [measure(line) for line in lines]
-        values = [one.value for one in found]
-        inside = [(one.low, one.high) if math.isfinite(one.high) else (one.value, one.value) for one in found]
+        intervals = [measure(line) for line in lines]
+        values = [one.value for one in intervals]
+        inside = [(one.low, one.high) if math.isfinite(one.high) else (one.value, one.value) for one in intervals]
         errors = [
             [max(value - low, 0.0) for (low, _), value in zip(inside, values, strict=True)],
             [max(high - value, 0.0) for (_, high), value in zip(inside, values, strict=True)],
@@ -155,11 +157,7 @@ def _curves(axes: Any, series: Mapping[str, list[Line]], measure: Callable[[Line
 
 def _title(study: Study) -> str:
     rows = study.base.point.batch
-    return "strong scaling, batch " + f"{rows}" if study.mode == "strong" else f"weak scaling, {rows} rows a rank"
-
-
-def _times(interval: Interval, factor: float) -> Interval:
-    return Interval(factor * interval.value, factor * interval.low, factor * interval.high)
+    return f"strong scaling, batch {rows}" if study.mode == "strong" else f"weak scaling, {rows} rows a rank"
 
 
 def _ideal(axes: Any, ranks: list[int], values: list[float], label: str = "ideal") -> None:
@@ -168,7 +166,7 @@ def _ideal(axes: Any, ranks: list[int], values: list[float], label: str = "ideal
 
 
 def _legend(axes: Any) -> None:
-    """Above the axes, where it hides nothing; what has one name is there once."""
+    """Place the legend above the axes, where it hides nothing; merge equal labels."""
     handles, labels = axes.get_legend_handles_labels()
     named = dict(sorted(zip(labels, handles, strict=True), key=lambda pair: pair[0] == CROWDED))
     place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "frameon": False}
@@ -185,7 +183,7 @@ def _logarithmic(axes: Any, ranks: list[int], label: str) -> None:
 
 
 def _decades(axes: Any) -> None:
-    """A logarithmic axis with numbers that are read at a glance: 0.5, 1, 2, 5, 10."""
+    """Make the y axis logarithmic, labelled 0.5, 1, 2, 5, 10."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axes.set_yscale("log")
@@ -195,10 +193,4 @@ def _decades(axes: Any) -> None:
 
 
 def _label(line: Line, grid: bool) -> str:
-    point = line.point
-    name = f"{point.stages} x {point.ranks // point.stages}" if grid else str(point.ranks)
-    return f"{name}{'*' if line.oversubscribed else ''}"
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" + ("s" if number > 1 else "")
+    return f"{line.point.grid if grid else line.point.ranks}{'*' if line.oversubscribed else ''}"

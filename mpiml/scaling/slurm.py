@@ -1,7 +1,7 @@
-"""A study as SLURM jobs: a job for each number of ranks and repeat, submitted once for as long as it is queued; no MPI.
+"""A study in SLURM's queue: a job for each number of ranks and repeat, submitted unless it is queued; no MPI.
 
-A job for each repeat, and not one for all of them, so that repeats differ as jobs do (other nodes, another hour) and
-the intervals say so; a job for each number of ranks, and not one for all, so that no node idles.
+Each repeat is a job of its own, so that repeats differ as jobs do (other nodes, another hour) and the intervals show
+it; so is each number of ranks, so that no node idles.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpiml.command import telling
+from mpiml.command import fault_line
 from mpiml.errors import ConfigError
 from mpiml.run.directory import write_atomically
-from mpiml.scaling.jobs import Task
+from mpiml.scaling.jobs import StudyJob
 from mpiml.scaling.points import JOBS
 
-KEPT = ("ranks", "mode", "pipes", "repeats", "steps", "warm_up", "timeout", "node_ranks", "launcher", "target")
+# Flags of `run` that the submitted jobs get too.
+FLAGS = ("ranks", "mode", "pipes", "repeats", "steps", "warm_up", "timeout", "node_ranks", "launcher", "target")
 
 SCRIPT = """#!/bin/bash
-# Repeat {repeat} of what is measured on {ranks} ranks; python -m mpiml.scaling run --slurm wrote this.
+# Repeat {repeat} of all points of {ranks} ranks; python -m mpiml.scaling run --slurm wrote this.
 #SBATCH --nodes={nodes} --ntasks={ranks} --ntasks-per-node={each} --cpus-per-task={threads}
 #SBATCH --exclusive
 #SBATCH --time={minutes}
@@ -35,41 +36,41 @@ exec "$PYTHON" -m mpiml.scaling run {flags} {launcher}-- {settings}
 """
 
 
-def queued(directory: Path, tasks: Sequence[Task], node_ranks: int | None) -> dict[str, str]:
-    """Number and state of those jobs of a study that SLURM has not ended, by name.
+def queued(directory: Path, jobs: Sequence[StudyJob], node_ranks: int | None) -> dict[str, str]:
+    """Number and state of the study's jobs that are queued or running, by name.
 
-    Asked of SLURM, by names that tell the study, the ranks and the repeat: so nothing is submitted twice, whatever
-    became of the command that did it first.
+    Asks squeue for names made of the study's directory, the ranks and the repeat: so nothing is submitted twice, even
+    if the command that submitted it was killed.
 
     Raises ConfigError without SLURM or --node-ranks.
     """
     if not node_ranks:
         raise ConfigError("--slurm: say with --node-ranks N how many ranks a node takes")
-    _there("sbatch")
-    names = [_name(directory, *job) for job in _jobs(tasks)]
+    _check_installed("sbatch")
+    names = [_name(directory, *group) for group in _groups(jobs)]
     lines = _call(["squeue", "--noheader", "--format=%j %i is %T", f"--name={','.join(names)}"]).splitlines()
     return {name: state.lower() for name, _, state in (line.strip().partition(" ") for line in lines)}
 
 
 def submit(
     directory: Path,
-    tasks: Sequence[Task],
+    jobs: Sequence[StudyJob],
     states: dict[str, str],
     chosen: argparse.Namespace,
     settings: Sequence[str],
     threads: int,
 ) -> None:
-    """Submit a job for every number of ranks and repeat of which something is open, unless `states` says that it is
-    queued or running, and say what is open.
+    """Submit a SLURM job for every number of ranks and repeat with open jobs, unless `states` shows it queued or
+    running; print what is open.
 
     Raises ConfigError if SLURM refuses.
     """
     submitted = waiting = 0
-    for ranks, repeat in _jobs(tasks):
-        mine = [task for task in tasks if (task.point.ranks, task.repeat) == (ranks, repeat)]
-        missing = sum(not task.done for task in mine)
+    for ranks, repeat in _groups(jobs):
+        group = [job for job in jobs if (job.point.ranks, job.repeat) == (ranks, repeat)]
+        missing = sum(not job.done for job in group)
         state = states.get(_name(directory, ranks, repeat))
-        text = f"ranks {ranks}, repeat {repeat}: {len(mine) - missing} of {len(mine)} there"
+        text = f"ranks {ranks}, repeat {repeat}: {len(group) - missing} of {len(group)} done"
         if missing and state:
             waiting += 1
             text += f"; job {state}"
@@ -77,18 +78,18 @@ def submit(
             submitted += 1
             text += f"; {_submit(directory, chosen, settings, threads, ranks, repeat, missing)}"
         print(text, flush=True)
-    there = sum(task.done for task in tasks)
-    print(f"{there} of {len(tasks)} measured; jobs submitted: {submitted}, queued or running before: {waiting}", end="")
-    print("" if there == len(tasks) else "; the same command tells how far they are, and submits again what failed")
+    done = sum(job.done for job in jobs)
+    more = "" if done == len(jobs) else "; the same command shows progress, and submits again what failed"
+    print(f"{done} of {len(jobs)} done; jobs submitted: {submitted}, queued or running before: {waiting}{more}")
 
 
-def _jobs(tasks: Sequence[Task]) -> list[tuple[int, int]]:
-    """Ranks and repeat of each, in order."""
-    return list(dict.fromkeys((task.point.ranks, task.repeat) for task in tasks))
+def _groups(jobs: Sequence[StudyJob]) -> list[tuple[int, int]]:
+    """Ranks and repeat of each SLURM job, in order."""
+    return list(dict.fromkeys((job.point.ranks, job.repeat) for job in jobs))
 
 
 def _name(directory: Path, ranks: int, repeat: int) -> str:
-    """Of a job: the same whenever it is asked for, and another for each study."""
+    """The name of a SLURM job, which only this study gives."""
     return f"scaling-{hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:10]}-{ranks}-{repeat}"
 
 
@@ -101,12 +102,13 @@ def _submit(
     repeat: int,
     missing: int,
 ) -> str:
-    """Write and submit a job; returns what to tell of it."""
+    """Write and submit a SLURM job; returns a message with its number."""
     path = directory / JOBS / f"ranks-{ranks:05d}_{repeat}.sbatch"
     log = path.with_suffix(".log")
-    kept = {name: getattr(chosen, name) for name in KEPT if getattr(chosen, name) is not None}
-    kept |= {"max_epochs": chosen.max_epochs, "out": directory, "only": [ranks, repeat]}
-    flags = [f"--{name.replace('_', '-')}={_text(value)}" for name, value in kept.items()]
+    values = {name: getattr(chosen, name) for name in FLAGS if getattr(chosen, name) is not None}
+    values |= {"max_epochs": chosen.max_epochs, "out": directory, "only": [ranks, repeat]}
+    lists = {name: ",".join(map(str, value)) for name, value in values.items() if isinstance(value, list)}
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in (values | lists).items()]
     script = SCRIPT.format(
         repeat=repeat,
         ranks=ranks,
@@ -121,26 +123,22 @@ def _submit(
     )
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, script)
-    before = f"; of the one before, see {log}" if log.exists() else ""
+    before = f"; log of the one before: {log}" if log.exists() else ""
     flags = ["--parsable", f"--output={log}", "--open-mode=append", *shlex.split(chosen.sbatch)]
     job = _call(["sbatch", *flags, f"--job-name={_name(directory, ranks, repeat)}", str(path)])
     return f"submitted as job {job.split(';')[0]}{before}"
 
 
 def _call(command: Sequence[str]) -> str:
-    """What a command of SLURM prints. Raises ConfigError if it fails."""
-    _there(command[0])
+    """The output of a SLURM command. Raises ConfigError if it fails."""
+    _check_installed(command[0])
     done = subprocess.run(command, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        told = telling(done.stderr.splitlines(), "error")  # the first names the fault; the last, that there is one
-        raise ConfigError(f"--slurm: {command[0]} failed, exit code {done.returncode}: {told}")
+        fault = fault_line(done.stderr, "error")  # the first such line: the last says only that there is an error
+        raise ConfigError(f"--slurm: {command[0]} failed, exit code {done.returncode}: {fault}")
     return done.stdout.strip()
 
 
-def _there(command: str) -> None:
+def _check_installed(command: str) -> None:
     if not shutil.which(command):
         raise ConfigError(f"--slurm: no {command} found; use a login node of the cluster, or leave out --slurm")
-
-
-def _text(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,7 +1,7 @@
-"""One point of a scaling study: a job that trains for some steps and writes down how long each took.
+"""The job of a repeat: trains for some steps and writes down how long each took.
 
-`mpirun -n RANKS python -m mpiml.scaling.timing FILE WARM_UP STEPS [settings of mpiml.train]`. What is timed is the main
-loop of mpiml.train, without log, evaluation and checkpoints.
+`mpirun -n RANKS python -m mpiml.scaling.timing FILE WARM_UP STEPS [settings of mpiml.train]`. Timed are the steps of
+mpiml.train, without log, evaluation and checkpoints.
 """
 
 from __future__ import annotations
@@ -21,23 +21,26 @@ import numpy as np
 from mpi4py import MPI
 
 import mpiml
-from mpiml.clock import SHARES, Clock
+from mpiml.clock import SHARES
 from mpiml.config import Config, parse
 from mpiml.partition import check_ranks
-from mpiml.run import alarm, environment, one_job
+from mpiml.run import environment
 from mpiml.run.directory import write_atomically
-from mpiml.run.failure import Guard, exit_code
+from mpiml.run.failure import run_job
 from mpiml.run.process import prepare_process
 from mpiml.team import Team
 from mpiml.training.data import open_data
 from mpiml.training.run import Run, unsaved
 
+if __name__ == "__main__":
+    start.begun()
 
-def measure(run: Run, warm_up: int, steps: int) -> dict[str, Any]:
-    """Train for `warm_up` steps that do not count and `steps` that do; collective.
 
-    Returns seconds of each step, of the rank that was slowest in it, and the mean seconds of a step that ranks spent
-    on each of clock.SHARES.
+def time_steps(run: Run, warm_up: int, steps: int) -> dict[str, Any]:
+    """Train for `warm_up` steps, then time `steps` steps; collective.
+
+    Returns the seconds of each step on its slowest rank, and the mean seconds of a step that ranks spent on each of
+    clock.SHARES.
     """
     team = run.grid.team
     for step in range(1, warm_up + 1):
@@ -51,31 +54,19 @@ def measure(run: Run, warm_up: int, steps: int) -> dict[str, Any]:
     return {"step_seconds": seconds.tolist(), "shares": dict(zip(SHARES, shares.tolist(), strict=True))}
 
 
-def main() -> int:
-    """Measure a point. Returns the exit code."""
-    try:
-        team = Team(MPI.COMM_WORLD, Clock())
-        with Guard(team, "mpiml.scaling.timing"):
-            one_job.check_size(team.size)
-            point(team, Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), parse(sys.argv[4:]))
-        return 0
-    except BaseException as error:  # reported already
-        return exit_code(error)
-
-
-def point(team: Team, path: Path, warm_up: int, steps: int, config: Config) -> None:
-    """Measure a point and let rank 0 write what is found, with all that it depends on, to `path`; collective."""
+def time_point(team: Team, path: Path, warm_up: int, steps: int, config: Config) -> None:
+    """Time a point; rank 0 writes the times, and all that they depend on, to `path`. Collective."""
     comm = team.comm
     check_ranks(comm.size, config.pipe)
     prepare_process(config.threads)
     data = open_data(config, team, None)
     run = unsaved(comm, config.replace(steps=warm_up + steps, epochs=None), data)
     with run.data.ahead:
-        found = measure(run, warm_up, steps)
+        times = time_steps(run, warm_up, steps)
     ranks = comm.gather(environment.of_rank(config.threads))
     if comm.rank == 0:
         assert ranks, "rank 0 gathers"
-        found |= {
+        about = {
             "mpiml": mpiml.__version__,
             "ranks": comm.size,
             "nodes": len({rank["host"] for rank in ranks}),
@@ -88,10 +79,15 @@ def point(team: Team, path: Path, warm_up: int, steps: int, config: Config) -> N
             "settings": run.config.to_toml(),
             "environment": environment.of_job(ranks, data.fingerprint),
         }
-        write_atomically(path, json.dumps(found, indent=1) + "\n")
+        write_atomically(path, json.dumps(times | about, indent=1) + "\n")
+
+
+def main() -> int:
+    """The job. Returns the exit code."""
+    path, warm_up, steps, *settings = sys.argv[1:]
+    program = "mpiml.scaling.timing"
+    return run_job(program, lambda team: time_point(team, Path(path), int(warm_up), int(steps), parse(settings)))
 
 
 if __name__ == "__main__":
-    start.begun()
-    alarm.off()  # what is measured may take long
     start.end(main())

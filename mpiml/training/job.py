@@ -1,4 +1,4 @@
-"""A training job that nobody has started: its settings, its model and its grid; no MPI."""
+"""A training job that has not been started: its settings, its model and its grid; no MPI."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from mpiml.training.task import Task
 
 @dataclass(frozen=True)
 class Job:
-    """A run on a grid.
+    """A training job on a grid.
 
     Attributes:
         config: its settings, resolved.
-        stages: its model.
-        ranks, node_ranks: of the job, and of a node; the last node may have fewer.
-        rows: that it trains on.
-        columns: of the table of a step record.
+        stages: its model, cut into stages.
+        ranks, node_ranks: ranks of the job and of each node; the last node may have fewer.
+        rows: rows of the training set.
+        columns: columns of the step record's table.
     """
 
     config: Config
@@ -60,7 +60,7 @@ class Job:
 
     @property
     def microbatch_rows(self) -> int:
-        """Of the largest micro-batch."""
+        """Rows of the largest micro-batch."""
         return math.ceil(math.ceil(self.rows / self.microbatches) / self.steps_per_epoch)
 
     @property
@@ -69,7 +69,7 @@ class Job:
         return self.config.allreduce == "ordered" and self.config.memory != "private"
 
     def passes(self, replica: int) -> int:
-        """The micro-batches of a replica."""
+        """How many micro-batches a replica computes in a step."""
         first, last = part(replica, self.replicas, self.microbatches)
         return last - first
 
@@ -78,36 +78,39 @@ class Job:
         return np.arange(stage * self.replicas, (stage + 1) * self.replicas) // self.node_ranks
 
     def groups(self, stage: int) -> list[int]:
-        """How many replicas of a stage, in order, sum their gradients in one memory: those of each node, or each by
-        itself."""
+        """How many replicas of a stage, in order, sum their gradients in one memory: a node's, or one each."""
         return np.unique(self.homes(stage), return_counts=True)[1].tolist() if self.shared else [1] * self.replicas
 
 
 def needs(data: Dataset, classes: int | None, ignore: int | None = None) -> tuple[int, int]:
-    """(outputs, tokens) that a model needs, from as little of the data as tells it.
+    """(outputs, tokens) that a model of this data set needs; reads only the columns that decide them.
 
-    Raises DataError for labels that cannot be.
+    Raises DataError for labels or tokens that cannot be used.
     """
-    known = classes or data.classes
     if not data.classification:
         return math.prod(data.train.y.shape), 0
-    if known:
-        return known, known
-    highest = {"x": -1, "y": -1}
+    if classes := classes or data.classes:
+        return classes, classes
+    tokens = _values(data, "x", None) if data.language_model else 0
+    return _values(data, "y", data.ignored(ignore)), tokens
+
+
+def _values(data: Dataset, column: str, ignore: int | None) -> int:
+    """One more than the highest integer of column "x" or "y" in both splits."""
+    highest = -1
     for split in (data.train, data.test):
-        for column in ("x", "y") if data.language_model else ("y",):
-            source, every = getattr(split, column), np.arange(len(split))
-            source.hold(every)
-            found = inspect(source, every, data.ignored(ignore) if column == "y" else None)
-            if wrong := problem(data, column, found):
-                raise DataError(f"{source.name}: {wrong[0]} {wrong[1]}")
-            highest[column] = max(highest[column], int(found.highest[0]))
-    return highest["y"] + 1, highest["x"] + 1
+        source, rows = getattr(split, column), np.arange(len(split))
+        source.hold(rows)
+        findings = inspect(source, rows, ignore)
+        if wrong := problem(data, column, findings):
+            raise DataError(f"{source.name}: {wrong[0]} {wrong[1]}")
+        highest = max(highest, int(findings.highest[0]))
+    return highest + 1
 
 
 @dataclass(frozen=True)
-class Training:
-    """What is trained, whatever the grid: layers, the shape of an input row, rows, and what else a Job has."""
+class Unplaced:
+    """A training job without a grid: its layers, the shape of an input row, and what else a Job has."""
 
     layers: Sequence[Layer]
     shape: Shape
@@ -116,31 +119,33 @@ class Training:
     columns: int
 
     def on(self, config: Config, ranks: int, node_ranks: int, rows: int | None = None) -> Job:
-        """The job on a grid, on as many rows as there are or on others. Raises ConfigError as mpiml.train would."""
+        """The job on a grid, with another number of training rows if `rows` is given. Raises ConfigError as mpiml.train
+        would."""
         rows = rows or self.rows
         check_ranks(ranks, config.pipe)
         config = resolve(config, rows, self.classification, ranks // config.pipe)
         return Job(config, cut(config, self.layers, self.shape), ranks, node_ranks, rows, self.columns)
 
 
-def training(config: Config, data: Dataset) -> Training:
-    """What mpiml.train would train with these settings. Raises ConfigError or DataError as it would."""
+def unplaced(config: Config, data: Dataset) -> Unplaced:
+    """The job that mpiml.train would start with these settings. Raises ConfigError or DataError as it would."""
     config = resolve(config.replace(pipe=1, cuts=(), microbatches=1), len(data.train), data.classification, 1)
     outputs, tokens = needs(data, config.classes, config.ignore)
     task = Task(data.train.x.shape, data.train.y.shape, data.classification, outputs, tokens)
-    build_loss(config)
+    build_loss(config)  # for its errors
     layers = model_for(config, task, None)
     columns = 2 + build_metric(config, outputs).columns
-    return Training(layers, task.shape, len(data.train), data.classification, columns)
+    return Unplaced(layers, task.shape, len(data.train), data.classification, columns)
 
 
 def job_of(config: Config, ranks: int, node_ranks: int, data: Dataset) -> Job:
-    """The job that mpiml.train would be on so many ranks. Raises ConfigError or DataError as it would."""
+    """The job that mpiml.train would be on these ranks. Raises ConfigError or DataError as it would."""
     check_ranks(ranks, config.pipe)
-    resolve(config, len(data.train), data.classification, ranks // config.pipe)  # before data are read
-    return training(config, data).on(config, ranks, node_ranks)
+    resolve(config, len(data.train), data.classification, ranks // config.pipe)  # for errors before the data are read
+    return unplaced(config, data).on(config, ranks, node_ranks)
 
 
 def kind(layer: Layer) -> str:
+    """A layer's class, with those of the layers inside it: "Residual(LayerNorm, Linear)"."""
     inner = ", ".join(kind(one) for one in layer.inner())
     return f"{type(layer).__name__}({inner})" if inner else type(layer).__name__

@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpiml.bench.layers import TASKS, Task, transformer
+from mpiml.bench.layers import DUELS, Duel, transformer
 
 torch = pytest.importorskip("torch")
 SIDE = 28 // 4  # of an image after two poolings
 
 
-def small(model: str) -> Task:
+def small(model: str) -> Duel:
     if model == "gpt":
         return transformer(width=16, blocks=2)
-    return TASKS[model](*(["16", "8"] if model == "mlp" else []))
+    return DUELS[model](*(["16", "8"] if model == "mlp" else []))
 
 
 def in_torch(array: np.ndarray, model: str, name: str) -> np.ndarray:
@@ -28,11 +28,11 @@ def in_torch(array: np.ndarray, model: str, name: str) -> np.ndarray:
     return array.T
 
 
-@pytest.mark.parametrize("model", TASKS)
+@pytest.mark.parametrize("model", DUELS)
 def test_both_sides_learn_the_same(model: str) -> None:
     """Values are compared where the gradient is more than rounding: Adam's first step only asks for its sign."""
-    task = small(model)
-    ours, theirs = task.ours(), task.theirs("channels_last")
+    duel = small(model)
+    ours, theirs = duel.ours(), duel.theirs("channels_last")
     run, parameters = ours.run, dict(theirs.module.named_parameters())
     (layout,), sum_ = run.model.layouts, run.stage.sum
 
@@ -47,7 +47,7 @@ def test_both_sides_learn_the_same(model: str) -> None:
     rows = torch.from_numpy(np.array(batch.select()))
     ours.step()
     theirs.train(rows)
-    weight = task.y[: task.rows].size
+    weight = duel.y[: duel.rows].size
     for name, value, slope in zip(parameters, mine(sum_.values.vector), mine(sum_.slots[0]), strict=True):
         parameter = parameters[name]
         grad = parameter.grad.numpy()

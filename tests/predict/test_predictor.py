@@ -16,9 +16,9 @@ from mpiml.errors import ConfigError
 from mpiml.plan import costs
 from mpiml.predict import predictor
 from mpiml.predict.__main__ import main
-from mpiml.predict.calibration import in_parts
-from mpiml.predict.machine import MACHINE, Link, Machine, Pace, interpolated, load
-from mpiml.predict.step import step
+from mpiml.predict.calibration import curves_of
+from mpiml.predict.machine import MACHINE, Link, Machine, Speeds, interpolated, load_machine
+from mpiml.predict.step import step_time
 from mpiml.scaling.points import POINTS, STUDY, Point
 from mpiml.training.job import Job, job_of
 from tests.conftest import mpirun
@@ -41,7 +41,7 @@ def machine(**changes: Any) -> Machine:
     def curve(milliseconds: float) -> list[float]:
         return [milliseconds * 1e-3, milliseconds * 1e-3 * 10]
 
-    pace = Pace(
+    speeds = Speeds(
         inputs=curve(10),
         loss=curve(20),
         forward=[curve(1), curve(2), curve(3)],
@@ -52,12 +52,12 @@ def machine(**changes: Any) -> Machine:
         step=7.0,
     )
     layers = ["layers.0 Linear", "layers.1 ReLU", "layers.2 Linear"]
-    plain = Machine("1", "cpu", "", layers, [1, 10], 4, 4, pace, pace, Link([8, 1000], [1.0, 993.0]), None)
+    plain = Machine("1", "cpu", "", layers, [1, 10], 4, 4, speeds, speeds, Link([8, 1000], [1.0, 993.0]), None)
     return replace(plain, **changes)
 
 
 def test_one_rank_by_hand() -> None:
-    took = step(job(microbatches=4), machine(), NETWORK)
+    took = step_time(job(microbatches=4), machine(), NETWORK)
     # Four micro-batches of ten rows, each (10 + 20 + 6 + 12) ms a row and half a second; two merges in pairs and one
     # of pairs, each of 224 elements with padding.
     assert took.compute == pytest.approx(4 * (0.48 + 0.5) + 3 * 224 * 1e-4)
@@ -68,7 +68,7 @@ def test_one_rank_by_hand() -> None:
 
 def test_a_pipeline_by_hand() -> None:
     made = job(2, pipe=2, microbatches=2, batch=20)
-    took = step(made, machine(), NETWORK)
+    took = step_time(made, machine(), NETWORK)
     # Cut after the first layer: stage 0 takes .11 and .02, stage 1 .25 and .1 of ten rows, and .25 for being a pass.
     first, second, way = (0.36, 0.27), (0.50, 0.35), 1.0 + 10 * 16 * 4 - 8
     backward_1 = first[0] + way + 2 * (second[0] + second[1])  # 1F1B: F B F B on the last stage
@@ -79,8 +79,8 @@ def test_a_pipeline_by_hand() -> None:
 def test_two_nodes_by_hand() -> None:
     """One block belongs to rank 0, another to rank 1: each node sends the other's part, and gets it back."""
     here, apart = job(2, 2, microbatches=2), job(2, 1, microbatches=2)
-    within, between = (step(one, machine(), NETWORK) for one in (here, apart))
-    found = costs.exchange(apart, 0)
+    within, between = (step_time(one, machine(), NETWORK) for one in (here, apart))
+    found = costs.traffic(apart, 0)
     busiest = found.gradients_out.max() + found.values_out.max()  # one after the other
     record = 1e-3 + 8 * (2 + 2 * 4) / 1e6  # loss, weight, and two columns of accuracy
     exchanged = busiest / 1e6 + found.messages.max() * 1e-3
@@ -92,10 +92,10 @@ def test_two_nodes_by_hand() -> None:
 def test_more_ranks_slow_each_other_down() -> None:
     alone = machine().alone
     known = machine(busy=replace(alone, update=4e-3, forward=[[2e-3, 2e-2]] * 3))
-    assert known.pace(1) == alone
-    assert known.pace(3).update == pytest.approx(3e-3)
-    assert known.pace(4).forward[2] == pytest.approx([2e-3, 2e-2])
-    assert known.pace(99) == known.pace(4)
+    assert known.speeds(1) == alone
+    assert known.speeds(3).update == pytest.approx(3e-3)
+    assert known.speeds(4).forward[2] == pytest.approx([2e-3, 2e-2])
+    assert known.speeds(99) == known.speeds(4)
 
 
 def test_between_measured_sizes() -> None:
@@ -109,7 +109,7 @@ def test_between_measured_sizes() -> None:
 
 
 def test_backward_passes_are_measured_from_the_last_layer() -> None:
-    found = in_parts([[1, 2, 3, 4, 5, 6, 7], [10, 20, 30, 40, 50, 60, 70]], 2)
+    found = curves_of([[1, 2, 3, 4, 5, 6, 7], [10, 20, 30, 40, 50, 60, 70]], 2)
     assert (found["inputs"], found["loss"], found["update"]) == ([1, 10], [4, 40], [7, 70])
     assert (found["forward"], found["backward"]) == ([[2, 20], [3, 30]], [[6, 60], [5, 50]])
 
@@ -125,31 +125,31 @@ def test_larger_nodes_than_the_measured_one_are_assumed(tmp_path: Path, capsys: 
 
 def test_how_a_network_is_known(tmp_path: Path) -> None:
     alone, linked = machine(), machine(between=Link([0, 1e9], [3e-6, 1.0 + 3e-6]))
-    assumed = "2.0 us (ASSUMED; --latency X says otherwise), then 10.0 GB/s (ASSUMED; --bandwidth X says otherwise)"
-    assert predictor.told(alone).endswith(f"between nodes: {assumed}")
-    assert predictor.told(alone, 1e-5, 2e9).endswith("between nodes: 10.0 us (as given), then 2.0 GB/s (as given)")
-    half = "10.0 us (as given), then 10.0 GB/s (ASSUMED; --bandwidth X says otherwise)"
-    assert predictor.told(alone, 1e-5).endswith(half)
-    assert predictor.told(linked).endswith("3.0 us (measured), then 1.0 GB/s (measured)")
-    assert predictor.told(linked, 1e-5).endswith("10.0 us (as given), then 1.0 GB/s (measured)")
+    assumed = "2.0 us (ASSUMED; set it with --latency X), then 10.0 GB/s (ASSUMED; set it with --bandwidth X)"
+    assert predictor.describe(alone).endswith(f"between nodes: {assumed}")
+    assert predictor.describe(alone, 1e-5, 2e9).endswith("between nodes: 10.0 us (as given), then 2.0 GB/s (as given)")
+    half = "10.0 us (as given), then 10.0 GB/s (ASSUMED; set it with --bandwidth X)"
+    assert predictor.describe(alone, 1e-5).endswith(half)
+    assert predictor.describe(linked).endswith("3.0 us (measured), then 1.0 GB/s (measured)")
+    assert predictor.describe(linked, 1e-5).endswith("10.0 us (as given), then 1.0 GB/s (measured)")
     assert predictor.network(linked) == linked.between
 
 
 def test_measurements_are_kept_and_their_medians_count(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"predict calibrate {tmp_path}"):
-        load(tmp_path)
+        load_machine(tmp_path)
     (tmp_path / MACHINE).mkdir()
     for number, update in enumerate((1.0, 9.0, 2.0)):
-        pace = replace(machine().alone, update=update)
-        (tmp_path / MACHINE / f"{number}.json").write_text(machine(alone=pace).to_json())
-    assert load(tmp_path).alone == replace(machine().alone, update=2.0)
-    assert load(tmp_path).inside == machine().inside
+        speeds = replace(machine().alone, update=update)
+        (tmp_path / MACHINE / f"{number}.json").write_text(machine(alone=speeds).to_json())
+    assert load_machine(tmp_path).alone == replace(machine().alone, update=2.0)
+    assert load_machine(tmp_path).inside == machine().inside
     (tmp_path / MACHINE / "3.json").write_text(machine(ranks=8).to_json())
     with pytest.raises(ConfigError, match="different numbers of ranks"):
-        load(tmp_path)
+        load_machine(tmp_path)
     (tmp_path / MACHINE / "4.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"4.json cannot be used"):
-        load(tmp_path)
+        load_machine(tmp_path)
 
 
 def known(directory: Path, **measured: list[float]) -> Path:
@@ -180,11 +180,13 @@ def test_predictions_are_checked_against_points(tmp_path: Path, capsys: pytest.C
         told = capsys.readouterr().out
         assert "2 points" in told
         assert f"median error {1 - 1 / factor:.0%}" in told
-        assert "more ranks than cores: 1\n" in told
+        assert "more ranks than cores: 1 point\n" in told
     (tmp_path / "loud").mkdir()
     study = known(tmp_path / "loud", one=[one * 1e3, one * 2e3], two=[two * 1e3, two * 2e3])
     assert main(["check", str(study)]) == 1
-    assert "cannot be told, repeats are 67% apart" in capsys.readouterr().out  # and predictions 33 % off
+    assert (
+        "range of repeats 67%; undecided: repeats differ as much" in capsys.readouterr().out
+    )  # and predictions 33 % off
 
 
 def test_the_best_grid_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,11 +198,11 @@ def test_the_best_grid_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
     assert main(["predict", str(tmp_path), "--ranks", "1,4,256", "--node-ranks", "4", "--latency", "1e-5"]) == 0
     told = capsys.readouterr().out
-    assert "ASSUMED; --bandwidth" in told
+    assert "ASSUMED; set it with --bandwidth" in told
     assert f"{best['stages']} x {4 // best['stages']}" in told
     (line,) = (line for line in told.splitlines() if line.strip().startswith("4 "))
     assert sum(int(cell[:-1]) for cell in line.split()[-4:]) == pytest.approx(100, abs=2)
-    assert "256 ranks: no grid" in told
+    assert "256 ranks: the batch has too few rows" in told
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"mode": "strong", "settings": [], "points": [{"x": 1}]}'])
@@ -255,18 +257,18 @@ def test_a_real_calibration(tmp_path: Path) -> None:
     assert command("mpiml.scaling", "run", "--ranks", "1", *study, "--", *settings).returncode == 0
     done = command("mpiml.predict", "calibrate", str(directory), "--ranks", "2", "--repeats", "1", "--launcher", launch)
     assert done.returncode == 0, done.stderr
-    found = load(directory)
+    found = load_machine(directory)
     assert (found.ranks, found.rows, len(found.layers)) == (2, [1, 2, 4, 8, 16, 24], 6)
-    for pace in (found.alone, found.busy):
-        curves = [pace.inputs, pace.loss, *pace.forward, *pace.backward]
+    for speeds in (found.alone, found.busy):
+        curves = [speeds.inputs, speeds.loss, *speeds.forward, *speeds.backward]
         assert len(curves) == 2 + 2 * 6
         assert all(len(curve) == 6 and min(curve) >= 0 for curve in curves)
-        assert min(pace.update, pace.add, pace.microbatch, pace.step) >= 0
-        assert pace.forward[1][-1] > 0
+        assert min(speeds.update, speeds.add, speeds.microbatch, speeds.step) >= 0
+        assert speeds.forward[1][-1] > 0
     assert found.inside
     assert found.between is None
     told = command("mpiml.predict", "predict", str(directory), "--ranks", "2,6", "--node-ranks", "1")
     assert told.returncode == 0, told.stderr
     checked = command("mpiml.predict", "check", str(directory))
     assert checked.returncode in (0, 1), checked.stderr
-    assert "points: median error" in checked.stdout
+    assert "point: median error" in checked.stdout

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,21 +15,21 @@ from typing import Any
 
 import pytest
 
-from mpiml.command import ended, telling
+from mpiml.command import fault_line, run_command
 from mpiml.config import Config
 from mpiml.errors import ConfigError
 from mpiml.run.launcher import launcher
 from mpiml.scaling import plots
 from mpiml.scaling.__main__ import main
-from mpiml.scaling.jobs import Task, Training, tasks, trained, training
-from mpiml.scaling.points import POINTS, STUDY, TRAINING, Point, plan, runs
+from mpiml.scaling.jobs import StudyJob, TrainingRun, jobs_of, points_to_train, run_directory
+from mpiml.scaling.points import POINTS, STUDY, Point, points_of, shuffled
 from mpiml.scaling.report import fit, fits_text, notes
-from mpiml.scaling.table import Study, load, markdown
+from mpiml.scaling.results import Study, load_study, markdown
 from tests.conftest import launch, mpirun
 
 
 def test_strong_points_keep_the_batch() -> None:
-    points = plan("strong", [1, 2, 4], [1, 2], 64, None)
+    points = points_of("strong", [1, 2, 4], [1, 2], 64, None)
     assert [p for p in points if not p.extra] == [
         Point(1, 1, 64, 1),
         Point(2, 1, 64, 2),
@@ -40,13 +41,13 @@ def test_strong_points_keep_the_batch() -> None:
 
 
 def test_weak_points_keep_the_rows_of_a_rank() -> None:
-    points = plan("weak", [1, 2, 4], [1, 2], 64, None)
+    points = points_of("weak", [1, 2, 4], [1, 2], 64, None)
     assert {p.batch / p.ranks for p in points} == {64}
     assert [p.microbatches for p in points if p.extra] == [2]  # pipelines have two micro-batches a rank, others one
 
 
 def test_given_microbatches_are_kept() -> None:
-    assert {p.microbatches for p in plan("strong", [1, 2, 4], [1], 64, 8)} == {1, 8}
+    assert {p.microbatches for p in points_of("strong", [1, 2, 4], [1], 64, 8)} == {1, 8}
 
 
 @pytest.mark.parametrize(
@@ -57,13 +58,13 @@ def test_what_cannot_be_measured_is_refused(
     ranks: list[int], pipes: list[int], batch: int, microbatches: int | None, named: str
 ) -> None:
     with pytest.raises(ConfigError, match=named):
-        plan("strong", ranks, pipes, batch, microbatches)
+        points_of("strong", ranks, pipes, batch, microbatches)
 
 
 def test_repeats_are_shuffled_alike_each_time() -> None:
-    points = plan("strong", [1, 2, 4, 8], [1], 64, None)
-    order = runs(points, 3)
-    assert order == runs(points, 3)
+    points = points_of("strong", [1, 2, 4, 8], [1], 64, None)
+    order = shuffled(points, 3)
+    assert order == shuffled(points, 3)
     plain = [(point, repeat) for point in points for repeat in range(3)]
     assert sorted(order) == sorted(plain)
     assert order != plain
@@ -92,7 +93,7 @@ def made(directory: Path, mode: str, step_ms: dict[Point, list[float]]) -> Path:
 
 def test_speed_up_is_against_one_rank_at_its_best(tmp_path: Path) -> None:
     one, other, two = Point(1, 1, 64, 1), Point(1, 1, 64, 2, extra=True), Point(2, 1, 64, 2)
-    study = load(made(tmp_path, "strong", {one: [12.0, 12.1], other: [10.0, 10.0], two: [5.0, 6.0, 4.0]}))
+    study = load_study(made(tmp_path, "strong", {one: [12.0, 12.1], other: [10.0, 10.0], two: [5.0, 6.0, 4.0]}))
     assert study.base.point == other
     line = next(line for line in study.lines if line.point == two)
     assert line.speed_up.value == pytest.approx(2.0)
@@ -107,7 +108,7 @@ def test_speed_up_is_against_one_rank_at_its_best(tmp_path: Path) -> None:
 
 def test_weak_speed_up_counts_rows(tmp_path: Path) -> None:
     one, four = Point(1, 1, 64, 1), Point(4, 1, 256, 4)
-    study = load(made(tmp_path, "weak", {one: [10.0], four: [12.5]}))
+    study = load_study(made(tmp_path, "weak", {one: [10.0], four: [12.5]}))
     assert study.lines[1].speed_up.value == pytest.approx(3.2)
     assert study.lines[1].row()["node_hours_per_million_samples"] == pytest.approx(2 * 12.5e-3 / 3600 * 1e6 / 256)
 
@@ -117,7 +118,7 @@ def test_more_ranks_than_cores_are_marked(tmp_path: Path) -> None:
     made(tmp_path, "strong", {one: [10.0], eight: [9.0]})
     path = tmp_path / POINTS / f"{eight.name}_0.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"nodes": 1}))
-    study = load(tmp_path)
+    study = load_study(tmp_path)
     assert [line.oversubscribed for line in study.lines] == [False, True]
     assert "| 8* |" in markdown(study)
 
@@ -126,32 +127,30 @@ def test_laws_are_fitted_where_each_rank_has_a_core(tmp_path: Path) -> None:
     """On nodes of two cores: with eight ranks on one, the laws would be of ranks that take turns."""
     points = {Point(ranks, 1, 64, ranks): [16.0 / ranks, 16.1 / ranks] for ranks in (1, 2, 4, 8)}
     made(tmp_path, "strong", points)
-    amdahl, universal, karp_flatt = fit(load(tmp_path))
-    assert amdahl.word.startswith("supported")
-    assert list(karp_flatt.parameters) == [f"serial fraction on {ranks} ranks" for ranks in (2, 4, 8)]
+    amdahl, universal = fit(load_study(tmp_path))
+    assert amdahl.verdict.startswith("supported")
     for ranks in (4, 8):
         path = next((tmp_path / POINTS).glob(f"ranks-0000{ranks}*_0.json"))
         path.write_text(json.dumps(json.loads(path.read_text()) | {"nodes": 1}))
-    laws = fit(load(tmp_path))
-    assert all(law.word.startswith("cannot be told") for law in laws)
-    assert list(laws[-1].parameters) == ["serial fraction on 2 ranks"]
+    laws = fit(load_study(tmp_path))
+    assert all(law.verdict.startswith("undecided") for law in laws)
     assert "with a core for each rank" in fits_text(laws[1:2])
     assert universal.parameters
 
 
 def test_what_is_no_study_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no study"):
-        load(tmp_path)
+        load_study(tmp_path)
     with pytest.raises(ConfigError, match="no job of one rank"):
-        load(made(tmp_path, "strong", {Point(2, 1, 64, 2): [1.0]}))
+        load_study(made(tmp_path, "strong", {Point(2, 1, 64, 2): [1.0]}))
 
 
 def test_base_is_called_the_best_only_if_all_are_there(tmp_path: Path) -> None:
     one, other, two = Point(1, 1, 64, 1), Point(1, 1, 64, 2, extra=True), Point(2, 1, 64, 2)
     made(tmp_path, "strong", {one: [12.0], other: [10.0], two: [5.0]})
-    assert "with M = 2, which suits it best" in notes(load(tmp_path))[0]
+    assert "with M = 2, the fastest: " in notes(load_study(tmp_path))[0]
     (tmp_path / POINTS / f"{one.name}_0.json").unlink()
-    assert "with M = 2, the best so far, for M = 1 is still to be measured" in notes(load(tmp_path))[0]
+    assert "with M = 2, the fastest so far (M = 1 not yet measured): " in notes(load_study(tmp_path))[0]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"step_seconds": [1]'])
@@ -159,13 +158,13 @@ def test_damaged_files_of_points_are_told_and_count_as_open(tmp_path: Path, text
     one = Point(1, 1, 64, 1)
     made(tmp_path, "strong", {one: [10.0, 11.0]})
     (tmp_path / STUDY).write_text(json.dumps(json.loads((tmp_path / STUDY).read_text()) | {"repeats": 2}))
-    assert load(tmp_path).open == 0
+    assert load_study(tmp_path).open == 0
     path = tmp_path / POINTS / f"{one.name}_1.json"
     path.write_text(text)
-    study = load(tmp_path)
+    study = load_study(tmp_path)
     assert (study.open, study.lines[0].medians) == (1, (0.01,))
     assert any(str(path) in note for note in notes(study))
-    jobs = tasks(tmp_path, [one], 2, (1, 3), Config(batch=64), [], 640, None)
+    jobs = jobs_of(tmp_path, [one], 2, (1, 3), Config(batch=64), [], 640, None)
     assert [job.done for job in jobs] == [job.path != path for job in jobs]
 
 
@@ -187,7 +186,7 @@ TARGET = {"target": 0.9, "max_epochs": 3}
 
 def train_to(directory: Path, point: Point, scores: list[float], epochs: int = 3) -> None:
     """What a training run leaves that was evaluated every ten steps."""
-    run = directory / TRAINING / training(point, epochs)
+    run = run_directory(directory, point, epochs)
     run.mkdir(parents=True)
     lines = [{"step": 10 * n, "evaluation": {"loss": 1.0, "accuracy": s, "rows": 9}} for n, s in enumerate(scores, 1)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [{"step": 10, "loss": 1.0}, *lines]))
@@ -202,30 +201,30 @@ def test_time_to_target_is_the_steps_of_a_run_and_the_points_own_time(tmp_path: 
     (tmp_path / STUDY).write_text(json.dumps(about))
     train_to(tmp_path, one, [0.5, 0.89, 0.8])
     train_to(tmp_path, stages, [0.5, 0.95, 0.8])
-    study = load(tmp_path)
+    study = load_study(tmp_path)
     assert [line.seconds_to_target for line in study.lines] == [None, pytest.approx(0.1), pytest.approx(0.12), None]
     assert study.lines[1].row()["samples_to_target"] == 20 * 64
     assert study.open == 4 + 1  # the second repeats, and the training run of four ranks
     rows = markdown(study).splitlines()[2:]
     assert [row.split("|")[-4].strip() for row in rows] == ["not reached (0.89)", "20", "20", "open"]
-    assert any("look at the score to the next: 10 with a batch of 64." in note for note in notes(study))
-    assert any("5 of the study's jobs still to be done" in note for note in notes(study))
+    assert any("Steps between evaluations: 10 with a batch of 64." in note for note in notes(study))
+    assert any("5 of the study's jobs are open" in note for note in notes(study))
 
 
 def test_each_batch_and_micro_batches_are_trained_once(tmp_path: Path) -> None:
-    points = plan("strong", [1, 2, 4], [1, 2], 64, 8)
-    assert trained(points) == [Point(4, 2, 64, 8)]
-    weak = plan("weak", [1, 2, 4], [1], 64, None)
+    points = points_of("strong", [1, 2, 4], [1, 2], 64, 8)
+    assert points_to_train(points) == [Point(4, 2, 64, 8)]
+    weak = points_of("weak", [1, 2, 4], [1], 64, None)
     asked = Config(batch=64, eval_every=12)
-    assert every(tasks(tmp_path, weak, 1, (1, 3), asked, [], 6400, 5)) == [12, 6, 3]  # as many rows at each size
-    assert every(tasks(tmp_path, weak, 1, (1, 3), Config(batch=64), [], 6400, 5)) == [10, 5, 2]  # of 500 steps, ...
-    assert every(tasks(tmp_path, weak, 1, (1, 3), Config(batch=64), [], 640, 1)) == [1, 1, 1]
-    assert every(tasks(tmp_path, weak, 1, (1, 3), Config(batch=64), [], 6400, None)) == []
+    assert every(jobs_of(tmp_path, weak, 1, (1, 3), asked, [], 6400, 5)) == [12, 6, 3]  # as many rows at each size
+    assert every(jobs_of(tmp_path, weak, 1, (1, 3), Config(batch=64), [], 6400, 5)) == [10, 5, 2]  # of 500 steps, ...
+    assert every(jobs_of(tmp_path, weak, 1, (1, 3), Config(batch=64), [], 640, 1)) == [1, 1, 1]
+    assert every(jobs_of(tmp_path, weak, 1, (1, 3), Config(batch=64), [], 6400, None)) == []
 
 
-def every(jobs: list[Task]) -> list[int]:
+def every(jobs: list[StudyJob]) -> list[int]:
     """The steps between evaluations of each training run."""
-    words = [word for job in jobs if isinstance(job, Training) for word in job.words]
+    words = [word for job in jobs if isinstance(job, TrainingRun) for word in job.arguments]
     return [int(word.split("=")[1]) for word in words if word.startswith("--eval-every")]
 
 
@@ -241,11 +240,11 @@ def legend(plot: Callable[[Any, Study], None], study: Study) -> dict[str, list[f
 def test_each_number_of_stages_has_a_line(tmp_path: Path) -> None:
     one, data, pipe = Point(1, 1, 64, 1), Point(2, 1, 64, 2), Point(2, 2, 64, 4)
     four = Point(4, 2, 64, 8)
-    study = load(made(tmp_path, "strong", {one: [10.0], data: [5.0], pipe: [6.0], four: [3.0]}))
-    for plot in (plots.step_time, plots.speed, plots.efficiency):
+    study = load_study(made(tmp_path, "strong", {one: [10.0], data: [5.0], pipe: [6.0], four: [3.0]}))
+    for plot in (plots.draw_time, plots.draw_speed_up, plots.draw_efficiency):
         assert legend(plot, study) == {"1 stage": [1, 2], "2 stages": [2, 4], "ideal": [1, 2, 4]}
     axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
-    plots.shares(axes, study)
+    plots.draw_shares(axes, study)
     assert [label.get_text() for label in axes.get_xticklabels()] == ["1 x 1", "1 x 2", "2 x 1", "2 x 2"]
 
 
@@ -255,11 +254,11 @@ def test_time_to_target_starts_from_the_best_one_rank_too(tmp_path: Path) -> Non
     (tmp_path / STUDY).write_text(json.dumps(json.loads((tmp_path / STUDY).read_text()) | TARGET))
     train_to(tmp_path, one, [0.5, 0.95])
     train_to(tmp_path, two, [0.5, 0.95])
-    assert "ideal, from 1 rank with M = 2" in legend(plots.accuracy, load(tmp_path))
+    assert "ideal, from 1 rank with M = 2" in legend(plots.draw_accuracy, load_study(tmp_path))
 
 
 def test_one_repeat_has_no_interval(tmp_path: Path) -> None:
-    text = markdown(load(made(tmp_path, "strong", {Point(1, 1, 64, 1): [10.0]})))
+    text = markdown(load_study(made(tmp_path, "strong", {Point(1, 1, 64, 1): [10.0]})))
     assert "| 10.00 |" in text
     assert "inf" not in text
 
@@ -299,16 +298,15 @@ def test_a_real_study(tmp_path: Path) -> None:
     part = command("mpiml.scaling", "run", "--ranks", "2", *study, "--only", "2,1", "--", "--hidden", "16", "--quiet")
     assert part.stdout.count("\n") == 1  # of two ranks, one job a repeat
     again = command("mpiml.scaling", "run", "--ranks", "2", *study, "--", "--hidden", "16", "--quiet")
-    assert again.stdout.count("there already") == 5
+    assert again.stdout.count("done before") == 5
     other = command("mpiml.scaling", "run", "--ranks", "2", *study, "--", "--hidden", "17", "--quiet")
     assert (other.returncode, "choose another --out" in other.stderr) == (78, True)
 
     pytest.importorskip("matplotlib")
     told = command("mpiml.scaling", "report", str(tmp_path / "s"))
     assert told.returncode == 0, told.stderr
-    page = (tmp_path / "s" / "scaling.html").read_text()
-    assert page.count("<svg") == 5
-    assert not [word for word in ("src=", 'href="http', "@import") if word in page]
+    images = re.findall(r"^!\[.*\]\((.*)\)$", (tmp_path / "s" / "scaling.md").read_text(), re.MULTILINE)
+    assert [(tmp_path / "s" / name).exists() for name in images] == [True] * 5
     rows = list(csv.DictReader((tmp_path / "s" / "scaling.csv").open()))
     assert [row["ranks"] for row in rows] == ["1", "2", "1"]
     content = json.loads((tmp_path / "s" / "scaling.json").read_text())
@@ -336,10 +334,10 @@ def test_failed_jobs_are_told_and_tried_again(tmp_path: Path, capsys: pytest.Cap
 
 def test_line_that_names_the_fault() -> None:
     many = ["prterun says", "  File mpiml/train.py", "ValueError: x", "mpiml.train: rank 2 died", "mpiml: and more"]
-    assert telling(many, r"^mpiml", r"^\w*Error") == "mpiml.train: rank 2 died"
-    assert telling(many[:3], r"^mpiml", r"^\w*Error") == "ValueError: x"
-    assert telling(["", "first", "second"], "error") == "first"
-    assert telling([], "error") == "it said nothing"
+    assert fault_line("\n".join(many), r"^mpiml", r"^\w*Error") == "mpiml.train: rank 2 died"
+    assert fault_line("\n".join(many[:3]), r"^mpiml", r"^\w*Error") == "ValueError: x"
+    assert fault_line("\nfirst\nsecond", "error") == "first"
+    assert fault_line("", "error") == "it printed no error"
 
 
 @pytest.mark.parametrize(
@@ -356,7 +354,7 @@ def test_commands_end_in_one_line(
     def act() -> int:
         raise error
 
-    assert ended("p", act) == code
+    assert run_command("p", act) == code
     assert capsys.readouterr().err == told
 
 

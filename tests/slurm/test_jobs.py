@@ -161,13 +161,13 @@ def queued_study(cluster: Cluster) -> Ended:
 
     first, second = run("--partition=studies --hold"), run("--partition=studies --hold")
     jobs = {ranks: re.findall(r"submitted as job (\d+)", what)[0] for ranks, what in first.items()}
-    assert second == {ranks: f"0 of {3 - int(ranks)} there; job {job} is pending" for ranks, job in jobs.items()}
+    assert second == {ranks: f"0 of {3 - int(ranks)} done; job {job} is pending" for ranks, job in jobs.items()}
     cluster.call("scontrol", "release", jobs["1"])
     cluster.call("scancel", jobs["2"])
     assert cluster.wait(jobs["1"])["JobState"] == "COMPLETED"
     third = run("--partition=studies")
-    assert third["1"] == "2 of 2 there"
-    job = re.findall(r"0 of 1 there; submitted as job (\d+)", third["2"])[0]
+    assert third["1"] == "2 of 2 done"
+    job = re.findall(r"0 of 1 done; submitted as job (\d+)", third["2"])[0]
     state = cluster.wait(job)
     cluster.call(sys.executable, "-m", "mpiml.scaling", "report", out)
     return Ended(state, cluster.result("queued", "scaling.json"), "")

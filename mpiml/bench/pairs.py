@@ -1,4 +1,4 @@
-"""Measuring in pairs: two things in turn on the same ranks, so that a drifting machine slows both alike."""
+"""Measuring in pairs: two actions in turn on the same ranks, so that a slower machine slows both alike."""
 
 from __future__ import annotations
 
@@ -18,28 +18,39 @@ Action = Callable[[], None]
 
 @dataclass
 class Ratio:
-    """One figure over another, pair by pair: the median, and the range of the middle half."""
+    """The ratio of two figures over all pairs: its median, and the range of the middle half."""
 
     median: float
     low: float
     high: float
 
     @classmethod
+    def once(cls, ratio: float) -> Ratio:
+        """Of a single measurement."""
+        return cls(ratio, ratio, ratio)
+
+    @classmethod
     def of(cls, tops: Sequence[float], bottoms: Sequence[float], factor: float = 1.0) -> Ratio:
-        """From the two figures of every pair; `factor` times their ratio."""
+        """`factor` times the ratio of the two figures of each pair."""
         ratios = [factor * a / b for a, b in zip(tops, bottoms, strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4)
         return cls(statistics.median(ratios), low, high)
 
 
+def ratio(comm: MPI.Intracomm, over: Action, under: Action, repeats: int) -> Ratio:
+    """The time of one action over that of another: the rate of `under` over that of `over`."""
+    tops, bottoms = times(comm, [over, under], [repeats, repeats])
+    return Ratio.of(tops, bottoms)
+
+
 def times(
     comm: MPI.Intracomm, actions: Sequence[Action | None], repeats: Sequence[int], pairs: int = PAIRS
 ) -> list[list[float]]:
-    """Seconds of a call of each action, for every pair, each action in turn; the slowest rank's time counts.
+    """For each action, the seconds of a call in every pair, on the slowest rank; the actions take turns.
 
-    A rank that takes no part in an action has None in its place and sleeps; a first, uncounted round warms up.
+    A rank that takes no part in an action has None in its place and sleeps. A first pair warms up and does not count.
     """
-    found: list[list[float]] = [[] for _ in actions]
+    results: list[list[float]] = [[] for _ in actions]
     for pair in range(pairs + 1):
         order = range(len(actions)) if pair % 2 else reversed(range(len(actions)))
         for index in order:
@@ -48,18 +59,17 @@ def times(
             meet(comm)
             comm.Allreduce(MPI.IN_PLACE, spent, MPI.MAX)
             if pair:
-                found[index].append(float(spent[0]))
-    return found
+                results[index].append(float(spent[0]))
+    return results
 
 
 def seconds(action: Action | None, repeats: int) -> float:
-    """The mean time of a call, after one that does not count: in it the ranks find each other again, for they do not
-    all leave `meet` at once.
-    """
+    """The mean time of a call, after one that does not count: ranks leave `meet` at different times, and this first
+    call brings them into step."""
     if action is None:
         return 0.0
     action()
-    begin = time.perf_counter()
+    began = time.perf_counter()
     for _ in range(repeats):
         action()
-    return (time.perf_counter() - begin) / repeats
+    return (time.perf_counter() - began) / repeats

@@ -1,4 +1,4 @@
-"""The table of a scaling study: what its points measured, and what follows from it; no MPI."""
+"""The results of a scaling study: its points' times, speed-up and efficiency, and their table; no MPI."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Any
 
 from mpiml.errors import ConfigError
 from mpiml.run.directory import read_result
-from mpiml.scaling.jobs import evaluations, trained, training
+from mpiml.scaling.jobs import evaluations, points_to_train, run_directory
 from mpiml.scaling.laws import Interval, karp_flatt, median_interval, speed_up
-from mpiml.scaling.points import POINTS, TRAINING, Point, measured, read, same_parts
+from mpiml.scaling.points import POINTS, Point, read_repeat, read_study, same_parts
 
 
 @dataclass(frozen=True)
 class Target:
-    """How far training went with a point's batch and micro-batches.
+    """The training run with a point's batch and micro-batches, and when it reached the target.
 
     Attributes:
-        metric, target: the test score that is asked for.
+        metric, target: the test score to reach.
         best: the best score of the run.
-        steps: after which an evaluation reached the target; None if none did.
-        every: so many steps the score was looked at.
+        steps: steps until an evaluation reached the target; None if none did.
+        every: steps between evaluations.
     """
 
     metric: str
@@ -37,15 +37,15 @@ class Target:
 
 @dataclass(frozen=True)
 class Line:
-    """A point with what its repeats measured.
+    """The results of a point.
 
     Attributes:
-        medians: of each repeat, the median seconds of a step (of the slowest rank in it).
-        rows: of a step on average.
+        medians: of each repeat, the median seconds of a step; a step takes as long as on its slowest rank.
+        rows: rows of a step on average.
         shares: seconds of a step by activity, the mean over ranks and repeats.
-        speed_up: times as many rows a second as one rank does with the micro-batches that suit it best.
-        same_parts: the same against one rank with micro-batches of the same size.
-        target: what training came to, if a target is asked for and the run has ended.
+        speed_up: rows a second, over those of one rank with the number of micro-batches that is fastest.
+        same_parts: the same, over one rank with micro-batches of the same size; 0 if that was not measured.
+        target: the training run, if a target is asked for and the run has ended.
     """
 
     point: Point
@@ -71,17 +71,16 @@ class Line:
     @property
     def efficiency(self) -> Interval:
         """Speed-up per rank."""
-        up, ranks = self.speed_up, self.point.ranks
-        return Interval(up.value / ranks, up.low / ranks, up.high / ranks)
+        return self.speed_up.scaled(1 / self.point.ranks)
 
     @property
     def seconds_to_target(self) -> float | None:
-        """As many steps as the training run needed, each as long as the point's median."""
+        """The steps that the training run needed, each as long as the point's median."""
         return self.target.steps * self.step.value if self.target and self.target.steps else None
 
     @property
     def oversubscribed(self) -> bool:
-        """Whether ranks had to take turns on the cores of their node."""
+        """Whether there were more threads than cores, so that ranks took turns."""
         return self.point.ranks * self.threads > self.cores * self.nodes
 
     def share(self, *names: str) -> float:
@@ -90,7 +89,7 @@ class Line:
         return sum(self.shares[name] for name in names) / total if total else 0.0
 
     def row(self) -> dict[str, Any]:
-        """What computing centres ask for, under its names."""
+        """A row of scaling.csv: the figures that computing centres ask for."""
         replicas = self.point.ranks // self.point.stages
         node_hours = self.nodes * self.step.value / 3600
         return {
@@ -130,12 +129,12 @@ class Study:
 
     Attributes:
         lines: of all points that have been measured, those asked for first.
-        base: one rank with the micro-batches that suit it best.
+        base: one rank with the number of micro-batches that is fastest.
         environment: of the first job.
-        open: how many of its jobs, timed or trained, have not been done yet.
-        bases: the micro-batches of points of one rank that have not been measured yet.
+        open: how many of its jobs have not been done yet.
+        bases: the numbers of micro-batches of one rank that have not been measured yet.
         damaged: files of repeats that cannot be read.
-        target, max_epochs: what training runs are to reach, and within how many epochs, if there are any.
+        target, max_epochs: the test score for training runs to reach, and their epochs; None and 0 without such runs.
     """
 
     mode: str
@@ -150,7 +149,7 @@ class Study:
     max_epochs: int = 0
 
     def asked(self) -> list[Line]:
-        """Without the points that are there only to compare with."""
+        """The lines without those of extra points."""
         return [line for line in self.lines if not line.point.extra]
 
     def grids(self) -> list[Line]:
@@ -161,26 +160,26 @@ class Study:
     def best(self) -> list[Line]:
         """For each number of ranks the fastest grid; one rank is the base."""
         ordered = sorted(self.grids(), key=lambda line: line.samples_per_second)
-        found = {line.point.ranks: line for line in ordered}
-        return [found[ranks] for ranks in sorted(found)]
+        fastest = {line.point.ranks: line for line in ordered}
+        return [fastest[ranks] for ranks in sorted(fastest)]
 
 
-def load(directory: Path) -> Study:
-    """Read a study. Raises ConfigError if there is none, or nothing of one rank in it."""
-    about = read(directory)
+def load_study(directory: Path) -> Study:
+    """Read a study with its results. Raises ConfigError if there is none, or no point of one rank is measured."""
+    about = read_study(directory)
     asked = set(about["points"])
     repeats: dict[Point, list[dict[str, Any]]] = defaultdict(list)
     damaged = []
     for point in sorted(asked):
         for path in sorted((directory / POINTS).glob(f"{point.name}_*.json")):
-            if found := measured(path):
-                repeats[point].append(found)
+            if repeat := read_repeat(path):
+                repeats[point].append(repeat)
             else:
                 damaged.append(path)
     bases = [point for point in repeats if point.ranks == 1]
     if not bases:
         raise ConfigError(f"{directory}: no job of one rank has been measured yet; run the study again")
-    base = min(bases, key=lambda point: statistics.median(_rates(repeats[point], inverse=True)))
+    base = min(bases, key=lambda point: statistics.median(_row_seconds(repeats[point])))
     lines = [_line(about, directory, point, repeats, base) for point in sorted(repeats, key=lambda p: (p.extra, p))]
     return Study(
         mode=about["mode"],
@@ -188,7 +187,7 @@ def load(directory: Path) -> Study:
         lines=lines,
         base=next(line for line in lines if line.point == base),
         environment=repeats[base][0]["environment"],
-        open=_open(about, directory, asked, repeats),
+        open=_count_open(about, directory, asked, repeats),
         bases=sorted(point.microbatches for point in asked - repeats.keys() if point.ranks == 1),
         damaged=damaged,
         target=about.get("target"),
@@ -196,20 +195,20 @@ def load(directory: Path) -> Study:
     )
 
 
-def _open(
+def _count_open(
     about: Mapping[str, Any], directory: Path, asked: Collection[Point], repeats: Mapping[Point, Sequence[object]]
 ) -> int:
     missing: int = sum(max(about.get("repeats", 0) - len(repeats.get(point, ())), 0) for point in asked)
     if about.get("target") is not None:
-        missing += sum(_target(about, directory, point) is None for point in trained(list(asked)))
+        missing += sum(_target(about, directory, point) is None for point in points_to_train(list(asked)))
     return missing
 
 
 def _target(about: Mapping[str, Any], directory: Path, point: Point) -> Target | None:
-    """What the training run came to that speaks for a point; None if there is none, or it has not ended."""
+    """The training run for a point's batch and micro-batches; None if there is none, or it has not ended."""
     if about.get("target") is None:
         return None
-    run = directory / TRAINING / training(point, about["max_epochs"])
+    run = run_directory(directory, point, about["max_epochs"])
     if read_result(run).get("status") != "done":
         return None
     metric, scores = evaluations(run)
@@ -217,10 +216,9 @@ def _target(about: Mapping[str, Any], directory: Path, point: Point) -> Target |
     return Target(metric, about["target"], max(score for _, score in scores), steps, every=scores[0][0])
 
 
-def _rates(jobs: Sequence[Mapping[str, Any]], inverse: bool = False) -> list[float]:
-    """Of each repeat, seconds of a row if `inverse`, else rows a second."""
-    found = [statistics.median(job["step_seconds"]) / job["rows"] for job in jobs]
-    return found if inverse else [1 / seconds for seconds in found]
+def _row_seconds(jobs: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Of each repeat, the seconds of a row."""
+    return [statistics.median(job["step_seconds"]) / job["rows"] for job in jobs]
 
 
 def _line(
@@ -232,7 +230,7 @@ def _line(
 ) -> Line:
     jobs = repeats[point]
     same = [p for p in repeats if p.ranks == 1 and p.microbatches == same_parts(about["mode"], point)]
-    mine = _rates(jobs, inverse=True)
+    seconds = _row_seconds(jobs)
     return Line(
         point=point,
         nodes=jobs[0]["nodes"],
@@ -241,14 +239,14 @@ def _line(
         medians=tuple(statistics.median(job["step_seconds"]) for job in jobs),
         rows=jobs[0]["rows"],
         shares={name: statistics.mean(job["shares"][name] for job in jobs) for name in jobs[0]["shares"]},
-        speed_up=speed_up({0: mine}, _rates(repeats[base], inverse=True))[0],
-        same_parts=statistics.median(_rates(repeats[same[0]], inverse=True)) / statistics.median(mine) if same else 0.0,
+        speed_up=speed_up(_row_seconds(repeats[base]), seconds),
+        same_parts=statistics.median(_row_seconds(repeats[same[0]])) / statistics.median(seconds) if same else 0.0,
         target=_target(about, directory, point),
     )
 
 
 def markdown(study: Study) -> str:
-    """The table for a proposal; what is marked with * ran on more ranks than cores."""
+    """The table of a study; points marked * have more ranks than cores."""
     heads = ["nodes", "ranks", "grid", "threads", "batch", "of a rank", "M", "repeats", "step ms (95 %)", "samples/s"]
     heads += ["speed-up (95 %)", "same M", "efficiency", "communication", "node-h / 10^6"]
     if study.target is not None:
@@ -259,13 +257,13 @@ def markdown(study: Study) -> str:
         cells = [
             str(line.nodes),
             f"{point.ranks}{'*' if line.oversubscribed else ''}",
-            f"{point.stages} x {point.ranks // point.stages}",
+            point.grid,
             str(line.threads),
             str(point.batch),
             f"{point.batch / point.ranks:g}",
             str(point.microbatches),
             str(len(line.medians)),
-            _estimate(Interval(1e3 * step.value, 1e3 * step.low, 1e3 * step.high)),
+            _estimate(step.scaled(1e3)),
             f"{line.samples_per_second:,.0f}",
             _estimate(up),
             f"{line.same_parts:.2f}" if line.same_parts else "",
@@ -278,15 +276,15 @@ def markdown(study: Study) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _estimate(found: Interval) -> str:
+def _estimate(interval: Interval) -> str:
     """A value with its interval, if the repeats give one."""
-    if found.low == found.high or math.isinf(found.high):
-        return f"{found.value:.2f}"
-    return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+    if interval.low == interval.high or math.isinf(interval.high):
+        return f"{interval.value:.2f}"
+    return f"{interval.value:.2f} ({interval.low:.2f} to {interval.high:.2f})"
 
 
 def _to_target(line: Line) -> tuple[str, str, str]:
-    """Steps, samples and seconds to the target."""
+    """Steps, samples and seconds to the target, as cells."""
     if not line.target:
         return "open", "", ""
     if not line.target.steps:

@@ -1,0 +1,123 @@
+"""Steps of the package against steps by hand, of PyTorch's data parallelism and pipelining, and on fewer ranks."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import resource
+
+import numpy as np
+from mpi4py import MPI
+
+from mpiml.bench.byhand import Perceptron
+from mpiml.bench.models import MOMENTUM, RATE, Trainer, images, perceptron, perceptron_operations, repeats, tower
+from mpiml.bench.pairs import Ratio, ratio, times
+from mpiml.parallel.memory import SharedMemory
+from mpiml.team import share_cores
+
+WORLD = MPI.COMM_WORLD
+
+
+def widths(text: str) -> list[int]:
+    """Hidden widths, written 256-256."""
+    return [int(width) for width in text.split("-")]
+
+
+def by_hand(hidden: str, batch: str, microbatches: str, optimizer: str) -> Ratio:
+    """Time of a step of one rank over that of the same arithmetic written by hand."""
+    rows, parts = int(batch), int(microbatches)
+    trainer = perceptron(MPI.COMM_SELF, widths(hidden), rows, parts, optimizer)
+    hand = Perceptron([784, *widths(hidden), 10])
+    x, y = images()
+    orders = itertools.cycle(np.split(np.random.default_rng(1).permutation(len(x)), len(x) // rows))
+
+    def step() -> None:
+        pieces = [(x[part], y[part]) for part in np.array_split(next(orders), parts)]
+        hand.step(pieces, RATE, MOMENTUM if optimizer == "momentum" else 0.0)
+
+    return ratio(WORLD, trainer.step, step, repeats(perceptron_operations(widths(hidden), rows)))
+
+
+def page_faults(hidden: str, batch: str) -> Ratio:
+    """Page faults of a step, after the first steps."""
+    trainer = perceptron(WORLD, widths(hidden), int(batch), WORLD.size)
+    counts = []
+    for _ in range(6):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            trainer.step()
+        counts.append((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
+    return Ratio.of(counts[2:], [1.0] * 4)
+
+
+def traced(hidden: str, batch: str, microbatches: str) -> Ratio:
+    """Time of a step with --trace over that of a step without, on one rank."""
+    size = widths(hidden), int(batch), int(microbatches)
+    recorded, plain = (perceptron(MPI.COMM_SELF, *size, trace=path) for path in ("timeline.json", None))
+    return ratio(WORLD, recorded.step, plain.step, repeats(perceptron_operations(*size[:2])))
+
+
+def torch_ddp(hidden: str, rows: str) -> Ratio:
+    """Samples/s over those of PyTorch's DistributedDataParallel; `rows` of each rank."""
+    from mpiml.bench.torch_distributed import DataParallel
+
+    trainer = perceptron(WORLD, widths(hidden), int(rows) * WORLD.size, WORLD.size)
+    peer = DataParallel(WORLD, widths(hidden), int(rows))
+    return ratio(WORLD, peer.step, trainer.step, repeats(perceptron_operations(widths(hidden), int(rows))))
+
+
+def torch_pipeline(width: str, batch: str) -> Ratio:
+    """Samples/s of a pipeline over those of PyTorch's."""
+    from mpiml.bench.torch_distributed import Pipeline
+
+    trainer = tower(WORLD, int(width), int(batch), 8, WORLD.size)
+    peer = Pipeline(WORLD, int(width), int(batch), 8)
+    return ratio(WORLD, peer.step, trainer.step, repeats(24.0 * int(batch) * int(width) ** 2))
+
+
+def pipeline(width: str, batch: str, microbatches: str) -> Ratio:
+    """Samples/s of S stages over S (1 - bubble) times those of one rank, with bubble (S - 1) / (M + S - 1)."""
+    stages, parts = WORLD.size, int(microbatches)
+    whole = tower(WORLD, int(width), int(batch), parts, stages)
+    alone = tower(MPI.COMM_SELF, int(width), int(batch), parts, 1) if WORLD.rank == 0 else None
+    count = repeats(48.0 * int(batch) * int(width) ** 2)
+    both = times(WORLD, [whole.step, alone.step if alone else None], [count, count])
+    ideal = stages * (1 - (stages - 1) / (parts + stages - 1))
+    return Ratio.of(both[1], both[0], 1 / ideal)
+
+
+def weak_scaling(hidden: str, rows: str, how: str) -> Ratio:
+    """Time of one rank alone over that of all ranks with as many rows each.
+
+    `how`: they train "together", or each a model of its own ("apart"), with a barrier after every step. What they lose
+    when apart is the machine's doing: it delays now one rank, now another.
+    """
+    comm = WORLD if how == "together" else MPI.COMM_SELF
+    everyone = perceptron(comm, widths(hidden), int(rows) * comm.size, comm.size)
+    alone = solo(hidden, rows, "1", "momentum")
+    share_cores(WORLD.size, len(os.sched_getaffinity(0)))
+    meeting = SharedMemory(WORLD, 0, 0)
+
+    def step() -> None:
+        everyone.step()
+        if how == "apart":
+            meeting.barrier()
+
+    count = repeats(perceptron_operations(widths(hidden), int(rows)))
+    together, single = times(WORLD, [step, alone.step if alone else None], [count, count])
+    return Ratio.of(single, together)
+
+
+def oversubscribed(hidden: str, batch: str, microbatches: str) -> Ratio:
+    """Samples/s of more ranks than cores over those of one rank with as many micro-batches."""
+    everyone = perceptron(WORLD, widths(hidden), int(batch), int(microbatches), "sgd")
+    alone = solo(hidden, batch, microbatches, "sgd")
+    together, single = times(WORLD, [everyone.step, alone.step if alone else None], [50, 50])
+    return Ratio.of(single, together)
+
+
+def solo(hidden: str, batch: str, microbatches: str, optimizer: str) -> Trainer | None:
+    """A perceptron's trainer on rank 0; None on the others."""
+    if WORLD.rank:
+        return None
+    return perceptron(MPI.COMM_SELF, widths(hidden), int(batch), int(microbatches), optimizer)

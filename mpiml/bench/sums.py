@@ -1,0 +1,96 @@
+"""Gradient sums, with and without an update, against MPI_Allreduce and against copying memory."""
+
+from __future__ import annotations
+
+import numpy as np
+from mpi4py import MPI
+
+from mpiml.bench.pairs import Ratio, ratio, times
+from mpiml.clock import Clock
+from mpiml.errors import ConfigError
+from mpiml.nn.optimizers import SGD, Optimizer
+from mpiml.nn.parameters import Layout, Parameter, constant
+from mpiml.parallel import grid as grids
+from mpiml.parallel.gradient_sum import OrderedSum
+from mpiml.parallel.memory import share
+from mpiml.parallel.update import Update
+from mpiml.parallel.values import Values
+from mpiml.team import Team
+from mpiml.vectors import PIECE, Operands, bytes_of
+
+WORLD = MPI.COMM_WORLD
+
+
+class Copy(Optimizer):
+    """An optimizer that takes the sum itself as the new value: an update is then a bare all-reduce."""
+
+    def update(self, on: Operands, scale: float, rate: float, step: int) -> None:
+        np.copyto(on.value, on.total)
+
+
+def ordered(size: int, memory_kind: str, optimizer: Optimizer) -> tuple[OrderedSum, Update]:
+    """The ordered sum of one vector of `size` float32, one micro-batch per rank, and its update."""
+    layout = Layout([Parameter((size,), constant(0.0))], np.float32)
+    grid = grids.build(Team(WORLD, Clock()), 1)
+    each = bytes_of(layout.size, layout.dtype)
+    memory, problem = share(grid.comm, grid.local, each, each, memory_kind)
+    if problem:
+        raise ConfigError(problem)
+    sum_ = OrderedSum(Values(grid.data, memory, layout.size, layout.blocks(), layout.dtype), WORLD.size)
+    sum_.slots[0][:] = WORLD.rank
+    return sum_, Update(grid.team, grid.replica, sum_, optimizer, 0.0, lambda step: WORLD.size)
+
+
+class LibrarySteps:
+    """The usual way: MPI_Allreduce of the whole gradient, then the whole update, if any, on every rank."""
+
+    def __init__(self, size: int, optimizer: Optimizer | None):
+        self.optimizer = optimizer
+        values, self.gradient = np.zeros(size, np.float32), np.zeros(size, np.float32)
+        grad, spare = np.empty((2, PIECE), np.float32)
+        self.pieces = []
+        for start in range(0, size, PIECE):
+            value, total = values[start : start + PIECE], self.gradient[start : start + PIECE]
+            self.pieces.append(Operands(value, [], (grad[: len(value)], spare[: len(value)]), total, False))
+
+    def step(self) -> None:
+        """Sum, divide, update."""
+        WORLD.Allreduce(MPI.IN_PLACE, self.gradient)
+        if self.optimizer is None:
+            return
+        for piece in self.pieces:
+            self.optimizer.update(piece, 1.0, 0.0, 1)
+
+
+def one_step(sum_: OrderedSum, update: Update) -> None:
+    """Sum and update, after the barrier that the step record brings in training."""
+    sum_.values.memory.barrier()
+    update.step(0.0, 1.0, 1, False)
+
+
+def allreduce(megabytes: str, what: str, memory_kind: str) -> Ratio:
+    """Time of the ordered sum over that of MPI_Allreduce; `what`: "bare", or "update" with SGD on both sides."""
+    size = int(float(megabytes) * 2**20 / 4)
+    sum_, update = ordered(size, memory_kind, SGD() if what == "update" else Copy())
+    other = LibrarySteps(size, SGD() if what == "update" else None)
+
+    return ratio(WORLD, lambda: one_step(sum_, update), other.step, max(4, min(200, int(64 / float(megabytes)))))
+
+
+def bandwidth(megabytes: str, what: str) -> Ratio:
+    """Bytes per second that a sum must move over those of all ranks copying at once.
+
+    The "sum" alone reads a vector for each rank and writes one; an "update" by SGD reads the values as well.
+    """
+    size = int(float(megabytes) * 2**20 / 4)
+    sum_, update = ordered(size, "shared", SGD())
+    source, target = np.ones(size, np.float32), np.zeros(size, np.float32)
+    values = [sum_.values.vector[piece.start : piece.stop] for piece in sum_.values.pieces]
+
+    def add() -> None:
+        for index, value in enumerate(values):
+            sum_.total(index, value)
+
+    action, moved = (add, WORLD.size + 1) if what == "sum" else (lambda: one_step(sum_, update), WORLD.size + 2)
+    summing, copying = times(WORLD, [action, lambda: np.copyto(target, source)], [8, 8])
+    return Ratio.of(copying, summing, moved / (2 * WORLD.size))
