@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Mapping
 from types import MappingProxyType
 
-# As SLURM writes them: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
-LIMIT = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 MARGIN = 0.1  # of the whole time, kept for what cannot be foreseen,
 MOST = 30.0  # but not more seconds than this
 SLOWEST_DISK = 50e6  # bytes a second, assumed until a save has been timed
-
-
-def seconds(limit: str) -> float:
-    """The seconds of a time limit. Raises ValueError for what is none."""
-    match = LIMIT.fullmatch(limit)
-    if not match:
-        raise ValueError("must be minutes, minutes:seconds, hours:minutes:seconds or days-hours:minutes:seconds")
-    parts = [int(part) for part in match["parts"].split(":")]
-    units = (3600, 60, 1) if match["days"] or len(parts) == 3 else (60, 1)
-    return 86400 * int(match["days"] or 0) + sum(a * b for a, b in zip(parts, units, strict=False))
 
 
 class Deadline:
@@ -31,16 +18,16 @@ class Deadline:
     Each rank goes by its own clock; they have to agree on what they do.
 
     Args:
-        limit: of --time-limit, counted from now.
+        limit: seconds from now, of --time-limit.
         environment: may hold SLURM_JOB_END_TIME, in seconds since 1970.
     """
 
-    def __init__(self, limit: str | None = None, environment: Mapping[str, str] = MappingProxyType({})):
+    def __init__(self, limit: float = math.inf, environment: Mapping[str, str] = MappingProxyType({})):
         now = time.monotonic()
-        lengths = [seconds(limit)] if limit else []
+        lengths = [limit]
         if environment.get("SLURM_JOB_END_TIME", "").isdigit():
             lengths.append(int(environment["SLURM_JOB_END_TIME"]) - time.time())
-        length = min(lengths, default=math.inf)
+        length = min(lengths)
         self.end = now + length - min(MARGIN * max(length, 0.0), MOST)
         self._step, self._since = 0.0, math.inf  # seconds of the slowest step, and when this one began: none has yet
         self._guess, self._save = 0.0, 0.0  # seconds of a save
