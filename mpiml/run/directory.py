@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mpiml.clock import unwatched
-from mpiml.documents import check_fields, finite, from_json, read, to_json
+from mpiml.documents import check_fields, from_json, read
 from mpiml.errors import DirectoryError, OutputError
 from mpiml.run.lock import LOCK, Lock
 
@@ -20,14 +20,6 @@ METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 ENVIRONMENT = "environment.json"
 RESULT = "result.json"
-RESULT_KINDS = {
-    "status": str,
-    "exit_code": int | None,
-    "reason": str | None,
-    "rank": int | None,
-    "step": int,
-    "saved": int,
-}
 FAILED = ".failed-"  # made by the first rank of a job to report a failure; the name ends in the job's token
 PARTIAL = ".partial"  # ends the name of a file that is not whole yet
 # What killed jobs leave, in the directory and in checkpoints/, of the files that a run itself writes; .tmpXXXXXX is how
@@ -224,54 +216,6 @@ def read_fields(path: Path, kinds: Mapping[str, Any], needed: Iterable[str]) -> 
         return check_fields(from_json(read(path), str(path)), kinds, str(path), needed)
     except OutputError as error:
         raise OutputError(f"{error}; if you remove it, --resume goes on from the checkpoints") from None
-
-
-def read_result(run: Path) -> dict[str, Any]:
-    """What result.json in a run directory says; empty if there is none. Raises OutputError if it is damaged."""
-    return read_fields(run / RESULT, RESULT_KINDS, ("status",))
-
-
-def write_result(run: Path, result: Mapping[str, Any]) -> None:
-    """Replace result.json in a run directory. Where there is no room for a second file, the disk being full, it is
-    written over the first."""
-    try:
-        write_atomically(run / RESULT, _text(result))
-    except OutputError:
-        if not _written_over(run / RESULT, result):
-            raise
-
-
-def _text(result: Mapping[str, Any]) -> str:
-    return to_json(result, indent=2) + "\n"
-
-
-def _written_over(path: Path, result: Mapping[str, Any]) -> bool:
-    """Write a result into the blocks of the disk that are the file's already, without a traceback that does not fit.
-
-    Returns whether that could be done.
-    """
-    try:
-        with open(path, "r+b") as file:
-            room = os.fstat(file.fileno()).st_blocks * 512
-            short = {key: value for key, value in result.items() if key != "traceback"}
-            content = next((text for text in map(str.encode, (_text(result), _text(short))) if len(text) <= room), b"")
-            file.write(content)
-            if content:
-                file.truncate()
-            return bool(content)
-    except OSError:
-        return False
-
-
-def update_result(run: Path, outcome: Mapping[str, Any]) -> dict[str, Any]:
-    """Change fields of result.json in a run directory, and return all of them; a damaged file is replaced."""
-    try:
-        before = read_result(run)
-    except OutputError:
-        before = {}
-    result: dict[str, Any] = finite({**before, **outcome})
-    write_result(run, result)
-    return result
 
 
 def _numbered(parent: Path, name: str) -> Path:

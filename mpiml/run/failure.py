@@ -10,7 +10,6 @@ import time
 import traceback
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from mpi4py import MPI
 
@@ -19,7 +18,8 @@ from mpiml.errors import DirectoryError, OutputError, RunError, StallError, know
 from mpiml.run import alarm, lock
 from mpiml.run.alarm import within
 from mpiml.run.console import say
-from mpiml.run.directory import FAILED, read_result, update_result
+from mpiml.run.directory import FAILED
+from mpiml.run.result import Result, read_result, update_result
 from mpiml.team import Team
 
 # Seconds in which a failing process tries to ...
@@ -84,7 +84,7 @@ class Guard:
         known = error if isinstance(error, RunError) else None
         # What its message says is not only of this rank, at this moment.
         settled = known and (known.everywhere or known.rank is not None or isinstance(known, StallError))
-        outcome: dict[str, Any] = {"status": "failed", "exit_code": exit_code(error), "reason": describe(error)}
+        outcome: Result = {"status": "failed", "exit_code": exit_code(error), "reason": describe(error)}
         outcome["rank"] = known.rank if known and settled else self.comm.rank
         if self.clock.step:  # else the run is where it was
             outcome["step"] = self.clock.step
@@ -105,7 +105,7 @@ class Guard:
         else:
             within(SAYING, lambda: say(text, sys.stderr), None)
 
-    def _write(self, outcome: dict[str, Any], alone: bool) -> str | None:
+    def _write(self, outcome: Result, alone: bool) -> str | None:
         """Write result.json; returns what that failed at, or None if another rank has written it.
 
         Args:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,14 +13,11 @@ from numpy.typing import NDArray
 from mpiml import documents
 from mpiml.clock import SHARES
 from mpiml.run import environment
-from mpiml.run.console import say, width
-from mpiml.run.directory import named_errors, write_atomically
-from mpiml.run.metrics import content_of, lines
+from mpiml.run.console import Console
+from mpiml.run.directory import named_errors
 from mpiml.run.step_times import StepTimes, median
 from mpiml.run.stragglers import Pace
 from mpiml.team import Team
-
-CONSOLE_PAUSE = 5.0  # seconds between lines where nobody sits at a terminal
 
 
 class Step(NamedTuple):
@@ -194,77 +189,3 @@ class Log:
                 file.write(documents.to_json(entry()) + "\n")
 
         self.team.on_rank_0(append)
-
-
-class Console:
-    """A progress bar where somebody watches, a line now and then where nobody does."""
-
-    def __init__(self, first: int, last: int):
-        self._last_line = time.monotonic()
-        self._bar = None
-        columns = width()
-        if columns and last >= first:
-            from tqdm import tqdm  # whose bar draws no more when its terminal is closed
-
-            self._bar = tqdm(
-                initial=first - 1, total=last, ncols=columns - 1, unit="step", ascii=True, leave=False, mininterval=0.2
-            )
-
-    def line(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.clear()
-            say(text, sys.stderr)  # where the bar is: two streams would arrive out of order
-            self._bar.refresh()
-        else:
-            say(text, sys.stdout)
-        self._last_line = time.monotonic()
-
-    def now_and_then(self, text: str) -> None:
-        if self._bar is None and time.monotonic() - self._last_line > CONSOLE_PAUSE:
-            self.line(text)
-
-    def progress(self, step: int, loss: float, speed: float) -> None:
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} samples/s", refresh=False)
-            self._bar.update(step - self._bar.n)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-def cut(metrics: Path, step: int, last: int, eval_every: int, log_every: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """Remove from a metrics file what a run that goes on after `step` will write again, and damaged lines.
-
-    Lines that were written at `step` only because the run ended there go too if it is now to end at a later `last`
-    step: a run that was so long from the start has none. The file is replaced at once, or not at all.
-
-    Returns what the lines that stay say, and what a person should know of damaged ones.
-    """
-
-    def stays(entry: dict[str, Any]) -> bool:
-        if entry["step"] != step:
-            return bool(entry["step"] < step)
-        every = eval_every if "evaluation" in entry else log_every
-        return step == last or (every > 0 and step % every == 0)
-
-    content = content_of(metrics)
-    there, problems = lines(metrics, content)
-    kept = [(line, entry) for line, entry in there if stays(entry)]
-    if (left := b"".join(line for line, _ in kept)) != content:
-        write_atomically(metrics, left)
-    more = f" and so are {len(problems) - 1} more lines" if len(problems) > 1 else ""
-    notes = [f"warning: {problems[0]}{more}; the rest is kept"] if problems else []
-    return [entry for _, entry in kept], notes
-
-
-def last_known(entries: list[dict[str, Any]], metric: str) -> dict[str, Any]:
-    """The last loss and the last score in a metrics file, under the names of result.json."""
-    known: dict[str, Any] = {}
-    for entry in entries:
-        if "evaluation" in entry:
-            scored = entry["evaluation"]
-            known |= {metric: scored.get(metric), "test_loss": scored.get("loss")}
-        else:
-            known["loss"] = entry.get("loss")
-    return known

@@ -8,8 +8,8 @@ from typing import Any
 
 from mpiml import documents
 from mpiml.errors import OutputError
-
-ENTRY = {"step": int, "evaluation": dict[str, float | None], "loss": float | None}  # what a line may hold, and more
+from mpiml.run.directory import write_atomically
+from mpiml.run.result import LINE_KINDS
 
 
 def content_of(metrics: Path) -> bytes:
@@ -32,7 +32,7 @@ def lines(metrics: Path, content: bytes) -> tuple[list[tuple[bytes, dict[str, An
     for number, line in enumerate(raw, 1):
         origin = f"{metrics}, line {number},"
         try:
-            entry = documents.check_fields(documents.from_json(line, origin), ENTRY, origin, ("step",))
+            entry = documents.check_fields(documents.from_json(line, origin), LINE_KINDS, origin, ("step",))
             good.append((line + b"\n", entry))
         except OutputError as error:
             if number < len(raw):
@@ -58,3 +58,40 @@ def missing(entries: list[dict[str, Any]], step: int, log_every: int, eval_every
         if every and last - newest >= max(every, newest - before):
             lost.update(range((newest // every + 1) * every, last + 1, every))
     return sorted(lost)
+
+
+def cut(metrics: Path, step: int, last: int, eval_every: int, log_every: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """Remove from a metrics file what a run that goes on after `step` will write again, and damaged lines.
+
+    Lines that were written at `step` only because the run ended there go too if it is now to end at a later `last`
+    step: a run that was so long from the start has none. The file is replaced at once, or not at all.
+
+    Returns what the lines that stay say, and what a person should know of damaged ones.
+    """
+
+    def stays(entry: dict[str, Any]) -> bool:
+        if entry["step"] != step:
+            return bool(entry["step"] < step)
+        every = eval_every if "evaluation" in entry else log_every
+        return step == last or (every > 0 and step % every == 0)
+
+    content = content_of(metrics)
+    there, problems = lines(metrics, content)
+    kept = [(line, entry) for line, entry in there if stays(entry)]
+    if (left := b"".join(line for line, _ in kept)) != content:
+        write_atomically(metrics, left)
+    more = f" and so are {len(problems) - 1} more lines" if len(problems) > 1 else ""
+    notes = [f"warning: {problems[0]}{more}; the rest is kept"] if problems else []
+    return [entry for _, entry in kept], notes
+
+
+def last_known(entries: list[dict[str, Any]], metric: str) -> dict[str, Any]:
+    """The last loss and the last score in a metrics file, under the names of result.json."""
+    known: dict[str, Any] = {}
+    for entry in entries:
+        if "evaluation" in entry:
+            scored = entry["evaluation"]
+            known |= {metric: scored.get(metric), "test_loss": scored.get("loss")}
+        else:
+            known["loss"] = entry.get("loss")
+    return known
