@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
-from mpiml.team import meet
+from mpiml.team import quiet_barrier
 
 PAIRS = 9
 Action = Callable[[], None]
@@ -43,9 +43,9 @@ def times(
     for pair in range(pairs + 1):
         order = range(len(actions)) if pair % 2 else reversed(range(len(actions)))
         for index in order:
-            meet(comm)
+            quiet_barrier(comm)
             spent = np.array([seconds(actions[index], repeats[index])])
-            meet(comm)
+            quiet_barrier(comm)
             comm.Allreduce(MPI.IN_PLACE, spent, MPI.MAX)
             if pair:
                 found[index].append(float(spent[0]))
@@ -54,7 +54,7 @@ def times(
 
 def seconds(action: Action | None, repeats: int) -> float:
     """The mean time of a call, after one that does not count: in it the ranks find each other again, for they do not
-    all leave `meet` at once.
+    all leave `quiet_barrier` at once.
     """
     if action is None:
         return 0.0

@@ -43,7 +43,7 @@ from mpiml.parallel.memory import SharedMemory, share
 from mpiml.parallel.update import Update
 from mpiml.parallel.values import Values
 from mpiml.run.process import prepare_process
-from mpiml.team import Team, meet, share_cores
+from mpiml.team import Team, quiet_barrier, share_cores
 from mpiml.vectors import PIECE, Operands, bytes_of
 
 WORLD = MPI.COMM_WORLD
@@ -249,7 +249,7 @@ def memory(parameters: str) -> Ratio:
     trainer = on_arrays(WORLD, [Linear(width, width)], x, y, **settings)
     for _ in range(3):
         trainer.step()
-    meet(WORLD)
+    quiet_barrier(WORLD)
     used = np.array([resident() - before], np.float64)
     WORLD.Allreduce(MPI.IN_PLACE, used)
     needed = 4.0 * (width * width + width) * (3 + WORLD.size)
@@ -296,7 +296,7 @@ def main() -> None:
     prepare_process(1)
     named = {measurement.__name__: measurement for measurement in MEASUREMENTS}
     result = named[sys.argv[1]](*sys.argv[2:])
-    meet(WORLD)
+    quiet_barrier(WORLD)
     if WORLD.rank == 0:
         print(json.dumps(asdict(result)), flush=True)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from mpi4py import MPI
 
-from mpiml.team import meet
+from mpiml.team import quiet_barrier
 
 GEMM = 768  # rows and columns: large enough for the BLAS library's full rate, small enough for a blink
 COPY = 1 << 25  # bytes: more than a core's caches hold
@@ -46,9 +46,9 @@ def typical(action: Callable[[], object]) -> float:
 
 def alone(comm: MPI.Intracomm, rank: int, probe: Callable[[], float]) -> float:
     """What a probe finds on one rank while the others rest; collective, known to all."""
-    meet(comm)
+    quiet_barrier(comm)
     found = probe() if comm.rank == rank else 0.0
-    meet(comm)
+    quiet_barrier(comm)
     result: float = comm.bcast(found, rank)
     return result
 
@@ -65,7 +65,7 @@ def message_time(comm: MPI.Intracomm, one: int, other: int, size: int) -> float:
 
     Half of the median time there and back.
     """
-    meet(comm)
+    quiet_barrier(comm)
     found = 0.0
     buffer = np.zeros(max(size, 1), np.uint8)[:size]
     if comm.rank in (one, other):
@@ -81,7 +81,7 @@ def message_time(comm: MPI.Intracomm, one: int, other: int, size: int) -> float:
                 comm.Send(buffer, partner)
             times.append(time.perf_counter() - begin)
         found = statistics.median(times) / 2
-    meet(comm)
+    quiet_barrier(comm)
     result: float = comm.bcast(found, one)
     return result
 

@@ -37,7 +37,7 @@ from mpiml.run import alarm, environment
 from mpiml.run.directory import write_atomically
 from mpiml.run.failure import Guard
 from mpiml.run.process import prepare_process
-from mpiml.team import Team, meet
+from mpiml.team import Team, quiet_barrier
 from mpiml.training.data import open_data
 from mpiml.training.job import job_of, kind
 from mpiml.training.run import Run, unsaved
@@ -211,9 +211,9 @@ class Calibration:
 
     def _here(self, parts: Seconds, few: int = FEW) -> list[float]:
         """Measured on rank 0 alone, known to all."""
-        meet(self.comm)
+        quiet_barrier(self.comm)
         found = typical(parts, few) if self.comm.rank == 0 else []
-        meet(self.comm)
+        quiet_barrier(self.comm)
         result: list[float] = self.comm.bcast(found)
         return result
 

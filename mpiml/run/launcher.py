@@ -1,4 +1,4 @@
-"""How an MPI job is started from here."""
+"""Commands that start MPI jobs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ BLAS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 
 
 def environment() -> dict[str, str]:
-    """The environment of a job: this one's, with a BLAS thread a rank unless it says otherwise. Each rank's BLAS would
-    else start a thread per core, only to be told to use fewer."""
+    """The environment of a job: this process', with one BLAS thread per rank unless it sets another number. Otherwise
+    each rank's BLAS would start a thread per core."""
     return dict.fromkeys(BLAS, "1") | os.environ
 
 
 def launcher(given: str | None, ranks: int, node_ranks: int | None = None) -> list[str]:
-    """The words that start a job of some ranks, on as few nodes as hold them if `node_ranks` is how many one takes."""
+    """The words of the command that starts a job, on as few nodes as possible if `node_ranks`, of a node, are known.
+
+    Args:
+        given: the value of --launcher.
+    """
     node_ranks = node_ranks or int(os.environ.get("SLURM_NTASKS_PER_NODE", "0"))
     nodes = math.ceil(ranks / node_ranks) if node_ranks else None
     if given:
@@ -36,15 +40,15 @@ def launcher(given: str | None, ranks: int, node_ranks: int | None = None) -> li
 
 
 def mpirun() -> str:
-    """The program beside this Python, or else on the PATH. Raises ConfigError if there is none."""
+    """The mpirun beside this Python, or else on the PATH. Raises ConfigError if there is none."""
     beside = Path(sys.executable).with_name("mpirun")
-    found = str(beside) if beside.exists() else shutil.which("mpirun")
-    if not found:
+    program = str(beside) if beside.exists() else shutil.which("mpirun")
+    if not program:
         raise ConfigError("no mpirun found; install one with pip install mpich, or load a module")
-    return found
+    return program
 
 
 def check_program(command: Sequence[str]) -> None:
-    """Raise ConfigError if there is no such program."""
+    """Raise ConfigError if the program of a command does not exist."""
     if not shutil.which(command[0]):
         raise ConfigError(f"--launcher: there is no program {command[0]} here")

@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, the terminal, and the summary at the end; rank 0 writes."""
+"""The log of a run: metrics.jsonl, which rank 0 writes, the terminal, and times."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Step(NamedTuple):
 
     Attributes:
         score: the metric, if it was measured.
-        norm: of the gradient, if it was worked out.
+        norm: of the gradient, if it was computed.
         seconds: that it took on this rank.
-        stop: whether some rank asks to stop after it.
+        stop: whether any rank asks to stop after it.
     """
 
     step: int
@@ -41,7 +41,7 @@ class Step(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """The test rows, of which there are `rows`, scored after a step."""
+    """The scores of the test rows after a step."""
 
     step: int
     epoch: int
@@ -55,14 +55,14 @@ class Log:
 
     Args:
         team: all ranks.
-        metrics: the file; only rank 0 writes it.
+        metrics: the file that rank 0 writes.
         rows: of a step on average, for samples per second.
-        metric: name of the metric.
-        pace: finds out who is slow.
-        known: the last results in a log that goes on.
+        metric: its name.
+        pace: names the rank that is slow.
+        known: the last results in the log of a resumed run.
 
     Attributes:
-        known: the last results, under the names of result.json.
+        known: the last results, as fields of result.json.
     """
 
     def __init__(
@@ -71,14 +71,14 @@ class Log:
         self.team, self.comm, self.clock = team, team.comm, team.clock
         self.metrics, self.rows, self.metric = metrics, rows, metric
         self.pace, self.known = pace, dict(known or {})
-        self._named: set[int] = set()
+        self._named: set[int] = set()  # the slow ranks that a warning has named
         self.times = StepTimes()
         self._recent, self._recent_seconds = 0, 0.0  # steps since the last line
         self._shares = np.array(team.clock.shares())
         self._console: Console | None = None
 
     def open_console(self, first: int, last: int, quiet: bool) -> None:
-        """Let rank 0 tell of steps `first` to `last` on the terminal, unless it is to be quiet."""
+        """Let rank 0 show steps `first` to `last` on the terminal, unless `quiet`."""
         if self.comm.rank == 0 and not quiet:
             self._console = Console(first, last)
 
@@ -90,7 +90,7 @@ class Log:
             self._console.close()
 
     def say(self, text: str) -> None:
-        """A line on the terminal."""
+        """Print a line on the terminal."""
         if self._console:
             self._console.line(text)
 
@@ -103,13 +103,13 @@ class Log:
             self._console.progress(done.step, done.loss, self.rows / done.seconds)
 
     def step(self, done: Step) -> None:
-        """Write the line of a step; times are since the last such line, the least and the most of any rank."""
+        """Write the line of a step, with the least and the most time of any rank since the last such line."""
         seconds = np.array(self.clock.shares()) - self._shares
         self._shares += seconds
-        mine = np.concatenate([seconds, [self._recent_seconds, self.pace.crowded]])
+        own = np.concatenate([seconds, [self._recent_seconds, self.pace.crowded]])
         steps, self._recent, self._recent_seconds = self._recent, 0, 0.0
-        everyones = np.empty((self.comm.size, len(mine)))
-        self.team.wait([self.comm.Igather(mine, everyones)])
+        everyones = np.empty((self.comm.size, len(own)))
+        self.team.wait([self.comm.Igather(own, everyones)])
 
         def entry() -> dict[str, Any]:
             speed, times = self._times(everyones, steps)
@@ -131,7 +131,11 @@ class Log:
         self._write(entry)
 
     def _times(self, everyones: NDArray[np.float64], steps: int) -> tuple[float, dict[str, Any]]:
-        """Samples per second and the times of a line, from all ranks' seconds per share and in all steps."""
+        """Samples per second and the times of a line.
+
+        Args:
+            everyones: a row per rank: its seconds for each of SHARES, its seconds in all steps, and pace.crowded.
+        """
         low, high = everyones.min(axis=0).tolist(), everyones.max(axis=0).tolist()
         *_, slowest_step, crowded = high
         times: dict[str, Any] = {
@@ -166,8 +170,9 @@ class Log:
         return True
 
     def samples_per_second(self) -> float | None:
-        """Rows of a step / median step time; a step's time is its slowest rank's; the first steps are left out, and
-        very long runs are sampled."""
+        """Rows of a step / median step time, which is that of the slowest rank; collective.
+
+        The first steps are left out, and very long runs are sampled. None if there were no steps."""
         if not self.times.steps:
             return None
         slowest = self.times.sample()
@@ -176,9 +181,9 @@ class Log:
 
     def where_the_time_went(self) -> dict[str, float]:
         """The mean over ranks of each share of the time of all steps."""
-        mine = np.array(self.clock.shares())
-        total = np.empty_like(mine)
-        self.team.wait([self.comm.Iallreduce(mine, total)])
+        own = np.array(self.clock.shares())
+        total = np.empty_like(own)
+        self.team.wait([self.comm.Iallreduce(own, total)])
         return dict(zip(SHARES, (total / max(total.sum(), 1e-9)).tolist(), strict=True))
 
     def _write(self, entry: Callable[[], dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""metrics.jsonl as it is read back; no MPI."""
+"""metrics.jsonl read back, and cut where a run resumes; no MPI."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mpiml.run.result import LINE_KINDS
 
 
 def content_of(metrics: Path) -> bytes:
-    """The whole file, however long it is; nothing if there is none. Raises OutputError if it cannot be read."""
+    """The whole file, however long; empty if there is none. Raises OutputError if it cannot be read."""
     try:
         return documents.read(metrics, math.inf)
     except OutputError as error:
@@ -23,9 +23,9 @@ def content_of(metrics: Path) -> bytes:
 
 
 def lines(metrics: Path, content: bytes) -> tuple[list[tuple[bytes, dict[str, Any]]], list[str]]:
-    """The lines of a metrics file, each as it stands and what it says, and what is wrong with others.
+    """The good lines of a metrics file, each as bytes and as a run.result.Line, and a message for each other line.
 
-    A last line without an end is left out without a word: a job that was killed while it wrote leaves one.
+    A last line without an end gets no message: a job that was killed while it wrote leaves one.
     """
     raw = content.split(b"\n")
     good, problems = [], []
@@ -41,7 +41,7 @@ def lines(metrics: Path, content: bytes) -> tuple[list[tuple[bytes, dict[str, An
 
 
 def entries(metrics: Path) -> list[dict[str, Any]]:
-    """What the lines of a metrics file say, if there is one; damaged ones are left out."""
+    """The entries of a metrics file, if there is one, without damaged lines."""
     return [entry for _, entry in lines(metrics, content_of(metrics))[0]]
 
 
@@ -49,24 +49,24 @@ def missing(entries: list[dict[str, Any]], step: int, log_every: int, eval_every
     """The steps whose lines are missing at the end of a metrics file, though they were written before the checkpoint of
     `step`.
 
-    Whether it had the evaluation of `step` itself is not known. In an earlier job lines may have been further apart.
+    The evaluation of `step` follows the checkpoint and does not count. Earlier jobs may have written fewer lines.
     """
     lost: set[int] = set()
     for every, evaluations, last in ((log_every, False, step), (eval_every, True, step - 1)):
-        there = [entry["step"] for entry in entries if entry["step"] <= last and ("evaluation" in entry) == evaluations]
-        *_, before, newest = 0, 0, *there
+        steps = [entry["step"] for entry in entries if entry["step"] <= last and ("evaluation" in entry) == evaluations]
+        *_, before, newest = 0, 0, *steps
         if every and last - newest >= max(every, newest - before):
             lost.update(range((newest // every + 1) * every, last + 1, every))
     return sorted(lost)
 
 
 def cut(metrics: Path, step: int, last: int, eval_every: int, log_every: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """Remove from a metrics file what a run that goes on after `step` will write again, and damaged lines.
+    """Remove from a metrics file damaged lines and those that a run resumed after `step` will write again.
 
-    Lines that were written at `step` only because the run ended there go too if it is now to end at a later `last`
-    step: a run that was so long from the start has none. The file is replaced at once, or not at all.
+    Lines that were written at `step` only because the run ended there are removed, too, if it is now to end at a later
+    step, `last`: a run of that length from the start has none. The file is replaced atomically.
 
-    Returns what the lines that stay say, and what a person should know of damaged ones.
+    Returns the entries of the lines that stay, and warnings about damaged ones.
     """
 
     def stays(entry: dict[str, Any]) -> bool:
@@ -76,8 +76,8 @@ def cut(metrics: Path, step: int, last: int, eval_every: int, log_every: int) ->
         return step == last or (every > 0 and step % every == 0)
 
     content = content_of(metrics)
-    there, problems = lines(metrics, content)
-    kept = [(line, entry) for line, entry in there if stays(entry)]
+    good, problems = lines(metrics, content)
+    kept = [(line, entry) for line, entry in good if stays(entry)]
     if (left := b"".join(line for line, _ in kept)) != content:
         write_atomically(metrics, left)
     more = f" and so are {len(problems) - 1} more lines" if len(problems) > 1 else ""
@@ -86,12 +86,12 @@ def cut(metrics: Path, step: int, last: int, eval_every: int, log_every: int) ->
 
 
 def last_known(entries: list[dict[str, Any]], metric: str) -> dict[str, Any]:
-    """The last loss and the last score in a metrics file, under the names of result.json."""
+    """The last loss, test loss and score in a metrics file, as fields of result.json."""
     known: dict[str, Any] = {}
     for entry in entries:
         if "evaluation" in entry:
-            scored = entry["evaluation"]
-            known |= {metric: scored.get(metric), "test_loss": scored.get("loss")}
+            evaluation = entry["evaluation"]
+            known |= {metric: evaluation.get(metric), "test_loss": evaluation.get("loss")}
         else:
             known["loss"] = entry.get("loss")
     return known
