@@ -41,11 +41,8 @@ def setting(
 ) -> Any:
     """A field that is a setting.
 
-    Args:
-        group, help, metavar: for the help text; `metavar` stands for the value.
-        choices, low, below: the values it may have: one of `choices`, or numbers from `low` to less than `below`.
-        on_resume: whether a resumed run may change it.
-        or_named: whether it may also name code, as package.module:function, which is imported and called.
+    It may be one of `choices`, or numbers from `low` to less than `below`; with `or_named` also the name of code, which
+    is imported and called. With `on_resume` a resumed run may change it.
     """
     about = {"group": group, "help": help, "choices": tuple(choices), "low": low, "below": below, "or_named": or_named}
     return dataclasses.field(default=default, metadata={**about, "on_resume": on_resume, "metavar": metavar})
@@ -212,10 +209,10 @@ def toml(value: Any) -> str:
 
 def seconds(limit: str | None, what: str) -> float:
     """The seconds of a time limit as SLURM writes it; infinite for None. Raises ConfigError, beginning with `what`."""
-    match = LIMIT.fullmatch(limit or "")
+    if limit is None:
+        return math.inf
+    match = LIMIT.fullmatch(limit)
     if not match:
-        if limit is None:
-            return math.inf
         needed = "minutes, minutes:seconds, hours:minutes:seconds or days-hours:minutes:seconds"
         raise ConfigError(f"{what} {limit}: must be {needed}")
     parts = [int(part) for part in match["parts"].split(":")]

@@ -24,11 +24,9 @@ class Deadline:
 
     def __init__(self, limit: float = math.inf, environment: Mapping[str, str] = MappingProxyType({})):
         now = time.monotonic()
-        lengths = [limit]
         if environment.get("SLURM_JOB_END_TIME", "").isdigit():
-            lengths.append(int(environment["SLURM_JOB_END_TIME"]) - time.time())
-        length = min(lengths)
-        self.end = now + length - min(MARGIN * max(length, 0.0), MOST)
+            limit = min(limit, int(environment["SLURM_JOB_END_TIME"]) - time.time())
+        self.end = now + limit - min(MARGIN * max(limit, 0.0), MOST)
         self._step, self._since = 0.0, math.inf  # seconds of the slowest step; when this step began
         self._guess, self._save = 0.0, 0.0  # seconds of a save
 

@@ -9,6 +9,7 @@ import numpy as np
 
 import mpiml
 from mpiml.errors import ConfigError
+from mpiml.run.alarm import rank_by_launcher
 from mpiml.run.environment import mpi_library
 
 HINT = "start it by the mpirun of that MPI library, or by srun --mpi=pmi2 or --mpi=pmix (srun --mpi=list)"
@@ -30,10 +31,7 @@ def expected_size(environment: Mapping[str, str]) -> int:
 
 def is_first(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this process is the launcher's rank 0: of many jobs of one rank, only that one reports the error."""
-    for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
-        if name in environment:
-            return environment[name] == "0"
-    return True
+    return rank_by_launcher(environment) == 0
 
 
 def check_size(size: int, environment: Mapping[str, str] = os.environ) -> None:

@@ -14,47 +14,28 @@ from mpiml.run.directory import RESULT, read_fields, write_atomically
 
 
 class Result(TypedDict, total=False):
-    """result.json: what the last job of a run has done. The last test score stands beside the fields, under the
-    metric's name.
+    """result.json: what the last job of a run has done. Beside these fields is the last test score, under the metric's
+    name."""
 
-    Attributes:
-        status: running, done, stopped or failed.
-        exit_code: of the job; None while it is running.
-        reason: why it stopped or failed.
-        rank: the rank that failed, if it was one.
-        step: the last one; `saved` is that of the newest checkpoint.
-        ranks, pipe, microbatches: the job's layout.
-        loss: of the last step, the mean over its rows; `test_loss` is that of the last evaluation.
-        weights_sha256: digest of the weights after the last step.
-        seconds: how long the job took.
-    """
-
-    status: Required[str]
-    exit_code: int | None
-    reason: str | None
-    rank: int | None
+    status: Required[str]  # running, done, stopped or failed
+    exit_code: int | None  # of the job; None while it is running
+    reason: str | None  # why it stopped or failed
+    rank: int | None  # the one that failed, if it was one
     traceback: str
-    step: int
-    saved: int
-    ranks: int
+    step: int  # the last one
+    saved: int  # the step of the newest checkpoint
+    ranks: int  # of the job, as the next two
     pipe: int
     microbatches: int | None
-    loss: float | None
-    test_loss: float | None
-    weights_sha256: str
+    loss: float | None  # of the last step
+    test_loss: float | None  # of the last evaluation
+    weights_sha256: str  # after the last step
     samples_per_second: float | None
-    seconds: float
+    seconds: float  # that the job took
 
 
 class Line(TypedDict, total=False):
-    """A line of metrics.jsonl: of a step, with the score on its rows under the metric's name, or of an evaluation.
-
-    Attributes:
-        loss: the mean over the step's rows.
-        gradient_norm: before clipping; None if it is not finite.
-        seconds: for each of clock.SHARES the least and the most of any rank since the last line, and the slowest rank.
-        evaluation: an `Evaluation`, with the score under the metric's name.
-    """
+    """A line of metrics.jsonl, of a step, with its score under the metric's name, or of an evaluation."""
 
     step: Required[int]
     epoch: int
@@ -62,29 +43,16 @@ class Line(TypedDict, total=False):
     learning_rate: float
     gradient_norm: float | None
     samples_per_second: float
-    seconds: dict[str, Any]
-    evaluation: dict[str, float | None]
+    seconds: dict[
+        str, Any
+    ]  # since the last line: the least and the most of any rank in each activity; the slowest rank
+    evaluation: dict[str, float | None]  # its loss, score and rows
 
 
-class Evaluation(TypedDict):
-    """The fields of an evaluation in metrics.jsonl: the mean loss, and how many test rows there are."""
-
-    loss: float
-    rows: int
-
-
-class Evaluated(TypedDict):
-    """The fields of what mpiml.evaluate prints, beside the score."""
-
-    run: str
-    step: int
-    data: str
-    rows: int
-    test_loss: float
-
-
+EVALUATION = frozenset({"loss", "rows"})  # the fields of an evaluation, beside the score
+EVALUATED = frozenset({"run", "step", "data", "rows", "test_loss"})  # and of what mpiml.evaluate prints
 RESULT_KINDS, LINE_KINDS = get_type_hints(Result), get_type_hints(Line)
-FIELDS = frozenset().union(*(get_type_hints(kind) for kind in (Result, Line, Evaluation, Evaluated)))
+FIELDS = frozenset({*RESULT_KINDS, *LINE_KINDS, *EVALUATION, *EVALUATED})
 
 
 def read_result(run: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from mpiml.config import Config
 from mpiml.errors import ConfigError, OutputError
 from mpiml.run.directory import METRICS
 from mpiml.run.metrics import content_of, lines
-from mpiml.run.result import Evaluation, read_result
+from mpiml.run.result import EVALUATION, read_result
 from mpiml.scaling.points import POINTS, TRAINING, Point, measured, runs
 
 LOOKS = 50  # evaluations of a training run, at least: steps to a target are known to one part in so many
@@ -130,7 +130,7 @@ def evaluations(run: Path) -> tuple[str, list[tuple[int, float]]]:
     found = [(line["step"], line["evaluation"]) for _, line in entries if "evaluation" in line]
     if problems or not found:
         raise OutputError(problems[0] if problems else f"{path} has no evaluation")
-    (metric,) = found[0][1].keys() - Evaluation.__annotations__.keys()
+    (metric,) = found[0][1].keys() - EVALUATION
     return metric, [
         (step, -math.inf if evaluation[metric] is None else evaluation[metric]) for step, evaluation in found
     ]
