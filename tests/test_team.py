@@ -1,4 +1,4 @@
-"""Waiting leaves the cores to ranks that work, messages of any length arrive whole, and all ranks raise one rank's error."""
+"""Waiting leaves cores to ranks that work, messages of any length arrive whole, and all ranks raise the same error."""
 
 from __future__ import annotations
 
