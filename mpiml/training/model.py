@@ -161,7 +161,9 @@ def build_metric(config: Config, outputs: int) -> Metric:
     if is_name(config.metric):
         metric = OwnMetric(config.metric, outputs)
         if metric.name in FIELDS:
-            raise ConfigError(f"{metric.flag}: is called {metric.name!r}; choose another name than a field of result.json")
+            raise ConfigError(
+                f"{metric.flag}: is called {metric.name!r}; choose another name than a field of result.json"
+            )
         return metric
     return Accuracy() if config.metric == "accuracy" else R2(outputs)
 
