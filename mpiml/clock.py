@@ -1,13 +1,13 @@
-"""What this rank is doing at the moment, and how long it has spent on what."""
+"""The current activity of a rank, and the time that it has spent in each activity."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Literal, get_args
 
-# What a rank can be doing. data, model: reading the one and building the other, with the user's functions for them.
-# waiting: for a neighbouring stage. communication: the step record, and what the computing did not hide of the exchange
-# of gradients and values. update: adding up gradients and optimizing, in pieces. joining: waiting outside the steps.
+# data, model: reading or building it, with the user's functions. waiting: for a neighbouring stage. communication: the
+# step record, and the part of the exchange of gradients and values that computing did not hide. update: adding up
+# gradients and the optimizer, in pieces. joining: waiting for other ranks outside of steps.
 Activity = Literal[
     "start",
     "data",
@@ -22,24 +22,24 @@ Activity = Literal[
     "joining",
 ]
 ACTIVITIES: tuple[Activity, ...] = get_args(Activity)
-# In each of these a rank may rightly stand still for as long as another rank is busy.
+# In these a rank may make no progress while another rank is busy.
 BLOCKED_ON_OTHERS: frozenset[Activity] = frozenset({"waiting", "communication", "joining"})
 SHARES: tuple[Activity, ...] = ("compute", "waiting", "communication", "update", "data")
 
 
 def unwatched() -> None:
-    """In place of `Clock.progress` for work that no watch looks at."""
+    """In place of `Clock.progress`, for work that no watch observes."""
 
 
 class Clock:
-    """Seconds per activity. Call it with one of ACTIVITIES whenever that activity begins."""
+    """Seconds per activity. Call it with an activity when that begins."""
 
     def __init__(self) -> None:
         self.activity: Activity = "start"
-        self.within: Activity | None = None  # while set, time is booked under this name, whatever the activity
+        self.within: Activity | None = None  # if set, time is booked under this activity
         self.step = 0
-        self.moves = 0  # grows with every call and by progress(): a rank whose moves stand still is stuck
-        self.seconds: dict[str, float] = {}
+        self.moves = 0  # grows with every call and by progress(); a rank whose moves do not change is stuck
+        self.seconds: dict[Activity, float] = {}
         self._since = perf_counter()
 
     def __call__(self, activity: Activity) -> None:
@@ -51,15 +51,15 @@ class Clock:
         self.moves += 1
 
     def progress(self) -> None:
-        """Say that long work goes on, whatever the activity."""
+        """Report progress within a long activity."""
         self.moves += 1
 
     def mark(self, part: str, microbatch: int) -> None:
-        """Say which part of the computing of a micro-batch begins: for whoever draws it (mpiml.run.trace)."""
+        """A part of the computing of a micro-batch begins: for timelines (mpiml.run.trace)."""
 
     @contextmanager
     def doing(self, activity: Activity) -> Iterator[None]:
-        """An activity for the length of a block; after it the one before goes on."""
+        """An activity during a block; afterwards the previous one continues."""
         before = self.activity
         self(activity)
         yield
@@ -67,7 +67,7 @@ class Clock:
 
     @contextmanager
     def booked(self, name: Activity) -> Iterator[None]:
-        """Book all time in a block under `name`: an evaluation's compute is not the training's."""
+        """Book all time in a block under `name`: computing in an evaluation does not count as compute."""
         doing = self.activity
         self(name)
         self.within = name

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mpiml
-from mpiml import documents
+from mpiml import flags
 from mpiml.errors import ConfigError, OutputError
-from mpiml.flags import check, convert, flag, guess, metavar, setting, text, toml
-from mpiml.run import deadline
+from mpiml.flags import FUNCTION, check, convert, flag, setting, text, toml
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
 
-GROUPS = ("data and model", "grid", "steps and batches", "optimizer", "arithmetic", "evaluation and output")
-
-
-# Belong to one job and not to the run that it is part of.
+# The groups of the help.
+DATA, MODEL, GRID, STEPS, OPTIMIZER, ARITHMETIC, RUN = (
+    *("data", "model", "grid and memory", "steps and micro-batches", "optimizer", "arithmetic"),
+    "evaluation, run directory and limits",
+)
+# Settings of one job: the next job of the same run has its own.
 OF_THE_JOB = ("out", "resume", "quiet", "time_limit", "trace")
-# May be given anew where a run whose learning rate falls goes on for more steps.
+# May change when a run whose learning rate falls continues for more steps.
 FALLING = ("lr", "decay_steps")
 
 
@@ -32,193 +31,171 @@ FALLING = ("lr", "decay_steps")
 class Config:
     """The settings of a run; each is a flag, with dashes for underscores. None means: chosen when the run starts.
 
-    Raises ConfigError for a value that cannot be.
+    Raises ConfigError for a value that a setting cannot have.
     """
 
     data: str = setting(
         "digits",
-        GROUPS[0],
-        "digits, a file or directory, or package.module:function; a run that goes on may find the same data elsewhere",
+        DATA,
+        "digits (an example), a file or directory, or package.module:function; a resumed run may find it elsewhere",
         on_resume=True,
         metavar="SPEC",
         or_named=True,
     )
-    label: str | None = setting(None, GROUPS[0], "column of a CSV or Parquet file that holds the labels")
-    context: int | None = setting(None, GROUPS[0], "bytes of a text, or tokens, that make a row", low=1)
-    held_out: float = setting(0.1, GROUPS[0], "part of a text to test on if it has no test file", low=0, below=1)
-    token_dtype: str = setting("uint16", GROUPS[0], "of the tokens in .bin files", choices=["uint16", "uint32"])
+    label: str | None = setting(None, DATA, "column of the labels in a CSV or Parquet file")
+    context: int | None = setting(None, DATA, "length of a row of text: bytes, or tokens", low=1)
+    held_out: float = setting(0.1, DATA, "fraction of a text kept for tests if it has no test file", low=0, below=1)
+    token_dtype: str = setting("uint16", DATA, "type of the tokens in .bin files", choices=["uint16", "uint32"])
     normalize: bool = setting(
-        False, GROUPS[0], "inputs minus their mean over the training rows, divided by their standard deviation"
+        False, DATA, "subtract from inputs their mean over the training rows, divide by their standard deviation"
     )
     transform: str | None = setting(
-        None,
-        GROUPS[0],
-        "function (x, y, rng) -> x, y that every micro-batch of training passes",
-        metavar="package.module:function",
-        or_named=True,
+        None, DATA, "function (x, y, rng) -> x, y for each micro-batch of training", metavar=FUNCTION, or_named=True
     )
     model: str = setting(
         "mlp",
-        GROUPS[0],
-        "what to train; a function (shape of an input row, number of outputs) that returns a list of layers",
+        MODEL,
+        "model to train; your own: a function (shape of an input row, number of outputs) -> list of layers",
         choices=["mlp", "cnn", "resnet", "gpt"],
         or_named=True,
     )
-    hidden: tuple[int, ...] = setting((128, 128), GROUPS[0], "widths of the mlp's hidden layers", low=1)
-    activation: str = setting("relu", GROUPS[0], "after each hidden layer", choices=["relu", "gelu", "tanh"])
-    channels: int = setting(32, GROUPS[0], "of cnn's and resnet's first convolution; later ones have more", low=1)
-    blocks: int = setting(
-        2, GROUPS[0], "residual blocks of resnet, at each of three sizes, or of gpt", low=1, below=10_000
-    )
+    hidden: tuple[int, ...] = setting((128, 128), MODEL, "widths of mlp's hidden layers", low=1)
+    activation: str = setting("relu", MODEL, "function after mlp's hidden layers", choices=["relu", "gelu", "tanh"])
+    channels: int = setting(32, MODEL, "channels of the first convolution in cnn and resnet", low=1)
+    blocks: int = setting(2, MODEL, "residual blocks in gpt; in resnet, at each of three sizes", low=1, below=10_000)
     norm: str = setting(
-        "group",
-        GROUPS[0],
-        "batch: of each channel over a micro-batch, whose size then matters; group: of groups of channels of a row, in "
-        "resnet alone",
-        choices=["group", "batch"],
+        "group", MODEL, "normalisation: of groups in resnet only, of batches in cnn too", choices=["group", "batch"]
     )
-    width: int = setting(128, GROUPS[0], "of the vector that stands for a token in gpt", low=1)
-    heads: int = setting(4, GROUPS[0], "of gpt's attention", low=1)
-    dropout: float = setting(0.0, GROUPS[0], "probability of zeroing a hidden value", low=0, below=1)
-    classes: int | None = setting(None, GROUPS[0], "how many (default: one more than the highest label)", low=1)
+    width: int = setting(128, MODEL, "length of the vector that represents a token in gpt", low=1)
+    heads: int = setting(4, MODEL, "attention heads of gpt", low=1)
+    dropout: float = setting(0.0, MODEL, "probability that a hidden value is set to zero in training", low=0, below=1)
+    classes: int | None = setting(None, MODEL, "number of classes (default: one more than the highest label)", low=1)
     ignore: int | None = setting(
-        None, GROUPS[0], "label that means no label (default: -1 where a row has several, as in tokens and masks)"
+        None, MODEL, "label that does not count (default: -1 if a row has several labels, as tokens and masks have)"
     )
     loss: str = setting(
         "auto",
-        GROUPS[0],
-        "auto is cross_entropy for integer labels and mse for others; a function as in mpiml.nn.losses",
+        MODEL,
+        "auto: cross_entropy for integer labels, mse for others; your own: a function like those in mpiml.nn.losses",
         choices=["auto", "cross_entropy", "mse"],
         or_named=True,
     )
     metric: str = setting(
         "auto",
-        GROUPS[0],
-        "auto is accuracy for integer labels and r2 for others; a function (number of outputs) that returns one",
+        MODEL,
+        "auto: accuracy for integer labels, r2 for others; your own: a function (number of outputs) -> metric",
         choices=["auto", "accuracy", "r2"],
         or_named=True,
     )
     init: str | None = setting(
-        None, GROUPS[0], "begin with the weights of this checkpoint, at step 0", on_resume=True, metavar="FILE"
+        None, MODEL, "checkpoint with the weights to begin with, at step 0", on_resume=True, metavar="FILE"
     )
 
-    pipe: int = setting(1, GROUPS[1], "pipeline stages; ranks / stages replicas", low=1, on_resume=True)
+    pipe: int = setting(1, GRID, "pipeline stages; the number of replicas is ranks / stages", low=1, on_resume=True)
     cuts: tuple[int, ...] = setting(
-        (), GROUPS[1], "layers at which a stage begins (default: balanced by operations)", low=1, on_resume=True
+        (), GRID, "layers, from 0, that begin a new stage (default: stages of equal cost)", low=1, on_resume=True
     )
-    schedule: str = setting("1f1b", GROUPS[1], "pipeline schedule", choices=["1f1b", "gpipe"], on_resume=True)
+    schedule: str = setting(
+        "1f1b", GRID, "order of forward and backward passes in a pipeline", choices=["1f1b", "gpipe"], on_resume=True
+    )
 
-    batch: int = setting(128, GROUPS[2], "rows of a step, over all ranks", low=1)
+    batch: int = setting(128, STEPS, "rows per step, over all ranks", low=1)
     microbatches: int | None = setting(
-        None, GROUPS[2], "parts of a step, over all ranks (default: replicas, or 2 x stages x replicas)", low=1
+        None, STEPS, "micro-batches per step, over all ranks (default: replicas, or 2 x stages x replicas)", low=1
     )
     shuffle: str = setting(
         "rows",
-        GROUPS[2],
-        "of every epoch, within a shard: rows; blocks of consecutive rows, which big files give faster; none",
+        STEPS,
+        "shuffle a shard's rows in every epoch, or blocks of consecutive rows, which is faster for large files",
         choices=["none", "rows", "blocks"],
     )
-    block_rows: int = setting(256, GROUPS[2], "rows of a block for --shuffle blocks", low=1)
+    block_rows: int = setting(256, STEPS, "rows per block for --shuffle blocks", low=1)
     shards: str = setting(
         "contiguous",
-        GROUPS[2],
-        "of M micro-batches, the m-th reads the m-th part of all rows, or (strided) every M-th row from row m on",
+        STEPS,
+        "rows that micro-batch m of M reads; contiguous: the m-th part of all; strided: every M-th from row m on",
         choices=["contiguous", "strided"],
     )
     prefetch: int | None = setting(
-        None,
-        GROUPS[2],
-        "steps whose rows are read ahead (default: 2 if reading takes long, else 0)",
-        low=0,
-        on_resume=True,
+        None, STEPS, "steps whose rows are read ahead (default: 2 if reading is slow, else 0)", low=0, on_resume=True
     )
-    epochs: int | None = setting(None, GROUPS[2], "passes over the data (default: 30)", low=1, on_resume=True)
-    steps: int | None = setting(None, GROUPS[2], "steps, instead of epochs", low=1, on_resume=True)
+    epochs: int | None = setting(None, STEPS, "passes over the data (default: 30)", low=1, on_resume=True)
+    steps: int | None = setting(None, STEPS, "number of steps, in place of --epochs", low=1, on_resume=True)
 
     optimizer: str = setting(
-        "adamw", GROUPS[3], "update rule", choices=["sgd", "momentum", "nesterov", "adam", "adamw"]
+        "adamw", OPTIMIZER, "update rule", choices=["sgd", "momentum", "nesterov", "adam", "adamw"]
     )
-    lr: float | None = setting(None, GROUPS[3], "peak learning rate (default: the optimizer's)", low=0)
-    momentum: float = setting(0.9, GROUPS[3], "of momentum and nesterov", low=0, below=1)
-    weight_decay: float | None = setting(None, GROUPS[3], "on matrices (default: 0.01 for adamw, else 0)", low=0)
-    warmup_steps: int = setting(0, GROUPS[3], "steps in which the learning rate rises to its peak", low=0)
-    decay: str = setting("none", GROUPS[3], "how the learning rate falls", choices=["none", "cosine", "step"])
-    decay_steps: int | None = setting(None, GROUPS[3], "step at which it has fallen (default: the last)", low=1)
-    clip: float = setting(0.0, GROUPS[3], "largest norm of the gradient; 0: any", low=0)
+    lr: float | None = setting(None, OPTIMIZER, "peak learning rate (default: depends on the optimizer)", low=0)
+    momentum: float = setting(0.9, OPTIMIZER, "coefficient of momentum and nesterov", low=0, below=1)
+    weight_decay: float | None = setting(None, OPTIMIZER, "decay of matrices (default: 0.01 for adamw, else 0)", low=0)
+    warmup_steps: int = setting(0, OPTIMIZER, "steps in which the learning rate rises to its peak", low=0)
+    decay: str = setting("none", OPTIMIZER, "how the rate falls after its peak", choices=["none", "cosine", "step"])
+    decay_steps: int | None = setting(None, OPTIMIZER, "step at which the decay ends (default: the last)", low=1)
+    clip: float = setting(0.0, OPTIMIZER, "largest norm of the gradient; 0: no limit", low=0)
 
-    seed: int = setting(0, GROUPS[4], "of first values, order and dropout", low=0)
-    dtype: str = setting("float32", GROUPS[4], "of all numbers", choices=["float32", "float64"])
+    seed: int = setting(0, ARITHMETIC, "seed of first weights, shuffling and dropout", low=0)
+    dtype: str = setting("float32", ARITHMETIC, "type of weights and gradients", choices=["float32", "float64"])
     allreduce: str = setting(
-        "ordered",
-        GROUPS[4],
-        "ordered: the same bits on every layout; mpi: MPI_Allreduce in the library's order",
-        choices=["ordered", "mpi"],
+        "ordered", ARITHMETIC, "mpi: MPI_Allreduce; bits then depend on the layout", choices=["ordered", "mpi"]
     )
     memory: str = setting(
         "auto",
-        GROUPS[1],
-        "shared: the ranks of a node hold one copy of the model; private: each its own; auto: shared if it can be",
+        GRID,
+        "shared: one copy of the model per node; private: one per rank; auto: shared where possible",
         choices=["auto", "shared", "private"],
         on_resume=True,
     )
     bucket: float = setting(
         0.0,
-        GROUPS[1],
-        "megabytes of gradients that go to other nodes while backward still runs: 4, say, on a slow network; 0: off",
+        GRID,
+        "send gradients to other nodes, MB by MB, during backward; 0: after",
         low=0,
         on_resume=True,
         metavar="MB",
     )
-    threads: int = setting(1, GROUPS[4], "BLAS threads of a rank", low=1)
+    threads: int = setting(1, ARITHMETIC, "BLAS threads per rank", low=1)
 
     eval_every: int = setting(
-        100, GROUPS[5], "steps between evaluations; 0: never, else also at the end", low=0, on_resume=True
+        100, RUN, "steps between evaluations, also after the last; 0: never", low=0, on_resume=True
     )
-    eval_rows: int = setting(256, GROUPS[5], "rows of an evaluation that pass at once", low=1)
-    out: str | None = setting(None, GROUPS[5], "run directory (default: runs/NAME-NNN)", on_resume=True, metavar="DIR")
-    resume: bool = setting(False, GROUPS[5], "go on with the run in --out, on any grid", on_resume=True)
+    eval_rows: int = setting(256, RUN, "rows per forward pass in an evaluation", low=1)
+    out: str | None = setting(
+        None, RUN, "run directory (default: a new runs/DATA-MODEL-NNN)", on_resume=True, metavar="DIR"
+    )
+    resume: bool = setting(False, RUN, "continue the run in --out, on any grid", on_resume=True)
     save_every: int = setting(
-        100, GROUPS[5], "steps between checkpoints; 0: never, else also at the end", low=0, on_resume=True
+        100, RUN, "steps between checkpoints, also after the last; 0: never", low=0, on_resume=True
     )
-    keep: int = setting(3, GROUPS[5], "checkpoints to keep", low=1, on_resume=True)
-    log_every: int = setting(10, GROUPS[5], "steps between lines of metrics.jsonl", low=1, on_resume=True)
+    keep: int = setting(3, RUN, "checkpoints that are kept, the newest", low=1, on_resume=True)
+    log_every: int = setting(10, RUN, "steps between lines of metrics.jsonl", low=1, on_resume=True)
     stall_timeout: float = setting(
-        600.0, GROUPS[5], "seconds without progress of a rank that end the job; 0: off", low=0, on_resume=True
+        600.0, RUN, "end the job if a rank makes no progress for X seconds; 0: never", low=0, on_resume=True
     )
     time_limit: str | None = setting(
         None,
-        GROUPS[5],
-        "save and stop before this is over: minutes, h:mm:ss or d-hh:mm:ss, as for SLURM, whose own limit counts too",
+        RUN,
+        "save and stop within this time: minutes, h:mm:ss or d-hh:mm:ss; SLURM's limit always counts",
         on_resume=True,
         metavar="TIME",
     )
     trace: str | None = setting(
-        None,
-        GROUPS[5],
-        "write what every rank does when to this file (.json or .json.gz), for ui.perfetto.dev",
-        on_resume=True,
-        metavar="FILE",
+        None, RUN, "timeline file, .json or .json.gz, for ui.perfetto.dev", on_resume=True, metavar="FILE"
     )
-    quiet: bool = setting(False, GROUPS[5], "print nothing but errors", on_resume=True)
+    quiet: bool = setting(False, RUN, "print errors only", on_resume=True)
 
     given: frozenset[str] | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        types_of = _types()
         for field in settings():
             value = getattr(self, field.name)
             if value is not None or field.default is not None:
-                value = convert(types_of[field.name], value, f"{flag(field.name)} {text(value)}")
+                value = convert(flags.kinds(Config)[field.name], value, f"{flag(field.name)} {text(value)}")
                 object.__setattr__(self, field.name, value)
             check(field, value)
         if self.given is None:
             changed = frozenset(f.name for f in settings() if getattr(self, f.name) != f.default)
             object.__setattr__(self, "given", changed)
-        if self.time_limit:
-            try:
-                deadline.seconds(self.time_limit)
-            except ValueError as error:
-                raise ConfigError(f"--time-limit {self.time_limit}: {error}") from None
+        flags.seconds(self.time_limit, "--time-limit")
         if self.epochs and self.steps and {"epochs", "steps"} <= (self.given or frozenset()):
             raise ConfigError(f"--epochs {self.epochs} --steps {self.steps}: give one of the two")
         if self.shuffle == "blocks" and self.shards == "strided":
@@ -253,15 +230,15 @@ class Config:
         return stored.replace(**changes)
 
     def may_become(self, field: dataclasses.Field[Any], value: Any) -> bool:
-        """Whether this run may go on with another value of a setting."""
-        if field.name == "ignore":  # a run that says nothing either has no label of -1, or has always ignored it
+        """Whether this run may be resumed with another value of a setting."""
+        if field.name == "ignore":  # where it was not set, -1 was ignored, or did not occur
             return self.ignore is None and value == -1
-        if field.name in FALLING:  # if it goes on for more steps, which is looked at when these are known
+        if field.name in FALLING:  # for more steps than before, which is checked when their number is known
             return self.decay != "none"
         return bool(field.metadata["on_resume"])
 
     def refusal(self, name: str, was: Any) -> ConfigError:
-        """The error for a value of a setting that a run which has another one cannot go on with."""
+        """The error for a setting of a resumed run that must stay what it `was`."""
         return ConfigError(
             f"{flag(name)} {text(getattr(self, name))}: the run in {self.out} has {text(was)}, and another value would "
             "change its results; leave the flag out, or start a new run with --init"
@@ -272,7 +249,7 @@ class Config:
         return {flag(field.name): text(getattr(self, field.name)) for field in settings()}
 
     def to_toml(self) -> str:
-        """The settings as TOML, with the flags' names; those that are None, or of one job alone, are left out."""
+        """The settings as TOML, named as the flags; without those that are None or OF_THE_JOB."""
         values = ((f.name, getattr(self, f.name)) for f in settings() if f.name not in OF_THE_JOB)
         lines = [f"{name.replace('_', '-')} = {toml(value)}" for name, value in values if value is not None]
         return "\n".join(lines) + "\n"
@@ -280,7 +257,7 @@ class Config:
 
 def settings() -> list[dataclasses.Field[Any]]:
     """The fields of Config that are settings."""
-    return [field for field in dataclasses.fields(Config) if field.metadata]
+    return flags.fields(Config)
 
 
 def parse(arguments: Sequence[str], program: str = "mpiml.train") -> Config:
@@ -288,48 +265,16 @@ def parse(arguments: Sequence[str], program: str = "mpiml.train") -> Config:
 
     Raises ConfigError for what cannot be understood. `--help` and `--version` print and raise SystemExit.
     """
-    found, unknown = _parser(program).parse_known_args(arguments)
-    if unknown:
-        names = [flag(field.name) for field in settings()] + ["--config"]
-        raise ConfigError(f"{unknown[0]} is not a setting{guess(unknown[0].split('=')[0], names)}; --help lists all")
-    raw = vars(found)
-    path = raw.pop("config", None)
+    given, path = flags.from_arguments(Config, _parser(program), arguments)
     try:
-        values = from_toml(Path(path)) if path else {}
+        values = flags.from_toml(Config, Path(path)) if path else {}
     except OutputError as error:
         raise ConfigError(f"--config {error}") from None
-    types_of = _types()
     for name, other in (("steps", "epochs"), ("epochs", "steps")):
-        if name in raw:
+        if name in given:
             values.pop(other, None)
-    for name, given in raw.items():
-        values[name] = convert(types_of[name], given, f"{flag(name)} {given}")
+    values |= given
     return Config(**values, given=frozenset(values))
-
-
-def from_toml(path: Path) -> dict[str, Any]:
-    """The settings in a TOML file, by name.
-
-    Raises OutputError for a file that cannot be read, ConfigError for an unknown key or a value of another kind.
-    """
-    table = documents.from_toml(documents.read(path), str(path))
-    try:
-        return typed(table)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-
-
-def typed(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings under their flags' names as values of the right types. Raises ConfigError as `from_toml`."""
-    values, types_of = {}, _types()
-    for key, value in table.items():
-        name = key.replace("-", "_")
-        if name not in types_of:
-            known = [known.replace("_", "-") for known in types_of]
-            shown = key if key.isprintable() else ascii(key)
-            raise ConfigError(f"{shown} is not a setting{guess(key, known)}; --help lists all")
-        values[name] = convert(types_of[name], value, f"{key} = {documents.shown(value)}")
-    return values
 
 
 def _parser(program: str) -> ArgumentParser:
@@ -346,22 +291,5 @@ def _parser(program: str) -> ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"mpiml {mpiml.__version__}")
-    parser.add_argument("--config", metavar="FILE", help="settings from a TOML file, under the same names; flags win")
-    types_of = _types()
-    groups = {group: parser.add_argument_group(group) for group in GROUPS}
-    for field in settings():
-        about, group = field.metadata, groups[field.metadata["group"]]
-        if field.default is False:
-            group.add_argument(flag(field.name), action="store_const", const="true", help=about["help"])
-            continue
-        shown = f" (default: {text(field.default)})" if field.default not in (None, ()) else ""
-        choices = "|".join([*about["choices"], *(["MODULE:FUNCTION"] if about["or_named"] else [])])
-        value = about["metavar"] or choices or metavar(types_of[field.name])
-        group.add_argument(flag(field.name), metavar=value, help=about["help"] + shown)
+    flags.add_to(parser, Config)
     return parser
-
-
-@functools.cache
-def _types() -> dict[str, Any]:
-    hints = typing.get_type_hints(Config)
-    return {field.name: hints[field.name] for field in settings()}

@@ -1,6 +1,6 @@
-"""Small files of ours and the texts in checkpoints, read as data, whatever kind, size or depth they turn out to be.
+"""Reading small files of mpiml and texts in checkpoints as data, of whatever kind, size or depth they are.
 
-What is wrong with one is an OutputError of one line that begins with the file's name.
+An OutputError says what is wrong, in one line that begins with the file's name.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 
 from mpiml.errors import OutputError
 
-LARGEST = 1 << 26  # bytes of a small file: environment.json of 100,000 ranks has a third of it
-DEEPEST = 32  # levels of nesting: what is written here has at most 5
-INTEGERS = range(-(1 << 63), 1 << 63)  # that NumPy can take
+LARGEST = 1 << 26  # bytes of a small file: environment.json of 100,000 ranks has a third of this
+DEEPEST = 32  # levels of nesting: mpiml writes at most 5
+INTEGERS = range(-(1 << 63), 1 << 63)  # of 64 bits, as in NumPy
 
 
 def read(path: Path, largest: float = LARGEST) -> bytes:
-    """The content of a file. Raises OutputError if it cannot be read, is no regular file, or has too many bytes."""
+    """The content of a file. Raises OutputError if it cannot be read, is not a regular file, or has too many bytes."""
     try:
         check_regular(path)
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
@@ -36,19 +36,19 @@ def read(path: Path, largest: float = LARGEST) -> bytes:
 
 
 def check_regular(path: Path) -> None:
-    """Raise OutputError unless a path leads to a regular file: to open a pipe would wait for whoever writes to it, and
-    /dev/zero has no end. Raises OSError if there is nothing."""
+    """Raise OutputError unless a path is a regular file: opening a pipe would wait for its writer, and /dev/zero has no
+    end. Raises OSError if it does not exist."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OutputError(f"{path}: is not a regular file")
 
 
 def from_json(text: str | bytes, origin: str) -> Any:
-    """What a JSON text holds. Raises OutputError, beginning with `origin`, if it is none."""
+    """The value of a JSON text. Raises OutputError, beginning with `origin`, if the text is not JSON."""
     return _parsed(json.loads, text, origin)
 
 
 def from_toml(text: str | bytes, origin: str) -> dict[str, Any]:
-    """The table that a TOML text holds. Raises OutputError, beginning with `origin`, if it is none."""
+    """The table of a TOML text. Raises OutputError, beginning with `origin`, if the text is not TOML."""
     import tomllib
 
     table: dict[str, Any] = _parsed(tomllib.loads, text, origin)
@@ -56,12 +56,12 @@ def from_toml(text: str | bytes, origin: str) -> dict[str, Any]:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """A value as JSON; numbers that are not finite, which JSON does not have, become null."""
+    """A value as JSON, with null in place of numbers that are not finite."""
     return json.dumps(finite(value), indent=indent, allow_nan=False)
 
 
 def finite(value: Any) -> Any:
-    """A value as JSON can hold it: None in place of numbers that are not finite."""
+    """A value that JSON can hold: None in place of numbers that are not finite."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -70,9 +70,9 @@ def finite(value: Any) -> Any:
 
 
 def check_fields(value: Any, kinds: Mapping[str, Any], origin: str, needed: Iterable[str] = ()) -> dict[str, Any]:
-    """An object of which some fields are needed, and those that are known are of the types that `kinds` says.
+    """Return an object from JSON that has the `needed` fields, and whose fields are of the types in `kinds`, if listed.
 
-    Raises OutputError, beginning with `origin`, that names the first field that is not so.
+    Raises OutputError, beginning with `origin`, that names the first missing or wrong field.
     """
     if not isinstance(value, dict):
         raise OutputError(f"{origin} is damaged: it must hold an object with fields, not {shown(value)}")
@@ -87,8 +87,8 @@ def check_fields(value: Any, kinds: Mapping[str, Any], origin: str, needed: Iter
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value from JSON is of a type as annotations have it: a tuple is a list there, true is no int, and ints
-    have 64 bits."""
+    """Whether a value from JSON is of a type: a list may stand for a tuple, true is not an int, and an int has at most
+    64 bits."""
     outer, inner = typing.get_origin(kind), typing.get_args(kind)
     if outer in (types.UnionType, typing.Union):
         return any(fits(value, one) for one in inner)
@@ -102,7 +102,7 @@ def fits(value: Any, kind: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value of any size in a few words, for a message."""
+    """A value of any size, shortened for a message."""
     return reprlib.repr(value)
 
 
@@ -112,15 +112,15 @@ def _parsed(parse: Callable[[str], Any], text: str | bytes, origin: str) -> Any:
         _check_text_and_depth(value, DEEPEST)
     except RecursionError:
         raise OutputError(f"{origin} is damaged: it is nested too deeply") from None
-    except ValueError as error:  # also numbers of more digits than Python takes
+    except ValueError as error:  # also a number with more digits than Python converts
         raise OutputError(f"{origin} is damaged: {error}") from None
     return value
 
 
 def _check_text_and_depth(value: Any, left: int) -> None:
-    """Raise ValueError for a value that is nested too deeply, or has text that cannot be printed."""
+    """Raise ValueError if a value is nested too deeply or holds text that cannot be encoded."""
     if isinstance(value, str):
-        value.encode()  # half of a surrogate pair can be escaped in JSON, but not written
+        value.encode()  # fails for half of a surrogate pair, which JSON can escape
     elif isinstance(value, (dict, list)):
         if not left:
             raise ValueError("it is nested too deeply")

@@ -1,4 +1,4 @@
-"""The ways a run can end other than well, each with the exit code that a job script sees."""
+"""The errors that end a run, each with the exit code that a job script sees."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,13 +8,13 @@ E = TypeVar("E", bound="RunError")
 
 
 class RunError(Exception):
-    """A run cannot start or go on. Its message is one line that says what to do.
+    """A run cannot start or continue. The message is one line that says what to do.
 
     Attributes:
-        exit_code: what the process returns.
-        rank: whose fault it is, where one rank is to blame.
+        exit_code: of the process.
+        rank: the one that caused it, if it was one.
         everywhere: whether every rank raises this error now, so that none is left waiting.
-        silent: whether another process tells of it: one that is not of this job, but was to be.
+        silent: whether a process of another job, which should have been the same job, reports it.
     """
 
     exit_code = 70
@@ -26,13 +26,13 @@ class RunError(Exception):
         self.silent = False
 
     def on_all_ranks(self: E, rank: int | None = None) -> E:
-        """This error, which every rank raises now; `rank` is whose fault it is."""
+        """This error, marked as one that every rank raises now; `rank` caused it."""
         self.rank, self.everywhere = rank, True
         return self
 
 
 class StallError(RunError):
-    """A rank makes no progress, or is gone; or all wait, or their launcher is gone, and `rank` is None."""
+    """A rank makes no progress or has ended. `rank` is None if all wait for each other, or their launcher has ended."""
 
 
 class DataError(RunError, ValueError):
@@ -42,7 +42,7 @@ class DataError(RunError, ValueError):
 
 
 class NotFiniteError(RunError, ArithmeticError):
-    """A loss or a gradient is infinite or not a number."""
+    """A loss, gradient or weight is infinite or not a number."""
 
     exit_code = 70
 
@@ -54,7 +54,7 @@ class DirectoryError(RunError):
 
 
 class OutputError(RunError):
-    """Something in the run directory cannot be written or read."""
+    """A file, mostly in the run directory, cannot be written or read."""
 
     exit_code = 74
 
@@ -66,12 +66,12 @@ class ConfigError(RunError, ValueError):
 
 
 def known_to_all(error: BaseException | None, ranks: int) -> bool:
-    """Whether all ranks leave a block by the same error, or by none: then they can leave it in step."""
+    """Whether all ranks leave a block by the same error, or without one: then they may still communicate."""
     return error is None or ranks == 1 or getattr(error, "everywhere", False)
 
 
 class Freed(Protocol):
-    """What holds communicators or the like."""
+    """An object that holds communicators or the like."""
 
     def free(self) -> None: ...
 
@@ -81,8 +81,8 @@ F = TypeVar("F", bound=Freed)
 
 @contextmanager
 def freed(thing: F, ranks: int) -> Iterator[F]:
-    """Free at the end of a block what all of so many ranks have to free together: not if one of them has failed alone,
-    for then the others do not come."""
+    """At the end of a block free a thing that all `ranks` have to free together; not if one rank fails alone, because
+    the others do not come here then."""
     try:
         yield thing
     except BaseException as error:
@@ -92,4 +92,4 @@ def freed(thing: F, ranks: int) -> Iterator[F]:
     thing.free()
 
 
-SAVED = 75  # not an error: the state is saved, and the same command with --resume goes on
+SAVED = 75  # exit code, not of an error: the state is saved, and the same command with --resume continues the run

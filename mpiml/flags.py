@@ -1,20 +1,30 @@
-"""One setting: what it may be, from text and to text, whether it comes from a flag or a TOML file."""
+"""Settings as the fields of a dataclass: their allowed values, and how flags and TOML files give them and show them."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import glob
 import json
 import math
 import os
+import re
 import types
 import typing
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from mpiml.documents import INTEGERS
+from mpiml import documents
 from mpiml.errors import ConfigError
 from mpiml.usercode import is_name
+
+if TYPE_CHECKING:
+    from argparse import ArgumentParser
+
+FUNCTION = "package.module:function"
+# A time limit as SLURM writes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
+LIMIT = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 
 
 def setting(
@@ -29,12 +39,25 @@ def setting(
     metavar: str | None = None,
     or_named: bool = False,
 ) -> Any:
-    """A field of Config: its help, what it may be, and whether a resumed run may change it.
+    """A field that is a setting.
 
-    `or_named`: it may also name code, as package.module:function; that is imported and called.
+    It may be one of `choices`, or numbers from `low` to less than `below`; with `or_named` also the name of code, which
+    is imported and called. With `on_resume` a resumed run may change it.
     """
     about = {"group": group, "help": help, "choices": tuple(choices), "low": low, "below": below, "or_named": or_named}
     return dataclasses.field(default=default, metadata={**about, "on_resume": on_resume, "metavar": metavar})
+
+
+def fields(settings: type) -> list[dataclasses.Field[Any]]:
+    """The fields of a dataclass that are settings."""
+    return [field for field in dataclasses.fields(settings) if field.metadata]
+
+
+@functools.cache
+def kinds(settings: type) -> dict[str, Any]:
+    """The type of each setting of a dataclass, by its name."""
+    hints = typing.get_type_hints(settings)
+    return {field.name: hints[field.name] for field in fields(settings)}
 
 
 def flag(name: str) -> str:
@@ -42,14 +65,75 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def metavar(kind: Any) -> str:
-    """What stands for a value of type `kind` in the help."""
-    text = str(kind)
-    return "N,N" if "tuple" in text else "N" if "int" in text else "X" if "float" in text else "NAME"
+def add_to(parser: ArgumentParser, settings: type) -> None:
+    """Give a parser the flags of a dataclass' settings, in their groups, and --config FILE."""
+    parser.add_argument("--config", metavar="FILE", help="TOML file of settings, named as the flags, which override it")
+    groups: dict[str, Any] = {}
+    for field in fields(settings):
+        about, group = field.metadata, field.metadata["group"]
+        groups[group] = groups.get(group) or parser.add_argument_group(group)
+        if field.default is False:
+            groups[group].add_argument(flag(field.name), action="store_const", const="true", help=about["help"])
+            continue
+        shown = f" (default: {text(field.default)})" if field.default not in (None, ()) else ""
+        value = about["metavar"] or "|".join(_choices(field)) or _metavar(kinds(settings)[field.name])
+        groups[group].add_argument(flag(field.name), metavar=value, help=about["help"] + shown)
+
+
+def _choices(field: dataclasses.Field[Any]) -> list[str]:
+    return [*field.metadata["choices"], *([FUNCTION] if field.metadata["or_named"] else [])]
+
+
+def _metavar(kind: Any) -> str:
+    """Stands for a value of a type in the help."""
+    name = str(kind)
+    return "N,N" if "tuple" in name else "N" if "int" in name else "X" if "float" in name else "NAME"
+
+
+def from_arguments(
+    settings: type, parser: ArgumentParser, arguments: Sequence[str]
+) -> tuple[dict[str, Any], str | None]:
+    """The values that a command line gives to a dataclass' settings, and the file that --config names, or None.
+
+    Raises ConfigError for an unknown flag or a value of another type.
+    """
+    known, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        names = [flag(field.name) for field in fields(settings)] + ["--config"]
+        raise ConfigError(f"{unknown[0]} is not a setting{guess(unknown[0].split('=')[0], names)}; --help lists all")
+    texts = vars(known)
+    path: str | None = texts.pop("config", None)
+    return {name: convert(kinds(settings)[name], raw, f"{flag(name)} {raw}") for name, raw in texts.items()}, path
+
+
+def from_toml(settings: type, path: Path) -> dict[str, Any]:
+    """The values that a TOML file gives to a dataclass' settings.
+
+    Raises OutputError for a file that cannot be read, ConfigError for an unknown key or a value of another type.
+    """
+    table = documents.from_toml(documents.read(path), str(path))
+    try:
+        return from_table(settings, table)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def from_table(settings: type, table: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that a table from TOML gives to a dataclass' settings. Raises ConfigError as `from_toml`."""
+    values = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in kinds(settings):
+            known = [known.replace("_", "-") for known in kinds(settings)]
+            shown = key if key.isprintable() else ascii(key)
+            raise ConfigError(f"{shown} is not a setting{guess(key, known)}; --help lists all")
+        values[name] = convert(kinds(settings)[name], value, f"{key} = {documents.shown(value)}")
+    return values
 
 
 def convert(kind: Any, raw: Any, what: str) -> Any:
-    """A raw value, text from a flag or something typed from TOML, as a value of type `kind`."""
+    """A value of type `kind`, from the text of a flag or a value of a TOML file. Raises ConfigError, beginning with
+    `what`, if it is of another type."""
     if isinstance(kind, types.UnionType):
         kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is tuple:
@@ -68,20 +152,23 @@ def convert(kind: Any, raw: Any, what: str) -> Any:
             number = kind(raw)
         except (ValueError, OverflowError):
             number = None
-        if number is not None and (isinstance(raw, str) or number == raw) and (kind is float or number in INTEGERS):
+        if (
+            number is not None
+            and (isinstance(raw, str) or number == raw)
+            and (kind is float or number in documents.INTEGERS)
+        ):
             return number
     names = {int: "a whole number of at most 64 bits", float: "a number", bool: "true or false", str: "text"}
     raise ConfigError(f"{what}: must be {names[kind]}")
 
 
 def check(field: dataclasses.Field[Any], value: Any) -> None:
-    """Raise ConfigError for a value of the right type that a setting may not have."""
+    """Raise ConfigError if a value, of the right type, is not one that the setting may have."""
     about, what = field.metadata, f"{flag(field.name)} {text(value)}"
     if value is None and field.default is None:
         return
     if about["choices"] and value not in about["choices"] and not (about["or_named"] and is_name(value)):
-        known = [*about["choices"], *(["package.module:function"] if about["or_named"] else [])]
-        raise ConfigError(f"{what}: choose from {', '.join(known)}{guess(str(value), about['choices'])}")
+        raise ConfigError(f"{what}: choose from {', '.join(_choices(field))}{guess(str(value), about['choices'])}")
     if about["low"] is None:
         return
     for number in value if isinstance(value, tuple) else (value,):
@@ -91,7 +178,7 @@ def check(field: dataclasses.Field[Any], value: Any) -> None:
 
 
 def guess(word: str, known: Sequence[str]) -> str:
-    """The known word that was perhaps meant, as the end of a message."""
+    """The end of a message that proposes the known word most like a wrong one; empty if none is like it."""
     import difflib
 
     close = difflib.get_close_matches(word, known, 1)
@@ -99,8 +186,7 @@ def guess(word: str, known: Sequence[str]) -> str:
 
 
 def absolute(spec: str) -> str:
-    """A path, which may be a pattern with *, as a job finds it from any directory; digits and package.module:function
-    as they are."""
+    """A data set's path, or pattern of paths, made absolute; "digits" and package.module:function stay as they are."""
     if spec == "digits" or is_name(spec) or os.path.isabs(spec):
         return spec
     here = os.getcwd()
@@ -109,13 +195,26 @@ def absolute(spec: str) -> str:
 
 
 def text(value: Any) -> str:
-    """A value as a flag has it."""
+    """A value as text that a flag accepts."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def toml(value: Any) -> str:
-    """A value as TOML has it."""
+    """A value as TOML."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(toml, value))}]"
     # TOML escapes as JSON does, but wants DEL escaped too.
     return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def seconds(limit: str | None, what: str) -> float:
+    """The seconds of a time limit as SLURM writes it; infinite for None. Raises ConfigError, beginning with `what`."""
+    if limit is None:
+        return math.inf
+    match = LIMIT.fullmatch(limit)
+    if not match:
+        needed = "minutes, minutes:seconds, hours:minutes:seconds or days-hours:minutes:seconds"
+        raise ConfigError(f"{what} {limit}: must be {needed}")
+    parts = [int(part) for part in match["parts"].split(":")]
+    units = (3600, 60, 1) if match["days"] or len(parts) == 3 else (60, 1)
+    return 86400.0 * int(match["days"] or 0) + sum(a * b for a, b in zip(parts, units, strict=False))

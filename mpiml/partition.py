@@ -19,11 +19,11 @@ def check_ranks(ranks: int, pipe: int) -> None:
 
 
 def balanced(costs: Sequence[int], stages: int) -> list[int]:
-    """Where to cut so that the most expensive stage is as cheap as it can be: exact.
+    """Where to cut so that the most expensive stage is as cheap as possible; exact.
 
     Args:
         costs: of each layer, in order; not negative.
-        stages: how many parts; each gets at least one layer.
+        stages: the number of parts; each gets at least one layer.
 
     Returns:
         stages - 1 increasing indices: a stage begins at each.
@@ -41,10 +41,8 @@ def balanced(costs: Sequence[int], stages: int) -> list[int]:
 
 
 def _greedy(costs: Sequence[int], stages: int, limit: int) -> list[int]:
-    """Cuts that fill each stage up to `limit`, but leave a layer for every stage to come.
-
-    At most stages - 1 of them if the limit can be kept with so few.
-    """
+    """Cuts that fill each stage up to `limit`, but leave a layer for each later stage; stages - 1 of them if that keeps
+    every stage within the limit, else more."""
     cuts: list[int] = []
     filled = 0
     for index, cost in enumerate(costs):

@@ -1,4 +1,4 @@
-"""Ranks that act together, and waiting for other ranks without keeping a core from those that have work."""
+"""Ranks that act together, and waiting for other ranks without taking a core from those that have work."""
 
 import itertools
 import os
@@ -18,25 +18,25 @@ T = TypeVar("T")
 YIELDS = 50
 NAP = 50e-6  # seconds, the shortest
 LONGEST = 2e-3
-PART = 1 / 16  # of the time waited so far: the most that naps add to a wait
-# Times as many yields, about a millisecond, where every thread has a core: a nap lasts longer than it says.
+PART = 1 / 16  # a nap lasts at most this fraction of the time waited so far
+# If every thread has a core, this many times as many yields, about a millisecond: a nap lasts longer than asked for.
 PATIENCE = 40
-ENVELOPE = 4096  # bytes that a broadcast begins with
+ENVELOPE = 4096  # bytes of a broadcast's first message
 _yields = YIELDS
 
 
 def share_cores(threads: int, cores: int) -> None:
-    """Say how many threads of all ranks use how many cores of this node: on it depends how soon a rank sleeps."""
+    """Set how soon waiting ranks sleep, from the threads of all ranks on this node and its cores."""
     global _yields  # noqa: PLW0603 (a property of the process, as the cores are)
     _yields = YIELDS * PATIENCE if threads <= cores else YIELDS
 
 
 def until(done: Callable[[], bool]) -> None:
-    """Return when `done()` is true. Asks at once, then yields the core at every try, then sleeps between tries.
+    """Return when `done()` is true: first yield the core between tries, then sleep.
 
-    The longer it has waited, the longer it sleeps: where there are more ranks than cores, polling takes time from the
-    very ranks that are waited for. Before it sleeps it drives the MPI library: between nodes, what this rank has sent
-    may still be on its way, and whoever is to make `done()` true may wait for it.
+    The longer the wait, the longer the sleep: with more ranks than cores, polling takes time from the very ranks that
+    this one waits for. Before sleeping it drives the MPI library: a message of this rank to another node may still be
+    on its way, and the rank that makes `done()` true may need it.
     """
     tries = 0
     began = 0.0
@@ -60,17 +60,17 @@ def wait(requests: Sequence[MPI.Request]) -> None:
         until(lambda: MPI.Request.Testall(pending))
 
 
-def meet(comm: MPI.Intracomm) -> None:
-    """A barrier that leaves the cores alone: ranks that wait here must not slow down the ones that are measured."""
+def quiet_barrier(comm: MPI.Intracomm) -> None:
+    """A barrier in which waiting ranks sleep, so that they do not slow down those that are measured."""
     request = comm.Ibarrier()
     while not request.Test():
         time.sleep(0.002)
 
 
 def broadcast(comm: MPI.Intracomm, value: T, root: int = 0) -> T:
-    """What `value` is on rank `root`, on all ranks; collective. comm.bcast would poll without a pause."""
+    """The `value` of rank `root`, on all ranks; collective. comm.bcast would poll without pauses."""
     content = pickle.dumps(value) if comm.rank == root else b""
-    first = bytearray(ENVELOPE)  # how long the content is, and its beginning: mostly all of it
+    first = bytearray(ENVELOPE)  # the length of the content, and its beginning: mostly all of it
     first[: 8 + len(content)] = len(content).to_bytes(8) + content[: ENVELOPE - 8]
     wait([comm.Ibcast(first, root)])
     size = int.from_bytes(first[:8])
@@ -82,7 +82,7 @@ def broadcast(comm: MPI.Intracomm, value: T, root: int = 0) -> T:
 
 
 def allgather(comm: MPI.Intracomm, value: T) -> list[T]:
-    """The values of all ranks, on all ranks; collective. comm.allgather would poll without a pause."""
+    """The values of all ranks, on all ranks; collective. comm.allgather would poll without pauses."""
     content = pickle.dumps(value)
     sizes = np.empty(comm.size, np.int64)
     wait([comm.Iallgather(np.array([len(content)]), sizes)])
@@ -93,13 +93,13 @@ def allgather(comm: MPI.Intracomm, value: T) -> list[T]:
 
 
 class Team:
-    """Ranks that act together, and the clock that says what this one is doing.
+    """Ranks that act together, and the clock of this rank.
 
-    While a rank waits here for the others its activity is "joining", and while it acts it is not: so the watch takes no
-    rank that waits for stuck, and names the one that is.
+    While a rank waits here for the others its activity is "joining"; while it acts it is another one. So the watch does
+    not take a waiting rank for a stuck one, and names the one that is stuck.
 
     Attributes:
-        launched: the rank that the launcher gave each rank of `comm`: messages name ranks by it.
+        launched: the rank that the launcher gave each rank of `comm`; messages use it.
     """
 
     def __init__(self, comm: MPI.Intracomm, clock: Clock, launched: Sequence[int] | None = None):
@@ -108,12 +108,12 @@ class Team:
 
     @property
     def rank(self) -> int:
-        """Of this process among the team."""
+        """This process' rank in the team."""
         return self.comm.rank
 
     @property
     def size(self) -> int:
-        """How many ranks there are."""
+        """The number of ranks."""
         return self.comm.size
 
     @property
@@ -127,7 +127,7 @@ class Team:
             wait(requests)
 
     def broadcast(self, value: T, root: int = 0) -> T:
-        """What `value` is on rank `root`, on all ranks; collective."""
+        """The `value` of rank `root`, on all ranks; collective."""
         with self.clock.doing("joining"):
             return broadcast(self.comm, value, root)
 
@@ -139,7 +139,7 @@ class Team:
     def together(self, action: Callable[[], T]) -> T:
         """Call `action` on every rank; it must not communicate. Collective.
 
-        Raises, on all ranks alike, the RunError of the lowest rank on which there was one.
+        Raises, on all ranks alike, the RunError of the lowest rank that raised one.
         """
         result, error = self._attempt(action)
         first = np.array([self.size if error is None else self.rank])
@@ -160,26 +160,26 @@ class Team:
         return result  # type: ignore[return-value]
 
     def check_alike(self, values: Mapping[str, str], hint: str = "") -> None:
-        """Raise ConfigError, on all ranks alike, if some rank has other values than rank 0; collective.
+        """Raise ConfigError, on all ranks alike, if any rank has other values than rank 0; collective.
 
         Args:
-            values: of this rank, under names that a message can use.
+            values: of this rank, under names for the message.
             hint: what to do, for the end of the message.
         """
         first = self.broadcast(dict(values))
 
         def compare() -> None:
             for name in {**first, **values}:
-                here, there = values.get(name, "none"), first.get(name, "none")
-                if here != there:
+                own, other = values.get(name, "none"), first.get(name, "none")
+                if own != other:
                     where = f"rank {self.name} on {os.uname().nodename}"
-                    text = f"ranks differ in {name}: {here} ({where}), {there} (rank {self.launched[0]})"
+                    text = f"ranks differ in {name}: {own} ({where}), {other} (rank {self.launched[0]})"
                     raise ConfigError(f"{text}; {hint}" if hint else text)
 
         self.together(compare)
 
     def _attempt(self, action: Callable[[], T]) -> tuple[T | None, RunError | None]:
-        """What an action returns, or the RunError that it raises; an OSError counts as an OutputError."""
+        """The result of an action, or the RunError that it raises; an OSError becomes an OutputError."""
         acting = "start" if self.clock.activity in BLOCKED_ON_OTHERS else self.clock.activity
         with self.clock.doing(acting):
             try:

@@ -29,6 +29,7 @@ from mpiml.clock import Clock
 from mpiml.config import Config, parse
 from mpiml.data.dataset import Dataset
 from mpiml.errors import SAVED, freed
+from mpiml.flags import seconds
 from mpiml.parallel import grid as grids
 from mpiml.partition import check_ranks
 from mpiml.run import log, one_job, trace
@@ -84,7 +85,7 @@ def _train(asked: Config, model: Model | None, data: Dataset | None, hold: Hold,
     cfg, before, done = hold.resumed(asked)
     if done:
         return done
-    stop = StopRequest(Deadline(cfg.time_limit, os.environ))
+    stop = StopRequest(Deadline(seconds(cfg.time_limit, "--time-limit"), os.environ))
     with Watch(everyone.comm.Dup(), everyone.clock, cfg.stall_timeout, guard.fail) as watch, stop:
         everyone.together(lambda: check_ranks(everyone.size, cfg.pipe))
         if cfg.trace:

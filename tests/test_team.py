@@ -1,4 +1,4 @@
-"""Waiting leaves the cores to those who work, and what ranks tell each other arrives whole, however long it is."""
+"""Waiting leaves cores to ranks that work, messages of any length arrive whole, and all ranks raise the same error."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ import pytest
 from mpi4py import MPI
 
 from mpiml import team
-from mpiml.team import ENVELOPE, allgather, broadcast, until
+from mpiml.clock import BLOCKED_ON_OTHERS, Clock
+from mpiml.errors import ConfigError, DataError, RunError
+from mpiml.team import ENVELOPE, Team, allgather, broadcast, until
 
-COMM = MPI.COMM_WORLD
+WORLD = MPI.COMM_WORLD
+LAST, MIDDLE = WORLD.size - 1, WORLD.size // 2
 
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("root", [0, -1])
 def test_broadcast_of_every_length(root: int) -> None:
     """Around the length at which a second message is needed, too."""
-    root %= COMM.size
+    root %= WORLD.size
     for length in (0, 1, *range(ENVELOPE - 100, ENVELOPE + 20), 100_000):
         text = bytes(index % 251 for index in range(length))
-        assert broadcast(COMM, text if COMM.rank == root else None, root) == text
+        assert broadcast(WORLD, text if WORLD.rank == root else None, root) == text
 
 
 @pytest.mark.mpi
 def test_allgather_of_values_of_all_lengths() -> None:
-    found = allgather(COMM, ["x" * COMM.rank * 5000, COMM.rank, None])
-    assert found == [["x" * rank * 5000, rank, None] for rank in range(COMM.size)]
+    found = allgather(WORLD, ["x" * WORLD.rank * 5000, WORLD.rank, None])
+    assert found == [["x" * rank * 5000, rank, None] for rank in range(WORLD.size)]
 
 
 def test_a_long_wait_asks_seldom_and_a_short_one_often(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,3 +51,114 @@ def test_a_long_wait_asks_seldom_and_a_short_one_often(monkeypatch: pytest.Monke
     waited = [sum(naps[:index]) for index in range(len(naps))]
     assert all(nap <= max(team.NAP, before / 16 + 1e-9) for nap, before in zip(naps, waited, strict=True))
     assert len(naps) < 700
+
+
+def of_all() -> Team:
+    return Team(WORLD, Clock())
+
+
+def fail_on(*ranks: int) -> str:
+    """What an action does that fails on these ranks, each in its own way."""
+    if WORLD.rank in ranks:
+        raise (DataError if WORLD.rank % 2 else ConfigError)(f"rank {WORLD.rank} of {WORLD.size} fails")
+    return f"result of {WORLD.rank}"
+
+
+def check(error: RunError, rank: int) -> None:
+    """It is the error of `rank`, wherever it is raised."""
+    assert type(error) is (DataError if rank % 2 else ConfigError)
+    assert str(error) == f"rank {rank} of {WORLD.size} fails"
+    assert error.rank == rank
+    assert error.everywhere
+
+
+@pytest.mark.mpi
+def test_together_every_rank_has_its_own_result() -> None:
+    assert of_all().together(fail_on) == f"result of {WORLD.rank}"
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("result", [None, 0, False, [], ()])
+def test_results_that_are_false(result: object) -> None:
+    assert of_all().together(lambda: result) == result
+    assert of_all().on_rank_0(lambda: result) == result
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("rank", sorted({0, MIDDLE, LAST}))
+def test_together_one_rank_fails(rank: int) -> None:
+    with pytest.raises(RunError) as caught:
+        of_all().together(lambda: fail_on(rank))
+    check(caught.value, rank)
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("lowest", sorted({0, MIDDLE, LAST}))
+def test_together_the_lowest_rank_is_named(lowest: int) -> None:
+    with pytest.raises(RunError) as caught:
+        of_all().together(lambda: fail_on(*range(lowest, WORLD.size)))
+    check(caught.value, lowest)
+
+
+@pytest.mark.mpi
+def test_on_rank_0_calls_nobody_else() -> None:
+    calls: list[int] = []
+
+    def act() -> str:
+        calls.append(WORLD.rank)
+        return fail_on()
+
+    assert of_all().on_rank_0(act) == "result of 0"
+    assert calls == ([0] if WORLD.rank == 0 else [])
+
+
+@pytest.mark.mpi
+def test_on_rank_0_fails_everywhere() -> None:
+    with pytest.raises(RunError) as caught:
+        of_all().on_rank_0(lambda: fail_on(0))
+    check(caught.value, 0)
+
+
+@pytest.mark.mpi
+def test_work_goes_on_after_a_failure() -> None:
+    """All ranks have made the same calls, so the next collective ones match."""
+    for rank in (0, LAST):
+        with pytest.raises(RunError):
+            of_all().together(lambda rank=rank: fail_on(rank))
+    assert of_all().on_rank_0(lambda: WORLD.size) == WORLD.size
+    assert WORLD.allreduce(1) == WORLD.size
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("before", ["joining", "communication", "data"])
+def test_whoever_acts_waits_for_nobody_by_the_clock(before: str) -> None:
+    """Else the watch names no rank that is stuck in what it does."""
+    for act in (Team.together, Team.on_rank_0):
+        clock, seen = Clock(), []
+        clock(before)
+        act(Team(WORLD, clock), lambda seen=seen, clock=clock: seen.append(clock.activity))
+        assert not set(seen) & BLOCKED_ON_OTHERS
+        assert clock.activity == before
+
+
+@pytest.mark.mpi
+def test_exit_codes_survive() -> None:
+    with pytest.raises(RunError) as caught:
+        of_all().together(lambda: fail_on(LAST))
+    assert caught.value.exit_code == (DataError if LAST % 2 else ConfigError).exit_code
+
+
+@pytest.mark.mpi
+def test_ranks_are_named_as_the_launcher_numbers_them() -> None:
+    """A grid numbers its ranks by node, so that its rank 0 may be another than the user's."""
+    turned = MPI.Intracomm(WORLD.Split(0, -WORLD.rank))
+    team = Team(turned, Clock(), turned.allgather(WORLD.rank))
+    assert team.name == WORLD.rank
+    with pytest.raises(RunError) as caught:
+        team.together(lambda: fail_on(0))
+    check(caught.value, 0)
+    if WORLD.size > 1:
+        values = {"cards": "one" if WORLD.rank == 0 else "none"}
+        with pytest.raises(ConfigError, match=rf"ranks differ in cards: one \(rank 0 on .*\), none \(rank {LAST}\)"):
+            team.check_alike(values)
+    turned.Free()

@@ -20,7 +20,7 @@ from mpiml.bench import formats, layers, processes, steps, sums
 from mpiml.bench.pairs import Ratio
 from mpiml.run.failure import run_job
 from mpiml.run.process import prepare_process
-from mpiml.team import Team, meet
+from mpiml.team import Team, quiet_barrier
 
 if __name__ == "__main__":
     start.begun()
@@ -37,7 +37,7 @@ def measure(team: Team, name: str, *arguments: str) -> None:
     """Make a measurement and print it; collective."""
     prepare_process(1)
     result = MEASUREMENTS[name](*arguments)
-    meet(team.comm)
+    quiet_barrier(team.comm)
     if team.rank == 0:
         print(json.dumps(asdict(result)), flush=True)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
-from mpiml.team import meet
+from mpiml.team import quiet_barrier
 
 PAIRS = 9
 Action = Callable[[], None]
@@ -54,9 +54,9 @@ def times(
     for pair in range(pairs + 1):
         order = range(len(actions)) if pair % 2 else reversed(range(len(actions)))
         for index in order:
-            meet(comm)
+            quiet_barrier(comm)
             spent = np.array([seconds(actions[index], repeats[index])])
-            meet(comm)
+            quiet_barrier(comm)
             comm.Allreduce(MPI.IN_PLACE, spent, MPI.MAX)
             if pair:
                 results[index].append(float(spent[0]))
@@ -64,8 +64,8 @@ def times(
 
 
 def seconds(action: Action | None, repeats: int) -> float:
-    """The mean time of a call, after one that does not count: ranks leave `meet` at different times, and this first
-    call brings them into step."""
+    """The mean time of a call, after one that does not count: ranks leave the barrier at different times, and this first call
+    brings them into step."""
     if action is None:
         return 0.0
     action()

@@ -12,7 +12,7 @@ from mpiml.bench.pairs import Ratio
 from mpiml.doctor.probes import gemm_rate
 from mpiml.errors import ConfigError
 from mpiml.nn.layers import Linear
-from mpiml.team import meet
+from mpiml.team import quiet_barrier
 
 WORLD = MPI.COMM_WORLD
 
@@ -36,7 +36,7 @@ def memory(parameters: str) -> Ratio:
     trainer = on_arrays(WORLD, [Linear(width, width)], x, y, **settings)
     for _ in range(3):
         trainer.step()
-    meet(WORLD)
+    quiet_barrier(WORLD)
     used = np.array([resident("Pss") - before], np.float64)
     WORLD.Allreduce(MPI.IN_PLACE, used)
     needed = 4.0 * (width * width + width) * (3 + WORLD.size)

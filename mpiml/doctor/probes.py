@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 from mpi4py import MPI
 
-from mpiml.team import meet
+from mpiml.team import quiet_barrier
 
 GEMM = 768  # rows and columns: large enough for the BLAS library's full rate, small enough to be quick
 COPY = 1 << 25  # bytes: more than a core's caches hold
@@ -58,9 +58,9 @@ def copy_rate() -> float:
 
 def alone(comm: MPI.Intracomm, rank: int, probe: Callable[[], T]) -> T:
     """The result of a probe on one rank while the others rest; collective, known to all."""
-    meet(comm)
+    quiet_barrier(comm)
     result = probe() if comm.rank == rank else None
-    meet(comm)
+    quiet_barrier(comm)
     return comm.bcast(result, rank)  # type: ignore[no-any-return]
 
 
@@ -73,7 +73,7 @@ def at_once(comm: MPI.Intracomm, probe: Callable[[], T]) -> list[T]:
 def message_time(comm: MPI.Intracomm, one: int, other: int, size: int) -> float:
     """Seconds of a message of `size` bytes from one rank to another while the rest wait: half of the median time there
     and back. Collective, known to all."""
-    meet(comm)
+    quiet_barrier(comm)
     buffer = np.zeros(max(size, 1), np.uint8)[:size]
     first, second = (comm.Send, comm.Recv) if comm.rank == one else (comm.Recv, comm.Send)
     times = []
@@ -84,7 +84,7 @@ def message_time(comm: MPI.Intracomm, one: int, other: int, size: int) -> float:
             first(buffer, partner)
             second(buffer, partner)
             times.append(time.perf_counter() - began)
-    meet(comm)
+    quiet_barrier(comm)
     return float(comm.bcast(statistics.median(times) / 2 if times else 0.0, one))
 
 

@@ -13,11 +13,6 @@ from mpiml.errors import ConfigError
 from mpiml.nn.losses import Array, Labels
 from mpiml.usercode import called_with, named
 
-STATUS = {"status", "exit_code", "reason", "rank", "traceback", "step", "ranks", "pipe", "microbatches"}
-OUTCOME = {"saved", "loss", "test_loss", "weights_sha256", "samples_per_second", "seconds"}
-LINE = {"epoch", "learning_rate", "gradient_norm", "evaluation"}
-FIELDS = STATUS | OUTCOME | LINE | {"run", "data", "rows"}  # in result.json and metrics.jsonl: no names for a metric
-
 
 class OwnLoss:
     """The loss function that --loss names.
@@ -54,8 +49,8 @@ class OwnMetric:
             if not hasattr(self.metric, attribute):
                 raise ConfigError(f"{self.flag}: {type(self.metric).__name__} has no {attribute}")
         self.name, self.columns = self.metric.name, self.metric.columns
-        if not isinstance(self.name, str) or not self.name or self.name in FIELDS:
-            raise ConfigError(f"{self.flag}: is called {self.name!r}; choose text that is not a field of result.json")
+        if not isinstance(self.name, str) or not self.name:
+            raise ConfigError(f"{self.flag}: is called {self.name!r}; its name must be text")
         if not isinstance(self.columns, int) or self.columns < 0:
             raise ConfigError(f"{self.flag}: columns is {self.columns!r}; it must be the number of sums")
         called_with(self.metric.sums, f"{self.flag}: sums", "y", "labels")

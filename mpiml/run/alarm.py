@@ -1,6 +1,6 @@
-"""Ends this process when it gets stuck where nobody watches it: before the watch begins, and after it has ended.
+"""Ends this process if it hangs while no watch (mpiml.run.watch) runs: before it starts and after it has ended.
 
-A thread says what has happened. Where Python itself is stuck, in MPI_Init for one, a timer in C ends the process.
+A thread reports the reason. Where Python itself is stuck, as in MPI_Init, a timer in C ends the process.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ F = TypeVar("F", bound=Callable[..., None])
 
 FLAG = "--stall-timeout"
 DEFAULT = 600.0  # seconds
-LEAST = 8.0  # seconds: less is a slow start, and no stall
-LOOKS = 5  # in that time, whether anything has been read or written
-QUIET = 64 << 10  # bytes between two looks that are nothing
-GRACE = 2.0  # seconds from the line to the end by the timer in C
+LEAST = 8.0  # seconds: a slow start may take as long
+LOOKS = 5  # in the alarm's time: whether bytes have been read or written
+QUIET = 64 << 10  # bytes between two looks that do not count as progress
+GRACE = 2.0  # seconds from the thread's report to the end by the timer in C
 STDERR = 2
-TURN = 0.3  # seconds from rank to rank: who speaks first ends the job, and so the others
+TURN = 0.3  # seconds between ranks' reports: the first ends the job, and so the others
 TURNS = 5
-RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")  # where launchers say a process's rank
+# Variables by which launchers give a process its rank.
+RANKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 
 
 class Alarm:
-    """Goes off `seconds` after the last sign of progress, a call of `during`, or much that is read or written. It is
-    stopped by `off`.
+    """Goes off `seconds` after the last sign of progress: a call of `during`, or many bytes read or written.
 
     Attributes:
-        fail: what is called with a StallError then; by default it is written to standard error, and the process ends.
-        waits: whether this rank waits for others, as far as is known: then they may speak first.
+        fail: called with a StallError when it goes off; by default it prints the error and ends the process.
+        waits: whether this rank is known to wait for others: then it lets them report first.
     """
 
     def __init__(self, program: str, seconds: float):
@@ -50,7 +50,7 @@ class Alarm:
         self._thread: threading.Thread | None = None
 
     def during(self, doing: str) -> None:
-        """Say what comes next, for which there is the whole time again."""
+        """Say what this process does next; the time starts again."""
         if math.isinf(self.seconds):
             return
         with self._changed:
@@ -66,7 +66,7 @@ class Alarm:
         end_in(self.seconds + TURN * TURNS + GRACE)
 
     def off(self) -> None:
-        """Wait for nothing, until something comes next."""
+        """Stop the alarm until `during` is called."""
         with self._changed:
             self._due = math.inf
             faulthandler.cancel_dump_traceback_later()
@@ -104,45 +104,45 @@ _alarm: Alarm | None = None  # there is one timer in a process
 
 
 def start(program: str, arguments: Sequence[str]) -> None:
-    """Have an alarm in this process from now on; how long it waits is looked for on the command line."""
+    """Give this process an alarm, whose time is that of --stall-timeout on the command line."""
     global _alarm  # noqa: PLW0603
-    _alarm = Alarm(program, length(arguments))
+    _alarm = Alarm(program, timeout_in(arguments))
 
 
 def during(doing: str) -> None:
-    """Say, to the alarm of this process if it has one, what comes next."""
+    """Alarm.during of this process' alarm, if it has one."""
     if _alarm:
         _alarm.during(doing)
 
 
 def off() -> None:
-    """Put the alarm off, if this process has one: others watch over what comes next."""
+    """Alarm.off of this process' alarm, if it has one: a watch runs from here on, or long work is expected."""
     if _alarm:
         _alarm.off()
 
 
-def tell(fail: Callable[[RunError], None] | None = None, waits: Callable[[], bool] = lambda: False) -> None:
-    """Give the alarm of this process, if it has one, its `fail` and `waits`; without arguments, those by default."""
+def report_to(fail: Callable[[RunError], None] | None = None, waits: Callable[[], bool] = lambda: False) -> None:
+    """Set `fail` and `waits` of this process' alarm, if it has one; without arguments, back to the defaults."""
     if _alarm:
         _alarm.fail, _alarm.waits = fail or _alarm._end, waits
 
 
 def end_for_certain(seconds: float) -> None:
-    """Have the timer in C end this process, and let nothing put it off any more."""
+    """Let the timer in C end this process after some seconds, whatever is called afterwards."""
     global _alarm  # noqa: PLW0603
     _alarm = None
     end_in(seconds)
 
 
-def last() -> None:
-    """For the very end, when Python's threads and the timer in C are gone: the kernel's SIGALRM ends the process."""
+def guard_exit() -> None:
+    """At the very end, when Python's threads and the timer in C are gone: let the kernel's SIGALRM end the process."""
     if _alarm and not math.isinf(_alarm.seconds):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, _alarm.seconds)
 
 
 def shown_as(text: str) -> Callable[[F], F]:
-    """For a function in which Python may be stuck: all that the timer in C can show is where, so its name says why."""
+    """Rename a function in which Python may be stuck: the timer in C shows only its name, which has to say why."""
 
     def renamed(function: F) -> F:
         function.__code__ = function.__code__.replace(co_name=text)
@@ -151,8 +151,8 @@ def shown_as(text: str) -> Callable[[F], F]:
     return renamed
 
 
-def length(arguments: Sequence[str]) -> float:
-    """What --stall-timeout asks for, if that can be read; 0 is for ever."""
+def timeout_in(arguments: Sequence[str]) -> float:
+    """The seconds of --stall-timeout, or the default if they are missing or wrong; 0 means no alarm."""
     seconds = DEFAULT
     for argument, value in zip(arguments, [*arguments[1:], ""], strict=False):
         name, equals, rest = argument.partition("=")
@@ -163,7 +163,7 @@ def length(arguments: Sequence[str]) -> float:
 
 
 def rank_by_launcher(environment: Mapping[str, str] = os.environ) -> int:
-    """The rank of this process as the launcher counts: known before MPI is up, and without it."""
+    """The rank that the launcher gave this process: known before MPI is up; 0 without a launcher."""
     for name in RANKS:
         if environment.get(name, "").isdecimal():
             return int(environment[name])
@@ -171,7 +171,7 @@ def rank_by_launcher(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def bytes_moved() -> int:
-    """What this process has read and written: a long write of a large file, say, is progress too."""
+    """How many bytes this process has read and written: a long write of a large file is progress, too."""
     try:
         with open("/proc/self/io") as file:
             fields = file.read().split()
@@ -181,12 +181,12 @@ def bytes_moved() -> int:
 
 
 def end_in(seconds: float) -> None:
-    """Have a timer in C end this process if it has not ended by itself by then."""
+    """Let a timer in C end this process if it still runs after some seconds."""
     faulthandler.dump_traceback_later(seconds, exit=True, file=STDERR)
 
 
 def within(seconds: float, action: Callable[[], T], otherwise: T) -> T:
-    """What `action` returns; or `otherwise`, if it raises, or takes longer and is left to a thread of its own."""
+    """The result of `action`, or `otherwise` if it raises or takes longer than `seconds` (its thread then goes on)."""
     results: list[T] = []
 
     def act() -> None:
@@ -197,6 +197,6 @@ def within(seconds: float, action: Callable[[], T], otherwise: T) -> T:
     try:
         thread.start()
         thread.join(seconds)
-    except RuntimeError:  # there can be no more threads
+    except RuntimeError:  # the system allows no more threads
         act()
     return results[0] if results else otherwise

@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file for the whole model, whatever grid wrote it, checked by a digest when read."""
+"""Checkpoints: one safetensors file for the whole model, whichever grid wrote it, verified by a digest when read."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from mpiml.run.directory import PART, named_errors, replacing
 
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
-Kind = tuple[str, tuple[int, ...]]  # of an array: its dtype and its shape
-Moved = Callable[[], object]  # is called whenever another part of a long piece of work is done
+Kind = tuple[str, tuple[int, ...]]  # an array's dtype and shape
+Moved = Callable[[], object]  # called after each part of a long piece of work
 FORMAT = "mpiml-1"
 NAME = re.compile(r"step-(\d+)\.safetensors")
-DIGITS = 18  # of a step's number
-DTYPES = {"F32": "float32", "F64": "float64"}  # as safetensors calls them
-BESIDE = ("optimizer.", "data.")  # names that begin so are not of the model
+DIGITS = 18  # the most that a step's number has
+DTYPES = {"F32": "float32", "F64": "float64"}  # by their names in safetensors
+BESIDE = ("optimizer.", "data.")  # prefixes of names of arrays that are not the model's
 
 
 @dataclass
@@ -38,9 +38,9 @@ class Checkpoint:
     Attributes:
         arrays: parameters ("layers.3.weight") and optimizer state ("optimizer.mean.layers.3.weight").
         config: the run's settings, as TOML.
-        task: what the data asked of the model, as JSON, if that is known.
+        task: what the data set requires of the model, as JSON; empty if unknown.
         constants: checksums of the model's constants, as JSON; empty if it has none.
-        origin: the file that it was read from, for messages. All that it says is data, which anybody may have written.
+        origin: the file that it was read from, for messages. Its content is data that anybody may have written.
     """
 
     step: int
@@ -52,7 +52,7 @@ class Checkpoint:
 
 
 def digest(arrays: Iterable[tuple[str, Array]], moved: Moved = unwatched) -> str:
-    """SHA-256 of named arrays in their order: of each its name, shape, dtype and bytes, little-endian."""
+    """SHA-256 of named arrays in the given order: each one's name, shape, dtype and bytes, little-endian."""
     sha = hashlib.sha256()
     for name, array in arrays:
         little = _little(array)
@@ -65,16 +65,16 @@ def digest(arrays: Iterable[tuple[str, Array]], moved: Moved = unwatched) -> str
 
 
 def file_name(step: int) -> str:
-    """Of the checkpoint after a step."""
+    """The file name of the checkpoint after a step."""
     return f"step-{step:09d}.safetensors"
 
 
 def save(directory: Path, checkpoint: Checkpoint, keep: int, moved: Moved = unwatched) -> Path:
-    """Write a checkpoint under a name of its own, then remove all but the newest `keep`.
+    """Write a checkpoint, then remove all but the newest `keep`.
 
-    The file appears under its name only when it is whole and on disk. An existing file is never written to: it is
-    left alone if it is whole, and kept aside if it is damaged. Later checkpoints do not count as new: if this one
-    is written after them, they could not be used.
+    The file gets its name only when it is whole and on disk. An existing file of that name is never changed: it stays
+    if it is whole, else it is renamed to .damaged. Checkpoints of later steps are neither counted nor removed: they are
+    damaged, or this step would not be written again.
 
     Raises NotFiniteError for weights that are not finite, OutputError if the file cannot be written.
     """
@@ -100,10 +100,10 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int, moved: Moved = unwa
 
 
 def _write(path: Path, arrays: Arrays, metadata: Mapping[str, str], moved: Moved) -> None:
-    """Write a safetensors file: the length of the header in 8 bytes, the header, and the arrays one after the other,
-    the largest numbers first, so that all are aligned (https://huggingface.co/docs/safetensors, "Format").
+    """Write a safetensors file: the length of the header in 8 bytes, the header, and the arrays one after another, the
+    widest dtype first, so that all are aligned (https://huggingface.co/docs/safetensors, "Format").
 
-    The library would choose name and mode of the unfinished file, and write without a sign of life.
+    The library would choose name and mode of the unfinished file itself, and report no progress.
     """
     ordered = [(name, _little(array)) for name, array in sorted(arrays.items())]
     ordered.sort(key=lambda named: -named[1].dtype.itemsize)
@@ -132,7 +132,7 @@ def _bytes(array: Array) -> memoryview:
 def load(path: Path, wanted: Callable[[str], bool] = lambda name: True, moved: Moved = unwatched) -> Checkpoint:
     """Read a checkpoint, verify all of it, and keep the arrays whose names are wanted.
 
-    Raises OutputError, naming what is wrong.
+    Raises OutputError if it cannot be read or is damaged.
     """
     kept: dict[str, Array] = {}
 
@@ -146,10 +146,10 @@ def load(path: Path, wanted: Callable[[str], bool] = lambda name: True, moved: M
     with _opened(path) as file:
         metadata = file.metadata() or {}
         claimed = metadata.pop("sha256", "")
-        found = _content(metadata, read(file), moved)
+        computed = _content(metadata, read(file), moved)
     if metadata.get("format") != FORMAT:
         raise OutputError(f"{path} is not a checkpoint of mpiml")
-    if claimed != found:
+    if claimed != computed:
         raise OutputError(f"{path} is damaged: its content does not match its SHA-256")
     step, config, task, constants = (metadata.get(name, "") for name in ("step", "config", "task", "constants"))
     if not (step.isascii() and step.isdecimal() and len(step) <= DIGITS):
@@ -158,12 +158,9 @@ def load(path: Path, wanted: Callable[[str], bool] = lambda name: True, moved: M
 
 
 def kinds(path: Path) -> dict[str, Kind]:
-    """Of what kind a checkpoint's arrays are, as its header says, by their names; nothing else is read.
-
-    Raises OutputError if it has none.
-    """
+    """The kinds of a checkpoint's arrays, by name; only its header is read. Raises OutputError if it has none."""
     with _opened(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         return {
             name: (DTYPES.get(part.get_dtype(), part.get_dtype()), tuple(part.get_shape()))
             for name, part in slices.items()
@@ -172,7 +169,7 @@ def kinds(path: Path) -> dict[str, Kind]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file to read from in a block. Raises OutputError for one that cannot be read, there or here."""
+    """A safetensors file to read in a block. Raises OutputError if it cannot be opened, or read in the block."""
     import safetensors
 
     try:
@@ -183,37 +180,37 @@ def _opened(path: Path) -> Iterator[Any]:
         raise
     except OSError as error:
         raise OutputError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception as error:  # safetensors raises a class of its own for damaged files
+    except Exception as error:  # safetensors has its own class of error for damaged files
         raise OutputError(f"{path} is damaged: {error}") from None
 
 
 def kinds_of(arrays: Arrays) -> dict[str, Kind]:
-    """Of what kind arrays are, by their names."""
+    """The kinds of arrays, by name."""
     return {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
 
 
-def check_kinds(origin: str, there: Mapping[str, Kind], needed: Mapping[str, Kind]) -> None:
-    """Raise OutputError unless a checkpoint's arrays are those that a model has, by name, dtype and shape.
+def check_kinds(origin: str, saved: Mapping[str, Kind], needed: Mapping[str, Kind]) -> None:
+    """Raise OutputError unless a checkpoint's arrays are those of a model, by name, dtype and shape.
 
-    Optimizer state and what inputs are normalised by may be there and not be needed.
+    It may have optimizer state and normalisation that are not needed.
     """
     for name, kind in needed.items():
-        if name not in there:
+        if name not in saved:
             raise OutputError(f"{origin} has no {name}: it is of another model or optimizer")
-        if there[name] != kind:
-            has, needs = (f"{dtype} {shape}" for dtype, shape in (there[name], kind))
+        if saved[name] != kind:
+            has, needs = (f"{dtype} {shape}" for dtype, shape in (saved[name], kind))
             raise OutputError(f"{origin}: {name} is {has}, the model's {needs}")
-    if more := [name for name in there if name not in needed and not name.startswith(BESIDE)]:
+    if more := [name for name in saved if name not in needed and not name.startswith(BESIDE)]:
         raise OutputError(f"{origin} has {min(more)}, which the model does not have: it is of another model")
 
 
 def newest(
     directory: Path, wanted: Callable[[str], bool] = lambda name: True, moved: Moved = unwatched
 ) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, as `load` reads it, and what is wrong with newer ones.
+    """The newest checkpoint that `load` can read, and what is wrong with newer ones.
 
     None if there are no checkpoint files. Raises OutputError if there are some but none can be used, or if the
-    directory cannot be read: that is not an empty one.
+    directory cannot be read.
     """
     problems: list[str] = []
     for path in listed(directory):
@@ -227,15 +224,15 @@ def newest(
 
 
 def check_newest(directory: Path, needed: Mapping[str, Kind]) -> None:
-    """Raise OutputError if there are checkpoints whose headers can be read, and none of them is of a model."""
+    """Raise OutputError if there are checkpoints with readable headers, but none has the arrays of a model."""
     problems: list[OutputError] = []
     for path in listed(directory):
         try:
-            there = kinds(path)
+            saved = kinds(path)
         except OutputError:
-            continue  # whoever reads it whole says what is wrong
+            continue  # `newest` reports what is wrong with it
         try:
-            check_kinds(str(path), there, needed)
+            check_kinds(str(path), saved, needed)
             return
         except OutputError as error:
             problems.append(error)
@@ -251,18 +248,18 @@ def listed(directory: Path) -> list[Path]:
 
 
 def last_step(directory: Path) -> int:
-    """The step of the newest checkpoint file, by its name; 0 if there is none."""
+    """The step of the newest checkpoint file, from its name; 0 if there is none."""
     return max(map(_step, listed(directory)), default=0)
 
 
 def _step(file: Path) -> int:
     match = NAME.fullmatch(file.name)
-    assert match, "only files of such names are listed"
+    assert match, "only files with such names are listed"
     return int(match[1])
 
 
 def _content(metadata: Mapping[str, str], arrays: Iterable[tuple[str, Array]], moved: Moved = unwatched) -> str:
-    """SHA-256 of all that a checkpoint says; the arrays come in the order of their names."""
+    """SHA-256 of the whole content of a checkpoint; the arrays are in the order of their names."""
     head = json.dumps({**metadata, "sha256": ""}, sort_keys=True)
     return hashlib.sha256(f"{head}{digest(arrays, moved)}".encode()).hexdigest()
 

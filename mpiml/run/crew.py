@@ -1,4 +1,4 @@
-"""A job with more ranks than its run has work for: the others wait, and end as those that work do."""
+"""A job with more ranks than its run has work for: the others wait, and end as the working ranks do."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from mpiml.errors import RunError
 from mpiml.run.process import StopRequest
 from mpiml.team import Team, broadcast, wait
 
-NAP = 0.01  # seconds between two looks of a rank that waits
+NAP = 0.01  # seconds for which a waiting rank sleeps
 
 
 class Crew:
-    """The ranks of a job, of which the first `busy` work and the others wait; collective to make.
+    """The ranks of a job: the first `busy` work, the others wait. Making it is collective.
 
-    Each rank that waits sends rank 0 one empty message: when it is asked to stop, or else at the end.
+    Each waiting rank sends rank 0 one empty message: when it is asked to stop, or else at the end.
 
     Attributes:
-        team: the ranks that work; None on one that waits.
-        idle: how many wait.
+        team: the working ranks; None on a waiting rank.
+        idle: the number of waiting ranks.
     """
 
     def __init__(self, everyone: Team, busy: int):
@@ -37,32 +37,33 @@ class Crew:
             self._stops = [self._everyone.Irecv(bytearray(), rank) for rank in waiting]
 
     def asked(self) -> bool:
-        """Whether one more rank that waits has been asked to stop. Rank 0 knows."""
+        """Whether another waiting rank has been asked to stop; to be called on rank 0."""
         return MPI.Request.Testany(self._stops)[0] != MPI.UNDEFINED
 
     def run(self, work: Callable[[Team], dict[str, Any]], stop: StopRequest) -> dict[str, Any]:
-        """What `work(team)` returns on the ranks that work, or the error that all of them raise, on all ranks alike.
+        """Call `work(team)` on the working ranks; collective. All ranks return its result, or raise the error that all
+        working ranks have raised.
 
-        An error of one rank alone passes: it ends the whole job.
+        An error that only one rank raises is raised there at once: it ends the whole job (mpiml.run.failure).
         """
         outcome: tuple[dict[str, Any], RunError | None] = _attempt(work, self.team) if self.team else ({}, None)
         if self.idle:
             self.clock("joining")
-            met = self._everyone.Ibarrier()
-            while not met.Test():
+            barrier = self._everyone.Ibarrier()
+            while not barrier.Test():
                 if self.team is None and stop.asked:
-                    self._pass_on()
+                    self._report_stop()
                 time.sleep(NAP)
             outcome = broadcast(self._everyone, outcome)
             if self.team is None:
-                self._pass_on()
+                self._report_stop()
         result, error = outcome
         self._free()
         if error:
             raise error
         return result
 
-    def _pass_on(self) -> None:
+    def _report_stop(self) -> None:
         if not self._stops:
             self._stops = [self._everyone.Isend(b"", 0)]
 

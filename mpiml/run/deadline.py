@@ -1,63 +1,48 @@
-"""When a job has to be over, by --time-limit or by SLURM, and whether there is time for another step."""
+"""The time by which a job must end, by --time-limit or SLURM, and whether there is time for another step."""
 
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Mapping
 from types import MappingProxyType
 
-# As SLURM writes them: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
-LIMIT = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
-MARGIN = 0.1  # of the whole time, kept for what cannot be foreseen,
-MOST = 30.0  # but not more seconds than this
+MARGIN = 0.1  # of the whole time is kept in reserve,
+MOST = 30.0  # but no more seconds than these
 SLOWEST_DISK = 50e6  # bytes a second, assumed until a save has been timed
 
 
-def seconds(limit: str) -> float:
-    """The seconds of a time limit. Raises ValueError for what is none."""
-    match = LIMIT.fullmatch(limit)
-    if not match:
-        raise ValueError("must be minutes, minutes:seconds, hours:minutes:seconds or days-hours:minutes:seconds")
-    parts = [int(part) for part in match["parts"].split(":")]
-    units = (3600, 60, 1) if match["days"] or len(parts) == 3 else (60, 1)
-    return 86400 * int(match["days"] or 0) + sum(a * b for a, b in zip(parts, units, strict=False))
-
-
 class Deadline:
-    """Tells at every step whether there is time for another one, for the save after it and for the end of the run.
+    """Decides at every step whether there is time for another one, the save after it and the end of the run.
 
-    Each rank goes by its own clock; they have to agree on what they do.
+    Each rank uses its own clock, so ranks have to agree on what they do.
 
     Args:
-        limit: of --time-limit, counted from now.
-        environment: may hold SLURM_JOB_END_TIME, in seconds since 1970.
+        limit: seconds from now, of --time-limit.
+        environment: variables, where SLURM_JOB_END_TIME is in seconds since 1970.
     """
 
-    def __init__(self, limit: str | None = None, environment: Mapping[str, str] = MappingProxyType({})):
+    def __init__(self, limit: float = math.inf, environment: Mapping[str, str] = MappingProxyType({})):
         now = time.monotonic()
-        lengths = [seconds(limit)] if limit else []
         if environment.get("SLURM_JOB_END_TIME", "").isdigit():
-            lengths.append(int(environment["SLURM_JOB_END_TIME"]) - time.time())
-        length = min(lengths, default=math.inf)
-        self.end = now + length - min(MARGIN * max(length, 0.0), MOST)
-        self._step, self._since = 0.0, math.inf  # seconds of the slowest step, and when this one began: none has yet
+            limit = min(limit, int(environment["SLURM_JOB_END_TIME"]) - time.time())
+        self.end = now + limit - min(MARGIN * max(limit, 0.0), MOST)
+        self._step, self._since = 0.0, math.inf  # seconds of the slowest step; when this step began
         self._guess, self._save = 0.0, 0.0  # seconds of a save
 
     def expect(self, size: int) -> None:
-        """Say how many bytes a checkpoint has: until a save has been timed, its cost is guessed from that."""
+        """Set the bytes of a checkpoint: from them the time of a save is estimated until one has been timed."""
         self._guess = size / SLOWEST_DISK
 
     def saved(self, duration: float) -> None:
-        """Say how many seconds a save has taken; the slowest counts."""
+        """Note the seconds that a save took; the slowest counts."""
         self._save = max(self._save, duration)
 
     def near(self) -> bool:
-        """Whether the step that is under way has to be the last. Is asked before the first, and once in each step.
+        """Whether the current step has to be the last. To be called before the first step and once in each.
 
-        What comes after it: as much again as the slowest step so far, with whatever else happened in that one, a
-        save, and a digest of the weights, which is no more than another.
+        Time is needed for one more step, as slow as the slowest so far with all that happened in it; for a save; and
+        for a digest of the weights, which takes no longer than a save.
         """
         now = time.monotonic()
         self._step = max(self._step, now - self._since)
@@ -65,12 +50,12 @@ class Deadline:
         return self.passed()
 
     def up(self, slack: float = 0.0) -> bool:
-        """Whether what is under way must be left: there is only time for a save and a digest, or will be in `slack`
-        seconds. May be asked at any time."""
+        """Whether current work must be broken off because time is left only for a save and a digest, now or in `slack`
+        seconds. May be called at any time."""
         return time.monotonic() + self._ending() + slack > self.end
 
     def passed(self, slack: float = 0.0) -> bool:
-        """Whether it would have been too late for another step, `slack` seconds after the last was asked about."""
+        """Whether time had run out when `near` was last called, or `slack` seconds later."""
         return self._since + self._step + self._ending() + slack > self.end
 
     def _ending(self) -> float:

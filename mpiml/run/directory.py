@@ -1,4 +1,4 @@
-"""The run directory: who owns it, its files, and how they are written so that a crash leaves no half of one."""
+"""The run directory: its owner, its files, and atomic writing, so that a crash leaves no file half-written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mpiml.clock import unwatched
-from mpiml.documents import check_fields, finite, from_json, read, to_json
+from mpiml.documents import check_fields, from_json, read
 from mpiml.errors import DirectoryError, OutputError
 from mpiml.run.lock import LOCK, Lock
 
@@ -20,28 +20,20 @@ METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 ENVIRONMENT = "environment.json"
 RESULT = "result.json"
-RESULT_KINDS = {
-    "status": str,
-    "exit_code": int | None,
-    "reason": str | None,
-    "rank": int | None,
-    "step": int,
-    "saved": int,
-}
-FAILED = ".failed-"  # made by the first rank of a job to report a failure; the name ends in the job's token
-PARTIAL = ".partial"  # ends the name of a file that is not whole yet
-# What killed jobs leave, in the directory and in checkpoints/, of the files that a run itself writes; .tmpXXXXXX is how
-# the safetensors library names a file that it has not finished.
+FAILED = ".failed-"  # created by the first rank of a job that reports a failure; the name ends with the job's token
+PARTIAL = ".partial"  # ends the name of an unfinished file
+# Unfinished files that killed jobs leave in the directory and in checkpoints/; .tmpXXXXXX is the safetensors library's
+# name for one.
 OWN = "|".join(re.escape(name) for name in (CONFIG, METRICS, ENVIRONMENT, RESULT))
 LEFT = re.compile(rf"{re.escape(FAILED)}[-\d]+|\.({OWN})\..+{re.escape(PARTIAL)}")
 LEFT_OF_CHECKPOINTS = re.compile(rf"\.step-\d+\.safetensors\..+{re.escape(PARTIAL)}|\.tmp[0-9A-Za-z]{{6}}")
-PART = 1 << 26  # bytes that are put on disk at once: some seconds on a slow one
-LONGEST = 200  # bytes of a file's name that its temporary name repeats; a file system takes 255 in all
+PART = 1 << 26  # bytes that are written to disk between two syncs: some seconds on a slow one
+LONGEST = 200  # bytes of a file's name that its temporary name repeats; file systems allow 255 in all
 
 
 @contextmanager
 def named_errors(action: str, path: Path) -> Iterator[None]:
-    """Turn an OSError into an OutputError that says what could not be done to which path."""
+    """Turn an OSError into an OutputError that names the action and the path."""
     try:
         yield
     except OSError as error:
@@ -49,10 +41,10 @@ def named_errors(action: str, path: Path) -> Iterator[None]:
 
 
 class Parts:
-    """A file that is put on disk part by part while it is written, so that a watch sees a long write go on.
+    """A file that is synced to disk part by part while it is written, so that a watch sees a long write progress.
 
     Args:
-        moved: is called after each part.
+        moved: called after each part.
     """
 
     def __init__(self, file: IO[bytes], moved: Callable[[], object]):
@@ -71,7 +63,7 @@ class Parts:
         return view.nbytes
 
     def sync(self) -> None:
-        """Wait until all that was written is on disk."""
+        """Wait until everything written is on disk."""
         self.file.flush()
         os.fsync(self.file.fileno())
         self._waiting = 0
@@ -79,19 +71,19 @@ class Parts:
 
 
 def temporary(path: Path) -> Path:
-    """A name that no file has, in the directory of `path`."""
+    """A name for a new file in the directory of `path`."""
     name = os.fsencode(path.name)[:LONGEST].decode(errors="ignore")
     return path.with_name(f".{name}.{os.urandom(8).hex()}{PARTIAL}")
 
 
 @contextmanager
 def replacing(path: Path, action: str = "write", moved: Callable[[], object] = unwatched) -> Iterator[Parts]:
-    """A file to write to in a block, which is put at `path` so that at any moment, also after a crash, the old or the
-    new is there whole. After an error in the block the old one stays.
+    """Write a temporary file in a block and move it to `path` at the end: readers see the old file or the new one, and
+    never a part, even after a crash. After an error in the block the old file stays.
 
     Args:
-        action: what an error says could not be done.
-        moved: is called whenever another part of the file is on disk.
+        action: for the message of an OutputError: "cannot (action) (path)".
+        moved: called whenever another part of the file is on disk.
     """
     unfinished = temporary(path)
     with named_errors(action, path):
@@ -109,7 +101,7 @@ def replacing(path: Path, action: str = "write", moved: Callable[[], object] = u
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Replace what is at `path` by `content`."""
+    """Replace the file at `path` by `content`."""
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
@@ -124,17 +116,17 @@ def sync(path: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Make all that was written to a file, if there is one, survive a power failure."""
+    """Make the content of a file, if it exists, survive a power failure."""
     with named_errors("write", path), contextlib.suppress(FileNotFoundError):
         sync(path)
         sync(path.parent)
 
 
 class RunDirectory:
-    """The directory of one run, held by rank 0 for as long as it runs.
+    """The directory of one run, which rank 0 holds while the job runs.
 
-    Raises DirectoryError if another run is, or goes on, in it, and OutputError if it cannot be read or written, or has
-    lost its checkpoints/.
+    Raises DirectoryError if it holds another run or another job runs in it, and OutputError if it cannot be read or
+    written, or has lost its checkpoints/.
     """
 
     def __init__(self, path: Path):
@@ -144,10 +136,10 @@ class RunDirectory:
 
     @classmethod
     def create(cls, out: str | None, name: str) -> RunDirectory:
-        """Make the directory, if it is not there, and hold it.
+        """Create the directory, if it does not exist, and hold it.
 
         Args:
-            out: where; None for the first free runs/NAME-NNN.
+            out: its path; None for the first free runs/NAME-NNN.
             name: NAME.
         """
         path = Path(out) if out is not None else _numbered(Path("runs"), name)
@@ -157,20 +149,20 @@ class RunDirectory:
 
     @property
     def notes(self) -> list[str]:
-        """What a person should know."""
+        """Warnings about the directory."""
         if self._lock.kernel_locks:
             return []
         return [f"warning: {self.path} cannot be locked: a second job in it is noticed only when one of them saves"]
 
     def prepare(self, resume: bool) -> None:
-        """Make what has to be there before anything is written, or look whether it is still there to resume the run.
+        """Create checkpoints/ and remove what killed jobs have left; `resume`: the directory may hold a run.
 
-        checkpoints/ comes before all else of a run, also after a power failure: a run without it has lost it.
+        checkpoints/ is the first thing of a run on disk, even after a power failure: a run without it has lost it.
         """
         checkpoints = self.path / CHECKPOINTS
         if holds_run(self.path) and not resume:
             raise DirectoryError(f"{self.path} already holds a run: go on with it by --resume, or choose another --out")
-        if (here := names(self.path)) & {CONFIG, METRICS} and CHECKPOINTS not in here:
+        if (entries := names(self.path)) & {CONFIG, METRICS} and CHECKPOINTS not in entries:
             raise OutputError(
                 f"{checkpoints} is gone: put it back, or make it anew, empty, if nothing has been saved there yet"
             )
@@ -181,25 +173,26 @@ class RunDirectory:
         _sweep(checkpoints, LEFT_OF_CHECKPOINTS)
 
     def close(self) -> None:
-        """Let others have the directory."""
+        """Give the directory up."""
         self._lock.release()
 
 
 def holds_run(path: Path) -> bool:
-    """Whether there is anything of a run in a directory. Raises OutputError if that cannot be told."""
-    here = names(path)
-    begun = here & {CONFIG, METRICS}
-    return bool(begun) or (CHECKPOINTS in here and any(name.startswith("step-") for name in names(path / CHECKPOINTS)))
+    """Whether a directory holds any part of a run. Raises OutputError if it cannot be read."""
+    entries = names(path)
+    if entries & {CONFIG, METRICS}:
+        return True
+    return CHECKPOINTS in entries and any(name.startswith("step-") for name in names(path / CHECKPOINTS))
 
 
 def names(directory: Path) -> set[str]:
-    """What is in a directory. Raises OutputError if it cannot be read: that is not an empty one."""
+    """The names in a directory. Raises OutputError if it cannot be read, which does not mean that it is empty."""
     with named_errors("read", directory):
         return set(os.listdir(directory))
 
 
 def _sweep(directory: Path, left: re.Pattern[str]) -> None:
-    """Remove the files in a directory that have such names."""
+    """Remove the files in a directory whose names match."""
     with named_errors("read", directory), os.scandir(directory) as entries:
         for entry in entries:
             if left.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
@@ -207,16 +200,16 @@ def _sweep(directory: Path, left: re.Pattern[str]) -> None:
 
 
 def is_own(path: Path, run: Path) -> bool:
-    """Whether a path is of something that a run keeps, or will keep, in its directory."""
+    """Whether a path is the run directory, or is or lies in something that a run keeps there."""
     path, run = path.resolve(), run.resolve()
     own = (CONFIG, METRICS, CHECKPOINTS, RESULT, ENVIRONMENT, LOCK)
     return path.is_relative_to(run) and path.relative_to(run).parts[:1] in ((), *((name,) for name in own))
 
 
 def read_fields(path: Path, kinds: Mapping[str, Any], needed: Iterable[str]) -> dict[str, Any]:
-    """The object in a JSON file of a run, with fields as of documents.check_fields; empty if there is no such file.
+    """The object in a JSON file of a run, checked by documents.check_fields; empty if there is no such file.
 
-    Raises OutputError for one that is damaged.
+    Raises OutputError if it is damaged.
     """
     if not path.exists():
         return {}
@@ -226,56 +219,8 @@ def read_fields(path: Path, kinds: Mapping[str, Any], needed: Iterable[str]) -> 
         raise OutputError(f"{error}; if you remove it, --resume goes on from the checkpoints") from None
 
 
-def read_result(run: Path) -> dict[str, Any]:
-    """What result.json in a run directory says; empty if there is none. Raises OutputError if it is damaged."""
-    return read_fields(run / RESULT, RESULT_KINDS, ("status",))
-
-
-def write_result(run: Path, result: Mapping[str, Any]) -> None:
-    """Replace result.json in a run directory. Where there is no room for a second file, the disk being full, it is
-    written over the first."""
-    try:
-        write_atomically(run / RESULT, _text(result))
-    except OutputError:
-        if not _written_over(run / RESULT, result):
-            raise
-
-
-def _text(result: Mapping[str, Any]) -> str:
-    return to_json(result, indent=2) + "\n"
-
-
-def _written_over(path: Path, result: Mapping[str, Any]) -> bool:
-    """Write a result into the blocks of the disk that are the file's already, without a traceback that does not fit.
-
-    Returns whether that could be done.
-    """
-    try:
-        with open(path, "r+b") as file:
-            room = os.fstat(file.fileno()).st_blocks * 512
-            short = {key: value for key, value in result.items() if key != "traceback"}
-            content = next((text for text in map(str.encode, (_text(result), _text(short))) if len(text) <= room), b"")
-            file.write(content)
-            if content:
-                file.truncate()
-            return bool(content)
-    except OSError:
-        return False
-
-
-def update_result(run: Path, outcome: Mapping[str, Any]) -> dict[str, Any]:
-    """Change fields of result.json in a run directory, and return all of them; a damaged file is replaced."""
-    try:
-        before = read_result(run)
-    except OutputError:
-        before = {}
-    result: dict[str, Any] = finite({**before, **outcome})
-    write_result(run, result)
-    return result
-
-
 def _numbered(parent: Path, name: str) -> Path:
-    """Make the first parent/name-NNN that does not exist; making is the test, so two jobs never share one."""
+    """Create the first parent/name-NNN that does not exist; creating it is the test, so two jobs never share one."""
     with named_errors("create the run directory in", parent.absolute()):
         parent.mkdir(parents=True, exist_ok=True)
         number = 1

@@ -1,4 +1,4 @@
-"""Where a run takes place: hosts, processors, libraries, versions."""
+"""environment.json: the hosts, processors, libraries and versions of a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mpiml.run.process import thread_pools
 
 HISTORY = 50  # changes of the environment that are kept
 PACKAGES = ("numpy", "mpi4py", "threadpoolctl", "safetensors")
-KINDS = {  # of what is read back
+KINDS = {  # the types of the fields that are read back
     "data": list[list[str]],
     "ranks": list[dict[str, Any]],
     "packages": dict[str, str | None],
@@ -27,7 +27,7 @@ KINDS = {  # of what is read back
 
 
 def of_rank(threads: int) -> dict[str, Any]:
-    """What this rank runs on."""
+    """The environment of this rank."""
     return {
         "host": os.uname().nodename,
         "cpu": cpu_model(),
@@ -39,8 +39,7 @@ def of_rank(threads: int) -> dict[str, Any]:
 
 
 def of_job(ranks: list[dict[str, Any]], data: list[list[str]]) -> dict[str, Any]:
-    """What a job runs on, from what each rank runs on and the data set's fingerprint: the content of environment.json,
-    to which a run that goes on adds what was different `earlier`."""
+    """The content of environment.json, but `earlier`, from `of_rank` of all ranks and the data set's fingerprint."""
     system = os.uname()
     return {
         "mpiml": mpiml.__version__,
@@ -55,17 +54,17 @@ def of_job(ranks: list[dict[str, Any]], data: list[list[str]]) -> dict[str, Any]
 
 
 def read(run: Path) -> dict[str, Any]:
-    """What environment.json in a run directory says; empty if there is none. Raises OutputError for a damaged file."""
+    """The content of environment.json in a run directory; empty if there is none. Raises OutputError if damaged."""
     return read_fields(run / ENVIRONMENT, KINDS, ())
 
 
 def data(run: Path) -> list[list[str]] | None:
-    """The fingerprint of the data of the run in a directory, if it is known. Raises OutputError as `read`."""
+    """The fingerprint of the data of the run in a directory, or None if unknown. Raises OutputError as `read`."""
     return read(run).get("data")
 
 
 def host(run: Path, rank: int) -> str:
-    """Where a rank of the job that holds a run directory is, as its environment.json says."""
+    """The host of a rank of the job in a run directory, by its environment.json; "unknown" without one."""
     try:
         return str(read(run)["ranks"][rank]["host"])
     except (OutputError, LookupError):
@@ -73,7 +72,7 @@ def host(run: Path, rank: int) -> str:
 
 
 def essentials(job: Mapping[str, Any]) -> dict[str, str]:
-    """What bits may depend on, as far as the content of an environment.json, of whatever version, tells."""
+    """What bits may depend on, from the content of an environment.json that any version of mpiml wrote."""
     ranks = job.get("ranks", ())
     texts = {
         "processor": "; ".join(sorted({str(rank["cpu"]) for rank in ranks if "cpu" in rank})),
@@ -87,11 +86,11 @@ def essentials(job: Mapping[str, Any]) -> dict[str, str]:
 
 
 def going_on(before: Mapping[str, Any], job: Mapping[str, Any], step: int) -> tuple[dict[str, Any], list[str]]:
-    """The content of environment.json for a job that goes on after `step`, and a warning if bits may now differ.
+    """The content of environment.json for a job that resumes a run after `step`, and a warning if bits may now differ.
 
     Args:
-        before: of the last job. What was different in it, and in those before, is kept under `earlier`, in the order
-            of the jobs, each with the step `until` which it was so.
+        before: the content that the last job wrote. Under `earlier` stands, in the order of the jobs, what differed in
+            each job before, with the step `until` which it was so.
     """
     old, new = essentials(before), essentials(job)
     other = {name: text for name, text in old.items() if text != new.get(name, text)}
@@ -102,13 +101,13 @@ def going_on(before: Mapping[str, Any], job: Mapping[str, Any], step: int) -> tu
 
 
 def warnings(ranks: list[dict[str, Any]]) -> list[str]:
-    """What in the environment may surprise."""
-    found = []
+    """Warnings about ranks on different processors or BLAS libraries."""
+    texts = []
     for key, what in (("cpu", "processors"), ("blas", "BLAS libraries or kernels")):
         kinds = sorted({rank[key] for rank in ranks})
         if len(kinds) > 1:
-            found.append(f"ranks run on different {what} ({'; '.join(kinds)}): bits may differ from another run's")
-    return found
+            texts.append(f"ranks run on different {what} ({'; '.join(kinds)}): bits may differ from another run's")
+    return texts
 
 
 def mpi_library() -> str:
@@ -129,14 +128,14 @@ def cpu_model() -> str:
 
 
 def blas() -> str:
-    """The BLAS library that NumPy uses, with its version and the kernels it has chosen: bits depend on them."""
-    found = (library for library in thread_pools().info() if library["user_api"] == "blas")
-    names = [f"{lib['internal_api']} {lib['version']} ({lib.get('architecture', '')})" for lib in found]
+    """The BLAS library of NumPy, its version and the kernels that it has chosen: bits depend on all three."""
+    libraries = (library for library in thread_pools().info() if library["user_api"] == "blas")
+    names = [f"{lib['internal_api']} {lib['version']} ({lib.get('architecture', '')})" for lib in libraries]
     return ", ".join(names) or "unknown"
 
 
 def _version(name: str) -> str | None:
-    """The version that a package gives itself: to ask importlib.metadata takes longer than a small job's first step."""
+    """A package's __version__: importlib.metadata takes longer than a small job's first step."""
     try:
         version: str | None = getattr(importlib.import_module(name), "__version__", None)
     except ModuleNotFoundError:

@@ -11,7 +11,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from mpi4py import MPI
 
@@ -20,28 +19,29 @@ from mpiml.errors import DirectoryError, OutputError, RunError, StallError, know
 from mpiml.run import alarm, lock
 from mpiml.run.alarm import within
 from mpiml.run.console import say
-from mpiml.run.directory import FAILED, read_result, update_result
+from mpiml.run.directory import FAILED
 from mpiml.run.one_job import check_size
+from mpiml.run.result import Result, read_result, update_result
 from mpiml.team import Team
 
-# Seconds in which a failing process tries to ...
-WRITING = 5.0  # write the reason down,
-OTHERS = 3.0  # and of these, to see that another rank has,
-SAYING = 1.0  # say it,
-ABORT_GRACE = 10.0  # and do all this and end the job, before a timer in C ends the process.
-FORWARDING = 0.1  # that the launcher needs to forward what was said: when it kills, it drops the rest
+# Seconds that a failing process allows ...
+WRITING = 5.0  # for writing result.json,
+OTHERS = 3.0  # of these for waiting until another rank has written it,
+SAYING = 1.0  # for printing,
+ABORT_GRACE = 10.0  # and for all of this and the end of the job, before a timer in C ends the process.
+FORWARDING = 0.1  # the launcher needs to forward output: what it has not forwarded when it kills ranks is lost
 
 
 class Guard:
-    """A block of code in which no rank's failure leaves another waiting.
+    """A block of code in which the failure of one rank leaves no other rank waiting.
 
-    An error that all ranks raise together (RunError.everywhere) passes through, reported by rank 0. Any other way
-    out of the block, on any rank and in any of its threads, sys.exit included, is reported by the rank it happens
-    on and ends the job by MPI_Abort. A rank that is alone reports it and lets it pass. So does what the alarm
-    (mpiml.run.alarm) finds.
+    An error that all ranks raise together (RunError.everywhere) passes through, and rank 0 reports it. Any other error,
+    in any thread of any rank, sys.exit included, is reported by its rank and ends the job by MPI_Abort; in a job of one
+    rank it is reported and passes through. The same holds for a StallError of the alarm (mpiml.run.alarm).
 
     Attributes:
-        run: the run directory, once it is known, and a `token` for this job that all ranks share.
+        run: the run directory, once it is known.
+        token: of this job, for its lock (mpiml.run.lock); the same on all ranks.
     """
 
     def __init__(self, team: Team, program: str):
@@ -53,14 +53,14 @@ class Guard:
     def __enter__(self) -> Guard:
         self._thread_hook = threading.excepthook
         threading.excepthook = self._thread_failed
-        alarm.tell(self.fail, lambda: self.clock.activity in BLOCKED_ON_OTHERS)
+        alarm.report_to(self.fail, lambda: self.clock.activity in BLOCKED_ON_OTHERS)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         threading.excepthook = self._thread_hook
-        alarm.tell()
+        alarm.report_to()
         if error is None:
             return
         if not known_to_all(error, self.comm.size):
@@ -71,7 +71,7 @@ class Guard:
     def fail(self, error: BaseException) -> None:
         """Report an error that only this rank knows of, and end the job; does not return."""
         with self._lock:
-            alarm.end_for_certain(ABORT_GRACE)  # first of all: what comes next may hang, as what failed may
+            alarm.end_for_certain(ABORT_GRACE)  # first of all: anything may hang now
             with contextlib.suppress(BaseException):
                 self._report(error)
             end_job(exit_code(error))
@@ -82,36 +82,36 @@ class Guard:
         self.fail(error)
 
     def _report(self, error: BaseException) -> None:
-        """Write down why, unless another rank has, and then say it: each in its own time, whatever hangs or fails."""
+        """Write the reason to result.json, unless another rank has, and print it; neither may hang or fail for long."""
         known = error if isinstance(error, RunError) else None
-        # What its message says is not only of this rank, at this moment.
-        settled = known and (known.everywhere or known.rank is not None or isinstance(known, StallError))
-        outcome: dict[str, Any] = {"status": "failed", "exit_code": exit_code(error), "reason": describe(error)}
-        outcome["rank"] = known.rank if known and settled else self.comm.rank
-        if self.clock.step:  # else the run is where it was
+        # Its message needs no rank, step and activity: it is not about this rank, or names them itself.
+        complete = known and (known.everywhere or known.rank is not None or isinstance(known, StallError))
+        outcome: Result = {"status": "failed", "exit_code": exit_code(error), "reason": describe(error)}
+        outcome["rank"] = known.rank if known and complete else self.comm.rank
+        if self.clock.step:  # else the step of the last job stays
             outcome["step"] = self.clock.step
         text = f"{self.program}: {outcome['reason']}"
-        if not settled and self.comm.size > 1:
+        if not complete and self.comm.size > 1:
             text += f" (rank {self.comm.rank}, step {self.clock.step}, {self.clock.activity})"
         if not known and not isinstance(error, KeyboardInterrupt):
             outcome["traceback"] = within(SAYING, lambda: "".join(traceback.format_exception(error)), "")
             text += f"\n{outcome['traceback']}".rstrip()
         alone = not known_to_all(error, self.comm.size)
         unanswered: str | None = "its file system does not answer"
-        others = isinstance(error, DirectoryError)  # the directory is another job's
-        problem = "" if others else within(WRITING, lambda: self._write(outcome, alone), unanswered)
+        taken = isinstance(error, DirectoryError)  # the directory is another job's
+        problem = "" if taken else within(WRITING, lambda: self._write(outcome, alone), unanswered)
         if problem:
             text += f"\n{self.program}: and result.json could not be written: {problem}"
         if problem is None:
-            time.sleep(SAYING)  # the other rank says it, and ends the job
+            time.sleep(SAYING)  # another rank reports its failure and ends the job
         else:
             within(SAYING, lambda: say(text, sys.stderr), None)
 
-    def _write(self, outcome: dict[str, Any], alone: bool) -> str | None:
-        """Write result.json; returns what that failed at, or None if another rank has written it.
+    def _write(self, outcome: Result, alone: bool) -> str | None:
+        """Write result.json. Returns "", or why it could not be written, or None if another rank has written it.
 
         Args:
-            alone: whether other ranks may be about to write it too.
+            alone: whether only this rank has this error, so that others may write, too.
         """
         try:
             if self.run is None or not self.run.is_dir():
@@ -127,28 +127,28 @@ class Guard:
         return ""
 
     def _is_first(self) -> bool:
-        """Whether no other rank has reported a failure of this job: whoever makes the file is the first."""
+        """Whether this is the first rank of the job to report a failure: the one that can create the file."""
         try:
             os.close(os.open(f"{self.run}/{FAILED}{self.token}", os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             return False
         except OSError:
-            pass  # nothing can be written there: better reported twice than not at all
+            pass  # nothing can be created there: better two reports than none
         return True
 
     def _written_by_another(self) -> bool:
-        """Wait until who was first has written: by ending the job this rank would end the other's writing."""
-        assert self.run, "there is a run directory if another rank has written there"
+        """Wait until the first rank has written: if this rank ended the job now, it would interrupt that."""
+        assert self.run, "the first rank has created a file there"
         waited = 0.0
         while self._status() != "failed":
-            if waited > OTHERS:  # it has been killed
+            if waited > OTHERS:  # it has been killed, perhaps
                 return False
             time.sleep(FORWARDING)
             waited += FORWARDING
         return True
 
     def _status(self) -> str:
-        """What result.json says, if it can be read just now."""
+        """The status in result.json; empty if it cannot be read now."""
         try:
             return str(read_result(self.run or Path()).get("status"))
         except OutputError:
@@ -172,14 +172,14 @@ def describe(error: BaseException) -> str:
 
 
 def exit_code(error: BaseException) -> int:
-    """What a process ends with after an error; never 0."""
+    """The exit code of a process after an error; never 0."""
     return error.exit_code if isinstance(error, RunError) else 70
 
 
 def end_job(code: int) -> None:
     """End all processes of the job."""
-    within(SAYING, lambda: sys.stdout.flush(), None)  # noqa: PLW0108 (it may be closed, and None)
-    time.sleep(FORWARDING)  # the launcher drops what it has not forwarded when it kills
+    within(SAYING, lambda: sys.stdout.flush(), None)  # noqa: PLW0108 (stdout may be None)
+    time.sleep(FORWARDING)  # the launcher loses what it has not forwarded when it kills
     MPI.COMM_WORLD.Abort(code)
     os._exit(code)
 

@@ -1,4 +1,4 @@
-"""Who holds a run directory: one job at a time, also where a file system has no locks or its lock file is removed."""
+"""Locks of run directories: one job at a time, even without the file system's locks or if the lock file is removed."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from mpiml.errors import DirectoryError, OutputError
 from mpiml.run.processes import kernel
 
 LOCK = ".lock"
-OURS = "mpiml"  # begins what .lock says, so that a file of another program is left as it is
-CONTENT = 4096  # bytes that are read of it
-# O_NONBLOCK: a FIFO of that name must not keep us waiting.
+OURS = "mpiml"  # the first word of .lock: a file of another program is left as it is
+CONTENT = 4096  # bytes of it that are read
+# O_NONBLOCK: opening a FIFO of that name must not wait.
 READ, WRITE = os.O_RDONLY | os.O_NONBLOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The process that holds a directory, as .lock says it.
+    """The process that holds a directory, as written in .lock.
 
     Attributes:
-        token: of the job; no two have the same.
-        kernel: where `pid` means something: on which machine, since which boot, in which PID namespace.
-        started: when, by that kernel; a later process may have the same number.
+        token: of the job; unique.
+        kernel: the machine, boot and PID namespace in which `pid` is valid.
+        started: when the process began, in that kernel's ticks: a later process may have the same number.
     """
 
     token: str
@@ -38,22 +38,22 @@ class Owner:
 
     @classmethod
     def this_process(cls, token: str) -> Owner:
-        """This one."""
+        """The process that calls this."""
         pid = str(os.getpid())
         return cls(token, socket.gethostname() or "unknown", kernel() or "unknown", pid, _started(pid))
 
     @classmethod
     def parse(cls, content: bytes) -> Owner | None:
-        """From what .lock holds; None if that is nothing, or not ours."""
+        """From the content of .lock; None if it is empty or of another program."""
         first, *fields = content.decode(errors="replace").split() or [""]
         return cls(*fields) if first == OURS and len(fields) == 5 else None
 
     def line(self) -> bytes:
-        """The reverse of `parse`."""
+        """The content of .lock, which `parse` reads."""
         return (" ".join([OURS, *astuple(self)]) + "\n").encode()
 
     def lives(self) -> bool:
-        """Whether it is a process of this machine that goes on; False if there is no telling."""
+        """Whether it is known to be a running process of this machine."""
         return self.kernel == kernel() and self.started == _started(self.pid) != "ended"
 
     def __str__(self) -> str:
@@ -61,17 +61,17 @@ class Owner:
 
 
 class Lock:
-    """Holds a directory from when it is made until `release`, or until this process ends, however it ends.
+    """Holds a directory until `release`, or until this process ends, however it ends.
 
-    The kernel locks the directory itself, which nobody removes by mistake, and .lock in it, for network file systems
-    lock files only. Where neither works, .lock still says whose the directory is: a living process of this machine
-    keeps it; any other loses it, and notices by `check`.
+    The kernel locks both the directory, which nobody removes by mistake, and .lock in it, because network file systems
+    lock only files. Where neither works, .lock still names the owner: if that is a running process of this machine it
+    keeps the directory; otherwise it loses it, and learns so from `check`.
 
     Attributes:
         token: of this job.
-        kernel_locks: whether one of the two could be locked.
+        kernel_locks: whether the kernel has locked at least one of the two.
 
-    Raises DirectoryError if another job has the directory, OutputError if it cannot be opened.
+    Raises DirectoryError if another job holds the directory, OutputError if it cannot be opened.
     """
 
     def __init__(self, directory: Path):
@@ -94,7 +94,7 @@ class Lock:
             raise OutputError(f"cannot open the run directory {directory}: {error.strerror or error}") from error
 
     def release(self) -> None:
-        """Let others have the directory."""
+        """Give the directory up."""
         with contextlib.suppress(OSError):
             owner = _owner(self.directory)
             if owner and owner.token == self.token:
@@ -106,30 +106,30 @@ class Lock:
 
 
 def check(directory: Path, token: str) -> None:
-    """Raise DirectoryError if another job has taken the directory from the job of this token, whose process calls it.
+    """Raise DirectoryError if another job has taken the directory from the job with this token, which is this process'.
 
-    A lock file that was removed is written again.
+    If the lock file has been removed, it is written again.
     """
     owner = _owner(directory)
     if owner is None:
         _claim(directory, token)
     elif owner.token != token:
-        raise DirectoryError(f"{directory} has been taken over by {owner}: nothing more is saved there by this one")
+        raise DirectoryError(f"{directory} has been taken over by {owner}: nothing more is saved there by this job")
 
 
 def _locked(descriptor: int) -> bool:
-    """Whether the kernel locks a file for this process. Raises BlockingIOError if another one has it."""
+    """Lock a file, if the file system can. Returns whether it could; raises BlockingIOError if another process has."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise
     except OSError:
-        return False  # a file system without locks, or a network's, which does not lock directories
+        return False  # without locks; or a network file system, which does not lock directories
     return True
 
 
 def _owner(directory: Path) -> Owner | None:
-    """Whom .lock names."""
+    """The owner that .lock names."""
     try:
         descriptor = os.open(directory / LOCK, READ)
     except FileNotFoundError:
@@ -141,7 +141,7 @@ def _owner(directory: Path) -> Owner | None:
 
 
 def _claim(directory: Path, token: str) -> None:
-    """Write into .lock that the directory is this job's, unless the file is another program's."""
+    """Make this process the owner in .lock, unless the file is another program's."""
     descriptor = os.open(directory / LOCK, WRITE, 0o666)
     try:
         content, line = _read(descriptor), Owner.this_process(token).line()
@@ -160,7 +160,7 @@ def _read(descriptor: int) -> bytes:
 
 
 def _started(pid: str) -> str:
-    """When a process of this machine began, in clock ticks since boot; "ended" if it has."""
+    """When a process of this machine began, in clock ticks since boot; "ended" if it no longer runs."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

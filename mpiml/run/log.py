@@ -1,9 +1,7 @@
-"""The log of a run: metrics.jsonl, the terminal, and the summary at the end; rank 0 writes."""
+"""The log of a run: metrics.jsonl, which rank 0 writes, the terminal, and times."""
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,14 +13,11 @@ from numpy.typing import NDArray
 from mpiml import documents
 from mpiml.clock import SHARES
 from mpiml.run import environment
-from mpiml.run.console import say, width
-from mpiml.run.directory import named_errors, write_atomically
-from mpiml.run.metrics import content_of, lines
+from mpiml.run.console import Console
+from mpiml.run.directory import named_errors
 from mpiml.run.step_times import StepTimes, median
 from mpiml.run.stragglers import Pace
 from mpiml.team import Team
-
-CONSOLE_PAUSE = 5.0  # seconds between lines where nobody sits at a terminal
 
 
 class Step(NamedTuple):
@@ -30,9 +25,9 @@ class Step(NamedTuple):
 
     Attributes:
         score: the metric, if it was measured.
-        norm: of the gradient, if it was worked out.
+        norm: of the gradient, if it was computed.
         seconds: that it took on this rank.
-        stop: whether some rank asks to stop after it.
+        stop: whether any rank asks to stop after it.
     """
 
     step: int
@@ -46,7 +41,7 @@ class Step(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """The test rows, of which there are `rows`, scored after a step."""
+    """The scores of the test rows after a step."""
 
     step: int
     epoch: int
@@ -60,14 +55,14 @@ class Log:
 
     Args:
         team: all ranks.
-        metrics: the file; only rank 0 writes it.
+        metrics: the file that rank 0 writes.
         rows: of a step on average, for samples per second.
-        metric: name of the metric.
-        pace: finds out who is slow.
-        known: the last results in a log that goes on.
+        metric: its name.
+        pace: names the rank that is slow.
+        known: the last results in the log of a resumed run.
 
     Attributes:
-        known: the last results, under the names of result.json.
+        known: the last results, as fields of result.json.
     """
 
     def __init__(
@@ -76,14 +71,14 @@ class Log:
         self.team, self.comm, self.clock = team, team.comm, team.clock
         self.metrics, self.rows, self.metric = metrics, rows, metric
         self.pace, self.known = pace, dict(known or {})
-        self._named: set[int] = set()
+        self._named: set[int] = set()  # the slow ranks that a warning has named
         self.times = StepTimes()
         self._recent, self._recent_seconds = 0, 0.0  # steps since the last line
         self._shares = np.array(team.clock.shares())
         self._console: Console | None = None
 
     def open_console(self, first: int, last: int, quiet: bool) -> None:
-        """Let rank 0 tell of steps `first` to `last` on the terminal, unless it is to be quiet."""
+        """Let rank 0 show steps `first` to `last` on the terminal, unless `quiet`."""
         if self.comm.rank == 0 and not quiet:
             self._console = Console(first, last)
 
@@ -95,7 +90,7 @@ class Log:
             self._console.close()
 
     def say(self, text: str) -> None:
-        """A line on the terminal."""
+        """Print a line on the terminal."""
         if self._console:
             self._console.line(text)
 
@@ -108,13 +103,13 @@ class Log:
             self._console.progress(done.step, done.loss, self.rows / done.seconds)
 
     def step(self, done: Step) -> None:
-        """Write the line of a step; times are since the last such line, the least and the most of any rank."""
+        """Write the line of a step, with the least and the most time of any rank since the last such line."""
         seconds = np.array(self.clock.shares()) - self._shares
         self._shares += seconds
-        mine = np.concatenate([seconds, [self._recent_seconds, self.pace.crowded]])
+        own = np.concatenate([seconds, [self._recent_seconds, self.pace.crowded]])
         steps, self._recent, self._recent_seconds = self._recent, 0, 0.0
-        everyones = np.empty((self.comm.size, len(mine)))
-        self.team.wait([self.comm.Igather(mine, everyones)])
+        everyones = np.empty((self.comm.size, len(own)))
+        self.team.wait([self.comm.Igather(own, everyones)])
 
         def entry() -> dict[str, Any]:
             speed, times = self._times(everyones, steps)
@@ -136,7 +131,11 @@ class Log:
         self._write(entry)
 
     def _times(self, everyones: NDArray[np.float64], steps: int) -> tuple[float, dict[str, Any]]:
-        """Samples per second and the times of a line, from all ranks' seconds per share and in all steps."""
+        """Samples per second and the times of a line.
+
+        Args:
+            everyones: a row per rank: its seconds for each of SHARES, its seconds in all steps, and pace.crowded.
+        """
         low, high = everyones.min(axis=0).tolist(), everyones.max(axis=0).tolist()
         *_, slowest_step, crowded = high
         times: dict[str, Any] = {
@@ -171,8 +170,9 @@ class Log:
         return True
 
     def samples_per_second(self) -> float | None:
-        """Rows of a step / median step time; a step's time is its slowest rank's; the first steps are left out, and
-        very long runs are sampled."""
+        """Rows of a step / median step time, which is that of the slowest rank; collective.
+
+        The first steps are left out, and very long runs are sampled. None if there were no steps."""
         if not self.times.steps:
             return None
         slowest = self.times.sample()
@@ -181,9 +181,9 @@ class Log:
 
     def where_the_time_went(self) -> dict[str, float]:
         """The mean over ranks of each share of the time of all steps."""
-        mine = np.array(self.clock.shares())
-        total = np.empty_like(mine)
-        self.team.wait([self.comm.Iallreduce(mine, total)])
+        own = np.array(self.clock.shares())
+        total = np.empty_like(own)
+        self.team.wait([self.comm.Iallreduce(own, total)])
         return dict(zip(SHARES, (total / max(total.sum(), 1e-9)).tolist(), strict=True))
 
     def _write(self, entry: Callable[[], dict[str, Any]]) -> None:
@@ -194,77 +194,3 @@ class Log:
                 file.write(documents.to_json(entry()) + "\n")
 
         self.team.on_rank_0(append)
-
-
-class Console:
-    """A progress bar where somebody watches, a line now and then where nobody does."""
-
-    def __init__(self, first: int, last: int):
-        self._last_line = time.monotonic()
-        self._bar = None
-        columns = width()
-        if columns and last >= first:
-            from tqdm import tqdm  # whose bar draws no more when its terminal is closed
-
-            self._bar = tqdm(
-                initial=first - 1, total=last, ncols=columns - 1, unit="step", ascii=True, leave=False, mininterval=0.2
-            )
-
-    def line(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.clear()
-            say(text, sys.stderr)  # where the bar is: two streams would arrive out of order
-            self._bar.refresh()
-        else:
-            say(text, sys.stdout)
-        self._last_line = time.monotonic()
-
-    def now_and_then(self, text: str) -> None:
-        if self._bar is None and time.monotonic() - self._last_line > CONSOLE_PAUSE:
-            self.line(text)
-
-    def progress(self, step: int, loss: float, speed: float) -> None:
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} samples/s", refresh=False)
-            self._bar.update(step - self._bar.n)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-def cut(metrics: Path, step: int, last: int, eval_every: int, log_every: int) -> tuple[list[dict[str, Any]], list[str]]:
-    """Remove from a metrics file what a run that goes on after `step` will write again, and damaged lines.
-
-    Lines that were written at `step` only because the run ended there go too if it is now to end at a later `last`
-    step: a run that was so long from the start has none. The file is replaced at once, or not at all.
-
-    Returns what the lines that stay say, and what a person should know of damaged ones.
-    """
-
-    def stays(entry: dict[str, Any]) -> bool:
-        if entry["step"] != step:
-            return bool(entry["step"] < step)
-        every = eval_every if "evaluation" in entry else log_every
-        return step == last or (every > 0 and step % every == 0)
-
-    content = content_of(metrics)
-    there, problems = lines(metrics, content)
-    kept = [(line, entry) for line, entry in there if stays(entry)]
-    if (left := b"".join(line for line, _ in kept)) != content:
-        write_atomically(metrics, left)
-    more = f" and so are {len(problems) - 1} more lines" if len(problems) > 1 else ""
-    notes = [f"warning: {problems[0]}{more}; the rest is kept"] if problems else []
-    return [entry for _, entry in kept], notes
-
-
-def last_known(entries: list[dict[str, Any]], metric: str) -> dict[str, Any]:
-    """The last loss and the last score in a metrics file, under the names of result.json."""
-    known: dict[str, Any] = {}
-    for entry in entries:
-        if "evaluation" in entry:
-            scored = entry["evaluation"]
-            known |= {metric: scored.get(metric), "test_loss": scored.get("loss")}
-        else:
-            known["loss"] = entry.get("loss")
-    return known

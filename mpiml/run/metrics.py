@@ -1,4 +1,4 @@
-"""metrics.jsonl as it is read back; no MPI."""
+"""metrics.jsonl read back, and cut where a run resumes; no MPI."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from mpiml import documents
 from mpiml.errors import OutputError
-
-ENTRY = {"step": int, "evaluation": dict[str, float | None], "loss": float | None}  # what a line may hold, and more
+from mpiml.run.directory import write_atomically
+from mpiml.run.result import LINE_KINDS
 
 
 def content_of(metrics: Path) -> bytes:
-    """The whole file, however long it is; nothing if there is none. Raises OutputError if it cannot be read."""
+    """The whole file, however long; empty if there is none. Raises OutputError if it cannot be read."""
     try:
         return documents.read(metrics, math.inf)
     except OutputError as error:
@@ -23,16 +23,16 @@ def content_of(metrics: Path) -> bytes:
 
 
 def lines(metrics: Path, content: bytes) -> tuple[list[tuple[bytes, dict[str, Any]]], list[str]]:
-    """The lines of a metrics file, each as it stands and what it says, and what is wrong with others.
+    """The good lines of a metrics file, each as bytes and as a run.result.Line, and a message for each other line.
 
-    A last line without an end is left out without a word: a job that was killed while it wrote leaves one.
+    A last line without an end gets no message: a job that was killed while it wrote leaves one.
     """
     raw = content.split(b"\n")
     good, problems = [], []
     for number, line in enumerate(raw, 1):
         origin = f"{metrics}, line {number},"
         try:
-            entry = documents.check_fields(documents.from_json(line, origin), ENTRY, origin, ("step",))
+            entry = documents.check_fields(documents.from_json(line, origin), LINE_KINDS, origin, ("step",))
             good.append((line + b"\n", entry))
         except OutputError as error:
             if number < len(raw):
@@ -41,7 +41,7 @@ def lines(metrics: Path, content: bytes) -> tuple[list[tuple[bytes, dict[str, An
 
 
 def entries(metrics: Path) -> list[dict[str, Any]]:
-    """What the lines of a metrics file say, if there is one; damaged ones are left out."""
+    """The entries of a metrics file, if there is one, without damaged lines."""
     return [entry for _, entry in lines(metrics, content_of(metrics))[0]]
 
 
@@ -49,12 +49,49 @@ def missing(entries: list[dict[str, Any]], step: int, log_every: int, eval_every
     """The steps whose lines are missing at the end of a metrics file, though they were written before the checkpoint of
     `step`.
 
-    Whether it had the evaluation of `step` itself is not known. In an earlier job lines may have been further apart.
+    The evaluation of `step` follows the checkpoint and does not count. Earlier jobs may have written fewer lines.
     """
     lost: set[int] = set()
     for every, evaluations, last in ((log_every, False, step), (eval_every, True, step - 1)):
-        there = [entry["step"] for entry in entries if entry["step"] <= last and ("evaluation" in entry) == evaluations]
-        *_, before, newest = 0, 0, *there
+        steps = [entry["step"] for entry in entries if entry["step"] <= last and ("evaluation" in entry) == evaluations]
+        *_, before, newest = 0, 0, *steps
         if every and last - newest >= max(every, newest - before):
             lost.update(range((newest // every + 1) * every, last + 1, every))
     return sorted(lost)
+
+
+def cut(metrics: Path, step: int, last: int, eval_every: int, log_every: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """Remove from a metrics file damaged lines and those that a run resumed after `step` will write again.
+
+    Lines that were written at `step` only because the run ended there are removed, too, if it is now to end at a later
+    step, `last`: a run of that length from the start has none. The file is replaced atomically.
+
+    Returns the entries of the lines that stay, and warnings about damaged ones.
+    """
+
+    def stays(entry: dict[str, Any]) -> bool:
+        if entry["step"] != step:
+            return bool(entry["step"] < step)
+        every = eval_every if "evaluation" in entry else log_every
+        return step == last or (every > 0 and step % every == 0)
+
+    content = content_of(metrics)
+    good, problems = lines(metrics, content)
+    kept = [(line, entry) for line, entry in good if stays(entry)]
+    if (left := b"".join(line for line, _ in kept)) != content:
+        write_atomically(metrics, left)
+    more = f" and so are {len(problems) - 1} more lines" if len(problems) > 1 else ""
+    notes = [f"warning: {problems[0]}{more}; the rest is kept"] if problems else []
+    return [entry for _, entry in kept], notes
+
+
+def last_known(entries: list[dict[str, Any]], metric: str) -> dict[str, Any]:
+    """The last loss, test loss and score in a metrics file, as fields of result.json."""
+    known: dict[str, Any] = {}
+    for entry in entries:
+        if "evaluation" in entry:
+            evaluation = entry["evaluation"]
+            known |= {metric: evaluation.get(metric), "test_loss": evaluation.get("loss")}
+        else:
+            known["loss"] = entry.get("loss")
+    return known

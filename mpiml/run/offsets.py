@@ -1,4 +1,4 @@
-"""How far ranks' clocks are apart, so that times of one can be told in those of another."""
+"""Offsets between the clocks of ranks, to convert times of one rank to those of another."""
 
 import time
 from collections.abc import Callable
@@ -6,16 +6,16 @@ from collections.abc import Callable
 import numpy as np
 from mpi4py import MPI
 
-from mpiml.team import broadcast, meet
+from mpiml.team import broadcast, quiet_barrier
 
 
 def clock_offset(comm: MPI.Intracomm, rank: int, now: Callable[[], float] = time.time, tries: int = 20) -> float:
-    """Seconds that a rank's clock is ahead of rank 0's, by the quickest of some exchanges; collective, known to all.
+    """The seconds by which a rank's clock is ahead of rank 0's, from the fastest of `tries` exchanges; collective.
 
     Cristian, "Probabilistic clock synchronization", Distributed Computing 3, 1989.
     """
-    meet(comm)
-    found: list[tuple[float, float]] = []
+    quiet_barrier(comm)
+    exchanges: list[tuple[float, float]] = []  # seconds that each took, and the offset
     clock = np.zeros(1)
     for _ in range(tries if rank else 0):
         if comm.rank == 0:
@@ -23,23 +23,23 @@ def clock_offset(comm: MPI.Intracomm, rank: int, now: Callable[[], float] = time
             comm.Send(clock, rank)
             comm.Recv(clock, rank)
             end = now()
-            found.append((end - begin, float(clock[0]) - (begin + end) / 2))
+            exchanges.append((end - begin, float(clock[0]) - (begin + end) / 2))
         elif comm.rank == rank:
             comm.Recv(clock, 0)
             clock[0] = now()
             comm.Send(clock, 0)
-    meet(comm)
-    return broadcast(comm, min(found)[1] if found else 0.0)
+    quiet_barrier(comm)
+    return broadcast(comm, min(exchanges)[1] if exchanges else 0.0)
 
 
 class Ruler:
-    """Tells times of this rank's clock in those of rank 0's, by how far they were apart at two moments.
+    """Converts times of this rank's clock to rank 0's, from their offsets at two moments.
 
-    The ranks of a node have one clock, so that exchanges are between nodes only.
+    The ranks of a node share a clock, so exchanges are between nodes only. Making a ruler is collective.
 
     Args:
         node: the ranks of this node.
-        leaders: the first ranks of all nodes; None on other ranks, and if there is one node only.
+        leaders: the first ranks of all nodes; None on other ranks, and if there is only one node.
         now: the clock.
     """
 
@@ -48,11 +48,11 @@ class Ruler:
         self._marks = [self._mark()]
 
     def finish(self) -> None:
-        """The second moment: clocks do not run at quite the same rate. Collective, as making a ruler is."""
+        """Measure a second time, because clocks do not run at quite the same rate. Collective."""
         self._marks.append(self._mark())
 
     def times(self, times: list[float]) -> list[float]:
-        """Times of this rank as rank 0 would tell them."""
+        """Times of this rank's clock, as rank 0's clock showed them."""
         (first, ahead), (last, later) = self._marks[0], self._marks[-1]
         drift = (later - ahead) / max(last - first, 1e-9)
         return [t - ahead - drift * (t - first) for t in times]

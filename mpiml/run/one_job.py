@@ -1,4 +1,4 @@
-"""Whether the processes started are one job: as many ranks as the launcher meant, all with the same software."""
+"""Checks that the processes are one job: as many ranks as were launched, all with the same software."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import numpy as np
 
 import mpiml
 from mpiml.errors import ConfigError
+from mpiml.run.alarm import rank_by_launcher
 from mpiml.run.environment import mpi_library
 
 HINT = "start it by the mpirun of that MPI library, or by srun --mpi=pmi2 or --mpi=pmix (srun --mpi=list)"
 
 
 def expected_size(environment: Mapping[str, str]) -> int:
-    """How many ranks the launcher means the job to have at least: 1 where it sets no variable that is known here.
+    """The least number of ranks that the launcher has started; 1 if it sets no known variable.
 
-    SLURM_NTASKS does not tell: it is the allocation's, and under mpirun the job may be smaller. Nor does the step's
-    number of tasks under a PMIx server that is not SLURM's: mpirun starts its daemons as a step of its own.
+    SLURM_NTASKS is of no use: it is the allocation's, and a job of mpirun may be smaller. Neither is the step's number
+    of tasks under a PMIx server other than SLURM's: mpirun starts its daemons as a step of their own.
     """
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if name in environment:
@@ -29,17 +30,14 @@ def expected_size(environment: Mapping[str, str]) -> int:
 
 
 def is_first(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the launcher counts this process as the first: of many that do not know of each other, it speaks."""
-    for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
-        if name in environment:
-            return environment[name] == "0"
-    return True
+    """Whether this process is the launcher's rank 0: of many jobs of one rank, only that one reports the error."""
+    return rank_by_launcher(environment) == 0
 
 
 def check_size(size: int, environment: Mapping[str, str] = os.environ) -> None:
     """Raise ConfigError, on all ranks alike, if the MPI library sees fewer ranks than were launched.
 
-    More are no sign of a broken launch: the launcher may be one whose variables are not known here.
+    More ranks are not an error: the launcher's variables may be unknown here.
     """
     expected = expected_size(environment)
     if size >= expected:
@@ -51,5 +49,5 @@ def check_size(size: int, environment: Mapping[str, str] = os.environ) -> None:
 
 
 def software() -> dict[str, str]:
-    """What has to be the same on all ranks of a run."""
+    """Libraries and versions that have to be the same on all ranks of a run."""
     return {"MPI library": mpi_library(), "mpiml": mpiml.__version__, "NumPy": np.__version__}

@@ -16,30 +16,30 @@ from mpiml.run.deadline import Deadline
 if TYPE_CHECKING:
     from threadpoolctl import ThreadpoolController
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt(3)
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 SOON = 1.0  # seconds by which ranks' clocks may differ
-DOUBLE = 1.0  # seconds within which two Ctrl-C are one
+DOUBLE = 1.0  # seconds within which two Ctrl-C count as one
 KEEP = 1 << 30  # bytes up to which freed memory stays with the process
-MMAP_MOST = 1 << 25  # bytes: the largest M_MMAP_THRESHOLD that glibc takes up to version 2.34
+MMAP_MOST = 1 << 25  # bytes: the largest M_MMAP_THRESHOLD that glibc accepts up to version 2.34
 
 
 def prepare_process(threads: int) -> None:
-    """Give BLAS `threads` threads and the pages of its work area, and make fresh arrays reuse freed memory instead of
-    faulting in new pages."""
+    """Give BLAS `threads` threads and the pages of its work area, and let new arrays reuse freed memory, without page
+    faults."""
     thread_pools().limit(limits=threads)
     touch_work_area(threads)
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
-        return  # not glibc: a matter of speed only
+        return  # not glibc: only slower
     keep_freed_memory(mallopt)
 
 
 def keep_freed_memory(mallopt: Callable[[int, int], int]) -> None:
-    """Let malloc keep what is freed, as far as its `mallopt`, which returns 0 for a value that it refuses, lets it.
+    """Let malloc keep freed memory, as far as `mallopt` allows: it returns 0 for a value that it refuses.
 
-    One threshold alone would do harm: either ends the C library's own adaptation of both.
+    Both thresholds are set or none: setting one ends the C library's own adaptation of both.
     """
     if any(mallopt(M_MMAP_THRESHOLD, size) for size in (KEEP, MMAP_MOST)):
         mallopt(M_TRIM_THRESHOLD, KEEP)
@@ -48,9 +48,9 @@ def keep_freed_memory(mallopt: Callable[[int, int], int]) -> None:
 def touch_work_area(threads: int) -> None:
     """Make BLAS write to its work area, which takes about a millisecond.
 
-    OpenBLAS reads ahead of what it copies there. On some processors that is slow while pages are missing, and only a
-    product of this size brings them in: until then smaller ones ran at a third of their speed. Each thread has an
-    area, and numbers of each precision have their places in it.
+    OpenBLAS prefetches from that area. On some processors this is slow while pages are missing, and only a product of
+    this size brings them in: before it, smaller ones ran at a third of their speed. Each thread has an area, with
+    places for each precision.
     """
     import numpy as np
 
@@ -69,22 +69,22 @@ def thread_pools() -> ThreadpoolController:
 
 
 def ignore_signals() -> None:
-    """Let none of the signals end a process that has nothing left to stop: Python gives up its handlers before it."""
+    """Ignore SIGNALS in a process that is ending: Python removes its handlers before it exits."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class StopRequest:
-    """Whether SIGUSR1, SIGTERM or Ctrl-C has asked this process, in a block, to save and stop, or its time is up.
+    """Whether SIGUSR1, SIGTERM or Ctrl-C, within a block, has asked this process to save and stop, or its time is up.
 
-    Twice is as good as once, but for Ctrl-C: a second one, after a while, interrupts at once. After a while because
-    one keystroke may come twice, from the terminal and from the launcher. A block inside another's takes over what
-    that one was asked.
+    A second signal changes nothing, except for Ctrl-C: it interrupts at once, but only after a while, because one
+    keystroke may arrive twice, from the terminal and from the launcher. A block within another one starts with the
+    outer one's request.
     """
 
     def __init__(self, deadline: Deadline | None = None) -> None:
         self.deadline = deadline or Deadline()
-        self.others: Callable[[], bool] = lambda: False  # whether another rank passes on a stop request
+        self.others: Callable[[], bool] = lambda: False  # whether another rank reports a stop request
         self.asked = False  # by a signal
         self._asked_at = 0.0
         self._before: dict[int, Any] = {}
@@ -97,20 +97,20 @@ class StopRequest:
         return self
 
     def now(self) -> bool:
-        """Whether to stop after the step that is under way. Is asked once in each step."""
+        """Whether to stop after the current step. To be called once in each step."""
         late = self.deadline.near()
-        return self._asked_here_or_there() or late
+        return self._asked_anywhere() or late
 
     def at_once(self) -> bool:
-        """Whether to leave even an evaluation that is under way, for it can be made again."""
-        return self._asked_here_or_there() or self.deadline.up()
+        """Whether to break off even an evaluation, which can be repeated."""
+        return self._asked_anywhere() or self.deadline.up()
 
-    def _asked_here_or_there(self) -> bool:
+    def _asked_anywhere(self) -> bool:
         self.asked = self.asked or self.others()
         return self.asked
 
     def reason(self) -> str:
-        """Why the ranks have agreed to stop, as far as this one knows."""
+        """Why the ranks have agreed to stop, as far as this rank knows."""
         late = self.deadline.passed(SOON) or self.deadline.up(SOON)
         return "time is nearly up" if late and not self.asked else "asked to stop by a signal"
 

@@ -1,4 +1,4 @@
-"""Other processes on this node, as the kernel tells of them; no MPI."""
+"""Other processes on this node, as the kernel shows them; no MPI."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LAUNCHERS = ("hydra_pmi_proxy", "mpiexec", "mpirun", "orterun", "prterun", "prte
 
 
 class Process:
-    """A process that may end; None stands for one of which nothing can be known, which never has `ended`."""
+    """A process by its number; None is a process about which nothing is known: it never counts as ended."""
 
     def __init__(self, number: int | None):
         self._poll, self._descriptor = select.poll(), -1
@@ -26,19 +26,19 @@ class Process:
 
     @property
     def ended(self) -> bool:
-        """Whether it has."""
+        """Whether the process has ended."""
         return self._descriptor >= 0 and bool(self._poll.poll(0))
 
     def close(self) -> None:
-        """Look no more."""
+        """Free the descriptor; `ended` is False from now on."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
 
 def kernel() -> str:
-    """Where process numbers mean the same as here: a machine since its last start, and a PID namespace there; empty if
-    that is not known."""
+    """Identifies the boot of a machine and a PID namespace on it, within which process numbers are unique; empty if
+    unknown."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -46,13 +46,13 @@ def kernel() -> str:
 
 
 def launcher(environment: Mapping[str, str] = os.environ) -> Process:
-    """The launcher's process that started this rank; none for a process that no launcher started as a rank."""
+    """The process of the launcher that started this rank; Process(None) if none did."""
     started = any(name in environment for name in RANKS)
     return Process(next(launchers(), None) if started else None)
 
 
 def launchers() -> Iterator[int]:
-    """The numbers of the launchers among this process's ancestors on this node, the nearest first."""
+    """The process numbers of the launchers among this process's ancestors on this node, the nearest first."""
     process = os.getppid()
     try:
         while process > 1:

@@ -1,4 +1,4 @@
-"""How a program begins, before NumPy and MPI are loaded, and how it ends, after all else."""
+"""How a program starts, before NumPy and MPI are loaded, and how it ends, after everything else."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from mpiml.run.launcher import environment
 
 
 def begin(program: str) -> None:
-    """What has to come first of all: from here on this process ends, whatever hangs."""
+    """To be called before everything else: from here on this process ends, whatever hangs."""
     alarm.start(program, sys.argv[1:])
     alarm.during("importing")
-    gc.disable()  # until all is imported: what is imported stays
+    gc.disable()  # until all is imported: none of that is garbage
     atexit.register(_last)
     _open_streams()
     os.environ.update(environment())  # before NumPy loads
 
 
 def answer_help(parse: Callable[[Sequence[str]], object]) -> None:
-    """Parse the arguments before MPI starts if they ask for help, which then is printed and ends the program: --help
-    works where MPI does not, on a login node say. What else is wrong with them is reported when MPI is up."""
+    """If the arguments ask for help, print it and end the program: before MPI starts, so that it works on a login node.
+    Wrong arguments are reported later, when MPI is up."""
     if {"-h", "--help", "--version"} & set(sys.argv[1:]):
         with contextlib.suppress(ConfigError):
             parse(sys.argv[1:])
@@ -36,7 +36,7 @@ def answer_help(parse: Callable[[Sequence[str]], object]) -> None:
 @alarm.shown_as("MPI_Init, which waits for all ranks: one of them has not come")
 def start_mpi() -> None:
     """Load and start MPI."""
-    import numpy  # noqa: F401 (what is slow to load comes first, for the others wait in MPI_Init)
+    import numpy  # noqa: F401 (loaded first, because it is slow and the other ranks wait in MPI_Init)
 
     alarm.during("starting MPI")
     from mpi4py import MPI  # noqa: F401 (starts MPI)
@@ -45,14 +45,14 @@ def start_mpi() -> None:
 
 
 def begun() -> None:
-    """All is imported."""
+    """To be called when all is imported."""
     gc.freeze()
     gc.enable()
     alarm.during("reading its settings")
 
 
 def end(code: int) -> NoReturn:
-    """End this process with an exit code, as soon as threads and functions registered with atexit let it."""
+    """End this process with an exit code, after its threads and the functions registered with atexit."""
     from mpiml.run.process import ignore_signals
 
     ignore_signals()
@@ -61,11 +61,11 @@ def end(code: int) -> NoReturn:
 
 
 def _last() -> None:
-    """What Python calls after all other functions registered with atexit."""
+    """Called by Python after all other functions registered with atexit."""
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi and mpi.Is_initialized() and not mpi.Is_finalized():
         _end_mpi()
-    alarm.last()
+    alarm.guard_exit()
     for name in ("stdout", "stderr"):
         try:
             getattr(sys, name).flush()
@@ -82,8 +82,8 @@ def _end_mpi() -> None:
 
 
 def _open_streams() -> None:
-    """Open what is closed of standard input, output and error on nothing: else the next file that is opened, a
-    checkpoint say, takes its number, and gets what libraries print."""
+    """Open those of standard input, output and error that are closed on /dev/null: else the next file that is opened,
+    a checkpoint for example, takes their number and gets what libraries print."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             try:

@@ -1,4 +1,4 @@
-"""Step times: how long steps took on this rank, of long runs a sample, so that memory stays bounded; no MPI."""
+"""How long steps took on this rank; of long runs a sample, so that memory stays bounded; no MPI."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 WARM_UP = 10  # steps that are left out if there are others
-KEPT = 1 << 14  # steps: those on either side of the sample's median differ from half of all by 0.4 % (one deviation)
+KEPT = 1 << 14  # steps: the sample's median lies within 0.4 % of all steps from the true one (standard deviation)
 
 
 class StepTimes:
-    """Seconds of all steps up to KEPT; of more steps those of KEPT that are drawn at random, each as likely as any
-    other (Vitter, "Random sampling with a reservoir", 1985). Every rank draws the same steps."""
+    """Seconds of up to KEPT steps; of more steps, those of KEPT drawn at random, each equally likely (Vitter, "Random
+    sampling with a reservoir", 1985). Every rank draws the same steps."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -32,11 +32,11 @@ class StepTimes:
             self._kept[place] = seconds
 
     def sample(self) -> NDArray[np.float64]:
-        """A copy of what is kept. Of two ranks the n-th number is of the same step."""
+        """A copy of the times that are kept, in seconds. On all ranks the n-th is of the same step."""
         return (self._kept[: self.steps - WARM_UP] if self.steps > WARM_UP else self._first[: self.steps]).copy()
 
 
 def median(seconds: NDArray[np.float64]) -> float:
-    """The median; np.median would import half of NumPy for this."""
+    """The median; np.median would import half of NumPy."""
     rising = np.sort(seconds)
     return float(rising[(len(rising) - 1) // 2 : len(rising) // 2 + 1].mean())

@@ -8,42 +8,40 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mpiml.clock import SHARES
+from mpiml.clock import SHARES, Activity
 
-WATCHED = [(name, SHARES.index(name)) for name in ("compute", "data")]  # the rest is waiting, or depends on others
+WATCHED: tuple[Activity, ...] = ("compute", "data")  # the other SHARES are waiting, or depend on other ranks
 SLOW = 1.5  # times the median of the others
-LEAST = 0.002  # seconds of a step by which a rank is behind: less is noise,
-PART = 0.05  # and so is less than this part of the step
-LINES, STEPS = 3, 10  # of the log, and steps in them, that make it a habit,
-SECONDS = 2.0  # if they take so long: a busy machine has hiccups
+LEAST = 0.002  # seconds per step: a delay of less is noise,
+PART = 0.05  # and so is one of less than this part of the step
+# A rank is named if it was the slowest in so many lines of the log in a row, over so many steps and seconds.
+LINES, STEPS, SECONDS = 3, 10, 2.0
 
 
 @dataclass
 class Slow:
-    """A rank that takes `times` the median of the other replicas of its stage, and `behind` seconds a step more.
-
-    `place` is the rank in the grid, `rank` the one that the launcher gave it.
-    """
+    """A rank that takes `times` as long as the median of the other replicas of its stage, and `behind` seconds per step
+    longer. `place` is its rank in the grid, `rank` the one that the launcher gave it."""
 
     place: int
     rank: int
-    activity: str
+    activity: Activity
     times: float
     behind: float
 
 
 class Pace:
-    """Names a rank when it has been the slowest of its kind for a while.
+    """Names a rank when it has been the slowest replica of its stage for a while.
 
-    Ranks of one stage are compared, for stages differ, by their times for a micro-batch, for replicas may have
-    unequal numbers of them.
+    Only ranks of the same stage are compared, because stages differ, and by their times per micro-batch, because
+    replicas may have different numbers of them.
 
     Args:
-        stages: how many there are; the ranks are numbered stage by stage.
-        microbatches: of a step, of each replica.
+        stages: how many there are; ranks are numbered stage by stage.
+        microbatches: of each replica in a step.
         launched: the rank that the launcher gave each rank.
-        crowded: whether this rank's node has more threads than cores. If any has, no rank is named: there, who gets
-            a core and when is chance.
+        crowded: whether this rank's node has more threads than cores. If any node has, no rank is named: which rank
+            gets a core is chance.
     """
 
     def __init__(self, stages: int, microbatches: Sequence[int], launched: Sequence[int], crowded: bool):
@@ -54,16 +52,17 @@ class Pace:
         self._seconds = 0.0
 
     def slowest(self, seconds: NDArray[np.float64], step_seconds: float, steps: int) -> Slow | None:
-        """The rank that the others have been waiting for, if there is one, after another line of the log.
+        """The rank that the others have been waiting for, or None; to be called at each line of the log.
 
         Args:
             seconds: by rank and clock.SHARES, since the last line.
             step_seconds: of the slowest rank, since then.
             steps: since then.
         """
-        found = [slow for name, column in WATCHED for slow in self._of_stages(name, seconds[:, column] / max(steps, 1))]
+        per_step = seconds / max(steps, 1)
+        slow = [one for name in WATCHED for one in self._of_stages(name, per_step[:, SHARES.index(name)])]
         needed = max(LEAST, PART * step_seconds / max(steps, 1))
-        worst = max(found, key=lambda slow: slow.behind, default=None)
+        worst = max(slow, key=lambda one: one.behind, default=None)
         if worst is None or worst.behind < needed:
             self._last = None
             return None
@@ -76,9 +75,9 @@ class Pace:
         habit = self._lines >= LINES and self._steps >= STEPS and self._seconds >= SECONDS
         return worst if habit else None
 
-    def _of_stages(self, activity: str, seconds: NDArray[np.float64]) -> list[Slow]:
+    def _of_stages(self, activity: Activity, seconds: NDArray[np.float64]) -> list[Slow]:
         """The slowest replica of each stage in which it is much slower than the others."""
-        found = []
+        slow = []
         replicas = len(self.microbatches)
         for stage, times in enumerate((seconds.reshape(self.stages, replicas) / self.microbatches).tolist()):
             replica = max(range(replicas), key=times.__getitem__)
@@ -86,5 +85,5 @@ class Pace:
             if times and slowest > SLOW * (usual := float(np.median(times))):
                 behind = (slowest - usual) * float(self.microbatches[replica])
                 place = stage * replicas + replica
-                found.append(Slow(place, self.launched[place], activity, slowest / max(usual, 1e-9), behind))
-        return found
+                slow.append(Slow(place, self.launched[place], activity, slowest / max(usual, 1e-9), behind))
+        return slow

@@ -29,14 +29,12 @@ EVENTS = 500_000  # in a file, of all ranks: about 50 MB, which a browser still 
 LEAST = 2_000  # of a rank, however many ranks there are
 
 
-Noted = tuple[float, int, str | None, str, int]  # the fields of an Event; making one takes too long
+Noted = tuple[float, int, str | None, str, int]  # the fields of an Event, which would take too long to create
 
 
 class Event(NamedTuple):
-    """From `time` on a rank does `name`: an activity, or a part of computing for a micro-batch (else -1).
-
-    `within` is the activity that all of it is booked under, if it is another.
-    """
+    """At `time` a rank begins `name`: an activity, or a part of computing for a micro-batch (-1: for none). `within` is
+    the activity under which it is booked, if that is another."""
 
     time: float
     step: int
@@ -55,7 +53,7 @@ class Span(NamedTuple):
 
 
 class Recorder(Clock):
-    """A clock that remembers what began when, as much as fits into a file with what the other ranks remember."""
+    """A clock that records when activities begin: the last ones, as many as fit into a file with those of all ranks."""
 
     def __init__(self, ranks: int):
         super().__init__()
@@ -67,7 +65,7 @@ class Recorder(Clock):
         self.events.append((self._since, self.step, self.within, activity, -1))
 
     def mark(self, part: str, microbatch: int) -> None:
-        """The part goes on from when computing began, if no other has come between."""
+        """As of a Clock. A part begins when computing began, unless another part came between."""
         time, *_, name, _ = self.events[-1]
         if name == "compute":
             self.events.pop()
@@ -77,7 +75,7 @@ class Recorder(Clock):
 
     @contextmanager
     def booked(self, name: Activity) -> Iterator[None]:
-        """As of a Clock; the part of computing that it interrupts goes on after it."""
+        """As of a Clock; afterwards the interrupted part of computing continues."""
         before = self.events[-1]
         with super().booked(name):
             yield
@@ -85,12 +83,12 @@ class Recorder(Clock):
 
     @property
     def first(self) -> int:
-        """The first step of which nothing is forgotten."""
+        """The first step of which all events are kept."""
         return 0 if len(self.events) < self.limit else self.events[0][1] + 1
 
 
 class Grid(Protocol):
-    """What a timeline needs of a grid (mpiml.parallel.grid)."""
+    """The parts of a grid (mpiml.parallel.grid) that a timeline needs."""
 
     node: MPI.Intracomm
     leaders: MPI.Intracomm | None
@@ -99,20 +97,20 @@ class Grid(Protocol):
 
 
 def clock_for(path: str | None, ranks: int) -> Clock:
-    """The clock of a rank of a job that is to be traced to `path`, or of one that is not."""
+    """The clock of a rank: a Recorder if the job is traced to `path`, else a Clock."""
     return Recorder(ranks) if path else Clock()
 
 
 def check(path: str | None, run: str | None) -> None:
-    """Raise OutputError if nothing can be written to `path`, and ConfigError if it is of a file of the run in the
-    directory `run`. Rank 0 calls it, before anything else is written.
+    """Raise OutputError if `path` cannot be written, and ConfigError if it is a file of the run in the directory `run`.
+    Rank 0 calls it, before anything else is written.
 
-    A missing directory will be made: it may be the run's own.
+    A missing directory is no error: it may be the run's own, which is created later.
     """
     if not path:
         return
     if run and is_own(Path(path), Path(run)):
-        raise ConfigError(f"--trace {path}: the run itself keeps that; choose another name")
+        raise ConfigError(f"--trace {path}: the run itself writes there; choose another name")
     with named_errors("write", Path(path)):
         if Path(path).is_dir():
             raise IsADirectoryError(None, "is a directory")
@@ -124,9 +122,9 @@ def check(path: str | None, run: str | None) -> None:
 
 @contextmanager
 def written(path: str | None, grid: Grid, say: Callable[[str], None]) -> Iterator[None]:
-    """Write the timeline when a block ends, also if it ends by an error that all ranks know of; collective.
+    """Write the timeline when a block ends, even by an error that all ranks raise; collective.
 
-    If it cannot be written, rank 0 says so: no reason to call a run failed.
+    If it cannot be written, rank 0 prints a warning, and the run does not fail.
     """
     clock = grid.team.clock
     if not (path and isinstance(clock, Recorder)):
@@ -144,18 +142,18 @@ def written(path: str | None, grid: Grid, say: Callable[[str], None]) -> Iterato
 
 
 def _write(path: Path, grid: Grid, clock: Recorder, ruler: Ruler) -> str:
-    """Returns what there is to say about it."""
+    """Returns a line to print: where the timeline is; empty if it could not be written."""
     clock("log")
-    known = np.array([clock.first])
-    wait([grid.team.comm.Iallreduce(MPI.IN_PLACE, known, MPI.MAX)])
-    first = min(int(known[0]), clock.step)  # the last step is shown even if not the whole of it is there
-    noted = [event for event in clock.events if event[1] >= first]
-    steps = f"{next((event[1] for event in noted if event[1]), 0)} to {clock.step}"
+    complete = np.array([clock.first])
+    wait([grid.team.comm.Iallreduce(MPI.IN_PLACE, complete, MPI.MAX)])
+    first = min(int(complete[0]), clock.step)  # the last step is shown even if it is not complete
+    kept = [event for event in clock.events if event[1] >= first]
+    steps = f"{next((event[1] for event in kept if event[1]), 0)} to {clock.step}"
     ruler.finish()
-    *times, end = ruler.times([*(event[0] for event in noted), perf_counter()])
+    *times, end = ruler.times([*(event[0] for event in kept), perf_counter()])
     origin = np.array(times[:1])
     wait([grid.team.comm.Iallreduce(MPI.IN_PLACE, origin, MPI.MIN)])
-    events = [Event(time, *event[1:]) for time, event in zip(times, noted, strict=True)]
+    events = [Event(time, *event[1:]) for time, event in zip(times, kept, strict=True)]
     everyones = grid.team.comm.gather(lines(1 + grid.team.comm.rank, spans(events, end), float(origin[0])))
 
     def write() -> str:
@@ -168,22 +166,22 @@ def _write(path: Path, grid: Grid, clock: Recorder, ruler: Ruler) -> str:
         except (OSError, OutputError) as error:
             say_to(f"warning: the timeline is lost: {error}", sys.stderr)
             return ""
-        return f"timeline: {path}" + (f" (from step {first} on; what was before did not fit)" if first else "")
+        return f"timeline: {path}" + (f" (from step {first} on; earlier steps did not fit)" if first else "")
 
     return grid.team.on_rank_0(write)
 
 
 def tracks(grid: Grid) -> list[str]:
-    """The names of all ranks' tracks, by stage and replica."""
+    """The names of all ranks' tracks."""
     places = [divmod(rank, grid.replicas) for rank in range(grid.team.size)]
     named = zip(grid.team.launched, places, strict=True)
     return [f"rank {name}: stage {stage}, replica {replica}" for name, (stage, replica) in named]
 
 
 def spans(events: Sequence[Event], end: float) -> Iterator[Span]:
-    """The spans of a rank's events, of which the last goes on until `end`; outer ones before what is in them.
+    """The spans of a rank's events, outer spans before inner ones; the last event lasts until `end`.
 
-    A step is around all that is done in it; an evaluation and a checkpoint are around all that they do.
+    A step encloses all that is done in it, and an evaluation or a checkpoint encloses all that it does.
     """
     until = [*(event.time for event in events[1:]), end]
     for step, group in itertools.groupby(zip(events, until, strict=True), key=lambda pair: pair[0].step):
@@ -207,12 +205,14 @@ def _block(name: str, pairs: Sequence[tuple[Event, float]]) -> Iterator[Span]:
             yield Span(event.time, until, f"{event.name} {event.microbatch}", about)
 
 
-def lines(track: int, found: Iterable[Span], origin: float) -> str:
-    """A line of JSON for each span of a rank; in microseconds from `origin` on."""
+def lines(track: int, rank_spans: Iterable[Span], origin: float) -> str:
+    """A line of JSON for each span of a rank, with times in microseconds from `origin`."""
     encode = json.JSONEncoder(separators=(",", ":")).encode
     texts = []
-    for span in found:
-        begin, end = (round((time - origin) * 1e9) for time in (span.begin, span.end))  # whole: no gaps, no overlaps
+    for span in rank_spans:
+        begin, end = (
+            round((time - origin) * 1e9) for time in (span.begin, span.end)
+        )  # whole nanoseconds: no gaps, no overlaps
         entry = {"ph": "X", "pid": 1, "tid": track, "ts": begin / 1e3, "dur": (end - begin) / 1e3, "name": span.name}
         texts.append(encode({**entry, "args": span.details} if span.details else entry))
     return ",\n".join(texts)

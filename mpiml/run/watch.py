@@ -1,4 +1,4 @@
-"""Noticing a rank that makes no progress, and ending the job that would wait for it for ever."""
+"""Detecting a rank that makes no progress, and ending the job, which would wait for it for ever."""
 
 from __future__ import annotations
 
@@ -13,65 +13,64 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from mpiml.clock import ACTIVITIES, BLOCKED_ON_OTHERS, Clock
+from mpiml.clock import ACTIVITIES, BLOCKED_ON_OTHERS, Activity, Clock
 from mpiml.errors import RunError, StallError, known_to_all
 from mpiml.run import alarm
 from mpiml.run.alarm import QUIET, bytes_moved
 from mpiml.run.processes import Process, kernel, launcher
 from mpiml.team import allgather, wait
 
-GOODBYE = -1.0
-# Seconds between looks at the processes of the neighbour and of the launcher, and how often one is not there before the
-# job ends: mostly the launcher ends it sooner, or this rank's watch is nearly over too.
+GOODBYE = -1.0  # in place of moves, in a rank's last message
+# Seconds between looks at the processes of the neighbour and the launcher, and how many looks may miss one before the
+# job is ended: mostly the launcher ends it sooner, or this rank's watch is about to end as well.
 LOOK, LOOKS = 1.0, 5
-QUIET_EACH = 1 << 10  # bytes between two looks that are no progress, for each rank that this one watches
-PLACES = 4  # that a message lists
-PROBES = 100  # in vain before no message is there: a probe may fail just because it first moves messages along
+QUIET_EACH = 1 << 10  # bytes between two looks that do not count as progress, per rank that this one watches
+PLACES = 4  # places that a message lists
+PROBES = 100  # failing in a row mean that no message is there: a probe may fail because it first moves messages along
 
 
 @dataclass
 class Sign:
-    """The last sign of life of a rank: when it came, and since when its moves stand still."""
+    """A rank's last sign of life: when it was heard, and when its count of moves last changed."""
 
     heard: float
     moved: float
     moves: float = 0.0
     step: int = 0
-    activity: str = "start"
+    activity: Activity = "start"
     gone: bool = False
 
     @property
     def place(self) -> str:
-        """Where the rank is."""
+        """The rank's step and activity, for a message."""
         return f"in step {self.step} ({self.activity})"
 
 
 def neighbour(comm: MPI.Intracomm) -> tuple[int, Process]:
-    """The next rank on this node and its process; this rank, and no process, where there is no other. Collective."""
-    mine = kernel() or f"unknown, of rank {comm.rank}"
-    everyone = allgather(comm, (mine, os.getpid()))
-    here = [rank for rank, (other, _) in enumerate(everyone) if other == mine]
-    rank = here[(here.index(comm.rank) + 1) % len(here)]
+    """The next rank on this node and its process; this rank, and Process(None), if it is alone there. Collective."""
+    own = kernel() or f"unknown, of rank {comm.rank}"
+    everyone = allgather(comm, (own, os.getpid()))
+    node = [rank for rank, (other, _) in enumerate(everyone) if other == own]
+    rank = node[(node.index(comm.rank) + 1) % len(node)]
     return rank, Process(everyone[rank][1] if rank != comm.rank else None)
 
 
 class Watch(threading.Thread):
-    """A thread on every rank while they are in a block that all enter together.
+    """A thread on every rank while it is in a block that all ranks enter together.
 
-    Every few seconds each rank looks at itself: has it moved, if it waits for nobody? And it sends a sign of life
-    to rank 0 and to the next rank, who notice the silence of a stopped process; rank 0 also notices a job in which
-    all wait. Every second it looks whether its neighbour's process is there, for a launcher may overlook that one
-    ends, and the launcher's own, without which nobody can stop the job. While it watches, the alarm (mpiml.run.alarm)
-    is off.
+    Every few seconds each rank checks itself: has it made progress, unless it waits for others? It sends a sign of life
+    to rank 0 and to the next rank, which detect the silence of a stopped process; rank 0 also detects that all ranks
+    wait. Every second it checks that two processes exist: its neighbour's, because a launcher may miss that one has
+    ended, and the launcher's, without which nobody can stop the job. Meanwhile the alarm (mpiml.run.alarm) is off.
 
     Args:
-        comm: a communicator of the watch's own.
+        comm: a communicator for the watch alone.
         clock: of this rank.
-        timeout: seconds; 0 watches nothing.
-        fail: is called with a StallError that names rank, activity and step.
+        timeout: seconds without progress; 0: the thread does not start.
+        fail: called with a StallError that names rank, activity and step.
 
     Attributes:
-        notes: what a person should know of what it cannot notice.
+        notes: warnings about what it cannot detect.
     """
 
     def __init__(self, comm: MPI.Intracomm, clock: Clock, timeout: float, fail: Callable[[RunError], None]):
@@ -110,7 +109,7 @@ class Watch(threading.Thread):
             self._end()
 
     def _end(self) -> None:
-        """Stop watching: all ranks do, for they all leave the block, by its end or by one error."""
+        """Stop watching. All ranks do so together: they leave the block at its end or by the same error."""
         if self.timeout:
             self._ending.set()
             self.join()
@@ -134,7 +133,7 @@ class Watch(threading.Thread):
             now = time.monotonic()
             if now - before < self.interval:
                 continue
-            if now - before > 3 * self.interval:  # this process was itself stopped: what it remembers is too old
+            if now - before > 3 * self.interval:  # this process was stopped for a while: its notes are too old
                 for sign in [self._own, *self._signs.values()]:
                     sign.heard = sign.moved = now
             before = now
@@ -197,9 +196,9 @@ class Watch(threading.Thread):
 
 
 def _places(signs: Mapping[int, Sign]) -> str:
-    """Where all ranks are, in few words."""
+    """How many ranks are at each place, for a message."""
     ranks: dict[str, list[int]] = {}
     for rank, sign in signs.items():
         ranks.setdefault(sign.place, []).append(rank)
-    texts = [f"{len(there)} {place}, as rank {there[0]}" for place, there in ranks.items()]
+    texts = [f"{len(members)} {place}, as rank {members[0]}" for place, members in ranks.items()]
     return "; ".join(texts[:PLACES])

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from mpiml.config import Config
 from mpiml.errors import ConfigError, OutputError
-from mpiml.run.directory import METRICS, read_result
+from mpiml.run.directory import METRICS
 from mpiml.run.metrics import content_of, lines
+from mpiml.run.result import EVALUATION, read_result
 from mpiml.scaling.points import POINTS, TRAINING, Point, read_repeat, shuffled
 
 EVALUATIONS = 50  # of a training run, at least: so the steps to a target are known to a fiftieth of the run
@@ -130,5 +131,5 @@ def evaluations(run: Path) -> tuple[str, list[tuple[int, float]]]:
     scored = [(line["step"], line["evaluation"]) for _, line in entries if "evaluation" in line]
     if problems or not scored:
         raise OutputError(problems[0] if problems else f"{path} has no evaluation")
-    (metric,) = scored[0][1].keys() - {"loss", "rows"}
+    (metric,) = scored[0][1].keys() - EVALUATION
     return metric, [(step, -math.inf if scores[metric] is None else scores[metric]) for step, scores in scored]

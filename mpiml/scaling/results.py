@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mpiml.errors import ConfigError
-from mpiml.run.directory import read_result
+from mpiml.run.result import read_result
 from mpiml.scaling.jobs import evaluations, points_to_train, run_directory
 from mpiml.scaling.laws import Interval, karp_flatt, median_interval, speed_up
 from mpiml.scaling.points import POINTS, Point, read_repeat, read_study, same_parts

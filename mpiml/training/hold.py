@@ -22,11 +22,10 @@ from mpiml.run.directory import (
     METRICS,
     RunDirectory,
     holds_run,
-    read_result,
     write_atomically,
-    write_result,
 )
 from mpiml.run.failure import Guard
+from mpiml.run.result import read_result, write_result
 from mpiml.team import Team
 from mpiml.training.run import Run
 from mpiml.training.saved import CODE, settings_in, settings_of

@@ -19,6 +19,7 @@ from mpiml.nn import base as nn
 from mpiml.nn.checked import OwnLoss, OwnMetric
 from mpiml.nn.losses import R2, Accuracy, Loss, Metric, mean_squared_error, softmax_cross_entropy
 from mpiml.nn.parameters import Shape
+from mpiml.run.result import FIELDS
 from mpiml.training.task import Task
 from mpiml.usercode import called_with, is_name, named
 
@@ -156,9 +157,14 @@ def build_loss(config: Config) -> Loss:
 
 
 def build_metric(config: Config, outputs: int) -> Metric:
-    """The metric that --metric names; one of a user's own is what the named function returns for `outputs`."""
+    """The metric that --metric names; a user's own is what the named function returns for `outputs`."""
     if is_name(config.metric):
-        return OwnMetric(config.metric, outputs)
+        metric = OwnMetric(config.metric, outputs)
+        if metric.name in FIELDS:
+            raise ConfigError(
+                f"{metric.flag}: is called {metric.name!r}; choose another name than a field of result.json"
+            )
+        return metric
     return Accuracy() if config.metric == "accuracy" else R2(outputs)
 
 

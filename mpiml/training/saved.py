@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpiml import documents
-from mpiml.config import Config, from_toml, settings, typed
+from mpiml.config import Config, settings
 from mpiml.errors import ConfigError, OutputError
-from mpiml.flags import flag
+from mpiml.flags import flag, from_table, from_toml
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.usercode import is_name
 
@@ -24,7 +24,7 @@ def settings_in(path: Path) -> Config:
 
     Raises OutputError or ConfigError, which begins with the path, for a file that cannot be used.
     """
-    values = from_toml(path)
+    values = from_toml(Config, path)
     try:
         return Config(**values)
     except ConfigError as error:
@@ -49,7 +49,7 @@ def settings_of(saved: Checkpoint, follow: Collection[str], named: Mapping[str, 
     where = f"{saved.origin}: config"
     table = documents.from_toml(saved.config, where)
     try:
-        config = Config(**typed(table))
+        config = Config(**from_table(Config, table))
     except ConfigError as error:
         raise OutputError(f"{where}: {error}") from None
     given = {name: named[name] for name in CODE if named.get(name) is not None}

@@ -14,11 +14,12 @@ from mpiml.errors import OutputError
 from mpiml.flags import flag
 from mpiml.nn.parameters import Layout, Parameter
 from mpiml.parallel.state import VALUES
-from mpiml.run import checkpoint, lock, log
+from mpiml.run import checkpoint, lock
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.run.deadline import Deadline
-from mpiml.run.directory import CHECKPOINTS, CONFIG, sync_file, update_result
-from mpiml.run.metrics import entries, missing
+from mpiml.run.directory import CHECKPOINTS, CONFIG, sync_file
+from mpiml.run.metrics import cut, entries, last_known, missing
+from mpiml.run.result import update_result
 from mpiml.training.hold import Opened
 from mpiml.training.model import check_constants
 from mpiml.training.run import Run
@@ -119,10 +120,10 @@ class Store:
                 notes.append(f"warning: {metrics} has lost its lines of steps {lost[0]} to {lost[-1]}")
         where = f"no checkpoint in {self.directory.path} yet: starting at step 0"
         notes.append(f"going on after step {step}" if saved else where)
-        kept, damaged = log.cut(metrics, step, cfg.steps, cfg.eval_every, cfg.log_every)
+        kept, damaged = cut(metrics, step, cfg.steps, cfg.eval_every, cfg.log_every)
         scored = any("evaluation" in entry and entry["step"] == step for entry in kept)
         unscored = saved is not None and run.due(step).evaluation and not scored
-        return Restored(step, notes + damaged, log.last_known(kept, run.model.metric.name), unscored)
+        return Restored(step, notes + damaged, last_known(kept, run.model.metric.name), unscored)
 
     def save(self, step: int) -> None:
         """Write the checkpoint of a step, unless that is done, when the metrics so far are on disk."""

@@ -17,7 +17,7 @@ from mpiml.errors import ConfigError, OutputError
 from mpiml.evaluate import evaluate
 from mpiml.evaluate import parse as parse_evaluate
 from mpiml.run import checkpoint
-from mpiml.run.directory import update_result
+from mpiml.run.result import update_result
 from mpiml.train import train
 from mpiml.training import export
 from tests.forging import forge

@@ -15,8 +15,8 @@ import pytest
 from mpiml.data.dataset import Dataset, open_dataset
 from mpiml.errors import ConfigError, DataError, NotFiniteError, OutputError
 from mpiml.evaluate import evaluate, parse
-from mpiml.nn.checked import FIELDS
 from mpiml.run import checkpoint
+from mpiml.run.result import FIELDS
 from tests.conftest import Job, launch
 
 pytestmark = pytest.mark.contract

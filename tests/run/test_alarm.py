@@ -38,7 +38,7 @@ def ended(script: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_its_length_is_that_of_the_command_line(arguments: str, seconds: float) -> None:
-    assert alarm.length(arguments.split()) == seconds
+    assert alarm.timeout_in(arguments.split()) == seconds
 
 
 def test_process_that_gets_stuck_ends_with_a_line_that_says_where() -> None:
@@ -58,7 +58,7 @@ def test_process_that_is_stuck_in_c_ends_too_and_shows_the_reason() -> None:
 
 
 def test_process_that_is_stuck_while_python_ends_is_ended_by_the_kernel() -> None:
-    lines = ["class Last:", "    def __del__(self):", "        while True: pass", "last = Last()", "alarm.last()"]
+    lines = ["class Last:", "    def __del__(self):", "        while True: pass", "last = Last()", "alarm.guard_exit()"]
     assert ended("\n".join(lines)).returncode == -14
 
 

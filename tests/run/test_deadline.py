@@ -1,4 +1,4 @@
-"""Time limits as SLURM writes them, and how much time is kept for what comes after the last step."""
+"""How much time is kept for what comes after the last step."""
 
 from __future__ import annotations
 
@@ -7,31 +7,8 @@ from typing import Any
 
 import pytest
 
-from mpiml.run import deadline
 from mpiml.run.deadline import Deadline
 from mpiml.run.process import StopRequest
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [
-        ("30", 1800),
-        ("1:30", 90),
-        ("1:30:00", 5400),
-        ("2-0", 2 * 86400),
-        ("1-2:30", 86400 + 9000),
-        ("1-02:03:04", 86400 + 7384),
-        ("0:05", 5),
-    ],
-)
-def test_limits_are_read_as_slurm_reads_them(text: str, seconds: int) -> None:
-    assert deadline.seconds(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "x", "1:2:3:4", "-1", "1.5", "1h", "1-", "1:"])
-def test_what_is_no_limit_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="minutes"):
-        deadline.seconds(text)
 
 
 class Time:
@@ -63,19 +40,19 @@ def test_without_a_limit_time_is_never_up(clock: Time) -> None:
 
 def test_a_step_more_and_the_margin_are_kept(clock: Time) -> None:
     """Of 100 seconds 10 are the margin; after step 85 another of 5 would just fit."""
-    assert clock.last_step(Deadline("1:40"), 5.0) == pytest.approx(90, abs=5)
-    assert clock.last_step(Deadline("100:00"), 5.0) == pytest.approx(6000 - 30 - 5, abs=5)
+    assert clock.last_step(Deadline(100.0), 5.0) == pytest.approx(90, abs=5)
+    assert clock.last_step(Deadline(6000.0), 5.0) == pytest.approx(6000 - 30 - 5, abs=5)
 
 
 def test_the_start_is_no_step(clock: Time) -> None:
     """Of a limit of a minute, 28 seconds for reading the data leave 26 to train in."""
-    limit = Deadline("1:00")
+    limit = Deadline(60.0)
     clock.now += 28
     assert clock.last_step(limit, 1.0) == pytest.approx(60 - 28 - 6 - 1, abs=1)
 
 
 def test_what_is_under_way_is_left_when_only_a_save_is_possible(clock: Time) -> None:
-    limit = Deadline("10:00")
+    limit = Deadline(600.0)
     limit.saved(40)
     limit.near()
     clock.now += 600 - 30 - 80 - 1
@@ -87,7 +64,7 @@ def test_what_is_under_way_is_left_when_only_a_save_is_possible(clock: Time) -> 
 
 
 def test_an_evaluation_is_left_when_time_is_up(clock: Time) -> None:
-    stop = StopRequest(Deadline("10:00"))
+    stop = StopRequest(Deadline(600.0))
     assert not stop.now()
     clock.now += 300
     assert not stop.at_once()
@@ -97,19 +74,19 @@ def test_an_evaluation_is_left_when_time_is_up(clock: Time) -> None:
 
 
 def test_two_saves_are_kept_as_long_as_the_slowest_was(clock: Time) -> None:
-    limit = Deadline("10:00")
+    limit = Deadline(600.0)
     limit.saved(40)
     limit.saved(20)
     assert clock.last_step(limit, 1.0) == pytest.approx(600 - 30 - 80, abs=2)
 
 
 def test_a_save_that_has_not_been_timed_is_guessed_from_its_size(clock: Time) -> None:
-    limit = Deadline("10:00")
+    limit = Deadline(600.0)
     limit.expect(5_000_000_000)
     assert clock.last_step(limit, 1.0) == pytest.approx(600 - 30 - 200, abs=2)
 
 
 def test_the_end_of_the_slurm_job_counts_if_it_is_sooner(clock: Time) -> None:
     end = {"SLURM_JOB_END_TIME": str(int(clock.now + 1e9) + 300)}
-    assert clock.last_step(Deadline("1:00", end), 1.0) == pytest.approx(54, abs=2)
-    assert clock.last_step(Deadline("10:00", end), 1.0) == pytest.approx(0.9 * (300 - 54), abs=3)
+    assert clock.last_step(Deadline(60.0, end), 1.0) == pytest.approx(54, abs=2)
+    assert clock.last_step(Deadline(600.0, end), 1.0) == pytest.approx(0.9 * (300 - 54), abs=3)

@@ -18,12 +18,10 @@ from mpiml.run import directory, environment
 from mpiml.run.directory import (
     Parts,
     RunDirectory,
-    read_result,
     replacing,
-    update_result,
     write_atomically,
-    write_result,
 )
+from mpiml.run.result import read_result, update_result, write_result
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])

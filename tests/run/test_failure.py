@@ -16,9 +16,10 @@ from mpi4py import MPI
 from mpiml.clock import Clock
 from mpiml.errors import DataError, RunError, StallError
 from mpiml.run import directory, failure
-from mpiml.run.directory import FAILED, RESULT, read_result, write_result
+from mpiml.run.directory import FAILED, RESULT
 from mpiml.run.failure import Guard
 from mpiml.run.lock import LOCK, Owner
+from mpiml.run.result import read_result, write_result
 from mpiml.team import Team
 
 
@@ -85,7 +86,7 @@ def test_a_reason_without_its_traceback_is_better_than_half_of_both(run: Path) -
     script = f"""
 import resource
 from pathlib import Path
-from mpiml.run.directory import update_result
+from mpiml.run.result import update_result
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 update_result(Path({str(run)!r}), {{"status": "failed", "reason": "the loss", "traceback": "x" * 8000}})
 """

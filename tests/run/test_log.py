@@ -8,8 +8,7 @@ import sys
 
 import pytest
 
-from mpiml.run.console import width
-from mpiml.run.log import Console
+from mpiml.run.console import Console, width
 
 
 def test_terminal_that_is_closed_ends_the_bar_and_not_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

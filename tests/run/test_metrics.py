@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from mpiml.errors import OutputError
-from mpiml.run.log import cut, last_known
+from mpiml.run.metrics import cut, last_known, missing
 from mpiml.run.metrics import entries as read_entries
-from mpiml.run.metrics import missing
 
 LINES = [
     b'{"step": 1, "loss": 2.0}\n',

@@ -11,7 +11,7 @@ import pytest
 from mpi4py import MPI
 
 from mpiml.clock import Clock
-from mpiml.run.log import Log
+from mpiml.run.log import Log, Step
 from mpiml.run.step_times import KEPT, WARM_UP, StepTimes, median
 from mpiml.run.stragglers import Pace
 from mpiml.team import Team
@@ -49,10 +49,10 @@ def test_a_log_does_not_grow_with_the_steps(tmp_path: Path) -> None:
     log = Log(Team(MPI.COMM_SELF, Clock()), tmp_path / "metrics.jsonl", 100.0, "r2", Pace(1, [1], [0], crowded=False))
     tracemalloc.start()
     for step in range(2000):
-        log.timed(0.5 + step % 2, step, 0.0)
+        log.timed(Step(step, 0, 0.0, None, 0.1, None, 0.5 + step % 2, stop=False))
     after_some = tracemalloc.get_traced_memory()[0]
     for step in range(KEPT):
-        log.timed(0.5 + step % 2, step, 0.0)
+        log.timed(Step(step, 0, 0.0, None, 0.1, None, 0.5 + step % 2, stop=False))
     assert tracemalloc.get_traced_memory()[0] - after_some < 10_000
     tracemalloc.stop()
     assert log.samples_per_second() in (100 / 0.5, 100 / 1.0, round(100 / 1.5, 1))

@@ -40,7 +40,7 @@ def test_files_of_the_run_are_not_for_timelines(tmp_path: Path, name: str, monke
     run = tmp_path / "run"
     monkeypatch.chdir(tmp_path)
     for path in (run / name, Path("run") / name, run / "checkpoints" / "x.json", run / "checkpoints"):
-        with pytest.raises(ConfigError, match="the run itself keeps that"):
+        with pytest.raises(ConfigError, match="the run itself writes there"):
             trace.check(str(path), "run")
     for path, out in ((run / "t.json", "run"), (tmp_path / name / "t.json", None), (tmp_path / "x.toml", "run")):
         trace.check(str(path), out)
@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_forgotten_alike_on_all_ranks(tmp_path: Path, monke
     monkeypatch.setattr(trace, "EVENTS", 0)
     path = Path(WORLD.bcast(str(tmp_path))) / "t.json"
     (text,) = traced(path, 30)
-    assert text.endswith("(from step 22 on; what was before did not fit)")
+    assert text.endswith("(from step 22 on; earlier steps did not fit)")
     steps = {f"step {step}" for step in range(22, 31)}
     assert shown(path) == dict.fromkeys(range(1, WORLD.size + 1), steps)
     assert json.loads(path.read_text())["otherData"] == {"steps": "22 to 30"}
