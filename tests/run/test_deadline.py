@@ -9,7 +9,6 @@ import pytest
 
 from mpiml.run import deadline
 from mpiml.run.deadline import Deadline
-from mpiml.run.process import StopRequest
 
 
 @pytest.mark.parametrize(
@@ -84,16 +83,6 @@ def test_what_is_under_way_is_left_when_only_a_save_is_possible(clock: Time) -> 
     clock.now += 2
     assert limit.up()
     assert not Deadline().up()
-
-
-def test_an_evaluation_is_left_when_time_is_up(clock: Time) -> None:
-    stop = StopRequest(Deadline("10:00"))
-    assert not stop.now()
-    clock.now += 300
-    assert not stop.at_once()
-    clock.now += 271
-    assert stop.at_once()
-    assert stop.reason() == "time is nearly up"
 
 
 def test_two_saves_are_kept_as_long_as_the_slowest_was(clock: Time) -> None:

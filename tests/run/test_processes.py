@@ -1,4 +1,4 @@
-"""A launcher that dies is noticed by the rank that it has started, and by no process that is no rank of it."""
+"""Other processes of the node: a process that ends is noticed, a launcher's by the ranks that it has started alone."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from mpiml.run.processes import Process, kernel
 
 SCRIPT = """
 import os, signal, sys, time
@@ -45,3 +49,36 @@ def test_parent_that_is_no_launcher_may_die(tmp_path: Path) -> None:
 def test_process_that_is_no_rank_has_no_launcher(tmp_path: Path) -> None:
     """A shell or a program that somebody starts by mpirun, which does not count as one of its ranks."""
     assert said("mpirun", tmp_path, {}) == ["False", "False"]
+
+
+def test_a_process_that_ends_is_noticed_until_nobody_looks() -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        process = Process(child.pid)
+        assert not process.ended
+        child.kill()
+        child.wait()
+    assert process.ended
+    process.close()
+    process.close()
+    assert not process.ended
+
+
+def test_of_what_is_no_process_nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not Process(None).ended
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        child.wait()
+    assert not Process(child.pid).ended  # it had ended before
+    monkeypatch.delattr(os, "pidfd_open")
+    assert not Process(os.getpid()).ended  # an old kernel
+
+
+def test_processes_of_a_machine_have_the_same_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "from mpiml.run.processes import kernel; print(kernel())"
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == kernel() != ""
+
+    def no_such(path: Path) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", no_such)
+    assert kernel() == ""
