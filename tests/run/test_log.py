@@ -20,8 +20,8 @@ from mpiml.clock import SHARES, Clock
 from mpiml.errors import OutputError
 from mpiml.run import log as module
 from mpiml.run.log import Console, Log, cut, last_known
-from mpiml.run.stragglers import Pace
 from mpiml.run.step_times import KEPT
+from mpiml.run.stragglers import Pace
 
 ROWS = 100.0  # of a step
 HEAD = {"step": 2, "epoch": 1, "loss": 0.75, "accuracy": 0.5, "learning_rate": 0.001, "gradient_norm": 1.25}

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from mpiml.run import terminal
-from mpiml.run.terminal import say, width
+from mpiml.run import console
+from mpiml.run.console import say, width
 
 COLUMNS = 97
 
@@ -42,7 +42,7 @@ def test_width_is_that_of_the_terminal(pseudo: int, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("stream", [None, io.StringIO()], ids=["closed", "no file"])
 def test_what_is_no_terminal_has_no_width(stream: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(terminal, "launchers", lambda: iter(()))
+    monkeypatch.setattr(console, "launchers", lambda: iter(()))
     monkeypatch.setattr(sys, "stderr", stream)
     assert width() is None
 
@@ -51,7 +51,7 @@ def under_a_launcher(path: Path, stderr: int) -> str:
     """The width that a process finds whose own standard error is a pipe, and its launcher's is `stderr`."""
     shell = path / "mpirun"
     shutil.copy("/bin/sh", shell)
-    script = "from mpiml.run.terminal import width; print(width())"
+    script = "from mpiml.run.console import width; print(width())"
     command = [str(shell), "-c", f"{sys.executable} -c '{script}' 2>&1 | cat"]
     return subprocess.run(
         command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=60
