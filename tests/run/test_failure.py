@@ -295,7 +295,7 @@ LAST = WORLD.size - 1
 
 def of_world(path: Path) -> Guard:
     made = guard(Path(WORLD.bcast(str(path))))
-    made.comm = WORLD
+    made.team, made.comm = Team(WORLD, made.clock), WORLD
     made.clock.step = 3
     made.clock("data")
     return made

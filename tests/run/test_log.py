@@ -19,9 +19,10 @@ from mpi4py import MPI
 from mpiml.clock import SHARES, Clock
 from mpiml.errors import OutputError
 from mpiml.run import log as module
-from mpiml.run.log import Console, Log, cut, last_known
+from mpiml.run.log import Console, Evaluation, Log, Step, cut, last_known
 from mpiml.run.step_times import KEPT
 from mpiml.run.stragglers import Pace
+from mpiml.team import Team
 
 ROWS = 100.0  # of a step
 HEAD = {"step": 2, "epoch": 1, "loss": 0.75, "accuracy": 0.5, "learning_rate": 0.001, "gradient_norm": 1.25}
@@ -31,7 +32,8 @@ HEAD = {"step": 2, "epoch": 1, "loss": 0.75, "accuracy": 0.5, "learning_rate": 0
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Log:
     """The log of a run of one rank, where nobody sits at a terminal; it says nothing yet."""
     monkeypatch.setattr(module, "width", lambda: None)
-    return Log(MPI.COMM_SELF, tmp_path / "metrics.jsonl", Clock(), ROWS, "accuracy", Pace(1, [1], [0], crowded=False))
+    team = Team(MPI.COMM_SELF, Clock())
+    return Log(team, tmp_path / "metrics.jsonl", ROWS, "accuracy", Pace(1, [1], [0], crowded=False))
 
 
 def spend(log: Log, **seconds: float) -> None:
@@ -40,15 +42,24 @@ def spend(log: Log, **seconds: float) -> None:
         log.clock.seconds[activity] = log.clock.seconds.get(activity, 0.0) + more
 
 
+DONE = Step(2, 1, 0.75, 0.5, 0.001, 1.25, 0.5, False)
+SCORED = Evaluation(3, 2, 0.5, 0.25, 360)
+
+
+def step_of(seconds: float, step: int = 2) -> Step:
+    """A step that took so long."""
+    return DONE._replace(seconds=seconds, step=step)
+
+
 def written(log: Log) -> list[dict[str, Any]]:
     return [json.loads(text, parse_constant=pytest.fail) for text in log.metrics.read_text().splitlines()]
 
 
 def test_the_line_of_a_step(log: Log) -> None:
-    log.timed(0.3, 1, 0.8)
-    log.timed(0.5, 2, 0.75)
+    log.timed(step_of(0.3, 1))
+    log.timed(step_of(0.5, 2))
     spend(log, compute=0.6, update=0.1, evaluation=9.0)
-    log.step(2, 1, 0.75, 0.5, 0.001, 1.25)
+    log.step(DONE)
     (entry,) = written(log)
     times = entry.pop("seconds")
     assert entry == HEAD | {"samples_per_second": 2 * ROWS / 0.8}
@@ -59,37 +70,50 @@ def test_the_line_of_a_step(log: Log) -> None:
 
 def test_times_of_a_line_are_since_the_line_before(log: Log) -> None:
     spend(log, compute=5.0)
-    log.timed(1.0, 1, 0.8)
-    log.step(1, 1, 0.8, 0.5, 0.001, None)
+    log.timed(step_of(1.0, 1))
+    log.step(DONE._replace(step=1))
     spend(log, compute=0.25)
-    log.timed(0.25, 2, 0.75)
-    log.step(2, 1, 0.75, 0.5, 0.001, None)
+    log.timed(step_of(0.25, 2))
+    log.step(DONE._replace(step=2))
     last = written(log)[-1]
     assert (last["seconds"]["compute"]["max"], last["samples_per_second"]) == (0.25, ROWS / 0.25)
 
 
 def test_a_line_without_steps_has_no_rate(log: Log) -> None:
-    log.step(2, 1, 0.75, 0.5, 0.001, 1.25)
+    log.step(DONE)
     assert written(log)[0]["samples_per_second"] == 0.0
 
 
 def test_numbers_that_are_not_finite_are_null(log: Log) -> None:
-    log.step(2, 1, math.inf, math.nan, 0.001, None)
+    log.step(DONE._replace(loss=math.inf, score=math.nan, norm=None))
     (entry,) = written(log)
     assert [entry[name] for name in ("loss", "accuracy", "gradient_norm")] == [None, None, None]
 
 
 def test_the_line_of_an_evaluation(log: Log, capsys: pytest.CaptureFixture[str]) -> None:
     log.open_console(1, 9, quiet=False)
-    log.evaluation(3, 2, 0.12345, 0.5, 360)
-    assert written(log) == [{"step": 3, "epoch": 2, "evaluation": {"loss": 0.12345, "accuracy": 0.5, "rows": 360}}]
-    assert capsys.readouterr().out == "step 3  epoch 2  test loss 0.1235  test accuracy 0.5000\n"
+    assert log.evaluation(SCORED._replace(loss=0.12345))
+    assert written(log) == [{"step": 3, "epoch": 2, "evaluation": {"loss": 0.12345, "accuracy": 0.25, "rows": 360}}]
+    assert capsys.readouterr().out == "step 3  epoch 2  test loss 0.1235  test accuracy 0.2500\n"
+
+
+def test_an_evaluation_that_was_cut_short_is_no_line(log: Log) -> None:
+    assert not log.evaluation(None)
+    assert not log.metrics.exists()
+
+
+def test_the_last_results_are_known_under_the_names_of_a_result(log: Log) -> None:
+    log.known = {"loss": 9.0, "accuracy": 0.1, "step": 1}
+    log.timed(DONE)
+    assert log.known == {"loss": 0.75, "accuracy": 0.1, "step": 2}
+    log.evaluation(SCORED)
+    assert log.known == {"loss": 0.75, "accuracy": 0.25, "test_loss": 0.5, "step": 2}
 
 
 def test_metrics_that_cannot_be_written_are_an_error_that_names_the_file(log: Log) -> None:
     log.metrics.mkdir()
     with pytest.raises(OutputError, match=r"cannot write .*/metrics.jsonl: Is a directory"):
-        log.evaluation(3, 2, 0.5, 0.5, 360)
+        log.evaluation(SCORED)
 
 
 def several(log: Log, crowded: bool = False) -> Callable[[list[list[float]]], tuple[float, dict[str, Any]]]:
@@ -141,9 +165,9 @@ def test_a_quiet_run_says_nothing(log: Log, capsys: pytest.CaptureFixture[str]) 
     with log:
         log.open_console(1, 9, quiet=True)
         log.say("a line")
-        log.timed(0.5, 1, 0.5)
-        log.step(1, 1, 0.5, 0.5, 0.1, None)
-        log.evaluation(1, 1, 0.5, 0.5, 360)
+        log.timed(step_of(0.5, 1))
+        log.step(DONE._replace(step=1))
+        log.evaluation(SCORED)
     assert capsys.readouterr() == ("", "")
     assert len(written(log)) == 2
 
@@ -154,8 +178,8 @@ def test_where_nobody_watches_a_step_is_a_line_now_and_then(
     log.open_console(1, 9, quiet=False)
     for pause, said in ((1e9, ""), (-1.0, "step 2  epoch 1  loss 0.7500  accuracy 0.5000  2,000 samples/s\n")):
         monkeypatch.setattr(module, "CONSOLE_PAUSE", pause)
-        log.timed(0.05, 2, 0.75)
-        log.step(2, 1, 0.75, 0.5, 0.001, None)
+        log.timed(step_of(0.05, 2))
+        log.step(DONE._replace(step=2))
         assert capsys.readouterr() == (said, "")
 
 
@@ -170,9 +194,9 @@ def test_where_somebody_watches_there_is_a_bar_and_lines_go_where_it_is(
         bar = log._console._bar
         assert bar is not None
         assert (bar.n, bar.total) == (10, 20)  # as a run that goes on after step 10
-        log.timed(0.05, 13, 0.75)
+        log.timed(step_of(0.05, 13))
         assert (bar.n, bar.postfix) == (13, "loss 0.7500, 2,000 samples/s")
-        log.step(13, 1, 0.75, 0.5, 0.001, None)  # the bar says it
+        log.step(DONE._replace(step=13))  # the bar says it
         log.say("a line")
     out, err = capsys.readouterr()
     assert out == ""
@@ -189,14 +213,14 @@ def test_a_run_that_has_no_step_left_has_no_bar(log: Log, monkeypatch: pytest.Mo
 def test_samples_per_second_are_by_the_median_step_and_without_the_first_steps(log: Log) -> None:
     assert log.samples_per_second() is None
     for step, seconds in enumerate([9.0] * 10 + [0.5] * 6 + [7.0] * 5, 1):
-        log.timed(seconds, step, 0.5)
+        log.timed(step_of(seconds, step))
     assert log.samples_per_second() == ROWS / 0.5
 
 
 def test_where_the_time_went_is_in_parts_of_all_steps(log: Log) -> None:
     assert log.where_the_time_went() == dict.fromkeys(SHARES, 0.0)
     spend(log, compute=3.0, data=1.0, evaluation=100.0)
-    log.step(1, 1, 0.5, 0.5, 0.1, None)  # not since the last line
+    log.step(DONE._replace(step=1))  # not since the last line
     assert log.where_the_time_went() == dict.fromkeys(SHARES, 0.0) | {"compute": 0.75, "data": 0.25}
 
 
@@ -209,10 +233,10 @@ def held_for_the_log() -> int:
 def test_a_log_does_not_grow_with_the_steps(log: Log) -> None:
     tracemalloc.start()
     for step in range(2000):
-        log.timed(0.5 + step % 2, step, 0.0)
+        log.timed(step_of(0.5 + step % 2, step))
     after_some = held_for_the_log()
     for step in range(KEPT):
-        log.timed(0.5 + step % 2, step, 0.0)
+        log.timed(step_of(0.5 + step % 2, step))
     assert held_for_the_log() - after_some < 10_000
     tracemalloc.stop()
     assert log.samples_per_second() in (ROWS / 0.5, ROWS / 1.0, round(ROWS / 1.5, 1))

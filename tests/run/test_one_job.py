@@ -1,15 +1,11 @@
-"""How many ranks a launcher meant, from what it leaves in the environment (measured, not read in manuals), and whether
-all have the same software."""
+"""How many ranks a launcher meant, from what it leaves in the environment (measured, not read in manuals), and what
+software all ranks need alike."""
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
-from mpi4py import MPI
 
-from mpiml.clock import Clock
 from mpiml.errors import ConfigError
 from mpiml.run import one_job
 from mpiml.run.environment import mpi_library
@@ -57,44 +53,3 @@ def test_software_that_all_ranks_need_alike_is_named() -> None:
     found = one_job.software()
     assert list(found) == ["MPI library", "mpiml", "NumPy"]
     assert (found["MPI library"], found["NumPy"]) == (mpi_library(), np.__version__)
-
-
-WORLD = MPI.COMM_WORLD
-LAST = WORLD.size - 1
-
-
-@pytest.mark.mpi
-def test_ranks_that_are_alike_may_begin() -> None:
-    clock = Clock()
-    one_job.check_alike(WORLD, clock, {"NumPy": "2.4.0"}, "install it")
-    assert clock.activity == "start"
-
-
-@pytest.mark.mpi
-@pytest.mark.parametrize("hint", ["", "install the same everywhere"])
-@pytest.mark.parametrize("version", ["2.5.0", None])
-def test_a_rank_that_differs_is_named_on_all_ranks(version: str | None, hint: str) -> None:
-    mine = {"mpiml": "0.1.0", "NumPy": "2.4.0"}
-    if WORLD.rank == LAST and version:
-        mine["NumPy"] = version
-    elif WORLD.rank == LAST:
-        del mine["NumPy"]
-    if WORLD.size == 1:
-        one_job.check_alike(WORLD, Clock(), mine, hint)
-        return
-    with pytest.raises(ConfigError) as caught:
-        one_job.check_alike(WORLD, Clock(), mine, hint)
-    where = f"rank {LAST} on {os.uname().nodename}"
-    text = f"ranks differ in NumPy: {version or 'none'} ({where}), 2.4.0 (rank 0)"
-    assert str(caught.value) == (f"{text}; {hint}" if hint else text)
-    assert (caught.value.everywhere, caught.value.rank) == (True, LAST)
-
-
-@pytest.mark.mpi
-def test_what_rank_0_lacks_is_a_difference_too() -> None:
-    mine = {"NumPy": "2.4.0"} if WORLD.rank == LAST else {}
-    if LAST == 0:
-        one_job.check_alike(WORLD, Clock(), mine)
-        return
-    with pytest.raises(ConfigError, match=r"ranks differ in NumPy: 2.4.0 \(rank \d+ on .*\), none \(rank 0\)"):
-        one_job.check_alike(WORLD, Clock(), mine)
