@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
@@ -162,3 +163,40 @@ def test_ranks_are_named_as_the_launcher_numbers_them() -> None:
         with pytest.raises(ConfigError, match=rf"ranks differ in cards: one \(rank 0 on .*\), none \(rank {LAST}\)"):
             team.check_alike(values)
     turned.Free()
+
+
+@pytest.mark.mpi
+def test_ranks_that_are_alike_may_begin() -> None:
+    everyone = of_all()
+    everyone.check_alike({"NumPy": "2.4.0"}, "install it")
+    assert everyone.clock.activity == "start"
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("hint", ["", "install the same everywhere"])
+@pytest.mark.parametrize("version", ["2.5.0", None])
+def test_a_rank_that_differs_is_named_on_all_ranks(version: str | None, hint: str) -> None:
+    here = {"mpiml": "0.1.0", "NumPy": "2.4.0"}
+    if WORLD.rank == LAST and version:
+        here["NumPy"] = version
+    elif WORLD.rank == LAST:
+        del here["NumPy"]
+    if WORLD.size == 1:
+        of_all().check_alike(here, hint)
+        return
+    with pytest.raises(ConfigError) as caught:
+        of_all().check_alike(here, hint)
+    where = f"rank {LAST} on {os.uname().nodename}"
+    text = f"ranks differ in NumPy: {version or 'none'} ({where}), 2.4.0 (rank 0)"
+    assert str(caught.value) == (f"{text}; {hint}" if hint else text)
+    assert (caught.value.everywhere, caught.value.rank) == (True, LAST)
+
+
+@pytest.mark.mpi
+def test_what_rank_0_lacks_is_a_difference_too() -> None:
+    here = {"NumPy": "2.4.0"} if WORLD.rank == LAST else {}
+    if LAST == 0:
+        of_all().check_alike(here)
+        return
+    with pytest.raises(ConfigError, match=r"ranks differ in NumPy: 2.4.0 \(rank \d+ on .*\), none \(rank 0\)"):
+        of_all().check_alike(here)

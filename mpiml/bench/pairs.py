@@ -64,7 +64,7 @@ def times(
 
 
 def seconds(action: Action | None, repeats: int) -> float:
-    """The mean time of a call, after one that does not count: ranks leave the barrier at different times, and this first call
+    """The mean time of a call, after one that does not count: ranks leave the barrier at different times, and this one
     brings them into step."""
     if action is None:
         return 0.0

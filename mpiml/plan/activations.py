@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import tracemalloc
 
@@ -31,7 +30,6 @@ def bytes_of_a_row(stage: StageDesign, last: bool) -> float:
 
 def _held(stage: StageDesign, rows: int) -> int:
     """Bytes of arrays that a forward pass of `rows` rows leaves allocated."""
-    gc.collect()
     tracemalloc.start()
     try:
         with np.errstate(all="ignore"):

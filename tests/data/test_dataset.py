@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 
@@ -214,3 +215,21 @@ def test_labels_that_are_ignored_are_minus_one_to_losses_and_metrics(dtype: str)
 )
 def test_minus_one_is_no_label_where_a_row_has_several(y: np.ndarray, said: int | None, ignored: int | None) -> None:
     assert Dataset.from_arrays(np.zeros((4, 2)), y, np.zeros((4, 2)), y).ignored(said) == ignored
+
+
+def test_a_function_gives_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = ["from mpiml.data.dataset import Dataset", "import numpy as np", "x = np.eye(4)"]
+    lines += ["def mine(): return Dataset.from_arrays(x, [0, 1, 0, 1], x, [0, 1, 0, 1])", "def other(): return x"]
+    (tmp_path / "my_rows.py").write_text("\n".join(lines) + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    assert len(open_dataset("my_rows:mine").train) == 4
+    with pytest.raises(DataError, match="my_rows:other: must return a Dataset, but returns ndarray"):
+        open_dataset("my_rows:other")
+    with pytest.raises(ConfigError, match="my_rows:none: module 'my_rows' has no attribute 'none'"):
+        open_dataset("my_rows:none")
+    with pytest.raises(ConfigError, match="no_rows:mine: no module no_rows"):
+        open_dataset("no_rows:mine")
+    (tmp_path / "needs_more.py").write_text("import no_such_thing\n")
+    with pytest.raises(ModuleNotFoundError, match="no_such_thing"):  # with a traceback: it is the module's own mistake
+        open_dataset("needs_more:mine")

@@ -11,9 +11,11 @@ import pytest
 
 from mpiml.data.hdf5 import HDF5Source, hdf5_column, open_hdf5
 from mpiml.data.sources import ArraySource
+from tests.data import samples
+from tests.data.damage import cut, of_text, refusal, rewrite
+from tests.data.samples import ARRAYS
 
 h5py = pytest.importorskip("h5py")
-
 X = np.random.default_rng(0).random((30, 4, 3), dtype=np.float32)
 WHOLE = np.arange(-15, 15, dtype=np.int32)
 
@@ -107,3 +109,94 @@ def test_rows_are_those_that_were_saved(tmp_path: Path, kind: str) -> None:
     rows = source.rows(some)
     rows[...] = 1  # fresh: neither the file nor what is mapped changes
     np.testing.assert_array_equal(source.rows(some), expected[some])
+
+
+def in_hdf5(change: Callable[..., None], *, chunks: bool = False) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        import h5py
+
+        samples.hdf5(path.parent, chunks)
+        with h5py.File(path, "r+") as file:
+            change(file)
+
+    return write
+
+
+def instead(key: str, **new: object) -> Callable[..., None]:
+    def change(file) -> None:
+        del file[key]
+        file.create_dataset(key, **new)
+
+    return change
+
+
+def group(file) -> None:
+    del file["y_test"]
+    file.create_group("y_test")
+
+
+def nothing(file) -> None:
+    import h5py
+
+    del file["y_test"]
+    file["y_test"] = h5py.Empty("f")
+
+
+def half_written(file) -> None:
+    instead("x_train", shape=(23, 4, 3), dtype="u1", chunks=(4, 4, 3))(file)
+    file["x_train"][:12] = 1
+
+
+def checked_sum(file) -> None:
+    instead("x_train", data=ARRAYS["x_train"], chunks=(4, 4, 3), fletcher32=True)(file)
+
+
+def flip_in_the_middle(path: Path) -> None:
+    """Change a byte of an image in the third chunk."""
+    in_hdf5(checked_sum)(path)
+    row = ARRAYS["x_train"][9].tobytes()
+    rewrite(path, lambda raw: raw.replace(row, bytes([row[0] ^ 1]) + row[1:]))
+
+
+def hdf5_cut(path: Path) -> None:
+    samples.hdf5(path.parent)
+    cut(-10)(path)
+
+
+HDF5: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no HDF5": (of_text("hello"), "file signature not found"),
+    "empty": (of_text(""), "cannot read"),
+    "truncated": (hdf5_cut, "truncated file"),
+    "missing": (lambda path: None, "No such file"),
+    "no labels": (
+        in_hdf5(lambda file: file.pop("y_train")),
+        "has no data set y_train; it holds x_test, x_train, y_test",
+    ),
+    "group": (in_hdf5(group), "y_test is a group, not a data set"),
+    "no space": (in_hdf5(nothing), "y_test is empty"),
+    "a number": (in_hdf5(instead("y_test", data=3)), "y_test is a single number"),
+    "strings": (in_hdf5(instead("y_test", data=np.full(7, b"cat"))), "y_test has dtype |S3"),
+    "objects": (in_hdf5(instead("y_test", data=["cat"] * 7)), "y_test has dtype object"),
+    "never written": (
+        in_hdf5(instead("x_train", shape=(23, 4, 3), dtype="f4")),
+        "x_train: its header declares 1,104 bytes, but the file holds 0",
+    ),
+    "terabytes declared": (in_hdf5(instead("x_train", shape=(1 << 40, 4), dtype="f4")), "but the file holds 0"),
+    "half written": (in_hdf5(half_written), "x_train: its header declares 6 chunks, but the file holds 3"),
+    "a chunk is damaged": (flip_in_the_middle, "x_train: damaged at row 0 or after it"),
+    "nan": (in_hdf5(instead("x_test", data=np.full((7, 4, 3), np.nan))), "x_test: 7 rows hold values"),
+    "label": (
+        in_hdf5(instead("y_train", data=np.arange(23) - 2)),
+        "y_train: label -2 is below 0",
+    ),
+    "images != labels": (in_hdf5(instead("y_train", data=np.arange(9))), "x_train has 23 rows, but y_train has 9"),
+}
+
+
+@pytest.mark.parametrize("what", HDF5)
+def test_a_bad_hdf5_file_is_refused_in_a_line(tmp_path: Path, what: str) -> None:
+    damage, words = HDF5[what]
+    damage(tmp_path / "d.h5")
+    message = refusal(tmp_path / "d.h5")
+    assert words in message
+    assert "d.h5" in message or message.startswith("d: x_train has")

@@ -1,8 +1,9 @@
-"""Sources: stored and compressed members give the same rows, and a bad file is a DataError that names it."""
+"""NumPy's files: stored and compressed members give the same rows, and a bad file is a DataError that names it."""
 
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zipfile
 from collections.abc import Callable
@@ -11,9 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mpiml.data.dataset import open_dataset
 from mpiml.data.npy import CompressedSource, npz_member
 from mpiml.data.sources import CHUNK, ArraySource, Source
 from mpiml.errors import DataError
+from tests.data import samples
+from tests.data.damage import cut, longer, of_text, refusal, replaced_by, rewrite
 
 RANDOM = np.random.default_rng(0)
 ARRAYS = {
@@ -187,3 +191,82 @@ def test_no_damaged_byte_is_a_crash_or_a_wrong_row(tmp_path: Path, array: np.nda
 def test_an_array_of_one_number_has_no_rows() -> None:
     with pytest.raises(DataError, match="y_test is a single number"):
         ArraySource(3, "y_test")
+
+
+def another(array: object) -> Callable[[Path], None]:
+    """Put another array in place of a .npy file."""
+    return lambda path: np.save(path, np.asarray(array), allow_pickle=True)
+
+
+def header(shape: str, values: int = 276, version: int = 1, length: int | None = None) -> Callable[[Path], None]:
+    """Put a .npy file of bytes in place of another, whose header says what it likes."""
+
+    def change(path: Path) -> None:
+        text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+        size = struct.pack("<H" if version == 1 else "<I", len(text) if length is None else length)
+        path.write_bytes(b"\x93NUMPY" + bytes([version, 0]) + size + text + bytes(values))
+
+    return change
+
+
+def with_value(key: str, row: int, value: float, dtype: str = "float32") -> Callable[[Path], None]:
+    changed = samples.ARRAYS[key].astype(dtype)
+    changed[row] = value
+    return another(changed)
+
+
+NPY: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "missing": ("x_test.npy", Path.unlink, "x_test.npy: No such file"),
+    "truncated": ("x_train.npy", cut(-5), "x_train.npy: its header declares 276 bytes, but the file holds 271"),
+    "oversized": ("x_test.npy", longer, "x_test.npy: its header declares 84 bytes, but the file holds 92"),
+    "header cut": ("x_train.npy", cut(40), "x_train.npy is not an array in .npy format"),
+    "empty file": ("x_train.npy", cut(0), "x_train.npy is not an array in .npy format"),
+    "magic": ("y_train.npy", lambda p: rewrite(p, lambda r: b"\x93NUMPX" + r[6:]), "y_train.npy is not an array"),
+    "version": ("y_train.npy", lambda p: rewrite(p, lambda r: r[:6] + b"\x09" + r[7:]), "y_train.npy is not an array"),
+    "text": ("y_train.npy", of_text("1\n2\n3\n"), "y_train.npy is not an array in .npy format"),
+    "pickled": ("x_train.npy", another(np.array([{}, None], object)), "pickled objects are never read"),
+    "complex": ("x_train.npy", another(np.ones((23, 4, 3), complex)), "x_train.npy has dtype complex128"),
+    "strings": ("y_train.npy", another(np.full(23, "cat")), "y_train.npy has dtype <U3"),
+    "dates": ("y_test.npy", another(np.zeros(7, "M8[s]")), "y_test.npy has dtype datetime64"),
+    "one number": ("y_test.npy", another(3), "y_test.npy is a single number"),
+    "more rows declared than any disk has": ("x_train.npy", header("(10**15, 4, 3)"), "x_train.npy is not an array"),
+    "more declared": ("x_train.npy", header("(1000000000000000, 4, 3)"), "declares 12,000,000,000,000,000 bytes"),
+    "negative": ("x_train.npy", header("(-23, -4, 3)"), "x_train.npy: its header declares 276 bytes"),
+    "huge header": ("x_train.npy", header("(23, 4, 3)", 276, 2, 0xFFFFFFFF), "header claims 4,294,967,295 bytes"),
+    "images != labels": ("y_train.npy", another(np.zeros(22, int)), "x_train has 23 rows, but y_train has 22"),
+    "no rows": ("x_test.npy", another(np.zeros((0, 4, 3))), "x_test has 0 rows, but y_test has 7"),
+    "no values": ("x_test.npy", another(np.zeros((7, 4, 0))), "rows of x_test are (4, 0)"),
+    "other rows": ("x_test.npy", another(np.zeros((7, 12))), "rows of x_train are (4, 3), of x_test (12,)"),
+    "labels of two kinds": ("y_test.npy", another(np.zeros(7)), "y_train is uint8, but y_test is float64"),
+    "two labels a row": ("y_train.npy", another(np.zeros((23, 2), int)), "rows of y_train are (2,), of y_test ()"),
+    "nan": ("x_train.npy", with_value("x_train", 17, np.nan), "x_train.npy: 1 rows hold values that are not finite"),
+    "nan's row": ("x_train.npy", with_value("x_train", 17, np.nan), "the first is row 17"),
+    "infinite": ("x_test.npy", with_value("x_test", 2, -np.inf, "float16"), "not finite, the first is row 2"),
+    "negative label": (
+        "y_train.npy",
+        with_value("y_train", 4, -2, "int8"),
+        "label -2 is below 0",
+    ),
+    "its row": ("y_train.npy", with_value("y_train", 4, -2, "int8"), "in row 4"),
+    "label beyond all rows": ("y_test.npy", with_value("y_test", 5, 60, "int8"), "y_test.npy: label 60 makes more"),
+    "directory": ("x_test.npy", replaced_by(Path.mkdir), "cannot read"),
+    "pipe": ("x_test.npy", replaced_by(os.mkfifo), "x_test.npy: is not a regular file"),
+    "link to nowhere": ("x_test.npy", replaced_by(lambda p: p.symlink_to("gone")), "x_test.npy: No such file"),
+    "not ours": ("x_test.npy", lambda p: p.chmod(0), "x_test.npy: Permission denied"),
+}
+
+
+@pytest.mark.parametrize("what", NPY)
+def test_a_bad_npy_file_is_refused_in_a_line(tmp_path: Path, what: str) -> None:
+    if what == "not ours" and os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    file, damage, words = NPY[what]
+    damage(samples.npy(tmp_path) / file)
+    assert words in refusal(tmp_path)
+
+
+def test_npy_in_column_order(tmp_path: Path) -> None:
+    for key, array in samples.ARRAYS.items():
+        np.save(tmp_path / f"{key}.npy", np.asfortranarray(array))
+    rows = open_dataset(str(tmp_path)).train.x.rows(np.array([4, 2]))
+    np.testing.assert_array_equal(rows, samples.ARRAYS["x_train"][[4, 2]])

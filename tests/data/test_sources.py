@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from mpiml.data import sources
 from mpiml.data.dataset import open_dataset
 from mpiml.data.formats import Options
 from mpiml.data.npy import npy_file, npz_member
 from mpiml.data.sources import ArraySource, Indices, Source
+from mpiml.errors import DataError
+from tests.data.samples import OPTIONS, hdf5, parquet
 
 ROWS = 4096
 PLAIN = np.random.default_rng(0).random((ROWS, 16, 12), dtype=np.float32)  # 3 MB
@@ -85,6 +90,23 @@ def test_no_rows_and_rows_that_are_not_there(tmp_path: Path, layout: str) -> Non
     assert source.rows(SOME[:0]).shape == (0, 16, 12)
     with pytest.raises(IndexError):
         source.rows(np.array([ROWS]))
+
+
+@pytest.mark.parametrize(("module", "write", "extra"), [("h5py", hdf5, "hdf5"), ("pyarrow", parquet, "parquet")])
+def test_a_missing_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, write: Any, extra: str
+) -> None:
+    path = write(tmp_path)
+    for name in [n for n in sys.modules if n == module or n.startswith(f"{module}.")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(DataError, match=rf'needs {module}: pip install "mpiml\[{extra}\]"'):
+        open_dataset(str(path), OPTIONS)
+
+
+def test_runs() -> None:
+    for rows, expected in (([], []), ([4], [(0, 1)]), ([1, 2, 3, 7, 8, 8, 9], [(0, 3), (3, 5), (5, 7)])):
+        assert list(sources.runs(np.array(rows, int))) == expected
 
 
 def test_windows_of_a_text_are_taken_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

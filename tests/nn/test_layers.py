@@ -1,4 +1,4 @@
-"""Layers: gradients against finite differences, micro-batches in flight, dropout's keys, shapes and names."""
+"""All layers alike: gradients against finite differences, micro-batches in flight, shapes and names."""
 
 from __future__ import annotations
 
@@ -13,13 +13,10 @@ import pytest
 from mpiml.nn import layers as nn
 from mpiml.nn.layers import (
     GELU,
-    At,
     AvgPool2d,
     BatchNorm2d,
     CausalSelfAttention,
     Conv2d,
-    Dropout,
-    Embedding,
     Flatten,
     GlobalAvgPool,
     GroupNorm,
@@ -35,133 +32,8 @@ from mpiml.nn.layers import (
     SiLU,
     Tanh,
 )
-from mpiml.nn.parameters import Gradients, Layout
-
-AT = At(training=True, seed=3, step=5, microbatch=2)
-TOKENS = 7
-GARBAGE = 1e30  # what gradients hold before `backward`: a backward that adds, or leaves some out, is seen
-
-Stack = Callable[[], list[Layer]]
-CASES: dict[str, tuple[Stack, tuple[int, ...]]] = {
-    "linear": (lambda: [Linear(3, 4)], (3,)),
-    "linear of two axes": (lambda: [Linear(3, 4)], (2, 3)),
-    "relu": (lambda: [ReLU()], (5,)),
-    "tanh": (lambda: [Tanh()], (5,)),
-    "gelu": (lambda: [GELU()], (5,)),
-    "silu": (lambda: [SiLU()], (5,)),
-    "layer norm": (lambda: [LayerNorm(6)], (6,)),
-    "layer norm of two axes": (lambda: [LayerNorm(5)], (2, 5)),
-    "layer norm, large epsilon": (lambda: [LayerNorm(4, epsilon=0.5)], (4,)),
-    "rms norm": (lambda: [RMSNorm(6)], (6,)),
-    "rms norm of two axes": (lambda: [RMSNorm(5)], (2, 5)),
-    "group norm": (lambda: [GroupNorm(2, 6)], (3, 2, 6)),
-    "group norm of one group": (lambda: [GroupNorm(1, 4)], (2, 2, 4)),
-    "group norm of each channel": (lambda: [GroupNorm(3, 3)], (2, 2, 3)),
-    "group norm of one axis": (lambda: [GroupNorm(2, 8)], (8,)),
-    "batch norm": (lambda: [BatchNorm2d(3)], (4, 2, 3)),
-    "batch norm of one place": (lambda: [BatchNorm2d(2, epsilon=0.5)], (1, 1, 2)),
-    "convolution": (lambda: [Conv2d(2, 3)], (4, 5, 2)),
-    "convolution of one channel": (lambda: [Conv2d(1, 2)], (3, 3, 1)),
-    "convolution without padding": (lambda: [Conv2d(2, 3, padding=0)], (4, 3, 2)),
-    "convolution, stride 2": (lambda: [Conv2d(2, 3, stride=2)], (5, 4, 2)),
-    "convolution, stride 2, a rest": (lambda: [Conv2d(1, 2, stride=2, padding=0)], (6, 5, 1)),
-    "convolution, stride beyond kernel": (lambda: [Conv2d(1, 2, 2, 3, 1)], (6, 7, 1)),
-    "convolution 1 x 1": (lambda: [Conv2d(3, 2, 1)], (2, 3, 3)),
-    "convolution 5 x 5, stride 3": (lambda: [Conv2d(1, 2, 5, 3, 1)], (7, 8, 1)),
-    "max pool": (lambda: [MaxPool2d()], (4, 6, 2)),
-    "max pool with a rest": (lambda: [MaxPool2d(2)], (5, 3, 2)),
-    "max pool of three": (lambda: [MaxPool2d(3)], (3, 7, 1)),
-    "average pool": (lambda: [AvgPool2d()], (4, 2, 2)),
-    "average pool with a rest": (lambda: [AvgPool2d(3)], (4, 5, 2)),
-    "global average pool": (lambda: [GlobalAvgPool()], (2, 3, 4)),
-    "images": (
-        lambda: [Reshape((4, 4, 1)), Conv2d(1, 4), GroupNorm(2, 4), SiLU(), MaxPool2d(), Conv2d(4, 2), GlobalAvgPool()],
-        (16,),
-    ),
-    "images, batch norm": (
-        lambda: [Conv2d(1, 3), BatchNorm2d(3), SiLU(), Residual(BatchNorm2d(3), Conv2d(3, 3)), GlobalAvgPool()],
-        (3, 2, 1),
-    ),
-    "embedding": (lambda: [Embedding(TOKENS, 4)], (5,)),
-    "embedding of one id a row": (lambda: [Embedding(TOKENS, 4)], ()),
-    "positional embedding": (lambda: [PositionalEmbedding(3, 4)], (3, 4)),
-    "attention": (lambda: [CausalSelfAttention(6, 2)], (5, 6)),
-    "attention of one head": (lambda: [CausalSelfAttention(4, 1)], (3, 4)),
-    "attention of one place": (lambda: [CausalSelfAttention(4, 2)], (1, 4)),
-    "tokens": (
-        lambda: [
-            Embedding(TOKENS, 4),
-            PositionalEmbedding(3, 4),
-            Residual(LayerNorm(4), CausalSelfAttention(4, 2)),
-            Residual(RMSNorm(4), Linear(4, 5), GELU(), Linear(5, 4)),
-            LayerNorm(4),
-            Linear(4, TOKENS),
-        ],
-        (3,),
-    ),
-    "dropout": (lambda: [Dropout(0.4)], (9,)),
-    "flatten": (lambda: [Flatten()], (2, 3)),
-    "reshape": (lambda: [Reshape((3, 2, 1))], (2, 3)),
-    "residual": (lambda: [Residual(Linear(4, 4))], (4,)),
-    "residual of a stack": (lambda: [Residual(Linear(4, 6), Tanh(), Dropout(0.3), Linear(6, 4))], (4,)),
-    "residual in residual": (lambda: [Residual(Tanh(), Residual(Linear(3, 3), GELU()))], (3,)),
-    "stack": (
-        lambda: [
-            Flatten(),
-            Linear(6, 5),
-            GELU(),
-            LayerNorm(5),
-            Residual(Linear(5, 5), ReLU()),
-            Dropout(0.2),
-            Linear(5, 2),
-        ],
-        (2, 3),
-    ),
-}
-TAKE_TOKENS = {"embedding", "embedding of one id a row", "tokens"}  # whose input has no gradient
-every_case = pytest.mark.parametrize("case", CASES)
-
-
-class Bench:
-    """A case's layers with parameters in one vector, none of them at a special value."""
-
-    def __init__(self, case: str, dtype: str = "float64", skip_first_dx: bool = False):
-        build, self.shape = CASES[case]
-        self.tokens = case in TAKE_TOKENS
-        self.layers = build()
-        nn.name(self.layers)
-        if skip_first_dx:
-            nn.skip_first_dx(self.layers)
-        self.layout = Layout(nn.parameters(self.layers), dtype)
-        self.values = self.layout.zeros()
-        self.layout.bind(self.values)
-        self.values[...] = np.random.default_rng(1).uniform(0.3, 1.2, self.values.size)
-        self.values[::2] *= -1
-
-    def rows(self, count: int, seed: int = 0) -> np.ndarray:
-        """Inputs at a distance from 0, where ReLU has no derivative."""
-        random = np.random.default_rng(seed)
-        if self.tokens:
-            return random.integers(0, TOKENS - 1, (count, *self.shape)).astype(self.layout.dtype)  # the last is rare
-        x = random.uniform(0.1, 1.5, (count, *self.shape)) * random.choice([-1.0, 1.0], (count, *self.shape))
-        return x.astype(self.layout.dtype)
-
-    def gradients(self) -> Gradients:
-        vector = self.layout.zeros()
-        vector += GARBAGE
-        return Gradients(self.layout, vector)
-
-    def forward(self, x: np.ndarray, at: At = AT) -> tuple[np.ndarray, nn.Backward]:
-        return nn.forward(self.layers, x, at)
-
-    def both(self, x: np.ndarray, at: At = AT, seed: int = 9) -> list[np.ndarray]:
-        """Forward and backward of some dy: dx, zero where there is none, and the gradient of every parameter."""
-        y, backward = self.forward(x, at)
-        dy = np.random.default_rng(seed).standard_normal(y.shape).astype(y.dtype)
-        grads = self.gradients()
-        dx = backward(dy, grads)
-        assert dx is not None or self.tokens or not self.layers[0].needs_dx
-        return [np.zeros(x.shape) if dx is None else dx, *(grads[p].copy() for p in self.layout.parameters)]
+from mpiml.nn.parameters import Gradients
+from tests.nn.cases import AT, GARBAGE, Bench, every_case
 
 
 def slopes(f: Callable[[], float], where: np.ndarray, h: float = 1e-5) -> np.ndarray:
@@ -300,12 +172,6 @@ def test_values_by_hand(layer: Layer, x: list, y: list) -> None:
     np.testing.assert_allclose(layer(np.array([x]), AT)[0], [y], rtol=1e-5)
 
 
-def test_linear_by_hand() -> None:
-    layer = Linear(2, 3)
-    layer.weight.value, layer.bias.value = np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), np.array([10.0, 20.0, 30.0])
-    np.testing.assert_array_equal(layer(np.array([[1.0, 10.0]]), AT)[0], [[51, 72, 93]])
-
-
 @pytest.mark.parametrize("case", ["linear", "layer norm", "residual", "stack"])
 def test_a_gradient_that_nobody_reads_changes_no_other(case: str) -> None:
     x = Bench(case).rows(3)
@@ -366,36 +232,6 @@ def test_operations_are_counted() -> None:
     assert nn.stack_flops(layers, (2, 3)) == [0, 2 * 6 * 5, 5, 2 * 5 * 5 + 5, 2 * 5 * 2]
 
 
-def dropped(at: At = AT, path: str = "layers.0", rate: float = 0.3, rows: int = 400) -> np.ndarray:
-    layer = Dropout(rate)
-    layer.path = path
-    return layer(np.ones((rows, 50)), at)[0]
-
-
-def test_dropout_is_a_function_of_its_place_in_the_run() -> None:
-    np.testing.assert_array_equal(dropped(), dropped())
-    others = [dropped(dataclasses.replace(AT, **{key: 9})) for key in ("seed", "step", "microbatch")]
-    for other in [*others, dropped(path="layers.1")]:
-        assert 0.3 < np.mean(other != dropped()) < 0.5  # independent masks differ in 2 x 0.3 x 0.7 = 0.42
-
-
-def test_dropout_keeps_the_mean() -> None:
-    y = dropped()
-    assert set(np.unique(y)) == {0.0, 1 / 0.7}
-    assert y.mean() == pytest.approx(1, abs=0.02)  # four standard deviations
-
-
-def test_dropout_is_off_in_evaluation_and_at_rate_0() -> None:
-    np.testing.assert_array_equal(dropped(nn.At(training=False)), np.ones((400, 50)))
-    np.testing.assert_array_equal(dropped(rate=0.0), np.ones((400, 50)))
-
-
-@pytest.mark.parametrize("rate", [-0.1, 1.0, float("nan")])
-def test_dropout_rate_is_a_probability_below_1(rate: float) -> None:
-    with pytest.raises(ValueError, match="dropout rate"):
-        Dropout(rate)
-
-
 @pytest.mark.parametrize(
     ("make", "named"),
     [
@@ -413,33 +249,6 @@ def test_sizes_that_cannot_be_are_refused(make: Callable[[], Layer], named: list
     assert all(word in str(error.value) for word in named)
 
 
-def test_equal_values_in_a_window_share_no_gradient() -> None:
-    x = np.zeros((1, 2, 2, 1))
-    x[0, 1, :] = 5
-    _, backward = MaxPool2d()(x, AT)
-    np.testing.assert_array_equal(backward(np.full((1, 1, 1, 1), 3.0), None)[0, :, :, 0], [[0, 0], [3, 0]])
-
-
-def test_a_place_sees_none_that_comes_later() -> None:
-    bench = Bench("attention")
-    x = bench.rows(2)
-    y, _ = bench.forward(x)
-    x[:, 3:] += 1
-    changed, _ = bench.forward(x)
-    np.testing.assert_array_equal(changed[:, :3], y[:, :3])
-    assert np.all(changed[:, 3:] != y[:, 3:])
-
-
-@pytest.mark.parametrize("queries", [1, 2, 3])
-def test_attention_in_blocks_is_attention(monkeypatch: pytest.MonkeyPatch, queries: int) -> None:
-    bench = Bench("attention")
-    x = bench.rows(2)
-    whole = [bench.forward(x)[0], *bench.both(x)]
-    monkeypatch.setattr("mpiml.nn.attention.QUERIES", queries)
-    for part, expected in zip([bench.forward(x)[0], *bench.both(x)], whole, strict=True):
-        np.testing.assert_allclose(part, expected, rtol=1e-12, atol=1e-13)
-
-
 @pytest.mark.parametrize(
     "case", ["gelu", "layer norm", "rms norm of two axes", "batch norm", "convolution", "convolution, stride 2"]
 )
@@ -451,37 +260,3 @@ def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch, case: str) -> Non
     monkeypatch.setattr("mpiml.nn.tiling.tiles.__defaults__", (100,))
     for part, expected in zip([bench.forward(x)[0], *bench.both(x)], whole, strict=True):
         np.testing.assert_allclose(part, expected, rtol=1e-12, atol=1e-13)
-
-
-def test_large_scores_do_not_overflow() -> None:
-    bench = Bench("attention", "float32")
-    y, backward = bench.forward(bench.rows(2) * 1e4)
-    assert np.isfinite(y).all()
-    assert np.isfinite(backward(y, bench.gradients())).all()
-
-
-def test_group_norm_of_large_images_far_from_zero_is_as_exact_as_float32_allows() -> None:
-    """Whose mean is 100 deviations: half a unit in the last place of an input is 4e-6 of a deviation."""
-    x = np.random.default_rng(0).normal(100, 1, (1, 150, 150, 4)).astype(np.float32)
-    (layer,) = layers = [GroupNorm(2, 4)]
-    layout = Layout(nn.parameters(layers), "float32")
-    layout.bind(layout.zeros())
-    layer.gain.value[...] = 1
-    exact = x.reshape(-1, 2, 2).astype(np.float64)
-    exact = (exact - exact.mean(axis=(0, 2), keepdims=True)) / np.sqrt(exact.var(axis=(0, 2), keepdims=True) + 1e-5)
-    np.testing.assert_allclose(layer(x, AT)[0], exact.reshape(x.shape), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("token", [-1, TOKENS])
-def test_a_token_that_has_no_vector_is_refused(token: int) -> None:
-    with pytest.raises(ValueError, match=f"{token}.*0 to {TOKENS - 1}"):
-        Bench("embedding").forward(np.array([[0.0, 1, 2, 3, token]]))
-
-
-def test_equal_tokens_add_their_gradients() -> None:
-    bench = Bench("embedding")
-    grads, (weight,) = bench.gradients(), bench.layout.parameters
-    y, backward = bench.forward(np.array([[2.0, 5, 2, 2, 0]]))
-    np.testing.assert_array_equal(y[0], weight.value[[2, 5, 2, 2, 0]])
-    backward(np.arange(5.0)[None, :, None] * np.ones(4), grads)
-    np.testing.assert_array_equal(grads[weight], np.array([4, 0, 0 + 2 + 3, 0, 0, 1, 0])[:, None] * np.ones(4))

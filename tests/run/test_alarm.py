@@ -11,14 +11,17 @@ import pytest
 
 from mpiml.run import alarm
 
-SOON = "from mpiml.run import alarm; alarm.LEAST = 0.2; alarm.GRACE = 0.1; alarm.TURN = 0.0; import sys, time, ctypes\n"
+SOON = "from mpiml.run import alarm; alarm.GRACE = 0.1; alarm.TURN = 0.0; import sys, time, ctypes\n"
+ALIVE = (
+    0.6  # seconds of a program that gives signs of life at twelfths of it: a busy machine may delay one by ten times
+)
 
 
-def ended(script: str) -> subprocess.CompletedProcess[str]:
-    """What became of a program whose alarm waits for a moment only."""
-    start = "alarm.start('a.program', ['--stall-timeout', '0.1'])\n"
+def ended(script: str, after: float = 0.2) -> subprocess.CompletedProcess[str]:
+    """What became of a program whose alarm waits so many seconds."""
+    start = f"alarm.LEAST = {after}; alarm.start('a.program', ['--stall-timeout', '0.1'])\n"
     command = [sys.executable, "-c", SOON + start + script]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -63,18 +66,19 @@ def test_process_that_is_stuck_while_python_ends_is_ended_by_the_kernel() -> Non
 
 
 def test_whoever_says_what_comes_next_has_the_whole_time_again() -> None:
-    done = ended("for _ in range(4): alarm.during('one thing after the other'); time.sleep(0.1)\nalarm.off()")
+    lines = ["for _ in range(12):", "    alarm.during('one thing after the other')", f"    time.sleep({ALIVE / 12})"]
+    done = ended("\n".join([*lines, "alarm.off()"]), after=ALIVE - 0.1)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_process_that_reads_is_not_stuck() -> None:
-    lines = ["alarm.during('reading a checkpoint')", "for _ in range(8):", "    open('/dev/zero', 'rb').read(1 << 20)"]
-    done = ended("\n".join([*lines, "    time.sleep(0.05)"]))
+    lines = ["alarm.during('reading a checkpoint')", "for _ in range(12):", "    open('/dev/zero', 'rb').read(1 << 20)"]
+    done = ended("\n".join([*lines, f"    time.sleep({ALIVE / 12})"]), after=ALIVE - 0.1)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_it_is_off_while_others_watch() -> None:
-    done = ended("alarm.during('starting'); alarm.off(); time.sleep(0.4)")
+    done = ended("alarm.during('starting'); alarm.off(); time.sleep(0.3)")
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -90,3 +94,44 @@ def test_within_returns_what_there_is_in_time() -> None:
     began = time.monotonic()
     assert alarm.within(0.05, lambda: time.sleep(20), None) is None  # type: ignore[func-returns-value]
     assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank"),
+    [
+        ({}, 0),
+        ({"PMI_RANK": "3"}, 3),
+        ({"PMIX_RANK": "4", "SLURM_PROCID": "0"}, 4),
+        ({"OMPI_COMM_WORLD_RANK": "5"}, 5),
+        ({"SLURM_PROCID": "6"}, 6),
+        ({"PMI_RANK": "", "SLURM_PROCID": "7"}, 7),
+    ],
+    ids=str,
+)
+def test_the_rank_is_known_before_mpi_is(environment: dict[str, str], rank: int) -> None:
+    assert alarm.rank_by_launcher(environment) == rank
+
+
+def test_what_is_read_and_written_is_progress() -> None:
+    before = alarm.bytes_moved()
+    with open("/dev/zero", "rb") as file:
+        file.read(1 << 20)
+    read = alarm.bytes_moved()
+    with open("/dev/null", "wb") as file:
+        file.write(bytes(1 << 20))
+    assert read - before >= 1 << 20
+    assert alarm.bytes_moved() - read >= 1 << 20
+
+
+def test_without_a_timeout_there_is_no_alarm() -> None:
+    made = alarm.Alarm("a.program", 0.0)
+    made.during("nothing in particular")
+    assert made._thread is None
+
+
+def test_within_acts_at_once_where_there_can_be_no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", full)
+    assert alarm.within(5.0, lambda: 3, 0) == 3

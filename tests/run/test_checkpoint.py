@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import stat
@@ -11,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from mpiml.errors import OutputError
+from mpiml.errors import NotFiniteError, OutputError
 from mpiml.run import checkpoint, directory
 from mpiml.run.checkpoint import Checkpoint
 from tests.forging import ARRAYS, forge
@@ -205,3 +206,98 @@ def test_one_header_that_fits_is_enough_and_none_that_does_is_refused(tmp_path: 
         checkpoint.check_newest(tmp_path, KINDS)
     forge(tmp_path / checkpoint.file_name(7))
     checkpoint.check_newest(tmp_path, KINDS)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, bad: float) -> None:
+    with pytest.raises(NotFiniteError, match="v is not finite after step 3; nothing of it is saved"):
+        checkpoint.save(tmp_path, state(3, {"a": np.ones(3), "v": np.array([1.0, bad])}), 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_newest_are_kept_and_later_ones_do_not_count(tmp_path: Path) -> None:
+    for step in (8, 9, 1, 2, 3):  # as of a run that went on after step 0, its later checkpoints being damaged, say
+        checkpoint.save(tmp_path, state(step), 2)
+    assert [checkpoint._step(path) for path in checkpoint.listed(tmp_path)] == [9, 8, 3, 2]
+
+
+def test_a_whole_file_is_left_alone_and_a_damaged_one_kept_aside(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, state(3), 1)
+    before = path.stat().st_ino
+    assert checkpoint.save(tmp_path, state(3, {"other": np.ones(3)}), 1) == path
+    assert path.stat().st_ino == before
+    for number in range(3):
+        path.write_bytes(b"damaged %d" % number)
+        assert checkpoint.save(tmp_path, state(3), 1) == path
+        assert checkpoint.load(path).step == 3
+    aside = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file != path}
+    assert aside == {
+        "step-000000003.damaged": b"damaged 0",
+        "step-000000003.damaged1": b"damaged 1",
+        "step-000000003.damaged2": b"damaged 2",
+    }
+
+
+def test_the_newest_that_verifies_is_read_and_what_is_wrong_with_newer_ones_is_said(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path) == (None, [])
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, state(step), 9)
+    for path in checkpoint.listed(tmp_path)[:2]:
+        path.write_bytes(path.read_bytes()[:-1])
+    newest, problems = checkpoint.newest(tmp_path)
+    assert newest
+    assert (newest.step, newest.origin) == (1, str(tmp_path / checkpoint.file_name(1)))
+    named = [text.partition(" is damaged: ")[0] for text in problems]
+    assert named == [str(tmp_path / checkpoint.file_name(step)) for step in (3, 2)]
+    checkpoint.listed(tmp_path)[-1].write_bytes(b"")
+    with pytest.raises(OutputError) as error:
+        checkpoint.newest(tmp_path)
+    assert str(error.value).startswith(f"no checkpoint in {tmp_path} can be used: {problems[0]}; {problems[1]}; ")
+
+
+def test_a_byte_that_has_changed_is_noticed_wherever_it_is(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, state(3, {"w": np.arange(4.0)}), 1)
+    whole = path.read_bytes()
+    for place in (len(whole) - 1, whole.index(b"data = "), whole.index(b'"step": "3"') + len(b'"step": "')):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(OutputError, match=r"step-000000003.safetensors is damaged: "):
+            checkpoint.load(path)
+    path.write_bytes(whole)
+    assert checkpoint.load(path).step == 3
+
+
+def test_a_file_of_another_program_is_no_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / checkpoint.file_name(3)
+    for metadata in (None, {"format": "pt"}):
+        save_file({"weight": np.ones(3)}, path, metadata)
+        with pytest.raises(OutputError, match=r"step-000000003.safetensors is not a checkpoint of mpiml"):
+            checkpoint.load(path)
+
+
+def test_only_arrays_that_are_wanted_are_kept_and_all_are_verified(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, state(3, {"a": np.ones(3), "optimizer.mean.a": np.zeros(3)}), 1)
+    assert list(checkpoint.load(path, lambda name: not name.startswith("optimizer.")).arrays) == ["a"]
+    path.write_bytes(path.read_bytes()[:-1] + b"\1")  # of the one that is not wanted
+    with pytest.raises(OutputError, match="does not match its SHA-256"):
+        checkpoint.load(path, lambda name: not name.startswith("optimizer."))
+
+
+def test_a_digest_is_of_names_shapes_dtypes_and_bytes_in_little_endian() -> None:
+    def of(name: str, array: Any) -> str:
+        return checkpoint.digest([(name, array)])
+
+    array = np.arange(6.0)
+    expected = hashlib.sha256(b"w [2, 3] float64\n" + array.astype("<f8").tobytes()).hexdigest()
+    assert of("w", array.reshape(2, 3)) == expected
+    assert of("w", array.reshape(2, 3).astype(">f8")) == expected
+    assert of("w", np.asfortranarray(array.reshape(2, 3))) == expected
+    others = [of("v", array.reshape(2, 3)), of("w", array), of("w", array.reshape(2, 3).view(np.int64))]
+    others.append(checkpoint.digest([("w", array[:3]), ("w", array[3:])]))
+    assert len({expected, *others}) == 5
+
+
+def test_the_last_step_is_that_of_the_newest_file(tmp_path: Path) -> None:
+    assert checkpoint.last_step(tmp_path) == 0
+    for step in (30, 4):
+        (tmp_path / checkpoint.file_name(step)).write_bytes(b"whatever it holds")
+    assert checkpoint.last_step(tmp_path) == 30

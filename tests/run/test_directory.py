@@ -7,6 +7,8 @@ import json
 import math
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -201,16 +203,138 @@ def test_a_result_is_json_whatever_a_metric_is(tmp_path: Path) -> None:
     assert json.loads(text, parse_constant=pytest.fail) == GOOD | {"accuracy": None, "step": 3}
 
 
-@pytest.mark.parametrize("text", ["[]", '{"data": 5}', '{"data": "abc"}', '{"data": [["a", 1]]}', "[" * 100_000, "{"])
-def test_a_damaged_environment_is_one_line(tmp_path: Path, text: str) -> None:
-    (tmp_path / "environment.json").write_text(text)
-    with pytest.raises(OutputError, match=r"environment.json is damaged: .*; if you remove it"):
-        environment.data(tmp_path)
-    assert environment.host(tmp_path, 0) == "unknown"  # a name in a message: no reason to end a run
+def test_a_reason_without_its_traceback_is_better_than_half_of_both(tmp_path: Path) -> None:
+    """The disk is full: the file has the block that it has, and may not become longer."""
+    write_result(tmp_path, {"status": "running", "ranks": 1})
+    script = f"""
+import resource
+from pathlib import Path
+from mpiml.run.result import update_result
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+update_result(Path({str(tmp_path)!r}), {{"status": "failed", "reason": "the loss", "traceback": "x" * 8000}})
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert read_result(tmp_path) == {"status": "failed", "ranks": 1, "reason": "the loss"}
 
 
-def test_the_environment_of_a_run(tmp_path: Path) -> None:
-    assert environment.data(tmp_path) is None
-    (tmp_path / "environment.json").write_text('{"data": [["a", "b"]], "ranks": [{"host": "n1"}, {"host": "n2"}]}')
-    assert environment.data(tmp_path) == [["a", "b"]]
-    assert [environment.host(tmp_path, rank) for rank in range(3)] == ["n1", "n2", "unknown"]
+def test_runs_without_a_name_of_their_own_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = []
+    for name in ("digits", "digits", "other"):
+        held = RunDirectory.create(None, name)
+        held.close()
+        made.append(str(held.path))
+    Path("runs/digits-004").touch()
+    for _ in range(2):  # nothing that is there is taken, whatever it is
+        held = RunDirectory.create(None, "digits")
+        held.close()
+        made.append(str(held.path))
+    assert made == [f"runs/{name}" for name in ("digits-001", "digits-002", "other-001", "digits-003", "digits-005")]
+
+
+def test_a_directory_is_made_with_those_above_it(tmp_path: Path) -> None:
+    held = RunDirectory.create(str(tmp_path / "a" / "b"), "n")
+    assert held.path.is_dir()
+    assert held.notes == []
+    held.close()
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"cannot create the run directory .*/file: File exists"):
+        RunDirectory.create(str(tmp_path / "file"), "n")
+
+
+def test_where_runs_cannot_be_made_the_place_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").touch()
+    with pytest.raises(OutputError, match=rf"cannot create the run directory in {tmp_path}/runs: File exists"):
+        RunDirectory.create(None, "n")
+
+
+def test_a_directory_that_cannot_be_locked_is_worth_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = RunDirectory.create(str(tmp_path / "run"), "n")
+    monkeypatch.setattr(held._lock, "kernel_locks", False)
+    (note,) = held.notes
+    assert note.startswith(f"warning: {tmp_path / 'run'} cannot be locked: a second job in it is noticed only when")
+    held.close()
+
+
+def test_of_two_jobs_in_a_directory_the_second_is_refused(tmp_path: Path) -> None:
+    held = opened(tmp_path / "run", resume=False)
+    with pytest.raises(DirectoryError, match="is in use by another job"):
+        RunDirectory.create(str(tmp_path / "run"), "n")
+    held.close()
+    opened(tmp_path / "run", resume=False).close()
+
+
+@pytest.mark.parametrize(
+    ("files", "holds"),
+    [
+        ([], False),
+        (["notes.txt", "result.json", "environment.json", "checkpoints/"], False),
+        (["config.toml"], True),
+        (["metrics.jsonl"], True),
+        (["checkpoints/", "checkpoints/notes"], False),
+        (["checkpoints/", "checkpoints/step-000000001.safetensors"], True),
+    ],
+)
+def test_what_makes_a_directory_that_of_a_run(tmp_path: Path, files: list[str], holds: bool) -> None:
+    for name in files:
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).touch()
+    assert directory.holds_run(tmp_path) == holds
+
+
+@pytest.mark.parametrize(
+    ("path", "own"),
+    [
+        ("run", True),
+        ("run/config.toml", True),
+        ("run/checkpoints/step-000000001.safetensors", True),
+        ("run/../run/.lock", True),
+        ("link/result.json", True),
+        ("run/my.json", False),
+        ("run/sub/config.toml", False),
+        ("config.toml", False),
+        ("run2/config.toml", False),
+    ],
+)
+def test_what_belongs_to_a_run(tmp_path: Path, path: str, own: bool) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    assert directory.is_own(tmp_path / path, tmp_path / "run") == own
+
+
+def test_a_file_and_its_directory_are_put_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_text("content")
+    synced: list[bool] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(stat.S_ISDIR(os.fstat(descriptor).st_mode)))
+    directory.sync_file(tmp_path / "a")
+    assert synced == [False, True]
+    directory.sync_file(tmp_path / "none")
+    assert synced == [False, True]
+
+
+def test_after_an_error_in_the_block_the_old_file_stays(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "a", "old")
+
+    def write_half() -> None:
+        with replacing(tmp_path / "a") as file:
+            file.write(b"half of the new")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        write_half()
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "old"}
+
+
+def test_the_old_file_is_there_until_the_new_one_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, seen = tmp_path / "a", list[str]()
+    write_atomically(path, "old")
+    fsync = os.fsync
+
+    def watched(descriptor: int) -> None:
+        seen.append(path.read_text())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    write_atomically(path, "new")
+    assert seen == ["old", "new"]  # that of the file, and that of the directory

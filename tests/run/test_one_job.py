@@ -1,11 +1,14 @@
-"""How many ranks a launcher meant, from what it leaves in the environment; measured, not read in manuals."""
+"""How many ranks a launcher meant, from what it leaves in the environment (measured, not read in manuals), and what
+software all ranks need alike."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from mpiml.errors import ConfigError
-from mpiml.run import environment, one_job
+from mpiml.run import one_job
+from mpiml.run.environment import mpi_library
 
 STEP = {"SLURM_NTASKS": "16", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}
 
@@ -46,19 +49,7 @@ def test_of_processes_that_are_each_alone_the_first_speaks() -> None:
     assert silent == [False, True, True, True]
 
 
-def test_different_processors_or_kernels_are_a_warning() -> None:
-    one = {"cpu": "A", "blas": "openblas 1 (Zen)"}
-    assert environment.warnings([one, one]) == []
-    assert ["A; B" in text for text in environment.warnings([one, one | {"cpu": "B"}])] == [True]
-    assert ["Zen); x" in text for text in environment.warnings([one, one | {"blas": "x"}])] == [True]
-
-
-def test_name_of_the_library_has_no_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = {
-        "MPICH Version:      5.0.2\nMPICH Release date: x\0": "MPICH 5.0.2",
-        "Open MPI v5.0.3, package: x\0": "Open MPI v5.0.3",
-    }
-    for text, name in told.items():
-        monkeypatch.setattr(environment.MPI, "Get_library_version", lambda text=text: text)
-        assert environment.mpi_library() == name
-        assert one_job.software()["MPI library"] == name
+def test_software_that_all_ranks_need_alike_is_named() -> None:
+    found = one_job.software()
+    assert list(found) == ["MPI library", "mpiml", "NumPy"]
+    assert (found["MPI library"], found["NumPy"]) == (mpi_library(), np.__version__)

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import tracemalloc
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import pytest
-from mpi4py import MPI
 
-from mpiml.clock import Clock
-from mpiml.run.log import Log, Step
 from mpiml.run.step_times import KEPT, WARM_UP, StepTimes, median
-from mpiml.run.stragglers import Pace
-from mpiml.team import Team
 
 
 def noted(seconds: Iterable[float]) -> StepTimes:
@@ -43,19 +36,6 @@ def test_of_a_long_run_every_rank_keeps_the_same_fair_sample() -> None:
     shares = np.histogram(one, 6, (0, steps))[0] / KEPT
     assert np.abs(shares - 1 / 6).max() < 0.015  # five deviations
     assert median(one) == pytest.approx(steps / 2, rel=0.04)
-
-
-def test_a_log_does_not_grow_with_the_steps(tmp_path: Path) -> None:
-    log = Log(Team(MPI.COMM_SELF, Clock()), tmp_path / "metrics.jsonl", 100.0, "r2", Pace(1, [1], [0], crowded=False))
-    tracemalloc.start()
-    for step in range(2000):
-        log.timed(Step(step, 0, 0.0, None, 0.1, None, 0.5 + step % 2, stop=False))
-    after_some = tracemalloc.get_traced_memory()[0]
-    for step in range(KEPT):
-        log.timed(Step(step, 0, 0.0, None, 0.1, None, 0.5 + step % 2, stop=False))
-    assert tracemalloc.get_traced_memory()[0] - after_some < 10_000
-    tracemalloc.stop()
-    assert log.samples_per_second() in (100 / 0.5, 100 / 1.0, round(100 / 1.5, 1))
 
 
 def test_median() -> None:

@@ -1,17 +1,25 @@
-"""What the watch takes for progress, and whom it names."""
+"""What the watch takes for progress, whom it names, and how it begins and ends."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mpi4py import MPI
 
 from mpiml.clock import ACTIVITIES, Clock
-from mpiml.errors import RunError
+from mpiml.errors import DataError, RunError, StallError
+from mpiml.run import alarm
 from mpiml.run import watch as module
-from mpiml.run.watch import Sign, Watch, _places
+from mpiml.run.processes import Process
+from mpiml.run.watch import LOOKS, Sign, Watch, _places, neighbour
 
 TIMEOUT = 5.0
 
@@ -83,3 +91,177 @@ def test_every_activity_can_be_sent(watch: Watch) -> None:
     for activity in ACTIVITIES:
         watch.clock(activity)
         watch._send(0.0)
+
+
+def test_long_work_that_moves_is_no_stall(watch: Watch) -> None:
+    watch.clock("data")
+    for seconds in range(0, 60, 3):
+        watch.clock.progress()
+        assert not look(watch, seconds)
+    assert look(watch, 57 + TIMEOUT + 1)
+
+
+def test_whoever_waits_for_others_may_stand_still(watch: Watch) -> None:
+    for activity in ("waiting", "communication", "joining"):
+        watch.clock(activity)
+        look(watch, 0)
+        assert not look(watch, TIMEOUT + 1)
+
+
+def test_a_process_that_has_ended_ends_the_job_after_some_looks(watch: Watch) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        watch._processes = {"rank 3 has ended without a word": (3, Process(child.pid))}
+        watch._ended = dict.fromkeys(watch._processes, 0)
+        for _ in range(2 * LOOKS):
+            watch._look_at_processes()
+        assert not watch.errors  # type: ignore[attr-defined]
+        child.kill()
+        child.wait()
+        for _ in range(LOOKS):
+            watch._look_at_processes()
+        assert not watch.errors  # type: ignore[attr-defined]
+        watch._look_at_processes()
+    (error,) = watch.errors  # type: ignore[attr-defined]
+    assert isinstance(error, StallError)
+    assert (str(error), error.rank) == ("rank 3 has ended without a word", 3)
+
+
+def test_alone_on_its_node_a_rank_has_no_neighbour() -> None:
+    rank, process = neighbour(MPI.COMM_SELF)
+    assert (rank, process.ended, process._descriptor) == (0, False, -1)
+
+
+def test_it_looks_a_few_times_before_the_time_is_up() -> None:
+    intervals = []
+    for timeout in (0.0, 5.0, 60.0, 600.0):
+        made = Watch(MPI.COMM_SELF.Dup(), Clock(), timeout, lambda error: None)
+        intervals.append(made.interval)
+        made.timeout = 0
+        made._end()
+    assert intervals == [0.0, 1.0, 12.0, 30.0]
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_rank_that_has_said_goodbye_may_be_silent(watch: Watch, gone: bool) -> None:
+    now = time.monotonic()
+    watch._signs = {1: Sign(now, now, 3.0, 7, "compute", gone)}
+    watch._look_at_others(now + TIMEOUT + 1)
+    said = [str(error) for error in watch.errors]  # type: ignore[attr-defined]
+    assert said == ([] if gone else ["rank 1 has given no sign of life for 5 s, in step 7 (compute)"])
+
+
+class Looks:
+    """Time as it passes for a watch: so many seconds at each pause; then its block ends."""
+
+    def __init__(self, *pauses: float):
+        self.now, self.pauses = time.monotonic(), list(pauses)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wait(self, pause: float) -> bool:
+        if not self.pauses:
+            return True
+        self.now += self.pauses.pop(0)
+        return False
+
+    def set(self) -> None:
+        """The end of the block."""
+
+
+def watched(watch: Watch, monkeypatch: pytest.MonkeyPatch, *pauses: float) -> list[RunError]:
+    """What a watch says whose thread has run through such pauses."""
+    looks = Looks(*pauses)
+    watch._own.heard = watch._own.moved = looks.now
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=looks.monotonic, sleep=time.sleep))
+    monkeypatch.setattr(watch, "_ending", looks)
+    monkeypatch.setattr(module, "bytes_moved", int)
+    watch.clock("data")
+    watch.run()
+    monkeypatch.undo()
+    return watch.errors  # type: ignore[attr-defined, no-any-return]
+
+
+def test_a_thread_looks_until_the_block_ends(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = watched(watch, monkeypatch, *[1.0] * 7)  # it moves once, and then no more for six seconds
+    assert [str(error) for error in errors] == ["rank 0 has made no progress for 5 s, in step 0 (data)"]
+
+
+def test_a_process_that_was_stopped_itself_judges_nobody_by_the_time_before(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not watched(watch, monkeypatch, 1.0, 3600.0, 1.0, 1.0)
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "mpiml-watch"]
+
+
+def test_it_runs_for_the_length_of_a_block_also_if_that_ends_by_an_error() -> None:
+    def fail() -> None:
+        with Watch(MPI.COMM_SELF.Dup(), Clock(), 600.0, lambda error: None):
+            assert threads() == ["mpiml-watch"]
+            raise DataError("row 3 is bad")
+
+    with pytest.raises(DataError):
+        fail()
+    assert not threads()
+
+
+def test_without_a_timeout_nothing_watches() -> None:
+    with Watch(MPI.COMM_SELF.Dup(), Clock(), 0.0, lambda error: None) as made:
+        assert not threads()
+        assert made.notes == []
+
+
+def test_while_it_watches_the_alarm_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(alarm, "off", lambda: said.append("off"))
+    monkeypatch.setattr(alarm, "during", said.append)
+    with Watch(MPI.COMM_SELF.Dup(), Clock(), 600.0, lambda error: None):
+        assert said == ["off"]
+    assert said == ["off", "ending"]
+
+
+WORLD = MPI.COMM_WORLD
+LAST = WORLD.size - 1
+
+
+@pytest.mark.mpi
+def test_the_neighbour_is_the_next_rank_of_the_node() -> None:
+    rank, process = neighbour(WORLD)
+    assert rank == (WORLD.rank + 1) % WORLD.size
+    assert not process.ended
+    pids = WORLD.allgather(os.getpid())
+    if WORLD.size > 1:
+        about = Path(f"/proc/self/fdinfo/{process._descriptor}").read_text()
+        assert f"\nPid:\t{pids[rank]}\n" in about
+    process.close()
+
+
+@pytest.mark.mpi
+def test_a_rank_that_gives_no_sign_of_life_is_named_by_rank_0_and_the_next_one() -> None:
+    """The others are where they said that they were."""
+    watch = Watch(WORLD.Dup(), Clock(), TIMEOUT, lambda error: None)
+    errors: list[RunError] = []
+    watch.fail = errors.append
+    watch.run = lambda: None  # type: ignore[method-assign] # it looks only when it is told to
+    watch.start()
+    watch.clock.step = 7
+    watch.clock("evaluation")
+    if WORLD.rank != LAST:
+        watch._send(1.0)
+    WORLD.Barrier()
+    late = time.monotonic() + TIMEOUT + 1
+    limit = time.monotonic() + 20
+    heard = {rank for rank in watch._signs if rank != LAST}
+    while any(watch._signs[rank].heard < late for rank in heard) and time.monotonic() < limit:
+        watch._listen(late)
+    watch._look_at_others(late)
+    WORLD.Barrier()
+    watch._end()
+    watchers = {0, LAST and (LAST + 1) % WORLD.size} - {LAST} if LAST else set()
+    said = [f"rank {LAST} has given no sign of life for 5 s, in step 0 (start)"]
+    assert [str(error) for error in errors] == (said if WORLD.rank in watchers else [])
+    assert [error.rank for error in errors] == [LAST] * len(errors)
+    assert {watch._signs[rank].place for rank in heard} <= {"in step 7 (evaluation)"}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -28,77 +25,10 @@ from mpiml.run.checkpoint import Checkpoint
 from mpiml.training.model import build_loss, build_metric, build_model, check_constants, described, objective
 from mpiml.training.resolve import resolve
 from mpiml.training.task import Task
-from mpiml.usercode import is_name, named
-
-MINE = """
-import numpy as np
-from mpiml.nn.layers import Linear, Tanh
-
-def model(shape, outputs):
-    return [Linear(*shape, 6), Tanh(), Linear(6, outputs)]
-
-def broken(shape, outputs):
-    return [Linear(99, outputs)]
-
-def nothing(shape, outputs):
-    return None
-
-def empty(shape, outputs):
-    return []
-
-def absolute(y, labels):
-    error = y - labels.reshape(y.shape)
-    return float(np.abs(error).sum()), float(len(y)), np.sign(error).astype(float)
-
-class Largest:
-    name, columns = "largest", 1
-    def __init__(self, outputs):
-        self.outputs = outputs
-    def sums(self, y, labels):
-        return np.array([y.max()])
-    def value(self, totals):
-        return totals[0]
-
-def alone(y):
-    return 0.0
-
-class Thing:
-    name, columns = "thing", 2
-    sums = value = staticmethod(lambda *_: [0.0, 1.0])
-
-def thing(**given):
-    made = Thing()
-    vars(made).update(given)
-    return lambda outputs: made
-
-five = 5
-one_number = lambda y, labels: 1.0
-negative = lambda y, labels: (1.0, -1.0, y)
-endless = lambda y, labels: (1.0, float("inf"), y)
-no_weight = lambda y, labels: (1.0, None, y)
-no_total = lambda y, labels: (y, 1.0, y)
-of_one_row = lambda y, labels: (1.0, 1.0, y[:1])
-known = thing(name="test_loss")
-nameless = thing(name="")
-uncounted = thing(columns=2.0)
-fewer = thing(columns=3)
-more = thing(columns=1)
-of_labels = thing(sums=alone)
-of_nothing = thing(value=lambda: 1.0)
-word = thing(value=lambda totals: "word")
-vector = thing(value=lambda totals: np.ones(2))
-
-class Places:
-    best = Largest
-    def __init__(self, outputs):
-        pass
-"""
 
 
-@pytest.fixture(autouse=True)
-def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine_of_a_test.py").write_text(MINE)
-    monkeypatch.syspath_prepend(tmp_path)
+def saved(constants: str = "") -> Checkpoint:
+    return Checkpoint(1, "", {}, "", constants, "step-1.safetensors")
 
 
 def layers(final: tuple[int, ...] | None = (3,), shape: tuple[int, ...] = (64,), **settings: object) -> list[Layer]:
@@ -134,7 +64,7 @@ def test_settings_reach_the_model() -> None:
 
 
 def test_a_model_of_ones_own() -> None:
-    own = layers(model="mine_of_a_test:model")
+    own = layers(model="tests.usercode:model")
     assert [layer.outputs for layer in kinds(own, Linear)] == [6, 3]
     assert [layer.path for layer in own] == ["layers.0", "layers.1", "layers.2"]
 
@@ -142,15 +72,15 @@ def test_a_model_of_ones_own() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"model": "mine_of_a_test:broken"}, ["does not fit the data", "99", "(64,)"]),
-        ({"model": "mine_of_a_test:nothing"}, ["list of layers", "NoneType"]),
-        ({"model": "mine_of_a_test:empty"}, ["no layers"]),
-        ({"model": "mine_of_a_test:five"}, ["list of layers", "int"]),
+        ({"model": "tests.usercode:broken"}, ["does not fit the data", "99", "(64,)"]),
+        ({"model": "tests.usercode:nothing"}, ["list of layers", "NoneType"]),
+        ({"model": "tests.usercode:empty"}, ["no layers"]),
+        ({"model": "tests.usercode:five"}, ["list of layers", "int"]),
         (
-            {"model": "mine_of_a_test:alone"},
-            ["--model mine_of_a_test:alone(y): too many positional arguments", "called with (shape, outputs)"],
+            {"model": "tests.usercode:alone"},
+            ["--model tests.usercode:alone(y): too many positional arguments", "called with (shape, outputs)"],
         ),
-        ({"model": "mine_of_a_test:modle"}, ["--model mine_of_a_test:modle", "modle"]),
+        ({"model": "tests.usercode:modle"}, ["--model tests.usercode:modle", "modle"]),
         (
             {"model": "no_such_module_here:model"},
             ["--model no_such_module_here:model", "no module no_such_module_here"],
@@ -175,7 +105,7 @@ def test_a_given_model_stands_in_place_of_the_named_one() -> None:
 
 
 def test_any_shape_will_do_where_loss_and_metric_are_ones_own() -> None:
-    assert len(layers(None, model="mine_of_a_test:model")) == 3
+    assert len(layers(None, model="tests.usercode:model")) == 3
 
 
 def test_token_ids_are_as_many_as_the_data_say() -> None:
@@ -188,7 +118,7 @@ def test_token_ids_are_as_many_as_the_data_say() -> None:
 def test_losses_by_name() -> None:
     assert build_loss(Config(loss="cross_entropy")) is softmax_cross_entropy
     assert build_loss(Config(loss="mse")) is mean_squared_error
-    total, weight, dy = build_loss(Config(loss="mine_of_a_test:absolute"))(
+    total, weight, dy = build_loss(Config(loss="tests.usercode:absolute"))(
         np.array([[1.0], [5.0]]), np.array([3.0, 4.0])
     )
     assert (total, weight, dy.tolist()) == (3, 2, [[-1], [1]])
@@ -199,93 +129,20 @@ def test_metrics_by_name() -> None:
     r2 = build_metric(Config(metric="r2"), 4)
     assert isinstance(r2, R2)
     assert r2.outputs == 4
-    assert build_metric(Config(metric="mine_of_a_test:Largest"), 4).metric.outputs == 4
-    own = build_metric(Config(metric="mine_of_a_test:Places.best"), 4)
+    assert build_metric(Config(metric="tests.usercode:Largest"), 4).metric.outputs == 4
+    own = build_metric(Config(metric="tests.usercode:Places.best"), 4)
     assert (own.name, own.columns, own.sums(np.ones((2, 4)), np.ones(2)), own.value([3])) == ("largest", 1, [1], 3)
-    with pytest.raises(ConfigError, match="--metric mine_of_a_test:Places: Places has no name"):
-        build_metric(Config(metric="mine_of_a_test:Places"), 4)
+    with pytest.raises(ConfigError, match=r"--metric tests.usercode:Places: Places has no name"):
+        build_metric(Config(metric="tests.usercode:Places"), 4)
 
 
 def test_the_objective_is_a_row_of_the_step_record() -> None:
-    score = objective(build_loss(Config(loss="mine_of_a_test:absolute")), build_metric(Config(metric="r2"), 1))
+    score = objective(build_loss(Config(loss="tests.usercode:absolute")), build_metric(Config(metric="r2"), 1))
     y, labels = np.array([[1.0], [5.0]], np.float32), np.array([3.0, 4.0], np.float32)
     assert score(y, labels, False)[0] == [3, 2]
     row, dy = score(y, labels, True)
     assert row == [3, 2, 2, 7, 25, 5]
     assert dy.dtype == np.float32  # whatever the loss makes of it
-
-
-Y = np.zeros((2, 3))
-
-
-@pytest.mark.parametrize(
-    ("loss", "words"),
-    [
-        ("five", ["--loss mine_of_a_test:five: must be a function, but is int", "called with (y, labels)"]),
-        ("alone", ["--loss mine_of_a_test:alone(y): too many positional arguments", "called with (y, labels)"]),
-        ("one_number", ["--loss mine_of_a_test:one_number", "returns 1.0", "(sum of weight x loss, sum of weights,"]),
-        ("negative", ["--loss mine_of_a_test:negative", "-1 as sum of weights", "finite and not negative"]),
-        ("endless", ["--loss mine_of_a_test:endless", "inf as sum of weights"]),
-        ("no_weight", ["--loss mine_of_a_test:no_weight", "as sum of weights None; a number is needed"]),
-        ("no_total", ["--loss mine_of_a_test:no_total", "as sum of losses ndarray of shape (2, 3)"]),
-        ("of_one_row", ["--loss mine_of_a_test:of_one_row", "gradient of shape (1, 3) for outputs of shape (2, 3)"]),
-    ],
-)
-def test_losses_that_are_none(loss: str, words: list[str]) -> None:
-    with pytest.raises(ConfigError) as error:
-        build_loss(Config(loss=f"mine_of_a_test:{loss}"))(Y, Y)
-    assert all(word in str(error.value) for word in words), str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("metric", "words"),
-    [
-        ("five", ["--metric mine_of_a_test:five: must be a function, but is int", "called with (outputs)"]),
-        ("absolute", ["absolute(y, labels): missing a required argument: 'labels'", "called with (outputs)"]),
-        ("known", ["--metric mine_of_a_test:known", "called 'test_loss'", "result.json"]),
-        ("nameless", ["--metric mine_of_a_test:nameless", "called ''"]),
-        ("uncounted", ["--metric mine_of_a_test:uncounted", "columns is 2.0"]),
-        ("fewer", ["--metric mine_of_a_test:fewer", "sums returns 2 values, but columns is 3"]),
-        ("more", ["--metric mine_of_a_test:more", "sums returns 2 values, but columns is 1"]),
-        ("of_labels", ["--metric mine_of_a_test:of_labels: sums(y)", "called with (y, labels)"]),
-        ("of_nothing", ["--metric mine_of_a_test:of_nothing: value()", "called with (totals)"]),
-        ("word", ["--metric mine_of_a_test:word", "value returns 'word'; a number is needed"]),
-        ("vector", ["--metric mine_of_a_test:vector", "value returns ndarray of shape (2,)"]),
-    ],
-)
-def test_metrics_that_are_none(metric: str, words: list[str]) -> None:
-    def used() -> None:
-        made = build_metric(Config(metric=f"mine_of_a_test:{metric}"), 3)
-        made.value(made.sums(Y, Y))
-
-    with pytest.raises(ConfigError) as error:
-        used()
-    assert all(word in str(error.value) for word in words), str(error.value)
-
-
-def test_what_a_users_function_raises_stays_what_it_is() -> None:
-    with pytest.raises(AttributeError):
-        build_loss(Config(loss="mine_of_a_test:absolute"))(Y, None)
-
-
-@pytest.mark.parametrize(
-    ("text", "good"),
-    [
-        ("a:b", True),
-        ("a.b_1:c.d", True),
-        ("a", False),
-        ("a:", False),
-        (":a", False),
-        ("a b:c", False),
-        ("a:b:c", False),
-    ],
-)
-def test_names(text: str, good: bool) -> None:
-    assert is_name(text) is good
-
-
-def test_what_a_name_stands_for() -> None:
-    assert named("math:pi", "--loss") == np.pi
 
 
 @pytest.mark.parametrize(
@@ -315,45 +172,6 @@ def test_loss_and_metric_must_fit_the_labels(settings: dict, classification: boo
     with pytest.raises(ConfigError) as error:
         resolve(Config(**settings), 50, classification, 1)
     assert all(word in str(error.value) for word in words)
-
-
-def saved(task: str = "", constants: str = "") -> Checkpoint:
-    return Checkpoint(1, "", {}, task, constants, "step-1.safetensors")
-
-
-def test_a_task_is_read_back_and_old_ones_ignore_minus_one() -> None:
-    for task in (Task((8, 8), (), True, 10, 17), Task((3,), (2,), True, 4, 0, 255), Task((), (9,), False, 1, 0)):
-        assert Task.of_checkpoint(saved(task.to_json())) == task
-    old = '{"shape": [3], "labels": [], "classification": true, "outputs": 4, "tokens": 0}'
-    assert Task.of_checkpoint(saved(old)) == Task((3,), (), True, 4, 0, -1)
-
-
-@pytest.mark.parametrize(
-    ("field", "values"),
-    [
-        ("shape", [["touch", "PWNED"], "ab", 3, [4, -1], [0], [1] * 33, [True]]),
-        ("labels", [[1.5], None, [0]]),
-        ("classification", [1, "yes"]),
-        ("outputs", [-1, "x", 1 << 63, True, 0]),
-        ("tokens", [-1, None]),
-        ("ignore", ["x", True]),
-        ("extra", [1]),
-    ],
-)
-def test_a_task_that_cannot_be_is_one_line_that_names_the_file_and_the_field(field: str, values: list[object]) -> None:
-    for value in values:
-        text = json.dumps(json.loads(Task((8, 8), (), True, 10, 17).to_json()) | {field: value})
-        with pytest.raises(OutputError) as error:
-            Task.of_checkpoint(saved(text))
-        assert str(error.value).startswith("step-1.safetensors: task ")
-        assert field in str(error.value)
-        assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '"x"', '{"outputs": 3}', "[" * 100_000, "null"])
-def test_what_is_no_task(text: str) -> None:
-    with pytest.raises(OutputError, match=r"^step-1.safetensors: task is damaged: "):
-        Task.of_checkpoint(saved(text))
 
 
 def test_constants_are_checksums_by_name() -> None:

@@ -1,4 +1,4 @@
-"""Models: shapes and sizes worked out by hand, the images they take, and cuts between any two layers."""
+"""All models alike: cuts between any two layers, first outputs, and sizes worked out by hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mpiml.nn import layers as nn
-from mpiml.nn.convnets import as_image, cnn, resnet
+from mpiml.nn.convnets import cnn, resnet
 from mpiml.nn.parameters import Gradients, Layout
 from mpiml.nn.perceptrons import mlp
 from mpiml.nn.transformers import gpt
@@ -95,30 +95,3 @@ def test_sizes_by_hand() -> None:
     residual = [2 * (2 * c + (9 * c + 1) * c) for c in (8, 16, 32)]
     between = [(9 * a + 1) * b for a, b in ((3, 8), (8, 16), (16, 32))]
     assert count(resnet((16, 16, 3), 10, 8)) == 2 * sum(residual) + sum(between) + 2 * 32 + (32 + 1) * 10
-
-
-@pytest.mark.parametrize(
-    ("shape", "image"), [((5, 4, 3), (5, 4, 3)), ((5, 4), (5, 4, 1)), ((64,), (8, 8, 1)), ((1,), (1, 1, 1))]
-)
-def test_rows_that_are_images(shape: tuple[int, ...], image: tuple[int, ...]) -> None:
-    layers, channels = as_image(shape)
-    assert (*nn.stack_shapes(layers, shape)[-1][:2], channels) == image
-
-
-@pytest.mark.parametrize("build", [cnn, resnet])
-@pytest.mark.parametrize("shape", [(65,), (), (2, 3, 4, 5)])
-def test_rows_that_are_no_images(build: Callable[..., list[nn.Layer]], shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError) as error:
-        build(shape, 10)
-    assert "(height, width, channels)" in str(error.value)
-    assert str(shape) in str(error.value)
-
-
-def test_images_that_are_too_small_to_halve_twice() -> None:
-    with pytest.raises(ValueError, match=r"MaxPool2d\(2\).*\(1, 1, 64\)"):
-        cnn((3, 3), 10)
-
-
-def test_gpt_takes_rows_of_token_ids() -> None:
-    with pytest.raises(ValueError, match=r"token ids.*\(3, 4\)"):
-        gpt((3, 4), 10)

@@ -1,0 +1,155 @@
+"""The update on any number of ranks has the bits of a serial one, and changes nothing where it must not."""
+
+import math
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from mpiml.clock import Clock
+from mpiml.nn import optimizers
+from mpiml.nn.parameters import Layout, Parameter, Statistic, constant
+from mpiml.parallel.gradient_sum import LibrarySum, OrderedSum
+from mpiml.parallel.update import Update
+from mpiml.team import Team
+from mpiml.vectors import Block, Operands
+from tests.parallel.sums import (
+    SHAPES,
+    WORLD,
+    Array,
+    feed,
+    has_the_bits_of_the_tree,
+    layout_of,
+    make,
+    scattered,
+    serial_sum,
+)
+
+pytestmark = [pytest.mark.mpi, pytest.mark.usefixtures("free_sums")]
+
+ROWS = {1: 50, 2: 1, 3: 77}.__getitem__  # of a step
+
+
+def with_averages(name: str, dtype: str) -> Layout:
+    """A layout with statistics of two momenta between the parameters."""
+    made = [Parameter(shape, constant(0.0)) for shape in SHAPES[name]]
+    made[1:1] = [Statistic((5,), constant(0.0), 0.1), Statistic((3,), constant(0.0), 0.3)]
+    return Layout([*made, Statistic((4, 5), constant(0.0), 0.1)], dtype)
+
+
+class Serial:
+    """The update on the whole vector at once: what any number of ranks must equal, bit for bit."""
+
+    def __init__(self, optimizer: optimizers.Optimizer, blocks: list[Block], values: Array, clip: float):
+        self.optimizer, self.blocks, self.values, self.clip = optimizer, blocks, values.copy(), clip
+        self.states = {name: np.zeros_like(values) for name in optimizer.states}
+
+    def step(self, total: Array, rate: float, weight: float, step: int) -> float:
+        """One step; returns the norm of the mean gradient."""
+        optimized = [block for block in self.blocks if block.momentum is None]
+        squares = [np.add.reduce(total[b.start : b.stop].astype(np.float64) ** 2) for b in optimized]
+        norm = math.sqrt(math.fsum(squares)) * (1 / weight)
+        scale = 1 / weight
+        if self.clip and norm > self.clip:
+            scale *= self.clip / norm
+        for block in self.blocks:
+            span = slice(block.start, block.stop)
+            if block.momentum is not None:
+                self.values[span] += block.momentum * (total[span] * (1 / ROWS(step)) - self.values[span])
+                continue
+            grad, states = total[span].copy(), [state[span] for state in self.states.values()]
+            scratch = np.empty_like(grad), np.empty_like(grad)
+            self.optimizer.update(Operands(self.values[span], states, scratch, grad, block.decay), scale, rate, step)
+        return norm
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.01, 1e9])
+@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "adam", "adamw"])
+@pytest.mark.parametrize("bucket", [0, 30])
+def test_update_has_the_bits_of_a_serial_one(name: str, clip: float, bucket: int) -> None:
+    """Of parameters and statistics, of which the optimizer, the clipping and the weight know nothing."""
+    layout, microbatches, weight = with_averages("small", "float32"), 37, 101.0
+    sum_ = make(OrderedSum, layout, microbatches, bucket=bucket)
+    optimizer = optimizers.build(name, 0.9, 0.1)
+    update = Update(Team(WORLD, Clock()), WORLD.rank, sum_, optimizer, clip, ROWS)
+    serial = Serial(optimizer, layout.blocks(), scattered(layout, 99), clip)
+    sum_.values.vector[...] = serial.values
+    good = []
+    for step, measure in enumerate([True, False, True], start=1):
+        parts = [scattered(layout, step, m) for m in range(microbatches)]
+        expected = serial.step(serial_sum(parts), 0.1, weight, step)
+        feed(sum_, parts)
+        norm = update.step(0.1, weight, step, measure)
+        good.append(norm == (expected if measure or clip else None))
+        good.append(sum_.values.vector.tobytes() == serial.values.tobytes())
+        for key, state in update.states.items():
+            held = [serial.states[key][start:stop].tobytes() for start, stop in sum_.values.held]
+            good.append(state.tobytes() == b"".join(held))
+    assert all(good)
+
+
+@pytest.mark.parametrize("kind", [OrderedSum, LibrarySum])
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_norm_is_over_all_stages(kind: type, stages: int) -> None:
+    if WORLD.size % stages:
+        return
+    stage = WORLD.rank % stages
+    layouts = [with_averages("large" if s % 2 else "small", "float64") for s in range(stages)]
+    comm = WORLD.Split(stage, WORLD.rank)
+    sum_ = make(kind, layouts[stage], 16, comm)
+    parts = [[np.round(scattered(layout, m)) for m in range(16)] for layout in layouts]  # exact in any order
+    update = Update(Team(WORLD, Clock()), comm.rank, sum_, optimizers.build("sgd", 0.0, 0.0), 0.0, ROWS)
+    feed(sum_, parts[stage])
+    norm = update.step(0.1, 3.0, 1, True)
+    totals = [serial_sum(of_stage) for of_stage in parts]
+    squares = [
+        np.add.reduce(total[b.start : b.stop] ** 2)
+        for layout, total in zip(layouts, totals, strict=True)
+        for b in layout.blocks()
+        if b.momentum is None
+    ]
+    comm.Free()
+    assert norm == math.sqrt(math.fsum(squares)) * (1 / 3.0)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad: float) -> None:
+    layout = layout_of("small", "float32")
+    sum_ = make(OrderedSum, layout, 16)
+    update = Update(Team(WORLD, Clock()), WORLD.rank, sum_, optimizers.build("adam", 0.0, 0.0), 1.0, ROWS)
+    sum_.values.vector[...] = before = scattered(layout, 1)
+    parts = [scattered(layout, m) for m in range(16)]
+    parts[11][0] = bad
+    feed(sum_, parts)
+    norm = update.step(0.1, 1.0, 1, False)
+    assert norm is not None
+    assert not math.isfinite(norm)
+    assert sum_.values.vector.tobytes() == before.tobytes()
+    assert all(not state.any() for state in update.states.values())
+
+
+def test_values_that_are_not_finite_are_noticed() -> None:
+    layout = layout_of("small", "float32")
+    sum_ = make(OrderedSum, layout, 16)
+    update = Update(Team(WORLD, Clock()), WORLD.rank, sum_, optimizers.build("sgd", 0.0, 0.0), 0.0, ROWS)
+    parts = [scattered(layout, m) for m in range(16)]
+    good = []
+    for step, bad in enumerate([1.0, math.inf], start=1):
+        parts[5][0] = bad
+        feed(sum_, parts)
+        update.step(0.1, 1.0, step, False)
+        good.append(WORLD.allreduce(update.finite, MPI.LAND) == math.isfinite(bad))
+    assert all(good)
+
+
+@pytest.mark.parametrize("bucket", [0, 30])
+def test_a_batch_of_weight_zero_changes_nothing(bucket: int) -> None:
+    layout = with_averages("small", "float32")
+    sum_ = make(OrderedSum, layout, 16, bucket=bucket)
+    update = Update(Team(WORLD, Clock()), WORLD.rank, sum_, optimizers.build("sgd", 0.0, 0.0), 0.0, ROWS)
+    sum_.values.vector[...] = before = scattered(layout, 1)
+    feed(sum_, [layout.zeros()] * 16, 20)
+    assert update.step(0.1, 0.0, 1, True) == 0.0
+    assert sum_.values.vector.tobytes() == before.tobytes()
+    sum_.values.vector.fill(0)
+    assert has_the_bits_of_the_tree(sum_, layout, 16, 2, 20)
