@@ -10,15 +10,18 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+Commands = Sequence[tuple[Path, str]]  # run directories, and flags of mpiml.train
 LIMIT = 120  # seconds that any job may take
+COMMANDS = str(Path(__file__).parent / "contract" / "commands.py")
 SHM = Path("/dev/shm")
 SETTLED = 5  # seconds after which a job has mapped what it made there
 PRTERUN = re.compile(r"^-{60,}\n(?:.*\n)*?-{60,}\n|^\[.*PMIX ERROR.*\n", re.MULTILINE)  # what Open MPI's launcher adds
@@ -72,6 +75,46 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def launch_all(ranks: int, commands: Commands, **environment: str) -> list[Job]:
+    """Run mpiml.train several times, each with a run directory and flags, in ONE MPI job of `ranks` ranks.
+
+    That saves the start of Python and MPI. Flags may begin with variables of the environment, as NAME=VALUE. A rank
+    that fails alone ends the job; commands that have not begun by then run in another.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = write_commands(Path(folder) / "commands", commands)
+        jobs = jobs_of(file, commands, launch(ranks, COMMANDS, file, limit=3 * LIMIT, **environment))
+    rest = commands[len(jobs) :]
+    return [*jobs, *(launch_all(ranks, rest, **environment) if rest else [])]
+
+
+def write_commands(file: Path, commands: Commands) -> str:
+    """Write the file that the script COMMANDS takes. Returns its path."""
+    file.write_text(json.dumps([_words(run, flags) for run, flags in commands]))
+    return str(file)
+
+
+def jobs_of(file: str, commands: Commands, done: subprocess.CompletedProcess[str]) -> list[Job]:
+    """What has become of the commands in a file, of those that have begun; the last of them may have ended the job."""
+    jobs: list[Job] = []
+    for number, (run, _) in enumerate(commands):
+        out, err, codes = (Path(f"{file}.{number}.{kind}") for kind in ("out", "err", "codes"))
+        if out.exists():
+            ended = set(json.loads(codes.read_text())) if codes.exists() else {done.returncode or 1}
+            assert len(ended) == 1, f"ranks end with different codes: {ended}"
+            jobs.append(Job(ended.pop(), out.read_text(), err.read_text(), run))
+    assert jobs, done.stderr
+    return jobs
+
+
+def _words(run: Path, flags: str) -> tuple[dict[str, str], list[str]]:
+    """The environment and the arguments of a command."""
+    words = flags.split()
+    first = next((number for number, word in enumerate(words) if word.startswith("-")), len(words))
+    environment = dict(word.split("=", 1) for word in words[:first])
+    return environment, ["--out", str(run), *words[first:]]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def leftovers() -> Iterator[None]:
     with shared_memory_tidied():
@@ -102,5 +145,16 @@ def train(tmp_path: Path) -> Callable[..., Job]:
         path = tmp_path / out
         done = launch(ranks, "-m", "mpiml.train", "--out", str(path), *arguments.split(), limit=limit, **environment)
         return Job(done.returncode, done.stdout, done.stderr, path)
+
+    return run
+
+
+@pytest.fixture
+def train_all(tmp_path: Path) -> Callable[..., list[Job]]:
+    """`train_all(ranks, "--pipe 2 ...", ...)` does so several times in one job: in run-0, run-1, ... of this test."""
+
+    def run(ranks: int, *commands: str, **environment: str) -> list[Job]:
+        named = [(tmp_path / f"run-{number}", flags) for number, flags in enumerate(commands)]
+        return launch_all(ranks, named, **environment)
 
     return run

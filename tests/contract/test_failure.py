@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import Job, launch, mpirun
+from tests.conftest import Job, launch, launch_all, mpirun
 
 pytestmark = pytest.mark.contract
 
@@ -28,6 +28,12 @@ PHASES = ("start", "data", "forward", "backward", "evaluation")
 def trouble(path: Path, rank: int | str, phase: str, kind: str, flags: str = "", limit: float = LIMIT) -> Job:
     arguments = [SCRIPT, str(rank), phase, kind, "--out", str(path / "run"), "--pipe", "2", "--steps", "20"]
     done = launch(4, *arguments, *flags.split(), limit=limit)
+    return Job(done.returncode, done.stdout, done.stderr, path / "run")
+
+
+def alone(path: Path, kind: str, flags: str) -> Job:
+    """The same program on one rank, where nothing happens to it."""
+    done = launch(0, SCRIPT, "0", "never", kind, "--out", str(path / "run"), *flags.split(), limit=2 * LIMIT)
     return Job(done.returncode, done.stdout, done.stderr, path / "run")
 
 
@@ -54,7 +60,7 @@ def test_ways_out_that_cannot_be_seen_end_the_job_too(tmp_path: Path, phase: str
     job = trouble(tmp_path, 1, phase, kind)
     if phase != "start":
         assert job.result["status"] == "running"
-        again = trouble(tmp_path, 1, "never", kind, "--resume", limit=30)
+        again = alone(tmp_path, kind, "--resume --steps 20 --pipe 1")
         assert again.code == 0
         assert "ended without a word" in again.out
 
@@ -154,32 +160,31 @@ def test_stall_timeout_0_watches_nothing(tmp_path: Path) -> None:
         trouble(tmp_path, 1, "forward", "sleep", "--stall-timeout 0", limit=8)
 
 
-@pytest.mark.parametrize(("flags", "nodes"), [("--pipe 2", ""), ("--bucket 0.001", "2,2")])
-def test_loss_that_is_not_finite_stops_in_that_step(train: Any, flags: str, nodes: str) -> None:
+def test_loss_that_is_not_finite_stops_in_that_step(train_all: Any) -> None:
     """Even if the sum has begun."""
-    job = train(4, f"--optimizer sgd --lr 1e30 --steps 50 --save-every 1 {flags}", MPIML_NODES=nodes)
-    assert job.code == 70
-    assert "not finite" in job.result["reason"]
-    assert job.err.count("\n") == 1
-    good = sorted((job.run / "checkpoints").glob("step-*"))
-    assert len(good) <= job.result["step"] - 1
-    text = (job.run / "metrics.jsonl").read_text() if (job.run / "metrics.jsonl").exists() else ""
-    assert "NaN" not in text
-    assert "Infinity" not in text
+    flags = "--optimizer sgd --lr 1e30 --steps 50 --save-every 1"
+    for job in train_all(4, f"{flags} --pipe 2", f"MPIML_NODES=2,2 {flags} --bucket 0.001"):
+        assert job.code == 70
+        assert "not finite" in job.result["reason"]
+        assert job.err.count("\n") == 1
+        good = sorted((job.run / "checkpoints").glob("step-*"))
+        assert len(good) <= job.result["step"] - 1
+        text = (job.run / "metrics.jsonl").read_text() if (job.run / "metrics.jsonl").exists() else ""
+        assert "NaN" not in text
+        assert "Infinity" not in text
 
 
-@pytest.mark.parametrize(("log", "reason"), [(1, "the gradient is not finite in step 1"), (9, "after step 1;")])
-def test_gradient_that_is_not_finite_stops_though_the_loss_is_finite(tmp_path: Path, log: int, reason: str) -> None:
+def test_gradient_that_is_not_finite_stops_though_the_loss_is_finite(train_all: Any, tmp_path: Path) -> None:
     """The loss adds up squares of 1e20 in float64; the gradient has products of such numbers in float32."""
     rng = np.random.default_rng(0)
     x, y = np.full((64, 4), 1e20, np.float32), rng.normal(size=64).astype(np.float32)
     np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    flags = f"--hidden 4 --steps 4 --optimizer sgd --lr 1 --log-every {log}"
-    arguments = f"--data {tmp_path}/d.npz --out {tmp_path}/run {flags}"
-    done = launch(2, "-m", "mpiml.train", *arguments.split())
-    assert done.returncode == 70, done.stdout
-    assert reason in done.stderr
-    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    flags = f"--data {tmp_path}/d.npz --hidden 4 --steps 4 --optimizer sgd --lr 1 --log-every"
+    logged, unlogged = train_all(2, f"{flags} 1", f"{flags} 9")
+    for job, reason in ((logged, "the gradient is not finite in step 1"), (unlogged, "after step 1;")):
+        assert job.code == 70, job.out
+        assert reason in job.err
+        assert not list((job.run / "checkpoints").glob("step-*"))
 
 
 LAYERS = """
@@ -238,71 +243,59 @@ def test_a_layer_that_is_wrong_at_the_border_of_a_stage_is_named_at_once(
     assert job.result["reason"] == words
 
 
-@pytest.mark.parametrize(
-    ("model", "grid", "words"),
-    [
-        ("other_layers", "", "ranks differ in the model, layers.0: Tanh() (rank 1 on "),
-        ("other_values", "--pipe 2", "ranks differ in first values of the model, layers.2.by: (32,), checksum "),
-    ],
-)
-def test_ranks_that_build_different_models_are_refused(
-    train: Any, tmp_path: Path, model: str, words: str, grid: str
-) -> None:
+def test_ranks_that_build_different_models_are_refused(train_all: Any, tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(LAYERS)
-    job = train(2, f"--model own:{model} {grid}", limit=LIMIT, PYTHONPATH=str(tmp_path))
-    assert job.code == 78
-    assert words in job.err
-    assert job.err.count("\n") == 1
-    assert not job.run.exists()
+    flags = ("--model own:other_layers", "--model own:other_values --pipe 2")
+    layers, values = train_all(2, *flags, PYTHONPATH=str(tmp_path))
+    for job, words in (
+        (layers, "ranks differ in the model, layers.0: Tanh() (rank 1 on "),
+        (values, "ranks differ in first values of the model, layers.2.by: (32,), checksum "),
+    ):
+        assert job.code == 78
+        assert words in job.err
+        assert job.err.count("\n") == 1
+        assert not job.run.exists()
 
 
-@pytest.mark.parametrize(
-    ("ranks", "flags", "words"),
-    [
-        (6, "--pipe 4", ["6 ranks", "4 stages", "1, 2, 3, 6"]),
-        (4, "--microbatches 2", ["--microbatches 2", "4 replicas"]),
-        (2, "--microbatches 2000", ["2000", "1437 rows"]),
-        (8, "--pipe 8", ["layers", "8 stages"]),
-        (2, "--optimizer adamx", ["adamx", "adamw"]),
-        (2, "--cuts 1,2 --pipe 2", ["--cuts 1,2", "1 needed"]),
-        (2, "--loss mse", ["--loss mse"]),
-        (1, "--lrr 3", ["--lrr", "--lr"]),
-    ],
-)
-def test_bad_settings_are_one_line_from_one_rank(train: Any, ranks: int, flags: str, words: list[str]) -> None:
-    job = train(ranks, flags)
-    assert job.code == 78
-    assert len(job.err.strip().splitlines()) == 1
-    for word in words:
-        assert word in job.err
-    assert not job.run.exists()
+BAD_SETTINGS = {
+    "--pipe 4": ["6 ranks do not divide into pipelines of 4 stages; --pipe 1, 2, 3, 6 would work"],
+    "--microbatches 2": ["--microbatches 2: 6 replicas need at least one each"],
+    "--microbatches 2000": ["--microbatches 2000: the data set has only 1437 rows to share out"],
+    "--hidden 8 --pipe 6": ["layers", "6 stages"],
+    "--optimizer adamx": ["adamx", "adamw"],
+    "--cuts 1,2 --pipe 2": ["--cuts 1,2: 2 given, but 1 needed for --pipe 2"],
+    "--loss mse": ["--loss mse"],
+    "--lrr 3": ["--lrr", "--lr"],
+}
 
 
-def test_bad_data_is_refused_before_anything_is_written(train: Any, tmp_path: Path) -> None:
-    x = np.zeros((40, 3), np.float32)
-    x[33, 1] = np.nan
-    np.savez(tmp_path / "d.npz", x_train=x, y_train=np.arange(40) % 2, x_test=x[:8], y_test=np.arange(8) % 2)
-    job = train(4, f"--data {tmp_path}/d.npz --pipe 2")
-    assert job.code == 65
-    assert "x_train" in job.err
-    assert "row 33" in job.err
-    assert not job.run.exists()
+def test_bad_settings_are_one_line_from_one_rank(train_all: Any) -> None:
+    for job, words in zip(train_all(6, *BAD_SETTINGS), BAD_SETTINGS.values(), strict=True):
+        assert job.code == 78
+        assert len(job.err.strip().splitlines()) == 1
+        assert job.err.startswith("mpiml.train: ")
+        for word in words:
+            assert word in job.err
+        assert not job.run.exists()
 
 
-def test_directory_of_a_run_is_refused(train: Any) -> None:
-    train(1, "--steps 2")
-    job = train(2, "--steps 2")
-    assert job.code == 73
-    assert "--resume" in job.err
+def test_directory_of_a_run_or_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    run, other = tmp_path / "run", tmp_path / "file" / "run"
+    first, second, impossible = launch_all(2, [(run, "--steps 2"), (run, "--steps 2"), (other, "--steps 2")])
+    assert (first.code, second.code, impossible.code) == (0, 73, 74)
+    assert "--resume" in second.err
+    assert "file/run" in impossible.err
+    assert impossible.err.count("\n") == 1
 
 
 def test_of_two_jobs_on_one_directory_one_wins(tmp_path: Path) -> None:
-    command = [*mpirun(1), sys.executable, SCRIPT, "0", "evaluation", "sleep", "--out", str(tmp_path / "run")]
+    command = [sys.executable, SCRIPT, "0", "evaluation", "sleep", "--out", str(tmp_path / "run")]
     first = subprocess.Popen([*command, "--steps", "3"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         while not (tmp_path / "run" / "metrics.jsonl").exists():
             time.sleep(0.05)
-        second = launch(1, "-m", "mpiml.train", "--out", str(tmp_path / "run"), "--resume")
+        second = launch(2, "-m", "mpiml.train", "--out", str(tmp_path / "run"), "--resume")
     finally:
         (rank,) = json.loads((tmp_path / "run" / "environment.json").read_text())["ranks"]
         os.kill(rank["pid"], signal.SIGKILL)
@@ -326,18 +319,10 @@ def test_loss_of_ones_own_that_returns_what_is_none_ends_the_job_with_a_line(tra
     assert "my_loss.py" in job.result["traceback"]
 
 
-def test_directory_that_cannot_be_made(train: Any, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    job = train(2, "--steps 2", out="file/run")
-    assert job.code == 74
-    assert "file/run" in job.err
-    assert job.err.count("\n") == 1
-
-
 def test_full_disk_is_everybodys_error_and_old_checkpoints_stay(tmp_path: Path) -> None:
     """A limit on the size of files stands for the full disk: the write fails in the same place."""
     flags = "--microbatches 4 --save-every 2 --eval-every 4"
-    before = trouble(tmp_path, 0, "never", "small-files", f"--steps 4 {flags}")
+    before = alone(tmp_path, "small-files", f"--steps 4 {flags}")
     kept = {path.name: path.read_bytes() for path in (before.run / "checkpoints").glob("step-*")}
     job = trouble(tmp_path, 0, "forward", "small-files", "--resume")
     assert job.code == 74, job.err
@@ -345,7 +330,7 @@ def test_full_disk_is_everybodys_error_and_old_checkpoints_stay(tmp_path: Path) 
     left = {path.name: path.read_bytes() for path in (job.run / "checkpoints").glob("step-*")}
     assert kept.items() <= left.items()
     assert job.result["exit_code"] == 74
-    assert trouble(tmp_path, 0, "never", "small-files", "--resume").code == 0
+    assert alone(tmp_path, "small-files", "--resume --steps 20 --pipe 1").code == 0
 
 
 def test_killed_from_outside(tmp_path: Path) -> None:

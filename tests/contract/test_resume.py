@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import shutil
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from safetensors.numpy import load_file
 from mpiml.config import Config
 from mpiml.errors import ConfigError
 from mpiml.train import train
-from tests.conftest import Job, launch, mpirun
+from tests.conftest import Job, launch, launch_all, mpirun
 
 pytestmark = pytest.mark.contract
 
@@ -67,11 +69,25 @@ def interrupted(whole: Job, path: Path, step: int) -> Path:
     return path
 
 
+LAYOUTS = [(0, "--pipe 1"), (3, "--pipe 1"), (2, "--pipe 2 --schedule gpipe"), (4, "--pipe 4")]
+
+
+@pytest.fixture(scope="module")
+def resumed(whole: Job, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[tuple[int, Job]]]:
+    """`resumed(n)` goes on after every fourth step on layout n, all in one job: steps, and what became of the runs."""
+
+    def on(number: int) -> list[tuple[int, Job]]:
+        (ranks, layout), path = LAYOUTS[number], tmp_path_factory.mktemp("resumed")
+        steps = range(number, STEPS + 1, len(LAYOUTS))
+        runs = [interrupted(whole, path / str(step), step) for step in steps]
+        return list(zip(steps, launch_all(ranks, [(run, f"--resume {layout}") for run in runs]), strict=True))
+
+    return functools.cache(on)
+
+
 @pytest.mark.parametrize("step", range(STEPS + 1))
-def test_resumed_after_any_step_on_another_layout(whole: Job, train: Any, tmp_path: Path, step: int) -> None:
-    interrupted(whole, tmp_path / "run", step)
-    ranks, layout = [(1, "--pipe 1"), (3, "--pipe 1"), (2, "--pipe 2 --schedule gpipe"), (4, "--pipe 4")][step % 4]
-    job = train(ranks, f"--resume {layout}")
+def test_resumed_after_any_step_on_another_layout(whole: Job, resumed: Any, step: int) -> None:
+    job = dict(resumed(step % len(LAYOUTS)))[step]
     assert f"after step {step}" in job.out or "starting at step 0" in job.out
     assert "ended without a word" in job.out
     assert_same_end(job, whole)
@@ -96,11 +112,11 @@ def test_killed_in_full_flight(whole: Job, train: Any, tmp_path: Path) -> None:
     for pid in pids:
         try_kill(pid)
     job.wait(30)
-    assert_same_end(train(3, "--resume"), whole)
+    assert_same_end(train(0, "--resume"), whole)
 
 
 def test_first_start_may_say_resume(train: Any) -> None:
-    job = train(2, "--resume --steps 3")
+    job = train(0, "--resume --steps 3")
     assert job.code == 0
     assert "starting at step 0" in job.out
 
@@ -108,7 +124,7 @@ def test_first_start_may_say_resume(train: Any) -> None:
 def test_finished_run_is_left_alone(whole: Job, train: Any, tmp_path: Path) -> None:
     shutil.copytree(whole.run, tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    job = train(2, "--resume")
+    job = train(0, "--resume")
     assert job.code == 0
     assert "nothing to do" in job.out
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -117,8 +133,8 @@ def test_finished_run_is_left_alone(whole: Job, train: Any, tmp_path: Path) -> N
 @pytest.mark.parametrize("model", ["--hidden 16", "--model resnet --norm batch --channels 2 --blocks 1 --batch 32"])
 def test_longer_run_equals_one_that_was_long_from_the_start(train: Any, model: str) -> None:
     flags = f"--microbatches 4 {model} --log-every 1 --eval-every 5 --save-every 7"
-    long = train(2, f"{flags} --steps 18", out="long")
-    train(2, f"{flags} --steps 12", out="short")
+    long = train(0, f"{flags} --steps 18", out="long")
+    train(0, f"{flags} --steps 12", out="short")
     job = train(4, "--resume --steps 18", out="short")
     assert job.result["weights_sha256"] == long.result["weights_sha256"]
     assert comparable(job) == comparable(long)
@@ -155,44 +171,46 @@ def kill(run: Path, step: int) -> None:
     (run / "result.json").write_text(json.dumps(result | {"status": "running", "step": 0}))
 
 
-def test_damaged_newest_checkpoint_is_named_and_skipped(whole: Job, train: Any, tmp_path: Path) -> None:
-    path = interrupted(whole, tmp_path / "run", 6)
+def test_damaged_newest_checkpoints_are_named_and_skipped_if_one_is_whole(whole: Job, tmp_path: Path) -> None:
+    path, hopeless = interrupted(whole, tmp_path / "run", 6), interrupted(whole, tmp_path / "hopeless", 2)
     newest = path / "checkpoints" / "step-000000006.safetensors"
     content = bytearray(newest.read_bytes())
     content[-5] ^= 1
     newest.write_bytes(content)
-    job = train(2, "--resume")
+    for file in (hopeless / "checkpoints").iterdir():
+        file.write_bytes(file.read_bytes()[:1000])
+    job, failed = launch_all(2, [(path, "--resume"), (hopeless, "--resume")])
     assert "step-000000006.safetensors is damaged" in job.out
     assert "after step 5" in job.out
     assert_same_end(job, whole)
+    assert failed.code == 74
+    assert "no checkpoint" in failed.err
+    assert "step-000000001" in failed.err
 
 
-def test_no_valid_checkpoint_is_an_error_and_no_fresh_start(whole: Job, train: Any, tmp_path: Path) -> None:
-    path = interrupted(whole, tmp_path / "run", 2)
-    for file in (path / "checkpoints").iterdir():
-        file.write_bytes(file.read_bytes()[:1000])
-    job = train(2, "--resume")
-    assert job.code == 74
-    assert "no checkpoint" in job.err
-    assert "step-000000001" in job.err
+ARITHMETIC = ["--batch 64", "--lr 0.5", "--microbatches 6", "--seed 3", "--hidden 24", "--threads 2"]
 
 
-@pytest.mark.parametrize(
-    "flag", ["--batch 64", "--lr 0.5", "--microbatches 6", "--seed 3", "--hidden 24", "--threads 2"]
-)
-def test_change_of_arithmetic_is_refused_by_name(whole: Job, train: Any, tmp_path: Path, flag: str) -> None:
-    interrupted(whole, tmp_path / "run", 3)
-    job = train(1, f"--resume {flag}")
-    assert job.code == 78
-    assert flag.split()[0] in job.err
-    assert len(job.err.strip().splitlines()) == 1
+def test_change_of_arithmetic_is_refused_by_name(whole: Job, tmp_path: Path) -> None:
+    run = interrupted(whole, tmp_path / "run", 3)
+    for flag, job in zip(ARITHMETIC, launch_all(2, [(run, f"--resume {flag}") for flag in ARITHMETIC]), strict=True):
+        assert job.code == 78
+        assert flag.split()[0] in job.err
+        assert len(job.err.strip().splitlines()) == 1
+
+
+STOPPED = "--steps 400 --microbatches 4 --hidden 32 --save-every 0"
+
+
+@pytest.fixture(scope="module")
+def unstopped(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return launch_all(0, [(tmp_path_factory.mktemp("unstopped") / "run", STOPPED)])[0]
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_signal_saves_and_stops(train: Any, tmp_path: Path, number: signal.Signals) -> None:
-    flags = "--steps 400 --microbatches 4 --hidden 32 --save-every 0"
+def test_signal_saves_and_stops(train: Any, unstopped: Job, tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
-    command = [*mpirun(3), sys.executable, "-m", "mpiml.train", "--out", str(run), *flags.split()]
+    command = [*mpirun(3), sys.executable, "-m", "mpiml.train", "--out", str(run), *STOPPED.split()]
     job = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     wait_until((run / "metrics.jsonl").exists)
     pid = json.loads((run / "environment.json").read_text())["ranks"][1]["pid"]
@@ -201,29 +219,33 @@ def test_signal_saves_and_stops(train: Any, tmp_path: Path, number: signal.Signa
     result = json.loads((run / "result.json").read_text())
     assert (job.returncode, result["status"], result["exit_code"]) == (75, "stopped", 75)
     assert 0 < result["step"] < 400
-    resumed = train(2, "--resume --steps 400")
-    uninterrupted = train(1, flags, out="uninterrupted")
-    assert resumed.result["weights_sha256"] == uninterrupted.result["weights_sha256"]
+    assert train(0, "--resume --steps 400").result["weights_sha256"] == unstopped.result["weights_sha256"]
 
 
 TROUBLE = [str(Path(__file__).with_name("trouble.py")), "1"]
 SIXTEEN = "--steps 16 --microbatches 4 --save-every 6"
 
 
+@pytest.fixture(scope="module")
+def sixteen(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of the weights of a run that nobody asks to stop."""
+    run = tmp_path_factory.mktemp("sixteen") / "run"
+    done = launch(0, *TROUBLE, "never", "term", "--out", str(run), *SIXTEEN.split())
+    assert done.returncode == 0, done.stderr
+    return str(json.loads((run / "result.json").read_text())["weights_sha256"])
+
+
 @pytest.mark.parametrize(("phase", "step"), [("start", 0), ("save", 7), ("end", 16)])
-def test_signal_in_the_start_in_a_save_or_at_the_end(tmp_path: Path, phase: str, step: int) -> None:
+def test_signal_in_the_start_in_a_save_or_at_the_end(tmp_path: Path, sixteen: str, phase: str, step: int) -> None:
     """It may come again and again; the run that goes on ends as one that nobody asked to stop."""
     out = ["--out", str(tmp_path / "run"), *SIXTEEN.split()]
     done = launch(2, *TROUBLE, phase, "term", *out)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     status, code = ("stopped", 75) if step < 16 else ("done", 0)
     assert (done.returncode, result["status"], result["exit_code"], result["step"]) == (code, status, code, step)
-    resumed = launch(2, *TROUBLE, "never", "term", *out, "--resume")
+    resumed = launch(0, *TROUBLE, "never", "term", *out, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    whole = launch(1, *TROUBLE, "never", "term", "--out", str(tmp_path / "whole"), *SIXTEEN.split())
-    assert whole.returncode == 0, whole.stderr
-    ends = [json.loads((tmp_path / name / "result.json").read_text())["weights_sha256"] for name in ("run", "whole")]
-    assert ends[0] == ends[1]
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["weights_sha256"] == sixteen
 
 
 EVALUATED = "--steps 10 --microbatches 4 --eval-every 4 --eval-rows 8 --log-every 2"
@@ -236,7 +258,7 @@ def evaluated(path: Path, ranks: int, phase: str, kind: str, flags: str) -> Job:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    return evaluated(tmp_path_factory.mktemp("undisturbed") / "run", 1, "never", "term", "")
+    return evaluated(tmp_path_factory.mktemp("undisturbed") / "run", 0, "never", "term", "")
 
 
 @pytest.mark.parametrize(("kind", "save_every", "code"), [("term", 6, 75), ("raise", 4, 70)])
@@ -249,7 +271,7 @@ def test_what_ends_in_an_evaluation_is_saved_and_evaluated_later(
     assert [path.name for path in (job.run / "checkpoints").iterdir()] == ["step-000000004.safetensors"]
     assert not any("evaluation" in line for line in job.metrics)
     assert (job.result["exit_code"], job.result["step"]) == (code, 4)
-    again = evaluated(tmp_path / "run", 2, "never", kind, "--resume")
+    again = evaluated(tmp_path / "run", 0, "never", kind, "--resume --pipe 1")
     assert again.code == 0, again.err
     assert comparable(again) == comparable(undisturbed)
     for key in ("status", "step", "loss", "accuracy", "test_loss", "weights_sha256"):
@@ -272,18 +294,29 @@ def test_signal_before_mpi_is_up_stops_too(tmp_path: Path) -> None:
     assert (job.returncode, result["status"], result["step"]) == (75, "stopped", 0)
 
 
+SLOW = """
+import os, time
+
+def down(x, y, rng):
+    time.sleep(float(os.environ.get("PAUSE", "0")))
+    return x, y
+"""
+
+
 @pytest.mark.parametrize("limit", ["flag", "slurm"])
 def test_time_limit_saves_and_stops_in_time(train: Any, tmp_path: Path, limit: str) -> None:
-    flags = "--steps 100000 --microbatches 4 --hidden 32 --save-every 0"
+    (tmp_path / "slow.py").write_text(SLOW)
+    flags, own = "--steps 100000 --microbatches 4 --hidden 32 --save-every 0 --transform slow:down", str(tmp_path)
     environment = {"SLURM_JOB_END_TIME": str(int(time.time()) + 8)} if limit == "slurm" else {}
     began = time.monotonic()
-    job = train(2, flags + (" --time-limit 0:05" if limit == "flag" else ""), **environment)
-    assert time.monotonic() - began < 10 if limit == "flag" else 8
+    more = " --time-limit 0:03" if limit == "flag" else ""
+    job = train(2, flags + more, PAUSE="0.01", PYTHONPATH=own, **environment)
+    assert time.monotonic() - began < 8
     assert (job.code, job.result["status"], job.result["reason"]) == (75, "stopped", "time is nearly up"), job.err
     step = job.result["step"]
     assert step > 10
     assert "time-limit" not in (job.run / "config.toml").read_text()
-    whole = train(1, f"{flags} --steps {step}", out="whole")
+    whole = train(0, f"{flags} --steps {step}", out="whole", PYTHONPATH=own)
     assert job.result["weights_sha256"] == whole.result["weights_sha256"]
 
 

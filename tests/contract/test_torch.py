@@ -1,4 +1,4 @@
-"""A PyTorch model trains to the same bits on every layout, as plain PyTorch would; its weights go back there."""
+"""A PyTorch model trains as plain PyTorch would; its weights go back there. The table proves its bits on any layout."""
 
 from __future__ import annotations
 
@@ -9,73 +9,29 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.conftest import Job, launch
+from tests.conftest import Job
+from tests.contract.table import Table
 
 torch = pytest.importorskip("torch")
 
 pytestmark = pytest.mark.contract
 Train = Callable[..., Job]
 
-# PyTorch is imported by the call alone; a parameter is a single number; one block writes to its input.
-MODEL = """
-def net(shape, outputs):
-    from torch import nn, ones
-
-    class Scale(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.by = nn.Parameter(ones(()))
-
-        def forward(self, x):
-            return x * self.by
-
-    conv = nn.Sequential(nn.Unflatten(1, (1, 8)), nn.Conv2d(1, 6, 3, padding=1), nn.GroupNorm(2, 6), nn.ReLU())
-    return nn.Sequential(
-        conv, Scale(), nn.Conv2d(6, 8, 3, stride=2), nn.ReLU(inplace=True), nn.Flatten(), nn.Dropout(0.2),
-        nn.Linear(72, outputs),
-    )
-
-
+PLAIN = """
 def plain(shape, outputs):
     from torch import nn
 
     return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, outputs))
 """
-ARGUMENTS = (
-    "--model net:net --batch 100 --lr 0.01 --microbatches 12 --clip 0.3 "
-    "--log-every 1 --eval-every 8 --save-every 4 --quiet"
-)
-STEPS = "--steps 8"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("torch")
-    (path / "net.py").write_text(MODEL)
-    return path
-
-
-@pytest.fixture(scope="module")
-def alone(folder: Path) -> Job:
-    path = folder / "alone"
-    arguments = ["--out", str(path), *ARGUMENTS.split(), *STEPS.split()]
-    done = launch(1, "-m", "mpiml.train", *arguments, PYTHONPATH=str(folder))
-    assert done.returncode == 0, done.stderr
-    return Job(done.returncode, done.stdout, done.stderr, path)
+@pytest.fixture
+def alone(table: Table) -> Job:
+    return table.alone("torch")
 
 
 def last_checkpoint(job: Job) -> Path:
     return max((job.run / "checkpoints").glob("step-*.safetensors"))
-
-
-def assert_same(job: Job, expected: Job) -> None:
-    assert job.code == 0, job.err
-    times = ("seconds", "samples_per_second")
-    mine, theirs = ([{k: v for k, v in line.items() if k not in times} for line in j.metrics] for j in (job, expected))
-    assert mine == theirs
-    one, other = load_file(last_checkpoint(job)), load_file(last_checkpoint(expected))
-    assert list(one) == list(other)
-    assert [name for name in one if one[name].tobytes() != other[name].tobytes()] == []
 
 
 def test_the_run_alone_is_worth_comparing(alone: Job) -> None:
@@ -87,25 +43,14 @@ def test_the_run_alone_is_worth_comparing(alone: Job) -> None:
     assert len(names) == 9
 
 
-def test_same_bits_on_nodes_of_a_grid(alone: Job, train: Train, folder: Path) -> None:
-    assert_same(train(4, f"{ARGUMENTS} {STEPS} --pipe 2", MPIML_NODES="2,2", PYTHONPATH=str(folder)), alone)
-
-
-def test_same_bits_when_resumed_on_another_grid(alone: Job, train: Train, folder: Path) -> None:
-    """Begun by three replicas with memory of their own, and finished by two stages."""
-    begun = train(3, f"{ARGUMENTS} --steps 4 --memory private", PYTHONPATH=str(folder))
-    assert begun.code == 0, begun.err
-    assert_same(train(2, f"{STEPS} --resume --pipe 2", PYTHONPATH=str(folder)), alone)
-
-
 def test_weights_taken_to_pytorch_score_as_in_the_run(
-    alone: Job, folder: Path, monkeypatch: pytest.MonkeyPatch
+    table: Table, alone: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mpiml.data.dataset import DIGITS
     from mpiml.nn.torch_modules import load_into
     from mpiml.usercode import named
 
-    monkeypatch.syspath_prepend(folder)
+    monkeypatch.syspath_prepend(table.here("torch"))
     net = load_into(named("net:net", "--model")((8, 8), 10), last_checkpoint(alone))
     with np.load(DIGITS) as digits:
         x, y = torch.from_numpy(digits["x_test"].astype("float32")), digits["y_test"]
@@ -114,18 +59,19 @@ def test_weights_taken_to_pytorch_score_as_in_the_run(
     assert (found == y).mean() == pytest.approx(alone.result["accuracy"], abs=1e-12)
 
 
-def test_steps_are_those_of_plain_pytorch(train: Train, folder: Path) -> None:
+def test_steps_are_those_of_plain_pytorch(train: Train, tmp_path: Path) -> None:
     """In float64, all rows at once in plain PyTorch against micro-batches: equal but for rounding."""
     from mpiml.nn.torch_tensors import keyed
 
     random = np.random.default_rng(0)
     x, y = random.standard_normal((90, 5)), random.integers(0, 3, 90)
-    np.savez(folder / "data.npz", x_train=x[:60], y_train=y[:60], x_test=x[60:], y_test=y[60:])
+    (tmp_path / "net.py").write_text(PLAIN)
+    np.savez(tmp_path / "data.npz", x_train=x[:60], y_train=y[:60], x_test=x[60:], y_test=y[60:])
     job = train(
-        1,
-        f"--model net:plain --data {folder}/data.npz --dtype float64 --batch 60 --microbatches 7 --steps 5 --seed 4 "
+        0,
+        f"--model net:plain --data {tmp_path}/data.npz --dtype float64 --batch 60 --microbatches 7 --steps 5 --seed 4 "
         "--optimizer momentum --lr 0.1 --weight-decay 0 --quiet",
-        PYTHONPATH=str(folder),
+        PYTHONPATH=str(tmp_path),
     )
     assert job.code == 0, job.err
     with keyed(4, "init", "torch"):

@@ -117,26 +117,26 @@ def test_messages_go_forward_in_time(tracks: dict[str, list[dict[str, Any]]]) ->
 
 
 def test_bits_do_not_depend_on_it_and_no_file_comes_unasked(traced: Job, train: Any, tmp_path: Path) -> None:
-    plain = train(2, FLAGS)
+    plain = train(0, FLAGS)
     assert plain.result["weights_sha256"] == traced.result["weights_sha256"]
     assert "timeline" not in plain.out
     assert not list(tmp_path.rglob("*trace*"))
     assert "trace" not in (traced.run / "config.toml").read_text()
 
 
-@pytest.mark.parametrize("place", ["", "file/trace.json", "/proc/none/trace.json"])
-def test_file_that_cannot_be_written_is_refused_at_once(train: Any, tmp_path: Path, place: str) -> None:
+def test_file_that_cannot_be_written_is_refused_at_once(train_all: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    path = tmp_path / place
-    job = train(2, f"--steps 3 --data none.npz --trace {path}")
-    assert job.code == 74
-    assert f"cannot write {path}" in job.err
-    assert len(job.err.strip().splitlines()) == 1
-    assert not job.run.exists()
+    paths = [tmp_path / place for place in ("", "file/trace.json", "/proc/none/trace.json")]
+    jobs = train_all(2, *(f"--steps 3 --data none.npz --trace {path}" for path in paths))
+    for job, path in zip(jobs, paths, strict=True):
+        assert job.code == 74
+        assert f"cannot write {path}" in job.err
+        assert len(job.err.strip().splitlines()) == 1
+        assert not job.run.exists()
 
 
 def test_file_of_the_run_is_refused_at_once(train: Any, tmp_path: Path) -> None:
-    job = train(2, f"--steps 3 --trace {tmp_path / 'run' / 'config.toml'}")
+    job = train(0, f"--steps 3 --trace {tmp_path / 'run' / 'config.toml'}")
     assert (job.code, job.err.count("\n")) == (78, 1)
     assert not list(tmp_path.iterdir())
 

@@ -58,24 +58,24 @@ from mpiml.clock import Clock
 from mpiml.parallel import grid
 from mpiml.team import Team
 from tests.parallel.test_grid import nodes
-made = grid.build(Team(MPI.COMM_WORLD, Clock()), {pipe})
-everyone = made.comm.gather((made.team.launched, nodes(made)))
-if made.comm.rank == 0:
-    print(everyone)
+for pipe in {pipes}:
+    made = grid.build(Team(MPI.COMM_WORLD, Clock()), pipe)
+    of_ranks = made.comm.gather((made.team.launched, nodes(made)))
+    if made.comm.rank == 0:
+        print(of_ranks)
 """
 
 
 @pytest.mark.skipif("MPICH" not in MPI.Get_library_version(), reason="only MPICH can pretend to have several nodes")
 @pytest.mark.parametrize(
-    ("ranks", "pipe", "launched", "nodes"),
+    ("ranks", "grids"),
     [
-        (4, 1, [0, 2, 1, 3], [[2, 2]] * 4),
-        (5, 1, [0, 2, 4, 1, 3], [[3, 2]] * 5),
-        (4, 2, [0, 2, 1, 3], [[2]] * 4),
-        (6, 2, [0, 2, 4, 1, 3, 5], [[3]] * 6),
+        (4, {1: ([0, 2, 1, 3], [2, 2]), 2: ([0, 2, 1, 3], [2])}),
+        (5, {1: ([0, 2, 4, 1, 3], [3, 2])}),
+        (6, {2: ([0, 2, 4, 1, 3, 5], [3])}),
     ],
 )
-def test_a_nodes_replicas_are_neighbours(ranks: int, pipe: int, launched: list[int], nodes: list[list[int]]) -> None:
-    """On two nodes that the launcher filled in turn."""
-    done = launch(ranks, "-c", SHOW.format(pipe=pipe), limit=30, MPIR_CVAR_ODD_EVEN_CLIQUES="1")
-    assert done.stdout.strip() == str([(launched, of_rank) for of_rank in nodes]), done.stderr
+def test_a_nodes_replicas_are_neighbours(ranks: int, grids: dict[int, tuple[list[int], list[int]]]) -> None:
+    """On two nodes that the launcher filled in turn, with each number of stages."""
+    done = launch(ranks, "-c", SHOW.format(pipes=list(grids)), limit=30, MPIR_CVAR_ODD_EVEN_CLIQUES="1")
+    assert done.stdout.splitlines() == [str([of_rank] * ranks) for of_rank in grids.values()], done.stderr

@@ -1,0 +1,201 @@
+"""The rows of the table of features and layouts: what may be trained, with what settings, and how its data are made."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tests.data import samples
+from tests.data.samples import ARRAYS, FORMATS
+
+ALL = ("data", "pipe", "grid", "nodes", "early", "private", "resumed")
+ROWS = ("data", "pipe", "grid", "resumed")  # which rows a rank reads and what is done to them: no matter to the sum
+FILES = ("data", "pipe")  # how rows are read: one rank reads inputs and labels, or either of them
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A row of the table.
+
+    Attributes:
+        flags: of mpiml.train; {here} stands for the directory that `write` writes its data and modules to.
+        on: the kinds of layouts on which it is proven to be as on one rank.
+        data: what it trains on, in flags; the run alone has `as_data` instead if that is given.
+    """
+
+    flags: str
+    on: Sequence[str] = ALL
+    write: Callable[[Path], object] = lambda here: None
+    data: str = ""
+    as_data: str = ""
+
+
+# Everything that could tell layouts apart: ragged micro-batches, dropout, clipping at every step, several epochs.
+PERCEPTRON = (
+    "--steps 45 --batch 100 --microbatches 24 --hidden 48,40 --dropout 0.1 --activation gelu --clip 0.3 --seed 5 "
+    "--lr 0.01 --decay cosine --warmup-steps 5 --log-every 3 --eval-every 20 --eval-rows 50 --save-every 20 --quiet"
+)
+# Another rule, whose norm is taken only at the steps that are logged.
+DOUBLE = f"{PERCEPTRON} --dtype float64 --optimizer nesterov --clip 0"
+SHORT = "--log-every 1 --eval-every 4 --eval-rows 8 --save-every 4 --steps 9 --quiet"
+# Two epochs, of which a run that is resumed has seen a part of the first.
+DIGITS = (
+    "--microbatches 6 --batch 180 --hidden 8 --dropout 0.1 --steps 16 --save-every 6 --eval-every 6 --eval-rows 50 "
+    "--log-every 1 --quiet"
+)
+
+
+def split(here: Path, x: np.ndarray, y: np.ndarray, rows: int) -> None:
+    """Write a data set whose first rows are to train on."""
+    np.savez(here / "data.npz", x_train=x[:rows], y_train=y[:rows], x_test=x[rows:], y_test=y[rows:])
+
+
+def few_rows(here: Path) -> None:
+    """So few that micro-batches stay empty."""
+    random = np.random.default_rng(0)
+    split(here, random.standard_normal((60, 6)), random.integers(0, 3, 60), 30)
+
+
+def tokens(here: Path) -> None:
+    """Of which later rows, and so later micro-batches, have ever more that do not count."""
+    random = np.random.default_rng(0)
+    rows = random.integers(0, 11, (90, 13), np.uint8)
+    rows[:, 1::2] = rows[:, :-1:2] * 3 % 11  # every second one can be predicted
+    x, y = rows[:, :-1], rows[:, 1:].astype(np.int16)
+    y[np.arange(12) > 14 - np.arange(90)[:, None] % 60 // 5] = -1
+    split(here, x, y, 60)
+
+
+def images(here: Path) -> None:
+    """So few that micro-batches stay empty, with labels of which not all count."""
+    random = np.random.default_rng(0)
+    split(here, random.standard_normal((90, 4, 5, 2)), random.integers(-1, 3, 90), 60)
+
+
+OWN = """
+import numpy as np
+from mpiml.nn.layers import Linear, Tanh
+
+def model(shape, outputs):
+    return [Linear(*shape, 8), Tanh(), Linear(8, 1)]
+
+def loss(y, labels):
+    value, weight = labels[:, :1], labels[:, 1:]
+    error = y - value
+    return np.sum(weight * error**2, dtype=float), np.sum(weight, dtype=float), 2 * weight * error
+
+class Error:
+    name, columns = "error", 2
+
+    def __init__(self, outputs):
+        assert outputs == 2
+
+    def sums(self, y, labels):
+        return np.array([np.sum(labels[:, 1] * abs(y[:, 0] - labels[:, 0])), np.sum(labels[:, 1])])
+
+    def value(self, totals):
+        return totals[0] / totals[1]
+"""
+
+
+def own(here: Path) -> None:
+    """A model, loss and metric of one's own, for labels that are a value and its weight."""
+    x = np.random.default_rng(0).standard_normal((90, 5))
+    split(here, x, np.stack([x[:, 0] * x[:, 1], np.linspace(0, 4, 90) ** 2], axis=1), 60)
+    (here / "own.py").write_text(OWN)
+
+
+# PyTorch is imported by the call alone; a parameter is a single number; one block writes to its input.
+TORCH = """
+def net(shape, outputs):
+    from torch import nn, ones
+
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.by = nn.Parameter(ones(()))
+
+        def forward(self, x):
+            return x * self.by
+
+    conv = nn.Sequential(nn.Unflatten(1, (1, 8)), nn.Conv2d(1, 6, 3, padding=1), nn.GroupNorm(2, 6), nn.ReLU())
+    return nn.Sequential(
+        conv, Scale(), nn.Conv2d(6, 8, 3, stride=2), nn.ReLU(inplace=True), nn.Flatten(), nn.Dropout(0.2),
+        nn.Linear(72, outputs),
+    )
+"""
+
+
+def noise(here: Path) -> None:
+    lines = ["def noisy(x, y, random):", "    return x + random.normal(size=x.shape), y"]
+    (here / "noise.py").write_text("\n".join(lines) + "\n")
+
+
+def noise_and_csv(here: Path) -> None:
+    noise(here)
+    samples.csv(here)
+
+
+def of_format(name: str) -> Feature:
+    """The same rows in files of a format; alone, in an .npz file."""
+
+    def write(here: Path) -> None:
+        (here / "d").mkdir()
+        FORMATS[name](here / "d")
+        np.savez(here / "plain.npz", **{key: samples.values(name, key) for key in ARRAYS})
+
+    file = {"npz": "/d.npz", "compressed_npz": "/d.npz", "hdf5": "/d.h5", "chunked_hdf5": "/d.h5"}.get(name, "")
+    flags = f"--hidden 8 --microbatches 3 --batch 6 --label kind {SHORT}"
+    return Feature(flags, FILES, write, f"--data {{here}}/d{file}", "--data {here}/plain.npz")
+
+
+DATA = "--data {here}/data.npz"
+FEW = f"--hidden 8,8 --batch 7 --steps 20 --log-every 1 --save-every 8 --quiet {DATA}"
+GPT = f"--model gpt --width 16 --heads 2 --optimizer sgd {SHORT} {DATA}"
+MASKED = f"{GPT} --dtype float64 --steps 1 --batch 60"
+AVERAGES = f"{DATA} --model resnet --norm batch --channels 4 --blocks 1 --ignore -1 --batch 9 --microbatches 13 {SHORT}"
+AVERAGES += " --clip 0.3"
+OWN_FLAGS = f"{DATA} --model own:model --loss own:loss --metric own:Error --dtype float64 {SHORT} --batch 60"
+OWN_FLAGS += " --optimizer sgd"
+NOISY = f"--transform noise:noisy --label kind --hidden 8 --microbatches 6 --batch 9 {SHORT}"
+
+FEATURES = {
+    "perceptron": Feature(PERCEPTRON),
+    "double": Feature(DOUBLE),
+    "library": Feature(f"{DOUBLE} --allreduce mpi", ()),
+    "momentum": Feature(f"{DIGITS} --optimizer momentum --activation tanh --weight-decay 0.01 --decay step"),
+    "adam": Feature(f"{DIGITS} --optimizer adam --clip 0.3"),
+    "images": Feature(f"--model cnn --channels 6 --batch 60 --microbatches 6 --dropout 0.1 --clip 0.3 {SHORT}"),
+    "tokens": Feature(f"{GPT} --dropout 0.1 --batch 25 --microbatches 6", write=tokens),
+    "masked": Feature(f"{MASKED} --microbatches 5", ("data", "pipe", "grid", "early"), tokens),
+    "masked-whole": Feature(f"{MASKED} --microbatches 1", (), tokens),
+    "averages": Feature(AVERAGES, write=images),
+    "averages-double": Feature(f"{AVERAGES} --dtype float64", write=images),
+    # Most micro-batches are empty, and steps whose only row does not count change nothing.
+    "averages-of-a-row": Feature(f"{AVERAGES} --batch 1", write=images),
+    "averages-cnn": Feature(f"{AVERAGES} --model cnn", write=images),
+    "own": Feature(f"{OWN_FLAGS} --microbatches 6", write=own),
+    "own-whole": Feature(f"{OWN_FLAGS} --microbatches 1", (), own),
+    "empty-29": Feature(f"{FEW} --microbatches 29", write=few_rows),
+    "empty-30": Feature(f"{FEW} --microbatches 30", write=few_rows),
+    # Of the 30 steps of an epoch about half have no row in any of the four micro-batches.
+    "empty-steps": Feature(f"{FEW} --batch 1 --microbatches 4", [kind for kind in ALL if kind != "nodes"], few_rows),
+    "digits": Feature(DIGITS, ROWS),
+    "unshuffled": Feature(f"{DIGITS} --shuffle none", ROWS),
+    "blocks": Feature(f"{DIGITS} --shuffle blocks --block-rows 3", ROWS),
+    "strided": Feature(f"{DIGITS} --shards strided", ROWS),
+    "normalized": Feature(f"{DIGITS} --normalize", ROWS),
+    "normalized-strided": Feature(f"{DIGITS} --normalize --shards strided", ROWS),
+    "transformed": Feature(NOISY, ROWS, noise),
+    "transformed-csv": Feature(f"{NOISY} --data {{here}}", ROWS, noise_and_csv),
+    **{name: of_format(name) for name in FORMATS},
+}
+if importlib.util.find_spec("torch"):
+    FLAGS = "--model net:net --batch 100 --lr 0.01 --microbatches 12 --clip 0.3"
+    FEATURES["torch"] = Feature(
+        f"{FLAGS} {SHORT}", ("grid", "private", "resumed"), lambda here: (here / "net.py").write_text(TORCH)
+    )
