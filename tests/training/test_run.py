@@ -1,0 +1,83 @@
+"""A run's step and its store, without a program around them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from mpiml.config import Config
+from mpiml.data.dataset import open_dataset
+from mpiml.errors import NotFiniteError, freed
+from mpiml.run import checkpoint, lock
+from mpiml.run.deadline import Deadline
+from mpiml.training.hold import Opened
+from mpiml.training.run import Due, Run, unsaved
+from mpiml.training.storage import Store
+
+OVERFLOW = {"optimizer": "sgd", "lr": 1e38, "weight_decay": 1e4}  # of weights, whatever the gradient is
+
+
+@pytest.fixture
+def run(request: pytest.FixtureRequest) -> Iterator[Run]:
+    settings: dict[str, Any] = {"hidden": (4,), "steps": 9, "eval_every": 0} | getattr(request, "param", {})
+    made = unsaved(MPI.COMM_SELF, Config(**settings), open_dataset("digits"))
+    with freed(made, 1), made.data.ahead, np.errstate(all="ignore"):
+        yield made
+
+
+def test_what_is_due(run: Run) -> None:
+    assert run.due(4) == Due()
+    assert run.due(9) == Due(log=True, save=True, evaluation=False)  # all after the last step, but what is off
+
+
+@pytest.mark.parametrize("due", [Due(log=True), Due(save=True), Due(evaluation=True)])
+@pytest.mark.parametrize("run", [OVERFLOW], indirect=True)
+def test_weights_are_looked_at_before_they_are_shown_or_saved(run: Run, due: Due) -> None:
+    """The gradient is finite, and so are the loss and the step's record; the update is not."""
+    with pytest.raises(NotFiniteError, match="weights are not finite after step 1; a smaller --lr") as caught:
+        run.step(1, due)
+    assert caught.value.everywhere
+
+
+@pytest.mark.parametrize("run", [OVERFLOW], indirect=True)
+def test_weights_that_nobody_sees_are_refused_by_the_next_step(run: Run) -> None:
+    run.step(1)
+    with pytest.raises(NotFiniteError, match="weights are not finite after step 1"):
+        run.step(2)
+
+
+def test_a_step_is_measured_if_it_is_logged_and_asks_once_for_a_stop(run: Run) -> None:
+    asked = []
+    plain = run.step(1, stop=lambda: bool(asked.append(1)))
+    logged = run.step(2, Due(log=True), lambda: True)
+    assert (plain.score, plain.norm, plain.stop, len(asked)) == (None, None, False, 1)
+    assert logged.score is not None
+    assert 0.0 <= logged.score <= 1.0
+    assert logged.norm
+    assert logged.stop
+    assert (logged.step, logged.epoch) == (2, 1)
+
+
+def test_a_step_is_saved_once(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+    save = checkpoint.save
+
+    def counted(directory: Path, saved: checkpoint.Checkpoint, *more: Any) -> None:
+        written.append(saved.step)
+        save(directory, saved, *more)
+
+    monkeypatch.setattr(checkpoint, "save", counted)
+    monkeypatch.setattr(lock, "check", lambda path, token: None)
+    opened = Opened(tmp_path, "token", [])
+    opened.checkpoints.mkdir()
+    opened.metrics.touch()
+    (tmp_path / "result.json").write_text('{"status": "running"}')
+    store = Store(run, opened, Deadline())
+    for step in (1, 1, 2):
+        store.save(step)
+    assert written == [1, 2]
