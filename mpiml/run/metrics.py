@@ -40,11 +40,6 @@ def lines(metrics: Path, content: bytes) -> tuple[list[tuple[bytes, dict[str, An
     return good, problems
 
 
-def entries(metrics: Path) -> list[dict[str, Any]]:
-    """The entries of a metrics file, if there is one, without damaged lines."""
-    return [entry for _, entry in lines(metrics, content_of(metrics))[0]]
-
-
 def missing(entries: list[dict[str, Any]], step: int, log_every: int, eval_every: int) -> list[int]:
     """The steps whose lines are missing at the end of a metrics file, though they were written before the checkpoint of
     `step`.
@@ -60,13 +55,15 @@ def missing(entries: list[dict[str, Any]], step: int, log_every: int, eval_every
     return sorted(lost)
 
 
-def cut(metrics: Path, step: int, last: int, eval_every: int, log_every: int) -> tuple[list[dict[str, Any]], list[str]]:
+def cut_after(
+    metrics: Path, step: int, last: int, log_every: int, eval_every: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
     """Remove from a metrics file damaged lines and those that a run resumed after `step` will write again.
 
     Lines that were written at `step` only because the run ended there are removed, too, if it is now to end at a later
     step, `last`: a run of that length from the start has none. The file is replaced atomically.
 
-    Returns the entries of the lines that stay, and warnings about damaged ones.
+    Returns the entries of all good lines, of those that stay, and warnings about damaged ones.
     """
 
     def stays(entry: dict[str, Any]) -> bool:
@@ -82,7 +79,7 @@ def cut(metrics: Path, step: int, last: int, eval_every: int, log_every: int) ->
         write_atomically(metrics, left)
     more = f" and so are {len(problems) - 1} more lines" if len(problems) > 1 else ""
     notes = [f"warning: {problems[0]}{more}; the rest is kept"] if problems else []
-    return [entry for _, entry in kept], notes
+    return [entry for _, entry in good], [entry for _, entry in kept], notes
 
 
 def last_known(entries: list[dict[str, Any]], metric: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from mpiml.run import checkpoint, lock
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.run.deadline import Deadline
 from mpiml.run.directory import CHECKPOINTS, CONFIG, sync_file
-from mpiml.run.metrics import cut, entries, last_known, missing
+from mpiml.run.metrics import cut_after, last_known, missing
 from mpiml.run.result import update_result
 from mpiml.training.hold import Opened
 from mpiml.training.model import check_constants
@@ -72,18 +72,23 @@ class Store:
 
     def restore(self) -> Restored:
         """Put the state of the newest good checkpoint, or the weights of --init, in place."""
-        run, stages = self.run, list[Mapping[str, Any]]()  # on rank 0, of each stage its vectors
+        run, progress = self.run, self.clock.progress
+        stages: list[Mapping[str, Any]] = []  # on rank 0, of each stage its vectors
 
         def read() -> tuple[Restored, tuple[str, ...], Normalization | None]:
-            saved, names, start = self._find()
-            normalizing = None
-            if saved and start.step:
-                _check_same_run(run.config, saved)
-                check_constants(run.model.constants, saved)
-                normalizing = normalization(saved, run.model.task) if run.data.normalization else None
-            if saved:
-                stages.extend(from_arrays(run.model.layouts, saved, names))
-            return start, names, normalizing
+            newest, problems = checkpoint.newest(self.directory.checkpoints, moved=progress)
+            first, names, normalizing = newest, run.state.names, None
+            if newest:
+                _check_same_run(run.config, newest)
+                check_constants(run.model.constants, newest)
+                normalizing = normalization(newest, run.model.task) if run.data.normalization else None
+            elif run.config.init:
+                first, names = checkpoint.load(Path(run.config.init), moved=progress), (VALUES,)
+            if first:
+                stages.extend(from_arrays(run.model.layouts, first, names))
+            # Nothing can be refused any more, so now the log may change.
+            start = self._cut_log(newest, [f"warning: skipped {problem}" for problem in problems])
+            return start, names if first else (), normalizing
 
         self.clock("checkpoint")
         start, names, normalizing = self.team.on_rank_0(read)
@@ -94,36 +99,26 @@ class Store:
         self._saved = start.step
         return start
 
-    def _find(self) -> tuple[Checkpoint | None, tuple[str, ...], Restored]:
-        """Rank 0: the checkpoint to begin with, if there is one, which of its vectors count, and where it leads."""
-        cfg, moved = self.run.config, self.clock.progress
-        start, saved = Restored(0, [], {}, False), None
-        if cfg.resume:
-            saved, problems = checkpoint.newest(self.directory.checkpoints, moved=moved)
-            start = self._log_so_far(saved, [f"warning: skipped {problem}" for problem in problems])
-        if saved:
-            if "init" in (cfg.given or ()):
-                start.notes.append(f"--init {cfg.init} is not read: it is for a run's first step")
-            return saved, self.run.state.names, start
-        if cfg.init:
-            start.notes.append(f"first weights from {cfg.init}")
-            return checkpoint.load(Path(cfg.init), moved=moved), (VALUES,), start
-        return None, (), start
-
-    def _log_so_far(self, saved: Checkpoint | None, notes: list[str]) -> Restored:
-        """The log, cut to what was there when a checkpoint was written; without one, to nothing."""
+    def _cut_log(self, saved: Checkpoint | None, notes: list[str]) -> Restored:
+        """Rank 0: cut the log to what was there when a checkpoint was written; without one, to nothing."""
         run, metrics, step = self.run, self.directory.metrics, saved.step if saved else 0
         cfg = run.config
+        entries, kept, damaged = cut_after(metrics, step, cfg.steps, cfg.log_every, cfg.eval_every)
         if saved:
-            its = settings_of(saved, (), {})
-            if lost := missing(entries(metrics), step, its.log_every, its.eval_every):
+            before = settings_of(saved, (), {})
+            if lost := missing(entries, step, before.log_every, before.eval_every):
                 notes.append(f"warning: {metrics} has lost its lines of steps {lost[0]} to {lost[-1]}")
-        where = f"no checkpoint in {self.directory.path} yet: starting at step 0"
-        notes.append(f"going on after step {step}" if saved else where)
-        kept, damaged = cut(metrics, step, cfg.steps, cfg.eval_every, cfg.log_every)
+            notes.append(f"going on after step {step}")
+        elif cfg.resume:
+            notes.append(f"no checkpoint in {self.directory.path} yet: starting at step 0")
+        notes += damaged
+        if cfg.init and not saved:
+            notes.append(f"first weights from {cfg.init}")
+        if saved and "init" in (cfg.given or ()):
+            notes.append(f"--init {cfg.init} is not read: it is for a run's first step")
         scored = any("evaluation" in entry and entry["step"] == step for entry in kept)
         unscored = saved is not None and run.due(step).evaluation and not scored
-        return Restored(step, notes + damaged, last_known(kept, run.model.metric.name), unscored)
+        return Restored(step, notes, last_known(kept, run.model.metric.name), unscored)
 
     def save(self, step: int) -> None:
         """Write the checkpoint of a step, unless that is done, when the metrics so far are on disk."""

@@ -21,7 +21,7 @@ from mpiml.errors import OutputError
 from mpiml.run import console as module
 from mpiml.run.console import Console
 from mpiml.run.log import Evaluation, Log, Step
-from mpiml.run.metrics import cut, last_known
+from mpiml.run.metrics import cut_after, last_known
 from mpiml.run.step_times import KEPT
 from mpiml.run.stragglers import Pace
 from mpiml.team import Team
@@ -280,7 +280,7 @@ LINES = [
 
 def cut_at_2(path: Path, content: bytes) -> tuple[list[int], list[str]]:
     path.write_bytes(content)
-    entries, notes = cut(path, 2, 9, 2, 1)
+    _, entries, notes = cut_after(path, 2, 9, 1, 2)
     return [entry["step"] for entry in entries], notes
 
 
@@ -315,12 +315,12 @@ def test_a_damaged_line_within_is_reported_and_left_out(tmp_path: Path, damaged:
 def test_what_is_no_file_is_not_opened(tmp_path: Path, make: object) -> None:
     make(tmp_path / "metrics.jsonl")  # type: ignore[operator]
     with pytest.raises(OutputError, match=r"metrics.jsonl: is not a regular file"):
-        cut(tmp_path / "metrics.jsonl", 2, 9, 2, 1)
+        cut_after(tmp_path / "metrics.jsonl", 2, 9, 1, 2)
 
 
 def test_what_is_cut_and_what_stays(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
-    assert cut(metrics, 0, 9, 4, 2) == ([], [])
+    assert cut_after(metrics, 0, 9, 2, 4) == ([], [], [])
     assert not metrics.exists()
     entries = [
         {"step": step, **({"evaluation": {}} if scored else {})}
@@ -328,18 +328,18 @@ def test_what_is_cut_and_what_stays(tmp_path: Path) -> None:
     ]
     text = "".join(json.dumps(entry) + "\n" for entry in entries)
     metrics.write_text(text + '{"step": 9, "lo')
-    assert cut(metrics, 4, 9, 4, 2) == (entries[:3], [])
+    assert cut_after(metrics, 4, 9, 2, 4) == (entries, entries[:3], [])
     assert [json.loads(row) for row in metrics.read_text().splitlines()] == entries[:3]
     before = metrics.stat().st_ino
-    cut(metrics, 4, 9, 4, 2)
+    cut_after(metrics, 4, 9, 2, 4)
     assert metrics.stat().st_ino == before
-    assert cut(metrics, 4, 9, 3, 2) == (entries[:2], [])
+    assert cut_after(metrics, 4, 9, 2, 3) == (entries[:3], entries[:2], [])
 
 
 def test_the_last_known_values_may_be_missing(tmp_path: Path) -> None:
-    entries, _ = cut(tmp_path / "none", 2, 9, 2, 1)
+    _, entries, _ = cut_after(tmp_path / "none", 2, 9, 1, 2)
     assert (entries, last_known(entries, "score")) == ([], {})
     (tmp_path / "m").write_bytes(b"".join(LINES))
-    entries, _ = cut(tmp_path / "m", 9, 9, 2, 1)
+    _, entries, _ = cut_after(tmp_path / "m", 9, 9, 1, 2)
     assert last_known(entries, "score") == {"loss": 0.5, "score": None, "test_loss": 1.5}
     assert last_known([{"step": 1}], "score") == {"loss": None}

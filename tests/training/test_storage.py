@@ -149,7 +149,9 @@ def test_what_a_run_has_reached_outlives_a_refusal(tmp_path: Path) -> None:
     before = train(Config(**SHORT, out=str(mine)))
     train(Config(**SHORT | {"lr": 0.5}, out=str(other)))
     shutil.copy(other / "checkpoints" / "step-000000006.safetensors", mine / "checkpoints")
-    config = (mine / "config.toml").read_bytes()
+    with open(mine / "metrics.jsonl", "a") as metrics:
+        metrics.write('{"step": 7, "loss": 1.0}\n')  # which a resume after step 6 would cut off
+    before_files = [(mine / name).read_bytes() for name in ("config.toml", "metrics.jsonl")]
     with pytest.raises(OutputError, match="they are of different runs"):
         train(Config(**SHORT | {"steps": 8}, out=str(mine), resume=True))
     result = json.loads((mine / "result.json").read_text())
@@ -157,7 +159,7 @@ def test_what_a_run_has_reached_outlives_a_refusal(tmp_path: Path) -> None:
     assert {name: result[name] for name in ("accuracy", "weights_sha256")} == {
         name: before[name] for name in ("accuracy", "weights_sha256")
     }
-    assert (mine / "config.toml").read_bytes() == config
+    assert [(mine / name).read_bytes() for name in ("config.toml", "metrics.jsonl")] == before_files
 
 
 def test_a_refused_job_leaves_what_the_last_one_has_reached(tmp_path: Path) -> None:
