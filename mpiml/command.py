@@ -43,9 +43,7 @@ def run_command(program: str, act: Callable[[], int]) -> int:
         text, code = f"{program}: {error.filename or 'input or output'}: {error.strerror or error}", 74
     except Exception:  # from a user's own code: the traceback shows where
         text, code = traceback.format_exc().rstrip(), RunError.exit_code
-    with contextlib.suppress(
-        OSError, ValueError, AttributeError
-    ):  # stderr is full or has no reader; is closed; is None
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # it is full or has no reader; is closed; is None
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
     return code
@@ -100,11 +98,8 @@ def fault_line(output: str, *patterns: str) -> str:
 def table(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
     """Lines of aligned columns; `sides` has a letter for each column: "l" for left, "r" for right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(_pad(*cell) for cell in zip(row, widths, sides, strict=True)).rstrip() for row in rows]
-
-
-def _pad(text: str, width: int, side: str) -> str:
-    return text.ljust(width) if side == "l" else text.rjust(width)
+    line = "  ".join(f"{{:{'<' if side == 'l' else '>'}{width}}}" for side, width in zip(sides, widths, strict=True))
+    return [line.format(*row).rstrip() for row in rows]
 
 
 def plural(number: int, thing: str) -> str:

@@ -81,14 +81,14 @@ from mpiml.run.failure import Guard, exit_code
 from mpiml.run.process import prepare_process
 from mpiml.run.watch import Watch
 from mpiml.team import Team, share_cores
-from mpiml.training import storage
 from mpiml.training.data import look_at, open_data
 from mpiml.training.evaluation import Evaluation
 from mpiml.training.model import Model
 from mpiml.training.place import build_stage
 from mpiml.training.predictions import Predictions, check_path
 from mpiml.training.rows import normalized
-from mpiml.training.stored import Found, check_data, check_model, find
+from mpiml.training.storage import from_arrays
+from mpiml.training.stored import StoredModel, check_data, check_model, stored_model
 from mpiml.vectors import bytes_of
 
 if __name__ == "__main__":
@@ -121,86 +121,75 @@ def evaluate(
         data: whose test rows, as the command takes it or as a data set; by default the run's own.
         label, token_dtype, held_out: how to read them, as Config has it; by default as the run did.
         predictions: a file to write to, .npy or .csv.
-        pipe: stages.
-        comm: the ranks; all of the job's by default.
+        pipe, comm: stages; the ranks, all of the job's by default.
         model: what the run was trained with, as `train` takes it, or its name, package.module:function.
         loss, metric: by name, as Config has them; by default as the run did.
 
-    Returns:
-        `test_loss` and the metric under its name, as a run logs them, with `step`, `rows`, `run` and `data`.
-
-    Raises:
-        RunError: as mpiml.train.train.
+    Returns `test_loss` and the metric under its name, as a run logs them, with `step`, `rows`, `run` and `data`.
+    Raises RunError as mpiml.train.train does.
     """
     team = Team(MPI.COMM_WORLD if comm is None else comm, Clock())
-    whole: list[Checkpoint] = []  # on rank 0
-    asked = {"pipe": pipe, "label": label, "token_dtype": token_dtype, "held_out": held_out}
-    named = {"data": data, "model": model, "loss": loss, "metric": metric}
+    reading = {"pipe": pipe, "label": label, "token_dtype": token_dtype, "held_out": held_out}
+    code = {"data": data, "model": model, "loss": loss, "metric": metric}
+    weights: list[Checkpoint] = []  # on rank 0
 
-    def look() -> Found:
-        if predictions is not None:
-            check_path(Path(predictions))
-        found, saved = find(run, checkpoint, asked, named)
-        whole.append(saved)
-        return found
+    def look() -> StoredModel:
+        check_path(predictions)
+        stored, saved = stored_model(run, checkpoint, reading, code)
+        weights.append(saved)
+        return stored
 
     with Guard(team, PROGRAM) as guard:
         one_job.check_size(MPI.COMM_WORLD.size)
         team.check_alike(one_job.software())
-        found = team.on_rank_0(look)
+        stored = team.on_rank_0(look)
         team.together(lambda: check_ranks(team.size, pipe))
-        with Watch(team.comm.Dup(), team.clock, found.config.stall_timeout, guard.fail), np.errstate(all="ignore"):
-            made = None if isinstance(model, str) else model
-            return _evaluate(found, whole, data, predictions, team, made)
+        with Watch(team.comm.Dup(), team.clock, stored.config.stall_timeout, guard.fail), np.errstate(all="ignore"):
+            return _evaluate(stored, weights, data, model, predictions, team)
 
 
 def _evaluate(
-    found: Found,
-    whole: list[Checkpoint],
-    data: str | Dataset | None,
-    predictions: str | None,
-    team: Team,
-    model: Model | None,
+    stored: StoredModel, weights: list[Checkpoint], data: Any, model: Model | None, predictions: str | None, team: Team
 ) -> dict[str, Any]:
-    prepare_process(found.config.threads)
-    config = found.config
+    config = stored.config
+    prepare_process(config.threads)
     dataset = open_data(config, team, data if isinstance(data, Dataset) else None)
-    team.together(lambda: check_data(found, dataset, others=data is not None))
-    about = {"run": str(found.run), "step": found.step}
-    about["data"] = dataset.name if isinstance(data, Dataset) else config.data
+    team.together(lambda: check_data(stored, dataset, others=data is not None))
+    name = dataset.name if isinstance(data, Dataset) else config.data
+    made = None if isinstance(model, str) else model
     with freed(grids.build(team, config.pipe), team.size) as grid:
-        return about | _scored(found, whole, dataset, predictions, grid, model)
+        scores = _scored(stored, weights, dataset, made, predictions, grid)
+    return {"run": str(stored.run), "step": stored.step, "data": name} | scores
 
 
 def _scored(
-    found: Found,
-    whole: list[Checkpoint],
-    dataset: Dataset,
+    stored: StoredModel,
+    weights: list[Checkpoint],
+    data: Dataset,
+    model: Model | None,
     predictions: str | None,
     grid: Grid,
-    model: Model | None,
 ) -> dict[str, Any]:
     """The sums over the test rows; collective over the grid."""
-    config, task = found.config, found.task
-    team, clock = grid.team, grid.team.clock
+    config, task, team = stored.config, stored.task, grid.team
     share_cores(grid.node.size * config.threads, grid.cores)
-    tests = Evaluation(dataset.test, config.eval_rows, grid, config.dtype)
+    tests = Evaluation(data.test, config.eval_rows, grid, config.dtype)
     classes = task.outputs if task.classification else None
-    seen = look_at(dataset, grid, None, tests.rows(), classes, tokens=task.vocabulary, ignore=task.ignore)
-    tests.split = dataset.test.ignoring(task.ignore)
-    if found.normalization:
-        tests.split = normalized(tests.split, found.normalization, config.dtype)
+    seen = look_at(data, grid, None, tests.rows(), classes, tokens=task.vocabulary, ignore=task.ignore)
+    tests.split = data.test.ignoring(task.ignore)
+    if stored.normalization:
+        tests.split = normalized(tests.split, stored.normalization, config.dtype)
     built, computation = build_stage(config, task, grid, model)
     layouts, metric = built.layouts, built.metric
-    team.on_rank_0(lambda: check_model(whole[0], built.constants, layouts))
+    team.on_rank_0(lambda: check_model(weights[0], built.constants, layouts))
     values, problem = _placed(config, grid, layouts[grid.stage])
     with freed(values, grid.comm.size):
-        _filled(values, grid, layouts, whole)
-        for note in [*found.notes, *seen.notes, *([f"warning: {problem}"] if problem else [])]:
+        _fill(values, grid, layouts, weights)
+        for note in [*stored.notes, *seen.notes, *([f"warning: {problem}"] if problem else [])]:
             if grid.comm.rank == 0:
                 say(note, sys.stderr)
         kept = Predictions(computation, task) if predictions else None
-        record = tests.score(Stage(grid.pipe, computation, clock), metric, clock, found.step)
+        record = tests.score(Stage(grid.pipe, computation, team.clock), metric, team.clock, stored.step)
         assert record, "nobody asks it to leave off"
         if kept:
             kept.write(Path(predictions or ""), tests)
@@ -216,11 +205,11 @@ def _placed(config: Config, grid: Grid, layout: Layout) -> tuple[Values, str | N
     return values, problem
 
 
-def _filled(values: Values, grid: Grid, layouts: Sequence[Layout], whole: list[Checkpoint]) -> None:
+def _fill(values: Values, grid: Grid, layouts: Sequence[Layout], weights: list[Checkpoint]) -> None:
     """Give every rank the values that it holds, from the checkpoint on rank 0; collective."""
     stages: list[Mapping[str, Any]] = []
     grid.team.clock("checkpoint")
-    grid.team.on_rank_0(lambda: stages.extend(storage.from_arrays(layouts, whole.pop(), (VALUES,))))
+    grid.team.on_rank_0(lambda: stages.extend(from_arrays(layouts, weights.pop(), (VALUES,))))
     State(grid, values, {}).distribute(stages, VALUES)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import glob
@@ -148,16 +149,10 @@ def convert(kind: Any, raw: Any, what: str) -> Any:
     if kind is bool and (isinstance(raw, bool) or raw == "true"):
         return bool(raw)
     if kind in (int, float) and not isinstance(raw, bool) and isinstance(raw, (str, int, float)):
-        try:
+        with contextlib.suppress(ValueError, OverflowError):
             number = kind(raw)
-        except (ValueError, OverflowError):
-            number = None
-        if (
-            number is not None
-            and (isinstance(raw, str) or number == raw)
-            and (kind is float or number in documents.INTEGERS)
-        ):
-            return number
+            if (isinstance(raw, str) or number == raw) and (kind is float or number in documents.INTEGERS):
+                return number
     names = {int: "a whole number of at most 64 bits", float: "a number", bool: "true or false", str: "text"}
     raise ConfigError(f"{what}: must be {names[kind]}")
 

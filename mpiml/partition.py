@@ -56,12 +56,9 @@ def _greedy(costs: Sequence[int], stages: int, limit: int) -> list[int]:
 
 def check_cuts(cuts: Sequence[int], layers: int, stages: int) -> None:
     """Raise ConfigError unless `cuts` give each of `stages` stages at least one of `layers` layers."""
+    what = f"--cuts {','.join(map(str, cuts))}"
     if len(cuts) != stages - 1:
-        raise ConfigError(f"--cuts {_text(cuts)}: {len(cuts)} given, but {stages - 1} needed for --pipe {stages}")
+        raise ConfigError(f"{what}: {len(cuts)} given, but {stages - 1} needed for --pipe {stages}")
     bounds = [0, *cuts, layers]
     if any(a >= b for a, b in itertools.pairwise(bounds)):
-        raise ConfigError(f"--cuts {_text(cuts)}: must increase and lie between 1 and {layers - 1} ({layers} layers)")
-
-
-def _text(cuts: Sequence[int]) -> str:
-    return ",".join(map(str, cuts))
+        raise ConfigError(f"{what}: must increase and lie between 1 and {layers - 1} ({layers} layers)")

@@ -48,16 +48,6 @@ def bytes_of(size: int, dtype: DTypeLike) -> int:
     return -(-size * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT
 
 
-def add(left: Vector, right: Vector, out: Vector) -> None:
-    """out = left + right, three vectors of equal length; `out` may be `left`."""
-    np.add(left, right, out=out)
-
-
-def copy(source: Vector, out: Vector) -> None:
-    """out = source, vectors of equal length; `out` may be `source`."""
-    np.copyto(out, source)
-
-
 def square_sums(vector: Vector, blocks: Iterable[tuple[int, int]]) -> list[float]:
     """The sum of squares of vector[start:stop], in float64, for each block (start, stop).
 

@@ -48,7 +48,7 @@ def as_tensor(array: Array) -> Tensor:
     flat = array.reshape(-1)
     if flat.ctypes.data % vectors.ALIGNMENT or not flat.flags.writeable:
         aligned = vectors.empty(flat.size, flat.dtype)
-        vectors.copy(flat, aligned)
+        np.copyto(aligned, flat)
         flat = aligned
     return torch.from_numpy(flat).view(array.shape)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from mpi4py import MPI
 
 from mpiml import vectors
@@ -51,17 +52,17 @@ class Exchange:
         """Add up and send this node's partial sums of the slices that other nodes own. Called when all of this node's
         replicas have written the bucket."""
         for addition in self._packing:
-            vectors.add(*addition)
+            np.add(*addition)
         MPI.Prequest.Startall(self.sends)
 
     def total(self, index: int, out: Vector) -> Vector:
         """As GradientSum.total, for this bucket's pieces, when all receives are complete."""
         additions, left, right = self._totals[index]
         for addition in additions:
-            vectors.add(*addition)
+            np.add(*addition)
         if right is None:
             return left
-        vectors.add(left, right, out)
+        np.add(left, right, out)
         return out
 
     def _plan_sends(self) -> None:

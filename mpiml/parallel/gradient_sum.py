@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy as np
 from mpi4py import MPI
 
 from mpiml import vectors
@@ -63,7 +64,7 @@ def merge(plan: SumPlan, slots: Sequence[Vector], index: int) -> None:
     """Merge the top of the stack of slots as often as the plan says after the index-th micro-batch."""
     top = plan.slots[index]
     for _ in range(plan.counts[index]):
-        vectors.add(slots[top - 1], slots[top], out=slots[top - 1])
+        np.add(slots[top - 1], slots[top], out=slots[top - 1])
         top -= 1
 
 
@@ -192,7 +193,7 @@ class LibrarySum:
     def start(self) -> None:
         left = sum(1 - count for count in self.plan.counts)
         for top in range(left - 1, 0, -1):
-            vectors.add(self.slots[top - 1], self.slots[top], out=self.slots[top - 1])
+            np.add(self.slots[top - 1], self.slots[top], out=self.slots[top - 1])
         parts = [self.slots[0][start:stop] for start, stop in cut([(0, len(self.slots[0]))])]
         wait([self.comm.Iallreduce(MPI.IN_PLACE, part) for part in parts])
 

@@ -102,11 +102,6 @@ class Values:
                 if stop > start:
                     self._takes.append(self.comm.Recv_init(self.vector[start:stop], owner, bucket.tag))
 
-    @property
-    def worker(self) -> tuple[int, int]:
-        """(rank, ranks) among those that share the vector."""
-        return self.memory.rank, self.memory.ranks
-
     def publish(self, others: Sequence[MPI.Request] = ()) -> None:
         """Give the values of this replica's parts to all replicas; collective over them. Afterwards all hold equal
         values, and `others`, further requests, are complete on all ranks of the node."""

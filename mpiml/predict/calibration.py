@@ -24,7 +24,6 @@ import numpy as np
 from mpi4py import MPI
 
 import mpiml
-from mpiml import vectors
 from mpiml.config import Config, parse
 from mpiml.data.dataset import Batch, Dataset
 from mpiml.doctor import probes
@@ -96,7 +95,7 @@ class Pieces:
 
     def add(self) -> None:
         slots = self.run.stage.sum.slots
-        vectors.add(slots[0], slots[1], out=slots[0])
+        np.add(slots[0], slots[1], out=slots[0])
 
 
 def curves_of(times: Sequence[Sequence[float]], layers: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -64,6 +65,11 @@ def digest(arrays: Iterable[tuple[str, Array]], moved: Moved = unwatched) -> str
     return sha.hexdigest()
 
 
+def is_of_model(name: str) -> bool:
+    """Whether an array of a checkpoint is the model's, or normalises its inputs, and so is no optimizer state."""
+    return not name.startswith("optimizer.")
+
+
 def file_name(step: int) -> str:
     """The file name of the checkpoint after a step."""
     return f"step-{step:09d}.safetensors"
@@ -91,7 +97,8 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int, moved: Moved = unwa
         if path.exists():
             if _is_whole(path, moved):
                 return path
-            os.rename(path, _free_name(path.with_suffix(".damaged")))
+            others = (path.with_suffix(f".damaged{number or ''}") for number in itertools.count())
+            os.rename(path, next(other for other in others if not other.exists()))
         _write(path, checkpoint.arrays, metadata, moved)
         older = [file for file in listed(directory) if _step(file) <= checkpoint.step]
         for old in older[keep:]:
@@ -270,11 +277,3 @@ def _is_whole(path: Path, moved: Moved) -> bool:
     except OutputError:
         return False
     return True
-
-
-def _free_name(path: Path) -> Path:
-    number = 0
-    while path.exists():
-        number += 1
-        path = path.with_suffix(f".damaged{number}")
-    return path

@@ -138,21 +138,12 @@ class Guard:
 
     def _written_by_another(self) -> bool:
         """Wait until the first rank has written: if this rank ended the job now, it would interrupt that."""
-        assert self.run, "the first rank has created a file there"
-        waited = 0.0
-        while self._status() != "failed":
-            if waited > OTHERS:  # it has been killed, perhaps
-                return False
+        for _ in range(int(OTHERS / FORWARDING)):
+            with contextlib.suppress(OutputError):  # it cannot be read now
+                if self.run and read_result(self.run).get("status") == "failed":
+                    return True
             time.sleep(FORWARDING)
-            waited += FORWARDING
-        return True
-
-    def _status(self) -> str:
-        """The status in result.json; empty if it cannot be read now."""
-        try:
-            return str(read_result(self.run or Path()).get("status"))
-        except OutputError:
-            return ""
+        return False  # that rank has been killed, perhaps
 
 
 def describe(error: BaseException) -> str:

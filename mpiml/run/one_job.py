@@ -29,11 +29,6 @@ def expected_size(environment: Mapping[str, str]) -> int:
     return 1
 
 
-def is_first(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is the launcher's rank 0: of many jobs of one rank, only that one reports the error."""
-    return rank_by_launcher(environment) == 0
-
-
 def check_size(size: int, environment: Mapping[str, str] = os.environ) -> None:
     """Raise ConfigError, on all ranks alike, if the MPI library sees fewer ranks than were launched.
 
@@ -44,7 +39,7 @@ def check_size(size: int, environment: Mapping[str, str] = os.environ) -> None:
         return
     library = mpi_library()
     error = ConfigError(f"{expected} processes were started, but {library} makes them jobs of {size}: {HINT}")
-    error.silent = not is_first(environment)
+    error.silent = rank_by_launcher(environment) > 0  # of many jobs of one rank, only the first reports it
     raise error.on_all_ranks()
 
 

@@ -43,9 +43,7 @@ class Line(TypedDict, total=False):
     learning_rate: float
     gradient_norm: float | None
     samples_per_second: float
-    seconds: dict[
-        str, Any
-    ]  # since the last line: the least and the most of any rank in each activity; the slowest rank
+    seconds: dict[str, Any]  # since the last line: the least and most of any rank in each activity; the slowest rank
     evaluation: dict[str, float | None]  # its loss, score and rows
 
 

@@ -210,9 +210,8 @@ def lines(track: int, rank_spans: Iterable[Span], origin: float) -> str:
     encode = json.JSONEncoder(separators=(",", ":")).encode
     texts = []
     for span in rank_spans:
-        begin, end = (
-            round((time - origin) * 1e9) for time in (span.begin, span.end)
-        )  # whole nanoseconds: no gaps, no overlaps
+        # Whole nanoseconds: no gaps, no overlaps.
+        begin, end = (round((time - origin) * 1e9) for time in (span.begin, span.end))
         entry = {"ph": "X", "pid": 1, "tid": track, "ts": begin / 1e3, "dur": (end - begin) / 1e3, "name": span.name}
         texts.append(encode({**entry, "args": span.details} if span.details else entry))
     return ",\n".join(texts)

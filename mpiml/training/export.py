@@ -25,7 +25,7 @@ def trained(file: str | Path, model: Model | None = None) -> tuple[list[Layer], 
 
     Raises OutputError for a checkpoint that is damaged or of another model, ConfigError for one that needs `model`.
     """
-    saved = checkpoint.load(Path(file), lambda name: not name.startswith("optimizer."))
+    saved = checkpoint.load(Path(file), checkpoint.is_of_model)
     task, config = Task.of_checkpoint(saved), settings_of(saved, ("model",), {"model": model})
     layers = model_for(config, task, None if isinstance(model, str) else model)
     check_constants(constants(layers), saved)

@@ -31,28 +31,14 @@ Objective = Callable[[Any, Any, bool], tuple[list[float], Any]]
 
 
 def model_for(config: Config, task: Task, model: Model | None) -> list[nn.Layer]:
-    """The layers, named, for what a data set asks; `model` as of `build_model`."""
-    return build_model(config, task.shape, task.outputs, task.vocabulary, task.final, model)
-
-
-def build_model(
-    config: Config, shape: Shape, outputs: int, tokens: int, final: Shape | None, model: Model | None
-) -> list[nn.Layer]:
-    """The layers, named.
-
-    Args:
-        shape: of an input row.
-        outputs: how many the model needs: classes, or values to predict.
-        tokens: how many token ids the inputs may hold, if that is what they are.
-        final: the shape that a row of the output must have, or None for any.
-        model: a Model in place of config.model.
-    """
+    """The layers, named, for what a data set asks; `model` is a Model in place of config.model."""
+    tokens = task.vocabulary
     make = chosen(config, tokens) if model is None else model
     try:
-        layers = _list_of_layers(_made(make, config, shape, outputs))
+        layers = _list_of_layers(_made(make, config, task.shape, task.outputs))
         nn.name(layers)
         nn.skip_first_dx(layers)
-        *shapes, found = nn.stack_shapes(layers, shape)
+        *shapes, final = nn.stack_shapes(layers, task.shape)
         for layer, before in zip(layers, shapes, strict=True):
             layer.check_place(before, tokens)
             tokens = 0 if nn.parameters([layer]) else tokens
@@ -63,8 +49,8 @@ def build_model(
     if not any(parameter.size for parameter in nn.parameters(layers)):
         raise ConfigError("the model has no parameters, so there is nothing to train")
     ours = not (is_name(config.loss) and is_name(config.metric))  # else nothing of ours looks at the outputs
-    if ours and final is not None and found != final:
-        raise ConfigError(f"the model gives rows of shape {found}, but the labels need {final}")
+    if ours and final != task.final:
+        raise ConfigError(f"the model gives rows of shape {final}, but the labels need {task.final}")
     return layers
 
 

@@ -22,8 +22,11 @@ Rows = NDArray[Any]
 SUFFIXES = (".npy", ".csv")
 
 
-def check_path(path: Path) -> None:
-    """Raise ConfigError if predictions cannot be written there: better before the work than after it."""
+def check_path(file: str | None) -> None:
+    """Raise ConfigError if predictions are asked for and cannot be written there: before the work, not after it."""
+    if file is None:
+        return
+    path = Path(file)
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"--predictions {path}: must end in {' or '.join(SUFFIXES)}")
     if path.is_dir():

@@ -75,9 +75,10 @@ def build_data(config: Resolved, data: Dataset, grid: Grid) -> RunData:
     if normalization:
         train, test = (normalized(split, normalization, config.dtype) for split in (train, test))
         shards = cut(train)
+    ahead = steps_ahead(shards) if config.prefetch is None else config.prefetch
     return RunData(
         shards=shards,
-        ahead=read_ahead(config, shards, grid),
+        ahead=ReadAhead(shards, ahead, config.steps, grid.stage == 0, grid.stage == grid.stages - 1),
         tests=deal(test),
         task=Task(data.train.x.shape, data.train.y.shape, data.classification, seen.outputs, seen.tokens, ignore),
         normalization=normalization,
@@ -108,9 +109,3 @@ def find_transform(config: Config, data: Dataset) -> Callable[..., Any] | None:
         return x, y
 
     return transform
-
-
-def read_ahead(config: Resolved, shards: Shards, grid: Grid) -> ReadAhead:
-    """The training rows, read as far ahead as the settings say."""
-    steps = steps_ahead(shards) if config.prefetch is None else config.prefetch
-    return ReadAhead(shards, steps, config.steps, grid.stage == 0, grid.stage == grid.stages - 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -177,7 +176,8 @@ def assemble(
     sum_, agreement, notes = place(config, grid, layout, 2 + built.metric.columns)
     values = sum_.values
     layout.bind(values.vector)
-    team.together(functools.partial(layout.initialise, values.vector, config.seed, *values.worker))
+    memory = values.memory  # whose ranks share the work
+    team.together(lambda: layout.initialise(values.vector, config.seed, memory.rank, memory.ranks))
     computation = dataclasses.replace(computation, gradients=gradients(layout, sum_))
     optimizer = optimizers.build(config.optimizer, config.momentum, config.weight_decay)
     update = Update(team, grid.replica, sum_, optimizer, config.clip, rows.shards.rows_of)

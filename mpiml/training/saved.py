@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mpiml import documents
 from mpiml.config import Config, settings
@@ -12,9 +12,6 @@ from mpiml.errors import ConfigError, OutputError
 from mpiml.flags import flag, from_table, from_toml
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.usercode import is_name
-
-if TYPE_CHECKING:
-    from mpiml.run.checkpoint import Checkpoint
 
 CODE = tuple(field.name for field in settings() if field.metadata["or_named"])  # the settings that may name some
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
@@ -23,13 +23,10 @@ from mpiml.training.model import check_constants
 from mpiml.training.saved import code_of, settings_in, settings_of
 from mpiml.training.task import Task
 
-if TYPE_CHECKING:
-    from mpiml.run.checkpoint import Checkpoint
 
-
-@dataclass
-class Found:
-    """What all ranks know of a checkpoint."""
+@dataclass(frozen=True)
+class StoredModel:
+    """A checkpoint's model without its weights, and `run`, the directory that it is of; the same on all ranks."""
 
     config: Config
     step: int
@@ -39,28 +36,25 @@ class Found:
     notes: list[str]
 
 
-def find(
+def stored_model(
     run: str | None, file: str | None, asked: Mapping[str, Any], named: Mapping[str, Any]
-) -> tuple[Found, Checkpoint]:
-    """The checkpoint to score, without optimizer state, and what there is to know of it. Rank 0 calls it.
+) -> tuple[StoredModel, Checkpoint]:
+    """The model of a run's newest checkpoint, or of `file`, and the checkpoint, without optimizer state. Rank 0 calls
+    it.
 
     Settings that are asked for, and not None, take the place of the run's; `named` are those that may name code.
     """
     own: dict[str, str] = {}
-
-    def wanted(name: str) -> bool:
-        return not name.startswith("optimizer.")
-
     problems: list[str] = []
     if file is not None:
         if Path(file).is_dir():
             raise ConfigError(f"--checkpoint {file}: is a directory, not a file; a run is scored with --run")
-        saved, path = checkpoints.load(Path(file), wanted), Path(file).absolute().parent.parent
+        saved, path = checkpoints.load(Path(file), checkpoints.is_of_model), Path(file).absolute().parent.parent
     else:
         path = Path(run or "")
         if not (path / CHECKPOINTS).is_dir():
             raise ConfigError(f"--run {run}: " + ("holds no run" if path.is_dir() else "there is no such directory"))
-        saved, problems = _newest(path / CHECKPOINTS, wanted)
+        saved, problems = _newest(path / CHECKPOINTS)
         if (path / CONFIG).exists():
             own = code_of(settings_in(path / CONFIG))
     given = {name: value for name, value in named.items() if value is not None}
@@ -70,17 +64,18 @@ def find(
         cuts=cuts, **{name: value for name, value in asked.items() if value is not None}
     )
     normalization = storage.normalization(saved, task) if config.normalize else None
-    return Found(config, saved.step, task, normalization, path, [f"warning: skipped {p}" for p in problems]), saved
+    notes = [f"warning: skipped {problem}" for problem in problems]
+    return StoredModel(config, saved.step, task, normalization, path, notes), saved
 
 
-def _newest(directory: Path, wanted: Callable[[str], bool]) -> tuple[Checkpoint, list[str]]:
+def _newest(directory: Path) -> tuple[Checkpoint, list[str]]:
     """The newest whole checkpoint, and what is wrong with newer ones. The run may remove files meanwhile."""
     while True:
-        there = checkpoints.listed(directory)
+        files = checkpoints.listed(directory)
         try:
-            saved, problems = checkpoints.newest(directory, wanted)
+            saved, problems = checkpoints.newest(directory, checkpoints.is_of_model)
         except OutputError:
-            if there == checkpoints.listed(directory):
+            if files == checkpoints.listed(directory):
                 raise
             continue
         if saved:
@@ -88,17 +83,17 @@ def _newest(directory: Path, wanted: Callable[[str], bool]) -> tuple[Checkpoint,
         raise OutputError(f"{directory.parent} has no checkpoint yet")
 
 
-def check_data(found: Found, data: Dataset, others: bool) -> None:
+def check_data(stored: StoredModel, data: Dataset, others: bool) -> None:
     """Raise DataError unless a data set is of the kind that the run's was, and unchanged if it is not `others`."""
-    task = found.task
-    for what, mine, its in (
+    task = stored.task
+    for what, given, trained in (
         ("rows of x_test are", data.test.x.shape, task.shape),
         ("labels of a row are", data.test.y.shape, task.labels),
         ("labels are", *("classes" if kind else "values" for kind in (data.classification, task.classification))),
     ):
-        if mine != its:
-            raise DataError(f"{data.name}: {what} {mine}, but the run's {its}")
-    before = None if others else environment.data(found.run)
+        if given != trained:
+            raise DataError(f"{data.name}: {what} {given}, but the run's {trained}")
+    before = None if others else environment.data(stored.run)
     if before and (other := difference(data.fingerprint, before, "in the run")):
         raise DataError(
             f"{data.name} has changed since the run: {other}; to score it all the same, name it with --data"

@@ -16,7 +16,8 @@ from mpiml.config import Config
 from mpiml.errors import ConfigError, OutputError
 from mpiml.nn import layers as nn
 from mpiml.nn.parameters import Gradients, Layout
-from mpiml.training.model import build_model, described
+from mpiml.training.model import described, model_for
+from mpiml.training.task import Task
 
 torch = pytest.importorskip("torch")
 from mpiml.nn import torch_modules  # noqa: E402
@@ -222,8 +223,11 @@ def test_parameters_are_views_of_the_values_and_nothing_else_is_kept() -> None:
     assert other.size == 48
 
 
+OWN: Any = {"loss": "my:loss", "metric": "my:metric"}  # which take outputs of any shape
+
+
 def build(made: Any, shape: tuple[int, ...] = (6,), outputs: int = 4, seed: int = 0) -> list[nn.Layer]:
-    return build_model(Config(seed=seed), shape, outputs, 0, None, made)
+    return model_for(Config(seed=seed, **OWN), Task(shape, (), True, outputs, 0), made)
 
 
 @pytest.mark.parametrize(("dtype", "complex_"), [("float32", torch.complex64), ("float64", torch.complex128)])
@@ -395,7 +399,7 @@ def test_token_ids_must_have_a_vector_each() -> None:
             return self.token(ids) + self.place(torch.arange(5))
 
     def made(model: Any, tokens: int) -> list[nn.Layer]:
-        return build_model(Config(), (5,), 7, tokens, None, model)
+        return model_for(Config(**OWN), Task((5,), (), True, 7, tokens), model)
 
     for model, name in (
         (torch.nn.Embedding(7, 6), r"layers.0, Embedding, cannot take token ids up to 7: Embedding\(7, 6\)"),

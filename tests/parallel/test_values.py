@@ -58,7 +58,7 @@ def test_each_element_has_one_holder(of_node: int, bucket: int) -> None:
 def test_nodes_are_the_replicas_that_share_memory(of_node: int) -> None:
     values = values_of(of_node, 0)
     assert values.nodes == [min(of_node, WORLD.size - first) for first in range(0, WORLD.size, of_node)]
-    assert values.worker == (WORLD.rank % of_node, values.nodes[WORLD.rank // of_node])
+    assert (values.memory.rank, values.memory.ranks) == (WORLD.rank % of_node, values.nodes[WORLD.rank // of_node])
 
 
 @pytest.mark.parametrize(("of_node", "bucket"), GRIDS)

@@ -22,7 +22,7 @@ from mpiml.nn.layers import (
 from mpiml.nn.losses import R2, Accuracy, mean_squared_error, softmax_cross_entropy
 from mpiml.nn.parameters import Parameter
 from mpiml.run.checkpoint import Checkpoint
-from mpiml.training.model import build_loss, build_metric, build_model, check_constants, described, objective
+from mpiml.training.model import build_loss, build_metric, check_constants, described, model_for, objective
 from mpiml.training.resolve import resolve
 from mpiml.training.task import Task
 
@@ -31,8 +31,11 @@ def saved(constants: str = "") -> Checkpoint:
     return Checkpoint(1, "", {}, "", constants, "step-1.safetensors")
 
 
-def layers(final: tuple[int, ...] | None = (3,), shape: tuple[int, ...] = (64,), **settings: object) -> list[Layer]:
-    return build_model(Config(**settings), shape, 3, 5, final, None)  # type: ignore[arg-type]
+DIGITS = Task((64,), (), True, 3, 5)
+
+
+def layers(labels: tuple[int, ...] = (), shape: tuple[int, ...] = (64,), **settings: object) -> list[Layer]:
+    return model_for(Config(**settings), Task(shape, labels, True, 3, 5), None)  # type: ignore[arg-type]
 
 
 def kinds(layers: list[Layer], kind: type[Layer]) -> list[Layer]:
@@ -54,7 +57,7 @@ def test_settings_reach_the_model() -> None:
     assert kinds(residual, GroupNorm)
     assert not kinds(residual, BatchNorm2d)
     assert kinds(layers(model="resnet", norm="batch"), BatchNorm2d)
-    tokens = layers((64, 3), model="gpt", blocks=3, width=12, heads=6, dropout=0.1)
+    tokens = layers((64,), model="gpt", blocks=3, width=12, heads=6, dropout=0.1)
     assert (tokens[0].tokens, tokens[0].features) == (5, 12) if isinstance(tokens[0], Embedding) else False
     assert len(kinds(tokens, Residual)) == 6
     _, attention, dropout = tokens[2].inner()
@@ -98,14 +101,17 @@ def test_models_that_do_not_work(settings: dict, words: list[str]) -> None:
 
 def test_a_given_model_stands_in_place_of_the_named_one() -> None:
     given = [Linear(64, 3)]
-    assert build_model(Config(model="gpt"), (64,), 3, 5, (3,), given) == given
-    assert len(build_model(Config(model="gpt"), (64,), 3, 5, (3,), lambda shape, outputs: given)) == 1
+    assert model_for(Config(model="gpt"), DIGITS, given) == given
+    assert len(model_for(Config(model="gpt"), DIGITS, lambda shape, outputs: given)) == 1
     with pytest.raises(ConfigError, match="no layers"):
-        build_model(Config(), (64,), 3, 5, (3,), [])
+        model_for(Config(), DIGITS, [])
 
 
 def test_any_shape_will_do_where_loss_and_metric_are_ones_own() -> None:
-    assert len(layers(None, model="tests.usercode:model")) == 3
+    own = {"model": "tests.usercode:model", "loss": "my:loss", "metric": "my:metric"}
+    assert len(layers((64,), **own)) == 3
+    with pytest.raises(ConfigError, match=r"rows of shape \(3,\), but the labels need \(64, 3\)"):
+        layers((64,), **own | {"metric": "accuracy"})
 
 
 def test_token_ids_are_as_many_as_the_data_say() -> None:
