@@ -112,15 +112,15 @@ def _train(asked: Config, model: Model | None, data: Dataset | None, hold: Hold,
 def _run(run: Run, name: str, hold: Hold, notes: list[str], stop: StopRequest, began: float) -> dict[str, Any]:
     """Train what is assembled, in its directory. Returns the content of result.json."""
     cfg, grid, data = run.config, run.grid, run.data
-    directory = hold.opened(run, name)
-    store = Store(run, directory, stop.deadline)
+    about = hold.opened(run, name)
+    store = Store(run, hold, stop.deadline)
     restored = store.restore()
-    warnings = hold.begun(run, directory)
+    warnings = hold.begun(run)
     rows, metric = data.shards.rows_per_step, run.model.metric.name
-    with log.Log(grid.team, directory.metrics, rows, metric, run.pace(), restored.history) as logger:
+    with log.Log(grid.team, hold.metrics, rows, metric, run.pace(), restored.history) as logger:
         logger.open_console(restored.step + 1, cfg.steps, cfg.quiet)
         shape = resolve.grid_text(grid.stages, grid.replicas, cfg.microbatches)
-        for line in [*warnings, *directory.notes, *notes, *restored.notes, shape]:
+        for line in [*warnings, *about, *notes, *restored.notes, shape]:
             logger.say(line)
         # Numbers that are not finite end the run, with a better message than NumPy's.
         with data.ahead, np.errstate(all="ignore"), trace.written(cfg.trace, grid, logger.say):
@@ -129,7 +129,7 @@ def _run(run: Run, name: str, hold: Hold, notes: list[str], stop: StopRequest, b
             outcome = {"step": restored.step} | ended | logger.known | {"weights_sha256": store.digest()}
         outcome["samples_per_second"] = logger.samples_per_second()
         outcome["seconds"] = round(perf_counter() - began, 3)
-        _summary(run, directory.path, outcome, logger)
+        _summary(run, hold.path, outcome, logger)
     return store.finish(outcome)
 
 

@@ -120,10 +120,9 @@ def sum_plan(replica: int, nodes: Sequence[int], total: int) -> SumPlan:
         low, high = sent.covers
         inside = [c for c in local if low <= c.covers[0] and c.covers[1] <= high]
         contents.append((sent.partial, inside, _reduce(inside, total)[0]))
-    microbatches = part(replica, replicas, total)
-    counts = shift_reduce(_singles(microbatches), total)[0]
+    counts = _own(replica, replicas, total)[0]
     return SumPlan(
-        microbatches=microbatches,
+        microbatches=part(replica, replicas, total),
         depth=depth(replica, replicas, total),
         counts=counts,
         slots=slots(counts),
@@ -160,16 +159,17 @@ def _home(replica: int, nodes: Sequence[int]) -> tuple[int, int]:
 
 def depth(replica: int, replicas: int, total: int) -> int:
     """How many vectors a replica needs for the sum of its own micro-batches."""
-    return 1 + max(slots(shift_reduce(_singles(part(replica, replicas, total)), total)[0]), default=0)
+    return 1 + max(slots(_own(replica, replicas, total)[0]), default=0)
 
 
 def partials(replica: int, replicas: int, total: int) -> list[Range]:
     """The partial sums of a replica: what its own micro-batches are once it has added up all that it can alone."""
-    return shift_reduce(_singles(part(replica, replicas, total)), total)[1]
+    return _own(replica, replicas, total)[1]
 
 
-def _singles(microbatches: Range) -> list[Range]:
-    return [(m, m + 1) for m in range(*microbatches)]
+def _own(replica: int, replicas: int, total: int) -> tuple[list[int], list[Range]]:
+    """The sum of a replica's own micro-batches, as of shift_reduce."""
+    return shift_reduce([(m, m + 1) for m in range(*part(replica, replicas, total))], total)
 
 
 def _reduce(contributions: Iterable[Contribution], total: int) -> tuple[list[int], list[Range]]:

@@ -123,29 +123,22 @@ def sync_file(path: Path) -> None:
 
 
 class RunDirectory:
-    """The directory of one run, which rank 0 holds while the job runs.
+    """The directory of one run, created if it does not exist, which rank 0 holds while the job runs.
+
+    Args:
+        out: its path; None for the first free runs/NAME-NNN.
+        name: NAME.
 
     Raises DirectoryError if it holds another run or another job runs in it, and OutputError if it cannot be read or
     written, or has lost its checkpoints/.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        self._lock = Lock(path)
+    def __init__(self, out: str | None, name: str = ""):
+        self.path = Path(out) if out is not None else _numbered(Path("runs"), name)
+        with named_errors("create the run directory", self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = Lock(self.path)
         self.token = self._lock.token
-
-    @classmethod
-    def create(cls, out: str | None, name: str) -> RunDirectory:
-        """Create the directory, if it does not exist, and hold it.
-
-        Args:
-            out: its path; None for the first free runs/NAME-NNN.
-            name: NAME.
-        """
-        path = Path(out) if out is not None else _numbered(Path("runs"), name)
-        with named_errors("create the run directory", path):
-            path.mkdir(parents=True, exist_ok=True)
-        return cls(path)
 
     @property
     def notes(self) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from mpiml.config import Config
 from mpiml.data.fingerprint import difference
 from mpiml.errors import DataError, OutputError
 from mpiml.flags import absolute
-from mpiml.run import checkpoint, environment
+from mpiml.run import checkpoint, environment, lock
 from mpiml.run.console import say
 from mpiml.run.directory import (
     CHECKPOINTS,
@@ -58,33 +57,14 @@ def settings(asked: Config) -> tuple[Config, Config | None]:
     return cfg, before
 
 
-@dataclass
-class Opened:
-    """What every rank knows of the run directory: where it is, a token of this job, and what there is to say."""
-
-    path: Path
-    token: str
-    notes: list[str]
-
-    @property
-    def metrics(self) -> Path:
-        """One line per logged step and per evaluation."""
-        return self.path / METRICS
-
-    @property
-    def checkpoints(self) -> Path:
-        """The directory of checkpoints."""
-        return self.path / CHECKPOINTS
-
-
 class Hold:
-    """The run directory of a job, locked by rank 0; collective.
+    """The run directory of a job, locked by rank 0; every method is collective.
 
     On a resume it is locked before anything can be refused, so that result.json shows how this job failed and not how
     the last one ended. It is let go last, after a failure has been written.
 
     Args:
-        guard: is told where it is.
+        guard: holds on all ranks, from `resumed` or `opened` on, where the directory is and this job's token.
     """
 
     def __init__(self, guard: Guard):
@@ -98,6 +78,26 @@ class Hold:
     def __exit__(self, *error: object) -> None:
         if self._directory:
             self._directory.close()
+
+    @property
+    def path(self) -> Path:
+        """The directory."""
+        assert self.guard.run, "it has been opened"
+        return self.guard.run
+
+    @property
+    def metrics(self) -> Path:
+        """One line per logged step and per evaluation."""
+        return self.path / METRICS
+
+    @property
+    def checkpoints(self) -> Path:
+        """The directory of checkpoints."""
+        return self.path / CHECKPOINTS
+
+    def check(self) -> None:
+        """Rank 0: raise DirectoryError if another job has taken the directory."""
+        lock.check(self.path, self.guard.token)
 
     def resumed(self, asked: Config) -> tuple[Config, Config | None, dict[str, Any] | None]:
         """The settings to start from; the stored ones, or None; and the result if nothing is left to do.
@@ -114,7 +114,7 @@ class Hold:
                 done = _finished(cfg, read_result(path))
             finally:
                 if not done and path.is_dir() and holds_run(path):
-                    self._take(RunDirectory.create(asked.out, ""), resume=True)
+                    self._take(RunDirectory(asked.out), resume=True)
             return cfg, stored, done
 
         cfg, stored, done = self.guard.team.on_rank_0(look)
@@ -133,30 +133,31 @@ class Hold:
         done: dict[str, Any] | None = team.on_rank_0(look)
         return done
 
-    def opened(self, run: Run, name: str) -> Opened:
-        """The directory, of which nothing but its result has been written; collective over the run's ranks.
+    def opened(self, run: Run, name: str) -> list[str]:
+        """Hold the directory, of which nothing but its result is written yet; collective over the run's ranks.
 
         Raises DataError or OutputError, on all ranks alike, if its run has other data or lost its checkpoints.
 
         Args:
             name: of the data set, for the name of a new directory.
+
+        Returns what a person should know of the directory and the job before.
         """
         config = run.config
 
-        def look() -> Opened:
+        def look() -> list[str]:
             if not self._directory:
-                self._take(RunDirectory.create(config.out, f"{name}-{config.model}"), config.resume)
+                self._take(RunDirectory(config.out, f"{name}-{config.model}"), config.resume)
             assert self._directory, "it has just been taken"
-            path = self._directory.path
-            _check_same_data(run, path)
-            _check_nothing_vanished(path, self._before)
-            return Opened(path, self._directory.token, [*self._directory.notes, *_notes(self._before)])
+            _check_same_data(run, self._directory.path)
+            _check_nothing_vanished(self._directory.path, self._before)
+            return [*self._directory.notes, *_notes(self._before)]
 
-        opened: Opened = run.grid.team.on_rank_0(look)
+        notes = run.grid.team.on_rank_0(look)
         self._tell(run.grid.team)
-        return opened
+        return notes
 
-    def begun(self, run: Run, opened: Opened) -> list[str]:
+    def begun(self, run: Run) -> list[str]:
         """Write what is known at the start, when nothing can be refused any more; collective over the run's ranks.
 
         Returns what a person should know of the job.
@@ -165,9 +166,9 @@ class Hold:
         ranks = comm.gather(environment.of_rank(config.threads))
 
         def write() -> list[str]:
-            path = opened.path
+            path = self.path
             job = environment.of_job(ranks or [], run.data.fingerprint)
-            job, changes = environment.going_on(environment.read(path), job, checkpoint.last_step(opened.checkpoints))
+            job, changes = environment.going_on(environment.read(path), job, checkpoint.last_step(self.checkpoints))
             saved = self._before.get("saved", 0)
             of_run = {"ranks": comm.size, "pipe": config.pipe, "microbatches": config.microbatches}
             write_result(path, RUNNING | {"step": saved, "saved": saved} | of_run)

@@ -14,13 +14,13 @@ from mpiml.errors import OutputError
 from mpiml.flags import flag
 from mpiml.nn.parameters import Layout, Parameter
 from mpiml.parallel.state import VALUES
-from mpiml.run import checkpoint, lock
+from mpiml.run import checkpoint
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.run.deadline import Deadline
 from mpiml.run.directory import CHECKPOINTS, CONFIG, sync_file
 from mpiml.run.metrics import cut_after, last_known, missing
 from mpiml.run.result import update_result
-from mpiml.training.hold import Opened
+from mpiml.training.hold import Hold
 from mpiml.training.model import check_constants
 from mpiml.training.run import Run
 from mpiml.training.saved import settings_of
@@ -63,8 +63,8 @@ class Store:
         deadline: is told how long saving takes.
     """
 
-    def __init__(self, run: Run, directory: Opened, deadline: Deadline):
-        self.run, self.directory, self.deadline = run, directory, deadline
+    def __init__(self, run: Run, hold: Hold, deadline: Deadline):
+        self.run, self.hold, self.deadline = run, hold, deadline
         self.team, self.clock = run.grid.team, run.grid.team.clock
         self._saved = 0  # the step of the last checkpoint
         size = sum(layout.size * layout.dtype.itemsize for layout in run.model.layouts) * len(run.state.names)
@@ -76,7 +76,7 @@ class Store:
         stages: list[Mapping[str, Any]] = []  # on rank 0, of each stage its vectors
 
         def read() -> tuple[Restored, tuple[str, ...], Normalization | None]:
-            newest, problems = checkpoint.newest(self.directory.checkpoints, moved=progress)
+            newest, problems = checkpoint.newest(self.hold.checkpoints, moved=progress)
             first, names, normalizing = newest, run.state.names, None
             if newest:
                 _check_same_run(run.config, newest)
@@ -101,7 +101,7 @@ class Store:
 
     def _cut_log(self, saved: Checkpoint | None, notes: list[str]) -> Restored:
         """Rank 0: cut the log to what was there when a checkpoint was written; without one, to nothing."""
-        run, metrics, step = self.run, self.directory.metrics, saved.step if saved else 0
+        run, metrics, step = self.run, self.hold.metrics, saved.step if saved else 0
         cfg = run.config
         entries, kept, damaged = cut_after(metrics, step, cfg.steps, cfg.log_every, cfg.eval_every)
         if saved:
@@ -110,7 +110,7 @@ class Store:
                 notes.append(f"warning: {metrics} has lost its lines of steps {lost[0]} to {lost[-1]}")
             notes.append(f"going on after step {step}")
         elif cfg.resume:
-            notes.append(f"no checkpoint in {self.directory.path} yet: starting at step 0")
+            notes.append(f"no checkpoint in {self.hold.path} yet: starting at step 0")
         notes += damaged
         if cfg.init and not saved:
             notes.append(f"first weights from {cfg.init}")
@@ -130,14 +130,14 @@ class Store:
 
             def write() -> None:
                 self.clock("checkpoint")
-                lock.check(self.directory.path, self.directory.token)
-                sync_file(self.directory.metrics)
+                self.hold.check()
+                sync_file(self.hold.metrics)
                 arrays = to_arrays(run.model.layouts, stages, *run.state.names)
                 if run.data.normalization:
                     arrays |= run.data.normalization.arrays()
                 saved = Checkpoint(step, run.config.to_toml(), arrays, run.model.task.to_json(), run.model.constants)
-                checkpoint.save(self.directory.checkpoints, saved, run.config.keep, self.clock.progress)
-                update_result(self.directory.path, {"step": step, "saved": step})
+                checkpoint.save(self.hold.checkpoints, saved, run.config.keep, self.clock.progress)
+                update_result(self.hold.path, {"step": step, "saved": step})
 
             self.team.on_rank_0(write)
         self._saved = step
@@ -159,9 +159,9 @@ class Store:
         """Write how the run ended. Returns the whole result."""
 
         def write() -> dict[str, Any]:
-            lock.check(self.directory.path, self.directory.token)
-            sync_file(self.directory.metrics)
-            return update_result(self.directory.path, outcome)
+            self.hold.check()
+            sync_file(self.hold.metrics)
+            return update_result(self.hold.path, outcome)
 
         return self.team.on_rank_0(write)
 

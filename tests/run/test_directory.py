@@ -88,7 +88,7 @@ def test_a_long_file_goes_to_disk_in_parts_and_says_so(tmp_path: Path, monkeypat
 
 
 def opened(path: Path, resume: bool) -> RunDirectory:
-    held = RunDirectory.create(str(path), "n")
+    held = RunDirectory(str(path), "n")
     try:
         held.prepare(resume)
     except BaseException:
@@ -222,36 +222,36 @@ def test_runs_without_a_name_of_their_own_are_numbered(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     made = []
     for name in ("digits", "digits", "other"):
-        held = RunDirectory.create(None, name)
+        held = RunDirectory(None, name)
         held.close()
         made.append(str(held.path))
     Path("runs/digits-004").touch()
     for _ in range(2):  # nothing that is there is taken, whatever it is
-        held = RunDirectory.create(None, "digits")
+        held = RunDirectory(None, "digits")
         held.close()
         made.append(str(held.path))
     assert made == [f"runs/{name}" for name in ("digits-001", "digits-002", "other-001", "digits-003", "digits-005")]
 
 
 def test_a_directory_is_made_with_those_above_it(tmp_path: Path) -> None:
-    held = RunDirectory.create(str(tmp_path / "a" / "b"), "n")
+    held = RunDirectory(str(tmp_path / "a" / "b"), "n")
     assert held.path.is_dir()
     assert held.notes == []
     held.close()
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=r"cannot create the run directory .*/file: File exists"):
-        RunDirectory.create(str(tmp_path / "file"), "n")
+        RunDirectory(str(tmp_path / "file"), "n")
 
 
 def test_where_runs_cannot_be_made_the_place_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").touch()
     with pytest.raises(OutputError, match=rf"cannot create the run directory in {tmp_path}/runs: File exists"):
-        RunDirectory.create(None, "n")
+        RunDirectory(None, "n")
 
 
 def test_a_directory_that_cannot_be_locked_is_worth_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    held = RunDirectory.create(str(tmp_path / "run"), "n")
+    held = RunDirectory(str(tmp_path / "run"), "n")
     monkeypatch.setattr(held._lock, "kernel_locks", False)
     (note,) = held.notes
     assert note.startswith(f"warning: {tmp_path / 'run'} cannot be locked: a second job in it is noticed only when")
@@ -261,7 +261,7 @@ def test_a_directory_that_cannot_be_locked_is_worth_a_warning(tmp_path: Path, mo
 def test_of_two_jobs_in_a_directory_the_second_is_refused(tmp_path: Path) -> None:
     held = opened(tmp_path / "run", resume=False)
     with pytest.raises(DirectoryError, match="is in use by another job"):
-        RunDirectory.create(str(tmp_path / "run"), "n")
+        RunDirectory(str(tmp_path / "run"), "n")
     held.close()
     opened(tmp_path / "run", resume=False).close()
 

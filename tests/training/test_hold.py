@@ -98,7 +98,7 @@ def test_run_that_is_done_keeps_its_result(done: Path, flags: str) -> None:
 
 
 def test_directory_in_use_is_refused_before_the_data_are_read(done: Path) -> None:
-    held = directory.RunDirectory(done)
+    held = directory.RunDirectory(str(done))
     try:
         with pytest.raises(DirectoryError, match="in use by another job"):
             run(done, "--resume --steps 3", rows(1.0))
