@@ -25,8 +25,7 @@ def balanced(costs: Sequence[int], stages: int) -> list[int]:
         costs: of each layer, in order; not negative.
         stages: the number of parts; each gets at least one layer.
 
-    Returns:
-        stages - 1 increasing indices: a stage begins at each.
+    Returns stages - 1 increasing indices: a stage begins at each.
     """
     if stages > len(costs):
         raise ConfigError(f"{len(costs)} layers cannot be cut into {stages} stages; --pipe {len(costs)} at most")

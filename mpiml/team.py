@@ -14,6 +14,7 @@ from mpiml.clock import BLOCKED_ON_OTHERS, Clock
 from mpiml.errors import ConfigError, OutputError, RunError
 
 T = TypeVar("T")
+Failure = tuple[type[RunError], str]  # a RunError, as it is sent to other ranks
 
 YIELDS = 50
 NAP = 50e-6  # seconds, the shortest
@@ -96,10 +97,8 @@ class Team:
     """Ranks that act together, and the clock of this rank.
 
     While a rank waits here for the others its activity is "joining"; while it acts it is another one. So the watch does
-    not take a waiting rank for a stuck one, and names the one that is stuck.
-
-    Attributes:
-        launched: the rank that the launcher gave each rank of `comm`; messages use it.
+    not take a waiting rank for a stuck one, and names the one that is stuck. Messages name ranks as in `launched`: the
+    rank that the launcher gave each rank of `comm`.
     """
 
     def __init__(self, comm: MPI.Intracomm, clock: Clock, launched: Sequence[int] | None = None):
@@ -141,11 +140,11 @@ class Team:
 
         Raises, on all ranks alike, the RunError of the lowest rank that raised one.
         """
-        result, error = self._attempt(action)
-        first = np.array([self.size if error is None else self.rank])
+        result, failure = self._attempt(action)
+        first = np.array([self.size if failure is None else self.rank])
         self.wait([self.comm.Iallreduce(MPI.IN_PLACE, first, MPI.MIN)])
         if first[0] < self.size:
-            raise self._everywhere(self.broadcast(_portable(error), int(first[0])), int(first[0]))
+            raise self._everywhere(self.broadcast(failure, int(first[0])), int(first[0]))
         return result  # type: ignore[return-value]
 
     def on_rank_0(self, action: Callable[[], T]) -> T:
@@ -153,19 +152,14 @@ class Team:
 
         Raises, on all ranks alike, the RunError that rank 0 raised.
         """
-        result, error = self._attempt(action) if self.rank == 0 else (None, None)
-        result, portable = self.broadcast((result, _portable(error)))
-        if portable:
-            raise self._everywhere(portable, 0)
+        result, failure = self.broadcast(self._attempt(action) if self.rank == 0 else (None, None))
+        if failure:
+            raise self._everywhere(failure, 0)
         return result  # type: ignore[return-value]
 
     def check_alike(self, values: Mapping[str, str], hint: str = "") -> None:
-        """Raise ConfigError, on all ranks alike, if any rank has other values than rank 0; collective.
-
-        Args:
-            values: of this rank, under names for the message.
-            hint: what to do, for the end of the message.
-        """
+        """Raise ConfigError, on all ranks alike, if any rank has other values than rank 0; collective. The message
+        names the value as `values` does, and ends with the hint."""
         first = self.broadcast(dict(values))
 
         def compare() -> None:
@@ -178,22 +172,18 @@ class Team:
 
         self.together(compare)
 
-    def _attempt(self, action: Callable[[], T]) -> tuple[T | None, RunError | None]:
+    def _attempt(self, action: Callable[[], T]) -> tuple[T | None, Failure | None]:
         """The result of an action, or the RunError that it raises; an OSError becomes an OutputError."""
         acting = "start" if self.clock.activity in BLOCKED_ON_OTHERS else self.clock.activity
         with self.clock.doing(acting):
             try:
                 return action(), None
             except RunError as error:
-                return None, error
+                return None, (type(error), str(error))
             except OSError as error:
-                return None, OutputError(f"{error.filename or 'input or output'}: {error.strerror or error}")
+                return None, (OutputError, f"{error.filename or 'input or output'}: {error.strerror or error}")
 
-    def _everywhere(self, portable: tuple[type[RunError], str] | None, rank: int) -> RunError:
-        assert portable, "the failing rank sent no error"
-        kind, message = portable
+    def _everywhere(self, failure: Failure | None, rank: int) -> RunError:
+        assert failure, "the failing rank sent no error"
+        kind, message = failure
         return kind(message).on_all_ranks(self.launched[rank])
-
-
-def _portable(error: RunError | None) -> tuple[type[RunError], str] | None:
-    return (type(error), str(error)) if error else None

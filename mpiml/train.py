@@ -65,12 +65,10 @@ def train(
             returns one of these, in place of config.model.
         data: a data set in place of config.data.
 
-    Returns:
-        The content of result.json.
+    Returns the content of result.json.
 
-    Raises:
-        RunError: one of mpiml.errors, on all ranks alike. If one rank fails alone in a job of several, the whole
-            job is ended instead, for the others would wait for it for ever.
+    Raises RunError, one of mpiml.errors, on all ranks alike. If one rank fails alone in a job of several, the whole job
+    is ended instead, for the others would wait for it for ever.
     """
     comm = MPI.COMM_WORLD if comm is None else comm
     guard = Guard(Team(comm, trace.clock_for(config.trace, comm.size)), PROGRAM)

@@ -23,6 +23,7 @@ from mpiml.team import allgather, broadcast, until, wait
 from mpiml.vectors import ALIGNMENT, Vector, bytes_of
 
 PAGE = mmap.PAGESIZE
+APART = ALIGNMENT // 8  # words of 8 bytes, each in a cache line of its own
 SHM = "/dev/shm/"
 NAME = "mpiml-"  # how names of files in SHM begin
 LEFT_BEHIND = 3600.0  # seconds: a file older than this was left behind by a job that was killed at its start
@@ -120,23 +121,22 @@ class SharedMemory:
         others. Each word has a cache line for itself.
         """
         self._epoch += 1
-        words, apart = self._words, ALIGNMENT // 8
+        words = self._words
         if self.rank:
-            words[(1 + self.rank) * apart] = self._epoch
+            words[(1 + self.rank) * APART] = self._epoch
             until(self._reached(0))
             return
         for rank in range(1, self.ranks):
-            until(self._reached((1 + rank) * apart))
+            until(self._reached((1 + rank) * APART))
         if action:
             action()
         words[0] = self._epoch
 
     def post(self, count: int) -> None:
-        self._words[(1 + self.ranks + self.rank) * (ALIGNMENT // 8)] = count
+        self._words[(1 + self.ranks + self.rank) * APART] = count
 
     def posted(self) -> int:
-        apart = ALIGNMENT // 8
-        return min(self._words[index * apart] for index in range(1 + self.ranks, 1 + 2 * self.ranks))
+        return min(self._words[index * APART] for index in range(1 + self.ranks, 1 + 2 * self.ranks))
 
     def _reached(self, index: int) -> Callable[[], bool]:
         words, epoch = self._words, self._epoch
@@ -170,11 +170,9 @@ def share(
         own_bytes, common_bytes: as of SharedMemory.
         kind: "shared", "private", or "auto": shared if all nodes can, else private.
 
-    Returns:
-        The memory; and if "auto" made it private, why it could not be shared.
+    Returns the memory; and if "auto" made it private, why it could not be shared.
 
-    Raises:
-        ConfigError: on all ranks, if `kind` is "shared" and some node cannot.
+    Raises ConfigError, on all ranks, if `kind` is "shared" and some node cannot.
     """
     if kind == "private":
         return PrivateMemory(), None
@@ -190,8 +188,7 @@ def share(
     if not problems:
         return memory, None
     if kind == "shared":
-        refusal = ConfigError(f"--memory shared: {problems[0]}; auto or private would work")
-        raise refusal.on_all_ranks()
+        raise ConfigError(f"--memory shared: {problems[0]}; auto or private would work").on_all_ranks()
     return PrivateMemory(), f"{problems[0]}: each rank keeps its own copy of the model"
 
 

@@ -1,9 +1,13 @@
 """How a flat vector is cut: into slices, which replicas own, and pieces, which fit a cache; no MPI."""
 
 import itertools
+import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from mpiml.vectors import PIECE, Block
 
@@ -34,6 +38,11 @@ def buckets(blocks: Sequence[Block], size: int) -> list[Sequence[Block]]:
             runs.append(blocks[index:stop])
             stop = index
     return runs
+
+
+def elements(megabytes: float, dtype: np.dtype[Any]) -> int:
+    """How many elements make so many MB, of 2^20 bytes."""
+    return math.ceil(megabytes * 2**20 / dtype.itemsize)
 
 
 def bucket_size(asked: int, size: int, owners: int, most: int) -> int:

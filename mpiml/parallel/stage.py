@@ -130,12 +130,7 @@ class Stage:
 
 
 class TrainingStage(Stage):
-    """A stage that also learns.
-
-    Args:
-        sum_: of the gradients that the backward passes write.
-        schedule: the order of forward and backward passes.
-    """
+    """A stage that also learns: its passes follow a schedule, and write the gradients that `sum_` adds up."""
 
     def __init__(
         self, comm: MPI.Intracomm, computation: Computation, sum_: GradientSum, schedule: Schedule, clock: Clock

@@ -17,9 +17,8 @@ Range = tuple[int, int]
 def shift_reduce(ranges: Iterable[Range], total: int) -> tuple[list[int], list[Range]]:
     """Plan the sum of contributions that cover `ranges` of micro-batches and come in this order.
 
-    Returns:
-        For each contribution, how many times the top of the stack is added into the one below it once the contribution
-        has been pushed; and the ranges that stay on the stack at the end: the maximal nodes of the canonical tree.
+    Returns for each contribution how many times the top of the stack is added into the one below it once the
+    contribution has been pushed; and the ranges that stay on the stack at the end: the canonical tree's maximal nodes.
     """
     stack: list[Range] = []
     counts = []
@@ -91,12 +90,8 @@ class SumPlan:
 
 
 def sum_plan(replica: int, nodes: Sequence[int], total: int) -> SumPlan:
-    """The plan of one replica.
-
-    Args:
-        nodes: the number of replicas on each node, in replica order; those of a node share memory.
-        total: the number of micro-batches of a step.
-    """
+    """The plan of one replica for a step of `total` micro-batches. `nodes` are the numbers of replicas on each node, in
+    replica order; those of a node share memory."""
     *firsts, replicas = itertools.accumulate(nodes, initial=0)
     home, _ = _home(replica, nodes)
 
@@ -139,11 +134,8 @@ def partners(owner: int, nodes: Sequence[int]) -> list[int]:
 
 
 def links(replica: int, nodes: Sequence[int]) -> tuple[list[int], list[int]]:
-    """The replicas of other nodes with which a replica exchanges messages.
-
-    Returns:
-        Its partners, for its own slice; and the owners whose partner it is, for theirs.
-    """
+    """The replicas of other nodes with which a replica exchanges messages: its partners, for its own slice; and the
+    owners whose partner it is, for theirs."""
     home, first = _home(replica, nodes)
     local = range(first, first + nodes[home])
     others = [partner for node, partner in enumerate(partners(replica, nodes)) if node != home]

@@ -62,9 +62,8 @@ class Update:
     def step(self, rate: float, weight: float, step: int, measure: bool) -> float | None:
         """Do step number `step`, from 1 on, with learning rate `rate`, on a batch whose weights sum to `weight`.
 
-        Returns:
-            The norm of the mean gradient before clipping if `measure` or if there is clipping, else None. If it is
-            not finite, or if `weight` is 0, no value has changed.
+        Returns the norm of the mean gradient before clipping if `measure` or if there is clipping, else None. If it is
+        not finite, or if `weight` is 0, no value has changed.
         """
         if not weight:
             self.sum.drop()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mpiml.nn import optimizers
 from mpiml.parallel.schedules import SCHEDULES
 from mpiml.parallel.simulator import Simulation, simulate
-from mpiml.parallel.slices import bounds, buckets, owned
+from mpiml.parallel.slices import bounds, buckets, elements, owned
 from mpiml.parallel.tree import depth, partials, shift_reduce
 from mpiml.training.job import Job
 from mpiml.vectors import bytes_of
@@ -114,7 +114,7 @@ def _of_lanes(counts: Counts, amounts: Counts) -> Counts:
 def _slices(job: Job, stage: int) -> Counts:
     """Elements that each replica owns of each bucket: (buckets, replicas)."""
     layout, several = job.stages[stage].layout, len(job.groups(stage)) > 1
-    bucket = math.ceil(job.config.bucket * 2**20 / layout.dtype.itemsize) if several else 0
+    bucket = elements(job.config.bucket, layout.dtype) if several else 0
     limits = [[bounds(blocks) for blocks in owned(run, job.replicas)] for run in buckets(layout.blocks(), bucket)]
     return np.diff(np.array(limits, np.int64).reshape(-1, job.replicas, 2))[..., 0]
 

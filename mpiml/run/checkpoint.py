@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -95,8 +96,9 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int, moved: Moved = unwa
     metadata["sha256"] = _content(metadata, sorted(checkpoint.arrays.items()), moved)
     with named_errors("write the checkpoint", path):
         if path.exists():
-            if _is_whole(path, moved):
-                return path
+            with contextlib.suppress(OutputError):
+                load(path, moved=moved)
+                return path  # it is whole
             others = (path.with_suffix(f".damaged{number or ''}") for number in itertools.count())
             os.rename(path, next(other for other in others if not other.exists()))
         _write(path, checkpoint.arrays, metadata, moved)
@@ -269,11 +271,3 @@ def _content(metadata: Mapping[str, str], arrays: Iterable[tuple[str, Array]], m
     """SHA-256 of the whole content of a checkpoint; the arrays are in the order of their names."""
     head = json.dumps({**metadata, "sha256": ""}, sort_keys=True)
     return hashlib.sha256(f"{head}{digest(arrays, moved)}".encode()).hexdigest()
-
-
-def _is_whole(path: Path, moved: Moved) -> bool:
-    try:
-        load(path, moved=moved)
-    except OutputError:
-        return False
-    return True

@@ -18,16 +18,13 @@ def width() -> int | None:
     with contextlib.suppress(OSError, ValueError, AttributeError):  # AttributeError: it is closed, and therefore None
         return os.get_terminal_size(sys.stderr.fileno()).columns
     for launcher in launchers():
-        with (
-            contextlib.suppress(OSError),
-            open(f"/proc/{launcher}/fd/2", "wb", buffering=0, opener=_open_terminal) as terminal,
-        ):
-            return os.get_terminal_size(terminal.fileno()).columns
+        with contextlib.suppress(OSError):
+            output = os.open(f"/proc/{launcher}/fd/2", os.O_WRONLY | os.O_NOCTTY)  # which does not truncate a file
+            try:
+                return os.get_terminal_size(output).columns
+            finally:
+                os.close(output)
     return None
-
-
-def _open_terminal(path: str, flags: int) -> int:
-    return os.open(path, os.O_WRONLY | os.O_NOCTTY)  # does not truncate a file
 
 
 def say(text: str, stream: TextIO | None) -> None:

@@ -46,7 +46,14 @@ class Crew:
 
         An error that only one rank raises is raised there at once: it ends the whole job (mpiml.run.failure).
         """
-        outcome: tuple[dict[str, Any], RunError | None] = _attempt(work, self.team) if self.team else ({}, None)
+        outcome: tuple[dict[str, Any], RunError | None] = {}, None
+        try:
+            if self.team:
+                outcome = work(self.team), None
+        except RunError as error:
+            if not error.everywhere:
+                raise
+            outcome = {}, error
         if self.idle:
             self.clock("joining")
             barrier = self._everyone.Ibarrier()
@@ -55,30 +62,17 @@ class Crew:
                     self._report_stop()
                 time.sleep(NAP)
             outcome = broadcast(self._everyone, outcome)
-            if self.team is None:
+            if self.team:
+                self.team.comm.Free()
+            else:
                 self._report_stop()
-        result, error = outcome
-        self._free()
-        if error:
-            raise error
+            wait(self._stops)
+            self._everyone.Free()
+        result, failure = outcome
+        if failure:
+            raise failure
         return result
 
     def _report_stop(self) -> None:
         if not self._stops:
             self._stops = [self._everyone.Isend(b"", 0)]
-
-    def _free(self) -> None:
-        if self.idle:
-            wait(self._stops)
-            self._everyone.Free()
-            if self.team is not None:
-                self.team.comm.Free()
-
-
-def _attempt(work: Callable[[Team], dict[str, Any]], team: Team) -> tuple[dict[str, Any], RunError | None]:
-    try:
-        return work(team), None
-    except RunError as error:
-        if not error.everywhere:
-            raise
-        return {}, error

@@ -41,11 +41,8 @@ def named_errors(action: str, path: Path) -> Iterator[None]:
 
 
 class Parts:
-    """A file that is synced to disk part by part while it is written, so that a watch sees a long write progress.
-
-    Args:
-        moved: called after each part.
-    """
+    """A file that is synced to disk part by part while it is written. `moved` is called after each part, so that a
+    watch sees a long write progress."""
 
     def __init__(self, file: IO[bytes], moved: Callable[[], object]):
         self.file, self.moved = file, moved
@@ -123,11 +120,8 @@ def sync_file(path: Path) -> None:
 
 
 class RunDirectory:
-    """The directory of one run, created if it does not exist, which rank 0 holds while the job runs.
-
-    Args:
-        out: its path; None for the first free runs/NAME-NNN.
-        name: NAME.
+    """The directory of one run, which rank 0 holds while the job runs: `out`, or the first free runs/NAME-NNN. It is
+    created if it does not exist.
 
     Raises DirectoryError if it holds another run or another job runs in it, and OutputError if it cannot be read or
     written, or has lost its checkpoints/.

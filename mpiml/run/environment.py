@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -88,9 +89,8 @@ def essentials(job: Mapping[str, Any]) -> dict[str, str]:
 def going_on(before: Mapping[str, Any], job: Mapping[str, Any], step: int) -> tuple[dict[str, Any], list[str]]:
     """The content of environment.json for a job that resumes a run after `step`, and a warning if bits may now differ.
 
-    Args:
-        before: the content that the last job wrote. Under `earlier` stands, in the order of the jobs, what differed in
-            each job before, with the step `until` which it was so.
+    `before` is the content that the last job wrote. Under `earlier` stands, in the order of the jobs, what differed in
+    each job before, with the step `until` which it was so.
     """
     old, new = essentials(before), essentials(job)
     other = {name: text for name, text in old.items() if text != new.get(name, text)}
@@ -118,12 +118,10 @@ def mpi_library() -> str:
 
 def cpu_model() -> str:
     """The processor's name."""
-    try:
+    with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
     return os.uname().machine
 
 
@@ -136,8 +134,7 @@ def blas() -> str:
 
 def _version(name: str) -> str | None:
     """A package's __version__: importlib.metadata takes longer than a small job's first step."""
-    try:
-        version: str | None = getattr(importlib.import_module(name), "__version__", None)
-    except ModuleNotFoundError:
-        return None
+    version: str | None = None
+    with contextlib.suppress(ModuleNotFoundError):
+        version = getattr(importlib.import_module(name), "__version__", None)
     return version

@@ -108,11 +108,8 @@ class Guard:
             within(SAYING, lambda: say(text, sys.stderr), None)
 
     def _write(self, outcome: Result, alone: bool) -> str | None:
-        """Write result.json. Returns "", or why it could not be written, or None if another rank has written it.
-
-        Args:
-            alone: whether only this rank has this error, so that others may write, too.
-        """
+        """Write result.json. Returns "", or why it could not be written, or None if another rank has written it, which
+        may happen if each rank is `alone` with its error."""
         try:
             if self.run is None or not self.run.is_dir():
                 return ""

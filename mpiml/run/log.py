@@ -59,10 +59,7 @@ class Log:
         rows: of a step on average, for samples per second.
         metric: its name.
         pace: names the rank that is slow.
-        known: the last results in the log of a resumed run.
-
-    Attributes:
-        known: the last results, as fields of result.json.
+        known: the last results, as fields of result.json; an attribute too, which is kept up to date.
     """
 
     def __init__(
@@ -131,11 +128,8 @@ class Log:
         self._write(entry)
 
     def _times(self, everyones: NDArray[np.float64], steps: int) -> tuple[float, dict[str, Any]]:
-        """Samples per second and the times of a line.
-
-        Args:
-            everyones: a row per rank: its seconds for each of SHARES, its seconds in all steps, and pace.crowded.
-        """
+        """Samples per second and the times of a line, from a row per rank: its seconds for each of SHARES, its seconds
+        in all steps, and pace.crowded."""
         low, high = everyones.min(axis=0).tolist(), everyones.max(axis=0).tolist()
         *_, slowest_step, crowded = high
         times: dict[str, Any] = {

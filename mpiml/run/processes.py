@@ -45,7 +45,7 @@ def kernel() -> str:
         return ""
 
 
-def launcher(environment: Mapping[str, str] = os.environ) -> Process:
+def own_launcher(environment: Mapping[str, str] = os.environ) -> Process:
     """The process of the launcher that started this rank; Process(None) if none did."""
     started = any(name in environment for name in RANKS)
     return Process(next(launchers(), None) if started else None)

@@ -17,7 +17,7 @@ from mpiml.clock import ACTIVITIES, BLOCKED_ON_OTHERS, Activity, Clock
 from mpiml.errors import RunError, StallError, known_to_all
 from mpiml.run import alarm
 from mpiml.run.alarm import QUIET, bytes_moved
-from mpiml.run.processes import Process, kernel, launcher
+from mpiml.run.processes import Process, kernel, own_launcher
 from mpiml.team import allgather, wait
 
 GOODBYE = -1.0  # in place of moves, in a rank's last message
@@ -88,7 +88,7 @@ class Watch(threading.Thread):
         rank, process = neighbour(comm)
         self._processes: dict[str, tuple[int | None, Process]] = {
             f"rank {rank} has ended without a word: killed, or by os._exit": (rank, process),
-            "the launcher is gone: nobody can stop this job any more": (None, launcher()),
+            "the launcher is gone: nobody can stop this job any more": (None, own_launcher()),
         }
         self._ended = dict.fromkeys(self._processes, 0)
         self._threads = MPI.Query_thread() == MPI.THREAD_MULTIPLE and comm.size > 1

@@ -27,11 +27,8 @@ def not_finite(reason: str, rank: int | None = None) -> NotFiniteError:
 
 
 class Evaluation:
-    """The rows of a split, read from row 0 in chunks of `chunk_rows` rows; each replica has a block of whole chunks.
-
-    Attributes:
-        chunks: how many there are in all; block: those of this replica, as (first, last + 1).
-    """
+    """The rows of a split, read from row 0 in `chunks` chunks of `chunk_rows` rows; each replica has a `block` of whole
+    chunks, from the first to before the second number."""
 
     def __init__(self, split: Split, chunk_rows: int, grid: Grid, dtype: DTypeLike):
         self.split, self.chunk_rows, self.grid, self.dtype = split, chunk_rows, grid, dtype
@@ -52,8 +49,7 @@ class Evaluation:
     ) -> Record | None:
         """The sums over all rows with the weights after `step`, the same bits on every grid; collective.
 
-        Args:
-            stop: is asked before each chunk; if it says yes on any rank, all leave off soon, and None is returned.
+        `stop` is asked before each chunk: if it says yes on any rank, all leave off soon, and None is returned.
 
         Raises NotFiniteError, on all ranks alike, if the loss is not finite.
         """

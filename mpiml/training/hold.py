@@ -61,10 +61,8 @@ class Hold:
     """The run directory of a job, locked by rank 0; every method is collective.
 
     On a resume it is locked before anything can be refused, so that result.json shows how this job failed and not how
-    the last one ended. It is let go last, after a failure has been written.
-
-    Args:
-        guard: holds on all ranks, from `resumed` or `opened` on, where the directory is and this job's token.
+    the last one ended. It is let go last, after a failure has been written. From `resumed` or `opened` on, all ranks'
+    guards know where it is, and the token of this job.
     """
 
     def __init__(self, guard: Guard):
@@ -134,14 +132,11 @@ class Hold:
         return done
 
     def opened(self, run: Run, name: str) -> list[str]:
-        """Hold the directory, of which nothing but its result is written yet; collective over the run's ranks.
+        """Hold the directory, of which nothing but its result is written yet; a new one is called after the data set's
+        `name`. Collective over the run's ranks.
 
-        Raises DataError or OutputError, on all ranks alike, if its run has other data or lost its checkpoints.
-
-        Args:
-            name: of the data set, for the name of a new directory.
-
-        Returns what a person should know of the directory and the job before.
+        Returns what a person should know of the directory and the job before. Raises DataError or OutputError, on all
+        ranks alike, if its run has other data or lost its checkpoints.
         """
         config = run.config
 
@@ -149,8 +144,11 @@ class Hold:
             if not self._directory:
                 self._take(RunDirectory(config.out, f"{name}-{config.model}"), config.resume)
             assert self._directory, "it has just been taken"
-            _check_same_data(run, self._directory.path)
-            _check_nothing_vanished(self._directory.path, self._before)
+            path = self._directory.path
+            before = environment.data(path)
+            if before and (other := difference(run.data.fingerprint, before, "in the run so far")):
+                raise DataError(f"{config.data} holds other data than the run in {path} was trained on: {other}")
+            _check_nothing_vanished(path, self._before)
             return [*self._directory.notes, *_notes(self._before)]
 
         notes = run.grid.team.on_rank_0(look)
@@ -162,8 +160,10 @@ class Hold:
 
         Returns what a person should know of the job.
         """
-        comm, config = run.grid.comm, run.config
-        ranks = comm.gather(environment.of_rank(config.threads))
+        comm, config, clock = run.grid.comm, run.config, run.grid.team.clock
+        here = environment.of_rank(config.threads)
+        with clock.doing("joining"):
+            ranks = comm.gather(here)
 
         def write() -> list[str]:
             path = self.path
@@ -207,13 +207,6 @@ def _notes(before: Mapping[str, Any]) -> list[str]:
     if before.get("status") == "failed":
         return [f"the last job in this directory failed: {before.get('reason')}"]
     return []
-
-
-def _check_same_data(run: Run, path: Path) -> None:
-    """Raise DataError if the run in a directory was trained on other data."""
-    before = environment.data(path)
-    if before and (other := difference(run.data.fingerprint, before, "in the run so far")):
-        raise DataError(f"{run.config.data} holds other data than the run in {path} was trained on: {other}")
 
 
 def _check_nothing_vanished(path: Path, before: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from mpiml.parallel.gradient_sum import GradientSum, LibrarySum, OrderedSum
 from mpiml.parallel.grid import Grid
 from mpiml.parallel.memory import PrivateMemory, SharedMemory, share
 from mpiml.parallel.record import Agreement, Record, agree
+from mpiml.parallel.slices import elements
 from mpiml.parallel.stage import Computation
 from mpiml.parallel.tree import depth
 from mpiml.parallel.values import Values
@@ -78,14 +78,8 @@ def build_stage(config: Config, task: Task, grid: Grid, model: Model | None) -> 
 
 
 def place(config: Resolved, grid: Grid, layout: Layout, columns: int) -> tuple[GradientSum, Agree, list[str]]:
-    """Make the gradient sum of a stage with its values, and the agreement on the step record, in the memory that
-    `config` asks for; collective.
-
-    Args:
-        columns: of the record's table, with those of the metric.
-
-    Returns:
-        The sum, the agreement, and notes to print.
+    """Make the gradient sum of a stage with its values, and the agreement on the step record, whose table has so many
+    `columns` with the metric's, in the memory that `config` asks for; collective. Returns these two and notes to print.
     """
     microbatches = config.microbatches
     flat = (layout.size, layout.blocks(), layout.dtype)
@@ -99,8 +93,8 @@ def place(config: Resolved, grid: Grid, layout: Layout, columns: int) -> tuple[G
     table_bytes = Agreement.bytes_needed(grid.node.size, microbatches, columns)
     of_node, another = share(grid.comm, grid.node, 0, table_bytes, "private" if problem else config.memory)
     notes = [f"warning: {text}" for text in (problem, another) if text]
-    bucket = math.ceil(config.bucket * 2**20 / layout.dtype.itemsize)
-    sum_ = OrderedSum(Values(grid.data, memory, *flat, bucket), microbatches, grid.team.clock)
+    values = Values(grid.data, memory, *flat, elements(config.bucket, layout.dtype))
+    sum_ = OrderedSum(values, microbatches, grid.team.clock)
     if isinstance(of_node, SharedMemory):
         return sum_, Agreement(grid, of_node, microbatches, columns), notes
     return sum_, private, notes

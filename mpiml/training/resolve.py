@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
-
 from mpiml.config import FALLING, Config
 from mpiml.data.dataset import Dataset, open_dataset
 from mpiml.data.formats import Options
@@ -25,12 +22,6 @@ class Resolved(Config):
     lr: float
     weight_decay: float
     decay_steps: int
-
-    @classmethod
-    def of(cls, config: Config, **decided: Any) -> Resolved:
-        """The settings with what has been decided."""
-        settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-        return cls(**settings | decided)
 
 
 def open_data(config: Config) -> Dataset:
@@ -59,8 +50,7 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int, befo
     if before:
         check_fall(config, before, steps)
     decay = config.weight_decay
-    return Resolved.of(
-        scored(config, classification),
+    decided = scored(config, classification).replace(
         data=absolute(config.data),
         init=config.init and absolute(config.init),
         microbatches=microbatches,
@@ -70,6 +60,7 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int, befo
         weight_decay=(0.01 if config.optimizer == "adamw" else 0.0) if decay is None else decay,
         decay_steps=config.decay_steps or steps,
     )
+    return Resolved(**vars(decided))
 
 
 def scored(config: Config, classification: bool) -> Config:

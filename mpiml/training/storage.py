@@ -55,12 +55,9 @@ class Restored(NamedTuple):
 
 
 class Store:
-    """The state of a run in its directory. Every method is collective.
+    """The state of a run in its directory. Every method is collective. `deadline` learns how long saving takes.
 
     Raises DirectoryError, on all ranks alike, where it would write and another job has taken the directory.
-
-    Args:
-        deadline: is told how long saving takes.
     """
 
     def __init__(self, run: Run, hold: Hold, deadline: Deadline):

@@ -15,7 +15,7 @@ from mpiml.run.processes import Process, kernel
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
-from mpiml.run.processes import launcher
+from mpiml.run.processes import own_launcher
 
 def gone():
     try:
@@ -23,7 +23,7 @@ def gone():
     except OSError:
         return True
 
-process, shell, limit = launcher(), int(sys.argv[1]), time.monotonic() + 20
+process, shell, limit = own_launcher(), int(sys.argv[1]), time.monotonic() + 20
 print(process.ended, flush=True)
 os.kill(shell, signal.SIGKILL)
 while not gone() and time.monotonic() < limit:
