@@ -37,6 +37,7 @@ from mpiml.run.crew import Crew
 from mpiml.run.deadline import Deadline
 from mpiml.run.failure import Guard, exit_code
 from mpiml.run.process import StopRequest, prepare_process
+from mpiml.run.result import Result
 from mpiml.run.watch import Watch
 from mpiml.team import Team
 from mpiml.training import resolve
@@ -50,7 +51,7 @@ if __name__ == "__main__":
     start.begun()
 
 PROGRAM = "mpiml.train"
-DONE: dict[str, Any] = {"status": "done", "exit_code": 0}
+DONE: Result = {"status": "done", "exit_code": 0}
 
 
 def train(

@@ -64,9 +64,9 @@ def simulate(
     place, clock = [0] * stages, [0.0] * stages
     flight, peak = [0] * stages, [0] * stages
     passes: list[Pass] = []
-    moved = True
-    while moved:
-        moved = False
+    progress = True
+    while progress:
+        progress = False
         for stage in range(stages):
             while place[stage] < len(todo[stage]):
                 action = todo[stage][place[stage]]
@@ -81,7 +81,7 @@ def simulate(
                 flight[stage] += 1 if action.kind == "F" else -1
                 peak[stage] = max(peak[stage], flight[stage])
                 place[stage] += 1
-                moved = True
+                progress = True
     stuck = [f"stage {s} at {''.join(map(str, todo[s][place[s]]))}" for s in range(stages) if place[s] < len(todo[s])]
     if stuck:
         raise Deadlock("; ".join(stuck))

@@ -25,7 +25,7 @@ from mpiml.run.directory import PART, named_errors, replacing
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
 Kind = tuple[str, tuple[int, ...]]  # an array's dtype and shape
-Moved = Callable[[], object]  # called after each part of a long piece of work
+Progress = Callable[[], object]  # called after each part of a long piece of work
 FORMAT = "mpiml-1"
 NAME = re.compile(r"step-(\d+)\.safetensors")
 DIGITS = 18  # the most that a step's number has
@@ -53,7 +53,7 @@ class Checkpoint:
     origin: str = "the checkpoint"
 
 
-def digest(arrays: Iterable[tuple[str, Array]], moved: Moved = unwatched) -> str:
+def digest(arrays: Iterable[tuple[str, Array]], progress: Progress = unwatched) -> str:
     """SHA-256 of named arrays in the given order: each one's name, shape, dtype and bytes, little-endian."""
     sha = hashlib.sha256()
     for name, array in arrays:
@@ -62,7 +62,7 @@ def digest(arrays: Iterable[tuple[str, Array]], moved: Moved = unwatched) -> str
         content = _bytes(little)
         for first in range(0, len(content), PART):
             sha.update(content[first : first + PART])
-            moved()
+            progress()
     return sha.hexdigest()
 
 
@@ -76,7 +76,7 @@ def file_name(step: int) -> str:
     return f"step-{step:09d}.safetensors"
 
 
-def save(directory: Path, checkpoint: Checkpoint, keep: int, moved: Moved = unwatched) -> Path:
+def save(directory: Path, checkpoint: Checkpoint, keep: int, progress: Progress = unwatched) -> Path:
     """Write a checkpoint, then remove all but the newest `keep`.
 
     The file gets its name only when it is whole and on disk. An existing file of that name is never changed: it stays
@@ -88,27 +88,27 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int, moved: Moved = unwa
     for name, array in checkpoint.arrays.items():
         if not np.isfinite(array).all():
             raise NotFiniteError(f"{name} is not finite after step {checkpoint.step}; nothing of it is saved")
-        moved()
+        progress()
     path = directory / file_name(checkpoint.step)
     metadata = {"format": FORMAT, "step": str(checkpoint.step), "config": checkpoint.config, "task": checkpoint.task}
     if checkpoint.constants:
         metadata["constants"] = checkpoint.constants
-    metadata["sha256"] = _content(metadata, sorted(checkpoint.arrays.items()), moved)
+    metadata["sha256"] = _content(metadata, sorted(checkpoint.arrays.items()), progress)
     with named_errors("write the checkpoint", path):
         if path.exists():
             with contextlib.suppress(OutputError):
-                load(path, moved=moved)
+                load(path, progress=progress)
                 return path  # it is whole
             others = (path.with_suffix(f".damaged{number or ''}") for number in itertools.count())
             os.rename(path, next(other for other in others if not other.exists()))
-        _write(path, checkpoint.arrays, metadata, moved)
+        _write(path, checkpoint.arrays, metadata, progress)
         older = [file for file in listed(directory) if _step(file) <= checkpoint.step]
         for old in older[keep:]:
             old.unlink(missing_ok=True)
     return path
 
 
-def _write(path: Path, arrays: Arrays, metadata: Mapping[str, str], moved: Moved) -> None:
+def _write(path: Path, arrays: Arrays, metadata: Mapping[str, str], progress: Progress) -> None:
     """Write a safetensors file: the length of the header in 8 bytes, the header, and the arrays one after another, the
     widest dtype first, so that all are aligned (https://huggingface.co/docs/safetensors, "Format").
 
@@ -124,7 +124,7 @@ def _write(path: Path, arrays: Arrays, metadata: Mapping[str, str], moved: Moved
         end += array.nbytes
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)
-    with replacing(path, "write the checkpoint", moved) as file:
+    with replacing(path, "write the checkpoint", progress) as file:
         file.write(len(head).to_bytes(8, "little") + head)
         for _, array in ordered:
             file.write(_bytes(array))
@@ -138,7 +138,7 @@ def _bytes(array: Array) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-def load(path: Path, wanted: Callable[[str], bool] = lambda name: True, moved: Moved = unwatched) -> Checkpoint:
+def load(path: Path, wanted: Callable[[str], bool] = lambda name: True, progress: Progress = unwatched) -> Checkpoint:
     """Read a checkpoint, verify all of it, and keep the arrays whose names are wanted.
 
     Raises OutputError if it cannot be read or is damaged.
@@ -155,7 +155,7 @@ def load(path: Path, wanted: Callable[[str], bool] = lambda name: True, moved: M
     with _opened(path) as file:
         metadata = file.metadata() or {}
         claimed = metadata.pop("sha256", "")
-        computed = _content(metadata, read(file), moved)
+        computed = _content(metadata, read(file), progress)
     if metadata.get("format") != FORMAT:
         raise OutputError(f"{path} is not a checkpoint of mpiml")
     if claimed != computed:
@@ -214,7 +214,7 @@ def check_kinds(origin: str, saved: Mapping[str, Kind], needed: Mapping[str, Kin
 
 
 def newest(
-    directory: Path, wanted: Callable[[str], bool] = lambda name: True, moved: Moved = unwatched
+    directory: Path, wanted: Callable[[str], bool] = lambda name: True, progress: Progress = unwatched
 ) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that `load` can read, and what is wrong with newer ones.
 
@@ -224,7 +224,7 @@ def newest(
     problems: list[str] = []
     for path in listed(directory):
         try:
-            return load(path, wanted, moved), problems
+            return load(path, wanted, progress), problems
         except OutputError as error:
             problems.append(str(error))
     if problems:
@@ -267,7 +267,7 @@ def _step(file: Path) -> int:
     return int(match[1])
 
 
-def _content(metadata: Mapping[str, str], arrays: Iterable[tuple[str, Array]], moved: Moved = unwatched) -> str:
+def _content(metadata: Mapping[str, str], arrays: Iterable[tuple[str, Array]], progress: Progress = unwatched) -> str:
     """SHA-256 of the whole content of a checkpoint; the arrays are in the order of their names."""
     head = json.dumps({**metadata, "sha256": ""}, sort_keys=True)
-    return hashlib.sha256(f"{head}{digest(arrays, moved)}".encode()).hexdigest()
+    return hashlib.sha256(f"{head}{digest(arrays, progress)}".encode()).hexdigest()

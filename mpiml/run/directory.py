@@ -41,11 +41,11 @@ def named_errors(action: str, path: Path) -> Iterator[None]:
 
 
 class Parts:
-    """A file that is synced to disk part by part while it is written. `moved` is called after each part, so that a
+    """A file that is synced to disk part by part while it is written. `progress` is called after each part, so that a
     watch sees a long write progress."""
 
-    def __init__(self, file: IO[bytes], moved: Callable[[], object]):
-        self.file, self.moved = file, moved
+    def __init__(self, file: IO[bytes], progress: Callable[[], object]):
+        self.file, self.progress = file, progress
         self._waiting = 0  # bytes written since the last sync
 
     def write(self, content: bytes | memoryview) -> int:
@@ -64,7 +64,7 @@ class Parts:
         self.file.flush()
         os.fsync(self.file.fileno())
         self._waiting = 0
-        self.moved()
+        self.progress()
 
 
 def temporary(path: Path) -> Path:
@@ -74,19 +74,19 @@ def temporary(path: Path) -> Path:
 
 
 @contextmanager
-def replacing(path: Path, action: str = "write", moved: Callable[[], object] = unwatched) -> Iterator[Parts]:
+def replacing(path: Path, action: str = "write", progress: Callable[[], object] = unwatched) -> Iterator[Parts]:
     """Write a temporary file in a block and move it to `path` at the end: readers see the old file or the new one, and
     never a part, even after a crash. After an error in the block the old file stays.
 
     Args:
         action: for the message of an OutputError: "cannot (action) (path)".
-        moved: called whenever another part of the file is on disk.
+        progress: called whenever another part of the file is on disk.
     """
     unfinished = temporary(path)
     with named_errors(action, path):
         try:
             with open(unfinished, "xb") as file:
-                parts = Parts(file, moved)
+                parts = Parts(file, progress)
                 yield parts
                 parts.sync()
             os.replace(unfinished, path)

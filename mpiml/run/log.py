@@ -65,8 +65,7 @@ class Log:
     def __init__(
         self, team: Team, metrics: Path, rows: float, metric: str, pace: Pace, known: Mapping[str, Any] | None = None
     ):
-        self.team, self.comm, self.clock = team, team.comm, team.clock
-        self.metrics, self.rows, self.metric = metrics, rows, metric
+        self.team, self.metrics, self.rows, self.metric = team, metrics, rows, metric
         self.pace, self.known = pace, dict(known or {})
         self._named: set[int] = set()  # the slow ranks that a warning has named
         self.times = StepTimes()
@@ -76,7 +75,7 @@ class Log:
 
     def open_console(self, first: int, last: int, quiet: bool) -> None:
         """Let rank 0 show steps `first` to `last` on the terminal, unless `quiet`."""
-        if self.comm.rank == 0 and not quiet:
+        if self.team.rank == 0 and not quiet:
             self._console = Console(first, last)
 
     def __enter__(self) -> Log:
@@ -101,12 +100,12 @@ class Log:
 
     def step(self, done: Step) -> None:
         """Write the line of a step, with the least and the most time of any rank since the last such line."""
-        seconds = np.array(self.clock.shares()) - self._shares
+        seconds = np.array(self.team.clock.shares()) - self._shares
         self._shares += seconds
         own = np.concatenate([seconds, [self._recent_seconds, self.pace.crowded]])
         steps, self._recent, self._recent_seconds = self._recent, 0, 0.0
-        everyones = np.empty((self.comm.size, len(own)))
-        self.team.wait([self.comm.Igather(own, everyones)])
+        everyones = np.empty((self.team.size, len(own)))
+        self.team.wait([self.team.comm.Igather(own, everyones)])
 
         def entry() -> dict[str, Any]:
             speed, times = self._times(everyones, steps)
@@ -170,18 +169,18 @@ class Log:
         if not self.times.steps:
             return None
         slowest = self.times.sample()
-        self.team.wait([self.comm.Iallreduce(MPI.IN_PLACE, slowest, MPI.MAX)])
+        self.team.wait([self.team.comm.Iallreduce(MPI.IN_PLACE, slowest, MPI.MAX)])
         return round(self.rows / median(slowest), 1)
 
     def where_the_time_went(self) -> dict[str, float]:
         """The mean over ranks of each share of the time of all steps."""
-        own = np.array(self.clock.shares())
+        own = np.array(self.team.clock.shares())
         total = np.empty_like(own)
-        self.team.wait([self.comm.Iallreduce(own, total)])
+        self.team.wait([self.team.comm.Iallreduce(own, total)])
         return dict(zip(SHARES, (total / max(total.sum(), 1e-9)).tolist(), strict=True))
 
     def _write(self, entry: Callable[[], dict[str, Any]]) -> None:
-        self.clock("log")
+        self.team.clock("log")
 
         def append() -> None:
             with named_errors("write", self.metrics), open(self.metrics, "a", encoding="utf-8") as file:

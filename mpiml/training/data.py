@@ -45,17 +45,17 @@ def open_data(config: Config, team: Team, data: Dataset | None) -> Dataset:
             raise DataError(f"{error}{elsewhere if stored else ''}") from error
 
     team.clock("data")
-    mine, fingerprint = team.together(naming(team, opened))
+    dataset, fingerprint = team.together(naming(team, opened))
     first = team.broadcast(fingerprint)
 
     def same() -> None:
         if other := difference(fingerprint, first, "on rank 0"):
-            raise DataError(f"{mine.name}: ranks have different data: {other}")
+            raise DataError(f"{dataset.name}: ranks have different data: {other}")
 
     team.together(naming(team, same))
-    if mine.check:
-        team.on_rank_0(naming(team, mine.check))
-    return mine
+    if dataset.check:
+        team.on_rank_0(naming(team, dataset.check))
+    return dataset
 
 
 @dataclass
@@ -113,42 +113,42 @@ def look_at(
     everyones = team.allgather(team.together(naming(team, read)))
     for (split_, _, column), findings in zip(columns, zip(*everyones, strict=True), strict=True):
         source: Source = getattr(split_, column)
-        found = _sound(data, grid, source, column, findings, limits[column])
-        highest = int(max(found.highest[0], -1))
+        joined = _sound(data, grid, source, column, findings, limits[column])
+        highest = int(max(joined.highest[0], -1))
         if column == "x":
             seen.tokens = max(seen.tokens, highest + 1)
         elif data.classification:
             seen.outputs = max(seen.outputs, highest + 1)
-            if found.masked:
-                seen.notes.append(f"{source.name}: {found.masked} labels are {ignore} and do not count")
+            if joined.masked:
+                seen.notes.append(f"{source.name}: {joined.masked} labels are {ignore} and do not count")
     return seen
 
 
 def _sound(
     data: Dataset, grid: Grid, source: Source, column: str, findings: Sequence[Findings], limit: int | None
 ) -> Findings:
-    """What all ranks have found in a column. Raises DataError, on all alike, for what cannot be used."""
-    found = functools.reduce(operator.or_, findings)
-    if wrong := problem(data, column, found, limit):
-        problems = [problem(data, column, its, limit) for its in findings]
-        reader = next(rank for rank, its in enumerate(problems) if its and its[1] == wrong[1])
+    """The findings of all ranks in a column, joined. Raises DataError, on all alike, for what cannot be used."""
+    joined = functools.reduce(operator.or_, findings)
+    if wrong := problem(data, column, joined, limit):
+        problems = [problem(data, column, one, limit) for one in findings]
+        reader = next(rank for rank, one in enumerate(problems) if one and one[1] == wrong[1])
         error = DataError(f"{source.name}: {wrong[0]} {wrong[1]}")
         raise _of_rank(error, grid.team, reader).on_all_ranks(grid.team.launched[reader])
-    return found
+    return joined
 
 
 def measure(data: Dataset, grid: Grid, shards: Shards) -> Normalization:
     """Mean and deviation of the inputs over all training rows, each read by one rank; collective."""
     team, clock = grid.team, grid.team.clock
 
-    def mine() -> list[Moments]:
+    def measured() -> list[Moments]:
         if data.language_model:
             raise ConfigError("--normalize: the data set's inputs are tokens, not numbers")
         clock("data")
         block = range(shards.first, shards.last) if grid.stage == 0 else ()
         return [moments(data.train.x, shards.numbers(m), clock.progress) for m in block]
 
-    everyones = team.comm.gather(team.together(mine))
+    everyones = team.comm.gather(team.together(measured))
     return team.on_rank_0(lambda: Normalization.of(itertools.chain(*(everyones or []))))
 
 
@@ -156,13 +156,13 @@ def look_for_starving(data: Dataset, grid: Grid, shards: Shards, classes: int) -
     """A warning if the shards of sorted labels have only some of the classes each; collective."""
     if not data.classification or data.language_model or shards.strided:
         return []
-    found = np.zeros(classes + shards.microbatches, np.int64)
-    counts, seen = found[:classes], found[classes:]
+    both = np.zeros(classes + shards.microbatches, np.int64)
+    counts, seen = both[:classes], both[classes:]
     team, clock = grid.team, grid.team.clock
     if grid.stage == grid.stages - 1:
         clock("data")
         counts[:], seen[:] = classes_seen(shards, classes, clock.progress)
-    team.wait([team.comm.Iallreduce(MPI.IN_PLACE, found)])
+    team.wait([team.comm.Iallreduce(MPI.IN_PLACE, both)])
     warning = starved(counts, seen)
     return [f"warning: {warning}"] if warning else []
 

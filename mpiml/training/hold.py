@@ -24,12 +24,12 @@ from mpiml.run.directory import (
     write_atomically,
 )
 from mpiml.run.failure import Guard
-from mpiml.run.result import read_result, write_result
+from mpiml.run.result import Result, read_result, write_result
 from mpiml.team import Team
 from mpiml.training.run import Run
 from mpiml.training.saved import CODE, settings_in, settings_of
 
-RUNNING: dict[str, Any] = {"status": "running", "exit_code": None, "reason": None, "rank": None}
+RUNNING: Result = {"status": "running", "exit_code": None, "reason": None, "rank": None}
 
 
 def settings(asked: Config) -> tuple[Config, Config | None]:
@@ -51,8 +51,8 @@ def settings(asked: Config) -> tuple[Config, Config | None]:
     cfg = asked.resumed(before)
     if absolute(cfg.data) != absolute(before.data) and environment.data(path) is None:
         raise DataError(
-            f"--data {cfg.data}: the run in {path} has {before.data}, and without its {ENVIRONMENT} nothing tells "
-            "whether these are the same data"
+            f"--data {cfg.data}: the run in {path} has {before.data}, and without its {ENVIRONMENT} it is "
+            "not known whether these are the same data"
         )
     return cfg, before
 

@@ -102,14 +102,14 @@ def constants(layers: Sequence[nn.Layer]) -> str:
     """Checksums of the model's constants, tensors that are neither trained nor saved in checkpoints, as JSON; empty for
     layers that have none."""
     modules = _torch_modules()
-    found = modules.constants(layers) if modules else None
-    return "" if found is None else json.dumps(found)
+    checksums = modules.constants(layers) if modules else None
+    return "" if checksums is None else json.dumps(checksums)
 
 
-def check_constants(mine: str, saved: Checkpoint) -> None:
+def check_constants(own: str, saved: Checkpoint) -> None:
     """Raise OutputError if the model's constants are not those that a checkpoint, if it tells, was trained with."""
     origin = f"{saved.origin}: constants"
-    here, there = (documents.from_json(text or "{}", origin) for text in (mine, saved.constants or mine))
+    here, there = (documents.from_json(text or "{}", origin) for text in (own, saved.constants or own))
     if not documents.fits(there, dict[str, str]):
         raise OutputError(f"{origin} is damaged: it must hold checksums by name, not {documents.shown(there)}")
     if other := sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name)):

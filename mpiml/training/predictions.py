@@ -52,8 +52,8 @@ class Predictions:
         self._score, here.objective = here.objective, self._objective
 
     def _objective(self, y: Rows, labels: Rows, measured: bool) -> tuple[list[float], Rows]:
-        found = y.argmax(axis=-1) if self._classes else y.astype(self.dtype)
-        self._kept.append(np.ascontiguousarray(found, self.dtype).reshape(len(y), *self.shape))
+        predicted = y.argmax(axis=-1) if self._classes else y.astype(self.dtype)
+        self._kept.append(np.ascontiguousarray(predicted, self.dtype).reshape(len(y), *self.shape))
         return self._score(y, labels, measured)
 
     def write(self, path: Path, tests: Evaluation) -> None:
@@ -65,14 +65,14 @@ class Predictions:
         def written() -> None:
             clock("log")
             try:
-                with replacing(path, moved=clock.progress) as file:
+                with replacing(path, progress=clock.progress) as file:
                     _write(file, path.suffix, arrays, (len(tests.split), *shape), dtype)
             finally:
                 for _ in arrays:  # whatever happened: others wait until their messages are taken
                     pass
 
-        mine = grid.comm.rank > 0 and grid.stage == grid.stages - 1
-        sent = [grid.comm.Isend(array, 0) for array in self._kept] if mine else []
+        sends = grid.comm.rank > 0 and grid.stage == grid.stages - 1
+        sent = [grid.comm.Isend(array, 0) for array in self._kept] if sends else []
         grid.team.on_rank_0(written)
         grid.team.wait(sent)
 

@@ -73,14 +73,14 @@ class Store:
         stages: list[Mapping[str, Any]] = []  # on rank 0, of each stage its vectors
 
         def read() -> tuple[Restored, tuple[str, ...], Normalization | None]:
-            newest, problems = checkpoint.newest(self.hold.checkpoints, moved=progress)
+            newest, problems = checkpoint.newest(self.hold.checkpoints, progress=progress)
             first, names, normalizing = newest, run.state.names, None
             if newest:
                 _check_same_run(run.config, newest)
                 check_constants(run.model.constants, newest)
                 normalizing = normalization(newest, run.model.task) if run.data.normalization else None
             elif run.config.init:
-                first, names = checkpoint.load(Path(run.config.init), moved=progress), (VALUES,)
+                first, names = checkpoint.load(Path(run.config.init), progress=progress), (VALUES,)
             if first:
                 stages.extend(from_arrays(run.model.layouts, first, names))
             # Nothing can be refused any more, so now the log may change.
@@ -165,12 +165,12 @@ class Store:
 
 def _check_same_run(cfg: Config, saved: Checkpoint) -> None:
     """Raise OutputError if a checkpoint has settings that these may not go on with."""
-    theirs = settings_of(saved, (), {})
+    stored = settings_of(saved, (), {})
     for field in all_settings():
-        mine, its = getattr(cfg, field.name), getattr(theirs, field.name)
-        if mine != its and not theirs.may_become(field, mine):
+        now, was = getattr(cfg, field.name), getattr(stored, field.name)
+        if now != was and not stored.may_become(field, now):
             raise OutputError(
-                f"{saved.origin} has {flag(field.name)} {its}, but {CONFIG} {mine}: they are of different runs, or "
+                f"{saved.origin} has {flag(field.name)} {was}, but {CONFIG} {now}: they are of different runs, or "
                 f"{CONFIG} is damaged; if you remove it, --resume takes the checkpoint's settings"
             )
 
@@ -201,19 +201,19 @@ def _names(layout: Layout, vector: str) -> dict[Parameter, str]:
     return {p: prefix + p.name for p in layout.parameters if vector == VALUES or p.momentum is None}
 
 
-def from_arrays(layouts: Sequence[Layout], found: Checkpoint, names: Sequence[str]) -> list[Mapping[str, Any]]:
+def from_arrays(layouts: Sequence[Layout], saved: Checkpoint, names: Sequence[str]) -> list[Mapping[str, Any]]:
     """The reverse of `to_arrays`, for some vectors. Raises OutputError if the checkpoint is of another model."""
-    checkpoint.check_kinds(found.origin, checkpoint.kinds_of(found.arrays), needed_kinds(layouts, names))
+    checkpoint.check_kinds(saved.origin, checkpoint.kinds_of(saved.arrays), needed_kinds(layouts, names))
     stages = [{name: layout.zeros() for name in names} for layout in layouts]
     for name, target in to_arrays(layouts, stages, *names).items():
-        target[...] = found.arrays[name]
+        target[...] = saved.arrays[name]
     return list(stages)
 
 
-def normalization(found: Checkpoint, task: Task) -> Normalization:
+def normalization(saved: Checkpoint, task: Task) -> Normalization:
     """What a checkpoint's model normalises its inputs by. Raises OutputError if that is missing or of other inputs."""
-    arrays = {name: array for name, array in found.arrays.items() if name.startswith("data.")}
+    arrays = {name: array for name, array in saved.arrays.items() if name.startswith("data.")}
     checkpoint.check_kinds(
-        found.origin, checkpoint.kinds_of(arrays), dict.fromkeys(Normalization.NAMES, ("float64", task.shape))
+        saved.origin, checkpoint.kinds_of(arrays), dict.fromkeys(Normalization.NAMES, ("float64", task.shape))
     )
     return Normalization.of_arrays(arrays)

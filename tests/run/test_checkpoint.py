@@ -73,7 +73,7 @@ def test_each_part_of_looking_hashing_writing_and_reading_is_progress(tmp_path: 
     assert len(set(at_sync[:-1])) == len(at_sync[:-1])
     assert at_sync[0] >= 2 + 8 + 4  # looked at, and hashed
     moves.clear()
-    assert checkpoint.newest(tmp_path, moved=lambda: moves.append(1))[0]
+    assert checkpoint.newest(tmp_path, progress=lambda: moves.append(1))[0]
     assert len(moves) == 8 + 4
     assert checkpoint.save(tmp_path, state(1, arrays), 1, lambda: moves.append(1)) == path
 

@@ -78,7 +78,7 @@ def test_a_long_file_goes_to_disk_in_parts_and_says_so(tmp_path: Path, monkeypat
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", slow)
-    with replacing(tmp_path / "a", moved=lambda: moves.append(len(synced))) as file:
+    with replacing(tmp_path / "a", progress=lambda: moves.append(len(synced))) as file:
         file.write(content[:1700])
         file.write(memoryview(content)[1700:])
         file.write(b"")

@@ -41,7 +41,7 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Log:
 def spend(log: Log, **seconds: float) -> None:
     """Book time under activities."""
     for activity, more in seconds.items():
-        log.clock.seconds[activity] = log.clock.seconds.get(activity, 0.0) + more
+        log.team.clock.seconds[activity] = log.team.clock.seconds.get(activity, 0.0) + more
 
 
 DONE = Step(2, 1, 0.75, 0.5, 0.001, 1.25, 0.5, False)
