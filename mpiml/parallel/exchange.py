@@ -30,12 +30,7 @@ class Exchange:
     """
 
     def __init__(
-        self,
-        values: Values,
-        bucket: Bucket,
-        plan: SumPlan,
-        everyone: list[list[Vector]],
-        scratch: Sequence[Vector],
+        self, values: Values, bucket: Bucket, plan: SumPlan, everyone: list[list[Vector]], scratch: Sequence[Vector]
     ):
         self.bucket = bucket
         self._comm, self._plan, self._everyone, self._scratch = values.comm, plan, everyone, scratch

@@ -37,13 +37,7 @@ class Update:
     """
 
     def __init__(
-        self,
-        team: Team,
-        replica: int,
-        sum_: GradientSum,
-        optimizer: Optimizer,
-        clip: float,
-        rows: Callable[[int], int],
+        self, team: Team, replica: int, sum_: GradientSum, optimizer: Optimizer, clip: float, rows: Callable[[int], int]
     ):
         self.comm, self.clock, self.sum, self.optimizer, self.clip = team.comm, team.clock, sum_, optimizer, clip
         self.rows, self.finite, self.pieces = rows, True, sum_.values.pieces

@@ -58,13 +58,7 @@ class Values:
     """
 
     def __init__(
-        self,
-        comm: MPI.Intracomm,
-        memory: Memory,
-        size: int,
-        blocks: Sequence[Block],
-        dtype: DTypeLike,
-        bucket: int = 0,
+        self, comm: MPI.Intracomm, memory: Memory, size: int, blocks: Sequence[Block], dtype: DTypeLike, bucket: int = 0
     ):
         self.comm, self.memory = comm, memory
         self.vector = memory.common(size, dtype)

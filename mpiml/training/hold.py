@@ -14,15 +14,7 @@ from mpiml.errors import DataError, OutputError
 from mpiml.flags import absolute
 from mpiml.run import checkpoint, environment, lock
 from mpiml.run.console import say
-from mpiml.run.directory import (
-    CHECKPOINTS,
-    CONFIG,
-    ENVIRONMENT,
-    METRICS,
-    RunDirectory,
-    holds_run,
-    write_atomically,
-)
+from mpiml.run.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, RunDirectory, holds_run, write_atomically
 from mpiml.run.failure import Guard
 from mpiml.run.result import Result, read_result, write_result
 from mpiml.team import Team

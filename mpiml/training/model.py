@@ -8,7 +8,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -19,12 +19,10 @@ from mpiml.nn import base as nn
 from mpiml.nn.checked import OwnLoss, OwnMetric
 from mpiml.nn.losses import R2, Accuracy, Loss, Metric, mean_squared_error, softmax_cross_entropy
 from mpiml.nn.parameters import Shape
+from mpiml.run.checkpoint import Checkpoint
 from mpiml.run.result import FIELDS
 from mpiml.training.task import Task
 from mpiml.usercode import called_with, is_name, named
-
-if TYPE_CHECKING:
-    from mpiml.run.checkpoint import Checkpoint
 
 Model = Any  # layers, PyTorch modules, a list of both, or a function (shape, outputs) that returns such
 Objective = Callable[[Any, Any, bool], tuple[list[float], Any]]

@@ -6,19 +6,14 @@ import dataclasses
 import json
 import typing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mpiml import documents
 from mpiml.errors import OutputError
 from mpiml.nn.parameters import Shape
-
-if TYPE_CHECKING:
-    from mpiml.run.checkpoint import Checkpoint
-
+from mpiml.run.checkpoint import Checkpoint
 
 LOWEST = {"shape": 1, "labels": 1, "outputs": 1, "tokens": 0}  # that sizes in a task can be
-
-
 MOST_AXES = 32  # of a row
 
 
