@@ -13,9 +13,10 @@ from mpi4py import MPI
 from mpiml.config import Config
 from mpiml.data.dataset import open_dataset
 from mpiml.errors import NotFiniteError, freed
-from mpiml.run import checkpoint, lock
+from mpiml.run import checkpoint
 from mpiml.run.deadline import Deadline
-from mpiml.training.hold import Opened
+from mpiml.run.failure import Guard
+from mpiml.training.hold import Hold
 from mpiml.training.run import Due, Run, unsaved
 from mpiml.training.storage import Store
 
@@ -72,12 +73,10 @@ def test_a_step_is_saved_once(run: Run, tmp_path: Path, monkeypatch: pytest.Monk
         save(directory, saved, *more)
 
     monkeypatch.setattr(checkpoint, "save", counted)
-    monkeypatch.setattr(lock, "check", lambda path, token: None)
-    opened = Opened(tmp_path, "token", [])
-    opened.checkpoints.mkdir()
-    opened.metrics.touch()
-    (tmp_path / "result.json").write_text('{"status": "running"}')
-    store = Store(run, opened, Deadline())
-    for step in (1, 1, 2):
-        store.save(step)
+    monkeypatch.chdir(tmp_path)
+    with Hold(Guard(run.grid.team, "mpiml.train")) as hold:
+        hold.opened(run, "digits")
+        store = Store(run, hold, Deadline())
+        for step in (1, 1, 2):
+            store.save(step)
     assert written == [1, 2]
