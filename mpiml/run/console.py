@@ -8,7 +8,7 @@ import sys
 import time
 from typing import TextIO
 
-from mpiml.run.processes import launchers
+from mpiml.run.node import launchers
 
 CONSOLE_PAUSE = 5.0  # seconds between lines where there is no terminal
 

@@ -11,7 +11,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from mpiml.errors import DirectoryError, OutputError
-from mpiml.run.processes import kernel
+from mpiml.run.node import kernel
 
 LOCK = ".lock"
 OURS = "mpiml"  # the first word of .lock: a file of another program is left as it is

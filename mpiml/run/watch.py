@@ -17,7 +17,7 @@ from mpiml.clock import ACTIVITIES, BLOCKED_ON_OTHERS, Activity, Clock
 from mpiml.errors import RunError, StallError, known_to_all
 from mpiml.run import alarm
 from mpiml.run.alarm import QUIET, bytes_moved
-from mpiml.run.processes import Process, kernel, own_launcher
+from mpiml.run.node import Process, kernel, own_launcher
 from mpiml.team import allgather, wait
 
 GOODBYE = -1.0  # in place of moves, in a rank's last message

@@ -18,7 +18,7 @@ from mpiml.clock import ACTIVITIES, Clock
 from mpiml.errors import DataError, RunError, StallError
 from mpiml.run import alarm
 from mpiml.run import watch as module
-from mpiml.run.processes import Process
+from mpiml.run.node import Process
 from mpiml.run.watch import LOOKS, Sign, Watch, _places, neighbour
 
 TIMEOUT = 5.0

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from mpiml.run.processes import Process, kernel
+from mpiml.run.node import Process, kernel
 
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
-from mpiml.run.processes import own_launcher
+from mpiml.run.node import own_launcher
 
 def gone():
     try:
@@ -82,7 +82,7 @@ def test_of_what_is_no_process_nothing_is_known(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_processes_of_a_machine_have_the_same_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    script = "from mpiml.run.processes import kernel; print(kernel())"
+    script = "from mpiml.run.node import kernel; print(kernel())"
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == kernel() != ""
 

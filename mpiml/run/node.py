@@ -1,4 +1,4 @@
-"""Other processes on this node, as the kernel shows them; no MPI."""
+"""The processes of this node, as the kernel shows them; no MPI."""
 
 from __future__ import annotations
 
