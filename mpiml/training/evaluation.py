@@ -28,7 +28,7 @@ def not_finite(reason: str, rank: int | None = None) -> NotFiniteError:
 
 class Evaluation:
     """The rows of a split, read from row 0 in `chunks` chunks of `chunk_rows` rows; each replica has a `block` of whole
-    chunks, from the first to before the second number."""
+    chunks, (first, last + 1)."""
 
     def __init__(self, split: Split, chunk_rows: int, grid: Grid, dtype: DTypeLike):
         self.split, self.chunk_rows, self.grid, self.dtype = split, chunk_rows, grid, dtype

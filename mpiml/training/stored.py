@@ -39,8 +39,7 @@ class StoredModel:
 def stored_model(
     run: str | None, file: str | None, asked: Mapping[str, Any], named: Mapping[str, Any]
 ) -> tuple[StoredModel, Checkpoint]:
-    """The model of a run's newest checkpoint, or of `file`, and the checkpoint, without optimizer state. Rank 0 calls
-    it.
+    """The model of a run's newest checkpoint or of `file`, and that checkpoint without optimizer state; on rank 0.
 
     Settings that are asked for, and not None, take the place of the run's; `named` are those that may name code.
     """
