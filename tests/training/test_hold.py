@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,12 @@ from mpiml.config import parse
 from mpiml.data.dataset import Dataset
 from mpiml.errors import ConfigError, DataError, DirectoryError, OutputError, RunError
 from mpiml.evaluate import evaluate
-from mpiml.run import directory
+from mpiml.run import directory, environment
 from mpiml.train import train
+from mpiml.training.hold import Hold
+from mpiml.training.run import Run
+
+WORLD = MPI.COMM_WORLD
 
 
 def rows(salt: float = 0.0) -> Dataset:
@@ -161,3 +166,27 @@ def communicators() -> int:
     for comm in made:
         comm.Free()
     return len(made)
+
+
+@pytest.mark.mpi
+@pytest.mark.skipif(WORLD.size < 2, reason="somebody has to wait")
+def test_rank_0_waits_where_nobody_takes_it_for_stuck(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For another rank that is slow to describe its environment."""
+    begun, of_rank, waited = Hold.begun, environment.of_rank, list[float]()
+
+    def slow(threads: int) -> dict[str, Any]:
+        if WORLD.rank == 1:
+            time.sleep(0.5)
+        return of_rank(threads)
+
+    def timed(self: Hold, of: Run) -> list[str]:
+        clock = of.grid.team.clock
+        before = clock.seconds.get("joining", 0.0)
+        notes = begun(self, of)
+        waited.append(clock.seconds["joining"] - before)
+        return notes
+
+    monkeypatch.setattr(environment, "of_rank", slow)
+    monkeypatch.setattr(Hold, "begun", timed)
+    train(parse(f"--out {WORLD.bcast(str(tmp_path / 'run'))} --hidden 4 --quiet --steps 1".split()), WORLD, data=rows())
+    assert WORLD.rank or waited[0] > 0.3
