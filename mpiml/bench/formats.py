@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 import tempfile
 from collections.abc import Callable, Mapping
@@ -14,7 +15,8 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from mpiml.bench.models import MOMENTUM, RATE, Trainer, repeats
-from mpiml.bench.pairs import Ratio, ratio
+from mpiml.bench.pairs import ratio
+from mpiml.bench.rows import Ratio
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset, open_dataset
 from mpiml.data.formats import KEYS, Options
@@ -59,17 +61,8 @@ def write_npy(path: Path, arrays: Arrays, order: Any = "C") -> Path:
     return path
 
 
-def write_npy_by_columns(path: Path, arrays: Arrays) -> Path:
-    return write_npy(path, arrays, "F")
-
-
-def write_npz(path: Path, arrays: Arrays) -> Path:
-    np.savez(path / "d.npz", allow_pickle=False, **arrays)
-    return path / "d.npz"
-
-
-def write_compressed_npz(path: Path, arrays: Arrays) -> Path:
-    np.savez_compressed(path / "d.npz", allow_pickle=False, **arrays)
+def write_npz(path: Path, arrays: Arrays, save: Callable[..., None] = np.savez) -> Path:
+    save(path / "d.npz", allow_pickle=False, **arrays)
     return path / "d.npz"
 
 
@@ -124,9 +117,9 @@ class Format:
 
 FORMATS = {
     "npy": Format(write_npy),
-    "npy_columns": Format(write_npy_by_columns),
+    "npy_columns": Format(functools.partial(write_npy, order="F")),
     "npz": Format(write_npz),
-    "npz_compressed": Format(write_compressed_npz),
+    "npz_compressed": Format(functools.partial(write_npz, save=np.savez_compressed)),
     "idx": Format(write_idx, image_rows),
     "hdf5": Format(write_hdf5),
     "tokens": Format(write_tokens, token_rows, next_token, 8, CONTEXT),

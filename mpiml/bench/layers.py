@@ -12,8 +12,9 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from mpiml.bench.models import Trainer, images, on_arrays, repeats
-from mpiml.bench.pairs import Ratio, ratio
+from mpiml.bench.pairs import ratio
 from mpiml.bench.processes import resident
+from mpiml.bench.rows import Ratio
 from mpiml.nn.convnets import cnn
 from mpiml.nn.layers import Layer, stack_flops
 from mpiml.nn.perceptrons import mlp
@@ -104,4 +105,4 @@ def torch_memory() -> Ratio:
     for _ in range(3):
         training.step()
     ours, theirs = world.allgather(resident("VmHWM") - before)
-    return Ratio.once(ours / theirs)
+    return Ratio.of([ours / theirs])

@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import importlib.util
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 # Widths of hidden layers so small that a step is mostly overhead.
 SMALL_LAYERS = "128-127-126-125-124-123"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The ratio of two figures, measured several times: its median, and the range of the middle half."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, ratios: list[float]) -> Ratio:
+        low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else 3 * ratios
+        return cls(median, low, high)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import numpy as np
 from mpi4py import MPI
 
 from mpiml.bench.byhand import Perceptron
-from mpiml.bench.models import MOMENTUM, RATE, Trainer, images, perceptron, perceptron_operations, repeats, tower
-from mpiml.bench.pairs import Ratio, ratio, times
+from mpiml.bench.models import MOMENTUM, RATE, images, perceptron, perceptron_operations, repeats, tower
+from mpiml.bench.pairs import Action, ratio
+from mpiml.bench.rows import Ratio
 from mpiml.parallel.memory import SharedMemory
 from mpiml.team import share_cores
 
@@ -47,7 +48,7 @@ def page_faults(hidden: str, batch: str) -> Ratio:
         for _ in range(10):
             trainer.step()
         counts.append((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
-    return Ratio.of(counts[2:], [1.0] * 4)
+    return Ratio.of(counts[2:])
 
 
 def traced(hidden: str, batch: str, microbatches: str) -> Ratio:
@@ -59,10 +60,10 @@ def traced(hidden: str, batch: str, microbatches: str) -> Ratio:
 
 def torch_ddp(hidden: str, rows: str) -> Ratio:
     """Samples/s over those of PyTorch's DistributedDataParallel; `rows` of each rank."""
-    from mpiml.bench.torch_distributed import DataParallel
+    from mpiml.bench.torch_distributed import data_parallel
 
     trainer = perceptron(WORLD, widths(hidden), int(rows) * WORLD.size, WORLD.size)
-    peer = DataParallel(WORLD, widths(hidden), int(rows))
+    peer = data_parallel(WORLD, widths(hidden), int(rows))
     return ratio(WORLD, peer.step, trainer.step, repeats(perceptron_operations(widths(hidden), int(rows))))
 
 
@@ -79,11 +80,9 @@ def pipeline(width: str, batch: str, microbatches: str) -> Ratio:
     """Samples/s of S stages over S (1 - bubble) times those of one rank, with bubble (S - 1) / (M + S - 1)."""
     stages, parts = WORLD.size, int(microbatches)
     whole = tower(WORLD, int(width), int(batch), parts, stages)
-    alone = tower(MPI.COMM_SELF, int(width), int(batch), parts, 1) if WORLD.rank == 0 else None
-    count = repeats(48.0 * int(batch) * int(width) ** 2)
-    both = times(WORLD, [whole.step, alone.step if alone else None], [count, count])
+    alone = tower(MPI.COMM_SELF, int(width), int(batch), parts, 1).step if WORLD.rank == 0 else None
     ideal = stages * (1 - (stages - 1) / (parts + stages - 1))
-    return Ratio.of(both[1], both[0], 1 / ideal)
+    return ratio(WORLD, alone, whole.step, repeats(48.0 * int(batch) * int(width) ** 2), 1 / ideal)
 
 
 def weak_scaling(hidden: str, rows: str, how: str) -> Ratio:
@@ -103,21 +102,17 @@ def weak_scaling(hidden: str, rows: str, how: str) -> Ratio:
         if how == "apart":
             meeting.barrier()
 
-    count = repeats(perceptron_operations(widths(hidden), int(rows)))
-    together, single = times(WORLD, [step, alone.step if alone else None], [count, count])
-    return Ratio.of(single, together)
+    return ratio(WORLD, alone, step, repeats(perceptron_operations(widths(hidden), int(rows))))
 
 
 def oversubscribed(hidden: str, batch: str, microbatches: str) -> Ratio:
     """Samples/s of more ranks than cores over those of one rank with as many micro-batches."""
     everyone = perceptron(WORLD, widths(hidden), int(batch), int(microbatches), "sgd")
-    alone = solo(hidden, batch, microbatches, "sgd")
-    together, single = times(WORLD, [everyone.step, alone.step if alone else None], [50, 50])
-    return Ratio.of(single, together)
+    return ratio(WORLD, solo(hidden, batch, microbatches, "sgd"), everyone.step, 50)
 
 
-def solo(hidden: str, batch: str, microbatches: str, optimizer: str) -> Trainer | None:
-    """A perceptron's trainer on rank 0; None on the others."""
+def solo(hidden: str, batch: str, microbatches: str, optimizer: str) -> Action | None:
+    """The step of a perceptron that rank 0 trains alone; None on the others."""
     if WORLD.rank:
         return None
-    return perceptron(MPI.COMM_SELF, widths(hidden), int(batch), int(microbatches), optimizer)
+    return perceptron(MPI.COMM_SELF, widths(hidden), int(batch), int(microbatches), optimizer).step
