@@ -14,17 +14,15 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from mpiml.bench.models import MOMENTUM, RATE, Trainer, repeats
+from mpiml.bench.models import Trainer
 from mpiml.bench.pairs import ratio
 from mpiml.bench.rows import Ratio
-from mpiml.config import Config
 from mpiml.data.dataset import Dataset, open_dataset
 from mpiml.data.formats import KEYS, Options
 from mpiml.data.idx import NAMES
 from mpiml.data.sources import extra
-from mpiml.nn.layers import Embedding, Layer, Linear, stack_flops
+from mpiml.nn.layers import Embedding, Layer, Linear
 from mpiml.nn.perceptrons import mlp
-from mpiml.training.run import unsaved
 
 TEST = 256  # rows
 CONTEXT, TOKENS = 128, 256
@@ -110,9 +108,8 @@ class Format:
 
     def trainer(self, data: Dataset) -> Trainer:
         """A trainer on one rank."""
-        settings = {"lr": RATE, "momentum": MOMENTUM, "optimizer": "momentum", "steps": 10**9}
-        config = Config(batch=self.rows, microbatches=1, **settings)  # type: ignore[arg-type]
-        return Trainer(unsaved(MPI.COMM_SELF, config, data, self.model(data.train.x.shape)))
+        settings = {"batch": self.rows, "microbatches": 1, "optimizer": "momentum"}
+        return Trainer(MPI.COMM_SELF, self.model(data.train.x.shape), data, **settings)
 
 
 FORMATS = {
@@ -130,10 +127,8 @@ def from_file(name: str, megabytes: str) -> Ratio:
     """Samples/s of training on a file over those on the same rows in memory."""
     kind = FORMATS[name]
     arrays = kind.arrays(float(megabytes))
-    shape = arrays["x_train"].shape[1:]
-    count = repeats(3.0 * kind.rows * sum(stack_flops(kind.model(shape), shape)))
     with tempfile.TemporaryDirectory() as directory:
         data = open_dataset(str(kind.write(Path(directory), arrays)), Options(context=kind.context))
         file, memory = (kind.trainer(of) for of in (data, Dataset.from_arrays(*arrays.values())))
         with file.run.data.ahead, memory.run.data.ahead:
-            return ratio(MPI.COMM_SELF, memory.step, file.step, count)
+            return ratio(MPI.COMM_SELF, memory.step, file.step, file.repeats)

@@ -10,7 +10,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpiml.bench.byhand import Perceptron
-from mpiml.bench.models import MOMENTUM, RATE, images, perceptron, perceptron_operations, repeats, tower
+from mpiml.bench.models import MOMENTUM, RATE, images, perceptron, tower
 from mpiml.bench.pairs import Action, ratio
 from mpiml.bench.rows import Ratio
 from mpiml.parallel.memory import SharedMemory
@@ -36,7 +36,7 @@ def by_hand(hidden: str, batch: str, microbatches: str, optimizer: str) -> Ratio
         pieces = [(x[part], y[part]) for part in np.array_split(next(orders), parts)]
         hand.step(pieces, RATE, MOMENTUM if optimizer == "momentum" else 0.0)
 
-    return ratio(WORLD, trainer.step, step, repeats(perceptron_operations(widths(hidden), rows)))
+    return ratio(WORLD, trainer.step, step, trainer.repeats)
 
 
 def page_faults(hidden: str, batch: str) -> Ratio:
@@ -55,7 +55,7 @@ def traced(hidden: str, batch: str, microbatches: str) -> Ratio:
     """Time of a step with --trace over that of a step without, on one rank."""
     size = widths(hidden), int(batch), int(microbatches)
     recorded, plain = (perceptron(MPI.COMM_SELF, *size, trace=path) for path in ("timeline.json", None))
-    return ratio(WORLD, recorded.step, plain.step, repeats(perceptron_operations(*size[:2])))
+    return ratio(WORLD, recorded.step, plain.step, plain.repeats)
 
 
 def torch_ddp(hidden: str, rows: str) -> Ratio:
@@ -64,7 +64,7 @@ def torch_ddp(hidden: str, rows: str) -> Ratio:
 
     trainer = perceptron(WORLD, widths(hidden), int(rows) * WORLD.size, WORLD.size)
     peer = data_parallel(WORLD, widths(hidden), int(rows))
-    return ratio(WORLD, peer.step, trainer.step, repeats(perceptron_operations(widths(hidden), int(rows))))
+    return ratio(WORLD, peer.step, trainer.step, trainer.repeats)
 
 
 def torch_pipeline(width: str, batch: str) -> Ratio:
@@ -73,7 +73,7 @@ def torch_pipeline(width: str, batch: str) -> Ratio:
 
     trainer = tower(WORLD, int(width), int(batch), 8, WORLD.size)
     peer = Pipeline(WORLD, int(width), int(batch), 8)
-    return ratio(WORLD, peer.step, trainer.step, repeats(24.0 * int(batch) * int(width) ** 2))
+    return ratio(WORLD, peer.step, trainer.step, trainer.repeats)
 
 
 def pipeline(width: str, batch: str, microbatches: str) -> Ratio:
@@ -82,7 +82,7 @@ def pipeline(width: str, batch: str, microbatches: str) -> Ratio:
     whole = tower(WORLD, int(width), int(batch), parts, stages)
     alone = tower(MPI.COMM_SELF, int(width), int(batch), parts, 1).step if WORLD.rank == 0 else None
     ideal = stages * (1 - (stages - 1) / (parts + stages - 1))
-    return ratio(WORLD, alone, whole.step, repeats(48.0 * int(batch) * int(width) ** 2), 1 / ideal)
+    return ratio(WORLD, alone, whole.step, whole.repeats, 1 / ideal)
 
 
 def weak_scaling(hidden: str, rows: str, how: str) -> Ratio:
@@ -102,7 +102,7 @@ def weak_scaling(hidden: str, rows: str, how: str) -> Ratio:
         if how == "apart":
             meeting.barrier()
 
-    return ratio(WORLD, alone, step, repeats(perceptron_operations(widths(hidden), int(rows))))
+    return ratio(WORLD, alone, step, everyone.repeats)
 
 
 def oversubscribed(hidden: str, batch: str, microbatches: str) -> Ratio:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -101,7 +100,8 @@ def plan(job: Job, data: str) -> Plan:
     memories = [costs.stage_memory(job, number, row) for number, row in enumerate(rows)]
     flops = sum(stage.flops for stage in job.stages)
     passes = max(job.passes(replica) for replica in range(job.replicas))
-    held = [memory.own + memory.values / _sharers(job, number) for number, memory in enumerate(memories)]
+    sharers = [np.repeat(groups, groups) for groups in map(job.groups, range(last + 1))]  # of a replica's values
+    held = [memory.own + memory.values / each for memory, each in zip(memories, sharers, strict=True)]
     return Plan(
         grid=grid_text(len(job.stages), job.replicas, job.microbatches),
         ranks=job.ranks,
@@ -126,12 +126,6 @@ def plan(job: Job, data: str) -> Plan:
     )
 
 
-def _sharers(job: Job, stage: int) -> Any:
-    """For each replica, how many ranks share a copy of the values with it."""
-    groups = job.groups(stage)
-    return np.repeat(groups, groups)
-
-
 def _layers(job: Job) -> list[LayerLine]:
     lines = []
     for number, stage in enumerate(job.stages):
@@ -150,7 +144,7 @@ def _stage(job: Job, number: int, memory: costs.StageMemory, flops: int) -> Stag
         last=stage.first + len(stage.layers) - 1,
         parameters=sum(parameter.size for parameter in stage.layout.parameters),
         share=stage.flops / flops if flops else 0.0,
-        in_flight=max(costs.in_flight(job, number, job.passes(replica)) for replica in range(job.replicas)),
+        in_flight=int(memory.in_flight.max()),
         values=memory.values,
         gradient_vectors=int(costs.depths(job.replicas, job.microbatches)[fullest]),
         gradients=int(memory.gradients[fullest]),
@@ -169,9 +163,9 @@ def wires(job: Job) -> list[Wire]:
     ]
     if job.config.allreduce == "mpi":
         return [*lines, _library(job)]
-    moved = [costs.traffic(job, number) for number in range(len(job.stages))]
+    sums = [costs.traffic(job, number) for number in range(len(job.stages))]
     for what, field in (("partial sums of gradients", "gradients"), ("values", "values")):
-        sent, between = (float(sum(getattr(one, field + way).sum() for one in moved)) for way in ("_out", "_abroad"))
+        sent, between = (float(sum(getattr(one, field + way).sum() for one in sums)) for way in ("_out", "_abroad"))
         lines.append(Wire(what, between, sent - between))
     return lines
 

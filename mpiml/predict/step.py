@@ -84,9 +84,9 @@ def _sum(job: Job, stage: int, speeds: Speeds, network: Link) -> tuple[float, fl
     item = layout.dtype.itemsize
     if job.config.allreduce == "mpi":  # at best, a ring of nodes
         nodes = len(set(job.homes(stage).tolist()))
-        moved = 2 * layout.size * item * (nodes - 1) / nodes
+        sent = 2 * layout.size * item * (nodes - 1) / nodes
         rounds = 2 * (nodes - 1) * network.latency
-        return moved / network.bandwidth + rounds, layout.size * (speeds.update + speeds.add)
+        return sent / network.bandwidth + rounds, layout.size * (speeds.update + speeds.add)
     own = partials(0, job.replicas, job.microbatches)
     sources = len(own) * groups[0] + len(groups) - 1
     largest = float(traffic.slices.max()) / item
