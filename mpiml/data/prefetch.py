@@ -97,17 +97,16 @@ class ReadAhead:
 
     def _read(self) -> None:
         """The thread: serves requests until it gets None."""
+        x, y = self.needs
         while request := self._requests.get():
             batches, prepared = request
             if prepared.set_running_or_notify_cancel():
                 try:
-                    prepared.set_result(self._prepare(batches))
+                    prepared.set_result(
+                        [(b.x() if x and b.rows else None, b.y() if y and b.rows else None) for b in batches]
+                    )
                 except BaseException as error:  # raised again by x() and y()
                     prepared.set_exception(error)
-
-    def _prepare(self, batches: list[Batch]) -> Prepared:
-        x, y = self.needs
-        return [(batch.x() if x and batch.rows else None, batch.y() if y and batch.rows else None) for batch in batches]
 
 
 def steps_ahead(shards: Shards) -> int:

@@ -108,7 +108,7 @@ def plan(job: Job, data: str) -> Plan:
         nodes=job.nodes,
         node_ranks=job.node_ranks,
         data=data,
-        steps=job.config.steps or 0,
+        steps=job.config.steps,
         steps_per_epoch=job.steps_per_epoch,
         rows=job.rows / job.steps_per_epoch,
         microbatches=job.microbatches,

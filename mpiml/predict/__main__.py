@@ -141,8 +141,17 @@ def check(chosen: argparse.Namespace) -> int:
         raise ConfigError("nothing to compare: all points have more ranks than cores")
     rows = [["study", "grid", "batch", "M", "measured ms", "range of repeats", "predicted ms", "error"]]
     for one in compared:
-        cells = [one.study, one.grid, str(one.batch), str(one.microbatches), f"{one.measured * 1e3:.3f}"]
-        rows.append([*cells, f"{one.spread:.0%}", f"{one.predicted * 1e3:.3f}", f"{one.error:+.0%}"])
+        point = [one.point.grid, str(one.point.batch), str(one.point.microbatches)]
+        rows.append(
+            [
+                one.study,
+                *point,
+                f"{one.measured * 1e3:.3f}",
+                f"{one.spread:.0%}",
+                f"{one.predicted * 1e3:.3f}",
+                f"{one.error:+.0%}",
+            ]
+        )
     print("\n".join(table(rows, "l" + "r" * 7)))
     if left_out:
         print(f"left out because they have more ranks than cores: {plural(left_out, 'point')}")

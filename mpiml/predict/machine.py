@@ -41,10 +41,6 @@ class Speeds:
     microbatch: float
     step: float
 
-    def towards(self, other: Speeds, fraction: float) -> Speeds:
-        """Interpolate: these speeds at `fraction` 0, the other ones at 1."""
-        return _mixed(lambda pair: pair[0] + fraction * (pair[1] - pair[0]), self, other)
-
 
 def _mixed(mix: Callable[[Any], Any], first: Part, *others: Part) -> Part:
     """Combine speeds, or links, number by number: `mix` gets an array with one of them along its first axis."""
@@ -103,7 +99,8 @@ class Machine:
 
     def speeds(self, ranks: int) -> Speeds:
         """The speeds of a rank if this many compute on its node."""
-        return self.alone.towards(self.busy, min((ranks - 1) / max(self.ranks - 1, 1), 1.0))
+        fraction = min((ranks - 1) / max(self.ranks - 1, 1), 1.0)
+        return _mixed(lambda pair: pair[0] + fraction * (pair[1] - pair[0]), self.alone, self.busy)
 
     def seconds(self, curve: Curve, rows: float) -> float:
         """Seconds for a micro-batch of `rows` rows on average; below one row, some are empty and take no time."""

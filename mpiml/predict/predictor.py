@@ -12,7 +12,7 @@ from mpiml.config import parse
 from mpiml.errors import ConfigError
 from mpiml.predict.machine import MACHINE, Link, Machine, load_machine
 from mpiml.predict.step import StepTime, step_time
-from mpiml.scaling.points import read_study
+from mpiml.scaling.points import Point, read_study
 from mpiml.scaling.results import Line, load_study
 from mpiml.training.job import Job, unplaced
 from mpiml.training.resolve import open_data
@@ -101,9 +101,7 @@ class Comparison:
     """A point's measured and predicted time: seconds of a step, and the relative range of the measured repeats."""
 
     study: str
-    grid: str
-    batch: int
-    microbatches: int
+    point: Point
     measured: float
     spread: float
     predicted: float
@@ -128,9 +126,7 @@ def _compared(directory: Path, predictor: Predictor, line: Line) -> Comparison:
     median = statistics.median(line.medians)
     return Comparison(
         study=str(directory),
-        grid=point.grid,
-        batch=point.batch,
-        microbatches=point.microbatches,
+        point=point,
         measured=median,
         spread=(max(line.medians) - min(line.medians)) / median,
         predicted=step_time(job, predictor.machine, predictor.network).seconds,

@@ -47,8 +47,8 @@ def queued(directory: Path, jobs: Sequence[StudyJob], node_ranks: int | None) ->
     if not node_ranks:
         raise ConfigError("--slurm: say with --node-ranks N how many ranks a node takes")
     _check_installed("sbatch")
-    names = [_name(directory, *group) for group in _groups(jobs)]
-    lines = _call(["squeue", "--noheader", "--format=%j %i is %T", f"--name={','.join(names)}"]).splitlines()
+    names = ",".join(_name(directory, *group) for group in _groups(jobs))
+    lines = _call(["squeue", "--noheader", "--format=%j %i is %T", f"--name={names}"]).splitlines()
     return {name: state.lower() for name, _, state in (line.strip().partition(" ") for line in lines)}
 
 
