@@ -106,18 +106,16 @@ def curves_of(times: Sequence[Sequence[float]], layers: int) -> dict[str, Any]:
     return {"inputs": inputs, "forward": forward, "loss": loss, "backward": backward[::-1], "update": update}
 
 
-class Idle:
+class Idle(Pieces):
     """A run of a model of two parameters: its steps are all overhead."""
 
-    def __init__(self, comm: MPI.Intracomm, config: Config, microbatches: int):
+    def __init__(self, comm: MPI.Intracomm, like: Config, microbatches: int):
         x, layers = np.zeros((EPOCH * microbatches, 1), np.float32), [Linear(1, 1)]
-        settings = Config(
-            batch=microbatches, microbatches=microbatches, optimizer=config.optimizer, dtype=config.dtype, steps=STEPS
-        )
-        self.run = unsaved(comm, settings, Dataset.from_arrays(x, x, x, x), layers)
-        self.pieces = Pieces(self.run, layers)
+        config = Config(batch=microbatches, microbatches=microbatches, steps=STEPS)
+        config = config.replace(optimizer=like.optimizer, dtype=like.dtype)
+        super().__init__(unsaved(comm, config, Dataset.from_arrays(x, x, x, x), layers), layers)
 
-    def step(self) -> list[float]:
+    def whole_step(self) -> list[float]:
         """The median time of a step; all ranks of its communicator call it together."""
         times = [self.run.step(step).seconds for step in range(1, STEPS + 1)]
         return [statistics.median(times[STEPS // 5 :])]
@@ -171,8 +169,8 @@ class Calibration:
         """Seconds of a step, of a micro-batch, and of an update, all without arithmetic."""
         one, many = (Idle(comm, self.config, count * comm.size) for count in (1, MANY))
         alone = Idle(MPI.COMM_SELF, self.config, 1)
-        few, more = (measure(idle.step)[0] for idle in (one, many))  # once: ranks of `comm` step together
-        *passes, update = measure(repeated(alone.pieces.step(1)))
+        few, more = (measure(idle.whole_step)[0] for idle in (one, many))  # once: ranks of `comm` step together
+        *passes, update = measure(repeated(alone.step(1)))
         for idle in (one, many, alone):
             idle.run.free()
         microbatch = (more - few) / (MANY - 1)

@@ -27,10 +27,11 @@ def _main(arguments: Sequence[str] | None) -> int:
     split = given.index("--") if "--" in given else len(given)
     chosen = _parser().parse_args(given[:split])
     if chosen.command == "run":
-        return run(chosen, given[split + 1 :])
+        chosen.settings = given[split + 1 :]
+        return run(chosen)
     from mpiml.scaling.report import report
 
-    report(Path(chosen.directory))
+    report(chosen.directory)
     return 0
 
 
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--repeats", type=whole(), default=5, metavar="N", help="jobs for each point (default: 5)")
     add("--steps", type=whole(), default=50, metavar="N", help="steps to time in a job (default: 50)")
     add("--warm-up", type=whole(0), default=10, metavar="N", help="steps to warm up before (default: 10)")
-    add("--out", required=True, metavar="DIR", help="directory of the study; a study in it is continued")
+    add("--out", type=Path, required=True, metavar="DIR", help="directory of the study; a study in it is continued")
     add(
         "--launcher", metavar="TEXT", help='how to start a job: "srun -n {ranks}" (default: srun in SLURM, else mpirun)'
     )
@@ -77,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     queue.add_argument("--sbatch", default="", metavar="TEXT", help='flags for sbatch: "--partition=x --account=y"')
     what = "make tables, plots and one Markdown page of the measured times"
     make = commands.add_parser("report", help=what, description=what.capitalize() + ".", allow_abbrev=False)
-    make.add_argument("directory", metavar="DIR", help="directory of the study")
+    make.add_argument("directory", type=Path, metavar="DIR", help="directory of the study")
     return parser
 
 
