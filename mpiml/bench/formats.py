@@ -26,6 +26,7 @@ from mpiml.nn.perceptrons import mlp
 
 TEST = 256  # rows
 CONTEXT, TOKENS = 128, 256
+PERCEPTRON = functools.partial(mlp, outputs=10, hidden=(64, 64))
 Arrays = Mapping[str, NDArray[Any]]  # by mpiml.data.formats.KEYS
 
 
@@ -86,11 +87,6 @@ def write_tokens(path: Path, arrays: Arrays) -> Path:
     return path
 
 
-def perceptron(shape: tuple[int, ...]) -> list[Layer]:
-    """784-64-64-10."""
-    return mlp(shape, 10, (64, 64))
-
-
 def next_token(shape: tuple[int, ...]) -> list[Layer]:
     """Predicts the next token from the last one."""
     return [Embedding(TOKENS, 64), Linear(64, TOKENS)]
@@ -102,7 +98,7 @@ class Format:
 
     write: Callable[[Path, Arrays], Path]
     arrays: Callable[[float], Arrays] = float_rows
-    model: Callable[[tuple[int, ...]], list[Layer]] = perceptron
+    model: Callable[[tuple[int, ...]], list[Layer]] = PERCEPTRON
     rows: int = 64
     context: int | None = None
 

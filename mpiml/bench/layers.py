@@ -45,9 +45,8 @@ class Duel:
         from mpiml.bench import torch_eager
 
         build, sizes = self.module
-        return torch_eager.Eager(
-            getattr(torch_eager, build)(*sizes), self.x, self.y, self.rows, self.optimizer, memory_format
-        )
+        module = getattr(torch_eager, build)(*sizes)
+        return torch_eager.Eager(module, self.x, self.y, self.rows, self.optimizer, memory_format)
 
 
 def perceptron(width: str, rows: str) -> Duel:

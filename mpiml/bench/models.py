@@ -50,15 +50,10 @@ def images() -> tuple[np.ndarray, np.ndarray]:
 
 
 def perceptron(
-    comm: MPI.Intracomm,
-    hidden: Sequence[int],
-    batch: int,
-    microbatches: int,
-    optimizer: str = "momentum",
-    **settings: object,
+    comm: MPI.Intracomm, hidden: Sequence[int], batch: int, microbatches: int, **settings: object
 ) -> Trainer:
-    """A perceptron 784-hidden-10 on images."""
-    settings |= {"batch": batch, "microbatches": microbatches, "optimizer": optimizer}
+    """A perceptron 784-hidden-10 on images; trained with momentum unless `settings` say otherwise."""
+    settings = {"batch": batch, "microbatches": microbatches, "optimizer": "momentum"} | settings
     x, y = images()
     return on_arrays(comm, mlp((784,), 10, hidden), x, y, **settings)
 

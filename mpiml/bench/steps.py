@@ -11,7 +11,7 @@ from mpi4py import MPI
 
 from mpiml.bench.byhand import Perceptron
 from mpiml.bench.models import MOMENTUM, RATE, images, perceptron, tower
-from mpiml.bench.pairs import Action, ratio
+from mpiml.bench.pairs import ratio
 from mpiml.bench.rows import Ratio
 from mpiml.parallel.memory import SharedMemory
 from mpiml.team import share_cores
@@ -27,7 +27,7 @@ def widths(text: str) -> list[int]:
 def by_hand(hidden: str, batch: str, microbatches: str, optimizer: str) -> Ratio:
     """Time of a step of one rank over that of the same arithmetic written by hand."""
     rows, parts = int(batch), int(microbatches)
-    trainer = perceptron(MPI.COMM_SELF, widths(hidden), rows, parts, optimizer)
+    trainer = perceptron(MPI.COMM_SELF, widths(hidden), rows, parts, optimizer=optimizer)
     hand = Perceptron([784, *widths(hidden), 10])
     x, y = images()
     orders = itertools.cycle(np.split(np.random.default_rng(1).permutation(len(x)), len(x) // rows))
@@ -93,7 +93,7 @@ def weak_scaling(hidden: str, rows: str, how: str) -> Ratio:
     """
     comm = WORLD if how == "together" else MPI.COMM_SELF
     everyone = perceptron(comm, widths(hidden), int(rows) * comm.size, comm.size)
-    alone = solo(hidden, rows, "1", "momentum")
+    alone = perceptron(MPI.COMM_SELF, widths(hidden), int(rows), 1).step if WORLD.rank == 0 else None
     share_cores(WORLD.size, len(os.sched_getaffinity(0)))
     meeting = SharedMemory(WORLD, 0, 0)
 
@@ -107,12 +107,7 @@ def weak_scaling(hidden: str, rows: str, how: str) -> Ratio:
 
 def oversubscribed(hidden: str, batch: str, microbatches: str) -> Ratio:
     """Samples/s of more ranks than cores over those of one rank with as many micro-batches."""
-    everyone = perceptron(WORLD, widths(hidden), int(batch), int(microbatches), "sgd")
-    return ratio(WORLD, solo(hidden, batch, microbatches, "sgd"), everyone.step, 50)
-
-
-def solo(hidden: str, batch: str, microbatches: str, optimizer: str) -> Action | None:
-    """The step of a perceptron that rank 0 trains alone; None on the others."""
-    if WORLD.rank:
-        return None
-    return perceptron(MPI.COMM_SELF, widths(hidden), int(batch), int(microbatches), optimizer).step
+    size = widths(hidden), int(batch), int(microbatches)
+    everyone = perceptron(WORLD, *size, optimizer="sgd")
+    alone = perceptron(MPI.COMM_SELF, *size, optimizer="sgd").step if WORLD.rank == 0 else None
+    return ratio(WORLD, alone, everyone.step, 50)

@@ -102,9 +102,8 @@ class ReadAhead:
             batches, prepared = request
             if prepared.set_running_or_notify_cancel():
                 try:
-                    prepared.set_result(
-                        [(b.x() if x and b.rows else None, b.y() if y and b.rows else None) for b in batches]
-                    )
+                    rows = [(b.x() if x and b.rows else None, b.y() if y and b.rows else None) for b in batches]
+                    prepared.set_result(rows)
                 except BaseException as error:  # raised again by x() and y()
                     prepared.set_exception(error)
 

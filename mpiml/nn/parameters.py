@@ -153,10 +153,6 @@ class Layout:
             offset = self.offsets[parameter]
             yield parameter, vector[offset : offset + parameter.size].reshape(parameter.shape)
 
-    def named(self, vector: Vector) -> dict[str, NDArray[np.floating]]:
-        """The views of `vector` under the parameters' names, in layer order."""
-        return {parameter.name: view for parameter, view in self.views(vector)}
-
     def zeros(self) -> Vector:
         """A vector of zeros in this layout."""
         return vectors.zeros(self.size, self.dtype)

@@ -107,16 +107,6 @@ class Machine:
         return interpolated(self.rows, curve, rows) if rows >= 1 else rows * curve[0]
 
     @classmethod
-    def of_medians(cls, machines: Sequence[Machine]) -> Machine:
-        """The median of each number over several calibrations of one machine."""
-
-        def median(name: str) -> Any:
-            parts = [getattr(machine, name) for machine in machines]
-            return _mixed(lambda values: np.median(values, axis=0), *parts) if parts[0] else None
-
-        return replace(machines[0], **{name: median(name) for name in ("alone", "busy", "inside", "between")})
-
-    @classmethod
     def from_json(cls, content: Any) -> Machine:
         """The reverse of `to_json`, parsed. Raises ValueError, TypeError or KeyError for other content."""
         links = {name: Link(**content[name]) if content[name] else None for name in ("inside", "between")}
@@ -128,7 +118,7 @@ class Machine:
 
 
 def load_machine(directory: Path) -> Machine:
-    """The medians of all calibrations in a study's directory. Raises ConfigError if there are none."""
+    """The median of each number over all calibrations in a study's directory. Raises ConfigError if there are none."""
     machines = []
     for path in sorted((directory / MACHINE).glob("*.json")):
         try:
@@ -141,7 +131,12 @@ def load_machine(directory: Path) -> Machine:
         )
     if len({(len(one.rows), len(one.layers), one.ranks, one.cores) for one in machines}) > 1:
         raise ConfigError(f"{directory / MACHINE}: measured on different numbers of ranks, or on different machines")
-    return Machine.of_medians(machines)
+
+    def median(name: str) -> Any:
+        parts = [getattr(machine, name) for machine in machines]
+        return _mixed(lambda values: np.median(values, axis=0), *parts) if parts[0] else None
+
+    return replace(machines[0], **{name: median(name) for name in ("alone", "busy", "inside", "between")})
 
 
 def interpolated(places: Sequence[float], values: Sequence[float], at: float) -> float:

@@ -158,3 +158,8 @@ class Bench:
         dx = backward(dy, grads)
         assert dx is not None or self.tokens or not self.layers[0].needs_dx
         return [np.zeros(x.shape) if dx is None else dx, *(grads[p].copy() for p in self.layout.parameters)]
+
+
+def named(layout: Layout, vector: np.ndarray) -> dict[str, np.ndarray]:
+    """The views of `vector` under the parameters' names, in layer order."""
+    return {parameter.name: view for parameter, view in layout.views(vector)}

@@ -33,7 +33,7 @@ from mpiml.nn.layers import (
     Tanh,
 )
 from mpiml.nn.parameters import Gradients
-from tests.nn.cases import AT, GARBAGE, Bench, every_case
+from tests.nn.cases import AT, GARBAGE, Bench, every_case, named
 
 
 def slopes(f: Callable[[], float], where: np.ndarray, h: float = 1e-5) -> np.ndarray:
@@ -221,7 +221,7 @@ def test_shapes_that_do_not_fit_are_both_named(layer: Layer, given: tuple[int, .
 
 def test_names_are_paths() -> None:
     bench = Bench("stack")
-    assert list(bench.layout.named(bench.values)) == [
+    assert list(named(bench.layout, bench.values)) == [
         *("layers.1.weight", "layers.1.bias", "layers.3.gain", "layers.3.bias"),
         *("layers.4.layers.0.weight", "layers.4.layers.0.bias", "layers.6.weight", "layers.6.bias"),
     ]
