@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 AHEAD = 2  # steps to read ahead by default
 HANDOVER = 2e-4  # seconds that it takes to pass the rows of a step from thread to thread
 TRIES = 3  # timings, of which the fastest counts: others may have been disturbed
-Prepared = list[tuple[Any, Any]]  # (x, y) of each micro-batch; None for what this rank does not need
+# (x, y) of each micro-batch; None for what this rank does not need
+Prepared = list[tuple[NDArray[np.floating], NDArray[np.generic]]]
 
 
 @dataclass
@@ -41,13 +42,11 @@ class ReadyBatch:
 
     def x(self) -> NDArray[np.floating]:
         """The inputs, in the run's dtype."""
-        x: NDArray[np.floating] = self.prepared.result()[self.position][0]
-        return x
+        return self.prepared.result()[self.position][0]
 
     def y(self) -> NDArray[np.generic]:
         """The labels."""
-        y: NDArray[np.generic] = self.prepared.result()[self.position][1]
-        return y
+        return self.prepared.result()[self.position][1]
 
 
 class ReadAhead:
@@ -102,7 +101,7 @@ class ReadAhead:
             batches, prepared = request
             if prepared.set_running_or_notify_cancel():
                 try:
-                    rows = [(b.x() if x and b.rows else None, b.y() if y and b.rows else None) for b in batches]
+                    rows: Any = [(b.x() if x and b.rows else None, b.y() if y and b.rows else None) for b in batches]
                     prepared.set_result(rows)
                 except BaseException as error:  # raised again by x() and y()
                     prepared.set_exception(error)

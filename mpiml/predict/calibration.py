@@ -94,10 +94,6 @@ class Pieces:
 
         return parts
 
-    def add(self) -> None:
-        slots = self.run.stage.sum.slots
-        vectors.add(slots[0], slots[1], out=slots[0])
-
 
 def curves_of(times: Sequence[Sequence[float]], layers: int) -> dict[str, Any]:
     """The times of Pieces.step for several numbers of rows as a curve for each piece, layers in their order."""
@@ -128,8 +124,7 @@ class Calibration:
         self.comm, self.config, self.data = comm, config, data
         self.nodes = nodes_of_ranks(comm)
         self.node = MPI.Intracomm(comm.Split(self.nodes[comm.rank]))
-        self.job = job_of(config.replace(pipe=1, cuts=(), microbatches=2), 1, 1, data)
-        self.layers = self.job.stages[0].layers
+        self.layers = job_of(config.replace(pipe=1, cuts=(), microbatches=2), 1, 1, data).stages[0].layers
         self.rows = [1 << power for power in range((config.batch - 1).bit_length())] + [config.batch]
 
     def machine(self) -> Machine:
@@ -158,7 +153,8 @@ class Calibration:
         run = unsaved(MPI.COMM_SELF, config, self.data, self.layers)
         own = Pieces(run, self.layers)
         curves = curves_of([measure(repeated(own.step(rows))) for rows in self.rows], len(self.layers))
-        (add,) = measure(repeated(probes.timed(own.add)))
+        one, other, *_ = run.stage.sum.slots
+        (add,) = measure(repeated(probes.timed(lambda: vectors.add(one, other, out=one))))
         size = max(run.stage.sum.values.vector.size, 1)
         run.free()
         step, microbatch, fixed = self._overhead(comm, measure)

@@ -83,10 +83,7 @@ def amdahl(times: Times) -> Fit:
         constant, shared = _least_squares(medians, lambda p: [1.0, 1.0 / p])
         return [constant + shared, constant / (constant + shared)]
 
-    def predict(p: int, one: float, serial: float) -> float:
-        return one * (serial + (1 - serial) / p)
-
-    return _fit("Amdahl", ["serial fraction"], times, solve, predict)
+    return _fit("Amdahl", ["serial fraction"], times, solve, lambda p, one, serial: one * (serial + (1 - serial) / p))
 
 
 def gustafson(times: Times) -> Fit:
@@ -96,19 +93,14 @@ def gustafson(times: Times) -> Fit:
     """
 
     def solve(medians: Mapping[int, float]) -> list[float]:
-        first = min(medians)
-        more = [(p - 1, p - p * medians[first] / medians[p]) for p in medians if p > 1]
-        return [medians[first], sum(a * b for a, b in more) / sum(a * a for a, _ in more)]
+        more = [(p - 1, p - p * medians[1] / medians[p]) for p in medians if p > 1]
+        return [medians[1], sum(a * b for a, b in more) / sum(a * a for a, _ in more)]
 
-    def predict(p: int, one: float, serial: float) -> float:
-        return one * p / (p - serial * (p - 1))
-
-    return _fit("Gustafson", ["serial fraction"], times, solve, predict)
+    return _fit("Gustafson", ["serial fraction"], times, solve, lambda p, one, serial: one * p / (p - serial * (p - 1)))
 
 
 def universal(times: Times) -> Fit:
-    """T(p) = T1 (1 + a (p - 1) + b p (p - 1)) / p: a is contention, b is coherence (the cost of
-    all-to-all agreement).
+    """T(p) = T1 (1 + a (p - 1) + b p (p - 1)) / p: a is contention, b is coherence (that all agree with all).
 
     Gunther, "Guerrilla Capacity Planning", 2007: the universal scalability law.
     """

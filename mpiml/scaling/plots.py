@@ -21,7 +21,6 @@ DARK = "#444444"
 COLOURS = dict(zip(SHARES, (BLUE, ORANGE, RED, GREEN, GREY), strict=True))
 CROWDED = "more ranks than cores"
 STYLES = ((BLUE, "o"), (RED, "s"), (GREEN, "^"), (ORANGE, "D"), (GREY, "v"))  # of curves
-Draw = Callable[[Any, Study], None]
 
 
 def draw_time(axes: Any, study: Study) -> None:
@@ -98,7 +97,7 @@ def _to_target(line: Line) -> Interval:
     return line.step.scaled(line.target.steps if line.target and line.target.steps else 0)
 
 
-PLOTS: dict[str, Draw] = {
+PLOTS: dict[str, Callable[[Any, Study], None]] = {
     "time": draw_time,
     "speed-up": draw_speed_up,
     "efficiency": draw_efficiency,

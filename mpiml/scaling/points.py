@@ -65,9 +65,8 @@ def points_of(
     for count in ranks:
         fitting = [stages for stages in pipes if count % stages == 0] if count > 1 else [1]
         if not fitting:
-            raise ConfigError(
-                f"--ranks {count}: none of --pipes {','.join(map(str, pipes))} divides it; add 1 to --pipes"
-            )
+            listed = ",".join(map(str, pipes))
+            raise ConfigError(f"--ranks {count}: none of --pipes {listed} divides it; add 1 to --pipes")
         for stages in fitting:
             rows, replicas = batch * (count if mode == "weak" else 1), count // stages
             chosen = microbatches or (replicas if stages == 1 else min(2 * count, rows))
