@@ -60,9 +60,7 @@ def perceptron(
 
 def tower(comm: MPI.Intracomm, width: int, batch: int, microbatches: int, pipe: int) -> Trainer:
     """Eight linear layers with ReLU, all of one width, cut into equal stages; mean squared error, plain SGD."""
-    layers: list[Layer] = []
-    for _ in range(8):
-        layers += [Linear(width, width), ReLU()]
+    layers = [layer for _ in range(8) for layer in (Linear(width, width), ReLU())]
     rng = np.random.default_rng(0)
     x, y = (rng.random((4 * batch, width), dtype=np.float32) for _ in range(2))
     cuts = tuple(range(16 // pipe, 16, 16 // pipe))

@@ -10,6 +10,7 @@ from typing import Any
 
 # Widths of hidden layers so small that a step is mostly overhead.
 SMALL_LAYERS = "128-127-126-125-124-123"
+FRESH = "in a fresh process: rate / after a large product"
 
 
 @dataclass(frozen=True)
@@ -145,14 +146,7 @@ ROWS = [
         )
     ),
     *(
-        Row(
-            OTHER,
-            f"{' x '.join(shape)} in a fresh process: rate / after a large product",
-            1,
-            ("small_product", *shape),
-            at_least=0.95,
-            jobs=9,
-        )
+        Row(OTHER, f"{' x '.join(shape)} {FRESH}", 1, ("small_product", *shape), at_least=0.95, jobs=9)
         for shape in (("32", "256", "256"), ("64", "784", "256"))
     ),
     Row(OTHER, "train --steps 1: time / NumPy, mpi4py, one Allreduce", 16, ("start", "train"), at_most=1.3),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 from collections.abc import Sequence
 from typing import Any
@@ -39,10 +40,8 @@ class Pipeline:
     def __init__(self, comm: MPI.Intracomm, width: int, batch: int, microbatches: int):
         join(comm)
         self.rank, self.last = comm.rank, comm.rank == comm.size - 1
-        layers: list[nn.Module] = []
-        for _ in range(8 // comm.size):
-            layers += [nn.Linear(width, width), nn.ReLU()]
-        module = nn.Sequential(*layers)
+        pairs = ((nn.Linear(width, width), nn.ReLU()) for _ in range(8 // comm.size))
+        module = nn.Sequential(*itertools.chain.from_iterable(pairs))
         stage = PipelineStage(module, comm.rank, comm.size, torch.device("cpu"))
         self.schedule: Any = Schedule1F1B(stage, microbatches, loss_fn=nn.functional.mse_loss)
         self.optimizer = torch.optim.SGD(module.parameters(), lr=RATE)

@@ -15,10 +15,8 @@ from mpiml.bench.models import MOMENTUM, RATE
 
 def mlp(hidden: Sequence[int]) -> nn.Module:
     """A perceptron 784-hidden-10."""
-    layers: list[nn.Module] = []
-    for a, b in itertools.pairwise([784, *hidden, 10]):
-        layers += [nn.Linear(a, b), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+    widths = itertools.pairwise([784, *hidden, 10])
+    return nn.Sequential(*[layer for a, b in widths for layer in (nn.Linear(a, b), nn.ReLU())][:-1])
 
 
 def cnn(channels: int) -> nn.Module:

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 AHEAD = 2  # steps to read ahead by default
 HANDOVER = 2e-4  # seconds that it takes to pass the rows of a step from thread to thread
 TRIES = 3  # timings, of which the fastest counts: others may have been disturbed
-# (x, y) of each micro-batch; None for what this rank does not need
-Prepared = list[tuple[NDArray[np.floating], NDArray[np.generic]]]
+Prepared = list[tuple[NDArray[np.floating], NDArray[np.generic]]]  # x, y of micro-batches; None if not needed
 
 
 @dataclass

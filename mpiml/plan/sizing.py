@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -156,17 +155,17 @@ def _stage(job: Job, number: int, memory: costs.StageMemory, flops: int) -> Stag
 
 def wires(job: Job) -> list[Wire]:
     """All messages of a step. On a node only pipelines send some, unless each rank holds its own copy of the values."""
-    edges = costs.boundaries(job)
-    lines = [
-        Wire("inputs of stages", *_apart([(edge.forward, edge.abroad) for edge in edges])),
-        Wire("gradients of stages' inputs", *_apart([(edge.backward, edge.abroad) for edge in edges])),
-    ]
+    edges, lines = costs.boundaries(job), []
+    for what, direction in (("inputs of stages", "forward"), ("gradients of stages' inputs", "backward")):
+        between = sum(getattr(edge, direction) * edge.abroad for edge in edges)
+        within = sum(getattr(edge, direction) * (1 - edge.abroad) for edge in edges)
+        lines.append(Wire(what, between, within))
     if job.config.allreduce == "mpi":
         return [*lines, _library(job)]
     sums = [costs.traffic(job, number) for number in range(len(job.stages))]
     for what, field in (("partial sums of gradients", "gradients"), ("values", "values")):
-        sent, between = (float(sum(getattr(one, field + way).sum() for one in sums)) for way in ("_out", "_abroad"))
-        lines.append(Wire(what, between, sent - between))
+        total, between = (float(sum(getattr(one, field + way).sum() for one in sums)) for way in ("_out", "_abroad"))
+        lines.append(Wire(what, between, total - between))
     return lines
 
 
@@ -177,11 +176,6 @@ def _library(job: Job) -> Wire:
     between = sum(2 * vector * (count - 1) for vector, count in zip(vectors, nodes, strict=True))
     within = sum(2 * vector * (job.replicas - count) for vector, count in zip(vectors, nodes, strict=True))
     return Wire("gradients (MPI_Allreduce at its best)", between, within)
-
-
-def _apart(messages: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Bytes between nodes and on nodes, of messages of (bytes, part that leaves its node)."""
-    return sum(size * abroad for size, abroad in messages), sum(size * (1 - abroad) for size, abroad in messages)
 
 
 def screen(plan: Plan) -> str:

@@ -129,12 +129,11 @@ def draw(study: Study, directory: Path) -> list[str]:
 
 def _by_stages(study: Study) -> dict[str, list[Line]]:
     """The curves of a plot by label: one for each number of stages."""
-    curves: dict[int, list[Line]] = {}
-    for line in study.grids():
-        curves.setdefault(line.point.stages, []).append(line)
-    if len(curves) == 1:
-        return {"median, interval": study.grids()}
-    return {plural(stages, "stage"): curves[stages] for stages in sorted(curves)}
+    lines = study.grids()
+    depths = sorted({line.point.stages for line in lines})
+    if len(depths) == 1:
+        return {"median, interval": lines}
+    return {plural(depth, "stage"): [line for line in lines if line.point.stages == depth] for depth in depths}
 
 
 def _curves(axes: Any, series: Mapping[str, list[Line]], measure: Callable[[Line], Interval]) -> list[int]:
