@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 import tempfile
 from collections.abc import Callable, Mapping
@@ -13,19 +14,19 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from mpiml.bench.models import MOMENTUM, RATE, Trainer, repeats
-from mpiml.bench.pairs import Ratio, ratio
-from mpiml.config import Config
+from mpiml.bench.models import Trainer
+from mpiml.bench.pairs import ratio
+from mpiml.bench.rows import Ratio
 from mpiml.data.dataset import Dataset, open_dataset
 from mpiml.data.formats import KEYS, Options
 from mpiml.data.idx import NAMES
 from mpiml.data.sources import extra
-from mpiml.nn.layers import Embedding, Layer, Linear, stack_flops
+from mpiml.nn.layers import Embedding, Layer, Linear
 from mpiml.nn.perceptrons import mlp
-from mpiml.training.run import unsaved
 
 TEST = 256  # rows
 CONTEXT, TOKENS = 128, 256
+PERCEPTRON = functools.partial(mlp, outputs=10, hidden=(64, 64))
 Arrays = Mapping[str, NDArray[Any]]  # by mpiml.data.formats.KEYS
 
 
@@ -59,17 +60,8 @@ def write_npy(path: Path, arrays: Arrays, order: Any = "C") -> Path:
     return path
 
 
-def write_npy_by_columns(path: Path, arrays: Arrays) -> Path:
-    return write_npy(path, arrays, "F")
-
-
-def write_npz(path: Path, arrays: Arrays) -> Path:
-    np.savez(path / "d.npz", allow_pickle=False, **arrays)
-    return path / "d.npz"
-
-
-def write_compressed_npz(path: Path, arrays: Arrays) -> Path:
-    np.savez_compressed(path / "d.npz", allow_pickle=False, **arrays)
+def write_npz(path: Path, arrays: Arrays, save: Callable[..., None] = np.savez) -> Path:
+    save(path / "d.npz", allow_pickle=False, **arrays)
     return path / "d.npz"
 
 
@@ -95,11 +87,6 @@ def write_tokens(path: Path, arrays: Arrays) -> Path:
     return path
 
 
-def perceptron(shape: tuple[int, ...]) -> list[Layer]:
-    """784-64-64-10."""
-    return mlp(shape, 10, (64, 64))
-
-
 def next_token(shape: tuple[int, ...]) -> list[Layer]:
     """Predicts the next token from the last one."""
     return [Embedding(TOKENS, 64), Linear(64, TOKENS)]
@@ -111,22 +98,21 @@ class Format:
 
     write: Callable[[Path, Arrays], Path]
     arrays: Callable[[float], Arrays] = float_rows
-    model: Callable[[tuple[int, ...]], list[Layer]] = perceptron
+    model: Callable[[tuple[int, ...]], list[Layer]] = PERCEPTRON
     rows: int = 64
     context: int | None = None
 
     def trainer(self, data: Dataset) -> Trainer:
         """A trainer on one rank."""
-        settings = {"lr": RATE, "momentum": MOMENTUM, "optimizer": "momentum", "steps": 10**9}
-        config = Config(batch=self.rows, microbatches=1, **settings)  # type: ignore[arg-type]
-        return Trainer(unsaved(MPI.COMM_SELF, config, data, self.model(data.train.x.shape)))
+        settings = {"batch": self.rows, "microbatches": 1, "optimizer": "momentum"}
+        return Trainer(MPI.COMM_SELF, self.model(data.train.x.shape), data, **settings)
 
 
 FORMATS = {
     "npy": Format(write_npy),
-    "npy_columns": Format(write_npy_by_columns),
+    "npy_columns": Format(functools.partial(write_npy, order="F")),
     "npz": Format(write_npz),
-    "npz_compressed": Format(write_compressed_npz),
+    "npz_compressed": Format(functools.partial(write_npz, save=np.savez_compressed)),
     "idx": Format(write_idx, image_rows),
     "hdf5": Format(write_hdf5),
     "tokens": Format(write_tokens, token_rows, next_token, 8, CONTEXT),
@@ -137,10 +123,8 @@ def from_file(name: str, megabytes: str) -> Ratio:
     """Samples/s of training on a file over those on the same rows in memory."""
     kind = FORMATS[name]
     arrays = kind.arrays(float(megabytes))
-    shape = arrays["x_train"].shape[1:]
-    count = repeats(3.0 * kind.rows * sum(stack_flops(kind.model(shape), shape)))
     with tempfile.TemporaryDirectory() as directory:
         data = open_dataset(str(kind.write(Path(directory), arrays)), Options(context=kind.context))
         file, memory = (kind.trainer(of) for of in (data, Dataset.from_arrays(*arrays.values())))
         with file.run.data.ahead, memory.run.data.ahead:
-            return ratio(MPI.COMM_SELF, memory.step, file.step, count)
+            return ratio(MPI.COMM_SELF, memory.step, file.step, file.repeats)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import compileall
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import mpiml
-from mpiml.bench.rows import Row
+from mpiml.bench.rows import Ratio, Row
 from mpiml.command import fault_line
 from mpiml.run.launcher import FAULT, environment, mpirun
 
@@ -29,7 +29,7 @@ def measure_row(row: Row) -> dict[str, Any]:
     failed = next((result for result in results if "error" in result), None)
     if failed or row.jobs == 1:
         return failed or results[0]
-    return spread([result["median"] for result in results])
+    return asdict(Ratio.of([result["median"] for result in results]))
 
 
 def measure_once(row: Row) -> dict[str, Any]:
@@ -58,13 +58,7 @@ def measure_start(ranks: int, what: str, pairs: int = 5) -> dict[str, Any]:
                 return error_of(done)
         if pair:
             ratios.append(spent[0] / spent[1])
-    return spread(ratios)
-
-
-def spread(ratios: Sequence[float]) -> dict[str, float]:
-    """The median of some figures, and the range of the middle half."""
-    low, median, high = statistics.quantiles(ratios, n=4)
-    return {"median": median, "low": low, "high": high}
+    return asdict(Ratio.of(ratios))
 
 
 def error_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:

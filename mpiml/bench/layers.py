@@ -11,11 +11,12 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from mpiml.bench.models import Trainer, images, on_arrays, repeats
-from mpiml.bench.pairs import Ratio, ratio
+from mpiml.bench.models import Trainer, images, on_arrays
+from mpiml.bench.pairs import ratio
 from mpiml.bench.processes import resident
+from mpiml.bench.rows import Ratio
 from mpiml.nn.convnets import cnn
-from mpiml.nn.layers import Layer, stack_flops
+from mpiml.nn.layers import Layer
 from mpiml.nn.perceptrons import mlp
 from mpiml.nn.transformers import gpt
 
@@ -44,13 +45,8 @@ class Duel:
         from mpiml.bench import torch_eager
 
         build, sizes = self.module
-        return torch_eager.Eager(
-            getattr(torch_eager, build)(*sizes), self.x, self.y, self.rows, self.optimizer, memory_format
-        )
-
-    def operations(self) -> float:
-        """Floating-point operations of a step."""
-        return 3.0 * self.rows * sum(stack_flops(self.layers, self.x.shape[1:]))
+        module = getattr(torch_eager, build)(*sizes)
+        return torch_eager.Eager(module, self.x, self.y, self.rows, self.optimizer, memory_format)
 
 
 def perceptron(width: str, rows: str) -> Duel:
@@ -80,7 +76,7 @@ def torch_step(memory_format: str, model: str, *sizes: str) -> Ratio:
     """Samples/s over those of PyTorch."""
     duel = DUELS[model](*sizes)
     ours, theirs = duel.ours(), duel.theirs(memory_format)
-    return ratio(MPI.COMM_WORLD, theirs.step, ours.step, repeats(duel.operations()))
+    return ratio(MPI.COMM_WORLD, theirs.step, ours.step, ours.repeats)
 
 
 def torch_memory() -> Ratio:
@@ -104,4 +100,4 @@ def torch_memory() -> Ratio:
     for _ in range(3):
         training.step()
     ours, theirs = world.allgather(resident("VmHWM") - before)
-    return Ratio.once(ours / theirs)
+    return Ratio.of([ours / theirs])

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from mpiml.bench import formats, layers, processes, steps, sums
-from mpiml.bench.pairs import Ratio
+from mpiml.bench.rows import Ratio
 from mpiml.run.failure import run_job
 from mpiml.run.process import prepare_process
 from mpiml.team import Team, quiet_barrier

@@ -1,4 +1,4 @@
-"""Trainers of the package for the benchmark: models, random rows, and how often to repeat a step."""
+"""Trainers of the package for the benchmark, their models and random rows."""
 
 from __future__ import annotations
 
@@ -10,19 +10,26 @@ from numpy.typing import ArrayLike
 
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
-from mpiml.nn.layers import Layer, Linear, ReLU
+from mpiml.nn.layers import Layer, Linear, ReLU, stack_flops
 from mpiml.nn.perceptrons import mlp
-from mpiml.training.run import Run, unsaved
+from mpiml.training.run import unsaved
 
 RATE, MOMENTUM = 0.01, 0.9
 ROWS = 8192
 
 
 class Trainer:
-    """Does one step of a run after the other, without log and checkpoints."""
+    """Does one step of a run after the other, without log and checkpoints.
 
-    def __init__(self, run: Run):
-        self.run, self.number = run, 0
+    Args:
+        settings: besides learning rate and momentum, which are the other side's.
+    """
+
+    def __init__(self, comm: MPI.Intracomm, layers: Sequence[Layer], data: Dataset, **settings: object):
+        config = Config(lr=RATE, momentum=MOMENTUM, steps=10**9, **settings)  # type: ignore[arg-type]
+        self.run, self.number = unsaved(comm, config, data, list(layers)), 0
+        operations = 3.0 * config.batch * sum(stack_flops(layers, data.train.x.shape)) / comm.size
+        self.repeats = max(1, int(6e9 / operations))  # how many steps to time together: about a sixth of a second
 
     def step(self) -> None:
         """The next step, as mpiml.train does it."""
@@ -31,10 +38,9 @@ class Trainer:
 
 
 def on_arrays(comm: MPI.Intracomm, layers: Sequence[Layer], x: ArrayLike, y: ArrayLike, **settings: object) -> Trainer:
-    """A trainer of these layers on these rows, with the learning rate and momentum of the other side."""
+    """A trainer of these layers on these rows."""
     data = Dataset.from_arrays(x, y, np.asarray(x)[:256], np.asarray(y)[:256])
-    config = Config(lr=RATE, momentum=MOMENTUM, steps=10**9, **settings)  # type: ignore[arg-type]
-    return Trainer(unsaved(comm, config, data, list(layers)))
+    return Trainer(comm, layers, data, **settings)
 
 
 def images() -> tuple[np.ndarray, np.ndarray]:
@@ -44,36 +50,19 @@ def images() -> tuple[np.ndarray, np.ndarray]:
 
 
 def perceptron(
-    comm: MPI.Intracomm,
-    hidden: Sequence[int],
-    batch: int,
-    microbatches: int,
-    optimizer: str = "momentum",
-    **settings: object,
+    comm: MPI.Intracomm, hidden: Sequence[int], batch: int, microbatches: int, **settings: object
 ) -> Trainer:
-    """A perceptron 784-hidden-10 on images."""
-    settings |= {"batch": batch, "microbatches": microbatches, "optimizer": optimizer}
+    """A perceptron 784-hidden-10 on images; trained with momentum unless `settings` say otherwise."""
+    settings = {"batch": batch, "microbatches": microbatches, "optimizer": "momentum"} | settings
     x, y = images()
     return on_arrays(comm, mlp((784,), 10, hidden), x, y, **settings)
 
 
 def tower(comm: MPI.Intracomm, width: int, batch: int, microbatches: int, pipe: int) -> Trainer:
     """Eight linear layers with ReLU, all of one width, cut into equal stages; mean squared error, plain SGD."""
-    layers: list[Layer] = []
-    for _ in range(8):
-        layers += [Linear(width, width), ReLU()]
+    layers = [layer for _ in range(8) for layer in (Linear(width, width), ReLU())]
     rng = np.random.default_rng(0)
     x, y = (rng.random((4 * batch, width), dtype=np.float32) for _ in range(2))
     cuts = tuple(range(16 // pipe, 16, 16 // pipe))
     settings = {"batch": batch, "microbatches": microbatches, "optimizer": "sgd", "pipe": pipe, "cuts": cuts}
     return on_arrays(comm, layers, x, y, **settings)
-
-
-def repeats(operations: float) -> int:
-    """How many steps to time together: about a sixth of a second of a core's work."""
-    return max(1, int(6e9 / operations))
-
-
-def perceptron_operations(hidden: Sequence[int], batch: int) -> float:
-    """Floating-point operations of a training step, of one rank."""
-    return 6.0 * batch * sum(a * b for a, b in zip([784, *hidden], [*hidden, 10], strict=True))

@@ -8,7 +8,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpiml.bench.models import on_arrays
-from mpiml.bench.pairs import Ratio
+from mpiml.bench.rows import Ratio
 from mpiml.doctor.probes import gemm_rate
 from mpiml.errors import ConfigError
 from mpiml.nn.layers import Linear
@@ -40,7 +40,7 @@ def memory(parameters: str) -> Ratio:
     used = np.array([resident("Pss") - before], np.float64)
     WORLD.Allreduce(MPI.IN_PLACE, used)
     needed = 4.0 * (width * width + width) * (3 + WORLD.size)
-    return Ratio.once(float(used[0] / needed))
+    return Ratio.of([float(used[0] / needed)])
 
 
 def small_product(rows: str, inner: str, columns: str) -> Ratio:
@@ -48,4 +48,4 @@ def small_product(rows: str, inner: str, columns: str) -> Ratio:
     shape = int(rows), int(inner), int(columns)
     fresh = gemm_rate(shape=shape)
     gemm_rate()
-    return Ratio.once(fresh / gemm_rate(shape=shape))
+    return Ratio.of([fresh / gemm_rate(shape=shape)])

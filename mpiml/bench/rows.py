@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 # Widths of hidden layers so small that a step is mostly overhead.
 SMALL_LAYERS = "128-127-126-125-124-123"
+FRESH = "in a fresh process: rate / after a large product"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The ratio of two figures, measured several times: its median, and the range of the middle half."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, ratios: list[float]) -> Ratio:
+        low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else 3 * ratios
+        return cls(median, low, high)
 
 
 @dataclass(frozen=True)
@@ -130,14 +146,7 @@ ROWS = [
         )
     ),
     *(
-        Row(
-            OTHER,
-            f"{' x '.join(shape)} in a fresh process: rate / after a large product",
-            1,
-            ("small_product", *shape),
-            at_least=0.95,
-            jobs=9,
-        )
+        Row(OTHER, f"{' x '.join(shape)} {FRESH}", 1, ("small_product", *shape), at_least=0.95, jobs=9)
         for shape in (("32", "256", "256"), ("64", "784", "256"))
     ),
     Row(OTHER, "train --steps 1: time / NumPy, mpi4py, one Allreduce", 16, ("start", "train"), at_most=1.3),

@@ -10,8 +10,9 @@ import numpy as np
 from mpi4py import MPI
 
 from mpiml.bench.byhand import Perceptron
-from mpiml.bench.models import MOMENTUM, RATE, Trainer, images, perceptron, perceptron_operations, repeats, tower
-from mpiml.bench.pairs import Ratio, ratio, times
+from mpiml.bench.models import MOMENTUM, RATE, images, perceptron, tower
+from mpiml.bench.pairs import ratio
+from mpiml.bench.rows import Ratio
 from mpiml.parallel.memory import SharedMemory
 from mpiml.team import share_cores
 
@@ -26,7 +27,7 @@ def widths(text: str) -> list[int]:
 def by_hand(hidden: str, batch: str, microbatches: str, optimizer: str) -> Ratio:
     """Time of a step of one rank over that of the same arithmetic written by hand."""
     rows, parts = int(batch), int(microbatches)
-    trainer = perceptron(MPI.COMM_SELF, widths(hidden), rows, parts, optimizer)
+    trainer = perceptron(MPI.COMM_SELF, widths(hidden), rows, parts, optimizer=optimizer)
     hand = Perceptron([784, *widths(hidden), 10])
     x, y = images()
     orders = itertools.cycle(np.split(np.random.default_rng(1).permutation(len(x)), len(x) // rows))
@@ -35,7 +36,7 @@ def by_hand(hidden: str, batch: str, microbatches: str, optimizer: str) -> Ratio
         pieces = [(x[part], y[part]) for part in np.array_split(next(orders), parts)]
         hand.step(pieces, RATE, MOMENTUM if optimizer == "momentum" else 0.0)
 
-    return ratio(WORLD, trainer.step, step, repeats(perceptron_operations(widths(hidden), rows)))
+    return ratio(WORLD, trainer.step, step, trainer.repeats)
 
 
 def page_faults(hidden: str, batch: str) -> Ratio:
@@ -47,23 +48,23 @@ def page_faults(hidden: str, batch: str) -> Ratio:
         for _ in range(10):
             trainer.step()
         counts.append((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10)
-    return Ratio.of(counts[2:], [1.0] * 4)
+    return Ratio.of(counts[2:])
 
 
 def traced(hidden: str, batch: str, microbatches: str) -> Ratio:
     """Time of a step with --trace over that of a step without, on one rank."""
     size = widths(hidden), int(batch), int(microbatches)
     recorded, plain = (perceptron(MPI.COMM_SELF, *size, trace=path) for path in ("timeline.json", None))
-    return ratio(WORLD, recorded.step, plain.step, repeats(perceptron_operations(*size[:2])))
+    return ratio(WORLD, recorded.step, plain.step, plain.repeats)
 
 
 def torch_ddp(hidden: str, rows: str) -> Ratio:
     """Samples/s over those of PyTorch's DistributedDataParallel; `rows` of each rank."""
-    from mpiml.bench.torch_distributed import DataParallel
+    from mpiml.bench.torch_distributed import data_parallel
 
     trainer = perceptron(WORLD, widths(hidden), int(rows) * WORLD.size, WORLD.size)
-    peer = DataParallel(WORLD, widths(hidden), int(rows))
-    return ratio(WORLD, peer.step, trainer.step, repeats(perceptron_operations(widths(hidden), int(rows))))
+    peer = data_parallel(WORLD, widths(hidden), int(rows))
+    return ratio(WORLD, peer.step, trainer.step, trainer.repeats)
 
 
 def torch_pipeline(width: str, batch: str) -> Ratio:
@@ -72,18 +73,16 @@ def torch_pipeline(width: str, batch: str) -> Ratio:
 
     trainer = tower(WORLD, int(width), int(batch), 8, WORLD.size)
     peer = Pipeline(WORLD, int(width), int(batch), 8)
-    return ratio(WORLD, peer.step, trainer.step, repeats(24.0 * int(batch) * int(width) ** 2))
+    return ratio(WORLD, peer.step, trainer.step, trainer.repeats)
 
 
 def pipeline(width: str, batch: str, microbatches: str) -> Ratio:
     """Samples/s of S stages over S (1 - bubble) times those of one rank, with bubble (S - 1) / (M + S - 1)."""
     stages, parts = WORLD.size, int(microbatches)
     whole = tower(WORLD, int(width), int(batch), parts, stages)
-    alone = tower(MPI.COMM_SELF, int(width), int(batch), parts, 1) if WORLD.rank == 0 else None
-    count = repeats(48.0 * int(batch) * int(width) ** 2)
-    both = times(WORLD, [whole.step, alone.step if alone else None], [count, count])
+    alone = tower(MPI.COMM_SELF, int(width), int(batch), parts, 1).step if WORLD.rank == 0 else None
     ideal = stages * (1 - (stages - 1) / (parts + stages - 1))
-    return Ratio.of(both[1], both[0], 1 / ideal)
+    return ratio(WORLD, alone, whole.step, whole.repeats, 1 / ideal)
 
 
 def weak_scaling(hidden: str, rows: str, how: str) -> Ratio:
@@ -94,7 +93,7 @@ def weak_scaling(hidden: str, rows: str, how: str) -> Ratio:
     """
     comm = WORLD if how == "together" else MPI.COMM_SELF
     everyone = perceptron(comm, widths(hidden), int(rows) * comm.size, comm.size)
-    alone = solo(hidden, rows, "1", "momentum")
+    alone = perceptron(MPI.COMM_SELF, widths(hidden), int(rows), 1).step if WORLD.rank == 0 else None
     share_cores(WORLD.size, len(os.sched_getaffinity(0)))
     meeting = SharedMemory(WORLD, 0, 0)
 
@@ -103,21 +102,12 @@ def weak_scaling(hidden: str, rows: str, how: str) -> Ratio:
         if how == "apart":
             meeting.barrier()
 
-    count = repeats(perceptron_operations(widths(hidden), int(rows)))
-    together, single = times(WORLD, [step, alone.step if alone else None], [count, count])
-    return Ratio.of(single, together)
+    return ratio(WORLD, alone, step, everyone.repeats)
 
 
 def oversubscribed(hidden: str, batch: str, microbatches: str) -> Ratio:
     """Samples/s of more ranks than cores over those of one rank with as many micro-batches."""
-    everyone = perceptron(WORLD, widths(hidden), int(batch), int(microbatches), "sgd")
-    alone = solo(hidden, batch, microbatches, "sgd")
-    together, single = times(WORLD, [everyone.step, alone.step if alone else None], [50, 50])
-    return Ratio.of(single, together)
-
-
-def solo(hidden: str, batch: str, microbatches: str, optimizer: str) -> Trainer | None:
-    """A perceptron's trainer on rank 0; None on the others."""
-    if WORLD.rank:
-        return None
-    return perceptron(MPI.COMM_SELF, widths(hidden), int(batch), int(microbatches), optimizer)
+    size = widths(hidden), int(batch), int(microbatches)
+    everyone = perceptron(WORLD, *size, optimizer="sgd")
+    alone = perceptron(MPI.COMM_SELF, *size, optimizer="sgd").step if WORLD.rank == 0 else None
+    return ratio(WORLD, alone, everyone.step, 50)

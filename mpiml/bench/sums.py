@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from mpi4py import MPI
 
-from mpiml.bench.pairs import Ratio, ratio, times
+from mpiml.bench.pairs import Action, ratio
+from mpiml.bench.rows import Ratio
 from mpiml.clock import Clock
 from mpiml.errors import ConfigError
 from mpiml.nn.optimizers import SGD, Optimizer
@@ -41,28 +42,25 @@ def ordered(size: int, memory_kind: str, optimizer: Optimizer) -> tuple[OrderedS
     return sum_, Update(grid.team, grid.replica, sum_, optimizer, 0.0, lambda step: WORLD.size)
 
 
-class LibrarySteps:
+def library_step(size: int, optimizer: Optimizer | None) -> Action:
     """The usual way: MPI_Allreduce of the whole gradient, then the whole update, if any, on every rank."""
+    values, gradient = np.zeros((2, size), np.float32)
+    grad, spare = np.empty((2, PIECE), np.float32)
+    pieces = []
+    for start in range(0, size, PIECE):
+        value, total = values[start : start + PIECE], gradient[start : start + PIECE]
+        pieces.append(Operands(value, [], (grad[: len(value)], spare[: len(value)]), total, False))
 
-    def __init__(self, size: int, optimizer: Optimizer | None):
-        self.optimizer = optimizer
-        values, self.gradient = np.zeros(size, np.float32), np.zeros(size, np.float32)
-        grad, spare = np.empty((2, PIECE), np.float32)
-        self.pieces = []
-        for start in range(0, size, PIECE):
-            value, total = values[start : start + PIECE], self.gradient[start : start + PIECE]
-            self.pieces.append(Operands(value, [], (grad[: len(value)], spare[: len(value)]), total, False))
+    def step() -> None:
+        WORLD.Allreduce(MPI.IN_PLACE, gradient)
+        if optimizer:
+            for piece in pieces:
+                optimizer.update(piece, 1.0, 0.0, 1)
 
-    def step(self) -> None:
-        """Sum, divide, update."""
-        WORLD.Allreduce(MPI.IN_PLACE, self.gradient)
-        if self.optimizer is None:
-            return
-        for piece in self.pieces:
-            self.optimizer.update(piece, 1.0, 0.0, 1)
+    return step
 
 
-def one_step(sum_: OrderedSum, update: Update) -> None:
+def ordered_step(sum_: OrderedSum, update: Update) -> None:
     """Sum and update, after the barrier that the step record brings in training."""
     sum_.values.memory.barrier()
     update.step(0.0, 1.0, 1, False)
@@ -72,9 +70,8 @@ def allreduce(megabytes: str, what: str, memory_kind: str) -> Ratio:
     """Time of the ordered sum over that of MPI_Allreduce; `what`: "bare", or "update" with SGD on both sides."""
     size = int(float(megabytes) * 2**20 / 4)
     sum_, update = ordered(size, memory_kind, SGD() if what == "update" else Copy())
-    other = LibrarySteps(size, SGD() if what == "update" else None)
-
-    return ratio(WORLD, lambda: one_step(sum_, update), other.step, max(4, min(200, int(64 / float(megabytes)))))
+    other = library_step(size, SGD() if what == "update" else None)
+    return ratio(WORLD, lambda: ordered_step(sum_, update), other, max(4, min(200, int(64 / float(megabytes)))))
 
 
 def bandwidth(megabytes: str, what: str) -> Ratio:
@@ -91,6 +88,5 @@ def bandwidth(megabytes: str, what: str) -> Ratio:
         for index, value in enumerate(values):
             sum_.total(index, value)
 
-    action, moved = (add, WORLD.size + 1) if what == "sum" else (lambda: one_step(sum_, update), WORLD.size + 2)
-    summing, copying = times(WORLD, [action, lambda: np.copyto(target, source)], [8, 8])
-    return Ratio.of(copying, summing, moved / (2 * WORLD.size))
+    action, vectors = (add, WORLD.size + 1) if what == "sum" else (lambda: ordered_step(sum_, update), WORLD.size + 2)
+    return ratio(WORLD, lambda: np.copyto(target, source), action, 8, vectors / (2 * WORLD.size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 from collections.abc import Sequence
 from typing import Any
@@ -12,8 +13,8 @@ from torch import nn
 from torch.distributed import init_process_group
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
-from mpiml.bench.models import MOMENTUM, RATE, images
-from mpiml.bench.torch_eager import mlp
+from mpiml.bench.models import RATE, images
+from mpiml.bench.torch_eager import Eager, mlp
 
 
 def join(comm: MPI.Intracomm) -> None:
@@ -25,26 +26,12 @@ def join(comm: MPI.Intracomm) -> None:
     init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=comm.rank, world_size=comm.size)
 
 
-class DataParallel:
-    """DistributedDataParallel on a perceptron 784-hidden-10; `rows`: rows of each rank's step, gathered from memory."""
-
-    def __init__(self, comm: MPI.Intracomm, hidden: Sequence[int], rows: int):
-        join(comm)
-        self.model = nn.parallel.DistributedDataParallel(mlp(hidden))
-        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=RATE, momentum=MOMENTUM)
-        x, y = images()
-        half = slice(comm.rank * len(x) // comm.size, (comm.rank + 1) * len(x) // comm.size)
-        self.x, self.y = torch.from_numpy(x[half]), torch.from_numpy(y[half])
-        self.order, self.rows, self.at = torch.randperm(len(self.x)), rows, 0
-
-    def step(self) -> None:
-        """One step."""
-        index = self.order[self.at : self.at + self.rows]
-        self.at = (self.at + self.rows) % (len(self.order) - self.rows + 1)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss: Any = nn.functional.cross_entropy(self.model(self.x[index]), self.y[index])
-        loss.backward()
-        self.optimizer.step()
+def data_parallel(comm: MPI.Intracomm, hidden: Sequence[int], rows: int) -> Eager:
+    """DistributedDataParallel on a perceptron 784-hidden-10; `rows`: rows of each rank's step."""
+    join(comm)
+    x, y = images()
+    part = slice(comm.rank * len(x) // comm.size, (comm.rank + 1) * len(x) // comm.size)
+    return Eager(nn.parallel.DistributedDataParallel(mlp(hidden)), x[part], y[part], rows, "momentum", fused=False)
 
 
 class Pipeline:
@@ -53,10 +40,8 @@ class Pipeline:
     def __init__(self, comm: MPI.Intracomm, width: int, batch: int, microbatches: int):
         join(comm)
         self.rank, self.last = comm.rank, comm.rank == comm.size - 1
-        layers: list[nn.Module] = []
-        for _ in range(8 // comm.size):
-            layers += [nn.Linear(width, width), nn.ReLU()]
-        module = nn.Sequential(*layers)
+        pairs = ((nn.Linear(width, width), nn.ReLU()) for _ in range(8 // comm.size))
+        module = nn.Sequential(*itertools.chain.from_iterable(pairs))
         stage = PipelineStage(module, comm.rank, comm.size, torch.device("cpu"))
         self.schedule: Any = Schedule1F1B(stage, microbatches, loss_fn=nn.functional.mse_loss)
         self.optimizer = torch.optim.SGD(module.parameters(), lr=RATE)

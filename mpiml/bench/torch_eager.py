@@ -15,10 +15,8 @@ from mpiml.bench.models import MOMENTUM, RATE
 
 def mlp(hidden: Sequence[int]) -> nn.Module:
     """A perceptron 784-hidden-10."""
-    layers: list[nn.Module] = []
-    for a, b in itertools.pairwise([784, *hidden, 10]):
-        layers += [nn.Linear(a, b), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+    widths = itertools.pairwise([784, *hidden, 10])
+    return nn.Sequential(*[layer for a, b in widths for layer in (nn.Linear(a, b), nn.ReLU())][:-1])
 
 
 def cnn(channels: int) -> nn.Module:
@@ -77,16 +75,24 @@ class CausalSelfAttention(nn.Module):
 
 
 class Eager:
-    """Trains a module on rows gathered from memory, by softmax cross-entropy; momentum or Adam, in its fused kernels.
+    """Trains a module on rows gathered from memory, by softmax cross-entropy; momentum or Adam.
 
     Args:
         x: rows of numbers or token ids; images are (height, width, channels).
         rows: rows of a step.
         images: memory format of images, contiguous_format (PyTorch's default) or channels_last.
+        fused: whether the optimizer's kernels are fused.
     """
 
     def __init__(
-        self, module: nn.Module, x: np.ndarray, y: np.ndarray, rows: int, optimizer: str, images: str = "channels_last"
+        self,
+        module: nn.Module,
+        x: np.ndarray,
+        y: np.ndarray,
+        rows: int,
+        optimizer: str,
+        images: str = "channels_last",
+        fused: bool = True,
     ):
         torch.set_num_threads(1)
         if x.ndim == 4:
@@ -94,9 +100,9 @@ class Eager:
             x = x.transpose(0, 3, 1, 2).copy()  # with strides that say so, even of one channel
         self.module, self.x, self.y = module, torch.from_numpy(x), torch.from_numpy(y)
         if optimizer == "momentum":
-            self.optimizer: Any = torch.optim.SGD(module.parameters(), lr=RATE, momentum=MOMENTUM, fused=True)
+            self.optimizer: Any = torch.optim.SGD(module.parameters(), lr=RATE, momentum=MOMENTUM, fused=fused)
         else:
-            self.optimizer = torch.optim.Adam(module.parameters(), lr=RATE, fused=True)
+            self.optimizer = torch.optim.Adam(module.parameters(), lr=RATE, fused=fused)
         self.order, self.rows, self.at = torch.randperm(len(x)), rows, 0
 
     def step(self) -> None:

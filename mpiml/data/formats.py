@@ -45,7 +45,8 @@ class Columns:
 def open_files(spec: str, options: Options) -> Columns:
     """The columns of the data set at a path. Raises DataError if it is missing, damaged or of unknown format."""
     path = Path(spec)
-    opener = by_suffix(path) or (by_files(path) if path.is_dir() else None)
+    by_suffix = {".npz": open_npz, ".h5": open_h5, ".hdf5": open_h5, ".hdf": open_h5}
+    opener = by_suffix.get(path.suffix.lower()) or (by_files(path) if path.is_dir() else None)
     if options.context is not None:
         if opener is not None:
             raise DataError(f"--context {options.context}: {spec} is neither text nor tokens")
@@ -62,11 +63,6 @@ def open_files(spec: str, options: Options) -> Columns:
 
 
 Opener = Callable[[Path, Options], Columns]
-
-
-def by_suffix(path: Path) -> Opener | None:
-    """The function that opens a file of this name, if the format follows from the name."""
-    return {".npz": open_npz, ".h5": open_h5, ".hdf5": open_h5, ".hdf": open_h5}.get(path.suffix.lower())
 
 
 def by_files(directory: Path) -> Opener | None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 AHEAD = 2  # steps to read ahead by default
 HANDOVER = 2e-4  # seconds that it takes to pass the rows of a step from thread to thread
 TRIES = 3  # timings, of which the fastest counts: others may have been disturbed
-Prepared = list[tuple[Any, Any]]  # (x, y) of each micro-batch; None for what this rank does not need
+Prepared = list[tuple[NDArray[np.floating], NDArray[np.generic]]]  # x, y of micro-batches; None if not needed
 
 
 @dataclass
@@ -41,13 +41,11 @@ class ReadyBatch:
 
     def x(self) -> NDArray[np.floating]:
         """The inputs, in the run's dtype."""
-        x: NDArray[np.floating] = self.prepared.result()[self.position][0]
-        return x
+        return self.prepared.result()[self.position][0]
 
     def y(self) -> NDArray[np.generic]:
         """The labels."""
-        y: NDArray[np.generic] = self.prepared.result()[self.position][1]
-        return y
+        return self.prepared.result()[self.position][1]
 
 
 class ReadAhead:
@@ -97,17 +95,15 @@ class ReadAhead:
 
     def _read(self) -> None:
         """The thread: serves requests until it gets None."""
+        x, y = self.needs
         while request := self._requests.get():
             batches, prepared = request
             if prepared.set_running_or_notify_cancel():
                 try:
-                    prepared.set_result(self._prepare(batches))
+                    rows: Any = [(b.x() if x and b.rows else None, b.y() if y and b.rows else None) for b in batches]
+                    prepared.set_result(rows)
                 except BaseException as error:  # raised again by x() and y()
                     prepared.set_exception(error)
-
-    def _prepare(self, batches: list[Batch]) -> Prepared:
-        x, y = self.needs
-        return [(batch.x() if x and batch.rows else None, batch.y() if y and batch.rows else None) for batch in batches]
 
 
 def steps_ahead(shards: Shards) -> int:

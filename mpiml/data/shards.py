@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mpiml.clock import unwatched
-from mpiml.data.dataset import Batch, Split, Transform
+from mpiml.data.dataset import Batch, Split
 from mpiml.partition import part
 from mpiml.random import generator
 
@@ -91,13 +91,9 @@ class Shards:
         def select() -> Rows:
             return rows.start + rows.step * self._order(epoch, m, len(rows))(a, b)
 
-        return Batch(m, b - a, self.split, select, self.dtype, self._transform(epoch * self.steps_per_epoch + t + 1, m))
-
-    def _transform(self, step: int, m: int) -> Transform | None:
-        function = self.transform
-        if function is None:
-            return None
-        return lambda x, y: function(x, y, generator(self.seed, "transform", step, m))
+        step, function = epoch * self.steps_per_epoch + t + 1, self.transform
+        transform = function and (lambda x, y: function(x, y, generator(self.seed, "transform", step, m)))
+        return Batch(m, b - a, self.split, select, self.dtype, transform)
 
     def _order(self, epoch: int, m: int, length: int) -> Order:
         if epoch != self._epoch:

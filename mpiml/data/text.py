@@ -33,20 +33,20 @@ class Tokens:
         self.paths, self.dtype = paths, dtype
         self._offsets: list[int] = []  # the byte of each file at which its tokens begin
         sizes = [self._length(number, path) for number, path in enumerate(paths)]
-        self.ends = np.cumsum(sizes, dtype=np.int64)
+        self.bounds = np.cumsum([0, *sizes], dtype=np.int64)  # file n holds tokens bounds[n] to bounds[n + 1] - 1
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         open_files = limit if limit != resource.RLIM_INFINITY else 1 << 20
         self._mapped = functools.lru_cache(max(open_files // SHARE, 1))(self._map)
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
+        return int(self.bounds[-1])
 
     def read(self, start: int, stop: int, out: NDArray[np.generic]) -> None:
         """Copy tokens start..stop-1 into `out`."""
-        number, at = int(np.searchsorted(self.ends, start, side="right")), start
+        number, at = int(np.searchsorted(self.bounds, start, side="right")) - 1, start
         while at < stop:
-            begin = self._begin(number)
-            until = min(stop, int(self.ends[number]))
+            begin, end = self.bounds[number : number + 2].tolist()
+            until = min(stop, end)
             if until > at:  # an empty file cannot be mapped
                 out[at - start : until - start] = self._file(number)[at - begin : until - begin]
             at, number = until, number + 1
@@ -55,18 +55,14 @@ class Tokens:
         """The `length` tokens that begin at each of `starts`, (len(starts), length); reads all windows of a file at
         once."""
         rows = np.empty((len(starts), length), self.dtype)
-        files = np.searchsorted(self.ends, starts, side="right")
-        inside = starts + length <= self.ends[files]
+        files = np.searchsorted(self.bounds, starts, side="right") - 1
+        inside = starts + length <= self.bounds[files + 1]
         for number in set(files[inside].tolist()):
             of_file = inside & (files == number)
-            rows[of_file] = sliding_window_view(self._file(number), length)[starts[of_file] - self._begin(number)]
+            rows[of_file] = sliding_window_view(self._file(number), length)[starts[of_file] - self.bounds[number]]
         for index in np.flatnonzero(~inside).tolist():  # windows that go on in the next file
             self.read(int(starts[index]), int(starts[index]) + length, rows[index])
         return rows
-
-    def _begin(self, number: int) -> int:
-        """The position of a file's first token in the whole sequence."""
-        return int(self.ends[number - 1]) if number else 0
 
     def _length(self, number: int, path: Path) -> int:
         size = file_size(path)
@@ -91,7 +87,7 @@ class Tokens:
         return array
 
     def _map(self, number: int) -> NDArray[np.generic]:
-        path, length = self.paths[number], int(self.ends[number]) - self._begin(number)
+        path, length = self.paths[number], int(self.bounds[number + 1] - self.bounds[number])
         try:
             return np.memmap(path, self.dtype, "r", self._offsets[number], (length,))
         except OSError as error:

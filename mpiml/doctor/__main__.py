@@ -23,9 +23,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "Print what is wrong and what to do; exit code 1 if there is a problem.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--threads", type=whole(), default=1, metavar="N", help="BLAS threads of each rank (default: 1)"
-    )
+    help = "BLAS threads of each rank (default: 1)"
+    parser.add_argument("--threads", type=whole(), default=1, metavar="N", help=help)
     parser.add_argument("--json", action="store_true", help="print facts and findings as JSON")
     return parser.parse_args(arguments)
 
@@ -34,7 +33,6 @@ if __name__ == "__main__":
     start.answer_help(parse)
     start.start_mpi()
 
-from collections.abc import Callable
 from dataclasses import asdict
 
 from mpi4py import MPI
@@ -61,10 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns 1 if there is a problem, or the exit code of an error."""
     age = probes.seconds_since_start()
     given = sys.argv[1:] if arguments is None else arguments
-    return run_command(PROGRAM, lambda: _examine(lambda: parse(given), age))
+    return run_command(PROGRAM, lambda: _examine(given, age))
 
 
-def _examine(parse: Callable[[], argparse.Namespace], age: float) -> int:
+def _examine(arguments: Sequence[str], age: float) -> int:
     comm = MPI.COMM_WORLD
     team = Team(comm, Clock())
     silent, wrong = comm.rank > 0, ""
@@ -76,7 +74,7 @@ def _examine(parse: Callable[[], argparse.Namespace], age: float) -> int:
         return 0
     try:
         with Guard(team, PROGRAM):
-            chosen = team.on_rank_0(parse)
+            chosen = team.on_rank_0(lambda: parse(arguments))
     except ConfigError as error:  # the guard has reported it
         return exit_code(error)
     alarm.during("examining the job")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from mpi4py import MPI
 
@@ -63,9 +63,9 @@ class Facts:
     gemm: list[float]
     copy: list[float]
     allreduce: list[tuple[int, float]]
-    inside: tuple[float, float] | None = None
-    between: tuple[float, float] | None = None
-    skew: dict[int, float] = field(default_factory=dict)
+    inside: tuple[float, float] | None
+    between: tuple[float, float] | None
+    skew: dict[int, float]
     blas_threads: int = 1
     launch: str = ""
 
@@ -90,7 +90,7 @@ def examine(comm: MPI.Intracomm, age: float, blas_threads: int, wrong: str) -> F
     node = nodes_of_ranks(comm)
     firsts = sorted(set(node))
     neighbour = next((rank for rank in range(1, comm.size) if node[rank] == node[0]), None)
-    facts = Facts(
+    return Facts(
         mpi=environment.mpi_library(),
         threads=MPI.Query_thread() == MPI.THREAD_MULTIPLE,
         node=node,
@@ -100,23 +100,18 @@ def examine(comm: MPI.Intracomm, age: float, blas_threads: int, wrong: str) -> F
         copy=probes.at_once(comm, probes.copy_rate),
         allreduce=[(size, probes.allreduce_time(comm, size)) for size in SIZES] if comm.size > 1 else [],
         skew={first: clock_offset(comm, first) for first in firsts},
+        inside=None if neighbour is None else _link(comm, neighbour),
+        between=_link(comm, firsts[1]) if len(firsts) > 1 else None,
         blas_threads=blas_threads,
         launch=wrong,
     )
-    if neighbour is not None:
-        facts.inside = _link(comm, neighbour)
-    if len(firsts) > 1:
-        facts.between = _link(comm, firsts[1])
-    return facts
 
 
 def _place(age: float) -> Place:
     free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
     here = environment.of_rank(threads=0)
-    cores = sorted(os.sched_getaffinity(0))
-    return Place(
-        here["host"], here["cpu"], cores, os.cpu_count() or 1, environment.blas(), free, age, one_job.software()
-    )
+    cores, node_cores = sorted(os.sched_getaffinity(0)), os.cpu_count() or 1
+    return Place(here["host"], here["cpu"], cores, node_cores, environment.blas(), free, age, one_job.software())
 
 
 def _link(comm: MPI.Intracomm, other: int) -> tuple[float, float]:

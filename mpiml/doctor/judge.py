@@ -26,13 +26,8 @@ class Finding:
 
 def judge(facts: Facts) -> list[Finding]:
     """All findings, in the order of the screen."""
-    return [
-        *_judge_mpi(facts),
-        *_judge_nodes(facts),
-        *_judge_libraries(facts),
-        *_judge_rates(facts),
-        *_judge_links(facts),
-    ]
+    parts = (_judge_mpi, _judge_nodes, _judge_libraries, _judge_rates, _judge_links)
+    return [finding for part in parts for finding in part(facts)]
 
 
 def _noted(name: str, value: str, advice: str) -> Finding:

@@ -202,3 +202,9 @@ def _described(value: Any) -> str:
 def _named(layer: Layer) -> str:
     """A layer's path and class, for the beginning of a message."""
     return f"{layer.path}, {type(layer).__name__},".lstrip(", ")
+
+
+def check_last_axis(layer: str, size: int, shape: Shape) -> None:
+    """Raise ValueError unless rows of `shape` have `size` values on their last axis, as a layer needs."""
+    if shape[-1:] != (size,):
+        raise ValueError(f"{layer} takes rows whose last axis is {size}, got {shape}")

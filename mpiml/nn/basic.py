@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mpiml.nn.base import Array, At, Backward, Layer, forward, stack_flops, stack_shapes
+from mpiml.nn.base import Array, At, Backward, Layer, check_last_axis, forward, stack_flops, stack_shapes
 from mpiml.nn.parameters import Gradients, Parameter, Shape, constant, uniform
 from mpiml.random import generator
 
@@ -39,10 +39,7 @@ class Linear(Layer):
         return y.reshape(*x.shape[:-1], self.outputs), backward
 
     def output_shape(self, shape: Shape) -> Shape:
-        if shape[-1:] != (self.inputs,):
-            raise ValueError(
-                f"Linear({self.inputs}, {self.outputs}) takes rows whose last axis is {self.inputs}, got {shape}"
-            )
+        check_last_axis(f"Linear({self.inputs}, {self.outputs})", self.inputs, shape)
         return (*shape[:-1], self.outputs)
 
     def flops(self, shape: Shape) -> int:

@@ -34,7 +34,9 @@ class BatchNorm2d(Layer):
         # A row of this matrix is a whole line of an image: along the channels of one pixel, loops would be too short.
         lines, width = x.reshape(-1, x.shape[2] * self.channels), x.shape[2]
         line_tiles, count = list(tiles(len(lines), lines.shape[1] * x.itemsize)), len(lines) * width
-        mean, variance = _moments(lines, line_tiles, self.channels) if at.training else self._running()
+        mean, variance = self.running_mean.value, self.running_variance.value
+        if at.training:
+            mean, variance = _moments(lines, line_tiles, self.channels)
         inverse = 1 / np.sqrt(variance + self.epsilon)
         slope = inverse * self.gain.value
         centre, along, bias = (_line(v, width, x) for v in (mean, slope, self.bias.value))
@@ -68,9 +70,6 @@ class BatchNorm2d(Layer):
             return dx
 
         return y, backward
-
-    def _running(self) -> tuple[Array, Array]:
-        return self.running_mean.value, self.running_variance.value
 
     def output_shape(self, shape: Shape) -> Shape:
         if len(shape) != 3 or shape[2] != self.channels:

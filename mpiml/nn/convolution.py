@@ -56,10 +56,9 @@ class Conv2d(Layer):
                 dpixels = dy[images].reshape(-1, outputs)
                 dweight += patches.T @ dpixels
                 dbias += np.ones(len(dpixels), dy.dtype) @ dpixels
-            return dx_of(dy) if self.needs_dx else None
-
-        def dx_of(dy: Array) -> Array:
-            """A convolution too: of dy, its pixels spread `stride` apart, with the kernel rotated by 180 degrees."""
+            if not self.needs_dx:
+                return None
+            # dx is a convolution too: of dy, its pixels spread `stride` apart, with the kernel rotated by 180 degrees.
             rotated = weight[::-1, ::-1].swapaxes(2, 3).reshape(-1, self.inputs)
             dx, around = np.empty(x.shape, dy.dtype), (height + kernel - 1, width + kernel - 1)
             for images, patches in _patches(dy, around, kernel - 1 - padding, stride, kernel, 1):

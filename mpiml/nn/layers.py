@@ -2,19 +2,7 @@
 
 from mpiml.nn.activations import GELU, ReLU, SiLU, Tanh
 from mpiml.nn.attention import CausalSelfAttention
-from mpiml.nn.base import (
-    Array,
-    At,
-    Backward,
-    Layer,
-    everything,
-    forward,
-    name,
-    parameters,
-    skip_first_dx,
-    stack_flops,
-    stack_shapes,
-)
+from mpiml.nn.base import Array, At, Backward, Layer, everything, forward, name, parameters, stack_flops, stack_shapes
 from mpiml.nn.basic import Dropout, Flatten, Linear, Reshape, Residual
 from mpiml.nn.batchnorm import BatchNorm2d
 from mpiml.nn.convolution import Conv2d
@@ -25,7 +13,7 @@ from mpiml.nn.pooling import AvgPool2d, GlobalAvgPool, MaxPool2d
 # fmt: off
 __all__ = [
     "Array", "At", "Backward", "Layer",
-    "forward", "stack_shapes", "stack_flops", "name", "everything", "parameters", "skip_first_dx",
+    "forward", "stack_shapes", "stack_flops", "name", "everything", "parameters",
     "Linear", "Dropout", "Flatten", "Reshape", "Residual",
     "ReLU", "Tanh", "GELU", "SiLU",
     "LayerNorm", "RMSNorm", "GroupNorm", "BatchNorm2d",

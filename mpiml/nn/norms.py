@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from mpiml.nn.base import Array, At, Backward, Layer
+from mpiml.nn.base import Array, At, Backward, Layer, check_last_axis
 from mpiml.nn.parameters import Gradients, Parameter, Shape, constant
 from mpiml.nn.tiling import tiles
 
@@ -51,8 +51,7 @@ class LayerNorm(Layer):
         return y, backward
 
     def output_shape(self, shape: Shape) -> Shape:
-        if shape[-1:] != (self.features,):
-            raise ValueError(f"LayerNorm({self.features}) takes rows whose last axis is {self.features}, got {shape}")
+        check_last_axis(f"LayerNorm({self.features})", self.features, shape)
         return shape
 
     def flops(self, shape: Shape) -> int:
@@ -92,8 +91,7 @@ class RMSNorm(Layer):
         return y, backward
 
     def output_shape(self, shape: Shape) -> Shape:
-        if shape[-1:] != (self.features,):
-            raise ValueError(f"RMSNorm({self.features}) takes rows whose last axis is {self.features}, got {shape}")
+        check_last_axis(f"RMSNorm({self.features})", self.features, shape)
         return shape
 
     def flops(self, shape: Shape) -> int:
@@ -119,7 +117,8 @@ class GroupNorm(Layer):
         images = x.reshape(len(x), pixels, self.channels)
         normal, y = np.empty(images.shape, x.dtype), np.empty(x.shape, x.dtype)
         inverse, out = np.empty((len(x), 1, self.channels), x.dtype), y.reshape(images.shape)
-        share = self._share(pixels)
+        size = self.channels // self.groups
+        share = np.kron(np.eye(self.groups), np.full((size, size), 1 / (pixels * size)))  # see _group_means
         for tile in tiles(len(x), pixels * self.channels * x.itemsize):
             centred = np.subtract(images[tile], _group_means(_sums(images[tile]), share, x), out=normal[tile])
             variance = _group_means(_sums(np.square(centred, out=out[tile])), share, x)
@@ -145,16 +144,8 @@ class GroupNorm(Layer):
 
         return y, backward
 
-    def _share(self, pixels: int) -> Array:
-        """The matrix (channels, channels) that turns sums over channels into means over each channel's group."""
-        size = self.channels // self.groups
-        return np.kron(np.eye(self.groups), np.full((size, size), 1 / (pixels * size)))
-
     def output_shape(self, shape: Shape) -> Shape:
-        if shape[-1:] != (self.channels,):
-            raise ValueError(
-                f"GroupNorm({self.groups}, {self.channels}) takes rows whose last axis is {self.channels}, got {shape}"
-            )
+        check_last_axis(f"GroupNorm({self.groups}, {self.channels})", self.channels, shape)
         return shape
 
     def flops(self, shape: Shape) -> int:
@@ -170,7 +161,8 @@ def _sums(images: Array) -> Array:
 
 
 def _group_means(sums: Array, share: Array, like: Array) -> Array:
-    """For each channel the mean over its group, (rows, 1, channels), from sums over pixels and `_share`."""
+    """For each channel the mean over its group, (rows, 1, channels), from sums over pixels, (rows, channels); `share`
+    is the matrix (channels, channels) of each channel's part in a mean."""
     means: Array = (sums @ share.astype(sums.dtype))[:, None].astype(like.dtype, copy=False)
     return means
 

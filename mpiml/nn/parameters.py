@@ -117,10 +117,7 @@ class Gradients:
             self._written.update(parameters)
             while self._missing and self._missing[-1] in self._written:
                 self._missing.pop()
-            self.complete(self._end_of(self._missing[-1]) if self._missing else 0)
-
-    def _end_of(self, parameter: Parameter) -> int:
-        return self._offsets[parameter] + parameter.size
+            self.complete(self._offsets[self._missing[-1]] + self._missing[-1].size if self._missing else 0)
 
 
 class Layout:
@@ -155,10 +152,6 @@ class Layout:
         for parameter in self.parameters:
             offset = self.offsets[parameter]
             yield parameter, vector[offset : offset + parameter.size].reshape(parameter.shape)
-
-    def named(self, vector: Vector) -> dict[str, NDArray[np.floating]]:
-        """The views of `vector` under the parameters' names, in layer order."""
-        return {parameter.name: view for parameter, view in self.views(vector)}
 
     def zeros(self) -> Vector:
         """A vector of zeros in this layout."""

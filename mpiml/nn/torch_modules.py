@@ -36,9 +36,7 @@ class TorchLayer(Layer):
         self.dtype = torch.from_numpy(np.empty(0, dtype)).dtype
         self.module = _converted(module, self.dtype)
         self.tensors = {name: tensor for name, tensor in module.named_parameters() if tensor.requires_grad}
-        self.parameters = {
-            name: Parameter(tuple(tensor.shape), first_values(tensor)) for name, tensor in self.tensors.items()
-        }
+        self.parameters = {name: Parameter(tuple(t.shape), first_values(t)) for name, t in self.tensors.items()}
         self._views: dict[str, NDArray[np.floating]] = {}
         self._trials: dict[Shape, Trial] = {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ class Traffic:
     Attributes:
         slices: by replica, what it owns of the vector.
         gradients_out, gradients_in: by replica, partial sums that it sends and receives.
-        values_out, values_in: by replica, new values that it sends and receives.
+        values_out: by replica, new values that it sends.
         packed: by replica, buffers for partial sums that it adds up only to send them.
         messages: by replica, how many it sends.
         gradients_abroad, values_abroad: by node of the job, what its replicas send to other nodes.
@@ -53,7 +54,6 @@ class Traffic:
     gradients_out: Counts
     gradients_in: Counts
     values_out: Counts
-    values_in: Counts
     packed: Counts
     messages: Counts
     gradients_abroad: Counts
@@ -69,7 +69,7 @@ def traffic(job: Job, stage: int) -> Traffic:
     layout, replicas, item = job.stages[stage].layout, job.replicas, job.stages[stage].layout.dtype.itemsize
     if job.config.allreduce == "mpi":
         none, nobody = np.zeros(replicas, np.int64), np.zeros(job.nodes, np.int64)
-        return Traffic(none + layout.size * item, none, none, none, none, none, none, nobody, nobody)
+        return Traffic(none + layout.size * item, none, none, none, none, none, nobody, nobody)
     owned_elements = _slices(job, stage)
     slices, parts = owned_elements.sum(axis=0) * item, (owned_elements > 0).sum(axis=0)
     counts = np.array(job.groups(stage))  # replicas of each group that shares a memory
@@ -89,7 +89,6 @@ def traffic(job: Job, stage: int) -> Traffic:
         gradients_out=partial * lane_bytes,
         gradients_in=(partial[firsts].sum() - partial) * slices,
         values_out=others * slices,
-        values_in=lane_bytes,
         packed=added * lane_bytes,
         messages=partial * lane_parts + others * parts,
         gradients_abroad=node_partial_sums * (slices.sum() - node_bytes),
@@ -121,8 +120,10 @@ def _slices(job: Job, stage: int) -> Counts:
 
 @dataclass(frozen=True)
 class StageMemory:
-    """Bytes that a stage's ranks hold: `values` for each rank, or for all on a node together; the others by replica."""
+    """Bytes that a stage's ranks hold: `values` for each rank, or for all on a node together; the others by replica.
+    `in_flight`: of each replica, the most micro-batches in flight."""
 
+    in_flight: Counts
     values: int
     gradients: Counts
     state: Counts
@@ -137,16 +138,18 @@ class StageMemory:
 
 def stage_memory(job: Job, stage: int, row_bytes: float) -> StageMemory:
     """What a stage holds if it keeps `row_bytes` for each row of a micro-batch in flight."""
-    layout, moved = job.stages[stage].layout, traffic(job, stage)
+    layout, sums = job.stages[stage].layout, traffic(job, stage)
     vector = bytes_of(layout.size, layout.dtype)
     states = len(optimizers.build(job.config.optimizer, 0.0, 0.0).states)
-    flights = np.array([in_flight(job, stage, job.passes(replica)) for replica in range(job.replicas)])
+    passes = map(job.passes, range(job.replicas))
+    flights = np.array([in_flight(job.config.schedule, len(job.stages), stage, count) for count in passes])
     return StageMemory(
+        in_flight=flights,
         values=vector,
         gradients=depths(job.replicas, job.microbatches) * vector,
-        state=states * moved.slices,
+        state=states * sums.slices,
         activations=(flights * job.microbatch_rows * row_bytes).astype(np.int64),
-        messages=moved.gradients_in + moved.packed,
+        messages=sums.gradients_in + sums.packed,
     )
 
 
@@ -163,22 +166,15 @@ def fullest_node(job: Job, memories: Sequence[StageMemory]) -> int:
 
 def busiest_node(job: Job) -> float:
     """The bytes that the busiest node sends to others for the gradient sums."""
-    moved = [traffic(job, stage) for stage in range(len(job.stages))]
-    return float(np.sum([stage.gradients_abroad + stage.values_abroad for stage in moved], axis=0).max())
-
-
-def in_flight(job: Job, stage: int, passes: int) -> int:
-    """The most micro-batches of a stage whose forward passes are done and whose backward passes are not."""
-    return _in_flight(job.config.schedule, len(job.stages), stage, passes)
+    sums = [traffic(job, stage) for stage in range(len(job.stages))]
+    return float(np.sum([stage.gradients_abroad + stage.values_abroad for stage in sums], axis=0).max())
 
 
 @functools.cache
-def _in_flight(schedule: str, stages: int, stage: int, passes: int) -> int:
-    now = most = 0
-    for action in SCHEDULES[schedule](stages, stage, passes):
-        now += 1 if action.kind == "F" else -1
-        most = max(most, now)
-    return most
+def in_flight(schedule: str, stages: int, stage: int, passes: int) -> int:
+    """The most micro-batches of a stage whose forward passes are done and whose backward passes are not."""
+    actions = SCHEDULES[schedule](stages, stage, passes)
+    return max(itertools.accumulate((1 if action.kind == "F" else -1 for action in actions), initial=0))
 
 
 def pipeline(job: Job) -> Simulation:
@@ -203,9 +199,9 @@ def boundaries(job: Job) -> list[Boundary]:
     edges = []
     rows = job.rows / job.steps_per_epoch
     for number, (stage, following) in enumerate(zip(job.stages, job.stages[1:], strict=False)):
-        moved = rows * math.prod(stage.y_shape) * stage.layout.dtype.itemsize
+        sent = rows * math.prod(stage.y_shape) * stage.layout.dtype.itemsize
         crossing = float(np.mean(job.homes(number) != job.homes(number + 1)))
-        edges.append(Boundary(moved, moved if following.learned else 0.0, crossing))
+        edges.append(Boundary(sent, sent if following.learned else 0.0, crossing))
     return edges
 
 

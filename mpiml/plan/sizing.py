@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -101,14 +99,15 @@ def plan(job: Job, data: str) -> Plan:
     memories = [costs.stage_memory(job, number, row) for number, row in enumerate(rows)]
     flops = sum(stage.flops for stage in job.stages)
     passes = max(job.passes(replica) for replica in range(job.replicas))
-    held = [memory.own + memory.values / _sharers(job, number) for number, memory in enumerate(memories)]
+    sharers = [np.repeat(groups, groups) for groups in map(job.groups, range(last + 1))]  # of a replica's values
+    held = [memory.own + memory.values / each for memory, each in zip(memories, sharers, strict=True)]
     return Plan(
         grid=grid_text(len(job.stages), job.replicas, job.microbatches),
         ranks=job.ranks,
         nodes=job.nodes,
         node_ranks=job.node_ranks,
         data=data,
-        steps=job.config.steps or 0,
+        steps=job.config.steps,
         steps_per_epoch=job.steps_per_epoch,
         rows=job.rows / job.steps_per_epoch,
         microbatches=job.microbatches,
@@ -124,12 +123,6 @@ def plan(job: Job, data: str) -> Plan:
         wires=wires(job),
         node_out=costs.busiest_node(job),
     )
-
-
-def _sharers(job: Job, stage: int) -> Any:
-    """For each replica, how many ranks share a copy of the values with it."""
-    groups = job.groups(stage)
-    return np.repeat(groups, groups)
 
 
 def _layers(job: Job) -> list[LayerLine]:
@@ -150,7 +143,7 @@ def _stage(job: Job, number: int, memory: costs.StageMemory, flops: int) -> Stag
         last=stage.first + len(stage.layers) - 1,
         parameters=sum(parameter.size for parameter in stage.layout.parameters),
         share=stage.flops / flops if flops else 0.0,
-        in_flight=max(costs.in_flight(job, number, job.passes(replica)) for replica in range(job.replicas)),
+        in_flight=int(memory.in_flight.max()),
         values=memory.values,
         gradient_vectors=int(costs.depths(job.replicas, job.microbatches)[fullest]),
         gradients=int(memory.gradients[fullest]),
@@ -162,17 +155,17 @@ def _stage(job: Job, number: int, memory: costs.StageMemory, flops: int) -> Stag
 
 def wires(job: Job) -> list[Wire]:
     """All messages of a step. On a node only pipelines send some, unless each rank holds its own copy of the values."""
-    edges = costs.boundaries(job)
-    lines = [
-        Wire("inputs of stages", *_apart([(edge.forward, edge.abroad) for edge in edges])),
-        Wire("gradients of stages' inputs", *_apart([(edge.backward, edge.abroad) for edge in edges])),
-    ]
+    edges, lines = costs.boundaries(job), []
+    for what, direction in (("inputs of stages", "forward"), ("gradients of stages' inputs", "backward")):
+        between = sum(getattr(edge, direction) * edge.abroad for edge in edges)
+        within = sum(getattr(edge, direction) * (1 - edge.abroad) for edge in edges)
+        lines.append(Wire(what, between, within))
     if job.config.allreduce == "mpi":
         return [*lines, _library(job)]
-    moved = [costs.traffic(job, number) for number in range(len(job.stages))]
+    sums = [costs.traffic(job, number) for number in range(len(job.stages))]
     for what, field in (("partial sums of gradients", "gradients"), ("values", "values")):
-        sent, between = (float(sum(getattr(one, field + way).sum() for one in moved)) for way in ("_out", "_abroad"))
-        lines.append(Wire(what, between, sent - between))
+        total, between = (float(sum(getattr(one, field + way).sum() for one in sums)) for way in ("_out", "_abroad"))
+        lines.append(Wire(what, between, total - between))
     return lines
 
 
@@ -183,11 +176,6 @@ def _library(job: Job) -> Wire:
     between = sum(2 * vector * (count - 1) for vector, count in zip(vectors, nodes, strict=True))
     within = sum(2 * vector * (job.replicas - count) for vector, count in zip(vectors, nodes, strict=True))
     return Wire("gradients (MPI_Allreduce at its best)", between, within)
-
-
-def _apart(messages: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Bytes between nodes and on nodes, of messages of (bytes, part that leaves its node)."""
-    return sum(size * abroad for size, abroad in messages), sum(size * (1 - abroad) for size, abroad in messages)
 
 
 def screen(plan: Plan) -> str:

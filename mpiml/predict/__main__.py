@@ -50,22 +50,19 @@ def _parser() -> Parser:
 
     one = add("calibrate", calibrate, "measure the pieces of a step")
     one.add_argument("directory", metavar="DIR", help="directory of the study")
-    one.add_argument(
-        "--ranks", type=whole(), metavar="N", help="ranks that compute at once (default: this node's cores)"
-    )
+    what = "ranks that compute at once (default: this node's cores)"
+    one.add_argument("--ranks", type=whole(), metavar="N", help=what)
     one.add_argument("--launcher", metavar="TEXT", help="how to start a job, as for mpiml.scaling run")
-    times = "jobs; the medians of these and of earlier ones count (default: 3)"
-    one.add_argument("--repeats", type=whole(), default=3, metavar="N", help=times)
+    what = "jobs; the medians of these and of earlier ones count (default: 3)"
+    one.add_argument("--repeats", type=whole(), default=3, metavar="N", help=what)
     one = add("predict", predict, "predict the step on the grids of several numbers of ranks")
     one.add_argument("directory", metavar="DIR", help="directory of the study")
     one.add_argument("--ranks", type=wholes, required=True, metavar="N,N", help="numbers of ranks")
     one.add_argument("--node-ranks", type=whole(), metavar="N", help="ranks on each node (default: its cores)")
-    one.add_argument(
-        "--latency", type=positive, metavar="X", help="seconds of a message between nodes (default: as measured)"
-    )
-    one.add_argument(
-        "--bandwidth", type=positive, metavar="X", help="bytes per second from a node to others (default: as measured)"
-    )
+    what = "seconds of a message between nodes (default: as measured)"
+    one.add_argument("--latency", type=positive, metavar="X", help=what)
+    what = "bytes per second from a node to others (default: as measured)"
+    one.add_argument("--bandwidth", type=positive, metavar="X", help=what)
     one.add_argument("--json", action="store_true", help="print the predictions for all grids as JSON")
     one = add("check", check, "compare predictions with measured points")
     one.add_argument("directories", nargs="+", metavar="DIR", help="directories of studies")
@@ -141,8 +138,17 @@ def check(chosen: argparse.Namespace) -> int:
         raise ConfigError("nothing to compare: all points have more ranks than cores")
     rows = [["study", "grid", "batch", "M", "measured ms", "range of repeats", "predicted ms", "error"]]
     for one in compared:
-        cells = [one.study, one.grid, str(one.batch), str(one.microbatches), f"{one.measured * 1e3:.3f}"]
-        rows.append([*cells, f"{one.spread:.0%}", f"{one.predicted * 1e3:.3f}", f"{one.error:+.0%}"])
+        point = [one.point.grid, str(one.point.batch), str(one.point.microbatches)]
+        rows.append(
+            [
+                one.study,
+                *point,
+                f"{one.measured * 1e3:.3f}",
+                f"{one.spread:.0%}",
+                f"{one.predicted * 1e3:.3f}",
+                f"{one.error:+.0%}",
+            ]
+        )
     print("\n".join(table(rows, "l" + "r" * 7)))
     if left_out:
         print(f"left out because they have more ranks than cores: {plural(left_out, 'point')}")

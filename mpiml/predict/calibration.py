@@ -93,10 +93,6 @@ class Pieces:
 
         return parts
 
-    def add(self) -> None:
-        slots = self.run.stage.sum.slots
-        np.add(slots[0], slots[1], out=slots[0])
-
 
 def curves_of(times: Sequence[Sequence[float]], layers: int) -> dict[str, Any]:
     """The times of Pieces.step for several numbers of rows as a curve for each piece, layers in their order."""
@@ -105,18 +101,16 @@ def curves_of(times: Sequence[Sequence[float]], layers: int) -> dict[str, Any]:
     return {"inputs": inputs, "forward": forward, "loss": loss, "backward": backward[::-1], "update": update}
 
 
-class Idle:
+class Idle(Pieces):
     """A run of a model of two parameters: its steps are all overhead."""
 
-    def __init__(self, comm: MPI.Intracomm, config: Config, microbatches: int):
+    def __init__(self, comm: MPI.Intracomm, like: Config, microbatches: int):
         x, layers = np.zeros((EPOCH * microbatches, 1), np.float32), [Linear(1, 1)]
-        settings = Config(
-            batch=microbatches, microbatches=microbatches, optimizer=config.optimizer, dtype=config.dtype, steps=STEPS
-        )
-        self.run = unsaved(comm, settings, Dataset.from_arrays(x, x, x, x), layers)
-        self.pieces = Pieces(self.run, layers)
+        config = Config(batch=microbatches, microbatches=microbatches, steps=STEPS)
+        config = config.replace(optimizer=like.optimizer, dtype=like.dtype)
+        super().__init__(unsaved(comm, config, Dataset.from_arrays(x, x, x, x), layers), layers)
 
-    def step(self) -> list[float]:
+    def whole_step(self) -> list[float]:
         """The median time of a step; all ranks of its communicator call it together."""
         times = [self.run.step(step).seconds for step in range(1, STEPS + 1)]
         return [statistics.median(times[STEPS // 5 :])]
@@ -129,8 +123,7 @@ class Calibration:
         self.comm, self.config, self.data = comm, config, data
         self.nodes = nodes_of_ranks(comm)
         self.node = MPI.Intracomm(comm.Split(self.nodes[comm.rank]))
-        self.job = job_of(config.replace(pipe=1, cuts=(), microbatches=2), 1, 1, data)
-        self.layers = self.job.stages[0].layers
+        self.layers = job_of(config.replace(pipe=1, cuts=(), microbatches=2), 1, 1, data).stages[0].layers
         self.rows = [1 << power for power in range((config.batch - 1).bit_length())] + [config.batch]
 
     def machine(self) -> Machine:
@@ -159,7 +152,8 @@ class Calibration:
         run = unsaved(MPI.COMM_SELF, config, self.data, self.layers)
         own = Pieces(run, self.layers)
         curves = curves_of([measure(repeated(own.step(rows))) for rows in self.rows], len(self.layers))
-        (add,) = measure(repeated(probes.timed(own.add)))
+        one, other, *_ = run.stage.sum.slots
+        (add,) = measure(repeated(probes.timed(lambda: np.add(one, other, out=one))))
         size = max(run.stage.sum.values.vector.size, 1)
         run.free()
         step, microbatch, fixed = self._overhead(comm, measure)
@@ -170,8 +164,8 @@ class Calibration:
         """Seconds of a step, of a micro-batch, and of an update, all without arithmetic."""
         one, many = (Idle(comm, self.config, count * comm.size) for count in (1, MANY))
         alone = Idle(MPI.COMM_SELF, self.config, 1)
-        few, more = (measure(idle.step)[0] for idle in (one, many))  # once: ranks of `comm` step together
-        *passes, update = measure(repeated(alone.pieces.step(1)))
+        few, more = (measure(idle.whole_step)[0] for idle in (one, many))  # once: ranks of `comm` step together
+        *passes, update = measure(repeated(alone.step(1)))
         for idle in (one, many, alone):
             idle.run.free()
         microbatch = (more - few) / (MANY - 1)

@@ -41,10 +41,6 @@ class Speeds:
     microbatch: float
     step: float
 
-    def towards(self, other: Speeds, fraction: float) -> Speeds:
-        """Interpolate: these speeds at `fraction` 0, the other ones at 1."""
-        return _mixed(lambda pair: pair[0] + fraction * (pair[1] - pair[0]), self, other)
-
 
 def _mixed(mix: Callable[[Any], Any], first: Part, *others: Part) -> Part:
     """Combine speeds, or links, number by number: `mix` gets an array with one of them along its first axis."""
@@ -103,21 +99,12 @@ class Machine:
 
     def speeds(self, ranks: int) -> Speeds:
         """The speeds of a rank if this many compute on its node."""
-        return self.alone.towards(self.busy, min((ranks - 1) / max(self.ranks - 1, 1), 1.0))
+        fraction = min((ranks - 1) / max(self.ranks - 1, 1), 1.0)
+        return _mixed(lambda pair: pair[0] + fraction * (pair[1] - pair[0]), self.alone, self.busy)
 
     def seconds(self, curve: Curve, rows: float) -> float:
         """Seconds for a micro-batch of `rows` rows on average; below one row, some are empty and take no time."""
         return interpolated(self.rows, curve, rows) if rows >= 1 else rows * curve[0]
-
-    @classmethod
-    def of_medians(cls, machines: Sequence[Machine]) -> Machine:
-        """The median of each number over several calibrations of one machine."""
-
-        def median(name: str) -> Any:
-            parts = [getattr(machine, name) for machine in machines]
-            return _mixed(lambda values: np.median(values, axis=0), *parts) if parts[0] else None
-
-        return replace(machines[0], **{name: median(name) for name in ("alone", "busy", "inside", "between")})
 
     @classmethod
     def from_json(cls, content: Any) -> Machine:
@@ -131,7 +118,7 @@ class Machine:
 
 
 def load_machine(directory: Path) -> Machine:
-    """The medians of all calibrations in a study's directory. Raises ConfigError if there are none."""
+    """The median of each number over all calibrations in a study's directory. Raises ConfigError if there are none."""
     machines = []
     for path in sorted((directory / MACHINE).glob("*.json")):
         try:
@@ -144,7 +131,12 @@ def load_machine(directory: Path) -> Machine:
         )
     if len({(len(one.rows), len(one.layers), one.ranks, one.cores) for one in machines}) > 1:
         raise ConfigError(f"{directory / MACHINE}: measured on different numbers of ranks, or on different machines")
-    return Machine.of_medians(machines)
+
+    def median(name: str) -> Any:
+        parts = [getattr(machine, name) for machine in machines]
+        return _mixed(lambda values: np.median(values, axis=0), *parts) if parts[0] else None
+
+    return replace(machines[0], **{name: median(name) for name in ("alone", "busy", "inside", "between")})
 
 
 def interpolated(places: Sequence[float], values: Sequence[float], at: float) -> float:

@@ -12,8 +12,8 @@ from mpiml.config import parse
 from mpiml.errors import ConfigError
 from mpiml.predict.machine import MACHINE, Link, Machine, load_machine
 from mpiml.predict.step import StepTime, step_time
-from mpiml.scaling.points import read_study
-from mpiml.scaling.results import Line, load_study
+from mpiml.scaling.points import Point, read_study
+from mpiml.scaling.results import load_study
 from mpiml.training.job import Job, unplaced
 from mpiml.training.resolve import open_data
 
@@ -101,9 +101,7 @@ class Comparison:
     """A point's measured and predicted time: seconds of a step, and the relative range of the measured repeats."""
 
     study: str
-    grid: str
-    batch: int
-    microbatches: int
+    point: Point
     measured: float
     spread: float
     predicted: float
@@ -117,21 +115,13 @@ def compare(directory: Path) -> tuple[list[Comparison], int]:
     """A study's points with their predictions, and how many points are left out: those with more ranks than cores."""
     predictor = Predictor(directory)
     lines = load_study(directory).lines
-    compared = [_compared(directory, predictor, line) for line in lines if not line.oversubscribed]
+    compared = []
+    for line in lines:
+        if not line.oversubscribed:
+            point, median = line.point, statistics.median(line.medians)
+            settings = {"pipe": point.stages, "batch": point.batch, "microbatches": point.microbatches}
+            job = predictor.job(point.ranks, -(-point.ranks // line.nodes), **settings)
+            predicted = step_time(job, predictor.machine, predictor.network).seconds
+            spread = (max(line.medians) - min(line.medians)) / median
+            compared.append(Comparison(str(directory), point, median, spread, predicted))
     return compared, len(lines) - len(compared)
-
-
-def _compared(directory: Path, predictor: Predictor, line: Line) -> Comparison:
-    point = line.point
-    settings = {"pipe": point.stages, "batch": point.batch, "microbatches": point.microbatches}
-    job = predictor.job(point.ranks, -(-point.ranks // line.nodes), **settings)
-    median = statistics.median(line.medians)
-    return Comparison(
-        study=str(directory),
-        grid=point.grid,
-        batch=point.batch,
-        microbatches=point.microbatches,
-        measured=median,
-        spread=(max(line.medians) - min(line.medians)) / median,
-        predicted=step_time(job, predictor.machine, predictor.network).seconds,
-    )

@@ -42,7 +42,8 @@ def step_time(job: Job, machine: Machine, network: Link) -> StepTime:
     sends = [_send(job, machine, network, stage) for stage in range(len(job.stages) - 1)]
     run = simulate(SCHEDULES[job.config.schedule], len(job.stages), count, forward, backward, sends)
     compute = count * (sum(forward) + sum(backward)) / len(job.stages)
-    adds = [_merges(job, count) * stage.layout.size * speeds.add for stage in job.stages]
+    fewest = min(len(partials(replica, job.replicas, job.microbatches)) for replica in (0, job.replicas - 1))
+    adds = [(count - fewest) * stage.layout.size * speeds.add for stage in job.stages]  # of its own micro-batches
     exchanged, updated = zip(*(_sum(job, stage, speeds, network) for stage in range(len(job.stages))), strict=True)
     record = speeds.step + (_all_nodes(job, network, costs.record_bytes(job)) if job.nodes > 1 else 0.0)
     return StepTime(compute + max(adds), run.makespan - compute, record + max(exchanged), max(updated))
@@ -59,11 +60,6 @@ def passes(job: Job, machine: Machine, speeds: Speeds) -> tuple[list[float], lis
         for seconds, curves in ((forward, [*ends, *speeds.forward[layers]]), (backward, speeds.backward[layers])):
             seconds.append(sum(machine.seconds(curve, rows) for curve in curves) + speeds.microbatch / 2)
     return forward, backward
-
-
-def _merges(job: Job, count: int) -> int:
-    """Additions of whole vectors that a replica makes to sum its own micro-batches."""
-    return count - min(len(partials(replica, job.replicas, job.microbatches)) for replica in (0, job.replicas - 1))
 
 
 def _send(job: Job, machine: Machine, network: Link, stage: int) -> float:
@@ -84,9 +80,9 @@ def _sum(job: Job, stage: int, speeds: Speeds, network: Link) -> tuple[float, fl
     item = layout.dtype.itemsize
     if job.config.allreduce == "mpi":  # at best, a ring of nodes
         nodes = len(set(job.homes(stage).tolist()))
-        moved = 2 * layout.size * item * (nodes - 1) / nodes
+        sent = 2 * layout.size * item * (nodes - 1) / nodes
         rounds = 2 * (nodes - 1) * network.latency
-        return moved / network.bandwidth + rounds, layout.size * (speeds.update + speeds.add)
+        return sent / network.bandwidth + rounds, layout.size * (speeds.update + speeds.add)
     own = partials(0, job.replicas, job.microbatches)
     sources = len(own) * groups[0] + len(groups) - 1
     largest = float(traffic.slices.max()) / item

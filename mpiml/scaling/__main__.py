@@ -27,10 +27,11 @@ def _main(arguments: Sequence[str] | None) -> int:
     split = given.index("--") if "--" in given else len(given)
     chosen = _parser().parse_args(given[:split])
     if chosen.command == "run":
-        return run(chosen, given[split + 1 :])
+        chosen.settings = given[split + 1 :]
+        return run(chosen)
     from mpiml.scaling.report import report
 
-    report(Path(chosen.directory))
+    report(chosen.directory)
     return 0
 
 
@@ -53,31 +54,24 @@ def _parser() -> argparse.ArgumentParser:
     add("--repeats", type=whole(), default=5, metavar="N", help="jobs for each point (default: 5)")
     add("--steps", type=whole(), default=50, metavar="N", help="steps to time in a job (default: 50)")
     add("--warm-up", type=whole(0), default=10, metavar="N", help="steps to warm up before (default: 10)")
-    add("--out", required=True, metavar="DIR", help="directory of the study; a study in it is continued")
-    add(
-        "--launcher", metavar="TEXT", help='how to start a job: "srun -n {ranks}" (default: srun in SLURM, else mpirun)'
-    )
+    add("--out", type=Path, required=True, metavar="DIR", help="directory of the study; a study in it is continued")
+    what = 'how to start a job: "srun -n {ranks}" (default: srun in SLURM, else mpirun)'
+    add("--launcher", metavar="TEXT", help=what)
     add("--timeout", type=positive, default=600.0, metavar="X", help="seconds that a job may take (default: 600)")
     add("--node-ranks", type=whole(), metavar="N", help="ranks on each node; --slurm needs it")
     add("--only", type=_job, metavar="N,K", help="only the jobs of N ranks in repeat K; --slurm uses it")
     accuracy = measure.add_argument_group("time to accuracy")
-    accuracy.add_argument(
-        "--target",
-        type=finite,
-        metavar="X",
-        help="also train, once for each batch and number of micro-batches, and report when the test metric reaches X",
-    )
-    accuracy.add_argument(
-        "--max-epochs", type=whole(), default=30, metavar="N", help="epochs of these runs (default: 30)"
-    )
+    what = "also train, once for each batch and number of micro-batches, and report when the test metric reaches X"
+    accuracy.add_argument("--target", type=finite, metavar="X", help=what)
+    what = "epochs of these runs (default: 30)"
+    accuracy.add_argument("--max-epochs", type=whole(), default=30, metavar="N", help=what)
     queue = measure.add_argument_group("in SLURM's queue")
-    queue.add_argument(
-        "--slurm", action="store_true", help="submit a job for each number of ranks and repeat, and exit"
-    )
+    what = "submit a job for each number of ranks and repeat, and exit"
+    queue.add_argument("--slurm", action="store_true", help=what)
     queue.add_argument("--sbatch", default="", metavar="TEXT", help='flags for sbatch: "--partition=x --account=y"')
     what = "make tables, plots and one Markdown page of the measured times"
     make = commands.add_parser("report", help=what, description=what.capitalize() + ".", allow_abbrev=False)
-    make.add_argument("directory", metavar="DIR", help="directory of the study")
+    make.add_argument("directory", type=Path, metavar="DIR", help="directory of the study")
     return parser
 
 

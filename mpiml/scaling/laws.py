@@ -51,19 +51,16 @@ def median_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
     if not n:
         raise ValueError("no values: a median needs at least one")
     below = 0  # how many of the smallest values, and of the largest, lie outside
-    while below < (n - 1) // 2 and 1 - 2 * _binomial(below + 1, n) >= level:
+    tail = (1 + n) / 2**n  # the probability of at most below + 1 heads among n tosses
+    while below < (n - 1) // 2 and 1 - 2 * tail >= level:
         below += 1
+        tail += math.comb(n, below + 1) / 2**n
     return Interval(statistics.median(ordered), ordered[below], ordered[n - 1 - below])
-
-
-def _binomial(most: int, n: int) -> float:
-    """The probability of at most `most` heads among n tosses."""
-    return float(sum(math.comb(n, k) for k in range(most + 1)) / 2**n)
 
 
 def speed_up(base: Sequence[float], times: Sequence[float]) -> Interval:
     """The median of `base` over the median of `times`, with an interval from resampled repeats."""
-    return _resampled(lambda both: statistics.median(both[0]) / statistics.median(both[1]), [base, times])
+    return _resampled(lambda both: [statistics.median(both[0]) / statistics.median(both[1])], [base, times])[0]
 
 
 def karp_flatt(ranks: int, speed_up: float) -> float:
@@ -86,10 +83,7 @@ def amdahl(times: Times) -> Fit:
         constant, shared = _least_squares(medians, lambda p: [1.0, 1.0 / p])
         return [constant + shared, constant / (constant + shared)]
 
-    def predict(p: int, one: float, serial: float) -> float:
-        return one * (serial + (1 - serial) / p)
-
-    return _fit("Amdahl", ["serial fraction"], times, solve, predict)
+    return _fit("Amdahl", ["serial fraction"], times, solve, lambda p, one, serial: one * (serial + (1 - serial) / p))
 
 
 def gustafson(times: Times) -> Fit:
@@ -99,19 +93,14 @@ def gustafson(times: Times) -> Fit:
     """
 
     def solve(medians: Mapping[int, float]) -> list[float]:
-        first = min(medians)
-        more = [(p - 1, p - p * medians[first] / medians[p]) for p in medians if p > 1]
-        return [medians[first], sum(a * b for a, b in more) / sum(a * a for a, _ in more)]
+        more = [(p - 1, p - p * medians[1] / medians[p]) for p in medians if p > 1]
+        return [medians[1], sum(a * b for a, b in more) / sum(a * a for a, _ in more)]
 
-    def predict(p: int, one: float, serial: float) -> float:
-        return one * p / (p - serial * (p - 1))
-
-    return _fit("Gustafson", ["serial fraction"], times, solve, predict)
+    return _fit("Gustafson", ["serial fraction"], times, solve, lambda p, one, serial: one * p / (p - serial * (p - 1)))
 
 
 def universal(times: Times) -> Fit:
-    """T(p) = T1 (1 + a (p - 1) + b p (p - 1)) / p: a is contention, b is coherence (the cost of
-    all-to-all agreement).
+    """T(p) = T1 (1 + a (p - 1) + b p (p - 1)) / p: a is contention, b is coherence (that all agree with all).
 
     Gunther, "Guerrilla Capacity Planning", 2007: the universal scalability law.
     """
@@ -162,12 +151,9 @@ def _fit(
         return solve({p: statistics.median(sample) for p, sample in zip(sizes, samples, strict=True)})
 
     columns = [times[p] for p in sizes]
-    parameters = {
-        name: _resampled(lambda samples, index=index: of(samples)[index], columns)  # type: ignore[misc]
-        for index, name in enumerate(names, 1)
-    }
-    curve = of(columns)
-    errors = [abs(predict(p, *curve) / statistics.median(times[p]) - 1) for p in sizes]
+    curve = _resampled(of, columns)
+    parameters = dict(zip(names, curve[1:], strict=True))
+    errors = [abs(predict(p, *(one.value for one in curve)) / statistics.median(times[p]) - 1) for p in sizes]
     spread = max((max(values) - min(values)) / statistics.median(values) / 2 for values in columns)
     return Fit(law, parameters, max(errors), _verdict(len(sizes), len(names), max(errors), spread))
 
@@ -184,17 +170,19 @@ def _verdict(points: int, parameters: int, error: float, spread: float) -> str:
     return f"not supported: {error:.0%} off at worst; something that this law leaves out decides the time"
 
 
-def _resampled(estimate: Callable[[Sequence[Sequence[float]]], float], samples: Sequence[Sequence[float]]) -> Interval:
-    """An estimate from samples, with the interval of estimates from samples resampled with replacement.
+def _resampled(
+    estimate: Callable[[Sequence[Sequence[float]]], list[float]], samples: Sequence[Sequence[float]]
+) -> list[Interval]:
+    """Estimates from samples, with the intervals of estimates from samples resampled with replacement.
 
     Efron and Tibshirani, "An Introduction to the Bootstrap", 1993: percentile intervals.
     """
-    value = estimate(samples)
+    values = estimate(samples)
     if min(len(sample) for sample in samples) < 2:
-        return Interval(value, -math.inf, math.inf)
+        return [Interval(value, -math.inf, math.inf) for value in values]
     random = generator(0, "resampling")
     arrays = [np.asarray(sample, float) for sample in samples]
     drawn = [estimate([random.choice(array, len(array)).tolist() for array in arrays]) for _ in range(RESAMPLES)]
     tail = (1 - LEVEL) / 2
-    low, high = np.quantile(drawn, [tail, 1 - tail])
-    return Interval(value, float(low), float(high))
+    intervals = np.quantile(drawn, [tail, 1 - tail], axis=0).T.tolist()
+    return [Interval(value, low, high) for value, (low, high) in zip(values, intervals, strict=True)]

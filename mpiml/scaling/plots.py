@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mpiml.clock import SHARES
 from mpiml.command import plural
@@ -20,7 +21,6 @@ DARK = "#444444"
 COLOURS = dict(zip(SHARES, (BLUE, ORANGE, RED, GREEN, GREY), strict=True))
 CROWDED = "more ranks than cores"
 STYLES = ((BLUE, "o"), (RED, "s"), (GREEN, "^"), (ORANGE, "D"), (GREY, "v"))  # of curves
-Draw = Callable[[Any, Study], None]
 
 
 def draw_time(axes: Any, study: Study) -> None:
@@ -60,7 +60,8 @@ def draw_shares(axes: Any, study: Study) -> None:
         axes.bar(range(len(lines)), heights, 0.7, bottom, label=name, **colour)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     piped = any(line.point.stages > 1 for line in lines)
-    axes.set_xticks(range(len(lines)), [_label(line, piped) for line in lines], rotation=60 if len(lines) > 8 else 0)
+    grids = [f"{one.point.grid if piped else one.point.ranks}{'*' if one.oversubscribed else ''}" for one in lines]
+    axes.set_xticks(range(len(lines)), grids, rotation=60 if len(lines) > 8 else 0)
     what = "stages x replicas" if piped else "ranks"
     axes.set_xlabel(what + (" (* more ranks than cores)" if any(line.oversubscribed for line in lines) else ""))
     axes.set_ylabel("share of a step's time (%)")
@@ -74,19 +75,18 @@ def draw_accuracy(axes: Any, study: Study) -> None:
     slowest_first = sorted(trained, key=lambda line: -(line.seconds_to_target or 0))
     reached = {line.point.ranks: line for line in slowest_first if line.seconds_to_target}
     lines = [reached[count] for count in sorted(reached)]
-    ranks = _curves(axes, {"fastest grid": lines}, _to_target) if lines else []
     if lines:
+        ranks = _curves(axes, {"fastest grid": lines}, _to_target)
         first = lines[0].point
         start = _to_target(lines[0]).value * first.ranks
         since = f"ideal, from {plural(first.ranks, 'rank')} with M = {first.microbatches}"
         _ideal(axes, ranks, [start / count for count in ranks], since)
-    missed = sorted({line.point.ranks for line in trained} - set(ranks))
+    missed = {line.point.ranks for line in trained} - reached.keys()
     for count in missed:
         axes.axvline(count, color=GREY, linestyle=":")
-        axes.annotate(
-            "not reached", (count, 0.5), xycoords=("data", "axes fraction"), rotation=90, ha="right", va="center"
-        )
-    _logarithmic(axes, sorted([*ranks, *missed]), f"time to a test score of {study.target:g} (s)")
+        place = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right", "va": "center"}
+        axes.annotate("not reached", (count, 0.5), **place)
+    _logarithmic(axes, sorted({*reached, *missed}), f"time to a test score of {study.target:g} (s)")
     if lines:
         _decades(axes)
     else:
@@ -97,7 +97,7 @@ def _to_target(line: Line) -> Interval:
     return line.step.scaled(line.target.steps if line.target and line.target.steps else 0)
 
 
-PLOTS: dict[str, Draw] = {
+PLOTS: dict[str, Callable[[Any, Study], None]] = {
     "time": draw_time,
     "speed-up": draw_speed_up,
     "efficiency": draw_efficiency,
@@ -114,11 +114,12 @@ def draw(study: Study, directory: Path) -> list[str]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    trained = any(line.target for line in study.lines)
-    plots = PLOTS | ({"accuracy": draw_accuracy} if trained else {})
+    rows = study.base.point.batch
+    title = f"strong scaling, batch {rows}" if study.mode == "strong" else f"weak scaling, {rows} rows a rank"
+    plots = PLOTS | ({"accuracy": draw_accuracy} if any(line.target for line in study.lines) else {})
     for name, plot in plots.items():
         figure, axes = pyplot.subplots(figsize=(5, 3.75), layout="constrained")
-        figure.suptitle(_title(study), fontsize=10)
+        figure.suptitle(title, fontsize=10)
         plot(axes, study)
         figure.savefig(directory / f"{name}.png", dpi=150)
         figure.savefig(directory / f"{name}.svg")
@@ -128,36 +129,25 @@ def draw(study: Study, directory: Path) -> list[str]:
 
 def _by_stages(study: Study) -> dict[str, list[Line]]:
     """The curves of a plot by label: one for each number of stages."""
-    curves: dict[int, list[Line]] = {}
-    for line in study.grids():
-        curves.setdefault(line.point.stages, []).append(line)
-    if len(curves) == 1:
-        return {"median, interval": study.grids()}
-    return {plural(stages, "stage"): curves[stages] for stages in sorted(curves)}
+    lines = study.grids()
+    depths = sorted({line.point.stages for line in lines})
+    if len(depths) == 1:
+        return {"median, interval": lines}
+    return {plural(depth, "stage"): [line for line in lines if line.point.stages == depth] for depth in depths}
 
 
 def _curves(axes: Any, series: Mapping[str, list[Line]], measure: Callable[[Line], Interval]) -> list[int]:
     """Draw medians with their intervals; hollow with more ranks than cores. Returns all numbers of ranks."""
     for (label, lines), (colour, marker) in zip(series.items(), itertools.cycle(STYLES), strict=False):
         ranks = [line.point.ranks for line in lines]
-        intervals = [measure(line) for line in lines]
-        values = [one.value for one in intervals]
-        inside = [(one.low, one.high) if math.isfinite(one.high) else (one.value, one.value) for one in intervals]
-        errors = [
-            [max(value - low, 0.0) for (low, _), value in zip(inside, values, strict=True)],
-            [max(high - value, 0.0) for (_, high), value in zip(inside, values, strict=True)],
-        ]
+        low, values, high = np.array([(one.low, one.value, one.high) for one in map(measure, lines)]).T
+        errors = np.nan_to_num(np.maximum([values - low, high - values], 0.0), posinf=0.0)  # none without an interval
         axes.errorbar(ranks, values, errors, fmt="none", ecolor=colour, capsize=3)
         axes.plot(ranks, values, marker, linestyle="-", linewidth=1, color=colour, label=label)
         if crowded := [index for index, line in enumerate(lines) if line.oversubscribed]:
             hollow = {"color": colour, "mfc": "white", "label": CROWDED}
             axes.plot([ranks[i] for i in crowded], [values[i] for i in crowded], marker, **hollow)
     return sorted({line.point.ranks for lines in series.values() for line in lines})
-
-
-def _title(study: Study) -> str:
-    rows = study.base.point.batch
-    return f"strong scaling, batch {rows}" if study.mode == "strong" else f"weak scaling, {rows} rows a rank"
 
 
 def _ideal(axes: Any, ranks: list[int], values: list[float], label: str = "ideal") -> None:
@@ -190,7 +180,3 @@ def _decades(axes: Any) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _label(line: Line, grid: bool) -> str:
-    return f"{line.point.grid if grid else line.point.ranks}{'*' if line.oversubscribed else ''}"

@@ -65,23 +65,18 @@ def points_of(
     for count in ranks:
         fitting = [stages for stages in pipes if count % stages == 0] if count > 1 else [1]
         if not fitting:
-            raise ConfigError(
-                f"--ranks {count}: none of --pipes {','.join(map(str, pipes))} divides it; add 1 to --pipes"
-            )
-        points += [_point(mode, count, stages, batch, microbatches) for stages in fitting]
+            listed = ",".join(map(str, pipes))
+            raise ConfigError(f"--ranks {count}: none of --pipes {listed} divides it; add 1 to --pipes")
+        for stages in fitting:
+            rows, replicas = batch * (count if mode == "weak" else 1), count // stages
+            chosen = microbatches or (replicas if stages == 1 else min(2 * count, rows))
+            if chosen > rows:
+                raise ConfigError(f"--ranks {count}: a batch of {rows} rows cannot be cut into {chosen} micro-batches")
+            points.append(Point(count, stages, rows, chosen))
     if microbatches and microbatches < max(point.ranks // point.stages for point in points):
         raise ConfigError(f"--microbatches {microbatches}: fewer than the replicas of the largest point")
     bases = (Point(1, 1, batch, count) for count in sorted({1, *(same_parts(mode, point) for point in points)}))
     return points + [replace(point, extra=True) for point in bases if point not in points]
-
-
-def _point(mode: str, ranks: int, stages: int, batch: int, microbatches: int | None) -> Point:
-    rows = batch * (ranks if mode == "weak" else 1)
-    replicas = ranks // stages
-    chosen = microbatches or (replicas if stages == 1 else min(2 * ranks, rows))
-    if chosen > rows:
-        raise ConfigError(f"--ranks {ranks}: a batch of {rows} rows cannot be cut into {chosen} micro-batches")
-    return Point(ranks, stages, rows, chosen)
 
 
 def same_parts(mode: str, point: Point) -> int:

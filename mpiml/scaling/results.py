@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,19 @@ from mpiml.scaling.jobs import evaluations, points_to_train, run_directory
 from mpiml.scaling.laws import Interval, karp_flatt, median_interval, speed_up
 from mpiml.scaling.points import POINTS, Point, read_repeat, read_study, same_parts
 
+Repeats = Sequence[Mapping[str, Any]]  # what was measured in each repeat of a point
+
 
 @dataclass(frozen=True)
 class Target:
     """The training run with a point's batch and micro-batches, and when it reached the target.
 
     Attributes:
-        metric, target: the test score to reach.
         best: the best score of the run.
         steps: steps until an evaluation reached the target; None if none did.
         every: steps between evaluations.
     """
 
-    metric: str
-    target: float
     best: float
     steps: int | None
     every: int
@@ -176,18 +175,25 @@ def load_study(directory: Path) -> Study:
                 repeats[point].append(repeat)
             else:
                 damaged.append(path)
-    bases = [point for point in repeats if point.ranks == 1]
-    if not bases:
+    alone = {point.microbatches: _row_seconds(jobs) for point, jobs in repeats.items() if point.ranks == 1}
+    if not alone:
         raise ConfigError(f"{directory}: no job of one rank has been measured yet; run the study again")
-    base = min(bases, key=lambda point: statistics.median(_row_seconds(repeats[point])))
-    lines = [_line(about, directory, point, repeats, base) for point in sorted(repeats, key=lambda p: (p.extra, p))]
+    fastest = min(alone, key=lambda microbatches: statistics.median(alone[microbatches]))
+    targets = {point: _target(about, directory, point) for point in asked} if about.get("target") is not None else {}
+    lines = [
+        _line(point, repeats[point], alone[fastest], alone.get(same_parts(about["mode"], point)), targets.get(point))
+        for point in sorted(repeats, key=lambda p: (p.extra, p))
+    ]
+    base = next(line for line in lines if (line.point.ranks, line.point.microbatches) == (1, fastest))
+    missing = sum(max(about.get("repeats", 0) - len(repeats.get(point, ())), 0) for point in asked)
+    untrained = sum(targets[point] is None for point in points_to_train(list(asked))) if targets else 0
     return Study(
         mode=about["mode"],
         settings=about["settings"],
         lines=lines,
-        base=next(line for line in lines if line.point == base),
-        environment=repeats[base][0]["environment"],
-        open=_count_open(about, directory, asked, repeats),
+        base=base,
+        environment=repeats[base.point][0]["environment"],
+        open=missing + untrained,
         bases=sorted(point.microbatches for point in asked - repeats.keys() if point.ranks == 1),
         damaged=damaged,
         target=about.get("target"),
@@ -195,41 +201,23 @@ def load_study(directory: Path) -> Study:
     )
 
 
-def _count_open(
-    about: Mapping[str, Any], directory: Path, asked: Collection[Point], repeats: Mapping[Point, Sequence[object]]
-) -> int:
-    missing: int = sum(max(about.get("repeats", 0) - len(repeats.get(point, ())), 0) for point in asked)
-    if about.get("target") is not None:
-        missing += sum(_target(about, directory, point) is None for point in points_to_train(list(asked)))
-    return missing
-
-
 def _target(about: Mapping[str, Any], directory: Path, point: Point) -> Target | None:
     """The training run for a point's batch and micro-batches; None if there is none, or it has not ended."""
-    if about.get("target") is None:
-        return None
     run = run_directory(directory, point, about["max_epochs"])
     if read_result(run).get("status") != "done":
         return None
-    metric, scores = evaluations(run)
+    _, scores = evaluations(run)
     steps = next((step for step, score in scores if score >= about["target"]), None)
-    return Target(metric, about["target"], max(score for _, score in scores), steps, every=scores[0][0])
+    return Target(max(score for _, score in scores), steps, every=scores[0][0])
 
 
-def _row_seconds(jobs: Sequence[Mapping[str, Any]]) -> list[float]:
+def _row_seconds(jobs: Repeats) -> list[float]:
     """Of each repeat, the seconds of a row."""
     return [statistics.median(job["step_seconds"]) / job["rows"] for job in jobs]
 
 
-def _line(
-    about: Mapping[str, Any],
-    directory: Path,
-    point: Point,
-    repeats: Mapping[Point, Sequence[Mapping[str, Any]]],
-    base: Point,
-) -> Line:
-    jobs = repeats[point]
-    same = [p for p in repeats if p.ranks == 1 and p.microbatches == same_parts(about["mode"], point)]
+def _line(point: Point, jobs: Repeats, base: list[float], same: list[float] | None, target: Target | None) -> Line:
+    """`base` and `same` are seconds of a row on one rank: as fast as it can be, and with micro-batches as here."""
     seconds = _row_seconds(jobs)
     return Line(
         point=point,
@@ -239,9 +227,9 @@ def _line(
         medians=tuple(statistics.median(job["step_seconds"]) for job in jobs),
         rows=jobs[0]["rows"],
         shares={name: statistics.mean(job["shares"][name] for job in jobs) for name in jobs[0]["shares"]},
-        speed_up=speed_up(_row_seconds(repeats[base]), seconds),
-        same_parts=statistics.median(_row_seconds(repeats[same[0]])) / statistics.median(seconds) if same else 0.0,
-        target=_target(about, directory, point),
+        speed_up=speed_up(base, seconds),
+        same_parts=statistics.median(same) / statistics.median(seconds) if same else 0.0,
+        target=target,
     )
 
 

@@ -23,7 +23,8 @@ from mpiml.scaling.jobs import StudyJob
 from mpiml.scaling.points import JOBS
 
 # Flags of `run` that the submitted jobs get too.
-FLAGS = ("ranks", "mode", "pipes", "repeats", "steps", "warm_up", "timeout", "node_ranks", "launcher", "target")
+FLAGS = ["ranks", "mode", "pipes", "repeats", "steps", "warm_up", "timeout", "node_ranks", "launcher", "target"]
+FLAGS += ["max_epochs", "out"]
 
 SCRIPT = """#!/bin/bash
 # Repeat {repeat} of all points of {ranks} ranks; python -m mpiml.scaling run --slurm wrote this.
@@ -47,19 +48,12 @@ def queued(directory: Path, jobs: Sequence[StudyJob], node_ranks: int | None) ->
     if not node_ranks:
         raise ConfigError("--slurm: say with --node-ranks N how many ranks a node takes")
     _check_installed("sbatch")
-    names = [_name(directory, *group) for group in _groups(jobs)]
-    lines = _call(["squeue", "--noheader", "--format=%j %i is %T", f"--name={','.join(names)}"]).splitlines()
+    names = ",".join(_name(directory, *group) for group in _groups(jobs))
+    lines = _call(["squeue", "--noheader", "--format=%j %i is %T", f"--name={names}"]).splitlines()
     return {name: state.lower() for name, _, state in (line.strip().partition(" ") for line in lines)}
 
 
-def submit(
-    directory: Path,
-    jobs: Sequence[StudyJob],
-    states: dict[str, str],
-    chosen: argparse.Namespace,
-    settings: Sequence[str],
-    threads: int,
-) -> None:
+def submit(chosen: argparse.Namespace, threads: int, jobs: Sequence[StudyJob], states: dict[str, str]) -> None:
     """Submit a SLURM job for every number of ranks and repeat with open jobs, unless `states` shows it queued or
     running; print what is open.
 
@@ -69,14 +63,14 @@ def submit(
     for ranks, repeat in _groups(jobs):
         group = [job for job in jobs if (job.point.ranks, job.repeat) == (ranks, repeat)]
         missing = sum(not job.done for job in group)
-        state = states.get(_name(directory, ranks, repeat))
+        state = states.get(_name(chosen.out, ranks, repeat))
         text = f"ranks {ranks}, repeat {repeat}: {len(group) - missing} of {len(group)} done"
         if missing and state:
             waiting += 1
             text += f"; job {state}"
         elif missing:
             submitted += 1
-            text += f"; {_submit(directory, chosen, settings, threads, ranks, repeat, missing)}"
+            text += f"; {_submit(chosen, threads, ranks, repeat, missing)}"
         print(text, flush=True)
     done = sum(job.done for job in jobs)
     more = "" if done == len(jobs) else "; the same command shows progress, and submits again what failed"
@@ -93,20 +87,12 @@ def _name(directory: Path, ranks: int, repeat: int) -> str:
     return f"scaling-{hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:10]}-{ranks}-{repeat}"
 
 
-def _submit(
-    directory: Path,
-    chosen: argparse.Namespace,
-    settings: Sequence[str],
-    threads: int,
-    ranks: int,
-    repeat: int,
-    missing: int,
-) -> str:
+def _submit(chosen: argparse.Namespace, threads: int, ranks: int, repeat: int, missing: int) -> str:
     """Write and submit a SLURM job; returns a message with its number."""
-    path = directory / JOBS / f"ranks-{ranks:05d}_{repeat}.sbatch"
+    path = chosen.out / JOBS / f"ranks-{ranks:05d}_{repeat}.sbatch"
     log = path.with_suffix(".log")
     values = {name: getattr(chosen, name) for name in FLAGS if getattr(chosen, name) is not None}
-    values |= {"max_epochs": chosen.max_epochs, "out": directory, "only": [ranks, repeat]}
+    values["only"] = [ranks, repeat]
     lists = {name: ",".join(map(str, value)) for name, value in values.items() if isinstance(value, list)}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in (values | lists).items()]
     script = SCRIPT.format(
@@ -119,13 +105,13 @@ def _submit(
         python=shlex.quote(sys.executable),
         flags=shlex.join(flags),
         launcher="" if chosen.launcher else '${LAUNCH_SOME:+--launcher="$LAUNCH_SOME"} ',
-        settings=shlex.join(settings),
+        settings=shlex.join(chosen.settings),
     )
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, script)
     before = f"; log of the one before: {log}" if log.exists() else ""
     flags = ["--parsable", f"--output={log}", "--open-mode=append", *shlex.split(chosen.sbatch)]
-    job = _call(["sbatch", *flags, f"--job-name={_name(directory, ranks, repeat)}", str(path)])
+    job = _call(["sbatch", *flags, f"--job-name={_name(chosen.out, ranks, repeat)}", str(path)])
     return f"submitted as job {job.split(';')[0]}{before}"
 
 

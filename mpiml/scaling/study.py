@@ -29,30 +29,30 @@ CHOSEN = ("pipe", "steps", "epochs", "out", "resume")  # settings that the study
 UNUSED = ("save_every", "time_limit", "trace")  # settings of no use to its jobs
 
 
-def run(chosen: argparse.Namespace, settings: Sequence[str]) -> int:
+def run(chosen: argparse.Namespace) -> int:
     """Measure, here or in SLURM jobs, every repeat of every point that has not been measured yet.
 
-    All refusals come before anything is written.
+    All refusals come before anything is written. `chosen` are the command's flags, and `settings` of mpiml.train.
     """
-    config = parse(settings)
+    config = parse(chosen.settings)
     _check_flags(chosen, config)
     points = points_of(chosen.mode, sorted({1, *chosen.ranks}), chosen.pipes, config.batch, config.microbatches)
     training = unplaced(config, open_data(config))
     _check_points(chosen, config, points, training)
-    directory = Path(chosen.out).absolute()
+    chosen.out = chosen.out.absolute()
     epochs = None if chosen.target is None else chosen.max_epochs
     timed = (chosen.warm_up, chosen.steps)
-    jobs = jobs_of(directory, points, chosen.repeats, timed, config, settings, training.rows, epochs)
+    jobs = jobs_of(chosen.out, points, chosen.repeats, timed, config, chosen.settings, training.rows, epochs)
     if chosen.slurm:
-        states = queued(directory, jobs, chosen.node_ranks)
-        _open(directory, chosen, config, settings, points)
-        submit(directory, jobs, states, chosen, settings, config.threads)
+        states = queued(chosen.out, jobs, chosen.node_ranks)
+        _open(chosen, config, points)
+        submit(chosen, config.threads, jobs, states)
         return 0
     if chosen.only:
         jobs = [job for job in jobs if [job.point.ranks, job.repeat] == chosen.only]
         if not jobs:
             raise ConfigError("--only {},{}: the study has no job of so many ranks in that repeat".format(*chosen.only))
-    _open(directory, chosen, config, settings, points)
+    _open(chosen, config, points)
     return _run_all(chosen, jobs)
 
 
@@ -85,13 +85,12 @@ def _check_points(chosen: argparse.Namespace, config: Config, points: Sequence[P
         raise ConfigError(f"--target {chosen.target:g}: {metric} is at most 1")
 
 
-def _open(
-    directory: Path, chosen: argparse.Namespace, config: Config, settings: Sequence[str], points: Sequence[Point]
-) -> None:
+def _open(chosen: argparse.Namespace, config: Config, points: Sequence[Point]) -> None:
     """Make a study's directory, or add points, repeats or another target to the study in it. Raises ConfigError if that
     is another study."""
+    directory: Path = chosen.out
     path = directory / STUDY
-    study = {"mode": chosen.mode, "steps": chosen.steps, "warm_up": chosen.warm_up, "settings": list(settings)}
+    study = {name: getattr(chosen, name) for name in ("mode", "steps", "warm_up", "settings")}
     content = documents.read(path) if path.exists() else None
     before = study if content is None else read_study(directory)
     if parse(before["settings"]) == config:  # the same in other words, or in another order

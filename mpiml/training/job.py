@@ -17,7 +17,7 @@ from mpiml.nn.base import Layer
 from mpiml.nn.parameters import Shape
 from mpiml.partition import check_ranks, part
 from mpiml.training.model import build_loss, build_metric, model_for
-from mpiml.training.resolve import resolve
+from mpiml.training.resolve import Resolved, resolve
 from mpiml.training.stages import StageDesign, cut
 from mpiml.training.task import Task
 
@@ -34,7 +34,7 @@ class Job:
         columns: columns of the step record's table.
     """
 
-    config: Config
+    config: Resolved
     stages: Sequence[StageDesign]
     ranks: int
     node_ranks: int
@@ -43,7 +43,6 @@ class Job:
 
     @property
     def microbatches(self) -> int:
-        assert self.config.microbatches, "the settings of a job are resolved"
         return self.config.microbatches
 
     @property
@@ -123,8 +122,8 @@ class Unplaced:
         would."""
         rows = rows or self.rows
         check_ranks(ranks, config.pipe)
-        config = resolve(config, rows, self.classification, ranks // config.pipe)
-        return Job(config, cut(config, self.layers, self.shape), ranks, node_ranks, rows, self.columns)
+        resolved = resolve(config, rows, self.classification, ranks // config.pipe)
+        return Job(resolved, cut(resolved, self.layers, self.shape), ranks, node_ranks, rows, self.columns)
 
 
 def unplaced(config: Config, data: Dataset) -> Unplaced:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mpiml.bench.layers import DUELS, Duel, transformer
+from tests.nn.cases import named
 
 torch = pytest.importorskip("torch")
 SIDE = 28 // 4  # of an image after two poolings
@@ -36,19 +37,19 @@ def test_both_sides_learn_the_same(model: str) -> None:
     run, parameters = ours.run, dict(theirs.module.named_parameters())
     (layout,), sum_ = run.model.layouts, run.stage.sum
 
-    def mine(vector: np.ndarray) -> list[np.ndarray]:
-        found = layout.named(vector).values()
-        return [in_torch(array, model, name).copy() for array, name in zip(found, parameters, strict=True)]
+    def converted(vector: np.ndarray) -> list[np.ndarray]:
+        arrays = named(layout, vector).values()
+        return [in_torch(array, model, name).copy() for array, name in zip(arrays, parameters, strict=True)]
 
     with torch.no_grad():
-        for value, parameter in zip(mine(sum_.values.vector), parameters.values(), strict=True):
+        for value, parameter in zip(converted(sum_.values.vector), parameters.values(), strict=True):
             parameter.copy_(torch.from_numpy(value))
     (batch,) = run.data.ahead.batches(1)
     rows = torch.from_numpy(np.array(batch.select()))
     ours.step()
     theirs.train(rows)
     weight = duel.y[: duel.rows].size
-    for name, value, slope in zip(parameters, mine(sum_.values.vector), mine(sum_.slots[0]), strict=True):
+    for name, value, slope in zip(parameters, converted(sum_.values.vector), converted(sum_.slots[0]), strict=True):
         parameter = parameters[name]
         grad = parameter.grad.numpy()
         np.testing.assert_allclose(slope / weight, grad, rtol=1e-3, atol=1e-6, err_msg=name)

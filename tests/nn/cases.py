@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mpiml.nn import layers as nn
+from mpiml.nn.base import skip_first_dx
 from mpiml.nn.layers import (
     GELU,
     At,
@@ -121,13 +122,13 @@ every_case = pytest.mark.parametrize("case", CASES)
 class Bench:
     """A case's layers with parameters in one vector, none of them at a special value."""
 
-    def __init__(self, case: str, dtype: str = "float64", skip_first_dx: bool = False):
+    def __init__(self, case: str, dtype: str = "float64", skip_dx: bool = False):
         build, self.shape = CASES[case]
         self.tokens = case in TAKE_TOKENS
         self.layers = build()
         nn.name(self.layers)
-        if skip_first_dx:
-            nn.skip_first_dx(self.layers)
+        if skip_dx:
+            skip_first_dx(self.layers)
         self.layout = Layout(nn.parameters(self.layers), dtype)
         self.values = self.layout.zeros()
         self.layout.bind(self.values)
@@ -158,3 +159,8 @@ class Bench:
         dx = backward(dy, grads)
         assert dx is not None or self.tokens or not self.layers[0].needs_dx
         return [np.zeros(x.shape) if dx is None else dx, *(grads[p].copy() for p in self.layout.parameters)]
+
+
+def named(layout: Layout, vector: np.ndarray) -> dict[str, np.ndarray]:
+    """The views of `vector` under the parameters' names, in layer order."""
+    return {parameter.name: view for parameter, view in layout.views(vector)}

@@ -33,7 +33,7 @@ from mpiml.nn.layers import (
     Tanh,
 )
 from mpiml.nn.parameters import Gradients
-from tests.nn.cases import AT, GARBAGE, Bench, every_case
+from tests.nn.cases import AT, GARBAGE, Bench, every_case, named
 
 
 def slopes(f: Callable[[], float], where: np.ndarray, h: float = 1e-5) -> np.ndarray:
@@ -69,7 +69,7 @@ def test_gradients_are_the_slopes(case: str) -> None:
 
 @every_case
 def test_what_backward_calls_complete_stays_as_it_is(case: str) -> None:
-    bench = Bench(case, skip_first_dx=True)
+    bench = Bench(case, skip_dx=True)
     told: list[tuple[int, np.ndarray]] = []
     vector = bench.layout.zeros() + GARBAGE
     gradients = Gradients(bench.layout, vector, lambda offset: told.append((offset, vector[offset:].copy())))
@@ -176,14 +176,14 @@ def test_values_by_hand(layer: Layer, x: list, y: list) -> None:
 def test_a_gradient_that_nobody_reads_changes_no_other(case: str) -> None:
     x = Bench(case).rows(3)
     _, *expected = Bench(case).both(x)
-    _, *found = Bench(case, skip_first_dx=True).both(x)
+    _, *found = Bench(case, skip_dx=True).both(x)
     assert found
     for mine, theirs in zip(found, expected, strict=True):
         np.testing.assert_array_equal(mine, theirs)
 
 
 def test_only_the_first_layer_with_parameters_skips_dx() -> None:
-    bench = Bench("stack", skip_first_dx=True)
+    bench = Bench("stack", skip_dx=True)
     assert [layer.needs_dx for layer in bench.layers] == [False, False, True, True, True, True, True]
     y, backward = bench.forward(bench.rows(2))
     assert backward(np.ones(y.shape), bench.gradients()) is None
@@ -221,7 +221,7 @@ def test_shapes_that_do_not_fit_are_both_named(layer: Layer, given: tuple[int, .
 
 def test_names_are_paths() -> None:
     bench = Bench("stack")
-    assert list(bench.layout.named(bench.values)) == [
+    assert list(named(bench.layout, bench.values)) == [
         *("layers.1.weight", "layers.1.bias", "layers.3.gain", "layers.3.bias"),
         *("layers.4.layers.0.weight", "layers.4.layers.0.bias", "layers.6.weight", "layers.6.bias"),
     ]

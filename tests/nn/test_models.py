@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mpiml.nn import layers as nn
+from mpiml.nn.base import skip_first_dx
 from mpiml.nn.convnets import cnn, resnet
 from mpiml.nn.parameters import Gradients, Layout
 from mpiml.nn.perceptrons import mlp
@@ -45,7 +46,7 @@ def test_any_cut_gives_the_same_bits(model: str) -> None:
     build, shape, final = MODELS[model]
     layers = build()
     nn.name(layers)
-    nn.skip_first_dx(layers)
+    skip_first_dx(layers)
     layout, x = prepared(layers), inputs(model)
     assert nn.stack_shapes(layers, shape)[-1] == final
     y, backward = nn.forward(layers, x, AT)

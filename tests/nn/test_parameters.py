@@ -14,6 +14,7 @@ from mpiml.nn.layers import LayerNorm, Linear, ReLU, Residual
 from mpiml.nn.parameters import Gradients, Layout, Parameter, Statistic, constant
 from mpiml.nn.perceptrons import mlp
 from mpiml.vectors import ALIGNMENT, BLOCK, Operands
+from tests.nn.cases import named
 
 both_dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
@@ -81,7 +82,7 @@ def test_decaying_parameters_come_last_in_layer_order() -> None:
     assert decays == [False] * 5 + [True] * 3
     assert [p for p in layout.offsets if p.decay] == [p for p in layout.parameters if p.decay]
     assert [p.decay for p in layout.parameters] != decays  # while names keep the order of the layers
-    assert list(layout.named(layout.zeros()))[:3] == ["layers.0.weight", "layers.0.bias", "layers.2.gain"]
+    assert list(named(layout, layout.zeros()))[:3] == ["layers.0.weight", "layers.0.bias", "layers.2.gain"]
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
@@ -165,9 +166,9 @@ def test_first_values_depend_on_seed_and_name_alone(part: slice, dtype: str) -> 
     everything, mine = whole.zeros(), some.zeros()
     whole.initialise(everything, seed=4)
     some.initialise(mine, seed=4)
-    assert some.named(mine)
-    for name, view in some.named(mine).items():
-        np.testing.assert_array_equal(view, whole.named(everything)[name])
+    assert named(some, mine)
+    for name, view in named(some, mine).items():
+        np.testing.assert_array_equal(view, named(whole, everything)[name])
 
 
 def test_first_values_differ_between_seeds_and_names() -> None:
@@ -175,7 +176,7 @@ def test_first_values_differ_between_seeds_and_names() -> None:
     one, two = layout.zeros(), layout.zeros()
     layout.initialise(one, seed=1)
     layout.initialise(two, seed=2)
-    assert not np.array_equal(layout.named(one)["layers.0.weight"], layout.named(two)["layers.0.weight"])
+    assert not np.array_equal(named(layout, one)["layers.0.weight"], named(layout, two)["layers.0.weight"])
     twins = [Linear(4, 4), Linear(4, 4)]
     nn.name(twins)
     layout = layout_of(twins)
