@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mpiml
-from mpiml import flags
+from mpiml import documents, flags
 from mpiml.errors import ConfigError, OutputError
 from mpiml.flags import FUNCTION, check, convert, flag, setting, text, toml
+from mpiml.usercode import is_name
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
@@ -40,7 +41,7 @@ class Config:
         "digits (an example), a file or directory, or package.module:function; a resumed run may find it elsewhere",
         on_resume=True,
         metavar="SPEC",
-        or_named=True,
+        named=is_name,
     )
     label: str | None = setting(None, DATA, "column of the labels in a CSV or Parquet file")
     context: int | None = setting(None, DATA, "length of a row of text: bytes, or tokens", low=1)
@@ -50,14 +51,14 @@ class Config:
         False, DATA, "subtract from inputs their mean over the training rows, divide by their standard deviation"
     )
     transform: str | None = setting(
-        None, DATA, "function (x, y, rng) -> x, y for each micro-batch of training", metavar=FUNCTION, or_named=True
+        None, DATA, "function (x, y, rng) -> x, y for each micro-batch of training", metavar=FUNCTION, named=is_name
     )
     model: str = setting(
         "mlp",
         MODEL,
         "model to train; your own: a function (shape of an input row, number of outputs) -> list of layers",
         choices=["mlp", "cnn", "resnet", "gpt"],
-        or_named=True,
+        named=is_name,
     )
     hidden: tuple[int, ...] = setting((128, 128), MODEL, "widths of mlp's hidden layers", low=1)
     activation: str = setting("relu", MODEL, "function after mlp's hidden layers", choices=["relu", "gelu", "tanh"])
@@ -78,14 +79,14 @@ class Config:
         MODEL,
         "auto: cross_entropy for integer labels, mse for others; your own: a function like those in mpiml.nn.losses",
         choices=["auto", "cross_entropy", "mse"],
-        or_named=True,
+        named=is_name,
     )
     metric: str = setting(
         "auto",
         MODEL,
         "auto: accuracy for integer labels, r2 for others; your own: a function (number of outputs) -> metric",
         choices=["auto", "accuracy", "r2"],
-        or_named=True,
+        named=is_name,
     )
     init: str | None = setting(
         None, MODEL, "checkpoint with the weights to begin with, at step 0", on_resume=True, metavar="FILE"
@@ -267,7 +268,7 @@ def parse(arguments: Sequence[str], program: str = "mpiml.train") -> Config:
     """
     given, path = flags.from_arguments(Config, _parser(program), arguments)
     try:
-        values = flags.from_toml(Config, Path(path)) if path else {}
+        values = from_toml(Path(path)) if path else {}
     except OutputError as error:
         raise ConfigError(f"--config {error}") from None
     for name, other in (("steps", "epochs"), ("epochs", "steps")):
@@ -275,6 +276,17 @@ def parse(arguments: Sequence[str], program: str = "mpiml.train") -> Config:
             values.pop(other, None)
     values |= given
     return Config(**values, given=frozenset(values))
+
+
+def from_toml(path: Path) -> dict[str, Any]:
+    """The settings that a TOML file gives.
+
+    Raises OutputError for a file that cannot be read, ConfigError for an unknown key or a value of another type.
+    """
+    try:
+        return flags.from_table(Config, documents.from_toml(documents.read(path), str(path)))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _parser(program: str) -> ArgumentParser:

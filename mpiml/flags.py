@@ -5,20 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import glob
 import json
 import math
-import os
 import re
+import reprlib
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mpiml import documents
 from mpiml.errors import ConfigError
-from mpiml.usercode import is_name
 
 if TYPE_CHECKING:
     from argparse import ArgumentParser
@@ -38,14 +34,14 @@ def setting(
     below: float = math.inf,
     on_resume: bool = False,
     metavar: str | None = None,
-    or_named: bool = False,
+    named: Callable[[str], bool] | None = None,
 ) -> Any:
     """A field that is a setting.
 
-    It may be one of `choices`, or numbers from `low` to less than `below`; with `or_named` also the name of code, which
-    is imported and called. With `on_resume` a resumed run may change it.
+    It may be one of `choices`, or numbers from `low` to less than `below`; where it is given, a text that
+    is `named`, the name of code, which is imported and called. With `on_resume` a resumed run may change it.
     """
-    about = {"group": group, "help": help, "choices": tuple(choices), "low": low, "below": below, "or_named": or_named}
+    about = {"group": group, "help": help, "choices": tuple(choices), "low": low, "below": below, "named": named}
     return dataclasses.field(default=default, metadata={**about, "on_resume": on_resume, "metavar": metavar})
 
 
@@ -82,7 +78,7 @@ def add_to(parser: ArgumentParser, settings: type) -> None:
 
 
 def _choices(field: dataclasses.Field[Any]) -> list[str]:
-    return [*field.metadata["choices"], *([FUNCTION] if field.metadata["or_named"] else [])]
+    return [*field.metadata["choices"], *([FUNCTION] if field.metadata["named"] else [])]
 
 
 def _metavar(kind: Any) -> str:
@@ -107,20 +103,9 @@ def from_arguments(
     return {name: convert(kinds(settings)[name], raw, f"{flag(name)} {raw}") for name, raw in texts.items()}, path
 
 
-def from_toml(settings: type, path: Path) -> dict[str, Any]:
-    """The values that a TOML file gives to a dataclass' settings.
-
-    Raises OutputError for a file that cannot be read, ConfigError for an unknown key or a value of another type.
-    """
-    table = documents.from_toml(documents.read(path), str(path))
-    try:
-        return from_table(settings, table)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-
-
 def from_table(settings: type, table: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that a table from TOML gives to a dataclass' settings. Raises ConfigError as `from_toml`."""
+    """The values that a table from TOML gives to a dataclass' settings. Raises ConfigError for an
+    unknown key or a value of another type."""
     values = {}
     for key, value in table.items():
         name = key.replace("-", "_")
@@ -128,7 +113,7 @@ def from_table(settings: type, table: Mapping[str, Any]) -> dict[str, Any]:
             known = [known.replace("_", "-") for known in kinds(settings)]
             shown = key if key.isprintable() else ascii(key)
             raise ConfigError(f"{shown} is not a setting{guess(key, known)}; --help lists all")
-        values[name] = convert(kinds(settings)[name], value, f"{key} = {documents.shown(value)}")
+        values[name] = convert(kinds(settings)[name], value, f"{key} = {reprlib.repr(value)}")
     return values
 
 
@@ -151,7 +136,7 @@ def convert(kind: Any, raw: Any, what: str) -> Any:
     if kind in (int, float) and not isinstance(raw, bool) and isinstance(raw, (str, int, float)):
         with contextlib.suppress(ValueError, OverflowError):
             number = kind(raw)
-            if (isinstance(raw, str) or number == raw) and (kind is float or number in documents.INTEGERS):
+            if (isinstance(raw, str) or number == raw) and (kind is float or number.bit_length() < 64):
                 return number
     names = {int: "a whole number of at most 64 bits", float: "a number", bool: "true or false", str: "text"}
     raise ConfigError(f"{what}: must be {names[kind]}")
@@ -162,7 +147,7 @@ def check(field: dataclasses.Field[Any], value: Any) -> None:
     about, what = field.metadata, f"{flag(field.name)} {text(value)}"
     if value is None and field.default is None:
         return
-    if about["choices"] and value not in about["choices"] and not (about["or_named"] and is_name(value)):
+    if about["choices"] and value not in about["choices"] and not (about["named"] and about["named"](value)):
         raise ConfigError(f"{what}: choose from {', '.join(_choices(field))}{guess(str(value), about['choices'])}")
     if about["low"] is None:
         return
@@ -178,15 +163,6 @@ def guess(word: str, known: Sequence[str]) -> str:
 
     close = difflib.get_close_matches(word, known, 1)
     return f" (did you mean {close[0]}?)" if close else ""
-
-
-def absolute(spec: str) -> str:
-    """A data set's path, or pattern of paths, made absolute; "digits" and package.module:function stay as they are."""
-    if spec == "digits" or is_name(spec) or os.path.isabs(spec):
-        return spec
-    here = os.getcwd()
-    pattern = glob.has_magic(spec) and not os.path.exists(spec)
-    return os.path.join(glob.escape(here) if pattern else here, spec)
 
 
 def text(value: Any) -> str:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import mpiml
-from mpiml.config import Config, parse, settings
+from mpiml.config import Config, from_toml, parse, settings
 from mpiml.errors import ConfigError
-from mpiml.flags import flag, from_toml
+from mpiml.flags import flag
 
 # For every setting another value than the default: as text, as TOML, and what it becomes.
 OTHERS = {
@@ -229,7 +229,7 @@ def test_toml_is_read_back_alike(tmp_path: Path, name: str) -> None:
     config = parse(as_flags(name))
     (tmp_path / "c.toml").write_text(config.to_toml(), encoding="utf-8")
     assert not any("_" in key for key in tomllib.loads(config.to_toml()))
-    back = Config(**from_toml(Config, tmp_path / "c.toml"))
+    back = Config(**from_toml(tmp_path / "c.toml"))
     assert back == config.replace(out=None, resume=False, quiet=False, time_limit=None, trace=None)
 
 
@@ -241,7 +241,7 @@ def test_toml_is_read_back_alike(tmp_path: Path, name: str) -> None:
 def test_any_text_and_number_survive_toml(tmp_path: Path, data: str, lr: float) -> None:
     config = Config(data=data, lr=lr)
     (tmp_path / "c.toml").write_text(config.to_toml(), encoding="utf-8")
-    assert Config(**from_toml(Config, tmp_path / "c.toml")) == config
+    assert Config(**from_toml(tmp_path / "c.toml")) == config
 
 
 def test_every_character_survives_toml() -> None:

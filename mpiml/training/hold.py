@@ -11,13 +11,13 @@ from mpiml import documents
 from mpiml.config import Config
 from mpiml.data.fingerprint import difference
 from mpiml.errors import DataError, OutputError
-from mpiml.flags import absolute
 from mpiml.run import checkpoint, environment, lock
 from mpiml.run.console import say
 from mpiml.run.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, RunDirectory, holds_run, write_atomically
 from mpiml.run.failure import Guard
 from mpiml.run.result import Result, read_result, write_result
 from mpiml.team import Team
+from mpiml.training.resolve import absolute
 from mpiml.training.run import Run
 from mpiml.training.saved import CODE, settings_in, settings_of
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import glob
+import os
+
 from mpiml.config import FALLING, Config
 from mpiml.data.dataset import Dataset, open_dataset
 from mpiml.data.formats import Options
 from mpiml.errors import ConfigError
-from mpiml.flags import absolute
 from mpiml.nn import optimizers
 from mpiml.parallel.tree import aligned
 from mpiml.usercode import is_name
@@ -27,6 +29,15 @@ class Resolved(Config):
 def open_data(config: Config) -> Dataset:
     """The data set that the settings name. Raises DataError or ConfigError if there is none."""
     return open_dataset(config.data, Options(config.label, config.context, config.held_out, config.token_dtype))
+
+
+def absolute(spec: str) -> str:
+    """A data set's path, or pattern of paths, made absolute; "digits" and package.module:function stay as they are."""
+    if spec == "digits" or is_name(spec) or os.path.isabs(spec):
+        return spec
+    here = os.getcwd()
+    pattern = glob.has_magic(spec) and not os.path.exists(spec)
+    return os.path.join(glob.escape(here) if pattern else here, spec)
 
 
 def resolve(config: Config, rows: int, classification: bool, replicas: int, before: Config | None = None) -> Resolved:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from mpiml import documents
-from mpiml.config import Config, settings
+from mpiml.config import Config, from_toml, settings
 from mpiml.errors import ConfigError, OutputError
-from mpiml.flags import flag, from_table, from_toml
+from mpiml.flags import flag, from_table
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.usercode import is_name
 
-CODE = tuple(field.name for field in settings() if field.metadata["or_named"])  # the settings that may name some
+CODE = tuple(field.name for field in settings() if field.metadata["named"])  # the settings that may name some
 
 
 def settings_in(path: Path) -> Config:
@@ -21,7 +21,7 @@ def settings_in(path: Path) -> Config:
 
     Raises OutputError or ConfigError, which begins with the path, for a file that cannot be used.
     """
-    values = from_toml(Config, path)
+    values = from_toml(path)
     try:
         return Config(**values)
     except ConfigError as error:

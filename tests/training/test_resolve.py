@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import glob
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mpiml.config import Config
 from mpiml.errors import ConfigError
-from mpiml.training.resolve import resolve, warnings
+from mpiml.training.resolve import absolute, resolve, warnings
 
 BEFORE = Config(decay="cosine", steps=20, decay_steps=20, lr=0.1, out="a", microbatches=1)
 
@@ -69,3 +71,22 @@ def test_values_have_no_label_that_is_ignored() -> None:
     assert resolve(Config(ignore=0), 50, True, 1).ignore == 0
     with pytest.raises(ConfigError, match="--ignore 0: the data set's labels are not integers"):
         resolve(Config(ignore=0), 50, False, 1)
+
+
+def test_paths_are_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, elsewhere = tmp_path / "job [1]", tmp_path / "other"
+    for directory in (here / "src" / "deep", elsewhere):
+        directory.mkdir(parents=True)
+    for name in ("d[1].npz", "src/a.py", "src/deep/b.py"):
+        (here / name).write_text("")
+    monkeypatch.chdir(here)
+    file, directory, pattern = absolute("d[1].npz"), absolute("src"), absolute("src/**/*.py")
+    monkeypatch.chdir(elsewhere)
+    assert (file, directory) == (str(here / "d[1].npz"), str(here / "src"))
+    assert sorted(glob.glob(pattern, recursive=True)) == [str(here / "src/a.py"), str(here / "src/deep/b.py")]
+    assert [absolute(path) for path in (file, directory, pattern)] == [file, directory, pattern]
+
+
+@pytest.mark.parametrize("spec", ["digits", "mydata:load", "my.data:sets.load"])
+def test_what_is_no_path_stays(spec: str) -> None:
+    assert absolute(spec) == spec
