@@ -28,9 +28,8 @@ class CausalSelfAttention(Layer):
 
     def __init__(self, features: int, heads: int, gain: float = 1.0):
         if heads < 1 or features % heads:
-            raise ValueError(
-                f"CausalSelfAttention({features}, {heads}): {heads} heads do not divide {features} features"
-            )
+            problem = f"{heads} heads do not divide {features} features"
+            raise ValueError(f"CausalSelfAttention({features}, {heads}): {problem}")
         self.features, self.heads = features, heads
         self.project, self.combine = Linear(features, 3 * features, 1.0), Linear(features, features, gain)
 

@@ -171,10 +171,11 @@ def wires(job: Job) -> list[Wire]:
 
 def _library(job: Job) -> Wire:
     """The fewest bytes that MPI_Allreduce can send: every copy but one is sent once, and the sum comes back."""
-    vectors = [stage.layout.size * stage.layout.dtype.itemsize for stage in job.stages]
-    nodes = [len(set(job.homes(stage).tolist())) for stage in range(len(vectors))]
-    between = sum(2 * vector * (count - 1) for vector, count in zip(vectors, nodes, strict=True))
-    within = sum(2 * vector * (job.replicas - count) for vector, count in zip(vectors, nodes, strict=True))
+    between = within = 0
+    for number, stage in enumerate(job.stages):
+        vector, nodes = stage.layout.size * stage.layout.dtype.itemsize, len(set(job.homes(number).tolist()))
+        between += 2 * vector * (nodes - 1)
+        within += 2 * vector * (job.replicas - nodes)
     return Wire("gradients (MPI_Allreduce at its best)", between, within)
 
 

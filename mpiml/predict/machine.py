@@ -126,9 +126,8 @@ def load_machine(directory: Path) -> Machine:
         except (OutputError, ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{path} cannot be used: {error}; delete it, or calibrate another study") from None
     if not machines:
-        raise ConfigError(
-            f"{directory} has no calibration of the machine: python -m mpiml.predict calibrate {directory} makes one"
-        )
+        remedy = f"python -m mpiml.predict calibrate {directory} makes one"
+        raise ConfigError(f"{directory} has no calibration of the machine: {remedy}")
     if len({(len(one.rows), len(one.layers), one.ranks, one.cores) for one in machines}) > 1:
         raise ConfigError(f"{directory / MACHINE}: measured on different numbers of ranks, or on different machines")
 

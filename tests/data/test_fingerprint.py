@@ -38,10 +38,10 @@ def test_first_and_last_byte_count_always(tmp_path: Path, size: int, where: str)
     with open(path, "r+b") as file:
         file.seek(0 if where == "first" else size - 1)
         file.write(b"\1")
-    found = difference(of_files([path]), before, "before")
-    assert found is not None
-    assert found.startswith(f"d.bin has {size:,} bytes, samples ")
-    assert found.endswith(" before")
+    text = difference(of_files([path]), before, "before")
+    assert text is not None
+    assert text.startswith(f"d.bin has {size:,} bytes, samples ")
+    assert text.endswith(" before")
 
 
 def test_every_byte_of_a_small_file_counts(tmp_path: Path) -> None:
@@ -84,9 +84,9 @@ def test_arrays_in_memory_are_told_by_their_values_and_those_of_files_by_the_fil
 
     one, other = made(1.0, []).fingerprint, made(2.0, []).fingerprint
     assert one == made(1.0, []).fingerprint
-    found = difference(one, other, "on rank 0")
-    assert found is not None
-    assert found.startswith("x_train has 9 rows of (2,) float64, samples ")
+    text = difference(one, other, "on rank 0")
+    assert text is not None
+    assert text.startswith("x_train has 9 rows of (2,) float64, samples ")
     (file := tmp_path / "f").write_text("values")
     assert made(1.0, [file]).fingerprint == made(2.0, [file]).fingerprint
 

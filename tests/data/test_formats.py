@@ -38,13 +38,13 @@ def test_rows_are_those_that_were_saved(tmp_path: Path, name: str) -> None:
 
 
 @every_format
-@pytest.mark.parametrize("mine", [np.arange(5, 9), np.arange(1, 23, 4), np.array([3]), np.arange(0)])
-def test_a_rank_may_hold_any_rows(tmp_path: Path, name: str, mine: np.ndarray) -> None:
+@pytest.mark.parametrize("held", [np.arange(5, 9), np.arange(1, 23, 4), np.array([3]), np.arange(0)])
+def test_a_rank_may_hold_any_rows(tmp_path: Path, name: str, held: np.ndarray) -> None:
     data = open_dataset(str(FORMATS[name](tmp_path)), OPTIONS)
     for key in ("x_train", "y_train"):
         source = columns(data)[key]
-        source.hold(mine)
-        np.testing.assert_array_equal(source.rows(mine[::-1]), values(name, key)[mine[::-1]])
+        source.hold(held)
+        np.testing.assert_array_equal(source.rows(held[::-1]), values(name, key)[held[::-1]])
 
 
 @pytest.mark.parametrize("name", ["compressed_npz", "gzipped_idx", "csv", "parquet"])

@@ -106,9 +106,9 @@ PROBLEMS = {
 
 @pytest.mark.parametrize("what", PROBLEMS)
 def test_what_is_wrong_and_where(what: str) -> None:
-    x, y, classes, column, found, expected = PROBLEMS[what]
+    x, y, classes, column, findings, expected = PROBLEMS[what]
     data = Dataset.from_arrays(x, y, x, y)
-    wrong = problem(data, column, found, classes)
+    wrong = problem(data, column, findings, classes)
     if expected is None:
         assert wrong is None
     else:

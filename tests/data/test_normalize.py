@@ -21,18 +21,18 @@ def over(shards: list[np.ndarray], x: np.ndarray = X) -> Normalization:
 @pytest.mark.parametrize("scan", [1, 1000, 1 << 22])
 def test_mean_0_and_deviation_1(parts: int, scan: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(normalize, "SCAN", scan)
-    found = over(np.array_split(np.arange(500), parts))
+    normalization = over(np.array_split(np.arange(500), parts))
     exact = X.astype(np.float64)
-    np.testing.assert_allclose(found.mean, exact.mean(axis=0), rtol=1e-13)
+    np.testing.assert_allclose(normalization.mean, exact.mean(axis=0), rtol=1e-13)
     deviation = exact.std(axis=0)
     deviation[1, 0] = 1
-    np.testing.assert_allclose(found.scale, 1 / deviation, rtol=1e-9)
-    rows = NormalizedSource(ArraySource(X), found, "float32").rows(np.arange(500))
+    np.testing.assert_allclose(normalization.scale, 1 / deviation, rtol=1e-9)
+    rows = NormalizedSource(ArraySource(X), normalization, "float32").rows(np.arange(500))
     assert rows.dtype == np.float32
     np.testing.assert_allclose(rows.mean(axis=0), 0, atol=1e-5)
     np.testing.assert_allclose(rows.std(axis=0), np.where(deviation == 1, 0, 1), atol=1e-4)
-    rows = NormalizedSource(ArraySource(X), found, "float64").rows(np.arange(500))
-    np.testing.assert_array_equal(rows, (exact - found.mean) * found.scale)
+    rows = NormalizedSource(ArraySource(X), normalization, "float64").rows(np.arange(500))
+    np.testing.assert_array_equal(rows, (exact - normalization.mean) * normalization.scale)
 
 
 def test_each_chunk_is_progress(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +56,7 @@ def test_integers_are_normalized_too() -> None:
 
 
 def test_what_is_taken_from_a_checkpoint_is_used_by_all_sources() -> None:
-    mine = over([np.arange(500)])
-    source = NormalizedSource(ArraySource(X), mine, "float64")
-    mine.take(Normalization(np.zeros((3, 2)), np.full((3, 2), 2.0)))
+    normalization = over([np.arange(500)])
+    source = NormalizedSource(ArraySource(X), normalization, "float64")
+    normalization.take(Normalization(np.zeros((3, 2)), np.full((3, 2), 2.0)))
     np.testing.assert_array_equal(source.rows(np.array([3])), 2.0 * X[[3]])

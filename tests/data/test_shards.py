@@ -95,9 +95,9 @@ def test_a_microbatch_says_how_many_rows_it_has(rows: int, microbatches: int, ba
 @every_case
 def test_every_replica_knows_the_rows_of_a_step(rows: int, microbatches: int, batch: int) -> None:
     whole, _ = shards(rows, microbatches, batch)
-    mine, _ = shards(rows, microbatches, batch, (microbatches - 1, microbatches))
+    last, _ = shards(rows, microbatches, batch, (microbatches - 1, microbatches))
     for step in range(1, 3 * whole.steps_per_epoch + 1):
-        assert mine.rows_of(step) == sum(batch.rows for batch in whole.batches(step))
+        assert last.rows_of(step) == sum(batch.rows for batch in whole.batches(step))
 
 
 @every_case

@@ -27,10 +27,10 @@ SOME = np.random.default_rng(1).integers(0, ROWS, 64)
 
 def misaligned(array: np.ndarray) -> np.ndarray:
     """The same values at an odd address."""
-    moved = np.empty(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
-    moved[...] = array
-    assert not moved.flags.aligned
-    return moved
+    unaligned = np.empty(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
+    unaligned[...] = array
+    assert not unaligned.flags.aligned
+    return unaligned
 
 
 def mapped(array: np.ndarray, path: Path) -> np.ndarray:

@@ -81,9 +81,9 @@ def test_a_csv_file_of_many_lines(tmp_path: Path) -> None:
     rows = 3 * 4096 + 5
     data = table(tmp_path, "a,y\n" + "".join(f"{i},{i % 7}\n" for i in range(rows)))
     assert len(data.train) == rows
-    mine = np.r_[5:7, 4000:9000, rows - 1]
-    data.train.x.hold(mine)
-    np.testing.assert_array_equal(data.train.x.rows(mine)[:, 0], mine)
+    held = np.r_[5:7, 4000:9000, rows - 1]
+    data.train.x.hold(held)
+    np.testing.assert_array_equal(data.train.x.rows(held)[:, 0], held)
 
 
 def line(number: int, text: str) -> Callable[[Path], None]:

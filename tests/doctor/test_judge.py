@@ -41,15 +41,15 @@ def places(base: Facts, **changes: object) -> list[Place]:
     return [dataclasses.replace(place, **changes) for place in base.places]
 
 
-def not_ok(found: list[Finding]) -> dict[str, tuple[str, str]]:
-    return {finding.name: (finding.verdict, finding.advice) for finding in found if finding.verdict != "ok"}
+def not_ok(findings: list[Finding]) -> dict[str, tuple[str, str]]:
+    return {finding.name: (finding.verdict, finding.advice) for finding in findings if finding.verdict != "ok"}
 
 
 @pytest.mark.parametrize(("ranks", "nodes"), [(2, 1), (4, 1), (8, 2), (64, 16)])
 def test_nothing_wrong(ranks: int, nodes: int) -> None:
-    found = judge(facts(ranks, nodes))
-    assert not_ok(found) == {}
-    assert len(screen(found).splitlines()) <= 24
+    findings = judge(facts(ranks, nodes))
+    assert not_ok(findings) == {}
+    assert len(screen(findings).splitlines()) <= 24
 
 
 def test_one_rank_is_told_how_to_start_more() -> None:
@@ -72,21 +72,21 @@ def test_more_ranks_than_cores() -> None:
 
 def test_ranks_that_take_turns_while_cores_are_free() -> None:
     base = facts(4)
-    found = judge(dataclasses.replace(base, places=places(base, cores=[0, 1])))
-    verdict, advice = not_ok(found)["node n0"]
+    findings = judge(dataclasses.replace(base, places=places(base, cores=[0, 1])))
+    verdict, advice = not_ok(findings)["node n0"]
     assert (verdict, "bound to 2 of 4 cores" in advice) == ("problem", True)
-    (line,) = (finding.value for finding in found if finding.name == "node n0")
+    (line,) = (finding.value for finding in findings if finding.name == "node n0")
     assert "4 ranks, 2 of 4 cores, bound" in line
 
 
 def test_more_threads_than_cores() -> None:
-    found = judge(facts(2, blas_threads=3))
-    assert not_ok(found)["node n0"][0] == "problem"  # bound to two cores of four
+    findings = judge(facts(2, blas_threads=3))
+    assert not_ok(findings)["node n0"][0] == "problem"  # bound to two cores of four
     base = facts(2, blas_threads=3)
-    found = judge(dataclasses.replace(base, places=places(base, cores=[0, 1, 2, 3])))
-    verdict, advice = not_ok(found)["node n0"]
+    findings = judge(dataclasses.replace(base, places=places(base, cores=[0, 1, 2, 3])))
+    verdict, advice = not_ok(findings)["node n0"]
     assert (verdict, "2 ranks of 3 threads need 6 cores" in advice) == ("problem", True)
-    (line,) = (finding.value for finding in found if finding.name == "node n0")
+    (line,) = (finding.value for finding in findings if finding.name == "node n0")
     assert "2 ranks of 3 threads, 4 cores" in line
     assert not_ok(judge(dataclasses.replace(base, places=places(base, cores=[0, 1, 2, 3]), blas_threads=2))) == {}
 
@@ -94,8 +94,8 @@ def test_more_threads_than_cores() -> None:
 def test_different_software_is_a_problem() -> None:
     base = facts(4)
     mixed = [*base.places[1:], dataclasses.replace(base.places[0], software={"NumPy": "1"})]
-    found = not_ok(judge(dataclasses.replace(base, places=mixed)))
-    assert {name: verdict for name, (verdict, _) in found.items()} == {"NumPy": "problem"}
+    findings = not_ok(judge(dataclasses.replace(base, places=mixed)))
+    assert {name: verdict for name, (verdict, _) in findings.items()} == {"NumPy": "problem"}
 
 
 def test_ranks_that_may_use_all_cores_are_fine() -> None:
@@ -104,9 +104,9 @@ def test_ranks_that_may_use_all_cores_are_fine() -> None:
 
 
 def test_a_slow_rank_is_named() -> None:
-    found = not_ok(judge(facts(4, gemm=[95e9, 95e9, 50e9, 95e9], copy=[20e9, 9e9, 20e9, 20e9])))
-    assert "rank 2 (n0)" in found["products"][1]
-    assert "rank 1 (n0)" in found["copying"][1]
+    findings = not_ok(judge(facts(4, gemm=[95e9, 95e9, 50e9, 95e9], copy=[20e9, 9e9, 20e9, 20e9])))
+    assert "rank 2 (n0)" in findings["products"][1]
+    assert "rank 1 (n0)" in findings["copying"][1]
 
 
 def test_ranks_that_slow_each_other_down() -> None:
@@ -158,11 +158,11 @@ def test_bad_commands_are_refused_once(flags: list[str], named: str) -> None:
 def test_on_real_ranks() -> None:
     done = launch(3, "-m", "mpiml.doctor", "--json", MPIML_NODES="2,1")
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["facts"]["node"] == [0, 0, 2]
-    assert len(found["facts"]["gemm"]) == 3
-    assert all(rate > 1e8 for rate in found["facts"]["gemm"] + found["facts"]["copy"])
-    assert all(1e-8 < seconds < 10 for _, seconds in found["facts"]["allreduce"])
-    assert abs(found["facts"]["skew"]["2"]) < 0.1
-    assert all(0.05 < place["age"] < 60 for place in found["facts"]["places"])
-    assert {"MPI", "all-reduce", "between nodes", "on a node"} <= {line["name"] for line in found["findings"]}
+    content = json.loads(done.stdout)
+    assert content["facts"]["node"] == [0, 0, 2]
+    assert len(content["facts"]["gemm"]) == 3
+    assert all(rate > 1e8 for rate in content["facts"]["gemm"] + content["facts"]["copy"])
+    assert all(1e-8 < seconds < 10 for _, seconds in content["facts"]["allreduce"])
+    assert abs(content["facts"]["skew"]["2"]) < 0.1
+    assert all(0.05 < place["age"] < 60 for place in content["facts"]["places"])
+    assert {"MPI", "all-reduce", "between nodes", "on a node"} <= {line["name"] for line in content["findings"]}

@@ -59,10 +59,10 @@ def test_evaluation_is_by_running_averages_and_leaves_them() -> None:
     expected = layer.gain.value * (x - mean) / np.sqrt(variance + 1e-5) + layer.bias.value
     np.testing.assert_allclose(y, expected, rtol=1e-12)
     dy = np.random.default_rng(9).standard_normal(x.shape)
-    found = {"dx": backward(dy, grads), "gain": grads[layer.gain], "bias": grads[layer.bias]}
+    gradients = {"dx": backward(dy, grads), "gain": grads[layer.gain], "bias": grads[layer.bias]}
     for name, where in {"dx": x, "gain": layer.gain.value, "bias": layer.bias.value}.items():
         by_hand = slopes(lambda: float(np.sum(layer(x, EVALUATION)[0] * dy)), where)
-        np.testing.assert_allclose(found[name], by_hand, rtol=1e-6, atol=1e-8, err_msg=name)
+        np.testing.assert_allclose(gradients[name], by_hand, rtol=1e-6, atol=1e-8, err_msg=name)
     np.testing.assert_array_equal(grads[layer.running_mean], 3 * mean)
     np.testing.assert_array_equal(grads[layer.running_variance], 3 * variance)
 

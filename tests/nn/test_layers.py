@@ -58,10 +58,10 @@ def test_gradients_are_the_slopes(case: str) -> None:
     def f() -> float:
         return float(np.sum(bench.forward(x)[0] * dy))
 
-    dx, *found = bench.both(x)
+    dx, *gradients = bench.both(x)
     if not bench.tokens:
         np.testing.assert_allclose(dx, slopes(f, x), rtol=1e-6, atol=1e-8)
-    for parameter, gradient in zip(bench.layout.parameters, found, strict=True):
+    for parameter, gradient in zip(bench.layout.parameters, gradients, strict=True):
         if parameter.momentum is not None:
             continue  # a statistic, in whose place something else is written
         np.testing.assert_allclose(gradient, slopes(f, parameter.value), rtol=1e-6, atol=1e-8, err_msg=parameter.name)
@@ -70,20 +70,20 @@ def test_gradients_are_the_slopes(case: str) -> None:
 @every_case
 def test_what_backward_calls_complete_stays_as_it_is(case: str) -> None:
     bench = Bench(case, skip_dx=True)
-    told: list[tuple[int, np.ndarray]] = []
+    completed: list[tuple[int, np.ndarray]] = []
     vector = bench.layout.zeros() + GARBAGE
-    gradients = Gradients(bench.layout, vector, lambda offset: told.append((offset, vector[offset:].copy())))
+    gradients = Gradients(bench.layout, vector, lambda offset: completed.append((offset, vector[offset:].copy())))
     for seed in range(2):
-        told.clear()
+        completed.clear()
         gradients.begin()
         y, backward = bench.forward(bench.rows(4, seed))
         backward(np.random.default_rng(seed).standard_normal(y.shape), gradients)
-        for offset, complete in told:
+        for offset, complete in completed:
             np.testing.assert_array_equal(vector[offset:], complete)
         if bench.layout.parameters:
-            assert told[-1][0] == 0
+            assert completed[-1][0] == 0
             with_matrices = [layer for layer in bench.layers if any(p.decay for p in nn.parameters([layer]))]
-            assert len({offset for offset, _ in told}) >= min(2, len(with_matrices))
+            assert len({offset for offset, _ in completed}) >= min(2, len(with_matrices))
 
 
 @every_case
@@ -98,8 +98,8 @@ def test_microbatches_in_flight_do_not_mix(case: str) -> None:
         grads = bench.gradients()
         dx = backward(np.random.default_rng(9).standard_normal(y.shape), grads)
         together = [np.zeros(xs[m].shape) if dx is None else dx, *(grads[p] for p in bench.layout.parameters)]
-        for mine, expected in zip(together, alone[m], strict=True):
-            np.testing.assert_array_equal(mine, expected)
+        for array, expected in zip(together, alone[m], strict=True):
+            np.testing.assert_array_equal(array, expected)
 
 
 @every_case
@@ -176,10 +176,10 @@ def test_values_by_hand(layer: Layer, x: list, y: list) -> None:
 def test_a_gradient_that_nobody_reads_changes_no_other(case: str) -> None:
     x = Bench(case).rows(3)
     _, *expected = Bench(case).both(x)
-    _, *found = Bench(case, skip_dx=True).both(x)
-    assert found
-    for mine, theirs in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(mine, theirs)
+    _, *partial = Bench(case, skip_dx=True).both(x)
+    assert partial
+    for array, other in zip(partial, expected, strict=True):
+        np.testing.assert_array_equal(array, other)
 
 
 def test_only_the_first_layer_with_parameters_skips_dx() -> None:

@@ -88,15 +88,15 @@ def test_decaying_parameters_come_last_in_layer_order() -> None:
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
 def test_complete_down_to_the_first_that_is_missing(order: tuple[int, ...]) -> None:
     layout = Layout([Parameter((3, 3), constant(0.0)) for _ in range(4)], "float64")  # at 0, 16, 32 and 48
-    told: list[int] = []
-    gradients = Gradients(layout, layout.zeros(), told.append)
+    offsets: list[int] = []
+    gradients = Gradients(layout, layout.zeros(), offsets.append)
     for _ in range(2):
-        told.clear()
+        offsets.clear()
         gradients.begin()
         for index in order:
             gradients.finished([layout.parameters[index]])
         missing = [set(order[count:]) for count in range(1, 5)]
-        assert told == [16 * max(left) + 9 if left else 0 for left in missing]
+        assert offsets == [16 * max(left) + 9 if left else 0 for left in missing]
 
 
 def test_statistics_come_first_and_do_not_decay() -> None:
@@ -163,11 +163,11 @@ def test_padding_stays_zero(name: str, dtype: str) -> None:
 def test_first_values_depend_on_seed_and_name_alone(part: slice, dtype: str) -> None:
     layers = model()
     whole, some = layout_of(layers, dtype), layout_of(layers[part], dtype)
-    everything, mine = whole.zeros(), some.zeros()
+    everything, values = whole.zeros(), some.zeros()
     whole.initialise(everything, seed=4)
-    some.initialise(mine, seed=4)
-    assert named(some, mine)
-    for name, view in named(some, mine).items():
+    some.initialise(values, seed=4)
+    assert named(some, values)
+    for name, view in named(some, values).items():
         np.testing.assert_array_equal(view, named(whole, everything)[name])
 
 

@@ -107,10 +107,10 @@ def test_layer(case: str) -> None:
     ty.backward(torch.from_numpy(dy))
     close(y, ty)
     close(dx, tx.grad)
-    mine = to_torch([layer], {p.name: grads[p] for p in layout.parameters}, shape)
-    assert list(mine) == [name for name, _ in module.named_parameters()]
+    exported = to_torch([layer], {p.name: grads[p] for p in layout.parameters}, shape)
+    assert list(exported) == [name for name, _ in module.named_parameters()]
     for name, weight in module.named_parameters():
-        close(mine[name], weight.grad)
+        close(exported[name], weight.grad)
 
 
 def norm_relu_convolution(width: int) -> list[Any]:
@@ -182,8 +182,8 @@ def test_batch_norm_and_its_running_averages() -> None:
         ty.backward(torch.from_numpy(dy))
         y, backward = layer(x, nn.At(training=True))
         grads = Gradients(layout, layout.zeros())
-        for mine, other in ((y, ty), (backward(dy, grads), tx.grad)):
-            close(mine, other)
+        for array, other in ((y, ty), (backward(dy, grads), tx.grad)):
+            close(array, other)
         close(grads[layer.gain], theirs.weight.grad)
         close(grads[layer.bias], theirs.bias.grad)
         for statistic in (layer.running_mean, layer.running_variance):
@@ -194,10 +194,10 @@ def test_batch_norm_and_its_running_averages() -> None:
     close(layer(x, nn.At(training=False))[0], outputs(module, torch.from_numpy(x)))
 
 
-def close(mine: Array, theirs: Any) -> None:
+def close(array: Array, theirs: Any) -> None:
     """Equal but for rounding, which is of the size of the largest values that are added up."""
     expected = theirs.detach().numpy()
-    np.testing.assert_allclose(mine, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(array, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
 
 
 def test_embedding() -> None:

@@ -150,7 +150,7 @@ def test_bits_do_not_depend_on_where_arrays_lie(case: str) -> None:
     layout = prepared([layer], "float32")
     x = np.random.default_rng(0).standard_normal(shape).astype("float32")
     dy = np.random.default_rng(1).standard_normal((shape[0], *layer.output_shape(shape[1:]))).astype("float32")
-    found = []
+    results = []
     for offset in (0, 4, 16, 64):
         there, gradient = placed(x, offset), placed(dy, offset)
         there.flags.writeable = offset != 16
@@ -162,12 +162,12 @@ def test_bits_do_not_depend_on_where_arrays_lie(case: str) -> None:
         y, backward = layer(there, AT)
         grads = Gradients(layout, layout.zeros())
         dx = backward(gradient, grads)
-        found.append((y.tobytes(), dx.tobytes(), grads.vector.tobytes()))
-    assert len(set(found)) == 1
+        results.append((y.tobytes(), dx.tobytes(), grads.vector.tobytes()))
+    assert len(set(results)) == 1
     layer.needs_dx = False
     y, backward = layer(x, AT)
     assert backward(dy, grads) is None
-    assert grads.vector.tobytes() == found[0][2]
+    assert grads.vector.tobytes() == results[0][2]
 
 
 def test_evaluation_draws_nothing_and_writes_nothing() -> None:
@@ -203,19 +203,21 @@ def test_parameters_are_views_of_the_values_and_nothing_else_is_kept() -> None:
     layers = as_layers(Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 4)), "float32", 1)
     nn.name(layers)
     assert [p.name for p in nn.parameters(layers)] == [f"layers.{n}.{p}" for n in (0, 1) for p in ("weight", "bias")]
-    mine, other = (Layout(nn.parameters([layer]), "float32") for layer in layers)
-    values = mine.zeros()
-    mine.bind(values)
+    layout, other = (Layout(nn.parameters([layer]), "float32") for layer in layers)
+    values = layout.zeros()
+    layout.bind(values)
     first = layers[0].module.weight.detach().clone()
-    mine.initialise(values, 0)
-    np.testing.assert_array_equal(mine.parameters[0].value, first)
+    layout.initialise(values, 0)
+    np.testing.assert_array_equal(layout.parameters[0].value, first)
     layers[0](np.ones((3, 6), np.float32), AT)
-    for parameter, tensor in zip(mine.parameters, layers[0].module.parameters(), strict=True):
+    for parameter, tensor in zip(layout.parameters, layers[0].module.parameters(), strict=True):
         assert tensor.data_ptr() == parameter.value.ctypes.data
     elsewhere = values + 1  # other values, as of a checkpoint that is evaluated
-    mine.bind(elsewhere)
+    layout.bind(elsewhere)
     y, _ = layers[0](np.ones((3, 6), np.float32), AT)
-    np.testing.assert_allclose(y, np.ones((3, 6)) @ mine.parameters[0].value.T + mine.parameters[1].value, rtol=1e-6)
+    np.testing.assert_allclose(
+        y, np.ones((3, 6)) @ layout.parameters[0].value.T + layout.parameters[1].value, rtol=1e-6
+    )
     module, weight = weakref.ref(layers[1].module), weakref.ref(layers[1].module.weight)
     del layers[1], tensor
     gc.collect()
@@ -300,7 +302,7 @@ def test_what_modules_are_made_of_is_compared_between_ranks() -> None:
 
 
 def test_constants_are_what_training_does_not_change() -> None:
-    def found(change: str = "") -> dict[str, str]:
+    def constants(change: str = "") -> dict[str, str]:
         with keyed(0):
             module = Odd()
         for name in change.split():
@@ -308,8 +310,8 @@ def test_constants_are_what_training_does_not_change() -> None:
         (layer,) = build([module], (3, 6))
         return torch_modules.constants([layer])
 
-    assert list(found()) == ["layers.0.fixed", "layers.0.offset"]
-    assert found("first.weight second.bias") == found()
+    assert list(constants()) == ["layers.0.fixed", "layers.0.offset"]
+    assert constants("first.weight second.bias") == constants()
     assert torch_modules.constants([nn.Linear(6, 4)]) is None
 
 

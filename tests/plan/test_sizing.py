@@ -112,20 +112,20 @@ GRIDS = [(ranks, node) for ranks in (1, 2, 3, 4, 5, 7, 8) for node in (1, 2, 3, 
 def test_messages_are_those_of_the_tree(ranks: int, node_ranks: int, microbatches: int) -> None:
     """For any grid, from the plans that replicas really follow."""
     made = job(ranks, node_ranks, microbatches=microbatches)
-    found, nodes = costs.traffic(made, 0), made.groups(0)
-    sizes = found.slices
+    traffic, nodes = costs.traffic(made, 0), made.groups(0)
+    sizes = traffic.slices
     assert sizes.sum() == bytes_of(made.stages[0].layout.size, "float32") - padding(made)
     for replica in range(ranks):
         own = tree.sum_plan(replica, nodes, microbatches)
-        assert found.gradients_out[replica] == sum(sizes[message.owner] for message in own.messages)
-        assert found.packed[replica] == sum(sizes[m.owner] for m in own.messages if len(m.contributions) > 1)
-        assert found.gradients_in[replica] == sizes[replica] * sum(c.node is not None for c in own.contributions)
+        assert traffic.gradients_out[replica] == sum(sizes[message.owner] for message in own.messages)
+        assert traffic.packed[replica] == sum(sizes[m.owner] for m in own.messages if len(m.contributions) > 1)
+        assert traffic.gradients_in[replica] == sizes[replica] * sum(c.node is not None for c in own.contributions)
         partners, _ = tree.links(replica, nodes)
-        assert found.values_out[replica] == sizes[replica] * len(partners)
+        assert traffic.values_out[replica] == sizes[replica] * len(partners)
     homes = made.homes(0)
     for node in set(homes):
-        assert found.gradients_abroad[node] == found.gradients_out[homes == node].sum()
-        assert found.values_abroad[node] == found.values_out[homes == node].sum()
+        assert traffic.gradients_abroad[node] == traffic.gradients_out[homes == node].sum()
+        assert traffic.values_abroad[node] == traffic.values_out[homes == node].sum()
 
 
 def padding(made: Job) -> int:
@@ -138,10 +138,10 @@ def padding(made: Job) -> int:
 
 def test_private_memory_sends_on_nodes_too() -> None:
     made = job(4, 2, memory="private", microbatches=4)
-    found = costs.traffic(made, 0)
-    assert found.gradients_out.sum() == 3 * found.slices.sum()
-    assert found.gradients_abroad.sum() == 2 * found.slices.sum()
-    assert found.values_abroad.sum() == 2 * found.slices.sum()
+    traffic = costs.traffic(made, 0)
+    assert traffic.gradients_out.sum() == 3 * traffic.slices.sum()
+    assert traffic.gradients_abroad.sum() == 2 * traffic.slices.sum()
+    assert traffic.values_abroad.sum() == 2 * traffic.slices.sum()
     assert costs.traffic(job(4, 2, allreduce="mpi"), 0).gradients_out.sum() == 0
 
 
@@ -221,13 +221,13 @@ def test_a_real_run_allocates_and_sends_as_planned(
     assert isinstance(data, Recording)
     assert isinstance(pipe, Recording)
 
-    found, held = costs.traffic(made, stage), costs.stage_memory(made, stage, 0.0)
-    assert data.total("gradients out") == found.gradients_out[replica]
-    assert data.total("gradients in") == found.gradients_in[replica]
-    assert data.total("values out") == found.values_out[replica]
+    traffic, held = costs.traffic(made, stage), costs.stage_memory(made, stage, 0.0)
+    assert data.total("gradients out") == traffic.gradients_out[replica]
+    assert data.total("gradients in") == traffic.gradients_in[replica]
+    assert data.total("values out") == traffic.values_out[replica]
     owners = tree.links(replica, made.groups(stage))[1]
-    assert data.total("values in") == sum(found.slices[owner] for owner in owners)
-    assert sum(kind.endswith("out") for kind, *_ in data.notes) <= found.messages[replica]  # nothing is not sent
+    assert data.total("values in") == sum(traffic.slices[owner] for owner in owners)
+    assert sum(kind.endswith("out") for kind, *_ in data.notes) <= traffic.messages[replica]  # nothing is not sent
     assert sum(bytes_of(slot.size, slot.dtype) for slot in sum_.slots) == held.gradients[replica]
     assert bytes_of(sum_.values.vector.size, sum_.values.vector.dtype) == held.values
     assert sum(state.nbytes for state in run.update.states.values()) == held.state[replica]
@@ -245,7 +245,7 @@ def test_a_real_run_allocates_and_sends_as_planned(
     run.free()
 
 
-def told(*arguments: str, blocked: bool = False) -> subprocess.CompletedProcess[str]:
+def plan_command(*arguments: str, blocked: bool = False) -> subprocess.CompletedProcess[str]:
     """What `python -m mpiml.plan` says; `blocked`: where mpi4py cannot be imported."""
     without = "import sys, runpy; sys.modules['mpi4py'] = None; runpy.run_module('mpiml.plan', run_name='__main__')"
     command = [sys.executable, *(["-c", without] if blocked else ["-m", "mpiml.plan"]), *arguments]
@@ -253,13 +253,13 @@ def told(*arguments: str, blocked: bool = False) -> subprocess.CompletedProcess[
 
 
 def test_the_command_needs_no_mpi() -> None:
-    done = told("--ranks", "64", "--node-ranks", "16", "--pipe", "4", "--hidden", "128,128,128", blocked=True)
+    done = plan_command("--ranks", "64", "--node-ranks", "16", "--pipe", "4", "--hidden", "128,128,128", blocked=True)
     assert done.returncode == 0, done.stderr
     assert "64 ranks = 4 stages x 16 replicas; --microbatches 128 repeats these bits" in done.stdout
     assert "4 nodes of 16 ranks" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 120
-    found = json.loads(told("--ranks", "6", "--json", "--batch", "60").stdout)
-    assert (found["nodes"], found["microbatches"], len(found["stages"])) == (1, 6, 1)
+    content = json.loads(plan_command("--ranks", "6", "--json", "--batch", "60").stdout)
+    assert (content["nodes"], content["microbatches"], len(content["stages"])) == (1, 6, 1)
 
 
 @pytest.mark.parametrize(
@@ -294,9 +294,9 @@ def test_code_of_ones_own_is_looked_at_as_in_training(
     assert main(["--ranks", "2", "--loss", "my_plan:none"]) == 78
     assert "--loss my_plan:none" in capsys.readouterr().err
     assert main(["--ranks", "2", "--model", "my_plan:fails"]) == 70
-    told = capsys.readouterr().err
-    assert "my_plan.py" in told
-    assert "KeyError: 'my own trouble'" in told
+    errors = capsys.readouterr().err
+    assert "my_plan.py" in errors
+    assert "KeyError: 'my own trouble'" in errors
 
 
 def test_embedding_that_is_too_small_for_the_text_is_refused(

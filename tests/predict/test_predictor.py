@@ -80,12 +80,12 @@ def test_two_nodes_by_hand() -> None:
     """One block belongs to rank 0, another to rank 1: each node sends the other's part, and gets it back."""
     here, apart = job(2, 2, microbatches=2), job(2, 1, microbatches=2)
     within, between = (step_time(one, machine(), NETWORK) for one in (here, apart))
-    found = costs.traffic(apart, 0)
-    busiest = found.gradients_out.max() + found.values_out.max()  # one after the other
+    traffic = costs.traffic(apart, 0)
+    busiest = traffic.gradients_out.max() + traffic.values_out.max()  # one after the other
     record = 1e-3 + 8 * (2 + 2 * 4) / 1e6  # loss, weight, and two columns of accuracy
-    exchanged = busiest / 1e6 + found.messages.max() * 1e-3
+    exchanged = busiest / 1e6 + traffic.messages.max() * 1e-3
     assert between.communication - within.communication == pytest.approx(record + exchanged)
-    assert within.update == pytest.approx(found.slices.max() / 4 * (1e-3 + 1e-4))  # two parts make one addition
+    assert within.update == pytest.approx(traffic.slices.max() / 4 * (1e-3 + 1e-4))  # two parts make one addition
     assert between.compute == pytest.approx(within.compute)
 
 
@@ -109,18 +109,18 @@ def test_between_measured_sizes() -> None:
 
 
 def test_backward_passes_are_measured_from_the_last_layer() -> None:
-    found = curves_of([[1, 2, 3, 4, 5, 6, 7], [10, 20, 30, 40, 50, 60, 70]], 2)
-    assert (found["inputs"], found["loss"], found["update"]) == ([1, 10], [4, 40], [7, 70])
-    assert (found["forward"], found["backward"]) == ([[2, 20], [3, 30]], [[6, 60], [5, 50]])
+    curves = curves_of([[1, 2, 3, 4, 5, 6, 7], [10, 20, 30, 40, 50, 60, 70]], 2)
+    assert (curves["inputs"], curves["loss"], curves["update"]) == ([1, 10], [4, 40], [7, 70])
+    assert (curves["forward"], curves["backward"]) == ([[2, 20], [3, 30]], [[6, 60], [5, 50]])
 
 
 def test_larger_nodes_than_the_measured_one_are_assumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     known(tmp_path, one=[1.0], two=[1.0])
     for ranks, node_ranks, cores in (("1,4,32", "64", "32"), ("4,32", "8", "8"), ("4", "64", None), ("32", "4", None)):
         assert main(["predict", str(tmp_path), "--ranks", ranks, "--node-ranks", node_ranks]) == 0
-        told = capsys.readouterr().out
-        assert ("ASSUMED: nodes" in told) == (cores is not None)
-        assert cores is None or f"ASSUMED: nodes of {cores} cores, on each of which a rank computes" in told
+        output = capsys.readouterr().out
+        assert ("ASSUMED: nodes" in output) == (cores is not None)
+        assert cores is None or f"ASSUMED: nodes of {cores} cores, on each of which a rank computes" in output
 
 
 def test_how_a_network_is_known(tmp_path: Path) -> None:
@@ -170,17 +170,17 @@ def known(directory: Path, **measured: list[float]) -> Path:
 
 def test_predictions_are_checked_against_points(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     known(tmp_path, one=[1.0], two=[1.0])
-    found, left_out = predictor.compare(tmp_path)
-    one, two = (each.predicted for each in found)
+    compared, left_out = predictor.compare(tmp_path)
+    one, two = (each.predicted for each in compared)
     assert left_out == 1  # eight ranks have to take turns
     for name, factor, code in (("good", 1.1, 0), ("bad", 1.5, 1)):
         (tmp_path / name).mkdir()
         study = known(tmp_path / name, one=[one * factor * 1e3] * 2, two=[two * factor * 1e3] * 2)
         assert main(["check", str(study)]) == code
-        told = capsys.readouterr().out
-        assert "2 points" in told
-        assert f"median error {1 - 1 / factor:.0%}" in told
-        assert "more ranks than cores: 1 point\n" in told
+        output = capsys.readouterr().out
+        assert "2 points" in output
+        assert f"median error {1 - 1 / factor:.0%}" in output
+        assert "more ranks than cores: 1 point\n" in output
     (tmp_path / "loud").mkdir()
     study = known(tmp_path / "loud", one=[one * 1e3, one * 2e3], two=[two * 1e3, two * 2e3])
     assert main(["check", str(study)]) == 1
@@ -192,17 +192,17 @@ def test_predictions_are_checked_against_points(tmp_path: Path, capsys: pytest.C
 def test_the_best_grid_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     known(tmp_path, one=[1.0], two=[1.0])
     assert main(["predict", str(tmp_path), "--ranks", "1,4,64", "--node-ranks", "4", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["predictions"]
-    assert {(one["ranks"], one["stages"]) for one in found} == {(1, 1), (4, 1), (4, 2), (4, 4), (64, 2), (64, 4)}
-    best = max((one for one in found if one["ranks"] == 4), key=lambda one: one["samples_per_second"])
+    content = json.loads(capsys.readouterr().out)["predictions"]
+    assert {(one["ranks"], one["stages"]) for one in content} == {(1, 1), (4, 1), (4, 2), (4, 4), (64, 2), (64, 4)}
+    best = max((one for one in content if one["ranks"] == 4), key=lambda one: one["samples_per_second"])
 
     assert main(["predict", str(tmp_path), "--ranks", "1,4,256", "--node-ranks", "4", "--latency", "1e-5"]) == 0
-    told = capsys.readouterr().out
-    assert "ASSUMED; set it with --bandwidth" in told
-    assert f"{best['stages']} x {4 // best['stages']}" in told
-    (line,) = (line for line in told.splitlines() if line.strip().startswith("4 "))
+    output = capsys.readouterr().out
+    assert "ASSUMED; set it with --bandwidth" in output
+    assert f"{best['stages']} x {4 // best['stages']}" in output
+    (line,) = (line for line in output.splitlines() if line.strip().startswith("4 "))
     assert sum(int(cell[:-1]) for cell in line.split()[-4:]) == pytest.approx(100, abs=2)
-    assert "256 ranks: the batch has too few rows" in told
+    assert "256 ranks: the batch has too few rows" in output
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"mode": "strong", "settings": [], "points": [{"x": 1}]}'])
@@ -257,18 +257,18 @@ def test_a_real_calibration(tmp_path: Path) -> None:
     assert command("mpiml.scaling", "run", "--ranks", "1", *study, "--", *settings).returncode == 0
     done = command("mpiml.predict", "calibrate", str(directory), "--ranks", "2", "--repeats", "1", "--launcher", launch)
     assert done.returncode == 0, done.stderr
-    found = load_machine(directory)
-    assert (found.ranks, found.rows, len(found.layers)) == (2, [1, 2, 4, 8, 16, 24], 6)
-    for speeds in (found.alone, found.busy):
+    machine = load_machine(directory)
+    assert (machine.ranks, machine.rows, len(machine.layers)) == (2, [1, 2, 4, 8, 16, 24], 6)
+    for speeds in (machine.alone, machine.busy):
         curves = [speeds.inputs, speeds.loss, *speeds.forward, *speeds.backward]
         assert len(curves) == 2 + 2 * 6
         assert all(len(curve) == 6 and min(curve) >= 0 for curve in curves)
         assert min(speeds.update, speeds.add, speeds.microbatch, speeds.step) >= 0
         assert speeds.forward[1][-1] > 0
-    assert found.inside
-    assert found.between is None
-    told = command("mpiml.predict", "predict", str(directory), "--ranks", "2,6", "--node-ranks", "1")
-    assert told.returncode == 0, told.stderr
+    assert machine.inside
+    assert machine.between is None
+    predicted = command("mpiml.predict", "predict", str(directory), "--ranks", "2,6", "--node-ranks", "1")
+    assert predicted.returncode == 0, predicted.stderr
     checked = command("mpiml.predict", "check", str(directory))
     assert checked.returncode in (0, 1), checked.stderr
     assert "point: median error" in checked.stdout

@@ -176,9 +176,9 @@ def test_damaged_studies_are_refused(
     (tmp_path / STUDY).write_text(text)
     more = ["--ranks", "1", "--out"] if command == "run" else []
     assert main([command, *more, str(tmp_path)]) == 74
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert f"{tmp_path / STUDY} is damaged" in told
+    errors = capsys.readouterr().err
+    assert errors.count("\n") == 1
+    assert f"{tmp_path / STUDY} is damaged" in errors
 
 
 TARGET = {"target": 0.9, "max_epochs": 3}
@@ -288,11 +288,11 @@ def test_a_real_study(tmp_path: Path) -> None:
     assert done.stdout.count("trained, test accuracy") == 2
     files = sorted((tmp_path / "s" / POINTS).iterdir())
     assert len(files) == 6  # one and two ranks, and one rank with two micro-batches, twice each
-    found = json.loads(files[-1].read_text())
-    assert (found["ranks"], found["microbatches"], len(found["step_seconds"])) == (2, 2, 3)
-    assert all(0 < seconds < 10 for seconds in found["step_seconds"])
+    measured = json.loads(files[-1].read_text())
+    assert (measured["ranks"], measured["microbatches"], len(measured["step_seconds"])) == (2, 2, 3)
+    assert all(0 < seconds < 10 for seconds in measured["step_seconds"])
     # The mean over ranks; each step's seconds are of its slowest rank, so they are more, if not by much.
-    assert 0.7 < sum(found["shares"].values()) / (sum(found["step_seconds"]) / 3) < 1.1
+    assert 0.7 < sum(measured["shares"].values()) / (sum(measured["step_seconds"]) / 3) < 1.1
 
     files[0].unlink()
     part = command("mpiml.scaling", "run", "--ranks", "2", *study, "--only", "2,1", "--", "--hidden", "16", "--quiet")
@@ -303,8 +303,8 @@ def test_a_real_study(tmp_path: Path) -> None:
     assert (other.returncode, "choose another --out" in other.stderr) == (78, True)
 
     pytest.importorskip("matplotlib")
-    told = command("mpiml.scaling", "report", str(tmp_path / "s"))
-    assert told.returncode == 0, told.stderr
+    reported = command("mpiml.scaling", "report", str(tmp_path / "s"))
+    assert reported.returncode == 0, reported.stderr
     images = re.findall(r"^!\[.*\]\((.*)\)$", (tmp_path / "s" / "scaling.md").read_text(), re.MULTILINE)
     assert [(tmp_path / "s" / name).exists() for name in images] == [True] * 5
     rows = list(csv.DictReader((tmp_path / "s" / "scaling.csv").open()))
@@ -327,9 +327,9 @@ def test_failed_jobs_are_told_and_tried_again(tmp_path: Path, capsys: pytest.Cap
     start = script(tmp_path / "start", "echo some warning >&2; echo mpiml: broken >&2; exit 3")
     study = ["run", "--ranks", "1", "--repeats", "1", "--out", str(tmp_path / "s"), "--launcher", start]
     assert main(study) == 1
-    told = capsys.readouterr()
-    assert "failed, exit code 3: mpiml: broken\n" in told.out
-    assert "tries them again" in told.err
+    printed = capsys.readouterr()
+    assert "failed, exit code 3: mpiml: broken\n" in printed.out
+    assert "tries them again" in printed.err
 
 
 def test_line_that_names_the_fault() -> None:
@@ -341,7 +341,7 @@ def test_line_that_names_the_fault() -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "told"),
+    ("error", "code", "printed"),
     [
         (ConfigError("no"), 78, "p: no\n"),
         (KeyboardInterrupt(), 130, "p: interrupted\n"),
@@ -349,13 +349,13 @@ def test_line_that_names_the_fault() -> None:
     ],
 )
 def test_commands_end_in_one_line(
-    error: BaseException, code: int, told: str, capsys: pytest.CaptureFixture[str]
+    error: BaseException, code: int, printed: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def act() -> int:
         raise error
 
     assert run_command("p", act) == code
-    assert capsys.readouterr().err == told
+    assert capsys.readouterr().err == printed
 
 
 @pytest.mark.parametrize("module", ["plan --ranks 4", "doctor"])
@@ -408,9 +408,9 @@ def test_bad_commands_are_refused_and_leave_nothing_behind(
 ) -> None:
     out = ["--out", str(tmp_path / "s")] if arguments[0] == "run" else []
     assert main([arguments[0], *out, *arguments[1:]]) == 78
-    told = capsys.readouterr().err
-    assert named in told
-    assert told.count("\n") == 1
+    errors = capsys.readouterr().err
+    assert named in errors
+    assert errors.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
