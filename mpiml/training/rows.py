@@ -93,8 +93,10 @@ def normalized(split_: Split, by: Normalization, dtype: DTypeLike) -> Split:
 
 
 def find_transform(config: Config, data: Dataset) -> Callable[..., Any] | None:
-    """The user's function for rows to train on, if there is one. Raises ConfigError if it is none, and when called,
-    DataError for labels that are no classes."""
+    """The user's function for rows to train on, if there is one.
+
+    Raises ConfigError if what is named cannot be called so; when called, DataError for labels that are not classes.
+    """
     if not config.transform:
         return None
     function: Callable[..., Any] = named(config.transform, "--transform")

@@ -41,7 +41,7 @@ def settings_of(saved: Checkpoint, follow: Collection[str], named: Mapping[str, 
         named: what the user has named of CODE, in place of what the checkpoint says: text, or an object that the caller
             will use instead; None where nothing was.
 
-    Raises OutputError for what are no settings, ConfigError if code would be followed that the user has not named.
+    Raises OutputError if it holds no valid settings, ConfigError if code would be followed that the user has not named.
     """
     where = f"{saved.origin}: config"
     table = documents.from_toml(saved.config, where)
