@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import socket
 import time
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -40,7 +39,7 @@ class Owner:
     def this_process(cls, token: str) -> Owner:
         """The process that calls this."""
         pid = str(os.getpid())
-        return cls(token, socket.gethostname() or "unknown", kernel() or "unknown", pid, _started(pid))
+        return cls(token, os.uname().nodename or "unknown", kernel() or "unknown", pid, _started(pid))
 
     @classmethod
     def parse(cls, content: bytes) -> Owner | None:
