@@ -1,9 +1,11 @@
 """Random numbers are a function of seed and purpose alone."""
 
+import random
+
 import numpy as np
 import pytest
 
-from mpiml.random import generator
+from mpiml.random import Draws, generator, keyed
 
 
 def numbers(seed: int, *purpose: str | int) -> list[int]:
@@ -43,3 +45,33 @@ def test_keys_do_not_depend_on_the_process() -> None:
 
 def test_large_seeds_are_told_apart() -> None:
     assert len({tuple(numbers(seed, "init")) for seed in (0, 2**32, 2**64, 2**128)}) == 4
+
+
+def test_what_is_drawn_from_the_process_is_keyed_and_put_back() -> None:
+    random.seed(1)
+    np.random.seed(1)
+    expected = random.random(), np.random.random()
+    random.seed(1)
+    np.random.seed(1)
+    with keyed(["NumPy", "Python"], 7, "forward", 3):
+        first = random.random(), np.random.random()
+    with keyed(["NumPy", "Python"], 7, "forward", 3):
+        assert (random.random(), np.random.random()) == first
+    with keyed(["NumPy", "Python"], 7, "forward", 4):
+        assert random.random() != first[0]
+        assert np.random.random() != first[1]
+    assert (random.random(), np.random.random()) == expected
+
+
+def test_draws_names_the_generators_that_are_drawn_from() -> None:
+    before = np.random.get_state()[1].tolist()
+    with Draws(0) as draws:
+        pass
+    assert draws.which == frozenset()
+    with Draws(0) as draws:
+        np.random.random()
+    assert draws.which == {"NumPy"}
+    with Draws(0) as draws:
+        random.random()
+    assert draws.which == {"Python"}
+    assert np.random.get_state()[1].tolist() == before

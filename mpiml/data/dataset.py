@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,14 +23,15 @@ DIGITS = Path(__file__).with_name("digits.npz")
 
 @dataclass
 class Split:
-    """Inputs x and labels y of the training rows, or of the test rows."""
+    """Inputs x, labels y and weights w of the training rows, or of the test rows; without weights, rows count 1."""
 
     x: Source
     y: Source
+    w: Source | None = None
 
     def ignoring(self, label: int | None) -> Split:
         """These rows with -1 in place of `label`, the one to be ignored; unchanged if it is -1 or None."""
-        return self if label in (None, -1) else Split(self.x, LabelSource(self.y, label))
+        return self if label in (None, -1) else dataclasses.replace(self, y=LabelSource(self.y, label))
 
     def __len__(self) -> int:
         return len(self.x)
@@ -151,6 +153,10 @@ class Batch:
     def y(self) -> NDArray[np.generic]:
         """The labels: classes as np.intp, values in the run's dtype."""
         return self._transformed[1] if self.transform else self._y()
+
+    def w(self) -> NDArray[np.floating] | None:
+        """The weights of the rows, in the run's dtype; None if each counts 1."""
+        return None if self.split.w is None else self.split.w.rows(self.select()).astype(self.dtype, copy=False)
 
     def _x(self) -> NDArray[np.floating]:
         return self.split.x.rows(self.select()).astype(self.dtype, copy=False)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 AHEAD = 2  # steps to read ahead by default
 HANDOVER = 2e-4  # seconds that it takes to pass the rows of a step from thread to thread
 TRIES = 3  # timings, of which the fastest counts: others may have been disturbed
-Prepared = list[tuple[NDArray[np.floating], NDArray[np.generic]]]  # x, y of micro-batches; None if not needed
+Prepared = list[tuple[Any, Any, Any]]  # x, y, w of micro-batches; None if not needed
 
 
 @dataclass
@@ -41,11 +41,18 @@ class ReadyBatch:
 
     def x(self) -> NDArray[np.floating]:
         """The inputs, in the run's dtype."""
-        return self.prepared.result()[self.position][0]
+        x: NDArray[np.floating] = self.prepared.result()[self.position][0]
+        return x
 
     def y(self) -> NDArray[np.generic]:
         """The labels."""
-        return self.prepared.result()[self.position][1]
+        y: NDArray[np.generic] = self.prepared.result()[self.position][1]
+        return y
+
+    def w(self) -> NDArray[np.floating] | None:
+        """The weights of the rows; None if each counts 1."""
+        w: NDArray[np.floating] | None = self.prepared.result()[self.position][2]
+        return w
 
 
 class ReadAhead:
@@ -54,7 +61,7 @@ class ReadAhead:
     Args:
         steps: 0 reads nothing ahead and starts no thread.
         last: the number of the last step.
-        x, y: whether this rank needs inputs, and labels.
+        x, y: whether this rank needs inputs, and labels with their weights.
     """
 
     def __init__(self, shards: Shards, steps: int, last: int, x: bool, y: bool):
@@ -100,10 +107,13 @@ class ReadAhead:
             batches, prepared = request
             if prepared.set_running_or_notify_cancel():
                 try:
-                    rows: Any = [(b.x() if x and b.rows else None, b.y() if y and b.rows else None) for b in batches]
-                    prepared.set_result(rows)
+                    prepared.set_result([_read(batch, x and batch.rows > 0, y and batch.rows > 0) for batch in batches])
                 except BaseException as error:  # raised again by x() and y()
                     prepared.set_exception(error)
+
+
+def _read(batch: Batch, x: bool, y: bool) -> tuple[Any, Any, Any]:
+    return batch.x() if x else None, batch.y() if y else None, batch.w() if y else None
 
 
 def steps_ahead(shards: Shards) -> int:

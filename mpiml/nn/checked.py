@@ -24,7 +24,7 @@ class OwnLoss:
         self.flag = f"--loss {name}"
         self.loss = called_with(named(name, "--loss"), self.flag, "y", "labels")
 
-    def __call__(self, y: Array, labels: Labels) -> tuple[float, float, Array]:
+    def __call__(self, y: Array, labels: Labels, weights: Array | None = None) -> tuple[float, float, Array]:
         result = self.loss(y, labels)
         try:
             total, weight, dy = result

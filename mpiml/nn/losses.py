@@ -16,9 +16,12 @@ Labels = NDArray[np.generic]
 
 
 class Loss(Protocol):
-    """`loss(y, labels)` returns (sum over rows of weight x loss, sum of weights, gradient of the first by y)."""
+    """`loss(y, labels, weights)` returns (sum over rows of weight x loss, sum of weights, gradient of the first by y).
 
-    def __call__(self, y: Array, labels: Labels) -> tuple[float, float, Array]: ...
+    `weights` (rows,) multiply what the rows count for by themselves; None: by 1.
+    """
+
+    def __call__(self, y: Array, labels: Labels, weights: Array | None = None) -> tuple[float, float, Array]: ...
 
 
 class Metric(Protocol):
@@ -35,7 +38,7 @@ class Metric(Protocol):
     def value(self, totals: Sequence[float]) -> float: ...
 
 
-def softmax_cross_entropy(y: Array, labels: Labels) -> tuple[float, float, Array]:
+def softmax_cross_entropy(y: Array, labels: Labels, weights: Array | None = None) -> tuple[float, float, Array]:
     """-log softmax(y)[label] of every label; returns as Loss.
 
     y (rows, ..., classes), labels (rows, ...) integers in 0..classes-1, each of weight one; a label of -1 (padding, a
@@ -54,16 +57,26 @@ def softmax_cross_entropy(y: Array, labels: Labels) -> tuple[float, float, Array
     masked = goals < 0
     losses[masked] = 0
     dy[masked] = 0
+    weight = float(np.count_nonzero(~masked))
+    if weights is not None:
+        each = np.repeat(weights, len(goals) // max(len(weights), 1))
+        losses *= each
+        dy *= each[:, None]
+        weight = float(np.add.reduce(each[~masked], dtype=np.float64))
     loss = float(np.add.reduce(losses, dtype=np.float64))
-    return loss, float(np.count_nonzero(~masked)), dy.reshape(y.shape)
+    return loss, weight, dy.reshape(y.shape)
 
 
-def mean_squared_error(y: Array, labels: Labels) -> tuple[float, float, Array]:
+def mean_squared_error(y: Array, labels: Labels, weights: Array | None = None) -> tuple[float, float, Array]:
     """The mean over a row's outputs of (y - label)^2, of weight one; returns as Loss. y and labels (rows, outputs)."""
     error: Array = y - labels.reshape(y.shape).astype(y.dtype, copy=False)
     outputs = max(math.prod(y.shape[1:]), 1)
-    loss = float(np.add.reduce(np.square(error, dtype=np.float64), axis=None)) / outputs
-    return loss, float(len(y)), error * (2 / outputs)
+    squares = np.square(error, dtype=np.float64)
+    if weights is None:
+        return float(np.add.reduce(squares, axis=None)) / outputs, float(len(y)), error * (2 / outputs)
+    each = weights.reshape(-1, *[1] * (y.ndim - 1))
+    loss = float(np.add.reduce(squares * each, axis=None)) / outputs
+    return loss, float(np.add.reduce(weights, dtype=np.float64)), error * (each * (2 / outputs))
 
 
 class Accuracy:

@@ -15,8 +15,9 @@ from mpiml.documents import check_regular
 from mpiml.errors import ConfigError
 from mpiml.nn.base import Array, At, Backward, Layer, described
 from mpiml.nn.parameters import Gradients, Parameter, Shape
-from mpiml.nn.torch_tensors import as_tensor, checksum, first_values, gradients, keyed, prepare_torch
+from mpiml.nn.torch_tensors import as_tensor, checksum, first_values, gradients, prepare_torch
 from mpiml.nn.torch_trial import ROWS, Trial, attempt, check_parameters
+from mpiml.random import keyed
 
 T = TypeVar("T")
 
@@ -50,7 +51,10 @@ class TorchLayer(Layer):
         wanted = list(self.tensors.values())
         if wants_dx := self.needs_dx and not trial.takes_ids:
             wanted.append(source.requires_grad_(at.training))
-        with keyed(at.seed, "torch", self.path, at.step, at.microbatch), torch.set_grad_enabled(at.training):
+        with (
+            keyed(["PyTorch"], at.seed, "torch", self.path, at.step, at.microbatch),
+            torch.set_grad_enabled(at.training),
+        ):
             y = self._run(source, trial, at.training)
 
         def backward(dy: Array, grads: Gradients) -> Array | None:
@@ -84,7 +88,7 @@ class TorchLayer(Layer):
             raise ConfigError(f"{self._name()} gives no gradient to the layers before it: its output is detached")
         if trial.takes_ids and tokens:
             try:
-                with keyed(0), torch.no_grad():
+                with keyed(["PyTorch"], 0), torch.no_grad():
                     self.module(torch.full((ROWS[0], *shape), tokens - 1))
             except IndexError as error:
                 tables = [m for m in self.module.modules() if isinstance(m, torch.nn.Embedding)]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import weakref
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,6 @@ from torch import Tensor
 from mpiml import vectors
 from mpiml.nn.base import Array
 from mpiml.nn.parameters import Init
-from mpiml.random import key
 
 
 def prepare_torch(threads: int) -> None:
@@ -26,17 +25,6 @@ def prepare_torch(threads: int) -> None:
         torch.set_num_interop_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # only helps to find bugs, and is slow
-
-
-@contextmanager
-def keyed(seed: int, *purpose: str | int) -> Iterator[None]:
-    """Within the block, torch's random numbers are a function of seed and purpose alone."""
-    before = torch.get_rng_state()
-    torch.default_generator.manual_seed(key(seed, *purpose) >> 64)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before)
 
 
 def as_tensor(array: Array) -> Tensor:

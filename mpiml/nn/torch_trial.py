@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mpiml.errors import ConfigError
 from mpiml.nn.parameters import Shape
-from mpiml.nn.torch_tensors import checksum, keyed, leaves
+from mpiml.nn.torch_tensors import checksum, leaves
+from mpiml.random import keyed
 
 ROWS = 2, 3  # rows in two calls: an axis of fixed length cannot have both lengths, so it is not taken for the rows
 
@@ -65,7 +66,7 @@ def _run_zeros(module: torch.nn.Module, shape: Shape, dtype: torch.dtype, name: 
     for rows in ROWS:
         source = torch.zeros((rows, *shape), dtype=dtype, requires_grad=dtype.is_floating_point)
         x = source.clone()  # the module may write to it, which a leaf that requires a gradient does not allow
-        with keyed(0), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        with keyed(["PyTorch"], 0), torch.enable_grad(), FlopCounterMode(display=False) as counter:
             y = module(x)
         if not isinstance(y, Tensor):
             raise ValueError(f"it returns a {type(y).__name__}, but a layer returns one tensor")

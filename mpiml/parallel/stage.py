@@ -17,7 +17,7 @@ from mpiml.team import until, wait
 
 Array = NDArray[np.floating]
 Backward = Callable[[Array, Any], Array | None]
-Objective = Callable[[Array, NDArray[np.generic], bool], tuple[list[float], Array]]
+Objective = Callable[[Array, NDArray[np.generic], Array | None, bool], tuple[list[float], Array]]
 
 
 class Batch(Protocol):
@@ -30,6 +30,8 @@ class Batch(Protocol):
 
     def y(self) -> NDArray[np.generic]: ...
 
+    def w(self) -> Array | None: ...
+
 
 @dataclass
 class Computation:
@@ -38,8 +40,8 @@ class Computation:
     Attributes:
         forward: (x, at) -> (y, backward); backward returns the gradient with respect to x if `learned`.
         at: (training, step, micro-batch) -> forward's argument `at`.
-        objective: (y, labels, measured) -> (the micro-batch's row of sums for the step record, with those of the metric
-            if `measured`; the gradient with respect to y).
+        objective: (y, labels, weights of the rows or None, measured) -> (the micro-batch's row of sums for the step
+            record, with those of the metric if `measured`; the gradient with respect to y).
         x_shape, y_shape: of one row of input and of output.
         learns: whether this stage or one before it has parameters: then it needs a gradient.
         learned: whether a stage before it has parameters: then it passes a gradient back.
@@ -96,10 +98,10 @@ class Stage:
             self._send(self.stage + 1, y, batch)
             return None
         self.clock("data")
-        labels = batch.y()
+        labels, weights = batch.y(), batch.w()
         self.clock("compute")
         self.clock.mark("loss", batch.index)
-        sums, dy = self.computation.objective(y, labels, measured)
+        sums, dy = self.computation.objective(y, labels, weights, measured)
         row[: len(sums)] = sums
         return dy
 

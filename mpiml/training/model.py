@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import json
@@ -19,13 +18,14 @@ from mpiml.nn import base as nn
 from mpiml.nn.checked import OwnLoss, OwnMetric
 from mpiml.nn.losses import R2, Accuracy, Loss, Metric, mean_squared_error, softmax_cross_entropy
 from mpiml.nn.parameters import Shape
+from mpiml.random import global_generators, keyed
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.run.result import FIELDS
 from mpiml.training.task import Task
 from mpiml.usercode import called_with, is_name, named
 
 Model = Any  # layers, PyTorch modules, a list of both, or a function (shape, outputs) that returns such
-Objective = Callable[[Any, Any, bool], tuple[list[float], Any]]
+Objective = Callable[[Any, Any, Any, bool], tuple[list[float], Any]]
 
 
 def model_for(config: Config, task: Task, model: Model | None) -> list[nn.Layer]:
@@ -72,13 +72,13 @@ def chosen(config: Config, tokens: int = 0) -> Model:
 def _made(model: Model, config: Config, shape: Shape, outputs: int) -> Any:
     """The model, made if it is a function that makes it, with layers in place of PyTorch's modules.
 
-    What PyTorch draws for first values is a function of the seed alone.
+    What it draws from a generator of the process is a function of the seed alone.
     """
     modules = _torch_modules()
     if isinstance(model, nn.Layer) or (modules and modules.is_module(model)) or not callable(model):
         made = model
     else:
-        with modules.keyed(config.seed, "init", "torch") if modules else contextlib.nullcontext():
+        with keyed(global_generators(), config.seed, "init", "torch"):
             made = model(shape, outputs)
         if not modules and _torch_modules():  # the call itself has imported it, and drawn what it liked
             return _made(model, config, shape, outputs)
@@ -153,11 +153,11 @@ def build_metric(config: Config, outputs: int) -> Metric:
 
 
 def objective(loss: Loss, metric: Metric) -> Objective:
-    """What the last stage computes: (y, labels, measured) -> a row of the step record, and the gradient by the model's
-    output; the metric is summed only if it is to be measured."""
+    """What the last stage computes: (y, labels, weights, measured) -> a row of the step record, and the gradient by the
+    model's output; the metric is summed only if it is to be measured."""
 
-    def score(y: Any, labels: Any, measured: bool) -> tuple[list[float], Any]:
-        total, weight, dy = loss(y, labels)
+    def score(y: Any, labels: Any, weights: Any, measured: bool) -> tuple[list[float], Any]:
+        total, weight, dy = loss(y, labels, weights)
         return [total, weight, *(metric.sums(y, labels) if measured else ())], np.ascontiguousarray(dy, y.dtype)
 
     return score

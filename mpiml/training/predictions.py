@@ -51,10 +51,10 @@ class Predictions:
         self._kept: list[Rows] = []
         self._score, here.objective = here.objective, self._objective
 
-    def _objective(self, y: Rows, labels: Rows, measured: bool) -> tuple[list[float], Rows]:
+    def _objective(self, y: Rows, labels: Rows, weights: Rows | None, measured: bool) -> tuple[list[float], Rows]:
         predicted = y.argmax(axis=-1) if self._classes else y.astype(self.dtype)
         self._kept.append(np.ascontiguousarray(predicted, self.dtype).reshape(len(y), *self.shape))
-        return self._score(y, labels, measured)
+        return self._score(y, labels, weights, measured)
 
     def write(self, path: Path, tests: Evaluation) -> None:
         """Write those of all replicas; collective. Raises OutputError, on all ranks alike, if that fails."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -89,7 +90,7 @@ def build_data(config: Resolved, data: Dataset, grid: Grid) -> RunData:
 
 def normalized(split_: Split, by: Normalization, dtype: DTypeLike) -> Split:
     """A split whose inputs are normalised."""
-    return Split(NormalizedSource(split_.x, by, dtype), split_.y)
+    return dataclasses.replace(split_, x=NormalizedSource(split_.x, by, dtype))
 
 
 def find_transform(config: Config, data: Dataset) -> Callable[..., Any] | None:

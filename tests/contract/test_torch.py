@@ -61,7 +61,7 @@ def test_weights_taken_to_pytorch_score_as_in_the_run(
 
 def test_steps_are_those_of_plain_pytorch(train: Train, tmp_path: Path) -> None:
     """In float64, all rows at once in plain PyTorch against micro-batches: equal but for rounding."""
-    from mpiml.nn.torch_tensors import keyed
+    from mpiml.random import keyed
 
     random = np.random.default_rng(0)
     x, y = random.standard_normal((90, 5)), random.integers(0, 3, 90)
@@ -74,7 +74,7 @@ def test_steps_are_those_of_plain_pytorch(train: Train, tmp_path: Path) -> None:
         PYTHONPATH=str(tmp_path),
     )
     assert job.code == 0, job.err
-    with keyed(4, "init", "torch"):
+    with keyed(["PyTorch"], 4, "init", "torch"):
         net = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     for _ in range(5):

@@ -22,7 +22,8 @@ from mpiml.training.task import Task
 torch = pytest.importorskip("torch")
 from mpiml.nn import torch_modules  # noqa: E402
 from mpiml.nn.torch_modules import TorchLayer, as_layers, load_into  # noqa: E402
-from mpiml.nn.torch_tensors import as_tensor, keyed  # noqa: E402
+from mpiml.nn.torch_tensors import as_tensor  # noqa: E402
+from mpiml.random import keyed  # noqa: E402
 
 AT = nn.At(training=True, seed=3, step=5, microbatch=2)
 Module, Sequential = torch.nn.Module, torch.nn.Sequential
@@ -101,9 +102,9 @@ def inputs(case: str, rows: int, dtype: str = "float64") -> np.ndarray:
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_plain_pytorch(case: str) -> None:
     """Of two micro-batches in flight, whose backward passes come in the other order."""
-    with keyed(0):
+    with keyed(["PyTorch"], 0):
         plain = CASES[case][0]().double()
-    with keyed(0):
+    with keyed(["PyTorch"], 0):
         (layer,) = as_layers([CASES[case][0]()], "float64", 1)
     layout = prepared([layer])
     flights = []
@@ -291,7 +292,7 @@ def test_what_modules_are_made_of_is_compared_between_ranks() -> None:
             return self.net(x[:, self.index] + self.offset)
 
     def text(index: list[int], offset: float = 0.0) -> Any:
-        with keyed(0):
+        with keyed(["PyTorch"], 0):
             return described(build(Sequential(Modes(index, offset), torch.nn.Tanh())), 0)
 
     assert text([1, 4]) == text([1, 4])
@@ -303,7 +304,7 @@ def test_what_modules_are_made_of_is_compared_between_ranks() -> None:
 
 def test_constants_are_what_training_does_not_change() -> None:
     def constants(change: str = "") -> dict[str, str]:
-        with keyed(0):
+        with keyed(["PyTorch"], 0):
             module = Odd()
         for name in change.split():
             module.get_parameter(name).data += 1

@@ -145,8 +145,8 @@ def test_metrics_by_name() -> None:
 def test_the_objective_is_a_row_of_the_step_record() -> None:
     score = objective(build_loss(Config(loss="tests.usercode:absolute")), build_metric(Config(metric="r2"), 1))
     y, labels = np.array([[1.0], [5.0]], np.float32), np.array([3.0, 4.0], np.float32)
-    assert score(y, labels, False)[0] == [3, 2]
-    row, dy = score(y, labels, True)
+    assert score(y, labels, None, False)[0] == [3, 2]
+    row, dy = score(y, labels, None, True)
     assert row == [3, 2, 2, 7, 25, 5]
     assert dy.dtype == np.float32  # whatever the loss makes of it
 
