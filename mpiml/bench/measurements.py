@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 
-from mpiml.bench import formats, layers, processes, steps, sums
+from mpiml.bench import formats, layers, modules, processes, steps, sums
 from mpiml.bench.rows import Ratio
 from mpiml.run.failure import run_job
 from mpiml.run.process import prepare_process
@@ -28,7 +28,14 @@ if __name__ == "__main__":
 FUNCTIONS: list[Callable[..., Ratio]] = [
     *(steps.by_hand, steps.page_faults, steps.traced, steps.torch_ddp, steps.torch_pipeline, steps.pipeline),
     *(steps.weak_scaling, steps.oversubscribed, sums.allreduce, sums.bandwidth),
-    *(layers.torch_step, layers.torch_memory, formats.from_file, processes.memory, processes.small_product),
+    *(
+        layers.torch_step,
+        layers.torch_memory,
+        modules.torch_module,
+        formats.from_file,
+        processes.memory,
+        processes.small_product,
+    ),
 ]
 MEASUREMENTS = {function.__name__: function for function in FUNCTIONS}
 

@@ -66,6 +66,7 @@ STEP = "one rank's step: time / time of NumPy by hand"
 LAYERS = "forward, backward and update on one core: samples/s / PyTorch's"
 SUM = "all-reduce of the gradient: time / time of MPI_Allreduce"
 DATA = "data-parallel training"
+MODULES = "a PyTorch module: samples/s / PyTorch's"
 PIPE = "pipeline"
 FILES = "training on shuffled rows of a file of 200 MB: samples/s / on the same rows in memory"
 OTHER = "start and memory"
@@ -127,6 +128,19 @@ ROWS = [
         16,
         ("oversubscribed", SMALL_LAYERS, "128", "16"),
         at_least=0.30,
+    ),
+    *(
+        Row(MODULES, f"{text}, {how}", ranks, ("torch_module", model, against), at_least=least)
+        for text, model, ahead in (
+            ("mlp 784-1024-1024-10, 64 rows a rank", "mlp", 1.4),
+            ("resnet with GroupNorm, 32 images of 32 x 32 a rank", "resnet", 1.05),
+            ("gpt, 4 blocks of width 256, 8 rows of 128 tokens a rank", "gpt", 1.05),
+        )
+        for how, ranks, against, least in (
+            ("in one process", 1, "plain", 0.97),
+            ("data-parallel over gloo", 2, "distributed", ahead),
+            ("two processes that never communicate", 2, "apart", None),
+        )
     ),
     *(
         Row(PIPE, f"8 x Linear({h}) + ReLU, batch {b}: samples/s / PyTorch's", 2, ("torch_pipeline", h, b), at_least=x)

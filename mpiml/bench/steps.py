@@ -60,10 +60,11 @@ def traced(hidden: str, batch: str, microbatches: str) -> Ratio:
 
 def torch_ddp(hidden: str, rows: str) -> Ratio:
     """Samples/s over those of PyTorch's DistributedDataParallel; `rows` of each rank."""
-    from mpiml.bench.torch_distributed import data_parallel
+    from mpiml.bench import torch_distributed, torch_eager
 
     trainer = perceptron(WORLD, widths(hidden), int(rows) * WORLD.size, WORLD.size)
-    peer = data_parallel(WORLD, widths(hidden), int(rows))
+    module = torch_eager.mlp(widths(hidden))
+    peer = torch_distributed.data_parallel(WORLD, module, *images(), int(rows), "momentum")
     return ratio(WORLD, peer.step, trainer.step, trainer.repeats)
 
 

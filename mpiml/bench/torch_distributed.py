@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import itertools
 import socket
-from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from mpi4py import MPI
 from torch import nn
 from torch.distributed import init_process_group
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
-from mpiml.bench.models import RATE, images
-from mpiml.bench.torch_eager import Eager, mlp
+from mpiml.bench.models import RATE
+from mpiml.bench.torch_eager import Eager
 
 
 def join(comm: MPI.Intracomm) -> None:
@@ -26,12 +26,13 @@ def join(comm: MPI.Intracomm) -> None:
     init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=comm.rank, world_size=comm.size)
 
 
-def data_parallel(comm: MPI.Intracomm, hidden: Sequence[int], rows: int) -> Eager:
-    """DistributedDataParallel on a perceptron 784-hidden-10; `rows`: rows of each rank's step."""
+def data_parallel(
+    comm: MPI.Intracomm, module: nn.Module, x: np.ndarray, y: np.ndarray, rows: int, optimizer: str
+) -> Eager:
+    """DistributedDataParallel on a module; `rows`: rows of each rank's step."""
     join(comm)
-    x, y = images()
     part = slice(comm.rank * len(x) // comm.size, (comm.rank + 1) * len(x) // comm.size)
-    return Eager(nn.parallel.DistributedDataParallel(mlp(hidden)), x[part], y[part], rows, "momentum", fused=False)
+    return Eager(nn.parallel.DistributedDataParallel(module), x[part], y[part], rows, optimizer, fused=False)
 
 
 class Pipeline:

@@ -37,6 +37,30 @@ def gpt(tokens: int, places: int, width: int, heads: int, blocks: int) -> nn.Mod
     return nn.Sequential(*layers, nn.LayerNorm(width), nn.Linear(width, tokens))
 
 
+def resnet(channels: int, outputs: int = 10) -> nn.Module:
+    """A residual network with group normalisation for images of 3 channels: three sizes, one block each."""
+    widths = [channels, 2 * channels, 4 * channels]
+    layers: list[nn.Module] = [nn.Conv2d(3, channels, 3, padding=1, bias=False)]
+    for inputs, width in zip([channels, *widths], widths, strict=False):
+        layers.append(Block(inputs, width, 1 if inputs == width else 2))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], outputs))
+
+
+class Block(nn.Module):
+    """y = relu(f(x) + shortcut(x)), f two convolutions, each with a group normalisation."""
+
+    def __init__(self, inputs: int, width: int, stride: int):
+        super().__init__()
+        self.inner = nn.Sequential(
+            *(nn.Conv2d(inputs, width, 3, stride, 1, bias=False), nn.GroupNorm(8, width), nn.ReLU()),
+            *(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.GroupNorm(8, width)),
+        )
+        self.shortcut = nn.Conv2d(inputs, width, 1, stride, bias=False)
+
+    def forward(self, x: Any) -> Any:
+        return torch.relu(self.inner(x) + self.shortcut(x))
+
+
 class Embeddings(nn.Module):
     """The sum of token and position embeddings."""
 
@@ -78,7 +102,7 @@ class Eager:
     """Trains a module on rows gathered from memory, by softmax cross-entropy; momentum or Adam.
 
     Args:
-        x: rows of numbers or token ids; images are (height, width, channels).
+        x: rows of numbers or token ids; images are (height, width, channels), or as PyTorch has them if images is None.
         rows: rows of a step.
         images: memory format of images, contiguous_format (PyTorch's default) or channels_last.
         fused: whether the optimizer's kernels are fused.
@@ -91,11 +115,11 @@ class Eager:
         y: np.ndarray,
         rows: int,
         optimizer: str,
-        images: str = "channels_last",
+        images: str | None = None,
         fused: bool = True,
     ):
         torch.set_num_threads(1)
-        if x.ndim == 4:
+        if images and x.ndim == 4:
             module = module.to(memory_format=getattr(torch, images))
             x = x.transpose(0, 3, 1, 2).copy()  # with strides that say so, even of one channel
         self.module, self.x, self.y = module, torch.from_numpy(x), torch.from_numpy(y)

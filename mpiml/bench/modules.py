@@ -1,0 +1,76 @@
+"""A PyTorch module trained by the package against plain PyTorch: the same module, rows and optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+from numpy.typing import NDArray
+
+from mpiml.bench.layers import PLACES, TOKENS
+from mpiml.bench.models import ROWS, Trainer, images, on_arrays
+from mpiml.bench.pairs import ratio
+from mpiml.bench.rows import Ratio
+
+WORLD = MPI.COMM_WORLD
+
+
+@dataclass
+class Case:
+    """A module, made anew at each call, and the rows x with labels y to train it on, `rows` a step and rank."""
+
+    module: Callable[[], Any]
+    x: NDArray[Any]
+    y: NDArray[Any]
+    rows: int
+    optimizer: str
+
+    def ours(self, comm: MPI.Intracomm) -> Trainer:
+        """A trainer of the package on all ranks of `comm`, one micro-batch each."""
+        import torch
+
+        from mpiml.nn.torch_modules import as_layers
+
+        torch.manual_seed(0)  # all ranks must build the same model
+        layers = as_layers(self.module(), np.float32, 1)
+        settings = {"batch": self.rows * comm.size, "microbatches": comm.size, "optimizer": self.optimizer}
+        return on_arrays(comm, layers, self.x, self.y, **settings)
+
+    def plain(self) -> Any:
+        """PyTorch's training loop in one process."""
+        from mpiml.bench.torch_eager import Eager
+
+        return Eager(self.module(), self.x, self.y, self.rows, self.optimizer, fused=False)
+
+    def distributed(self) -> Any:
+        """That loop on all ranks, with DistributedDataParallel over gloo."""
+        from mpiml.bench.torch_distributed import data_parallel
+
+        return data_parallel(WORLD, self.module(), self.x, self.y, self.rows, self.optimizer)
+
+
+def case(model: str) -> Case:
+    """The case called mlp (784-1024-1024-10), resnet (GroupNorm, images of 3 x 32 x 32) or gpt (4 blocks of width 256,
+    128 tokens)."""
+    from mpiml.bench import torch_eager
+
+    rng = np.random.default_rng(0)
+    if model == "mlp":
+        return Case(lambda: torch_eager.mlp([1024, 1024]), *images(), 64, "momentum")
+    if model == "resnet":
+        x, y = rng.random((ROWS // 16, 3, 32, 32), np.float32), rng.integers(0, 10, ROWS // 16)
+        return Case(lambda: torch_eager.resnet(32), x, y, 32, "momentum")
+    x, y = rng.integers(0, TOKENS, (2, 256, PLACES))
+    return Case(lambda: torch_eager.gpt(TOKENS, PLACES, 256, 4, 4), x, y, 8, "adam")
+
+
+def torch_module(model: str, against: str) -> Ratio:
+    """Samples/s of a module over those of plain PyTorch in one process ("plain"), of PyTorch's data parallelism
+    ("distributed"), or of processes that train beside each other and never communicate ("apart")."""
+    measured = case(model)
+    ours = measured.ours(WORLD)
+    theirs = measured.distributed() if against == "distributed" else measured.plain()
+    return ratio(WORLD, theirs.step, ours.step, ours.repeats)
