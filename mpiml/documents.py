@@ -55,6 +55,14 @@ def from_toml(text: str | bytes, origin: str) -> dict[str, Any]:
     return table
 
 
+def texts(text: str | bytes, origin: str) -> dict[str, str]:
+    """Texts by name, from JSON. Raises OutputError, beginning with `origin`, if that is not what it holds."""
+    value: dict[str, str] = from_json(text, origin)
+    if not fits(value, dict[str, str]):
+        raise OutputError(f"{origin} is damaged: it must hold texts by name, not {shown(value)}")
+    return value
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """A value as JSON, with null in place of numbers that are not finite."""
     return json.dumps(finite(value), indent=indent, allow_nan=False)

@@ -87,8 +87,8 @@ from mpiml.training.model import Model
 from mpiml.training.place import build_stage
 from mpiml.training.predictions import Predictions, check_path
 from mpiml.training.rows import normalized
-from mpiml.training.storage import from_arrays
-from mpiml.training.stored import StoredModel, check_data, check_model, stored_model
+from mpiml.training.storage import from_arrays, needed_kinds, restore_constants
+from mpiml.training.stored import StoredModel, check_data, stored_model
 from mpiml.vectors import bytes_of
 
 if __name__ == "__main__":
@@ -181,7 +181,9 @@ def _scored(
         tests.split = normalized(tests.split, stored.normalization, config.dtype)
     built, computation = build_stage(config, task, grid, model)
     layouts, metric = built.layouts, built.metric
-    team.on_rank_0(lambda: check_model(weights[0], built.constants, layouts))
+    # Before memory that only a forged checkpoint asks for is.
+    team.on_rank_0(lambda: built.constants.check(weights[0].header, needed_kinds(layouts, (VALUES,))))
+    restore_constants(built.constants, team, weights[0].arrays if weights else {})
     values, problem = _placed(config, grid, layouts[grid.stage])
     with freed(values, grid.comm.size):
         _fill(values, grid, layouts, weights)

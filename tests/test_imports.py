@@ -18,12 +18,15 @@ NO_MPI = [
     *("mpiml.nn", "mpiml.data", "mpiml.flags", "mpiml.config", "mpiml.command"),
     *(f"mpiml.parallel.{name}" for name in ("tree", "slices", "schedules", "simulator")),
     *("mpiml.run.checkpoint", "mpiml.run.launcher"),
-    *(f"mpiml.training.{name}" for name in ("task", "resolve", "model", "stages", "job", "saved", "export")),
+    *(
+        f"mpiml.training.{name}"
+        for name in ("task", "resolve", "model", "constants", "stages", "job", "saved", "export")
+    ),
     *("mpiml.plan", "mpiml.scaling", "mpiml.predict"),
 ]
 JOBS = ("mpiml.scaling.timing", "mpiml.predict.calibration")  # which those start
 TORCH = [  # need an extra, PyTorch: loaded only where it is
-    *(f"mpiml.nn.torch_{name}" for name in ("modules", "tensors", "trial")),
+    *(f"mpiml.nn.torch_{name}" for name in ("modules", "state", "tensors", "trial")),
     "mpiml.examples.torch_resnet",
 ]
 MEASURING = ("mpiml.plan", "mpiml.scaling", "mpiml.predict", "mpiml.bench")  # may load more than a rank that trains

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpiml.errors import ConfigError
-from mpiml.nn.parameters import Gradients, Parameter, Shape
+from mpiml.nn.parameters import Constant, Gradients, Parameter, Shape
 
 Array = NDArray[np.floating]
 Backward = Callable[[Array, Gradients], Array | None]
@@ -72,6 +72,10 @@ class Layer:
     def own_parameters(self) -> Mapping[str, Parameter]:
         """The layer's own parameters, not those of inner layers, by attribute name."""
         return {key: value for key, value in vars(self).items() if isinstance(value, Parameter)}
+
+    def own_constants(self) -> Mapping[str, Constant]:
+        """The layer's own arrays that training does not change, by attribute name."""
+        return {}
 
     def described(self) -> dict[str, str]:
         """Descriptions, by path, that must be equal on all ranks; parameters have their own (Parameter.described)."""
@@ -155,6 +159,11 @@ def everything(layers: Sequence[Layer]) -> Iterator[Layer]:
 def parameters(layers: Sequence[Layer]) -> list[Parameter]:
     """The parameters of all layers, including inner ones, in the order of `everything`."""
     return [parameter for layer in everything(layers) for parameter in layer.own_parameters().values()]
+
+
+def constants(layers: Sequence[Layer]) -> dict[str, Constant]:
+    """The constants of all layers, including inner ones, by name, such as "layers.2.mask"."""
+    return {f"{layer.path}.{key}": own for layer in everything(layers) for key, own in layer.own_constants().items()}
 
 
 def skip_first_dx(layers: Sequence[Layer]) -> None:

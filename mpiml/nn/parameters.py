@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -17,6 +18,7 @@ from mpiml.vectors import ALIGNMENT, BLOCK, Block, Vector
 
 Shape = tuple[int, ...]
 Init = Callable[[np.random.Generator, int], NDArray[np.float64]]
+ARRAY = "array"  # is told of a constant that is an array of the checkpoint
 CHUNK = 1 << 18  # elements that are initialised at once: first values are drawn in float64, twice the size of float32
 
 
@@ -87,6 +89,36 @@ class Statistic(Parameter):
     def __init__(self, shape: Shape, init: Init, momentum: float):
         super().__init__(shape, init, decay=False)
         self.momentum = momentum
+
+
+class Constant(NamedTuple):
+    """A layer's array that training does not change; it has a name, as a parameter has.
+
+    Attributes:
+        array: a view of the layer's own memory: to write to it changes the layer.
+        saved: whether checkpoints hold the array; else they hold its checksum.
+    """
+
+    array: NDArray[Any]
+    saved: bool
+
+    @property
+    def checksum(self) -> str:
+        """CRC-32 of the values."""
+        return f"{zlib.crc32(_bytes(self.array).data):08x}"
+
+    @property
+    def told(self) -> str:
+        """What a checkpoint tells of it beside its arrays."""
+        return ARRAY if self.saved else self.checksum
+
+    def equals(self, other: NDArray[Any]) -> bool:
+        """Whether an array of the same shape and dtype has the same bits."""
+        return np.array_equal(_bytes(self.array), _bytes(other))
+
+
+def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 class Gradients:

@@ -11,11 +11,11 @@ import torch
 from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
-from mpiml.documents import check_regular
 from mpiml.errors import ConfigError
+from mpiml.nn import torch_state
 from mpiml.nn.base import Array, At, Backward, Layer, described
-from mpiml.nn.parameters import Gradients, Parameter, Shape
-from mpiml.nn.torch_tensors import as_tensor, checksum, first_values, gradients, prepare_torch
+from mpiml.nn.parameters import Constant, Gradients, Parameter, Shape
+from mpiml.nn.torch_tensors import arrays, as_tensor, first_values, gradients, parts, plain, prepare_torch
 from mpiml.nn.torch_trial import ROWS, Trial, attempt, check_parameters
 from mpiml.random import keyed
 
@@ -26,8 +26,8 @@ class TorchLayer(Layer):
     """y = module(x), for a module that takes one tensor, rows first, and returns one; x (rows, ...), y (rows, ...).
 
     The layer's parameters are the module's, under the same names; buffers, and parameters that require no gradient,
-    are constants. Random numbers that the module draws are keyed as in other layers. A module that takes integers, as
-    nn.Embedding does, gets integers.
+    are constants, which checkpoints hold unless they are buffers with persistent=False. Random numbers that the module
+    draws are keyed as in other layers. A module that takes integers, as nn.Embedding does, gets integers.
 
     Raises ConfigError for a module that cannot be trained as a layer.
     """
@@ -67,12 +67,23 @@ class TorchLayer(Layer):
 
     def described(self) -> dict[str, str]:
         modules = {f"{self.path}.{name}".rstrip("."): described(part) for name, part in self.module.named_modules()}
-        return modules | self.constants()
+        return modules | {f"{self.path}.{name}": own.checksum for name, own in self.own_constants().items()}
 
-    def constants(self) -> dict[str, str]:
-        """A checksum of each tensor that training does not change, by name."""
-        named = dict([*self.module.named_parameters(), *self.module.named_buffers()])
-        return {f"{self.path}.{n}": f"{checksum(t):08x}" for n, t in named.items() if n not in self.tensors}
+    def own_constants(self) -> Mapping[str, Constant]:
+        saved = torch_state.saved_names(self.module)
+        return {
+            name + part: Constant(array, name + part in saved)
+            for name, tensor in torch_state.tensors(self.module).items()
+            if name not in self.tensors
+            for part, array in arrays(tensor).items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The module's state dict with the layer's values, in memory of its own."""
+        named = torch_state.tensors(self.module)
+        torch_state.copy((parts(named[name])[""], parameter.value) for name, parameter in self.parameters.items())
+        state = self.module.state_dict()
+        return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
 
     def output_shape(self, shape: Shape) -> Shape:
         return self._trial(shape).output
@@ -152,36 +163,24 @@ def parts_of(model: Any) -> list[Any]:
 
 
 def load_into(model: T, path: str | Path) -> T:
-    """Copies the weights of a checkpoint into the model's torch modules. Returns the model.
+    """Copies a checkpoint into the model's torch modules: weights, parameters that require no gradient, and persistent
+    buffers. Returns the model.
 
-    `model` is what the function returns that the run's --model names. Parameters that require no gradient are not in a
-    checkpoint and stay as they are. Raises ValueError for another model's checkpoint, OutputError if it is not a file.
+    `model` is what the function returns that the run's --model names. Buffers that are not persistent are in no
+    checkpoint; they are compared with those of the run.
+
+    Raises ValueError for another model's checkpoint, naming what is missing, has another shape or other values; the
+    model is then unchanged. OutputError if it is not a file.
     """
-    from safetensors.numpy import load_file
-
-    check_regular(Path(path))
-    arrays = load_file(path)
-    parts = parts_of(model)
+    saved, parts, pairs = torch_state.read(path), parts_of(model), list[torch_state.Pair]()
     for index, part in enumerate(parts):
-        for name, tensor in part.named_parameters() if is_module(part) else ():
-            if not tensor.requires_grad:
-                continue
-            full_name = f"layers.{index}.{name}"
-            values = arrays.pop(full_name, None)
-            if values is None or values.shape != tensor.shape:
-                saved = "not in it" if values is None else f"{values.shape} in it"
-                raise ValueError(f"{path} is of another model: {full_name} is {saved}, and {tuple(tensor.shape)} here")
-            tensor.detach().copy_(torch.from_numpy(values))
+        if is_module(part):
+            pairs += saved.pairs(part, f"layers.{index}.")
     others = tuple(f"layers.{index}." for index, part in enumerate(parts) if not is_module(part))
-    if more := [name for name in arrays if name.startswith("layers.") and not name.startswith(others)]:
+    if more := [name for name in saved.arrays if not name.startswith(others)]:
         raise ValueError(f"{path} is of another model: {min(more)} is in it, and not here")
+    torch_state.copy(pairs)
     return model
-
-
-def constants(layers: Sequence[Layer]) -> dict[str, str] | None:
-    """A checksum, by name, of each tensor of torch modules that training does not change; None without such modules."""
-    modules = [layer for layer in layers if isinstance(layer, TorchLayer)]
-    return {name: text for layer in modules for name, text in layer.constants().items()} if modules else None
 
 
 def _converted(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
@@ -189,6 +188,6 @@ def _converted(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
 
     def convert(tensor: Tensor) -> Tensor:
         real = tensor.is_floating_point()
-        return tensor.to(dtype if real else dtype.to_complex()) if real or tensor.is_complex() else tensor
+        return plain(tensor.to(dtype if real else dtype.to_complex()) if real or tensor.is_complex() else tensor)
 
     return module._apply(convert)  # module.to(dtype) would drop imaginary parts

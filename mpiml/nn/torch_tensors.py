@@ -78,4 +78,36 @@ def leaves(y: Tensor) -> set[Tensor]:
 
 def checksum(tensor: Tensor) -> int:
     """CRC-32 of the tensor's values."""
-    return zlib.crc32(tensor.detach().contiguous().view(-1).numpy(force=True))
+    checksum = 0
+    for array in arrays(tensor).values():
+        checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
+    return checksum
+
+
+def arrays(tensor: Tensor) -> dict[str, NDArray[Any]]:
+    """The parts of a tensor as views of its memory."""
+    return {name: part.numpy() for name, part in parts(tensor).items()}
+
+
+def parts(tensor: Tensor) -> dict[str, Tensor]:
+    """The tensor's own memory as real tensors: one, named "", or if it is sparse one for each of its parts, such as
+    ".indices" and ".values". Complex numbers are pairs of reals, on a last axis of 2."""
+    tensor = tensor.detach()
+    if tensor.layout == torch.strided:
+        memory = {"": tensor}
+    elif tensor.layout == torch.sparse_coo:
+        memory = {".indices": tensor._indices(), ".values": tensor._values()}
+    else:  # compressed by rows or by columns
+        by_rows = tensor.layout in (torch.sparse_csr, torch.sparse_bsr)
+        names = ("crow_indices", "col_indices") if by_rows else ("ccol_indices", "row_indices")
+        memory = {f".{name}": getattr(tensor, name)() for name in (*names, "values")}
+    return {name: torch.view_as_real(part) if part.is_complex() else part for name, part in memory.items()}
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where its elements do not lie in memory as they are, each at a place of its own: a
+    conjugate that is not worked out yet, or an axis that repeats one element."""
+    if tensor.layout != torch.strided:
+        return tensor
+    repeats = any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.contiguous() if repeats else tensor.resolve_conj().resolve_neg()

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpiml.clock import unwatched
-from mpiml.documents import check_regular, shown
+from mpiml.documents import check_regular, shown, texts
 from mpiml.errors import NotFiniteError, OutputError
 from mpiml.run.directory import PART, named_errors, replacing
 
@@ -29,8 +29,18 @@ Progress = Callable[[], object]  # called after each part of a long piece of wor
 FORMAT = "mpiml-1"
 NAME = re.compile(r"step-(\d+)\.safetensors")
 DIGITS = 18  # the most that a step's number has
-DTYPES = {"F32": "float32", "F64": "float64"}  # by their names in safetensors
+KINDS = {"F": ("float", (16, 32, 64)), "I": ("int", (8, 16, 32, 64)), "U": ("uint", (8, 16, 32, 64))}
+DTYPES = {f"{kind}{bits}": f"{name}{bits}" for kind, (name, sizes) in KINDS.items() for bits in sizes}
+DTYPES |= {"BOOL": "bool"}  # by their names in safetensors
 BESIDE = ("optimizer.", "data.")  # prefixes of names of arrays that are not the model's
+
+
+class Header(NamedTuple):
+    """The kinds of a checkpoint's arrays by name, and `origin` and `constants` as Checkpoint has them."""
+
+    origin: str
+    kinds: Mapping[str, Kind]
+    constants: Mapping[str, str] | None
 
 
 @dataclass
@@ -38,10 +48,11 @@ class Checkpoint:
     """A run's state after a step.
 
     Attributes:
-        arrays: parameters ("layers.3.weight") and optimizer state ("optimizer.mean.layers.3.weight").
+        arrays: parameters and constants ("layers.3.weight"), optimizer state ("optimizer.mean.layers.3.weight").
         config: the run's settings, as TOML.
         task: what the data set requires of the model, as JSON; empty if unknown.
-        constants: checksums of the model's constants, as JSON; empty if it has none.
+        constants: of each of the model's constants, by name, "array" if it is one of these, else a checksum; None if
+            the file does not tell.
         origin: the file that it was read from, for messages. Its content is data that anybody may have written.
     """
 
@@ -49,8 +60,13 @@ class Checkpoint:
     config: str
     arrays: Arrays
     task: str = ""
-    constants: str = ""
+    constants: Mapping[str, str] | None = None
     origin: str = "the checkpoint"
+
+    @property
+    def header(self) -> Header:
+        """What there is to know of the model without its arrays' values."""
+        return Header(self.origin, kinds_of(self.arrays), self.constants)
 
 
 def digest(arrays: Iterable[tuple[str, Array]], progress: Progress = unwatched) -> str:
@@ -83,16 +99,18 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int, progress: Progress 
     if it is whole, else it is renamed to .damaged. Checkpoints of later steps are neither counted nor removed: they are
     damaged, or this step would not be written again.
 
-    Raises NotFiniteError for weights that are not finite, OutputError if the file cannot be written.
+    Raises NotFiniteError for weights that are not finite, OutputError if the file cannot be written. Constants, such as
+    a mask of -inf, may be what they are.
     """
+    constants = checkpoint.constants or {}
     for name, array in checkpoint.arrays.items():
-        if not np.isfinite(array).all():
+        if name not in constants and not np.isfinite(array).all():
             raise NotFiniteError(f"{name} is not finite after step {checkpoint.step}; nothing of it is saved")
         progress()
     path = directory / file_name(checkpoint.step)
     metadata = {"format": FORMAT, "step": str(checkpoint.step), "config": checkpoint.config, "task": checkpoint.task}
-    if checkpoint.constants:
-        metadata["constants"] = checkpoint.constants
+    if checkpoint.constants is not None:
+        metadata["constants"] = json.dumps(checkpoint.constants)
     metadata["sha256"] = _content(metadata, sorted(checkpoint.arrays.items()), progress)
     with named_errors("write the checkpoint", path):
         if path.exists():
@@ -160,20 +178,27 @@ def load(path: Path, wanted: Callable[[str], bool] = lambda name: True, progress
         raise OutputError(f"{path} is not a checkpoint of mpiml")
     if claimed != computed:
         raise OutputError(f"{path} is damaged: its content does not match its SHA-256")
-    step, config, task, constants = (metadata.get(name, "") for name in ("step", "config", "task", "constants"))
+    step, config, task = (metadata.get(name, "") for name in ("step", "config", "task"))
     if not (step.isascii() and step.isdecimal() and len(step) <= DIGITS):
         raise OutputError(f"{path} is damaged: step is {shown(step)}, but must be a whole number")
-    return Checkpoint(int(step), config, kept, task, constants, str(path))
+    return Checkpoint(int(step), config, kept, task, _constants(metadata, path), str(path))
 
 
-def kinds(path: Path) -> dict[str, Kind]:
-    """The kinds of a checkpoint's arrays, by name; only its header is read. Raises OutputError if it has none."""
+def header(path: Path) -> Header:
+    """The header of a checkpoint; nothing else of it is read. Raises OutputError if it has none."""
     with _opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        return {
+        kinds = {
             name: (DTYPES.get(part.get_dtype(), part.get_dtype()), tuple(part.get_shape()))
             for name, part in slices.items()
         }
+        return Header(str(path), kinds, _constants(file.metadata() or {}, path))
+
+
+def _constants(metadata: Mapping[str, str], path: Path) -> dict[str, str] | None:
+    """What a file tells of constants. An empty text is that of a file that does not tell."""
+    text = metadata.get("constants", "")
+    return texts(text, f"{path}: constants") if text else None
 
 
 @contextmanager
@@ -232,16 +257,16 @@ def newest(
     return None, problems
 
 
-def check_newest(directory: Path, needed: Mapping[str, Kind]) -> None:
-    """Raise OutputError if there are checkpoints with readable headers, but none has the arrays of a model."""
+def check_newest(directory: Path, check: Callable[[Header], object]) -> None:
+    """Raise OutputError if there are checkpoints with readable headers, but `check` raises it for all of them."""
     problems: list[OutputError] = []
     for path in listed(directory):
         try:
-            saved = kinds(path)
+            saved = header(path)
         except OutputError:
             continue  # `newest` reports what is wrong with it
         try:
-            check_kinds(str(path), saved, needed)
+            check(saved)
             return
         except OutputError as error:
             problems.append(error)

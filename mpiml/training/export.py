@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mpiml.nn.base import Layer, parameters
+from mpiml.nn.base import Layer, everything, parameters
 from mpiml.nn.parameters import Shape
 from mpiml.run import checkpoint
-from mpiml.training.model import Model, check_constants, constants, model_for
+from mpiml.training.constants import Constants
+from mpiml.training.model import Model, model_for
 from mpiml.training.saved import settings_of
 from mpiml.training.task import Task
 
 
 def trained(file: str | Path, model: Model | None = None) -> tuple[list[Layer], Shape]:
-    """The layers of a checkpoint's model with its weights as their values, and the shape of an input row.
+    """The layers of a checkpoint's model with its weights and constants, and the shape of an input row.
 
     Needs no MPI: `y, _ = forward(layers, x, At(training=False))` computes outputs. What --normalize does to inputs is
     not part of the model: x is then (inputs - data.mean) * data.scale, two arrays that the checkpoint has as well.
@@ -28,20 +29,26 @@ def trained(file: str | Path, model: Model | None = None) -> tuple[list[Layer], 
     saved = checkpoint.load(Path(file), checkpoint.is_of_model)
     task, config = Task.of_checkpoint(saved), settings_of(saved, ("model",), {"model": model})
     layers = model_for(config, task, None if isinstance(model, str) else model)
-    check_constants(constants(layers), saved)
-    needed = {p.name: (config.dtype, p.shape) for p in parameters(layers)}
-    checkpoint.check_kinds(saved.origin, checkpoint.kinds_of(saved.arrays), needed)
+    constants = Constants.of(layers)
+    constants.check(saved.header, {p.name: (config.dtype, p.shape) for p in parameters(layers)})
+    constants.take(saved.arrays)
     for parameter in parameters(layers):
         parameter.value = saved.arrays[parameter.name]
     return layers, task.shape
 
 
 def torch_state_dict(file: str | Path, model: Model | None = None) -> dict[str, Any]:
-    """The weights as torch tensors, as mpiml.nn.export.to_torch names and orders them. Arguments as of `trained`."""
+    """The weights as torch tensors, as mpiml.nn.export.to_torch names and orders them; of torch modules their own state
+    dicts, with buffers and parameters that require no gradient. Arguments as of `trained`."""
     import torch
 
     from mpiml.nn.export import to_torch
+    from mpiml.nn.torch_modules import TorchLayer
 
     layers, shape = trained(file, model)
     arrays = to_torch(layers, {p.name: p.value for p in parameters(layers)}, shape)
-    return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+    modules = {
+        f"{layer.path}.".removeprefix("layers."): layer for layer in everything(layers) if isinstance(layer, TorchLayer)
+    }
+    own = {name: torch.from_numpy(a.copy()) for name, a in arrays.items() if not name.startswith(tuple(modules))}
+    return own | {path + name: value for path, layer in modules.items() for name, value in layer.state_dict().items()}

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import functools
 import importlib
-import json
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from mpiml import documents
 from mpiml.config import Config
-from mpiml.errors import ConfigError, OutputError
+from mpiml.errors import ConfigError
 from mpiml.nn import base as nn
 from mpiml.nn.checked import OwnLoss, OwnMetric
 from mpiml.nn.losses import R2, Accuracy, Loss, Metric, mean_squared_error, softmax_cross_entropy
 from mpiml.nn.parameters import Shape
 from mpiml.random import global_generators, keyed
-from mpiml.run.checkpoint import Checkpoint
 from mpiml.run.result import FIELDS
 from mpiml.training.task import Task
 from mpiml.usercode import called_with, is_name, named
@@ -94,28 +91,6 @@ def described(layers: Sequence[nn.Layer], seed: int) -> dict[str, str]:
         for parameter in layer.own_parameters().values():
             described[f"first values of the model, {parameter.name}"] = parameter.described(seed)
     return described
-
-
-def constants(layers: Sequence[nn.Layer]) -> str:
-    """Checksums of the model's constants, tensors that are neither trained nor saved in checkpoints, as JSON; empty for
-    layers that have none."""
-    modules = _torch_modules()
-    checksums = modules.constants(layers) if modules else None
-    return "" if checksums is None else json.dumps(checksums)
-
-
-def check_constants(own: str, saved: Checkpoint) -> None:
-    """Raise OutputError if the model's constants are not those that a checkpoint, if it tells, was trained with."""
-    origin = f"{saved.origin}: constants"
-    here, there = (documents.from_json(text or "{}", origin) for text in (own, saved.constants or own))
-    if not documents.fits(there, dict[str, str]):
-        raise OutputError(f"{origin} is damaged: it must hold checksums by name, not {documents.shown(there)}")
-    if other := sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name)):
-        more = f" and {len(other) - 1} more" if len(other) > 1 else ""
-        raise OutputError(
-            f"{other[0]}{more}: not what the checkpoint was trained with; parameters that require no gradient and "
-            "buffers are in no checkpoint, so the model has to come with the same ones"
-        )
 
 
 def _torch_modules() -> Any:

@@ -22,7 +22,8 @@ from mpiml.parallel.slices import elements
 from mpiml.parallel.stage import Computation
 from mpiml.parallel.tree import depth
 from mpiml.parallel.values import Values
-from mpiml.training.model import Model, build_loss, build_metric, constants, described, model_for, objective
+from mpiml.training.constants import Constants
+from mpiml.training.model import Model, build_loss, build_metric, described, model_for, objective
 from mpiml.training.resolve import Resolved
 from mpiml.training.stages import StageDesign, cut
 from mpiml.training.task import Task
@@ -39,13 +40,13 @@ class BuiltModel:
     Attributes:
         task: what it is for.
         layouts: of the parameters of each stage.
-        constants: checksums, as JSON, of the tensors that are neither trained nor saved.
+        constants: of all stages on rank 0, which writes them to checkpoints; elsewhere of this rank's stage.
     """
 
     task: Task
     layouts: list[Layout]
     metric: Metric
-    constants: str
+    constants: Constants
 
 
 def build_stage(config: Config, task: Task, grid: Grid, model: Model | None) -> tuple[BuiltModel, Computation]:
@@ -74,7 +75,10 @@ def build_stage(config: Config, task: Task, grid: Grid, model: Model | None) -> 
         learns=stage.learned or stage.layout.size > 0,
         learned=stage.learned,
     )
-    return BuiltModel(task, [stage.layout for stage in stages], metric, constants(layers)), computation
+    # Elsewhere the memory of other stages is free again. Rank 0 keeps of theirs what checkpoints hold and no other rank
+    # sends it: views of tensors, which keep those alone, once, and not the weights, modules or buffers beside them.
+    constants = Constants.of(stage.layers if team.rank else layers)
+    return BuiltModel(task, [stage.layout for stage in stages], metric, constants), computation
 
 
 def place(config: Resolved, grid: Grid, layout: Layout, columns: int) -> tuple[GradientSum, Agree, list[str]]:

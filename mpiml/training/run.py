@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 from typing import NamedTuple
@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
 from mpiml.nn import optimizers
-from mpiml.nn.parameters import Layout
 from mpiml.nn.rates import learning_rate
 from mpiml.parallel import grid as grids
 from mpiml.parallel.grid import Grid
@@ -158,11 +157,11 @@ def assemble(
     data: Dataset,
     grid: Grid,
     model: Model | None = None,
-    check: Callable[[Config, Sequence[Layout]], None] = lambda config, layouts: None,
+    check: Callable[[Config, BuiltModel], None] = lambda config, built: None,
 ) -> Run:
     """Build everything; collective over the grid.
 
-    `check` looks at the stages' layouts, on rank 0, before memory for them is asked for.
+    `check` looks at the model, on rank 0, before memory for it is asked for.
 
     Raises, on all ranks alike, DataError or ConfigError for data or a model that do not fit.
     """
@@ -171,7 +170,7 @@ def assemble(
     share_cores(grid.node.size * config.threads, grid.cores)
     rows = build_data(config, data, grid)
     built, computation = build_stage(config, rows.task, grid, model)
-    team.on_rank_0(lambda: check(config, built.layouts))
+    team.on_rank_0(lambda: check(config, built))
     layout = built.layouts[grid.stage]
     sum_, agreement, notes = place(config, grid, layout, 2 + built.metric.columns)
     values = sum_.values

@@ -20,22 +20,27 @@ from mpiml.run.deadline import Deadline
 from mpiml.run.directory import CHECKPOINTS, CONFIG, sync_file
 from mpiml.run.metrics import cut_after, last_known, missing
 from mpiml.run.result import update_result
+from mpiml.team import Team
+from mpiml.training.constants import Constants
 from mpiml.training.hold import Hold
-from mpiml.training.model import check_constants
+from mpiml.training.place import BuiltModel
 from mpiml.training.run import Run
 from mpiml.training.saved import settings_of
 from mpiml.training.task import Task
 
 
-def check_saved(cfg: Config, layouts: Sequence[Layout]) -> None:
+def check_saved(cfg: Config, model: BuiltModel) -> None:
     """Raise OutputError if what the run is to begin with, its own checkpoints or else --init, is of another model:
     before anything is written, and before memory that only a damaged file asks for is. Rank 0 calls it."""
-    needed = needed_kinds(layouts, (VALUES,))
+    needed = needed_kinds(model.layouts, (VALUES,))
     checkpoints = Path(cfg.out or "") / CHECKPOINTS
     if cfg.resume and checkpoints.is_dir() and checkpoint.listed(checkpoints):
-        checkpoint.check_newest(checkpoints, needed)
+        checkpoint.check_newest(checkpoints, lambda saved: model.constants.check(saved, needed))
     elif cfg.init:
-        checkpoint.check_kinds(cfg.init, checkpoint.kinds(Path(cfg.init)), needed)
+        model.constants.check_init(checkpoint.header(Path(cfg.init)), needed)
+
+
+PART = 1 << 24  # elements of a constant that are sent at once
 
 
 class Restored(NamedTuple):
@@ -65,26 +70,34 @@ class Store:
         self.team, self.clock = run.grid.team, run.grid.team.clock
         self._saved = 0  # the step of the last checkpoint
         size = sum(layout.size * layout.dtype.itemsize for layout in run.model.layouts) * len(run.state.names)
-        deadline.expect(size)
+        deadline.expect(size + sum(array.nbytes for array in run.model.constants.arrays.values()))
 
     def restore(self) -> Restored:
-        """Put the state of the newest good checkpoint, or the weights of --init, in place."""
+        """Put the state of the newest good checkpoint, or weights and constants of --init, in place."""
         run, progress = self.run, self.clock.progress
+        layouts, constants = run.model.layouts, run.model.constants
         stages: list[Mapping[str, Any]] = []  # on rank 0, of each stage its vectors
+        arrays: dict[str, Any] = {}  # on rank 0
 
         def read() -> tuple[Restored, tuple[str, ...], Normalization | None]:
             newest, problems = checkpoint.newest(self.hold.checkpoints, progress=progress)
             first, names, normalizing = newest, run.state.names, None
+            notes = [f"warning: skipped {problem}" for problem in problems]
             if newest:
                 _check_same_run(run.config, newest)
-                check_constants(run.model.constants, newest)
+                constants.check(newest.header, needed_kinds(layouts, names))
                 normalizing = normalization(newest, run.model.task) if run.data.normalization else None
             elif run.config.init:
                 first, names = checkpoint.load(Path(run.config.init), progress=progress), (VALUES,)
+                constants.check_init(first.header, needed_kinds(layouts, names))
+                if others := sorted(constants.arrays.keys() - first.arrays):
+                    more = f" and {len(others) - 1} more constants" if len(others) > 1 else ""
+                    notes.append(f"{others[0]}{more}: not in {run.config.init}, so as the model makes them")
             if first:
-                stages.extend(from_arrays(run.model.layouts, first, names))
+                stages.extend(from_arrays(layouts, first, names))
+                arrays.update(first.arrays)
             # Nothing can be refused any more, so now the log may change.
-            start = self._cut_log(newest, [f"warning: skipped {problem}" for problem in problems])
+            start = self._cut_log(newest, notes)
             return start, names if first else (), normalizing
 
         self.clock("checkpoint")
@@ -93,6 +106,7 @@ class Store:
             run.data.normalization.take(normalizing)
         if names:
             run.state.distribute(stages, *names)
+            restore_constants(constants, self.team, arrays)
         self._saved = start.step
         return start
 
@@ -129,10 +143,11 @@ class Store:
                 self.clock("checkpoint")
                 self.hold.check()
                 sync_file(self.hold.metrics)
-                arrays = to_arrays(run.model.layouts, stages, *run.state.names)
+                model = run.model
+                arrays = to_arrays(model.layouts, stages, *run.state.names) | dict(model.constants.arrays)
                 if run.data.normalization:
                     arrays |= run.data.normalization.arrays()
-                saved = Checkpoint(step, run.config.to_toml(), arrays, run.model.task.to_json(), run.model.constants)
+                saved = Checkpoint(step, run.config.to_toml(), arrays, model.task.to_json(), model.constants.told)
                 checkpoint.save(self.hold.checkpoints, saved, run.config.keep, self.clock.progress)
                 update_result(self.hold.path, {"step": step, "saved": step})
 
@@ -202,12 +217,23 @@ def _names(layout: Layout, vector: str) -> dict[Parameter, str]:
 
 
 def from_arrays(layouts: Sequence[Layout], saved: Checkpoint, names: Sequence[str]) -> list[Mapping[str, Any]]:
-    """The reverse of `to_arrays`, for some vectors. Raises OutputError if the checkpoint is of another model."""
-    checkpoint.check_kinds(saved.origin, checkpoint.kinds_of(saved.arrays), needed_kinds(layouts, names))
+    """The reverse of `to_arrays`, for some vectors, of a checkpoint that has been checked."""
     stages = [{name: layout.zeros() for name in names} for layout in layouts]
     for name, target in to_arrays(layouts, stages, *names).items():
         target[...] = saved.arrays[name]
     return list(stages)
+
+
+def restore_constants(constants: Constants, team: Team, saved: Mapping[str, Any]) -> None:
+    """Give every rank the constants that it holds, from `saved`, a checkpoint's arrays on rank 0; collective.
+
+    Ranks have compared theirs, so only those that the checkpoint has otherwise are sent; mostly there are none.
+    """
+    for name, size in team.on_rank_0(lambda: [(changed, saved[changed].size) for changed in constants.changed(saved)]):
+        for start in range(0, size, PART):
+            part = team.broadcast(saved[name].reshape(-1)[start : start + PART] if saved else None)
+            if name in constants.arrays:
+                constants.arrays[name].flat[start : start + PART] = part
 
 
 def normalization(saved: Checkpoint, task: Task) -> Normalization:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,11 @@ from mpiml.data.dataset import Dataset
 from mpiml.data.fingerprint import difference
 from mpiml.data.normalize import Normalization
 from mpiml.errors import ConfigError, DataError, OutputError
-from mpiml.nn.parameters import Layout
-from mpiml.parallel.state import VALUES
 from mpiml.run import checkpoint as checkpoints
 from mpiml.run import environment
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.run.directory import CHECKPOINTS, CONFIG
 from mpiml.training import resolve, storage
-from mpiml.training.model import check_constants
 from mpiml.training.saved import code_of, settings_in, settings_of
 from mpiml.training.task import Task
 
@@ -97,10 +94,3 @@ def check_data(stored: StoredModel, data: Dataset, others: bool) -> None:
         raise DataError(
             f"{data.name} has changed since the run: {other}; to score it all the same, name it with --data"
         )
-
-
-def check_model(saved: Checkpoint, constants: str, layouts: Sequence[Layout]) -> None:
-    """Raise OutputError if a checkpoint is of another model: before memory that only a forged one asks for is."""
-    check_constants(constants, saved)
-    needed = storage.needed_kinds(layouts, (VALUES,))
-    checkpoints.check_kinds(saved.origin, checkpoints.kinds_of(saved.arrays), needed)

@@ -15,12 +15,12 @@ import pytest
 from mpiml.config import Config
 from mpiml.errors import ConfigError, OutputError
 from mpiml.nn import layers as nn
+from mpiml.nn.base import constants
 from mpiml.nn.parameters import Gradients, Layout
 from mpiml.training.model import described, model_for
 from mpiml.training.task import Task
 
 torch = pytest.importorskip("torch")
-from mpiml.nn import torch_modules  # noqa: E402
 from mpiml.nn.torch_modules import TorchLayer, as_layers, load_into  # noqa: E402
 from mpiml.nn.torch_tensors import as_tensor  # noqa: E402
 from mpiml.random import keyed  # noqa: E402
@@ -303,17 +303,16 @@ def test_what_modules_are_made_of_is_compared_between_ranks() -> None:
 
 
 def test_constants_are_what_training_does_not_change() -> None:
-    def constants(change: str = "") -> dict[str, str]:
+    def checksums(change: str = "") -> dict[str, str]:
         with keyed(["PyTorch"], 0):
             module = Odd()
         for name in change.split():
             module.get_parameter(name).data += 1
-        (layer,) = build([module], (3, 6))
-        return torch_modules.constants([layer])
+        return {name: own.checksum for name, own in constants(build([module], (3, 6))).items()}
 
-    assert list(constants()) == ["layers.0.fixed", "layers.0.offset"]
-    assert constants("first.weight second.bias") == constants()
-    assert torch_modules.constants([nn.Linear(6, 4)]) is None
+    assert list(checksums()) == ["layers.0.fixed", "layers.0.offset"]
+    assert checksums("first.weight second.bias") == checksums()
+    assert constants([nn.Linear(6, 4)]) == {}
 
 
 def shared() -> Any:

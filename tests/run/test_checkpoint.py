@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from mpiml.errors import NotFiniteError, OutputError
 from mpiml.run import checkpoint, directory
-from mpiml.run.checkpoint import Checkpoint
+from mpiml.run.checkpoint import Checkpoint, Header
 from tests.forging import ARRAYS, forge
 
 STATE = {
@@ -29,7 +29,7 @@ STATE = {
 
 
 def state(step: int, arrays: Any = STATE) -> Checkpoint:
-    return Checkpoint(step, 'data = "ü"\n', arrays, "{}", "[1]")
+    return Checkpoint(step, 'data = "ü"\n', arrays, "{}", {"c": "array"})
 
 
 def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
         }
         assert all((arrays[name] == STATE[name]).all() for name in STATE)
     read = checkpoint.load(path)
-    assert (read.step, read.config, read.task, read.constants) == (3, 'data = "ü"\n', "{}", "[1]")
+    assert (read.step, read.config, read.task, read.constants) == (3, 'data = "ü"\n', "{}", {"c": "array"})
     length, content = int.from_bytes(path.read_bytes()[:8], "little"), path.read_bytes()[8:]
     for name, entry in json.loads(content[:length]).items():
         if name in STATE:  # aligned: it may be mapped into memory
@@ -159,7 +159,7 @@ def test_a_step_that_is_none(tmp_path: Path, step: str) -> None:
 def test_what_is_no_regular_file_is_not_opened(tmp_path: Path, make: Any) -> None:
     path = tmp_path / checkpoint.file_name(9)
     make(path)
-    for read in (checkpoint.load, checkpoint.kinds):
+    for read in (checkpoint.load, checkpoint.header):
         with pytest.raises(OutputError, match="is not a regular file"):
             read(path)
     checkpoint.save(tmp_path, Checkpoint(6, "", ARRAYS), 3)
@@ -180,7 +180,7 @@ def test_a_directory_that_is_named_like_a_checkpoint_stays_and_does_not_count(tm
 
 def test_kinds_of_arrays_are_read_from_the_header_and_compared(tmp_path: Path) -> None:
     path = forge(tmp_path / "a.safetensors", arrays=ARRAYS | {"optimizer.mean.layers.0.bias": np.zeros(3)})
-    kinds = checkpoint.kinds(path)
+    kinds = checkpoint.header(path).kinds
     assert kinds == KINDS | {"optimizer.mean.layers.0.bias": ("float64", (3,))}
     assert kinds == checkpoint.kinds_of(checkpoint.load(path).arrays)
     checkpoint.check_kinds("a", kinds, KINDS)
@@ -198,14 +198,43 @@ def test_kinds_of_arrays_are_read_from_the_header_and_compared(tmp_path: Path) -
 
 
 def test_one_header_that_fits_is_enough_and_none_that_does_is_refused(tmp_path: Path) -> None:
-    checkpoint.check_newest(tmp_path, KINDS)
+    def check(saved: Header) -> None:
+        checkpoint.check_kinds(saved.origin, saved.kinds, KINDS)
+
+    checkpoint.check_newest(tmp_path, check)
     (tmp_path / checkpoint.file_name(9)).write_bytes(b"damaged")
-    checkpoint.check_newest(tmp_path, KINDS)  # whoever reads it whole will say what is wrong
+    checkpoint.check_newest(tmp_path, check)  # whoever reads it whole will say what is wrong
     forge(tmp_path / checkpoint.file_name(8), arrays={"layers.0.weight": np.zeros((4, 5), np.float32)})
     with pytest.raises(OutputError, match=r"step-000000008.safetensors: layers.0.weight is float32 \(4, 5\)"):
-        checkpoint.check_newest(tmp_path, KINDS)
+        checkpoint.check_newest(tmp_path, check)
     forge(tmp_path / checkpoint.file_name(7))
-    checkpoint.check_newest(tmp_path, KINDS)
+    checkpoint.check_newest(tmp_path, check)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"a": 1}', "[" * 100_000])
+def test_constants_are_texts_by_name(tmp_path: Path, text: str) -> None:
+    path = forge(tmp_path / "step-1.safetensors", constants=text)
+    for read in (checkpoint.load, checkpoint.header):
+        with pytest.raises(OutputError, match=r"step-1.safetensors: constants is damaged: ") as error:
+            read(path)
+        assert len(str(error.value)) < len(str(path)) + 150
+
+
+def test_constants_of_any_kind_and_value_come_back(tmp_path: Path) -> None:
+    arrays = {"w": np.ones(2), "mask": np.array([[0, -np.inf], [np.nan, -0.0]], "f4"), "c": np.array(7)}
+    arrays |= {
+        "narrow": np.arange(6, dtype="u1").reshape(2, 3).T,
+        "on": np.array([True, False]),
+        "none": np.ones((0, 2)),
+    }
+    told = {name: "array" for name in arrays if name != "w"} | {"beside": "1a2b3c4d"}
+    path = checkpoint.save(tmp_path, Checkpoint(3, "", arrays, "", told), 1)
+    read, header = checkpoint.load(path), checkpoint.header(path)
+    assert read.constants == header.constants == told
+    assert header == read.header
+    for name, array in arrays.items():
+        assert header.kinds[name] == (array.dtype.name, array.shape)
+        assert read.arrays[name].tobytes() == array.tobytes(), name
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mpiml.config import Config
-from mpiml.errors import ConfigError, OutputError
+from mpiml.errors import ConfigError
 from mpiml.nn.layers import (
     BatchNorm2d,
     CausalSelfAttention,
@@ -21,15 +21,9 @@ from mpiml.nn.layers import (
 )
 from mpiml.nn.losses import R2, Accuracy, mean_squared_error, softmax_cross_entropy
 from mpiml.nn.parameters import Parameter
-from mpiml.run.checkpoint import Checkpoint
-from mpiml.training.model import build_loss, build_metric, check_constants, described, model_for, objective
+from mpiml.training.model import build_loss, build_metric, described, model_for, objective
 from mpiml.training.resolve import resolve
 from mpiml.training.task import Task
-
-
-def saved(constants: str = "") -> Checkpoint:
-    return Checkpoint(1, "", {}, "", constants, "step-1.safetensors")
-
 
 DIGITS = Task((64,), (), True, 3, 5)
 
@@ -178,16 +172,6 @@ def test_loss_and_metric_must_fit_the_labels(settings: dict, classification: boo
     with pytest.raises(ConfigError) as error:
         resolve(Config(**settings), 50, classification, 1)
     assert all(word in str(error.value) for word in words)
-
-
-def test_constants_are_checksums_by_name() -> None:
-    check_constants("", saved())
-    check_constants('{"a": "1"}', saved(constants='{"a": "1"}'))
-    for text in ("{", "[1]", '{"a": 1}', "[" * 100_000):
-        with pytest.raises(OutputError, match=r"^step-1.safetensors: constants is damaged: "):
-            check_constants("", saved(constants=text))
-    with pytest.raises(OutputError, match="a: not what the checkpoint was trained with"):
-        check_constants("", saved(constants='{"a": "1"}'))
 
 
 def test_what_ranks_compare_of_a_model_names_what_differs() -> None:

@@ -16,13 +16,16 @@ from mpiml.config import Config, parse
 from mpiml.errors import ConfigError, DataError, DirectoryError, OutputError
 from mpiml.nn import base as nn
 from mpiml.nn.layers import Linear
+from mpiml.nn.losses import R2
 from mpiml.nn.parameters import Layout
 from mpiml.parallel.state import VALUES, State
 from mpiml.run import checkpoint, lock
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.train import train
 from mpiml.training import hold
+from mpiml.training.constants import Constants
 from mpiml.training.hold import _check_nothing_vanished, _finished
+from mpiml.training.place import BuiltModel
 from mpiml.training.storage import Store, check_saved, from_arrays, needed_kinds, normalization, to_arrays
 from mpiml.training.task import Task
 from tests.data import samples
@@ -182,6 +185,10 @@ def layouts(*layers: Linear) -> list[Layout]:
     return [Layout(nn.parameters([layer]), "float32") for layer in layers]
 
 
+def built(stages: list[Layout]) -> BuiltModel:
+    return BuiltModel(TASK, stages, R2(3), Constants())
+
+
 def test_arrays_come_back_under_their_names() -> None:
     (layout,) = stages = layouts(Linear(4, 3))
     values = [{VALUES: np.arange(layout.size, dtype="f"), "mean": np.ones(layout.size, "f")}]
@@ -192,24 +199,24 @@ def test_arrays_come_back_under_their_names() -> None:
     assert all((back[name] == array).all() for name, array in arrays.items())
 
 
-def test_shapes_are_compared_before_memory_is_asked_for() -> None:
+def test_shapes_are_compared_before_memory_is_asked_for(tmp_path: Path) -> None:
     huge = layouts(Linear(4, 10**12), Linear(10**12, 3))
-    with pytest.raises(OutputError, match=r"layers.0.weight is float32 \(4, 3\), the model's float32 \(4, 10+\)"):
-        from_arrays(huge, Checkpoint(1, "", ARRAYS), (VALUES,))
+    file = forge(tmp_path / "small.safetensors")
+    for config in (Config(init=str(file)), resumed(forge(tmp_path / "run" / "checkpoints" / checkpoint.file_name(6)))):
+        with pytest.raises(OutputError, match=r"layers.0.weight is float32 \(4, 3\), the model's float32 \(4, 10+\)"):
+            check_saved(config, built(huge))
 
 
 def test_a_longer_model_is_another_one(tmp_path: Path) -> None:
     more = {"layers.1.weight": np.ones((3, 3), "f")}
-    with pytest.raises(OutputError, match=r"the checkpoint has layers.1.weight, which the model does not have"):
-        from_arrays(layouts(Linear(4, 3)), Checkpoint(1, "", ARRAYS | more), (VALUES,))
     first = forge(tmp_path / "longer.safetensors", arrays=ARRAYS | more | {"optimizer.mean.layers.0.bias": np.ones(3)})
     newest = forge(tmp_path / "run" / "checkpoints" / checkpoint.file_name(6), arrays=ARRAYS | more)
     for config in (Config(init=str(first)), resumed(newest)):
         with pytest.raises(OutputError, match=r"safetensors has layers.1.weight, which the model does not have"):
-            check_saved(config, layouts(Linear(4, 3)))
+            check_saved(config, built(layouts(Linear(4, 3))))
     forge(newest)
     for config in (Config(init=str(newest)), resumed(newest), parse(["--resume", "--out", str(tmp_path / "new")])):
-        check_saved(config, layouts(Linear(4, 3)))
+        check_saved(config, built(layouts(Linear(4, 3))))
 
 
 def resumed(file: Path) -> Config:

@@ -12,7 +12,7 @@ from mpiml.training.task import Task
 
 
 def saved(task: str) -> Checkpoint:
-    return Checkpoint(1, "", {}, task, "", "step-1.safetensors")
+    return Checkpoint(1, "", {}, task, None, "step-1.safetensors")
 
 
 def test_a_task_is_read_back_and_old_ones_ignore_minus_one() -> None:

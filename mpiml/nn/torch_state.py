@@ -1,0 +1,112 @@
+"""The tensors of a PyTorch module in a checkpoint: which are saved, and how they get back into a module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpiml.documents import check_regular, texts
+from mpiml.nn.parameters import ARRAY, Constant
+from mpiml.nn.torch_tensors import arrays, parts, plain
+
+Array = NDArray[Any]
+Pair = tuple[Tensor, Array]  # memory of a module, and the values that belong there
+
+
+def tensors(module: torch.nn.Module) -> dict[str, Tensor]:
+    """The module's parameters and buffers by name; one that has several names under its first."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def saved_names(module: torch.nn.Module) -> set[str]:
+    """The names of what checkpoints hold: parameters and persistent buffers; of sparse ones the values, but not the
+    indices: those that somebody has forged would make torch read outside its memory."""
+    names = {name for name, _ in module.named_parameters()} | set(module.state_dict(keep_vars=True))
+    return names | {f"{name}.values" for name in names}
+
+
+@dataclass
+class SavedState:
+    """What a checkpoint says of the model.
+
+    Attributes:
+        arrays: those of the model by name; `pairs` takes them out.
+        constants: what it tells of constants; None if nothing.
+        dtype: that the run trained in.
+    """
+
+    path: str
+    arrays: dict[str, Array]
+    constants: Mapping[str, str] | None
+    dtype: torch.dtype
+
+    def pairs(self, module: torch.nn.Module, prefix: str) -> Iterator[Pair]:
+        """The module's memory with the arrays for it, whose names begin with `prefix`.
+
+        Raises ValueError for one that is missing, or of another shape, and for a tensor of which the checkpoint has the
+        checksum alone, which is another one.
+        """
+        module._apply(plain)
+        saved = saved_names(module)
+        for name, tensor in tensors(module).items():
+            for part, memory in parts(tensor).items():
+                full_name = f"{prefix}{name}{part}"
+                values = None if part and name + part not in saved else self.arrays.pop(full_name, None)
+                if values is None:
+                    self._check_missing(full_name, memory, needed=tensor.requires_grad, saved=name + part in saved)
+                elif values.shape != memory.shape:
+                    raise self._other(full_name, f"{values.shape} in it, and {tuple(memory.shape)} here")
+                elif not self._takes(full_name, memory, values):
+                    raise self._other(full_name, f"{values.dtype} in it, and {memory.dtype} here")
+                else:
+                    yield memory, values
+
+    def _takes(self, name: str, memory: Tensor, values: Array) -> bool:
+        """Whether values may be written there: all precisions go together, and an average of integers is real."""
+        kind = torch.empty(0, dtype=memory.dtype).numpy().dtype.kind if not memory.is_floating_point() else "f"
+        average = values.dtype.kind == "f" and name not in (self.constants or {})
+        return values.dtype.kind == kind or (average and kind in "iu")
+
+    def _check_missing(self, name: str, memory: Tensor, needed: bool, saved: bool) -> None:
+        told = None if self.constants is None else self.constants.get(name, ARRAY if saved else None)
+        if needed or told == ARRAY:
+            raise self._other(name, f"not in it, and {tuple(memory.shape)} here")
+        as_trained = memory.to(self.dtype) if memory.is_floating_point() else memory
+        if told is not None and told != Constant(arrays(as_trained)[""], saved=False).checksum:
+            raise ValueError(
+                f"{name} is not what {self.path} was trained with, which has the checksum alone "
+                "(buffers with persistent=False, and indices of sparse ones, are in no checkpoint), so the model must "
+                "come with the same"
+            )
+
+    def _other(self, name: str, difference: str) -> ValueError:
+        return ValueError(f"{self.path} is of another model: {name} is {difference}")
+
+
+def read(path: str | Path) -> SavedState:
+    """The model's arrays in a checkpoint, which is not verified. Raises OutputError if it is not a file."""
+    import safetensors
+
+    check_regular(Path(path))
+    with safetensors.safe_open(path, framework="numpy") as file:
+        found = {name: file.get_tensor(name) for name in file.keys() if name.startswith("layers.")}  # noqa: SIM118
+        told = (file.metadata() or {}).get("constants")
+    constants = texts(told, f"{path}: constants") if told else None
+    trained = next((array.dtype for name, array in found.items() if name not in (constants or {})), np.float32)
+    return SavedState(str(path), found, constants, torch.from_numpy(np.empty(0, trained)).dtype)
+
+
+def copy(pairs: Iterable[Pair]) -> None:
+    """Write values where they belong. An average of integers, which training keeps as a real number, is rounded."""
+    with torch.no_grad():
+        for memory, values in pairs:
+            given = torch.from_numpy(values)
+            whole = given.is_floating_point() and not memory.is_floating_point()
+            memory.copy_(given.round() if whole else given)

@@ -1,0 +1,87 @@
+"""The model's constants, arrays that training does not change, in a checkpoint and out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpiml.errors import OutputError
+from mpiml.nn.base import Layer, constants
+from mpiml.nn.parameters import ARRAY, Constant
+from mpiml.run import checkpoint
+from mpiml.run.checkpoint import Header, Kind
+
+
+@dataclass(frozen=True)
+class Constants:
+    """The constants of some layers.
+
+    Attributes:
+        arrays: those that checkpoints hold, by name. They are views of the layers' memory, so they take none, and to
+            write to them changes the layers.
+        told: what a checkpoint tells of each constant beside its arrays.
+    """
+
+    arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    told: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, layers: Sequence[Layer]) -> Constants:
+        """The constants of these layers, which have their names."""
+        found = constants(layers)
+        arrays = {name: constant.array for name, constant in found.items() if constant.saved}
+        return cls(arrays, {name: constant.told for name, constant in found.items()})
+
+    def check(self, saved: Header, weights: Mapping[str, Kind]) -> None:
+        """Raise OutputError unless a checkpoint is of the model with these constants and with arrays of the kinds
+        `weights`, and its checksums are those of the constants that it does not hold."""
+        told = saved.constants or {}
+        if saved.constants is not None:
+            self._check_told(saved.origin, told)
+        held = {name: array for name, array in self.arrays.items() if told.get(name) == ARRAY or name in saved.kinds}
+        checkpoint.check_kinds(saved.origin, saved.kinds, {**weights, **checkpoint.kinds_of(held)})
+
+    def check_init(self, saved: Header, weights: Mapping[str, Kind]) -> None:
+        """As `check`, for a checkpoint that gives first values: it may lack constants, and have ones that are not
+        needed."""
+        held = {name: array for name, array in self.arrays.items() if name in saved.kinds}
+        needed = {**weights, **checkpoint.kinds_of(held)}
+        idle = {name for name, told in (saved.constants or {}).items() if told == ARRAY and name not in needed}
+        kinds = {name: kind for name, kind in saved.kinds.items() if name not in idle}
+        checkpoint.check_kinds(saved.origin, kinds, needed)
+
+    def _check_told(self, origin: str, told: Mapping[str, str]) -> None:
+        what = "(a buffer, or a parameter that requires no gradient)"
+        if more := told.keys() - self.told:
+            raise OutputError(f"{origin} is of another model: it has a constant {min(more)} {what}, the model has not")
+        if more := self.told.keys() - told:
+            raise OutputError(f"{origin} is of another model: it has no constant {min(more)} {what}, the model has")
+        if others := sorted(name for name, text in told.items() if not self._is_as_told(name, text)):
+            if told[others[0]] == ARRAY:
+                raise OutputError(f"{origin} holds {others[0]}, which is a buffer with persistent=False in the model")
+            more_others = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            raise OutputError(
+                f"{others[0]}{more_others}: not what the checkpoint was trained with: {origin} has the checksum alone "
+                "(buffers with persistent=False, and indices of sparse ones, are in no checkpoint), so the model must "
+                "come with the same"
+            )
+
+    def _is_as_told(self, name: str, told: str) -> bool:
+        """Whether a constant is one that the checkpoint has, or has the checksum that it tells."""
+        if name in self.arrays and told != ARRAY:  # as older checkpoints do
+            return told == Constant(self.arrays[name], saved=False).checksum
+        return told == self.told[name]
+
+    def changed(self, saved: Mapping[str, NDArray[Any]]) -> list[str]:
+        """The names of those that have other values in a checkpoint's arrays."""
+        return [n for n, own in self.arrays.items() if n in saved and not Constant(own, saved=True).equals(saved[n])]
+
+    def take(self, saved: Mapping[str, NDArray[Any]]) -> None:
+        """Give the layers the values that a checkpoint has."""
+        # Others are left alone: their memory may be that of a file, which cannot be written to.
+        for name in self.changed(saved):
+            np.copyto(self.arrays[name], saved[name])
