@@ -96,6 +96,11 @@ def _metadata(config: str, task: dict[str, Any]) -> dict[str, dict[str, str | No
     }
     for name in ("config", "task", "constants"):
         forgeries |= {f"{name} of {what}": {name: text} for what, text in odd.items()}
+    forgeries |= {
+        "constants of an array that is not there": {"constants": '{"layers.9.mask": "array"}'},
+        "constants of a weight": {"constants": '{"layers.1.weight": "array"}'},
+        "constants of numbers": {"constants": '{"layers.9.mask": 1}'},
+    }
     steps = {"nothing": None, "text": "abc", "-5": "-5", "10^30": "1" + "0" * 30, "5000 digits": "9" * 5000}
     forgeries |= {f"step of {what}": {"step": text} for what, text in steps.items()}
     return forgeries | {"format of another kind": {"format": "mpiml-2"}, "deep config": {"config": f"a = {DEEP}"}}

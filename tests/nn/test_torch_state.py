@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from mpiml.nn import base as nn
 from mpiml.nn.parameters import Layout
 from mpiml.run import checkpoint
 from mpiml.run.checkpoint import Checkpoint
+from mpiml.training.constants import Constants
 from tests.forging import forge
 
 torch = pytest.importorskip("torch")
@@ -90,6 +93,15 @@ def test_constants_are_views_of_the_modules_tensors() -> None:
         constant.array[...] = found[name].array
     assert other(x, AT)[0].tobytes() == one(x, AT)[0].tobytes() != before
     assert [c.told for c in other.own_constants().values()] == [c.told for c in found.values()]
+
+
+def test_constants_keep_their_own_memory_alive_and_not_the_module() -> None:
+    made = layer(1)
+    module, weight, held = weakref.ref(made.module), weakref.ref(made.module.first.weight), Constants.of([made])
+    del made
+    gc.collect()
+    assert (module(), weight()) == (None, None)
+    assert held.arrays["layers.0.fixed"].tobytes() == Kept(1).fixed.detach().numpy().tobytes()
 
 
 def test_a_state_dict_is_the_modules_with_the_layers_values() -> None:

@@ -317,6 +317,17 @@ def test_other_data_are_refused_wherever_they_lie(begun: Path) -> None:
         job(out="run", resume=True, steps=6, data="job2/d.npz")
 
 
+def test_a_newest_checkpoint_of_another_optimizer_is_refused(begun: Path) -> None:
+    """Though an older one fits."""
+    saved = checkpoint.load(max(Path("run/checkpoints").iterdir()))
+    arrays = {name: array for name, array in saved.arrays.items() if not name.startswith("optimizer.mean.")}
+    checkpoint.save(Path("run/checkpoints"), Checkpoint(5, saved.config, arrays, saved.task, {}), 9)
+    with pytest.raises(
+        OutputError, match=r"step-000000005.safetensors has no optimizer.mean.layers.*another .*optimizer"
+    ):
+        job(out="run", resume=True, steps=6)
+
+
 def test_first_weights_are_needed_until_there_is_a_checkpoint(begun: Path) -> None:
     job(data="d.npz", steps=4, out="unsaved", init=FIRST, save_every=0)
     shutil.rmtree("first")
