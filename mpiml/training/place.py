@@ -75,8 +75,8 @@ def build_stage(config: Config, task: Task, grid: Grid, model: Model | None) -> 
         learns=stage.learned or stage.layout.size > 0,
         learned=stage.learned,
     )
-    # Elsewhere the memory of other stages is free again. Rank 0 keeps of theirs what checkpoints hold and no other rank
-    # sends it: views of tensors, which keep those alone, once, and not the weights, modules or buffers beside them.
+    # Rank 0 writes checkpoints from its own copy of the model, so it keeps the constants of all stages: views, which
+    # keep these tensors' memory and nothing else of other stages' modules. Other ranks keep those of their stage.
     constants = Constants.of(stage.layers if team.rank else layers)
     return BuiltModel(task, [stage.layout for stage in stages], metric, constants), computation
 
