@@ -40,7 +40,7 @@ def check_saved(cfg: Config, model: BuiltModel) -> None:
         model.constants.check_init(checkpoint.header(Path(cfg.init)), needed)
 
 
-PART = 1 << 24  # elements of a constant that are sent at once
+PART = 1 << 22  # elements of a constant that are sent at once
 
 
 class Restored(NamedTuple):
