@@ -28,6 +28,8 @@ from mpiml.training.run import Run
 from mpiml.training.saved import settings_of
 from mpiml.training.task import Task
 
+PART = 1 << 22  # elements of a constant that are sent at once
+
 
 def check_saved(cfg: Config, model: BuiltModel) -> None:
     """Raise OutputError if what the run is to begin with, its own checkpoints or else --init, is of another model:
@@ -38,9 +40,6 @@ def check_saved(cfg: Config, model: BuiltModel) -> None:
         checkpoint.check_newest(checkpoints, lambda saved: model.constants.check(saved, needed))
     elif cfg.init:
         model.constants.check_init(checkpoint.header(Path(cfg.init)), needed)
-
-
-PART = 1 << 22  # elements of a constant that are sent at once
 
 
 class Restored(NamedTuple):
@@ -77,7 +76,7 @@ class Store:
         run, progress = self.run, self.clock.progress
         layouts, constants = run.model.layouts, run.model.constants
         stages: list[Mapping[str, Any]] = []  # on rank 0, of each stage its vectors
-        arrays: dict[str, Any] = {}  # on rank 0
+        changed: dict[str, Any] = {}  # on rank 0, the constants that are others than the model's
 
         def read() -> tuple[Restored, tuple[str, ...], Normalization | None]:
             newest, problems = checkpoint.newest(self.hold.checkpoints, progress=progress)
@@ -95,7 +94,7 @@ class Store:
                     notes.append(f"{others[0]}{more}: not in {run.config.init}, so as the model makes them")
             if first:
                 stages.extend(from_arrays(layouts, first, names))
-                arrays.update(first.arrays)
+                changed.update((name, first.arrays[name]) for name in constants.changed(first.arrays))
             # Nothing can be refused any more, so now the log may change.
             start = self._cut_log(newest, notes)
             return start, names if first else (), normalizing
@@ -106,7 +105,7 @@ class Store:
             run.data.normalization.take(normalizing)
         if names:
             run.state.distribute(stages, *names)
-            restore_constants(constants, self.team, arrays)
+            restore_constants(constants, self.team, changed)
         self._saved = start.step
         return start
 
@@ -229,7 +228,7 @@ def restore_constants(constants: Constants, team: Team, saved: Mapping[str, Any]
 
     Ranks have compared theirs, so only those that the checkpoint has otherwise are sent; mostly there are none.
     """
-    for name, size in team.on_rank_0(lambda: [(changed, saved[changed].size) for changed in constants.changed(saved)]):
+    for name, size in team.on_rank_0(lambda: [(other, saved[other].size) for other in constants.changed(saved)]):
         for start in range(0, size, PART):
             part = team.broadcast(saved[name].reshape(-1)[start : start + PART] if saved else None)
             if name in constants.arrays:
