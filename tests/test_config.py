@@ -19,6 +19,8 @@ from mpiml.flags import flag
 OTHERS = {
     "data": ("d.npz", '"d.npz"', "d.npz"),
     "label": ("y", '"y"', "y"),
+    "drop_columns": ('Id,"a, b"', '["Id", "a, b"]', ("Id", "a, b")),
+    "fill": ("mean", '"mean"', "mean"),
     "context": ("64", "64", 64),
     "held_out": ("0.2", "0.2", 0.2),
     "token_dtype": ("uint32", '"uint32"', "uint32"),
