@@ -36,6 +36,7 @@ class Options:
     gaps: bool = False  # whether inputs of a table may be missing; they are NaN then
     columns: Sequence[str] = ()  # the inputs that a trained model takes from a table, in this order
     words: Sequence[str] = ()  # the words that its labels were, in the order of the classes
+    tests_only: bool = False  # only rows to test on are wanted, and these may be without labels
 
 
 @dataclass
@@ -108,35 +109,29 @@ def open_idx(path: Path, options: Options) -> Columns:
 def open_table(path: Path, options: Options) -> Columns:
     from mpiml.data.delimited import CSV
     from mpiml.data.parquet import Parquet
-    from mpiml.data.tables import number_words
+    from mpiml.data.tables import check_same, number_words
 
-    files = _tables(path)
+    files = _tables(path, options.tests_only)
     kind = Parquet if files[0].suffix.lower() == ".parquet" else CSV
-    trained = bool(options.columns)
-    first = kind(files[0], options)
-    tables = [first] + [kind(file, dataclasses.replace(options, columns=first.columns)) for file in files[1:]]
-    for table in tables[1:] if not trained else ():
-        if extra := [name for name in table.names if name not in first.names]:
-            raise DataError(
-                f"{table.path} has columns that {first.path} lacks: {', '.join(extra)}; there are "
-                f"{', '.join(table.names)}, and {', '.join(first.names)}"
-            )
-        if table.label is None:
-            raise DataError(
-                f"{table.path} has no column {options.label} to test on; there are {', '.join(table.names)}"
-            )
+    tables = [kind(files[0], options)]
+    for file in files[1:]:
+        tables.append(kind(file, dataclasses.replace(options, columns=tables[0].columns)))
+        check_same(*tables)
     words = number_words(tables, options.words)
-    sources = [source for table in tables for source in table.sources()]
-    return Columns(sources, files, len(words) or None, names=first.columns, words=words)
+    sources: dict[str, Source] = {}
+    for which, table in zip(["test"] if options.tests_only else ["train", "test"], tables, strict=False):
+        x, y = table.sources()
+        sources |= {f"x_{which}": x} | ({} if table.label is None else {f"y_{which}": y})
+    return Columns(list(sources.values()), files, len(words) or None, names=tables[0].columns, words=words)
 
 
-def _tables(path: Path) -> list[Path]:
-    """The file to train on and the one to test on; the second may be missing."""
+def _tables(path: Path, tests_only: bool) -> list[Path]:
+    """The file to train on, and the one to test on if there is one; only that to test on if that is what is wanted."""
     if not path.is_dir():
         return [path]
     suffix = next(suffix for suffix in TABLES if any((path / f"{w}{suffix}").exists() for w in ("train", "test")))
-    test = path / f"test{suffix}"
-    return [path / f"train{suffix}", *([test] if test.exists() else [])]
+    train, test = path / f"train{suffix}", path / f"test{suffix}"
+    return [test] if tests_only and test.exists() else [train, test] if test.exists() else [train]
 
 
 def open_tokens(path: Path, options: Options) -> Columns:

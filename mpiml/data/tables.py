@@ -79,7 +79,7 @@ class Table(ABC):
             return self.names.index(label)
         if label in self.names:
             raise DataError(f"{self.path} has {self.names.count(label)} columns {label}; {there}")
-        if options.columns:
+        if options.columns:  # it may have inputs alone
             return None
         hint = "" if len(self.names) > 1 else " (columns are separated by one of: comma, semicolon, tab, |)"
         raise DataError(f"{self.path} has no column {label}; {there}{hint}")
@@ -146,6 +146,16 @@ def dropping(names: Sequence[str]) -> str:
     return (
         f"--drop-columns {shlex.quote(','.join(map(quoted, names)))} leaves {'it' if len(names) == 1 else 'them'} out"
     )
+
+
+def check_same(train: Table, test: Table) -> None:
+    """Raise DataError if the table to test on has columns that the other has not, or no labels."""
+    there = f"there are {', '.join(test.names)}"
+    if more := [name for name in test.names if name not in train.names]:
+        raise DataError(f"{test.path} has columns that {train.path} has not: {', '.join(more)}; {there}")
+    if test.label is None and train.label is not None:
+        label = train.names[train.label]
+        raise DataError(f"{test.path} has no column {label} to test on; {there}; without this file, --held-out acts")
 
 
 def number_words(tables: Sequence[Table], known: Sequence[str]) -> tuple[str, ...]:

@@ -92,7 +92,8 @@ def check_data(stored: StoredModel, data: Dataset, others: bool) -> None:
     ):
         if given != trained:
             raise DataError(f"{data.name}: {what} {given}, but the run's {trained}")
-    if tuple(data.words) != task.words and data.test.y.dtype.kind != "b":  # whose classes are 0 and 1 in any case
+    numbered = data.test.y.dtype.kind == "b"  # false and true are 0 and 1, whether words or not
+    if data.words and tuple(data.words) != task.words and not numbered:
         raise DataError(f"{data.name}: labels are words, but the run's are numbers")
     before = None if others else environment.data(stored.run)
     if before and (other := difference(data.fingerprint, before, "in the run")):
