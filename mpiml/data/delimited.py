@@ -50,8 +50,12 @@ class CSV(Table):
         names = [" ".join(name.strip().splitlines()) for name in self._fields(header)]
         super().__init__(path, names, options)
         self.length = records - 1
+        rows = [row for row in _rows(sample, self.separator)[1:] if len(row) == len(self.names)]
+        seen = "".join(row[position] for row in rows for position in self.inputs)
+        if "." in seen and "," not in seen:  # the number with a comma is in a column that is left out
+            self.decimal = "."
         self.x_dtype, self.y_dtype = np.dtype(np.float64), self._kind_of_labels(first)
-        self._check_inputs(sample)
+        self._check_inputs(rows)
         self._fast = self.decimal == "."
 
     def number(self, words: Sequence[str]) -> None:
@@ -104,16 +108,16 @@ class CSV(Table):
                 if self.separator == ";" and self.decimal == "." and b"," in chunk and DECIMAL_COMMA.search(chunk):
                     self.decimal = ","
                 if not quotes % 2 and b'"' not in chunk:
-                    lines, records = lines + chunk.count(b"\n"), records + chunk.count(b"\n")
-                    begins = lines + 1
+                    ends = chunk.count(b"\n")
+                    lines, records, begins = lines + ends, records + ends, lines + ends + 1
                     continue
                 raw = np.frombuffer(chunk, np.uint8)
-                marks, ends = np.flatnonzero(raw == ord('"')), np.flatnonzero(raw == ord("\n"))
-                outside = np.flatnonzero((np.searchsorted(marks, ends) + quotes) % 2 == 0)
-                self.multiline |= len(outside) < len(ends)
+                marks, breaks = np.flatnonzero(raw == ord('"')), np.flatnonzero(raw == ord("\n"))
+                outside = np.flatnonzero((np.searchsorted(marks, breaks) + quotes) % 2 == 0)
+                self.multiline |= len(outside) < len(breaks)
                 if len(outside):
                     begins = lines + int(outside[-1]) + 2
-                lines, records, quotes = lines + len(ends), records + len(outside), quotes + len(marks)
+                lines, records, quotes = lines + len(breaks), records + len(outside), quotes + len(marks)
         if quotes % 2:
             raise DataError(f"{self.path}, line {begins}: a quotation mark is not closed")
         return records + (not chunk.endswith(b"\n"))
@@ -217,9 +221,8 @@ class CSV(Table):
         self.worded = self._number(text) is None
         return np.dtype(np.int64 if self.worded or text.lstrip("+-").isdigit() else np.float64)
 
-    def _check_inputs(self, sample: Sequence[str]) -> None:
-        """Raise DataError that names all inputs which hold words more often than now and then."""
-        rows = [row for row in _rows(sample, self.separator)[1:] if len(row) == len(self.names)]
+    def _check_inputs(self, rows: Sequence[Sequence[str]]) -> None:
+        """Raise DataError that names all inputs which hold words in more than a tenth of the first rows."""
         words = {}
         for position in self.inputs:
             wrong = [row[position] for row in rows if self._number(row[position]) is None]

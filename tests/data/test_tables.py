@@ -115,6 +115,11 @@ def test_words_as_labels_are_classes(tmp_path: Path, name: str) -> None:
     assert values_of(data) == ([[1, 2.5], [3, -40]], [1, 0])
 
 
+def test_a_comma_in_a_column_that_is_left_out_makes_no_decimal_commas(tmp_path: Path) -> None:
+    data = table(tmp_path, "list;a;y\n1,5;2.5;0\n;3;1\n", drop_columns=("list",))
+    assert values_of(data) == ([[2.5], [3]], [0, 1])
+
+
 def test_words_are_those_of_both_files(tmp_path: Path) -> None:
     data = table(tmp_path, "y,a\ndog,1\n", "a,y\n2,cat\n3,dog\n")
     assert data.words == ("cat", "dog")
