@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,10 +200,8 @@ class Config:
         if self.given is None:
             changed = frozenset(f.name for f in settings() if getattr(self, f.name) != f.default)
             object.__setattr__(self, "given", changed)
-        if self.fill not in (None, "mean"):
-            number = convert(float, self.fill, f"--fill {self.fill}, in place of mean")
-            if not math.isfinite(number):
-                raise ConfigError(f"--fill {self.fill}: must be mean or a finite number")
+        if self.fill not in (None, "mean") and not flags.is_finite(self.fill or ""):
+            raise ConfigError(f"--fill {self.fill}: must be mean or a finite number")
         flags.seconds(self.time_limit, "--time-limit")
         if self.epochs and self.steps and {"epochs", "steps"} <= (self.given or frozenset()):
             raise ConfigError(f"--epochs {self.epochs} --steps {self.steps}: give one of the two")

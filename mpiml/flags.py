@@ -200,6 +200,14 @@ def toml(value: Any) -> str:
     return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
+def is_finite(text: str) -> bool:
+    """Whether a text is a finite number."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
 def seconds(limit: str | None, what: str) -> float:
     """The seconds of a time limit as SLURM writes it; infinite for None. Raises ConfigError, beginning with `what`."""
     if limit is None:
