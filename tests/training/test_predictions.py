@@ -93,6 +93,8 @@ def test_gaps_are_filled_as_the_checkpoint_says(run: Path) -> None:
         file.unlink()
     checkpoint.save(run / "checkpoints", saved, keep=1)
     assert scored(run)["test_loss"] != whole["test_loss"]
+    on, whole_on = (job(out=out, resume=True, steps=9)["weights_sha256"] for out in ("run", "whole"))
+    assert on != whole_on
     zero = job(data="d", out="zero", steps=8, fill="0")
     assert zero["weights_sha256"] != whole["weights_sha256"]
 
