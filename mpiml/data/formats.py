@@ -116,7 +116,8 @@ def open_table(path: Path, options: Options) -> Columns:
     tables = [kind(files[0], options)]
     for file in files[1:]:
         tables.append(kind(file, dataclasses.replace(options, columns=tables[0].columns)))
-        check_same(*tables)
+    if not options.tests_only:
+        check_same(tables, options.label)
     words = number_words(tables, options.words)
     sources: dict[str, Source] = {}
     for which, table in zip(["test"] if options.tests_only else ["train", "test"], tables, strict=False):

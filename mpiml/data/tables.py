@@ -148,14 +148,15 @@ def dropping(names: Sequence[str]) -> str:
     )
 
 
-def check_same(train: Table, test: Table) -> None:
-    """Raise DataError if the table to test on has columns that the other has not, or no labels."""
-    there = f"there are {', '.join(test.names)}"
-    if more := [name for name in test.names if name not in train.names]:
-        raise DataError(f"{test.path} has columns that {train.path} has not: {', '.join(more)}; {there}")
-    if test.label is None and train.label is not None:
-        label = train.names[train.label]
-        raise DataError(f"{test.path} has no column {label} to test on; {there}; without this file, --held-out acts")
+def check_same(tables: Sequence[Table], label: str | None) -> None:
+    """Raise DataError if a table has no labels, or the one to test on columns that the other has not."""
+    for table in tables:
+        there = f"there are {', '.join(table.names)}"
+        if table.label is None:
+            hint = "" if table is tables[0] else "; without this file, --held-out takes rows to test on from the other"
+            raise DataError(f"{table.path} has no column {label}; {there}{hint}")
+        if more := [name for name in table.names if name not in tables[0].names]:
+            raise DataError(f"{table.path} has columns that {tables[0].path} has not: {', '.join(more)}; {there}")
 
 
 def number_words(tables: Sequence[Table], known: Sequence[str]) -> tuple[str, ...]:

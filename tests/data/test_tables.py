@@ -79,7 +79,7 @@ def test_columns_are_left_out(tmp_path: Path) -> None:
     ("test", "words"),
     [
         ("a,y\n1,cat\n", "test.csv has no column b; there are a, y"),
-        ("a,b\n1,2\n", "test.csv has no column y to test on"),
+        ("a,b\n1,2\n", "test.csv has no column y; there are a, b; without this file, --held-out"),
         ("c,b,y,a\n1,2,cat,3\n", "test.csv has columns that "),
         ("a,b,y\n1,2,3\n", "labels are words in "),
         ("a,a,b,y\n1,1,2,cat\n", "test.csv has 2 columns a"),
