@@ -101,10 +101,10 @@ class CSV(Table):
         """The number of records, the header included; also whether some go over several lines, and whether numbers have
         decimal commas."""
         records = lines = quotes = 0
-        begins, chunk = 1, b""  # the line in which the last record begins
+        begins, tail = 1, b""  # the line in which the last record begins, and the end of what has been read
         with open(self.path, "rb") as file:
-            while more := file.read(1 << 20):
-                chunk = more
+            while chunk := file.read(1 << 20):
+                tail = (tail + chunk[-4096:])[-4096:]
                 if self.separator == ";" and self.decimal == "." and b"," in chunk and DECIMAL_COMMA.search(chunk):
                     self.decimal = ","
                 if not quotes % 2 and b'"' not in chunk:
@@ -120,7 +120,8 @@ class CSV(Table):
                 lines, records, quotes = lines + len(breaks), records + len(outside), quotes + len(marks)
         if quotes % 2:
             raise DataError(f"{self.path}, line {begins}: a quotation mark is not closed")
-        return records + (not chunk.endswith(b"\n"))
+        ended = tail[len(tail.rstrip(b"\r\n")) :].count(b"\n")
+        return records + 1 - ended  # without empty lines at the end
 
     def _texts(self, file: IO[bytes]) -> Iterator[Line]:
         """All records of the open file."""

@@ -44,6 +44,8 @@ def open_data(config: Config, task: Task | None = None) -> Dataset:
         words=task.words if task else (),
     )
     dataset = open_dataset(config.data, options)
+    if config.drop_columns and not dataset.names:
+        raise ConfigError(f"--drop-columns: {config.data} is not a table; leave it out")
     if dataset.words and config.loss == "mse":
         raise ConfigError(f"--loss mse: labels are words ({words_text(dataset.words)}), not numbers; leave it at auto")
     if dataset.words and config.classes not in (None, len(dataset.words)):

@@ -21,11 +21,12 @@ from tests.data.samples import table, values_of
         "a,y\n1.5,2\n-3e2,0\n",
         "a,y\n1.5,2\n-3e2,0",
         "a,y\r\n1.5,2\r\n-3e2,0\r\n",
+        "a,y\r\n1.5,2\r\n-3e2,0\r\n\r\n\n",
         "\ufeffa,y\n1.5,2\n-3e2,0\n",
         '"a","y"\n"1.5",2\n-3e2,"0"\n',
         " a , y \n 1.5 , 2 \n -3e2, 0\n",
     ],
-    ids=["plain", "no last newline", "Windows", "byte order mark", "quotes", "spaces"],
+    ids=["plain", "no last newline", "Windows", "empty lines at the end", "byte order mark", "quotes", "spaces"],
 )
 def test_csv_as_others_write_it(tmp_path: Path, text: str) -> None:
     data = table(tmp_path, text)
@@ -177,8 +178,8 @@ BAD_CSV: dict[str, tuple[Callable[[Path], None], str]] = {
         "line 24: column c3 holds 'five', which is not a number; --drop-columns c3",
     ),
     "empty line": (line(3, ""), "line 3: has 0 values"),
-    "empty lines": (of_text("a,kind\n1,2.0\n\n\n"), "line 3: has 0 values"),
-    "nothing but empty lines": (of_text("a,kind\n\n\n"), "line 2: has 0 values"),
+    "empty lines": (of_text("a,kind\n\n\n1,2.0\n"), "line 2: has 0 values"),
+    "nothing but empty lines": (of_text("a,kind\n\n\n"), "x_train has no rows"),
     "comment": (line(3, "# no data"), "line 3: has 1 values"),
     "quote not closed": (line(4, GOOD.replace("5", '"5')), "line 4"),
     "not UTF-8": (line(4, "\xe9" + GOOD), "line 4: not in UTF-8"),
@@ -208,7 +209,7 @@ def test_a_bad_csv_file_is_refused_in_a_line(tmp_path: Path, what: str) -> None:
     damage, words = BAD_CSV[what]
     damage(samples.csv(tmp_path) / "train.csv")
     if what in ("names alone", "empty lines", "nothing but empty lines"):
-        of_text("a,kind\n1,2\n" if what == "names alone" else "a,kind\n\n")(tmp_path / "test.csv")
+        of_text("a,kind\n1,2.0\n")(tmp_path / "test.csv")
     message = refusal(tmp_path)
     assert words in message
     assert ".csv" in message or "x_train" in message

@@ -104,6 +104,9 @@ def test_words_are_no_values(run: Path) -> None:
         job(data="d", out="run", loss="mse")
     with pytest.raises(ConfigError, match=r"^--classes 5: labels are 3 words; leave it out"):
         job(data="d", out="run", classes=5)
+    np.savez("d.npz", x_train=np.eye(2), y_train=[0, 1], x_test=np.eye(2), y_test=[0, 1])
+    with pytest.raises(ConfigError, match=r"^--drop-columns: d.npz is not a table; leave it out"):
+        job(data="d.npz", out="run")
     job(data="d", out="run", steps=1)
     for which in ("train", "test"):
         write(Path(f"d/{which}.csv"), flowers(30, 1) | {"kind": [1] * 30})
