@@ -62,16 +62,16 @@ class CSV(Table):
         super().number(words)
         self.y_dtype = np.dtype(np.int64)
 
-    def distinct(self) -> Iterator[str]:
-        assert self.label is not None, "only labels are words"
+    def distinct(self) -> set[str]:
+        position = self.label or 0
         with open(self.path, "rb") as file:
-            texts = self._texts(file)
-            next(texts)
-            for line in texts:
-                fields = self._fields(line)
-                word = fields[self.label].strip() if len(fields) > self.label else ""
-                if word.casefold() not in GAPS:
-                    yield word
+            rows = csv.reader((text for _, text in self._texts(file)), delimiter=self.separator, skipinitialspace=True)
+            try:
+                next(rows)
+                fields = {row[position] for row in rows if len(row) > position}
+            except csv.Error as error:
+                raise DataError(f"{self.path}, row {rows.line_num - 2}: {error}") from None
+        return {word for word in map(str.strip, fields) if word.casefold() not in GAPS}
 
     def read(self, rows: Indices) -> tuple[Rows, Rows]:
         x, y = np.empty((len(rows), len(self.inputs))), np.zeros(len(rows), self.y_dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,10 @@ class Parquet(Table):
         if self.y_dtype.kind != "b":
             self.y_dtype = np.dtype(np.int64)
 
-    def distinct(self) -> Iterator[str]:
-        for group in range(self.file.num_row_groups):
-            if self.label is not None:
-                yield from (word for word in _encoded(self._columns(group, [self.label])[0])[0] if word is not None)
+    def distinct(self) -> set[str]:
+        groups = range(self.file.num_row_groups)
+        words = {word for group in groups for word in _encoded(self._columns(group, [self.label or 0])[0])[0]}
+        return {word for word in words if word is not None and word.strip().casefold() not in GAPS}
 
     def read(self, rows: Indices) -> tuple[Rows, Rows]:
         x, y = np.empty((len(rows), len(self.inputs)), self.x_dtype), np.zeros(len(rows), self.y_dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,8 +48,8 @@ class Table(ABC):
         """Inputs (rows, inputs) and labels (rows,) of these rows, whose numbers are in rising order."""
 
     @abstractmethod
-    def distinct(self) -> Iterable[str]:
-        """The words in the column of labels, each at least once. Reads that column from start to end."""
+    def distinct(self) -> set[str]:
+        """The words in the column of labels. Reads it from start to end."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -172,6 +172,8 @@ def number_words(tables: Sequence[Table], known: Sequence[str]) -> tuple[str, ..
         other = next(table.path for table in tables if not table.worded)
         raise DataError(f"labels are words in {worded[0]}, but numbers in {other}")
     words = tuple(known or sorted(set().union(*(table.distinct() for table in tables))))
+    if not words:
+        raise DataError(f"{worded[0]}: there is no label in any row")
     for table in tables:
         table.number(words)
     return words

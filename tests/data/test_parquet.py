@@ -55,6 +55,7 @@ PARQUET: dict[str, tuple[Callable[[Path], None], str]] = {
     "no rows": (rows(a=np.zeros(0), kind=np.zeros(0, int)), "x_train has no rows"),
     "no value": (rows(a=[1.0, 2.0, 3.0, 4.0, None], kind=[1] * 5), "row 4: there is no value in column a: --fill mean"),
     "no label": (rows(a=[1.0] * 5, kind=[1, 2, None, None, 0]), "row 2: there is no label in column kind"),
+    "labels empty": (rows(a=[1.0] * 2, kind=["", "NA"]), "train.parquet: there is no label in any row"),
     "label null": (rows(a=[1.0] * 5, kind=["b", "b", "b", "b", None]), "row 4: there is no label in column kind"),
     "lists as labels": (rows(a=[1, 2], kind=[[1], [2]]), "labels in column kind are list<"),
     "words": (
@@ -79,7 +80,9 @@ def test_a_bad_parquet_file_is_refused_in_a_line(tmp_path: Path, what: str) -> N
     damage, words = PARQUET[what]
     damage(samples.parquet(tmp_path) / "train.parquet")
     if what not in ("no Parquet", "empty", "truncated", "missing"):
-        rows(a=[1.0], kind=["b"] if what == "label null" else [1])(tmp_path / "test.parquet")
+        rows(a=[1.0], kind=["b"] if what == "label null" else [""] if what == "labels empty" else [1])(
+            tmp_path / "test.parquet"
+        )
     message = refusal(tmp_path)
     assert words in message
     assert "train.parquet" in message or "x_train" in message
