@@ -44,6 +44,10 @@ class Config:
         named=is_name,
     )
     label: str | None = setting(None, DATA, "column of the labels in a CSV or Parquet file")
+    drop_columns: tuple[str, ...] = setting((), DATA, "columns of a CSV or Parquet file that are left out")
+    fill: str | None = setting(
+        None, DATA, "what takes the place of missing inputs: mean (of the training rows) or a number", metavar="mean|X"
+    )
     context: int | None = setting(None, DATA, "length of a row of text: bytes, or tokens", low=1)
     held_out: float = setting(0.1, DATA, "fraction of a text kept for tests if it has no test file", low=0, below=1)
     token_dtype: str = setting("uint16", DATA, "type of the tokens in .bin files", choices=["uint16", "uint32"])
@@ -196,6 +200,8 @@ class Config:
         if self.given is None:
             changed = frozenset(f.name for f in settings() if getattr(self, f.name) != f.default)
             object.__setattr__(self, "given", changed)
+        if self.fill not in (None, "mean") and not flags.is_finite(self.fill or ""):
+            raise ConfigError(f"--fill {self.fill}: must be mean or a finite number")
         flags.seconds(self.time_limit, "--time-limit")
         if self.epochs and self.steps and {"epochs", "steps"} <= (self.given or frozenset()):
             raise ConfigError(f"--epochs {self.epochs} --steps {self.steps}: give one of the two")

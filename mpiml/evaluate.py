@@ -40,7 +40,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--model": (function, "your own model; a function that only the checkpoint names is not called"),
         "--loss": (function, "your own loss; likewise"),
         "--metric": (function, "your own metric; likewise"),
-        "--predictions": ("FILE", "write the predicted class, or values, of every test row to a .npy or .csv file"),
+        "--predictions": ("FILE", "write the predicted class, word or values of every test row to a .npy or .csv file"),
     }
     for flag, (metavar, help) in more.items():
         parser.add_argument(flag, type=_text, metavar=metavar, help=help)
@@ -65,6 +65,7 @@ from mpiml import documents
 from mpiml.clock import Clock
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
+from mpiml.data.preparation import prepared
 from mpiml.errors import freed
 from mpiml.nn.parameters import Layout
 from mpiml.parallel import grid as grids
@@ -86,7 +87,6 @@ from mpiml.training.evaluation import Evaluation
 from mpiml.training.model import Model
 from mpiml.training.place import build_stage
 from mpiml.training.predictions import Predictions, check_path
-from mpiml.training.rows import normalized
 from mpiml.training.storage import from_arrays, needed_kinds, restore_constants
 from mpiml.training.stored import StoredModel, check_data, stored_model
 from mpiml.vectors import bytes_of
@@ -153,7 +153,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     config = stored.config
     prepare_process(config.threads)
-    dataset = open_data(config, team, data if isinstance(data, Dataset) else None)
+    dataset = open_data(config, team, data if isinstance(data, Dataset) else None, stored.task)
     team.together(lambda: check_data(stored, dataset, others=data is not None))
     name = dataset.name if isinstance(data, Dataset) else config.data
     made = None if isinstance(model, str) else model
@@ -175,10 +175,10 @@ def _scored(
     share_cores(grid.node.size * config.threads, grid.cores)
     tests = Evaluation(data.test, config.eval_rows, grid, config.dtype)
     classes = task.outputs if task.classification else None
-    seen = look_at(data, grid, None, tests.rows(), classes, tokens=task.vocabulary, ignore=task.ignore)
+    tokens, ignore, gaps = task.vocabulary, task.ignore, config.fill is not None
+    seen = look_at(data, grid, None, tests.rows(), classes, tokens=tokens, ignore=ignore, gaps=gaps)
     tests.split = data.test.ignoring(task.ignore)
-    if stored.normalization:
-        tests.split = normalized(tests.split, stored.normalization, config.dtype)
+    tests.split = prepared(tests.split, stored.preparations, config.dtype)
     built, computation = build_stage(config, task, grid, model)
     layouts, metric = built.layouts, built.metric
     # Before memory that only a forged checkpoint asks for is.

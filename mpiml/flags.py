@@ -84,7 +84,17 @@ def _choices(field: dataclasses.Field[Any]) -> list[str]:
 def _metavar(kind: Any) -> str:
     """Stands for a value of a type in the help."""
     name = str(kind)
-    return "N,N" if "tuple" in name else "N" if "int" in name else "X" if "float" in name else "NAME"
+    return (
+        "NAME,NAME"
+        if "tuple[str" in name
+        else "N,N"
+        if "tuple" in name
+        else "N"
+        if "int" in name
+        else "X"
+        if "float" in name
+        else "NAME"
+    )
 
 
 def from_arguments(
@@ -123,8 +133,8 @@ def convert(kind: Any, raw: Any, what: str) -> Any:
     if isinstance(kind, types.UnionType):
         kind = typing.get_args(kind)[0]
     if typing.get_origin(kind) is tuple:
-        items = raw.split(",") if isinstance(raw, str) else raw if isinstance(raw, (list, tuple)) else [raw]
-        return tuple(convert(int, item, what) for item in items if item != "")
+        items = listed(raw) if isinstance(raw, str) else raw if isinstance(raw, (list, tuple)) else [raw]
+        return tuple(convert(typing.get_args(kind)[0], item, what) for item in items if item != "")
     if kind is str and isinstance(raw, str):
         if raw != raw.encode(errors="replace").decode():
             raise ConfigError(f"{what!a}: must be text in UTF-8")
@@ -167,7 +177,19 @@ def guess(word: str, known: Sequence[str]) -> str:
 
 def text(value: Any) -> str:
     """A value as text that a flag accepts."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return ",".join(map(quoted, map(str, value))) if isinstance(value, tuple) else str(value)
+
+
+def listed(text: str) -> list[str]:
+    """The items of a list that commas separate; an item in quotation marks may hold commas."""
+    import csv
+
+    return [item.strip() for item in next(csv.reader([text], skipinitialspace=True), [])]
+
+
+def quoted(item: str) -> str:
+    """An item as a list that commas separate takes it."""
+    return '"' + item.replace('"', '""') + '"' if set(item) & set(',"\n\r') else item
 
 
 def toml(value: Any) -> str:
@@ -176,6 +198,14 @@ def toml(value: Any) -> str:
         return f"[{', '.join(map(toml, value))}]"
     # TOML escapes as JSON does, but wants DEL escaped too.
     return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def is_finite(text: str) -> bool:
+    """Whether a text is a finite number."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def seconds(limit: str | None, what: str) -> float:

@@ -19,6 +19,8 @@ from mpiml.flags import flag
 OTHERS = {
     "data": ("d.npz", '"d.npz"', "d.npz"),
     "label": ("y", '"y"', "y"),
+    "drop_columns": ('Id,"a, b"', '["Id", "a, b"]', ("Id", "a, b")),
+    "fill": ("mean", '"mean"', "mean"),
     "context": ("64", "64", 64),
     "held_out": ("0.2", "0.2", 0.2),
     "token_dtype": ("uint32", '"uint32"', "uint32"),
@@ -160,6 +162,8 @@ def test_underscores_and_lists_of_one_are_fine_in_a_file(tmp_path: Path) -> None
         (["--lr", "-1"], ["--lr -1", "at least 0"]),
         (["--lr", "nan"], ["--lr nan"]),
         (["--clip", "inf"], ["--clip inf"]),
+        (["--fill", "median"], ["--fill median: must be mean or a finite number"]),
+        (["--fill", "inf"], ["--fill inf: must be mean or a finite number"]),
         (["--bucket", "4", "--allreduce", "mpi"], ["--bucket 4.0 --allreduce mpi", "all at once"]),
         (["--dropout", "1"], ["--dropout 1", "at least 0", "less than 1"]),
         (["--momentum", "-0.1"], ["--momentum -0.1", "at least 0", "less than 1"]),

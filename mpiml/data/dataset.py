@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from mpiml.data.fingerprint import Fingerprint, of_array, of_files
-from mpiml.data.formats import Options, open_files
+from mpiml.data.formats import KEYS, Options, open_files
 from mpiml.data.sources import ArraySource, LabelSource, Source
 from mpiml.errors import DataError
 from mpiml.usercode import called_with, is_name, named
@@ -47,6 +47,8 @@ class Dataset:
     Attributes:
         files: what the rows are read from; must be equal on all ranks, and in a run and its resumption.
         classes: the number of classes; None if it follows from the labels.
+        names: of the inputs of a table; empty for other data.
+        words: that the labels of a table are, in the order of the classes; empty if they are numbers.
         check: raises DataError for damage that reading rows would not show; one rank's call is enough.
 
     Raises DataError if the four sources do not fit together.
@@ -58,6 +60,8 @@ class Dataset:
     files: Sequence[Path] = field(default=())
     classes: int | None = None
     check: Callable[[], None] | None = None
+    names: Sequence[str] = ()
+    words: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for which, split in (("train", self.train), ("test", self.test)):
@@ -122,9 +126,13 @@ def open_dataset(spec: str, options: Options | None = None) -> Dataset:
             raise DataError(f"--data {spec}: must return a Dataset, but returns {type(dataset).__name__}")
         return dataset
     columns = open_files(str(DIGITS) if spec == "digits" else spec, options or Options())
+    if len(columns.sources) < len(KEYS):
+        raise DataError(f"--data {spec}: there are no rows to test on")
     x_train, y_train, x_test, y_test = columns.sources
     name = "digits" if spec == "digits" else "".join(c for c in Path(spec).stem if c not in "*?[]") or "text"
-    return Dataset(Split(x_train, y_train), Split(x_test, y_test), name, columns.files, columns.classes, columns.check)
+    train, test = Split(x_train, y_train), Split(x_test, y_test)
+    more = (columns.files, columns.classes, columns.check, columns.names, columns.words)
+    return Dataset(train, test, name, *more)
 
 
 Transform = Callable[[NDArray[Any], NDArray[Any]], tuple[Any, Any]]  # (x, y) of a micro-batch -> those to train on

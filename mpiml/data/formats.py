@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ from mpiml.data.sources import Source
 from mpiml.errors import DataError
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
+TABLES = (".csv", ".tsv", ".parquet")
 CHOICES = (
-    "choose digits, a .npz or HDF5 file with x_train, y_train, x_test, y_test, a directory with x_train.npy and so on, "
-    "with MNIST's files, or with train.csv and test.csv or train.parquet and test.parquet, text or tokens with "
-    "--context, or package.module:function"
+    "choose digits, a .npz or HDF5 file with x_train, y_train, x_test, y_test, a CSV or Parquet file with --label, "
+    "a directory with x_train.npy and so on, with MNIST's files, or with train.csv and test.csv or train.parquet and "
+    "test.parquet, text or tokens with --context, or package.module:function"
 )
 
 
@@ -30,6 +32,11 @@ class Options:
     context: int | None = None  # the number of tokens in a row; given only for text and tokens
     held_out: float = 0.1  # the fraction of a text to test on if there are no test files
     tokens: str = "uint16"  # the dtype of a token in a .bin file
+    drop_columns: Sequence[str] = ()  # the columns of a table that are left out
+    gaps: bool = False  # whether inputs of a table may be missing; they are NaN then
+    columns: Sequence[str] = ()  # the inputs that a trained model takes from a table, in this order
+    words: Sequence[str] = ()  # the words that its labels were, in the order of the classes
+    tests_only: bool = False  # only rows to test on are wanted, and these may be without labels
 
 
 @dataclass
@@ -40,6 +47,8 @@ class Columns:
     files: Sequence[Path]
     classes: int | None = None
     check: Callable[[], None] | None = None
+    names: Sequence[str] = ()  # of the inputs of a table
+    words: Sequence[str] = ()  # that are the labels of a table, in the order of the classes
 
 
 def open_files(spec: str, options: Options) -> Columns:
@@ -52,11 +61,10 @@ def open_files(spec: str, options: Options) -> Columns:
             raise DataError(f"--context {options.context}: {spec} is neither text nor tokens")
         return open_tokens(path, options)
     if opener is None:
+        if path.suffix.lower() in TABLES:
+            return open_table(path, options)
         if path.suffix in (".txt", ".bin"):
             raise DataError(f"--data {spec}: text and tokens need --context T, the number of tokens in a row")
-        if path.suffix in (".csv", ".parquet"):
-            names = f"train{path.suffix} and test{path.suffix}"
-            raise DataError(f"--data {spec}: needs two files named {names}; give the directory that holds them")
         missing = "" if path.exists() else "there is no such file or directory; "
         raise DataError(f"--data {spec}: {missing}{CHOICES}")
     return opener(path, options)
@@ -71,7 +79,7 @@ def by_files(directory: Path) -> Opener | None:
         return open_npy
     if any(idx.find(directory, key) for key in KEYS):
         return open_idx
-    for suffix in (".csv", ".parquet"):
+    for suffix in TABLES:
         if any((directory / f"{which}{suffix}").exists() for which in ("train", "test")):
             return open_table
     return None
@@ -99,15 +107,32 @@ def open_idx(path: Path, options: Options) -> Columns:
 
 
 def open_table(path: Path, options: Options) -> Columns:
-    from mpiml.data.tables import CSV, Parquet
+    from mpiml.data.delimited import CSV
+    from mpiml.data.parquet import Parquet
+    from mpiml.data.tables import check_same, number_words
 
-    plain = any((path / f"{which}.csv").exists() for which in ("train", "test"))
-    kind, suffix = (CSV, ".csv") if plain else (Parquet, ".parquet")
-    files = [path / f"train{suffix}", path / f"test{suffix}"]
-    train, test = (kind(file, options.label) for file in files)
-    if train.names != test.names:
-        raise DataError(f"{files[0]} has columns {', '.join(train.names)}, {files[1]} {', '.join(test.names)}")
-    return Columns([*train.sources(), *test.sources()], files)
+    files = _tables(path, options.tests_only)
+    kind = Parquet if files[0].suffix.lower() == ".parquet" else CSV
+    tables = [kind(files[0], options)]
+    for file in files[1:]:
+        tables.append(kind(file, dataclasses.replace(options, columns=tables[0].columns)))
+    if not options.tests_only:
+        check_same(tables, options.label)
+    words = number_words(tables, options.words)
+    sources: dict[str, Source] = {}
+    for which, table in zip(["test"] if options.tests_only else ["train", "test"], tables, strict=False):
+        x, y = table.sources()
+        sources |= {f"x_{which}": x} | ({} if table.label is None else {f"y_{which}": y})
+    return Columns(list(sources.values()), files, len(words) or None, names=tables[0].columns, words=words)
+
+
+def _tables(path: Path, tests_only: bool) -> list[Path]:
+    """The file to train on, and the one to test on if there is one; only that to test on if that is what is wanted."""
+    if not path.is_dir():
+        return [path]
+    suffix = next(suffix for suffix in TABLES if any((path / f"{w}{suffix}").exists() for w in ("train", "test")))
+    train, test = path / f"train{suffix}", path / f"test{suffix}"
+    return [test] if tests_only and test.exists() else [train, test] if test.exists() else [train]
 
 
 def open_tokens(path: Path, options: Options) -> Columns:

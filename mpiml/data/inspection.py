@@ -37,11 +37,16 @@ class Findings:
 
 
 def inspect(
-    source: Source, rows: Indices, ignore: int | None = None, progress: Callable[[], object] = unwatched
+    source: Source,
+    rows: Indices,
+    ignore: int | None = None,
+    progress: Callable[[], object] = unwatched,
+    gaps: bool = False,
 ) -> Findings:
     """Look at the given rows of a source, in rising order, a few megabytes at a time.
 
-    `ignore` is the label that means "no label"; `progress` is called after every few megabytes.
+    `ignore` is the label that means "no label"; `progress` is called after every few megabytes; with `gaps` NaN is a
+    gap that will be filled.
     """
     findings = Findings()
     row_bytes = max(math.prod(source.shape) * source.dtype.itemsize, 1)
@@ -50,7 +55,7 @@ def inspect(
         numbers = rows[first : first + chunk]
         flat = source.rows(numbers).reshape(len(numbers), -1)
         if source.dtype.kind == "f":
-            bad = np.flatnonzero(~np.isfinite(flat).all(axis=1))
+            bad = np.flatnonzero(np.isinf(flat).any(axis=1) if gaps else ~np.isfinite(flat).all(axis=1))
             if len(bad):
                 findings |= Findings(bad_rows=len(bad), first_bad=int(numbers[bad[0]]))
         elif flat.size:
@@ -77,7 +82,8 @@ def problem(data: Dataset, column: str, findings: Findings, classes: int | None 
     `classes` is the number of classes, if the data set or a setting says it.
     """
     if findings.first_bad is not None:
-        return f"{findings.bad_rows} rows hold values that are not finite, the first is row", findings.first_bad
+        hint = " (--fill mean or --fill 0 replaces NaN, but not infinity)" if column == "x" else ""
+        return f"{findings.bad_rows} rows hold values that are not finite{hint}, the first is row", findings.first_bad
     if not (data.language_model or (column == "y" and data.classification)):
         return None
     (lowest, low_row), (highest, high_row) = findings.lowest, findings.highest

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from mpiml.clock import unwatched
+from mpiml.data.preparation import Floats, Preparation
 from mpiml.data.sources import Indices, Rows, Source, WrappedSource
 
-Floats = NDArray[np.float64]
 SCAN = 1 << 22  # bytes of a source, in float64, that are summed at once
 CONSTANT = 1e-10  # an input whose standard deviation is at most this times its mean is only centred
 
@@ -52,13 +52,13 @@ def moments(source: Source, rows: Indices, progress: Callable[[], object] = unwa
 
 
 @dataclass
-class Normalization:
+class Normalization(Preparation):
     """(x - mean) * scale; both float64, of the shape of a row."""
 
     mean: Floats
     scale: Floats
 
-    NAMES: ClassVar = ("data.mean", "data.scale")  # in a checkpoint
+    NAMES: ClassVar = ("data.mean", "data.scale")
 
     @classmethod
     def of(cls, shards: Iterable[Moments]) -> Normalization:
@@ -69,18 +69,8 @@ class Normalization:
         constant = deviation <= CONSTANT * np.abs(total.mean)
         return cls(total.mean, np.where(constant, 1.0, 1 / np.where(constant, 1.0, deviation)))
 
-    def arrays(self) -> dict[str, Floats]:
-        """Mean and scale by their names in a checkpoint."""
-        return dict(zip(self.NAMES, (self.mean, self.scale), strict=True))
-
-    @classmethod
-    def of_arrays(cls, arrays: Mapping[str, Floats]) -> Normalization:
-        """The reverse of `arrays`."""
-        return cls(*(arrays[name] for name in cls.NAMES))
-
-    def take(self, other: Normalization) -> None:
-        """Copy the values of `other`, so that all sources that share this object use them."""
-        self.mean[...], self.scale[...] = other.mean, other.scale
+    def applied(self, source: Source, dtype: DTypeLike) -> Source:
+        return NormalizedSource(source, self, dtype)
 
 
 class NormalizedSource(WrappedSource):

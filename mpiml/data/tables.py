@@ -2,41 +2,67 @@
 
 from __future__ import annotations
 
-import itertools
+import shlex
 from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mpiml.data.sources import HeldSource, Indices, Rows, extra, file_size, runs
+from mpiml.data.sources import HeldSource, Indices, Rows
 from mpiml.errors import DataError
+from mpiml.flags import quoted
 
-LINES = 4096  # lines of a CSV file that are parsed at once
+if TYPE_CHECKING:
+    from mpiml.data.formats import Options
+
+GAPS = frozenset(("", "na", "n/a", "nan", "null", "?"))  # in small letters, what stands where there is no value
 
 
 class Table(ABC):
-    """A table of `length` rows with `inputs` input columns of dtype `x_dtype`, and labels of dtype `y_dtype`."""
+    """A table of `length` rows, with inputs of dtype `x_dtype` and labels of dtype `y_dtype`.
 
-    names: list[str]
+    Attributes:
+        names: of all columns.
+        inputs: the positions of the columns of inputs, in the order in which they are wanted.
+        label: the position of the column of labels; None if a table that is only to be predicted has none.
+        worded: whether labels are words: classes, numbered by `words` once these are known.
+    """
+
     length: int
-    inputs: int
     x_dtype: np.dtype
     y_dtype: np.dtype
+    worded: bool = False
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, names: Sequence[str], options: Options):
         self.path, self._rows, self._left = path, np.empty(0, np.int64), dict[int, Rows]()
+        self.names = [name or f"column {position}" for position, name in enumerate(names, 1)]
+        self.gaps = options.gaps
+        self.label = self._label_column(options)
+        self.inputs = self._input_columns(options)
+        self.number_of: dict[str, int] = {}
 
     @abstractmethod
     def read(self, rows: Indices) -> tuple[Rows, Rows]:
         """Inputs (rows, inputs) and labels (rows,) of these rows, whose numbers are in rising order."""
 
+    @abstractmethod
+    def distinct(self) -> set[str]:
+        """The words in the column of labels. Reads it from start to end."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the inputs."""
+        return tuple(self.names[position] for position in self.inputs)
+
+    def number(self, words: Sequence[str]) -> None:
+        """Let each of these words stand for its position: labels are classes, and no other word may occur."""
+        self.number_of = {word: position for position, word in enumerate(words)}
+
     def sources(self) -> tuple[HeldSource, HeldSource]:
         """The inputs and the labels as two sources. Rows that both hold are read once."""
-        x = TableSource(self, 0, f"{self.path}: inputs", (self.length, self.inputs), self.x_dtype)
+        x = TableSource(self, 0, f"{self.path}: inputs", (self.length, len(self.inputs)), self.x_dtype)
         return x, TableSource(self, 1, f"{self.path}: labels", (self.length,), self.y_dtype)
 
     def take(self, half: int, rows: Indices) -> Rows:
@@ -44,6 +70,64 @@ class Table(ABC):
         if half not in self._left or not np.array_equal(rows, self._rows):
             self._rows, self._left = np.array(rows), dict(enumerate(self.read(rows)))
         return self._left.pop(half)
+
+    def _label_column(self, options: Options) -> int | None:
+        label, there = options.label, f"there are {', '.join(self.names)}"
+        if label is None:
+            raise DataError(f"{self.path}: name the column of labels with --label; {there}")
+        if self.names.count(label) == 1:
+            return self.names.index(label)
+        if label in self.names:
+            raise DataError(f"{self.path} has {self.names.count(label)} columns {label}; {there}")
+        if options.columns:  # it may have inputs alone
+            return None
+        hint = "" if len(self.names) > 1 else " (columns are separated by one of: comma, semicolon, tab, |)"
+        raise DataError(f"{self.path} has no column {label}; {there}{hint}")
+
+    def _input_columns(self, options: Options) -> list[int]:
+        """The inputs: those named `options.columns` if that is known, else all that are not dropped."""
+        left = [
+            position
+            for position, name in enumerate(self.names)
+            if position != self.label and name not in options.drop_columns
+        ]
+        wanted = options.columns
+        if wanted and [self.names[position] for position in left] != list(wanted):
+            if missing := [name for name in wanted if name not in self.names]:
+                raise DataError(f"{self.path} has no column {', '.join(missing)}; there are {', '.join(self.names)}")
+            if several := [name for name in wanted if self.names.count(name) > 1]:
+                raise DataError(f"{self.path} has {self.names.count(several[0])} columns {several[0]}")
+            return [self.names.index(name) for name in wanted]
+        if not wanted:
+            self._check_dropped(options)
+        if not left:
+            raise DataError(f"{self.path} has labels and nothing else")
+        return left
+
+    def _check_dropped(self, options: Options) -> None:
+        if unknown := [name for name in options.drop_columns if name not in self.names]:
+            there = ", ".join(self.names)
+            raise DataError(f"{self.path}: --drop-columns {unknown[0]}: there is no such column; there are {there}")
+        if options.label in options.drop_columns:
+            raise DataError(f"{self.path}: --drop-columns {options.label}: that is the column of labels")
+
+    def numbered(self, word: str, where: str) -> int:
+        """The class that a word stands for. Raises DataError, which says `where`, for a word that is not known."""
+        if word not in self.number_of:
+            some = ", ".join(list(self.number_of)[:10])
+            more = f" and {len(self.number_of) - 10} more" if len(self.number_of) > 10 else ""
+            raise DataError(f"{where}: the label {word!r} is none of the words that are known: {some}{more}")
+        return self.number_of[word]
+
+    def no_value(self, where: str, position: int, text: str = "") -> DataError:
+        """The error for a cell without a value."""
+        held = f" ({text})" if text else ""
+        if position == self.label:
+            return DataError(f"{where}: there is no label in column {self.names[position]}{held}: leave such rows out")
+        return DataError(
+            f"{where}: there is no value in column {self.names[position]}{held}: --fill mean puts the column's mean "
+            f"there, --fill 0 a number; or {dropping([self.names[position]])}"
+        )
 
 
 class TableSource(HeldSource):
@@ -57,169 +141,39 @@ class TableSource(HeldSource):
         return self.table.take(self.half, rows)
 
 
-def label_column(names: Sequence[str], label: str | None, path: Path) -> int:
-    """The position of the column of labels. Raises DataError if `label` is None or does not name exactly one column."""
-    if label is None:
-        raise DataError(f"{path}: name the column of labels with --label; there are {', '.join(names)}")
-    if names.count(label) != 1:
-        what = f"has {names.count(label)} columns" if label in names else "has no column"
-        raise DataError(f"{path} {what} {label}; there are {', '.join(names)}")
-    if len(names) < 2:
-        raise DataError(f"{path} has labels and nothing else")
-    return names.index(label)
+def dropping(names: Sequence[str]) -> str:
+    """What leaves columns out, as the end of a message."""
+    return (
+        f"--drop-columns {shlex.quote(','.join(map(quoted, names)))} leaves {'it' if len(names) == 1 else 'them'} out"
+    )
 
 
-class CSV(Table):
-    """A file of comma-separated numbers, whose first line names the columns.
+def check_same(tables: Sequence[Table], label: str | None) -> None:
+    """Raise DataError if a table has no labels, or the one to test on columns that the other has not."""
+    for table in tables:
+        there = f"there are {', '.join(table.names)}"
+        if table.label is None:
+            hint = "" if table is tables[0] else "; without this file, --held-out takes rows to test on from the other"
+            raise DataError(f"{table.path} has no column {label}; {there}{hint}")
+        if more := [name for name in table.names if name not in tables[0].names]:
+            raise DataError(f"{table.path} has columns that {tables[0].path} has not: {', '.join(more)}; {there}")
 
-    If the first label is written as an integer, labels are classes, and all must be integers.
+
+def number_words(tables: Sequence[Table], known: Sequence[str]) -> tuple[str, ...]:
+    """Number the words in the labels of all tables alike: in sorted order, or as they are `known` already.
+
+    Returns them, none if labels are numbers. Raises DataError if only some tables have words as labels.
     """
-
-    def __init__(self, path: Path, label: str | None):
-        import csv
-
-        super().__init__(path)
-        if not file_size(path):
-            raise DataError(f"{path} is empty")
-        with open(path, "rb") as file:
-            names = next(csv.reader([self._text(file.readline(), 1).removeprefix("\ufeff").strip()]), [])
-            first, ended = file.readline(), True
-            self.length = 1 if first else 0
-            while chunk := file.read(1 << 20):
-                self.length += chunk.count(b"\n")
-                ended = chunk.endswith(b"\n")
-        self.length += not ended
-        self.names = [name.strip() for name in names]
-        self.label = label_column(self.names, label, path)
-        self.inputs = len(self.names) - 1
-        self.x_dtype = np.dtype(np.float64)
-        self.y_dtype = np.dtype(np.int64 if self._whole(first) else np.float64)
-
-    def read(self, rows: Indices) -> tuple[Rows, Rows]:
-        x, y = np.empty((len(rows), self.inputs)), np.empty(len(rows), self.y_dtype)
-        lines, done = self._lines(rows), 0
-        while batch := list(itertools.islice(lines, LINES)):
-            values = self._parse(batch)
-            last = done + len(values)
-            labels = values[:, self.label]
-            if self.y_dtype.kind == "i":
-                self._check_whole(labels, batch)
-            y[done:last] = labels
-            x[done:last] = np.delete(values, self.label, axis=1)
-            done = last
-        if done < len(rows):
-            raise DataError(f"{self.path}: ends too early, before row {rows[done]}")
-        return x, y
-
-    def _lines(self, rows: Indices) -> Iterator[tuple[int, str]]:
-        """(number of the line, the line) of these rows; row 0 is in line 2."""
-        with open(self.path, "rb") as file:
-            file.readline()
-            at = 0
-            for first, last in runs(rows):
-                start, stop = int(rows[first]), int(rows[last - 1]) + 1
-                deque(itertools.islice(file, start - at), maxlen=0)
-                for row, line in enumerate(itertools.islice(file, stop - start), start):
-                    yield row + 2, self._text(line, row + 2)
-                at = stop
-
-    def _parse(self, batch: Sequence[tuple[int, str]]) -> NDArray[np.float64]:
-        """The numbers in these lines. If that fails, parses line by line to name the line in the error."""
-        try:
-            values = self._numbers([line for _, line in batch])
-            if values.shape == (len(batch), len(self.names)):
-                return values
-        except ValueError:
-            pass
-        for number, line in batch:
-            fields = len(line.split(",")) if line.strip() else 0
-            if fields != len(self.names):
-                problem = f"has {fields} values, but there are {len(self.names)} columns"
-                raise DataError(f"{self.path}, line {number}: {problem}")
-            try:
-                self._numbers([line])
-            except ValueError as error:
-                raise DataError(f"{self.path}, line {number}: {str(error).partition(' at row')[0]}") from None
-        raise DataError(f"{self.path}: lines {batch[0][0]} to {batch[-1][0]} are not a table of numbers")
-
-    def _numbers(self, lines: Sequence[str]) -> NDArray[np.float64]:
-        if not all(line.strip() for line in lines):  # loadtxt would skip empty lines
-            raise ValueError("a line is empty")
-        return np.loadtxt(lines, np.float64, comments=None, delimiter=",", quotechar='"', ndmin=2)
-
-    def _check_whole(self, labels: NDArray[np.float64], batch: Sequence[tuple[int, str]]) -> None:
-        wrong = np.flatnonzero(labels != np.floor(labels))  # also true for nan
-        if len(wrong):
-            raise DataError(
-                f"{self.path}, line {batch[wrong[0]][0]}: the label {labels[wrong[0]]:g} is not an integer, but the "
-                "label in line 2 is; for a regression, write the label in line 2 with a decimal point"
-            )
-
-    def _whole(self, line: bytes) -> bool:
-        """Whether the label in this line is written as an integer."""
-        import csv
-
-        fields = next(csv.reader([self._text(line, 2)]), [])
-        text = fields[self.label].strip() if len(fields) > self.label else ""
-        return text.lstrip("+-").isdigit()
-
-    def _text(self, line: bytes, number: int) -> str:
-        try:
-            return line.decode()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self.path}, line {number}: not in UTF-8: {error.reason}") from None
-
-
-class Parquet(Table):
-    """A Parquet file of numbers; reads only the row groups that contain wanted rows."""
-
-    def __init__(self, path: Path, label: str | None):
-        parquet = extra("pyarrow.parquet", "parquet", f"--data {path}")
-        super().__init__(path)
-        file_size(path)
-        try:
-            self.file: Any = parquet.ParquetFile(path, memory_map=True)
-            schema = self.file.schema_arrow
-        except Exception as error:  # pyarrow's are of many classes
-            raise DataError(f"cannot read {path}: {error}") from None
-        self.length, self.names = self.file.metadata.num_rows, list(schema.names)
-        dtypes = [self._dtype(*column) for column in zip(schema, schema.empty_table().columns, strict=True)]
-        self.label = label_column(self.names, label, path)
-        self.inputs = len(self.names) - 1
-        self.y_dtype = dtypes.pop(self.label)
-        self.x_dtype = np.result_type(*dtypes)
-
-    def read(self, rows: Indices) -> tuple[Rows, Rows]:
-        x, y = np.empty((len(rows), self.inputs), self.x_dtype), np.empty(len(rows), self.y_dtype)
-        start = 0
-        for group in range(self.file.num_row_groups):
-            stop = start + self.file.metadata.row_group(group).num_rows
-            first, last = np.searchsorted(rows, [start, stop])
-            if first < last:
-                columns = self._columns(group, start)
-                wanted = rows[first:last] - start
-                y[first:last] = columns.pop(self.label)[wanted]
-                for position, column in enumerate(columns):
-                    x[first:last, position] = column[wanted]
-            start = stop
-        return x, y
-
-    def _columns(self, group: int, start: int) -> list[Rows]:
-        try:
-            table = self.file.read_row_group(group)
-        except Exception as error:
-            raise DataError(f"{self.path}: damaged in row group {group}, from row {start}: {error}") from None
-        for name, column in zip(self.names, table.columns, strict=True):
-            if column.null_count:
-                row = start + int(np.argmax(column.is_null().to_numpy()))
-                raise DataError(f"{self.path}: {name} has {column.null_count} rows without a value, first row {row}")
-        return [column.to_numpy() for column in table.columns]
-
-    def _dtype(self, field: Any, empty: Any) -> np.dtype:
-        try:
-            dtype: np.dtype = empty.to_numpy().dtype  # field.type.to_pandas_dtype() may need pandas
-        except (NotImplementedError, TypeError):
-            dtype = np.dtype(object)
-        if dtype.kind not in "biuf":
-            raise DataError(f"{self.path}: column {field.name} is {field.type}; real numbers are needed")
-        return dtype
+    tables = [table for table in tables if table.label is not None]
+    worded = [table.path for table in tables if table.worded]
+    if not (known or worded):
+        return ()
+    if not known and len(worded) < len(tables):
+        other = next(table.path for table in tables if not table.worded)
+        raise DataError(f"labels are words in {worded[0]}, but numbers in {other}")
+    words = tuple(known or sorted(set().union(*(table.distinct() for table in tables))))
+    if not words:
+        raise DataError(f"{worded[0]}: there is no label in any row")
+    for table in tables:
+        table.number(words)
+    return words

@@ -15,22 +15,26 @@ from mpi4py import MPI
 
 from mpiml.clock import Clock
 from mpiml.config import Config
-from mpiml.data.dataset import Dataset
+from mpiml.data.dataset import Dataset, Split
+from mpiml.data.fill import MEAN, Filling, present
 from mpiml.data.fingerprint import Fingerprint, difference
 from mpiml.data.inspection import Findings, inspect, problem
-from mpiml.data.normalize import Moments, Normalization, moments
+from mpiml.data.normalize import Normalization, moments
+from mpiml.data.preparation import Preparation, prepared
 from mpiml.data.shards import Shards, classes_seen, starved
 from mpiml.data.sources import Indices, Source
 from mpiml.errors import ConfigError, DataError
 from mpiml.parallel.grid import Grid
 from mpiml.team import Team
 from mpiml.training import resolve
+from mpiml.training.task import Task
 
 T = TypeVar("T")
 
 
-def open_data(config: Config, team: Team, data: Dataset | None) -> Dataset:
-    """The data set that the settings name, or `data`, the same on all ranks; collective.
+def open_data(config: Config, team: Team, data: Dataset | None, task: Task | None = None) -> Dataset:
+    """The data set that the settings name, or `data`, the same on all ranks; collective. `task` is what a trained
+    model takes.
 
     Raises, on all ranks alike, DataError or ConfigError if there is none, or if some rank has another.
     """
@@ -38,7 +42,7 @@ def open_data(config: Config, team: Team, data: Dataset | None) -> Dataset:
 
     def opened() -> tuple[Dataset, Fingerprint]:
         try:
-            opened = data or resolve.open_data(config)
+            opened = data or resolve.open_data(config, task)
             return opened, opened.fingerprint
         except DataError as error:
             stored = config.resume and "data" not in (config.given or ())
@@ -82,6 +86,7 @@ def look_at(
     both: bool = False,
     tokens: int | None = None,
     ignore: int | None = None,
+    gaps: bool = False,
 ) -> Seen:
     """Read the rows that this rank will use, and check all values of the data set; collective.
 
@@ -93,6 +98,7 @@ def look_at(
         both: whether those who train on inputs need labels too, and the other way round.
         tokens: how many token ids there are, if that has been said and is not the number of classes.
         ignore: the label that means no label, if there is one.
+        gaps: whether inputs may be NaN, to be filled.
     """
     team = grid.team
     ends = {"x": grid.stage == 0, "y": grid.stage == grid.stages - 1}
@@ -107,7 +113,8 @@ def look_at(
         findings = []
         for split_, rows, column in columns:
             hold = ends[column] or (also and split_ is data.train)
-            findings.append(_read(team.clock, getattr(split_, column), rows, hold, ends[column], ignored[column]))
+            source, missing = getattr(split_, column), gaps and column == "x"
+            findings.append(_read(team.clock, source, rows, hold, ends[column], ignored[column], missing))
         return findings
 
     everyones = team.allgather(team.together(naming(team, read)))
@@ -137,19 +144,42 @@ def _sound(
     return joined
 
 
-def measure(data: Dataset, grid: Grid, shards: Shards) -> Normalization:
-    """Mean and deviation of the inputs over all training rows, each read by one rank; collective."""
+def prepare(config: Config, data: Dataset, grid: Grid, shards: Shards) -> list[Preparation]:
+    """What is done to inputs before the model sees them, as the settings say, in this order; collective.
+
+    What is measured for it is measured over all training rows, each read by one rank.
+    """
+    team, done = grid.team, list[Preparation]()
+    team.together(lambda: _check_numbers(config, data))
+    if config.fill == MEAN:
+        sums = _of_shards(grid, shards, shards.split, present)
+        done.append(team.on_rank_0(lambda: Filling.of_means(sums, data.names)))
+    elif config.fill is not None:
+        done.append(Filling(np.full(data.train.x.shape, float(config.fill))))
+    if config.normalize:
+        all_moments = _of_shards(grid, shards, prepared(shards.split, done, config.dtype), moments)
+        done.append(team.on_rank_0(lambda: Normalization.of(all_moments)))
+    return done
+
+
+def _check_numbers(config: Config, data: Dataset) -> None:
+    for flag, asked in (("--fill", config.fill is not None), ("--normalize", config.normalize)):
+        if asked and data.language_model:
+            raise ConfigError(f"{flag}: the data set's inputs are tokens, not numbers")
+
+
+def _of_shards(
+    grid: Grid, shards: Shards, split_: Split, measured: Callable[[Source, Indices, Callable[[], object]], T]
+) -> list[T]:
+    """On rank 0, what has been measured of the inputs of each shard, in the order of the shards; collective."""
     team, clock = grid.team, grid.team.clock
 
-    def measured() -> list[Moments]:
-        if data.language_model:
-            raise ConfigError("--normalize: the data set's inputs are tokens, not numbers")
+    def here() -> list[T]:
         clock("data")
         block = range(shards.first, shards.last) if grid.stage == 0 else ()
-        return [moments(data.train.x, shards.numbers(m), clock.progress) for m in block]
+        return [measured(split_.x, shards.numbers(m), clock.progress) for m in block]
 
-    everyones = team.comm.gather(team.together(measured))
-    return team.on_rank_0(lambda: Normalization.of(itertools.chain(*(everyones or []))))
+    return list(itertools.chain(*(team.comm.gather(team.together(here)) or [])))
 
 
 def look_for_starving(data: Dataset, grid: Grid, shards: Shards, classes: int) -> list[str]:
@@ -167,11 +197,13 @@ def look_for_starving(data: Dataset, grid: Grid, shards: Shards, classes: int) -
     return [f"warning: {warning}"] if warning else []
 
 
-def _read(clock: Clock, source: Source, rows: Indices, hold: bool, look: bool, ignore: int | None) -> Findings:
+def _read(
+    clock: Clock, source: Source, rows: Indices, hold: bool, look: bool, ignore: int | None, gaps: bool
+) -> Findings:
     clock("data")
     if hold:
         source.hold(rows)
-    return inspect(source, rows, ignore, clock.progress) if look else Findings()
+    return inspect(source, rows, ignore, clock.progress, gaps) if look else Findings()
 
 
 def naming(team: Team, action: Callable[[], T]) -> Callable[[], T]:

@@ -17,8 +17,9 @@ from mpiml.training.task import Task
 def trained(file: str | Path, model: Model | None = None) -> tuple[list[Layer], Shape]:
     """The layers of a checkpoint's model with its weights and constants, and the shape of an input row.
 
-    Needs no MPI: `y, _ = forward(layers, x, At(training=False))` computes outputs. What --normalize does to inputs is
-    not part of the model: x is then (inputs - data.mean) * data.scale, two arrays that the checkpoint has as well.
+    Needs no MPI: `y, _ = forward(layers, x, At(training=False))` computes outputs. What --fill and --normalize do to
+    inputs is not part of the model: they put data.fill in place of NaN, and then make (inputs - data.mean) * data.scale
+    of it, with arrays that the checkpoint has as well.
 
     Args:
         model: what the run was trained with, as `train` takes it, or its name, package.module:function. A model that is

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mpiml.errors import ConfigError
+from mpiml.flags import quoted
 from mpiml.nn.parameters import Shape
 from mpiml.parallel.stage import Computation
 from mpiml.partition import part
@@ -36,7 +37,8 @@ def check_path(file: str | None) -> None:
 
 
 class Predictions:
-    """What the last stage of this replica makes of its test rows: of each the class, or values as its labels.
+    """What the last stage of this replica makes of its test rows: of each the class, the word that it stands
+    for, or values as its labels.
 
     Args:
         here: what this rank's stage computes; from now on, what it scores is kept.
@@ -48,6 +50,7 @@ class Predictions:
         values = task.labels if here.y_shape == task.final else here.y_shape
         self.shape: Shape = task.labels if self._classes else values
         self.dtype: DTypeLike = np.int64 if self._classes else here.dtype
+        self.words = task.words if self._classes else ()
         self._kept: list[Rows] = []
         self._score, here.objective = here.objective, self._objective
 
@@ -59,14 +62,17 @@ class Predictions:
     def write(self, path: Path, tests: Evaluation) -> None:
         """Write those of all replicas; collective. Raises OutputError, on all ranks alike, if that fails."""
         grid, clock = tests.grid, tests.grid.team.clock
-        shape, dtype = grid.team.broadcast((self.shape, self.dtype), grid.rank_of(grid.stages - 1, 0))
+        words = np.array([quoted(word) for word in self.words] if path.suffix == ".csv" else self.words)
+        about = self.shape, self.dtype, words
+        shape, dtype, words = grid.team.broadcast(about, grid.rank_of(grid.stages - 1, 0))
         arrays = self._gathered(tests, shape, dtype)
 
         def written() -> None:
             clock("log")
             try:
                 with replacing(path, progress=clock.progress) as file:
-                    _write(file, path.suffix, arrays, (len(tests.split), *shape), dtype)
+                    named = (words[array] for array in arrays) if words.size else arrays
+                    _write(file, path.suffix, named, (len(tests.split), *shape), words.dtype if words.size else dtype)
             finally:
                 for _ in arrays:  # whatever happened: others wait until their messages are taken
                     pass
@@ -96,7 +102,7 @@ def _write(file: Parts, suffix: str, arrays: Iterator[Rows], shape: Shape, dtype
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         for array in arrays:
-            file.write(array.data)
+            file.write(array.tobytes())
         return
     rows, columns = shape[0], int(np.prod(shape[1:]))
     names = ["prediction"] if len(shape) == 1 else [f"prediction{column}" for column in range(columns)]

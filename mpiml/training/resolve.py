@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Sequence
 
 from mpiml.config import FALLING, Config
 from mpiml.data.dataset import Dataset, open_dataset
@@ -11,6 +12,7 @@ from mpiml.data.formats import Options
 from mpiml.errors import ConfigError
 from mpiml.nn import optimizers
 from mpiml.parallel.tree import aligned
+from mpiml.training.task import Task
 from mpiml.usercode import is_name
 
 DEFAULT_EPOCHS = 30
@@ -26,9 +28,35 @@ class Resolved(Config):
     decay_steps: int
 
 
-def open_data(config: Config) -> Dataset:
-    """The data set that the settings name. Raises DataError or ConfigError if there is none."""
-    return open_dataset(config.data, Options(config.label, config.context, config.held_out, config.token_dtype))
+def open_data(config: Config, task: Task | None = None) -> Dataset:
+    """The data set that the settings name. Raises DataError or ConfigError if there is none.
+
+    `task` is what a trained model takes, which tells the columns of a table and the classes of its words.
+    """
+    options = Options(
+        config.label,
+        config.context,
+        config.held_out,
+        config.token_dtype,
+        drop_columns=config.drop_columns,
+        gaps=config.fill is not None,
+        columns=task.columns if task else (),
+        words=task.words if task else (),
+    )
+    dataset = open_dataset(config.data, options)
+    if config.drop_columns and not dataset.names:
+        raise ConfigError(f"--drop-columns: {config.data} is not a table; leave it out")
+    if dataset.words and config.loss == "mse":
+        raise ConfigError(f"--loss mse: labels are words ({words_text(dataset.words)}), not numbers; leave it at auto")
+    if dataset.words and config.classes not in (None, len(dataset.words)):
+        raise ConfigError(f"--classes {config.classes}: labels are {len(dataset.words)} words; leave it out")
+    return dataset
+
+
+def words_text(words: Sequence[str]) -> str:
+    """Words and the classes that they stand for: all, or the first few and the last."""
+    texts = [f"{word} = {number}" for number, word in enumerate(words)]
+    return ", ".join(texts if len(texts) <= 10 else [*texts[:9], "...", texts[-1]])
 
 
 def absolute(spec: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -10,20 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike
 
 from mpiml.config import Config
-from mpiml.data.dataset import Dataset, Split
+from mpiml.data.dataset import Dataset
 from mpiml.data.fingerprint import Fingerprint
-from mpiml.data.normalize import Normalization, NormalizedSource
 from mpiml.data.prefetch import ReadAhead, steps_ahead
+from mpiml.data.preparation import Preparation, prepared
 from mpiml.data.shards import Shards
 from mpiml.errors import DataError
 from mpiml.parallel.grid import Grid
 from mpiml.partition import part
-from mpiml.training.data import look_at, look_for_starving, measure
+from mpiml.training.data import look_at, look_for_starving, prepare
 from mpiml.training.evaluation import Evaluation
-from mpiml.training.resolve import Resolved
+from mpiml.training.resolve import Resolved, words_text
 from mpiml.training.task import Task
 from mpiml.usercode import called_with, named
 
@@ -34,6 +32,7 @@ class RunData:
 
     Attributes:
         ahead: the rows of `shards`, read some steps ahead.
+        preparations: what has been done to their inputs, in this order.
         notes: what a person should know.
     """
 
@@ -41,7 +40,7 @@ class RunData:
     ahead: ReadAhead
     tests: Evaluation
     task: Task
-    normalization: Normalization | None
+    preparations: list[Preparation]
     fingerprint: Fingerprint
     notes: list[str]
 
@@ -68,29 +67,34 @@ def build_data(config: Resolved, data: Dataset, grid: Grid) -> RunData:
     deal = functools.partial(Evaluation, chunk_rows=config.eval_rows, grid=grid, dtype=config.dtype)
     shards, ignore = cut(data.train), data.ignored(config.ignore)
     also, test_rows = shards.transform is not None, deal(data.test).rows()
-    seen = look_at(data, grid, shards.rows(), test_rows, config.classes, both=also, ignore=ignore)
+    gaps = config.fill is not None
+    seen = look_at(data, grid, shards.rows(), test_rows, config.classes, both=also, ignore=ignore, gaps=gaps)
     train, test = (split.ignoring(ignore) for split in (data.train, data.test))
     shards = cut(train)
-    notes = [*seen.notes, *look_for_starving(data, grid, shards, seen.outputs)]
-    normalization = measure(data, grid, shards) if config.normalize else None
-    if normalization:
-        train, test = (normalized(split, normalization, config.dtype) for split in (train, test))
-        shards = cut(train)
+    words = [f"labels are words: {len(data.words)} classes, {words_text(data.words)}"] if data.words else []
+    notes = [*words, *seen.notes, *look_for_starving(data, grid, shards, seen.outputs)]
+    preparations = prepare(config, data, grid, shards)
+    train, test = (prepared(split, preparations, config.dtype) for split in (train, test))
+    shards = cut(train)
     ahead = steps_ahead(shards) if config.prefetch is None else config.prefetch
     return RunData(
         shards=shards,
         ahead=ReadAhead(shards, ahead, config.steps, grid.stage == 0, grid.stage == grid.stages - 1),
         tests=deal(test),
-        task=Task(data.train.x.shape, data.train.y.shape, data.classification, seen.outputs, seen.tokens, ignore),
-        normalization=normalization,
+        task=Task(
+            data.train.x.shape,
+            data.train.y.shape,
+            data.classification,
+            seen.outputs,
+            seen.tokens,
+            ignore,
+            words=tuple(data.words),
+            columns=tuple(data.names),
+        ),
+        preparations=preparations,
         fingerprint=data.fingerprint,
         notes=notes,
     )
-
-
-def normalized(split_: Split, by: Normalization, dtype: DTypeLike) -> Split:
-    """A split whose inputs are normalised."""
-    return dataclasses.replace(split_, x=NormalizedSource(split_.x, by, dtype))
 
 
 def find_transform(config: Config, data: Dataset) -> Callable[..., Any] | None:

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 from mpiml.config import Config
 from mpiml.config import settings as all_settings
+from mpiml.data.fill import Filling
 from mpiml.data.normalize import Normalization
+from mpiml.data.preparation import Preparation
 from mpiml.errors import OutputError
 from mpiml.flags import flag
 from mpiml.nn.parameters import Layout, Parameter
@@ -78,14 +80,14 @@ class Store:
         stages: list[Mapping[str, Any]] = []  # on rank 0, of each stage its vectors
         changed: dict[str, Any] = {}  # on rank 0, the constants that are others than the model's
 
-        def read() -> tuple[Restored, tuple[str, ...], Normalization | None]:
+        def read() -> tuple[Restored, tuple[str, ...], list[Preparation]]:
             newest, problems = checkpoint.newest(self.hold.checkpoints, progress=progress)
-            first, names, normalizing = newest, run.state.names, None
+            first, names, before = newest, run.state.names, list[Preparation]()
             notes = [f"warning: skipped {problem}" for problem in problems]
             if newest:
                 _check_same_run(run.config, newest)
                 constants.check(newest.header, needed_kinds(layouts, names))
-                normalizing = normalization(newest, run.model.task) if run.data.normalization else None
+                before = preparations(newest, run.config, run.model.task)
             elif run.config.init:
                 first, names = checkpoint.load(Path(run.config.init), progress=progress), (VALUES,)
                 constants.check_init(first.header, needed_kinds(layouts, names))
@@ -97,12 +99,12 @@ class Store:
                 changed.update((name, first.arrays[name]) for name in constants.changed(first.arrays))
             # Nothing can be refused any more, so now the log may change.
             start = self._cut_log(newest, notes)
-            return start, names if first else (), normalizing
+            return start, names if first else (), before
 
         self.clock("checkpoint")
-        start, names, normalizing = self.team.on_rank_0(read)
-        if normalizing and run.data.normalization:
-            run.data.normalization.take(normalizing)
+        start, names, before = self.team.on_rank_0(read)
+        for preparation, saved in zip(run.data.preparations, before, strict=False):
+            preparation.take(saved)
         if names:
             run.state.distribute(stages, *names)
             restore_constants(constants, self.team, changed)
@@ -144,8 +146,8 @@ class Store:
                 sync_file(self.hold.metrics)
                 model = run.model
                 arrays = to_arrays(model.layouts, stages, *run.state.names) | dict(model.constants.arrays)
-                if run.data.normalization:
-                    arrays |= run.data.normalization.arrays()
+                for preparation in run.data.preparations:
+                    arrays |= preparation.arrays()
                 saved = Checkpoint(step, run.config.to_toml(), arrays, model.task.to_json(), model.constants.told)
                 checkpoint.save(self.hold.checkpoints, saved, run.config.keep, self.clock.progress)
                 update_result(self.hold.path, {"step": step, "saved": step})
@@ -235,10 +237,14 @@ def restore_constants(constants: Constants, team: Team, saved: Mapping[str, Any]
                 constants.arrays[name].flat[start : start + PART] = part
 
 
-def normalization(saved: Checkpoint, task: Task) -> Normalization:
-    """What a checkpoint's model normalises its inputs by. Raises OutputError if that is missing or of other inputs."""
+def preparations(saved: Checkpoint, config: Config, task: Task) -> list[Preparation]:
+    """What is done to a model's inputs, by the values in its checkpoint. Raises OutputError if these are missing or of
+    other inputs."""
+    kinds: list[type[Preparation]] = [Filling] if config.fill is not None else []
+    kinds += [Normalization] if config.normalize else []
+    if not kinds:
+        return []
     arrays = {name: array for name, array in saved.arrays.items() if name.startswith("data.")}
-    checkpoint.check_kinds(
-        saved.origin, checkpoint.kinds_of(arrays), dict.fromkeys(Normalization.NAMES, ("float64", task.shape))
-    )
-    return Normalization.of_arrays(arrays)
+    needed = [name for kind in kinds for name in kind.NAMES]
+    checkpoint.check_kinds(saved.origin, checkpoint.kinds_of(arrays), dict.fromkeys(needed, ("float64", task.shape)))
+    return [kind.of_arrays(arrays) for kind in kinds]

@@ -10,7 +10,7 @@ from typing import Any
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
 from mpiml.data.fingerprint import difference
-from mpiml.data.normalize import Normalization
+from mpiml.data.preparation import Preparation
 from mpiml.errors import ConfigError, DataError, OutputError
 from mpiml.run import checkpoint as checkpoints
 from mpiml.run import environment
@@ -28,7 +28,7 @@ class StoredModel:
     config: Config
     step: int
     task: Task
-    normalization: Normalization | None
+    preparations: list[Preparation]
     run: Path
     notes: list[str]
 
@@ -59,9 +59,9 @@ def stored_model(
     config = resolve.scored(config, task.classification).replace(
         cuts=cuts, **{name: value for name, value in asked.items() if value is not None}
     )
-    normalization = storage.normalization(saved, task) if config.normalize else None
+    preparations = storage.preparations(saved, config, task)
     notes = [f"warning: skipped {problem}" for problem in problems]
-    return StoredModel(config, saved.step, task, normalization, path, notes), saved
+    return StoredModel(config, saved.step, task, preparations, path, notes), saved
 
 
 def _newest(directory: Path) -> tuple[Checkpoint, list[str]]:
@@ -89,6 +89,9 @@ def check_data(stored: StoredModel, data: Dataset, others: bool) -> None:
     ):
         if given != trained:
             raise DataError(f"{data.name}: {what} {given}, but the run's {trained}")
+    numbered = data.test.y.dtype.kind == "b"  # false and true are 0 and 1, whether words or not
+    if data.words and tuple(data.words) != task.words and not numbered:
+        raise DataError(f"{data.name}: labels are words, but the run's are numbers")
     before = None if others else environment.data(stored.run)
     if before and (other := difference(data.fingerprint, before, "in the run")):
         raise DataError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import typing
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,8 @@ class Task:
         outputs: how many classes, or values to predict, there are.
         tokens: one more than the highest integer input; 0 if inputs are not integers.
         ignore: the label that means no label, if there is one.
+        words: that the classes stand for, if labels were words.
+        columns: the names of the inputs, if they have names.
     """
 
     shape: Shape
@@ -35,6 +38,8 @@ class Task:
     outputs: int
     tokens: int
     ignore: int | None = None
+    words: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
 
     @property
     def final(self) -> Shape:
@@ -66,5 +71,9 @@ class Task:
             sizes = values[name] if isinstance(values[name], list) else [values[name]]
             if len(sizes) > MOST_AXES or any(size < low for size in sizes):
                 raise OutputError(f"{origin} is damaged: {name} is {documents.shown(values[name])}, which cannot be")
+        for name, size in (("words", values["outputs"]), ("columns", math.prod(values["shape"]))):
+            texts = values.get(name) or []
+            if (texts and len(texts) != size) or (name == "words" and len(set(texts)) < len(texts)):
+                raise OutputError(f"{origin} is damaged: {name} are not one for each of {size}")
         fields: dict[str, Any] = {key: tuple(it) if isinstance(it, list) else it for key, it in values.items()}
         return cls(**fields)

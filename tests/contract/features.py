@@ -140,6 +140,18 @@ def noise_and_csv(here: Path) -> None:
     samples.csv(here)
 
 
+def flowers(here: Path) -> None:
+    """A table as people have it: names, words as labels, decimal commas, and gaps, more of them in later rows."""
+    random = np.random.default_rng(0)
+    for which, rows in (("train", 61), ("test", 20)):
+        lines = ["name;long;wide;kind"]
+        for row in range(rows):
+            kind, gap = random.integers(3), random.integers(rows) < row // 2
+            long, wide = (f"{1000 + kind + random.normal():.3f}".replace(".", ",") for _ in range(2))
+            lines.append(f'"No; {row}";{long};{"NA" if gap else wide};{("rose", "aster", "iris")[kind]}')
+        (here / f"{which}.csv").write_text("\n".join(lines) + "\n")
+
+
 def of_format(name: str) -> Feature:
     """The same rows in files of a format; alone, in an .npz file."""
 
@@ -162,6 +174,8 @@ AVERAGES += " --clip 0.3"
 OWN_FLAGS = f"{DATA} --model own:model --loss own:loss --metric own:Error --dtype float64 {SHORT} --batch 60"
 OWN_FLAGS += " --optimizer sgd"
 NOISY = f"--transform noise:noisy --label kind --hidden 8 --microbatches 6 --batch 9 {SHORT}"
+FLOWERS = f"--data {{here}} --label kind --drop-columns name --fill mean --normalize --hidden 8 --batch 9 {SHORT}"
+FLOWERS += " --microbatches 6"
 
 FEATURES = {
     "perceptron": Feature(PERCEPTRON),
@@ -192,6 +206,7 @@ FEATURES = {
     "normalized-strided": Feature(f"{DIGITS} --normalize --shards strided", ROWS),
     "transformed": Feature(NOISY, ROWS, noise),
     "transformed-csv": Feature(f"{NOISY} --data {{here}}", ROWS, noise_and_csv),
+    "flowers": Feature(FLOWERS, ROWS, flowers),
     **{name: of_format(name) for name in FORMATS},
 }
 if importlib.util.find_spec("torch"):

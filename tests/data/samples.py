@@ -6,9 +6,11 @@ import gzip
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from mpiml.data.dataset import Dataset, open_dataset
 from mpiml.data.formats import KEYS, Options
 
 RANDOM = np.random.default_rng(5)
@@ -108,3 +110,30 @@ OPTIONS = Options(label="kind")
 def values(name: str, key: str) -> np.ndarray:
     """What a format should give for a column."""
     return flat(key) if name in TABLES and key.startswith("x") else ARRAYS[key]
+
+
+def table(tmp_path: Path, text: str, test: str | None = None, **options: Any) -> Dataset:
+    """CSV files with this text, which is to test on, too, if no other is given."""
+    for which, lines in (("train", text), ("test", test or text)):
+        (tmp_path / f"{which}.csv").write_bytes(lines.encode())
+    return open_dataset(str(tmp_path), Options(**{"label": "y"} | options))
+
+
+def values_of(data: Dataset) -> tuple[list[Any], list[Any]]:
+    """Inputs and labels of all training rows."""
+    every = np.arange(len(data.train))
+    for source in (data.train.x, data.train.y):
+        source.hold(every)
+    return data.train.x.rows(every).tolist(), data.train.y.rows(every).tolist()
+
+
+def rows(**columns: object) -> Callable[[Path], None]:
+    """Put another table in place of a Parquet file."""
+
+    def write(path: Path) -> None:
+        import pyarrow as pa
+        from pyarrow import parquet as pq
+
+        pq.write_table(pa.table(columns), path, row_group_size=3, compression="none", write_page_checksum=True)
+
+    return write

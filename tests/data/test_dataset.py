@@ -64,7 +64,7 @@ def test_a_missing_array_is_named(tmp_path: Path, key: str) -> None:
 
 @pytest.mark.parametrize(
     ("spec", "words"),
-    [("digit", "there is no such file or directory; choose digits, "), ("mine.csv", "train.csv and test.csv")],
+    [("digit", "there is no such file or directory; choose digits, "), ("mine.txt", "need --context T")],
 )
 def test_a_data_set_of_unknown_kind(spec: str, words: str) -> None:
     with pytest.raises(DataError, match=f"--data {spec}: .*{words}"):

@@ -241,7 +241,7 @@ NPY: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "two labels a row": ("y_train.npy", another(np.zeros((23, 2), int)), "rows of y_train are (2,), of y_test ()"),
     "nan": ("x_train.npy", with_value("x_train", 17, np.nan), "x_train.npy: 1 rows hold values that are not finite"),
     "nan's row": ("x_train.npy", with_value("x_train", 17, np.nan), "the first is row 17"),
-    "infinite": ("x_test.npy", with_value("x_test", 2, -np.inf, "float16"), "not finite, the first is row 2"),
+    "infinite": ("x_test.npy", with_value("x_test", 2, -np.inf, "float16"), "but not infinity), the first is row 2"),
     "negative label": (
         "y_train.npy",
         with_value("y_train", 4, -2, "int8"),

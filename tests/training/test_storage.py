@@ -26,7 +26,7 @@ from mpiml.training import hold
 from mpiml.training.constants import Constants
 from mpiml.training.hold import _check_nothing_vanished, _finished
 from mpiml.training.place import BuiltModel
-from mpiml.training.storage import Store, check_saved, from_arrays, needed_kinds, normalization, to_arrays
+from mpiml.training.storage import Store, check_saved, from_arrays, needed_kinds, preparations, to_arrays
 from mpiml.training.task import Task
 from tests.data import samples
 from tests.forging import ARRAYS, forge
@@ -258,15 +258,19 @@ def test_a_done_result_needs_no_more(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"data.mean": np.zeros(3)}, {"data.scale": np.zeros(4, "f")}, {"data.mean": np.zeros((4, 1))}],
+    [{"data.mean": np.zeros(3)}, {"data.scale": np.zeros(4, "f")}, {"data.fill": np.zeros((4, 1))}],
     ids=["length", "dtype", "axes"],
 )
-def test_inputs_are_normalised_by_arrays_of_their_shape(changes: dict[str, np.ndarray]) -> None:
-    good = {"data.mean": np.zeros(4), "data.scale": np.ones(4)}
-    assert normalization(Checkpoint(1, "", ARRAYS | good), TASK).scale.sum() == 4
+def test_inputs_are_prepared_by_arrays_of_their_shape(changes: dict[str, np.ndarray]) -> None:
+    good = {"data.mean": np.zeros(4), "data.scale": np.ones(4), "data.fill": np.arange(4.0)}
+    config = Config(fill="mean", normalize=True)
+    filling, normalization = preparations(Checkpoint(1, "", ARRAYS | good), config, TASK)
+    assert filling.arrays()["data.fill"].sum() == 6
+    assert normalization.arrays()["data.scale"].sum() == 4
+    assert preparations(Checkpoint(1, "", ARRAYS), Config(), TASK) == []
     for arrays in (ARRAYS | good | changes, ARRAYS):
-        with pytest.raises(OutputError, match=r"data\.(mean|scale)"):
-            normalization(Checkpoint(1, "", arrays), TASK)
+        with pytest.raises(OutputError, match=r"data\.(mean|scale|fill)"):
+            preparations(Checkpoint(1, "", arrays), config, TASK)
 
 
 FLAGS: dict[str, Any] = {"hidden": (8,), "batch": 20, "microbatches": 2, "quiet": True}

@@ -16,7 +16,8 @@ def saved(task: str) -> Checkpoint:
 
 
 def test_a_task_is_read_back_and_old_ones_ignore_minus_one() -> None:
-    for task in (Task((8, 8), (), True, 10, 17), Task((3,), (2,), True, 4, 0, 255), Task((), (9,), False, 1, 0)):
+    words = Task((2,), (), True, 2, 0, words=("a,b", "c"), columns=("x", "y z"))
+    for task in (words, Task((8, 8), (), True, 10, 17), Task((3,), (2,), True, 4, 0, 255), Task((), (9,), False, 1, 0)):
         assert Task.of_checkpoint(saved(task.to_json())) == task
     old = '{"shape": [3], "labels": [], "classification": true, "outputs": 4, "tokens": 0}'
     assert Task.of_checkpoint(saved(old)) == Task((3,), (), True, 4, 0, -1)
@@ -31,6 +32,8 @@ def test_a_task_is_read_back_and_old_ones_ignore_minus_one() -> None:
         ("outputs", [-1, "x", 1 << 63, True, 0]),
         ("tokens", [-1, None]),
         ("ignore", ["x", True]),
+        ("words", ["ab", ["a"], [*"abcdefghi", "a"], [1] * 10]),
+        ("columns", [["a"], [None] * 64]),
         ("extra", [1]),
     ],
 )
