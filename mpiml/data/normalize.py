@@ -78,10 +78,6 @@ class Normalization:
         """The reverse of `arrays`."""
         return cls(*(arrays[name] for name in cls.NAMES))
 
-    def take(self, other: Normalization) -> None:
-        """Copy the values of `other`, so that all sources that share this object use them."""
-        self.mean[...], self.scale[...] = other.mean, other.scale
-
 
 class NormalizedSource(WrappedSource):
     """A source of normalised rows in the run's dtype."""

@@ -21,7 +21,7 @@ from mpiml.data.shards import Shards
 from mpiml.errors import DataError
 from mpiml.parallel.grid import Grid
 from mpiml.partition import part
-from mpiml.training.data import look_at, look_for_starving, measure
+from mpiml.training.data import Known, Seen, checked, hold, look_at, look_for_starving, measure, read_first, said
 from mpiml.training.evaluation import Evaluation
 from mpiml.training.resolve import Resolved
 from mpiml.training.task import Task
@@ -34,6 +34,7 @@ class RunData:
 
     Attributes:
         ahead: the rows of `shards`, read some steps ahead.
+        seen: what a look at all rows has shown; None if nobody has looked.
         notes: what a person should know.
     """
 
@@ -43,11 +44,13 @@ class RunData:
     task: Task
     normalization: Normalization | None
     fingerprint: Fingerprint
+    seen: Seen | None
     notes: list[str]
 
 
-def build_data(config: Resolved, data: Dataset, grid: Grid) -> RunData:
-    """Look at the rows that this rank will train and test on, and cut them as the settings say; collective.
+def build_data(config: Resolved, data: Dataset, grid: Grid, known: Known = Known()) -> RunData:  # noqa: B008
+    """Look at the rows that this rank will train and test on, and cut them as the settings say; collective. What is
+    `known` is not read again.
 
     Raises, on all ranks alike, DataError or ConfigError for rows that cannot be used.
     """
@@ -67,12 +70,19 @@ def build_data(config: Resolved, data: Dataset, grid: Grid) -> RunData:
     )
     deal = functools.partial(Evaluation, chunk_rows=config.eval_rows, grid=grid, dtype=config.dtype)
     shards, ignore = cut(data.train), data.ignored(config.ignore)
-    also, test_rows = shards.transform is not None, deal(data.test).rows()
-    seen = look_at(data, grid, shards.rows(), test_rows, config.classes, both=also, ignore=ignore)
-    train, test = (split.ignoring(ignore) for split in (data.train, data.test))
+    rows, test_rows = shards.rows(), deal(data.test).rows()
+    hold(data, grid, rows, test_rows, both=shards.transform is not None)
+    seen, train, test = known.seen, data.train, data.test
+    if not seen and config.look == "first":
+        train, test = grid.team.together(lambda: checked(data, config.classes, ignore))
+        read_first(grid, (train, rows), (test, test_rows))
+    elif not seen:
+        seen = look_at(data, grid, rows, test_rows, config.classes, ignore=ignore)
+        seen.notes += look_for_starving(data, grid, cut(train.ignoring(ignore)), seen.outputs)
+    asked = seen or said(data, config.classes)
+    train, test = (split.ignoring(ignore) for split in (train, test))
     shards = cut(train)
-    notes = [*seen.notes, *look_for_starving(data, grid, shards, seen.outputs)]
-    normalization = measure(data, grid, shards) if config.normalize else None
+    normalization = (known.normalization or measure(data, grid, shards)) if config.normalize else None
     if normalization:
         train, test = (normalized(split, normalization, config.dtype) for split in (train, test))
         shards = cut(train)
@@ -81,10 +91,11 @@ def build_data(config: Resolved, data: Dataset, grid: Grid) -> RunData:
         shards=shards,
         ahead=ReadAhead(shards, ahead, config.steps, grid.stage == 0, grid.stage == grid.stages - 1),
         tests=deal(test),
-        task=Task(data.train.x.shape, data.train.y.shape, data.classification, seen.outputs, seen.tokens, ignore),
+        task=Task(data.train.x.shape, data.train.y.shape, data.classification, asked.outputs, asked.tokens, ignore),
         normalization=normalization,
         fingerprint=data.fingerprint,
-        notes=notes,
+        seen=seen,
+        notes=asked.notes,
     )
 
 

@@ -9,22 +9,24 @@ from typing import Any, NamedTuple
 
 from mpiml.config import Config
 from mpiml.config import settings as all_settings
+from mpiml.data.dataset import Dataset
+from mpiml.data.fingerprint import difference
 from mpiml.data.normalize import Normalization
-from mpiml.errors import OutputError
+from mpiml.errors import DataError, OutputError
 from mpiml.flags import flag
-from mpiml.nn.parameters import Layout, Parameter
+from mpiml.nn.parameters import Layout, Parameter, Shape
 from mpiml.parallel.state import VALUES
-from mpiml.run import checkpoint
+from mpiml.run import checkpoint, environment
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.run.deadline import Deadline
 from mpiml.run.directory import CHECKPOINTS, CONFIG, sync_file
 from mpiml.run.metrics import cut_after, last_known, missing
 from mpiml.run.result import update_result
+from mpiml.training.data import Known, Seen
 from mpiml.training.hold import Hold
 from mpiml.training.model import check_constants
 from mpiml.training.run import Run
 from mpiml.training.saved import settings_of
-from mpiml.training.task import Task
 
 
 def check_saved(cfg: Config, layouts: Sequence[Layout]) -> None:
@@ -36,6 +38,29 @@ def check_saved(cfg: Config, layouts: Sequence[Layout]) -> None:
         checkpoint.check_newest(checkpoints, needed)
     elif cfg.init:
         checkpoint.check_kinds(cfg.init, checkpoint.kinds(Path(cfg.init)), needed)
+
+
+def known_data(cfg: Config, data: Dataset) -> Known:
+    """What a run that is to go on knows of its data. Rank 0 calls it.
+
+    Raises DataError if `data` are not the run's, OutputError for a run directory that is damaged.
+    """
+    if not cfg.resume:
+        return Known()
+    path = Path(cfg.out or "")
+    before = environment.data(path)
+    if before and (other := difference(data.fingerprint, before, "in the run so far")):
+        raise DataError(f"{cfg.data} holds other data than the run in {path} was trained on: {other}")
+    seen = Seen.of_json(environment.look(path)) if before and cfg.look != "all" else None
+    if seen and seen.ignore != data.ignored(cfg.ignore):
+        seen = None  # other labels counted then
+    normalizing = None
+    if cfg.normalize and (path / CHECKPOINTS).is_dir():
+        newest, _ = checkpoint.newest(path / CHECKPOINTS, lambda name: name.startswith("data."))
+        if newest:
+            _check_same_run(cfg, newest)
+            normalizing = normalization(newest, data.train.x.shape)
+    return Known(seen, normalizing)
 
 
 class Restored(NamedTuple):
@@ -72,25 +97,22 @@ class Store:
         run, progress = self.run, self.clock.progress
         stages: list[Mapping[str, Any]] = []  # on rank 0, of each stage its vectors
 
-        def read() -> tuple[Restored, tuple[str, ...], Normalization | None]:
+        def read() -> tuple[Restored, tuple[str, ...]]:
             newest, problems = checkpoint.newest(self.hold.checkpoints, progress=progress)
-            first, names, normalizing = newest, run.state.names, None
+            first, names = newest, run.state.names
             if newest:
                 _check_same_run(run.config, newest)
                 check_constants(run.model.constants, newest)
-                normalizing = normalization(newest, run.model.task) if run.data.normalization else None
             elif run.config.init:
                 first, names = checkpoint.load(Path(run.config.init), progress=progress), (VALUES,)
             if first:
                 stages.extend(from_arrays(run.model.layouts, first, names))
             # Nothing can be refused any more, so now the log may change.
             start = self._cut_log(newest, [f"warning: skipped {problem}" for problem in problems])
-            return start, names if first else (), normalizing
+            return start, names if first else ()
 
         self.clock("checkpoint")
-        start, names, normalizing = self.team.on_rank_0(read)
-        if normalizing and run.data.normalization:
-            run.data.normalization.take(normalizing)
+        start, names = self.team.on_rank_0(read)
         if names:
             run.state.distribute(stages, *names)
         self._saved = start.step
@@ -210,10 +232,11 @@ def from_arrays(layouts: Sequence[Layout], saved: Checkpoint, names: Sequence[st
     return list(stages)
 
 
-def normalization(saved: Checkpoint, task: Task) -> Normalization:
-    """What a checkpoint's model normalises its inputs by. Raises OutputError if that is missing or of other inputs."""
+def normalization(saved: Checkpoint, shape: Shape) -> Normalization:
+    """What a checkpoint's model normalises its inputs by, of which a row has `shape`. Raises OutputError if that is
+    missing or of other inputs."""
     arrays = {name: array for name, array in saved.arrays.items() if name.startswith("data.")}
     checkpoint.check_kinds(
-        saved.origin, checkpoint.kinds_of(arrays), dict.fromkeys(Normalization.NAMES, ("float64", task.shape))
+        saved.origin, checkpoint.kinds_of(arrays), dict.fromkeys(Normalization.NAMES, ("float64", shape))
     )
     return Normalization.of_arrays(arrays)

@@ -62,7 +62,7 @@ def stored_model(
     config = resolve.scored(config, task.classification).replace(
         cuts=cuts, **{name: value for name, value in asked.items() if value is not None}
     )
-    normalization = storage.normalization(saved, task) if config.normalize else None
+    normalization = storage.normalization(saved, task.shape) if config.normalize else None
     notes = [f"warning: skipped {problem}" for problem in problems]
     return StoredModel(config, saved.step, task, normalization, path, notes), saved
 

@@ -256,10 +256,10 @@ def test_a_done_result_needs_no_more(tmp_path: Path) -> None:
 )
 def test_inputs_are_normalised_by_arrays_of_their_shape(changes: dict[str, np.ndarray]) -> None:
     good = {"data.mean": np.zeros(4), "data.scale": np.ones(4)}
-    assert normalization(Checkpoint(1, "", ARRAYS | good), TASK).scale.sum() == 4
+    assert normalization(Checkpoint(1, "", ARRAYS | good), TASK.shape).scale.sum() == 4
     for arrays in (ARRAYS | good | changes, ARRAYS):
         with pytest.raises(OutputError, match=r"data\.(mean|scale)"):
-            normalization(Checkpoint(1, "", arrays), TASK)
+            normalization(Checkpoint(1, "", arrays), TASK.shape)
 
 
 FLAGS: dict[str, Any] = {"hidden": (8,), "batch": 20, "microbatches": 2, "quiet": True}
