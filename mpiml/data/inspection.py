@@ -57,11 +57,13 @@ def inspect(
 
 def _findings(values: Rows, numbers: Indices, ignore: int | None) -> Findings:
     """What these values show, of the rows with these numbers."""
+    if not values.size:
+        return Findings()
     flat = values.reshape(len(numbers), -1)
     if values.dtype.kind == "f":
         bad = np.flatnonzero(~np.isfinite(flat).all(axis=1))
         return Findings(bad_rows=len(bad), first_bad=int(numbers[bad[0]])) if len(bad) else Findings()
-    return _extremes(flat, numbers, ignore) if flat.size else Findings()
+    return _extremes(flat, numbers, ignore)
 
 
 def _extremes(flat: Rows, numbers: Indices, ignore: int | None) -> Findings:

@@ -121,8 +121,11 @@ def steps_ahead(shards: Shards) -> int:
     thread to thread.
 
     That holds for rows in memory, and often for mapped files that the system keeps in memory, which is measured. For
-    this, the rows must have been read once before. Sources of other kinds, such as a user's own, are not tried.
+    this, the rows must have been read once before. Sources of other kinds, such as a user's own, are not tried. Nor is
+    anything read ahead by a transform that draws from generators of the process: another thread may draw from them.
     """
+    if shards.draws:
+        return 0
     sources = [_innermost(source) for source in (shards.split.x, shards.split.y)]
     if shards.transform or not all(isinstance(source, (ArraySource, HeldSource, Windows)) for source in sources):
         return AHEAD

@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 from mpiml.clock import unwatched
 from mpiml.data.dataset import Batch, Split
 from mpiml.partition import part
-from mpiml.random import generator
+from mpiml.random import generator, keyed
 
 Rows = NDArray[np.int64]
 SCAN = 1 << 20  # labels that are counted at once
@@ -30,6 +30,9 @@ class Shards:
         shuffle: what is shuffled within a shard in every epoch: "none", "rows", or "blocks" of `block_rows` rows.
         strided: whether shard m is every M-th row from row m on, instead of the m-th of M consecutive parts.
         transform: (x, y, generator of this step and micro-batch) -> x and y to train on.
+
+    Attributes:
+        draws: the generators of the process that the transform draws from (mpiml.random): they are keyed as its own is.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Shards:
         self.split, self.microbatches, self.seed, self.dtype = split, microbatches, seed, dtype
         self.first, self.last = first, last
         self.shuffle, self.block_rows, self.strided, self.transform = shuffle, block_rows, strided, transform
+        self.draws: frozenset[str] = frozenset()
         self.steps_per_epoch = -(-len(split) // batch)
         self.rows_per_step = len(split) / self.steps_per_epoch
         self._epoch, self._orders = -1, dict[int, Order]()
@@ -91,9 +95,14 @@ class Shards:
         def select() -> Rows:
             return rows.start + rows.step * self._order(epoch, m, len(rows))(a, b)
 
-        step, function = epoch * self.steps_per_epoch + t + 1, self.transform
-        transform = function and (lambda x, y: function(x, y, generator(self.seed, "transform", step, m)))
-        return Batch(m, b - a, self.split, select, self.dtype, transform)
+        purpose, function = (self.seed, "transform", epoch * self.steps_per_epoch + t + 1, m), self.transform
+
+        def transform(x: Any, y: Any) -> Any:
+            assert function, "there is none"
+            with keyed(self.draws, *purpose):
+                return function(x, y, generator(*purpose))
+
+        return Batch(m, b - a, self.split, select, self.dtype, transform if function else None)
 
     def _order(self, epoch: int, m: int, length: int) -> Order:
         if epoch != self._epoch:

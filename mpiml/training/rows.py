@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 from numpy.typing import DTypeLike
 
-from mpiml.config import Config
 from mpiml.data.dataset import Dataset, Split
 from mpiml.data.fingerprint import Fingerprint
 from mpiml.data.normalize import Normalization, NormalizedSource
 from mpiml.data.prefetch import ReadAhead, steps_ahead
 from mpiml.data.shards import Shards
-from mpiml.errors import DataError
 from mpiml.parallel.grid import Grid
 from mpiml.partition import part
 from mpiml.training.data import Known, Seen, checked, hold, look_at, look_for_starving, measure, read_first, said
 from mpiml.training.evaluation import Evaluation
 from mpiml.training.resolve import Resolved
 from mpiml.training.task import Task
-from mpiml.usercode import called_with, named
+from mpiml.training.transform import find_transform, try_transform
 
 
 @dataclass(frozen=True)
@@ -86,7 +80,8 @@ def build_data(config: Resolved, data: Dataset, grid: Grid, known: Known = Known
     if normalization:
         train, test = (normalized(split, normalization, config.dtype) for split in (train, test))
         shards = cut(train)
-    ahead = steps_ahead(shards) if config.prefetch is None else config.prefetch
+    notes = [*asked.notes, *try_transform(config, shards, grid)]
+    ahead = steps_ahead(shards) if config.prefetch is None or shards.draws else config.prefetch
     return RunData(
         shards=shards,
         ahead=ReadAhead(shards, ahead, config.steps, grid.stage == 0, grid.stage == grid.stages - 1),
@@ -95,31 +90,10 @@ def build_data(config: Resolved, data: Dataset, grid: Grid, known: Known = Known
         normalization=normalization,
         fingerprint=data.fingerprint,
         seen=seen,
-        notes=asked.notes,
+        notes=notes,
     )
 
 
 def normalized(split_: Split, by: Normalization, dtype: DTypeLike) -> Split:
     """A split whose inputs are normalised."""
     return dataclasses.replace(split_, x=NormalizedSource(split_.x, by, dtype))
-
-
-def find_transform(config: Config, data: Dataset) -> Callable[..., Any] | None:
-    """The user's function for rows to train on, if there is one.
-
-    Raises ConfigError if what is named cannot be called so; when called, DataError for labels that are not classes.
-    """
-    if not config.transform:
-        return None
-    function: Callable[..., Any] = named(config.transform, "--transform")
-    called_with(function, f"--transform {config.transform}", "x", "y", "rng")
-    lowest = (0 if data.ignored(config.ignore) is None else -1) if data.classification else -math.inf
-
-    def transform(x: Any, y: Any, rng: np.random.Generator) -> tuple[Any, Any]:
-        x, y = function(x, y, rng)
-        if np.min(y, initial=0) < lowest:
-            hint = "classes are numbered from 0 (-1 may mean no label if --ignore says that there are such rows)"
-            raise DataError(f"--transform {config.transform} gave a label of {np.min(y)}, but {hint}")
-        return x, y
-
-    return transform

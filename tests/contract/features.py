@@ -135,6 +135,14 @@ def noise(here: Path) -> None:
     (here / "noise.py").write_text("\n".join(lines) + "\n")
 
 
+def drawing(here: Path) -> None:
+    """A transform that draws from generators of the process, and rows that nobody looks at before."""
+    samples.csv(here)
+    lines = ["import random", "import numpy", "def drawn(x, y, rng):"]
+    lines += ["    return x + numpy.random.normal(size=x.shape) + random.random() + rng.random(), y"]
+    (here / "drawing.py").write_text("\n".join(lines) + "\n")
+
+
 def noise_and_csv(here: Path) -> None:
     noise(here)
     samples.csv(here)
@@ -162,6 +170,7 @@ AVERAGES += " --clip 0.3"
 OWN_FLAGS = f"{DATA} --model own:model --loss own:loss --metric own:Error --dtype float64 {SHORT} --batch 60"
 OWN_FLAGS += " --optimizer sgd"
 NOISY = f"--transform noise:noisy --label kind --hidden 8 --microbatches 6 --batch 9 {SHORT}"
+DRAWN = NOISY.replace("noise:noisy", "drawing:drawn")
 
 FEATURES = {
     "perceptron": Feature(PERCEPTRON),
@@ -192,6 +201,7 @@ FEATURES = {
     "normalized-strided": Feature(f"{DIGITS} --normalize --shards strided", ROWS),
     "transformed": Feature(NOISY, ROWS, noise),
     "transformed-csv": Feature(f"{NOISY} --data {{here}}", ROWS, noise_and_csv),
+    "drawn": Feature(f"{DRAWN} --data {{here}} --look first --classes 3", ROWS, drawing),
     **{name: of_format(name) for name in FORMATS},
 }
 if importlib.util.find_spec("torch"):
