@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mpiml.data.dataset import Batch, Split
 from mpiml.data.shards import Shards
-from mpiml.data.sources import ArraySource, HeldSource, Source, WrappedSource
+from mpiml.data.sources import ArraySource, HeldSource, Source, innermost
 from mpiml.data.text import Windows
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def steps_ahead(shards: Shards) -> int:
     """
     if shards.draws:
         return 0
-    sources = [_innermost(source) for source in (shards.split.x, shards.split.y)]
+    sources = [innermost(source) for source in (shards.split.x, shards.split.y)]
     if shards.transform or not all(isinstance(source, (ArraySource, HeldSource, Windows)) for source in sources):
         return AHEAD
     random = np.random.default_rng(0)
@@ -136,13 +136,9 @@ def steps_ahead(shards: Shards) -> int:
 
 def in_memory(split: Split) -> bool:
     """Whether all rows are in this process's own memory."""
-    sources = [_innermost(source) for source in (split.x, split.y)]
+    sources = [innermost(source) for source in (split.x, split.y)]
     mapped = (isinstance(source, ArraySource) and isinstance(source.array, np.memmap) for source in sources)
     return all(isinstance(source, (ArraySource, HeldSource)) for source in sources) and not any(mapped)
-
-
-def _innermost(source: Source) -> Source:
-    return _innermost(source.source) if isinstance(source, WrappedSource) else source
 
 
 def _seconds(shards: Shards, sources: Sequence[Source], random: np.random.Generator) -> float:

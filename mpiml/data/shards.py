@@ -10,11 +10,13 @@ from numpy.typing import DTypeLike, NDArray
 
 from mpiml.clock import unwatched
 from mpiml.data.dataset import Batch, Split
+from mpiml.data.sources import innermost
 from mpiml.partition import part
 from mpiml.random import generator, keyed
 
 Rows = NDArray[np.int64]
 SCAN = 1 << 20  # labels that are counted at once
+FEW = 8  # rows of a chunk in a file, which it is no matter to read again
 Order = Callable[[int, int], Rows]  # (a, b) -> which rows of a shard, from 0, come a-th to (b-1)-th in an epoch
 
 
@@ -134,6 +136,18 @@ def block_order(length: int, block_rows: int, random: np.random.Generator) -> Or
         return rows
 
     return order
+
+
+def rereads(shards: Shards) -> str | None:
+    """What to do if a file's rows are stored in chunks, of which a step reads one for each of its rows; None if not."""
+    sources = [innermost(source) for source in (shards.split.x, shards.split.y)]
+    rows, name = max((getattr(source, "chunk_rows", 1), source.name) for source in sources)
+    if shards.shuffle != "rows" or rows <= FEW:
+        return None
+    better = f"{'--shards contiguous ' if shards.strided else ''}--shuffle blocks --block-rows {rows}"
+    return (
+        f"{name}: each chunk of {rows} rows is read, and unpacked, up to {rows} times an epoch; {better} reads it once"
+    )
 
 
 def classes_seen(

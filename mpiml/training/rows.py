@@ -12,7 +12,7 @@ from mpiml.data.dataset import Dataset, Split
 from mpiml.data.fingerprint import Fingerprint
 from mpiml.data.normalize import Normalization, NormalizedSource
 from mpiml.data.prefetch import ReadAhead, steps_ahead
-from mpiml.data.shards import Shards
+from mpiml.data.shards import Shards, rereads
 from mpiml.parallel.grid import Grid
 from mpiml.partition import part
 from mpiml.training.data import Known, Seen, checked, hold, look_at, look_for_starving, measure, read_first, said
@@ -80,7 +80,8 @@ def build_data(config: Resolved, data: Dataset, grid: Grid, known: Known = Known
     if normalization:
         train, test = (normalized(split, normalization, config.dtype) for split in (train, test))
         shards = cut(train)
-    notes = [*asked.notes, *try_transform(config, shards, grid)]
+    again = rereads(shards)
+    notes = [*asked.notes, *([again] if again else []), *try_transform(config, shards, grid)]
     ahead = steps_ahead(shards) if config.prefetch is None or shards.draws else config.prefetch
     return RunData(
         shards=shards,
