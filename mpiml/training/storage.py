@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mpiml.clock import unwatched
 from mpiml.config import Config
 from mpiml.config import settings as all_settings
 from mpiml.data.dataset import Dataset
@@ -40,8 +41,8 @@ def check_saved(cfg: Config, layouts: Sequence[Layout]) -> None:
         checkpoint.check_kinds(cfg.init, checkpoint.kinds(Path(cfg.init)), needed)
 
 
-def known_data(cfg: Config, data: Dataset) -> Known:
-    """What a run that is to go on knows of its data. Rank 0 calls it.
+def known_data(cfg: Config, data: Dataset, progress: Callable[[], object] = unwatched) -> Known:
+    """What a run that is to go on knows of its data. Rank 0 calls it. `progress` is called while a checkpoint is read.
 
     Raises DataError if `data` are not the run's, OutputError for a run directory that is damaged.
     """
@@ -56,7 +57,7 @@ def known_data(cfg: Config, data: Dataset) -> Known:
         seen = None  # other labels counted then
     normalizing = None
     if cfg.normalize and (path / CHECKPOINTS).is_dir():
-        newest, _ = checkpoint.newest(path / CHECKPOINTS, lambda name: name.startswith("data."))
+        newest, _ = checkpoint.newest(path / CHECKPOINTS, lambda name: name.startswith("data."), progress)
         if newest:
             _check_same_run(cfg, newest)
             normalizing = normalization(newest, data.train.x.shape)
