@@ -33,14 +33,14 @@ class Counted(ArraySource):
         return super().rows(indices)
 
 
-def made(bad: Any = None) -> Dataset:
+def made(bad: Any = None, check: Any = None) -> Dataset:
     """A data set with sorted labels; `bad` changes its training inputs and labels."""
     random = np.random.default_rng(0)
     x, y = random.random((ROWS, 4)) + 3, np.arange(ROWS) * 4 // ROWS
     if bad:
         bad(x, y)
     test = Split(Counted(random.random((TESTS, 4)), "x_test"), Counted(np.arange(TESTS) % 4, "y_test"))
-    return Dataset(Split(Counted(x, "x_train"), Counted(y, "y_train")), test)
+    return Dataset(Split(Counted(x, "x_train"), Counted(y, "y_train")), test, check=check)
 
 
 def trained(out: Path, data: Dataset | None = None, steps: int = STEPS, **settings: Any) -> dict[str, Any]:
@@ -75,6 +75,15 @@ def test_the_jobs_of_a_run_look_at_its_data_once(tmp_path: Path, capsys: Any) ->
 @pytest.mark.parametrize(
     ("look", "ignore"), [(None, None), ({"outputs": 4}, None), ({"outputs": 4, "tokens": "0", "notes": []}, None)]
 )
+@pytest.mark.parametrize(("look", "checks"), [("once", [1, 0]), ("all", [1, 1]), ("first", [0, 0])])
+def test_checksums_are_verified_by_jobs_that_look(tmp_path: Path, look: str, checks: list[int]) -> None:
+    for job, expected in enumerate(checks):
+        calls: list[int] = []
+        data = made(check=lambda calls=calls: calls.append(1))
+        trained(tmp_path, data, steps=job + 1, resume=True, look=look, classes=4)
+        assert len(calls) == expected
+
+
 def test_what_is_not_known_for_certain_is_looked_at(tmp_path: Path, look: Any, ignore: int | None) -> None:
     trained(tmp_path)
     path, data = tmp_path / "environment.json", made()
