@@ -85,7 +85,7 @@ class Seen:
         return cls(**value) if whole and value["outputs"] > 0 and value["tokens"] >= 0 else None
 
 
-def said(data: Dataset, classes: int | None) -> Seen:
+def declared(data: Dataset, classes: int | None) -> Seen:
     """What a data set asks of a model as far as is known without a look at it: no outputs if only labels tell."""
     return Seen((classes or data.classes or 0) if data.classification else math.prod(data.train.y.shape), 0, [])
 
@@ -149,7 +149,7 @@ def look_at(
     """
     team, ends, classes = grid.team, columns_of(grid), classes or data.classes
     limits, ignored = {"x": tokens or classes, "y": classes}, {"x": None, "y": ignore}
-    seen = said(data, classes)
+    seen = declared(data, classes)
     seen.ignore = ignore
     splits = [(split_, rows) for split_, rows in ((data.train, train), (data.test, test)) if rows is not None]
     columns = [(split_, rows, column) for split_, rows in splits for column in "xy"]
@@ -197,7 +197,7 @@ def checked(data: Dataset, classes: int | None, ignore: int | None) -> tuple[Spl
     `classes`, `ignore` are as `look_at` has them. Raises ConfigError if only all labels would tell how many classes
     there are.
     """
-    if not said(data, classes).outputs:
+    if not declared(data, classes).outputs:
         raise ConfigError("--look first: only all labels would tell how many classes there are; say it with --classes")
 
     def with_checks(split_: Split) -> Split:

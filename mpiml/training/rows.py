@@ -15,7 +15,7 @@ from mpiml.data.prefetch import ReadAhead, steps_ahead
 from mpiml.data.shards import Shards, rereads
 from mpiml.parallel.grid import Grid
 from mpiml.partition import part
-from mpiml.training.data import Known, Seen, checked, hold, look_at, look_for_starving, measure, read_first, said
+from mpiml.training.data import Known, Seen, checked, declared, hold, look_at, look_for_starving, measure, read_first
 from mpiml.training.evaluation import Evaluation
 from mpiml.training.resolve import Resolved
 from mpiml.training.task import Task
@@ -73,7 +73,7 @@ def build_data(config: Resolved, data: Dataset, grid: Grid, known: Known = Known
     elif not seen:
         seen = look_at(data, grid, rows, test_rows, config.classes, ignore=ignore)
         seen.notes += look_for_starving(data, grid, cut(train.ignoring(ignore)), seen.outputs)
-    asked = seen or said(data, config.classes)
+    needed = seen or declared(data, config.classes)
     train, test = (split.ignoring(ignore) for split in (train, test))
     shards = cut(train)
     normalization = (known.normalization or measure(data, grid, shards)) if config.normalize else None
@@ -81,13 +81,13 @@ def build_data(config: Resolved, data: Dataset, grid: Grid, known: Known = Known
         train, test = (normalized(split, normalization, config.dtype) for split in (train, test))
         shards = cut(train)
     again = rereads(shards)
-    notes = [*asked.notes, *([again] if again else []), *try_transform(config, shards, grid)]
+    notes = [*needed.notes, *([again] if again else []), *try_transform(config, shards, grid)]
     ahead = steps_ahead(shards) if config.prefetch is None or shards.draws else config.prefetch
     return RunData(
         shards=shards,
         ahead=ReadAhead(shards, ahead, config.steps, grid.stage == 0, grid.stage == grid.stages - 1),
         tests=deal(test),
-        task=Task(data.train.x.shape, data.train.y.shape, data.classification, asked.outputs, asked.tokens, ignore),
+        task=Task(data.train.x.shape, data.train.y.shape, data.classification, needed.outputs, needed.tokens, ignore),
         normalization=normalization,
         fingerprint=data.fingerprint,
         seen=seen,
