@@ -138,16 +138,15 @@ def block_order(length: int, block_rows: int, random: np.random.Generator) -> Or
     return order
 
 
-def rereads(shards: Shards) -> str | None:
-    """What to do if a file's rows are stored in chunks, of which a step reads one for each of its rows; None if not."""
+def rereads(shards: Shards) -> list[str]:
+    """A line on what to do if a file's rows are stored in chunks, of which a step reads one for each of its rows."""
     sources = [innermost(source) for source in (shards.split.x, shards.split.y)]
     rows, name = max((getattr(source, "chunk_rows", 1), source.name) for source in sources)
     if shards.shuffle != "rows" or rows <= FEW:
-        return None
+        return []
     better = f"{'--shards contiguous ' if shards.strided else ''}--shuffle blocks --block-rows {rows}"
-    return (
-        f"{name}: each chunk of {rows} rows is read, and unpacked, up to {rows} times an epoch; {better} reads it once"
-    )
+    again = f"each chunk of {rows} rows is read, and unpacked, up to {rows} times an epoch"
+    return [f"{name}: {again}; {better} reads it once"]
 
 
 def classes_seen(

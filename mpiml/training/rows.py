@@ -80,8 +80,7 @@ def build_data(config: Resolved, data: Dataset, grid: Grid, known: Known = Known
     if normalization:
         train, test = (normalized(split, normalization, config.dtype) for split in (train, test))
         shards = cut(train)
-    again = rereads(shards)
-    notes = [*needed.notes, *([again] if again else []), *try_transform(config, shards, grid)]
+    notes = [*needed.notes, *rereads(shards), *try_transform(config, shards, grid)]
     ahead = steps_ahead(shards) if config.prefetch is None or shards.draws else config.prefetch
     return RunData(
         shards=shards,
