@@ -191,19 +191,18 @@ def _sound(
     return joined
 
 
-def checked(data: Dataset, classes: int | None, ignore: int | None) -> tuple[Split, Split]:
-    """The training rows and the test rows of a data set that nobody has looked at, checked as they are read.
+def checked(data: Dataset, needed: Seen, ignore: int | None) -> tuple[Split, Split]:
+    """The training rows and the test rows of a data set that this job has not looked at, checked as they are read.
 
-    `classes`, `ignore` are as `look_at` has them. Raises ConfigError if only all labels would tell how many classes
-    there are.
+    Raises ConfigError if only all labels would tell how many classes are `needed`.
     """
-    if not declared(data, classes).outputs:
+    if not needed.outputs:
         raise ConfigError("--look first: only all labels would tell how many classes there are; say it with --classes")
+    tokens, classes = (max(needed.tokens, needed.outputs), needed.outputs) if data.classification else (None, None)
 
     def with_checks(split_: Split) -> Split:
-        x = CheckedSource(split_.x, data, "x", classes or data.classes, None)
-        y = CheckedSource(split_.y, data, "y", classes or data.classes, ignore)
-        return dataclasses.replace(split_, x=x, y=y)
+        x = CheckedSource(split_.x, data, "x", tokens, None)
+        return dataclasses.replace(split_, x=x, y=CheckedSource(split_.y, data, "y", classes, ignore))
 
     return with_checks(data.train), with_checks(data.test)
 

@@ -67,13 +67,13 @@ def build_data(config: Resolved, data: Dataset, grid: Grid, known: Known = Known
     rows, test_rows = shards.rows(), deal(data.test).rows()
     hold(data, grid, rows, test_rows, both=shards.transform is not None)
     seen, train, test = known.seen, data.train, data.test
-    if not seen and config.look == "first":
-        train, test = grid.team.together(lambda: checked(data, config.classes, ignore))
-        read_first(grid, (train, rows), (test, test_rows))
-    elif not seen:
+    if not seen and config.look != "first":
         seen = look_at(data, grid, rows, test_rows, config.classes, ignore=ignore)
         seen.notes += look_for_starving(data, grid, cut(train.ignoring(ignore)), seen.outputs)
     needed = seen or declared(data, config.classes)
+    if not seen or (known.seen and not data.sampled):
+        train, test = grid.team.together(lambda: checked(data, needed, ignore))
+        read_first(grid, (train, rows), (test, test_rows))
     train, test = (split.ignoring(ignore) for split in (train, test))
     shards = cut(train)
     normalization = (known.normalization or measure(data, grid, shards)) if config.normalize else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from mpi4py import MPI
 
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset, Split
-from mpiml.data.sources import ArraySource
+from mpiml.data.sources import ArraySource, Source
 from mpiml.errors import ConfigError, DataError
 from mpiml.train import train
 from mpiml.training.data import FIRST, Seen
@@ -96,6 +97,33 @@ def test_what_a_run_directory_may_hold_of_a_look() -> None:
     assert Seen.of_json(good | {"ignore": -1}) == Seen(4, 0, ["a note"], -1)
     for bad in ({"outputs": 0}, {"tokens": -1}, {"notes": [3]}, {"notes": None}, {"outputs": 4.5}, {"more": 1}):
         assert Seen.of_json(good | bad) is None
+
+
+class Own(Source):
+    """Rows of which a fingerprint knows the number alone."""
+
+    def __init__(self, source: ArraySource):
+        self.source, self.name, self.shape, self.dtype = source, source.name, source.shape, source.dtype
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def rows(self, indices: Any) -> Any:
+        return self.source.rows(indices)
+
+
+def test_rows_of_ones_own_source_are_checked_in_every_job(tmp_path: Path) -> None:
+    def own(bad: Any = None) -> Dataset:
+        data = made(bad)
+        return dataclasses.replace(data, train=dataclasses.replace(data.train, y=Own(data.train.y)))  # type: ignore[arg-type]
+
+    whole = trained(tmp_path / "whole", own(), steps=2 * STEPS)
+    trained(tmp_path / "cut", own())
+    with pytest.raises(DataError, match="y_train: label 7 is not one of the 4 classes 0 to 3, in row "):
+        trained(tmp_path / "cut", own(bad_label), steps=2 * STEPS, resume=True)
+    done = trained(tmp_path / "cut", again := own(), steps=2 * STEPS, resume=True)
+    assert done["weights_sha256"] == whole["weights_sha256"]
+    assert read(again)[0] <= FIRST + (STEPS + 1) * BATCH
 
 
 def test_other_data_are_refused_before_they_are_read(tmp_path: Path) -> None:
