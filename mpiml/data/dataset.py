@@ -83,7 +83,7 @@ class Dataset:
 
     @property
     def sampled(self) -> bool:
-        """Whether the fingerprint has samples of the values: it has of arrays and files, not of a user's own sources."""
+        """Whether the fingerprint has samples of the values: of arrays and files, but of no other sources."""
         columns = (self.train.x, self.train.y, self.test.x, self.test.y)
         return bool(self.files) or all(isinstance(column, ArraySource) for column in columns)
 

@@ -81,10 +81,9 @@ def build_data(config: Resolved, data: Dataset, grid: Grid, known: Known = Known
         train, test = (normalized(split, normalization, config.dtype) for split in (train, test))
         shards = cut(train)
     notes = [*needed.notes, *rereads(shards), *try_transform(config, shards, grid)]
-    ahead = steps_ahead(shards) if config.prefetch is None or shards.draws else config.prefetch
     return RunData(
         shards=shards,
-        ahead=ReadAhead(shards, ahead, config.steps, grid.stage == 0, grid.stage == grid.stages - 1),
+        ahead=_ahead(config, shards, grid),
         tests=deal(test),
         task=Task(data.train.x.shape, data.train.y.shape, data.classification, needed.outputs, needed.tokens, ignore),
         normalization=normalization,
@@ -92,6 +91,12 @@ def build_data(config: Resolved, data: Dataset, grid: Grid, known: Known = Known
         seen=seen,
         notes=notes,
     )
+
+
+def _ahead(config: Resolved, shards: Shards, grid: Grid) -> ReadAhead:
+    """What reads ahead as far as the settings say, or else as it is worth."""
+    steps = steps_ahead(shards) if config.prefetch is None or shards.draws else config.prefetch
+    return ReadAhead(shards, steps, config.steps, grid.stage == 0, grid.stage == grid.stages - 1)
 
 
 def normalized(split_: Split, by: Normalization, dtype: DTypeLike) -> Split:
