@@ -54,6 +54,14 @@ class Config:
     normalize: bool = setting(
         False, DATA, "subtract from inputs their mean over the training rows, divide by their standard deviation"
     )
+    look: str = setting(
+        "once",
+        DATA,
+        "which jobs of a run read all rows before they train; once: the first; all: each; first: none, but each row is "
+        "checked when it is used (see data/README.md)",
+        choices=["once", "all", "first"],
+        on_resume=True,
+    )
     transform: str | None = setting(
         None, DATA, "function (x, y, rng) -> x, y for each micro-batch of training", metavar=FUNCTION, named=is_name
     )

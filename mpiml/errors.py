@@ -20,7 +20,7 @@ class RunError(Exception):
     exit_code = 70
 
     def __init__(self, message: str):
-        super().__init__(message)
+        super().__init__(" ".join(line.strip() for line in message.splitlines()))  # other libraries' texts have more
         self.rank: int | None = None
         self.everywhere = False
         self.silent = False

@@ -82,7 +82,7 @@ from mpiml.run.failure import Guard, exit_code
 from mpiml.run.process import prepare_process
 from mpiml.run.watch import Watch
 from mpiml.team import Team, share_cores
-from mpiml.training.data import look_at, open_data
+from mpiml.training.data import hold, look_at, open_data
 from mpiml.training.evaluation import Evaluation
 from mpiml.training.model import Model
 from mpiml.training.place import build_stage
@@ -176,6 +176,7 @@ def _scored(
     tests = Evaluation(data.test, config.eval_rows, grid, config.dtype)
     classes = task.outputs if task.classification else None
     tokens, ignore, gaps = task.vocabulary, task.ignore, config.fill is not None
+    hold(data, grid, None, tests.rows())
     seen = look_at(data, grid, None, tests.rows(), classes, tokens=tokens, ignore=ignore, gaps=gaps)
     tests.split = data.test.ignoring(task.ignore)
     tests.split = prepared(tests.split, stored.preparations, config.dtype)

@@ -45,7 +45,7 @@ from mpiml.training.data import open_data
 from mpiml.training.hold import Hold
 from mpiml.training.model import Model
 from mpiml.training.run import Run, assemble
-from mpiml.training.storage import Restored, Store, check_saved
+from mpiml.training.storage import Restored, Store, check_saved, known_data
 
 if __name__ == "__main__":
     start.begun()
@@ -99,9 +99,10 @@ def _train(asked: Config, model: Model | None, data: Dataset | None, hold: Hold,
             resolved = team.together(lambda: resolve.resolve(cfg, rows, classes, replicas, before))
             if cfg.resume and (done := hold.finished(team, resolved)):  # --epochs has become steps
                 return done
+            known = team.on_rank_0(lambda: known_data(resolved, dataset, team.clock.progress))
             idle = resolve.idle_text(team.size, crew.idle, resolved.microbatches)
             with freed(grids.build(team, cfg.pipe), team.size) as grid:
-                run = assemble(resolved, dataset, grid, model, check_saved)
+                run = assemble(resolved, dataset, grid, model, check_saved, known)
                 with freed(run, team.size):
                     return _run(run, dataset.name, hold, [*run.notes, *watch.notes, *idle], stop, began)
 

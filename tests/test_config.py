@@ -25,6 +25,7 @@ OTHERS = {
     "held_out": ("0.2", "0.2", 0.2),
     "token_dtype": ("uint32", '"uint32"', "uint32"),
     "normalize": ("", "true", True),
+    "look": ("first", '"first"', "first"),
     "transform": ("my:augment", '"my:augment"', "my:augment"),
     "model": ("cnn", '"cnn"', "cnn"),
     "hidden": ("64,32", "[64, 32]", (64, 32)),
@@ -78,7 +79,17 @@ OTHERS = {
     "quiet": ("", "true", True),
 }
 LAYOUT_AND_LOGGING = {"pipe", "cuts", "schedule", "epochs", "steps", "out", "resume", "quiet", "keep", "stall_timeout"}
-LAYOUT_AND_LOGGING |= {"memory", "bucket", "prefetch", "time_limit", "eval_every", "save_every", "log_every", "trace"}
+LAYOUT_AND_LOGGING |= {
+    "memory",
+    "bucket",
+    "prefetch",
+    "time_limit",
+    "eval_every",
+    "save_every",
+    "log_every",
+    "trace",
+    "look",
+}
 PLACES = {"data", "init"}  # of what the fingerprint tells, or of what only the first step needs
 every_setting = pytest.mark.parametrize("name", OTHERS)
 

@@ -85,6 +85,12 @@ class Dataset:
         x, y = ArraySource(x_train, "x_train"), ArraySource(y_train, "y_train")
         return cls(Split(x, y), Split(ArraySource(x_test, "x_test"), ArraySource(y_test, "y_test")))
 
+    @property
+    def sampled(self) -> bool:
+        """Whether the fingerprint has samples of the values: of arrays and files, but of no other sources."""
+        columns = (self.train.x, self.train.y, self.test.x, self.test.y)
+        return bool(self.files) or all(isinstance(column, ArraySource) for column in columns)
+
     @functools.cached_property
     def fingerprint(self) -> Fingerprint:
         """Sizes and checksums of samples of the files and columns: almost surely different for different data."""

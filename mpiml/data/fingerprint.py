@@ -16,6 +16,7 @@ from mpiml.errors import DataError
 SAMPLE = 1 << 14  # bytes of a sample
 SAMPLES = 16  # samples of a file, evenly spaced from its first byte to its last
 ARRAY = 1 << 22  # bytes of an array in memory that are sampled at most
+SIZED = " bytes, samples"  # in the properties of files alone
 
 Fingerprint = list[list[str]]  # of each file or column [name, properties]; equal on all ranks and after a resumption
 
@@ -36,7 +37,7 @@ def _of_file(path: Path) -> str:
                 sampled.update(file.read(SAMPLE))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
-    return f"{size:,} bytes, samples {sampled.hexdigest()}"
+    return f"{size:,}{SIZED} {sampled.hexdigest()}"
 
 
 def of_array(array: NDArray[Any]) -> str:
@@ -52,9 +53,11 @@ def of_array(array: NDArray[Any]) -> str:
 
 
 def difference(here: Fingerprint, other: Fingerprint, where: str) -> str | None:
-    """The first difference in words, in which `where` says where the other data are; None if there is none."""
+    """The first difference in words, in which `where` says where the other data are; None if there is none. The name of
+    a file does not count if there is only one."""
+    alone = [sum(SIZED in properties for _, properties in data) == 1 for data in (here, other)]
     for (name, properties), (other_name, other_properties) in zip(here, other, strict=False):
-        if name != other_name:
+        if name != other_name and not (all(alone) and SIZED in properties and SIZED in other_properties):
             return f"{name} here, but {other_name} {where}"
         if properties != other_properties:
             return f"{name} has {properties} here, but {other_properties} {where}"

@@ -12,13 +12,17 @@ import numpy as np
 from mpiml.data.sources import Indices, Rows, Source, check_rows, extra, file_size, mapped, runs
 from mpiml.errors import DataError
 
+CACHE = 1 << 24  # bytes of a data set's chunks that HDF5 keeps unpacked: the rows of one are mostly read step by step
+
 
 def open_hdf5(path: Path) -> Any:
     """The open file. Raises DataError if it is damaged or not an HDF5 file."""
     h5py = extra("h5py", "hdf5", f"--data {path}")
     file_size(path)
     try:
-        return h5py.File(path, "r", locking=False)  # parallel file systems often lack locks, and nobody writes
+        return h5py.File(
+            path, "r", locking=False, rdcc_nbytes=CACHE
+        )  # parallel file systems often lack locks, and nobody writes
     except OSError as error:
         raise DataError(f"cannot read {path}: {error}") from None
 
@@ -56,6 +60,13 @@ class HDF5Source(Source):
 
     def __len__(self) -> int:
         return len(self.values)
+
+    @property
+    def chunk_rows(self) -> int:
+        """How many rows are read, and unpacked, together, whichever of them is asked for; 1 where they are not, or
+        where HDF5 keeps all that it has unpacked."""
+        chunked = self.values.chunks and self.values.nbytes > CACHE
+        return min(self.values.chunks[0], len(self)) if chunked else 1
 
     def rows(self, indices: Indices) -> Rows:
         order = np.argsort(indices, kind="stable")

@@ -1,4 +1,5 @@
-"""A look at every value of a rank's rows before a run begins, to find those that would spoil it, with their rows."""
+"""A look at every value of a rank's rows, before a run begins or when they are used, to find those that would spoil
+it, with their rows."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import numpy as np
 
 from mpiml.clock import unwatched
 from mpiml.data.dataset import Dataset
-from mpiml.data.sources import Indices, Rows, Source
+from mpiml.data.sources import Indices, Rows, Source, WrappedSource
+from mpiml.errors import DataError
 
 SCAN = 1 << 24  # bytes of a source that are looked at at once
 
@@ -53,15 +55,20 @@ def inspect(
     chunk = max(SCAN // row_bytes, 1)
     for first in range(0, len(rows), chunk):
         numbers = rows[first : first + chunk]
-        flat = source.rows(numbers).reshape(len(numbers), -1)
-        if source.dtype.kind == "f":
-            bad = np.flatnonzero(np.isinf(flat).any(axis=1) if gaps else ~np.isfinite(flat).all(axis=1))
-            if len(bad):
-                findings |= Findings(bad_rows=len(bad), first_bad=int(numbers[bad[0]]))
-        elif flat.size:
-            findings |= _extremes(flat, numbers, ignore)
+        findings |= _findings(source.rows(numbers), numbers, ignore, gaps)
         progress()
     return findings
+
+
+def _findings(values: Rows, numbers: Indices, ignore: int | None, gaps: bool) -> Findings:
+    """What these values show, of the rows with these numbers."""
+    if not values.size:
+        return Findings()
+    flat = values.reshape(len(numbers), -1)
+    if values.dtype.kind == "f":
+        bad = np.flatnonzero(np.isinf(flat).any(axis=1) if gaps else ~np.isfinite(flat).all(axis=1))
+        return Findings(bad_rows=len(bad), first_bad=int(numbers[bad[0]])) if len(bad) else Findings()
+    return _extremes(flat, numbers, ignore)
 
 
 def _extremes(flat: Rows, numbers: Indices, ignore: int | None) -> Findings:
@@ -102,3 +109,32 @@ def problem(data: Dataset, column: str, findings: Findings, classes: int | None 
             high_row,
         )
     return None
+
+
+class CheckedSource(WrappedSource):
+    """Column "x" or "y" of a data set, checked as it is read: `rows` raises DataError for values that `problem` names.
+
+    `classes` is as `problem` has it, `ignore` and `gaps` as `inspect` does.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        data: Dataset,
+        column: str,
+        classes: int | None,
+        ignore: int | None = None,
+        gaps: bool = False,
+    ):
+        super().__init__(source, source.dtype)
+        self.data, self.column, self.classes, self.ignore, self.gaps = data, column, classes, ignore, gaps
+
+    def rows(self, indices: Indices) -> Rows:
+        values = self.source.rows(indices)
+        if values.dtype.kind != "f" and self.column == "x" and not self.data.language_model:
+            return values  # any integer will do
+        findings = _findings(values, indices, self.ignore, self.gaps)
+        findings.masked = 0  # a few rows may well have no label at all
+        if wrong := problem(self.data, self.column, findings, self.classes):
+            raise DataError(f"{self.name}: {wrong[0]} {wrong[1]}")
+        return values

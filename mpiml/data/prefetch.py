@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mpiml.data.dataset import Batch, Split
 from mpiml.data.shards import Shards
-from mpiml.data.sources import ArraySource, HeldSource, Source, WrappedSource
+from mpiml.data.sources import ArraySource, HeldSource, Source, innermost
 from mpiml.data.text import Windows
 
 if TYPE_CHECKING:
@@ -121,9 +121,12 @@ def steps_ahead(shards: Shards) -> int:
     thread to thread.
 
     That holds for rows in memory, and often for mapped files that the system keeps in memory, which is measured. For
-    this, the rows must have been read once before. Sources of other kinds, such as a user's own, are not tried.
+    this, the rows must have been read once before. Sources of other kinds, such as a user's own, are not tried. Nor is
+    anything read ahead by a transform that draws from generators of the process: another thread may draw from them.
     """
-    sources = [_innermost(source) for source in (shards.split.x, shards.split.y)]
+    if shards.draws:
+        return 0
+    sources = [innermost(source) for source in (shards.split.x, shards.split.y)]
     if shards.transform or not all(isinstance(source, (ArraySource, HeldSource, Windows)) for source in sources):
         return AHEAD
     random = np.random.default_rng(0)
@@ -133,13 +136,9 @@ def steps_ahead(shards: Shards) -> int:
 
 def in_memory(split: Split) -> bool:
     """Whether all rows are in this process's own memory."""
-    sources = [_innermost(source) for source in (split.x, split.y)]
+    sources = [innermost(source) for source in (split.x, split.y)]
     mapped = (isinstance(source, ArraySource) and isinstance(source.array, np.memmap) for source in sources)
     return all(isinstance(source, (ArraySource, HeldSource)) for source in sources) and not any(mapped)
-
-
-def _innermost(source: Source) -> Source:
-    return _innermost(source.source) if isinstance(source, WrappedSource) else source
 
 
 def _seconds(shards: Shards, sources: Sequence[Source], random: np.random.Generator) -> float:

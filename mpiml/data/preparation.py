@@ -36,11 +36,6 @@ class Preparation(ABC):
         made: Self = make(*(arrays[name] for name in cls.NAMES))
         return made
 
-    def take(self, other: Preparation) -> None:
-        """Copy the values of `other`, so that all sources that share this object use them."""
-        for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
-            mine[...] = theirs
-
 
 def prepared(split: Split, preparations: Sequence[Preparation], dtype: DTypeLike) -> Split:
     """A split whose inputs are prepared, in this order."""

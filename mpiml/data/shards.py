@@ -10,11 +10,13 @@ from numpy.typing import DTypeLike, NDArray
 
 from mpiml.clock import unwatched
 from mpiml.data.dataset import Batch, Split
+from mpiml.data.sources import innermost
 from mpiml.partition import part
-from mpiml.random import generator
+from mpiml.random import generator, keyed
 
 Rows = NDArray[np.int64]
 SCAN = 1 << 20  # labels that are counted at once
+FEW = 8  # rows of a chunk in a file, which it is no matter to read again
 Order = Callable[[int, int], Rows]  # (a, b) -> which rows of a shard, from 0, come a-th to (b-1)-th in an epoch
 
 
@@ -30,6 +32,9 @@ class Shards:
         shuffle: what is shuffled within a shard in every epoch: "none", "rows", or "blocks" of `block_rows` rows.
         strided: whether shard m is every M-th row from row m on, instead of the m-th of M consecutive parts.
         transform: (x, y, generator of this step and micro-batch) -> x and y to train on.
+
+    Attributes:
+        draws: the generators of the process that the transform draws from (mpiml.random): they are keyed as its own is.
     """
 
     def __init__(
@@ -49,6 +54,7 @@ class Shards:
         self.split, self.microbatches, self.seed, self.dtype = split, microbatches, seed, dtype
         self.first, self.last = first, last
         self.shuffle, self.block_rows, self.strided, self.transform = shuffle, block_rows, strided, transform
+        self.draws: frozenset[str] = frozenset()
         self.steps_per_epoch = -(-len(split) // batch)
         self.rows_per_step = len(split) / self.steps_per_epoch
         self._epoch, self._orders = -1, dict[int, Order]()
@@ -91,9 +97,14 @@ class Shards:
         def select() -> Rows:
             return rows.start + rows.step * self._order(epoch, m, len(rows))(a, b)
 
-        step, function = epoch * self.steps_per_epoch + t + 1, self.transform
-        transform = function and (lambda x, y: function(x, y, generator(self.seed, "transform", step, m)))
-        return Batch(m, b - a, self.split, select, self.dtype, transform)
+        purpose, function = (self.seed, "transform", epoch * self.steps_per_epoch + t + 1, m), self.transform
+
+        def transform(x: Any, y: Any) -> Any:
+            assert function, "there is none"
+            with keyed(self.draws, *purpose):
+                return function(x, y, generator(*purpose))
+
+        return Batch(m, b - a, self.split, select, self.dtype, transform if function else None)
 
     def _order(self, epoch: int, m: int, length: int) -> Order:
         if epoch != self._epoch:
@@ -125,6 +136,17 @@ def block_order(length: int, block_rows: int, random: np.random.Generator) -> Or
         return rows
 
     return order
+
+
+def rereads(shards: Shards) -> list[str]:
+    """A line on what to do if a file's rows are stored in chunks, of which a step reads one for each of its rows."""
+    sources = [innermost(source) for source in (shards.split.x, shards.split.y)]
+    rows, name = max((getattr(source, "chunk_rows", 1), source.name) for source in sources)
+    if shards.shuffle != "rows" or rows <= FEW:
+        return []
+    better = f"{'--shards contiguous ' if shards.strided else ''}--shuffle blocks --block-rows {rows}"
+    again = f"each chunk of {rows} rows is read, and unpacked, up to {rows} times an epoch"
+    return [f"{name}: {again}; {better} reads it once"]
 
 
 def classes_seen(

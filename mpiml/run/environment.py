@@ -39,8 +39,9 @@ def of_rank(threads: int) -> dict[str, Any]:
     }
 
 
-def of_job(ranks: list[dict[str, Any]], data: list[list[str]]) -> dict[str, Any]:
-    """The content of environment.json, but `earlier`, from `of_rank` of all ranks and the data set's fingerprint."""
+def of_job(ranks: list[dict[str, Any]], data: list[list[str]], look: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The content of environment.json, but `earlier`, from `of_rank` of all ranks, the data set's fingerprint, and what
+    a look at all of its rows has shown."""
     system = os.uname()
     return {
         "mpiml": mpiml.__version__,
@@ -50,6 +51,7 @@ def of_job(ranks: list[dict[str, Any]], data: list[list[str]]) -> dict[str, Any]
         "blas": blas(),
         "packages": {name: _version(name) for name in PACKAGES},
         "data": data,
+        "look": look,
         "ranks": ranks,
     }
 
@@ -62,6 +64,11 @@ def read(run: Path) -> dict[str, Any]:
 def data(run: Path) -> list[list[str]] | None:
     """The fingerprint of the data of the run in a directory, or None if unknown. Raises OutputError as `read`."""
     return read(run).get("data")
+
+
+def look(run: Path) -> Any:
+    """What `of_job` was told of a look at the run's data, of any type, or None. Raises OutputError as `read`."""
+    return read(run).get("look")
 
 
 def host(run: Path, rank: int) -> str:

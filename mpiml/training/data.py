@@ -1,24 +1,26 @@
-"""The data of a run: opened on all ranks, compared between them, and looked at, every value, before the first step."""
+"""The data of a run: opened on all ranks, compared between them, and looked at before the first step."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
 import operator
+import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from mpi4py import MPI
 
-from mpiml.clock import Clock
+from mpiml import documents
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset, Split
 from mpiml.data.fill import MEAN, Filling, present
 from mpiml.data.fingerprint import Fingerprint, difference
-from mpiml.data.inspection import Findings, inspect, problem
+from mpiml.data.inspection import CheckedSource, Findings, inspect, problem
 from mpiml.data.normalize import Normalization, moments
 from mpiml.data.preparation import Preparation, prepared
 from mpiml.data.shards import Shards, classes_seen, starved
@@ -30,6 +32,7 @@ from mpiml.training import resolve
 from mpiml.training.task import Task
 
 T = TypeVar("T")
+FIRST = 64  # rows of each column that a rank looks at with --look first
 
 
 def open_data(config: Config, team: Team, data: Dataset | None, task: Task | None = None) -> Dataset:
@@ -57,8 +60,6 @@ def open_data(config: Config, team: Team, data: Dataset | None, task: Task | Non
             raise DataError(f"{dataset.name}: ranks have different data: {other}")
 
     team.together(naming(team, same))
-    if dataset.check:
-        team.on_rank_0(naming(team, dataset.check))
     return dataset
 
 
@@ -70,11 +71,67 @@ class Seen:
         outputs: the number of classes, or of values per label.
         tokens: one more than the highest integer input; 0 if inputs are not integers.
         notes: what a person should know.
+        ignore: the label that does not count, if there is one.
     """
 
     outputs: int
     tokens: int
     notes: list[str]
+    ignore: int | None = None
+
+    @classmethod
+    def of_json(cls, value: Any) -> Seen | None:
+        """From what a run directory holds of it; None if that is damaged: then the rows are to be looked at again."""
+        kinds = typing.get_type_hints(cls)
+        if not isinstance(value, dict) or value.keys() != kinds.keys():
+            return None
+        whole = all(documents.fits(value[name], kind) for name, kind in kinds.items())
+        return cls(**value) if whole and value["outputs"] > 0 and value["tokens"] >= 0 else None
+
+
+def declared(data: Dataset, classes: int | None) -> Seen:
+    """What a data set asks of a model as far as is known without a look at it: no outputs if only labels tell."""
+    return Seen((classes or data.classes or 0) if data.classification else math.prod(data.train.y.shape), 0, [])
+
+
+@dataclass(frozen=True)
+class Known:
+    """What earlier jobs of a run have learned of its data; None: nothing.
+
+    Attributes:
+        seen: what all rows have shown.
+        preparations: what is done to its model's inputs.
+    """
+
+    seen: Seen | None = None
+    preparations: list[Preparation] | None = None
+
+
+def hold(data: Dataset, grid: Grid, train: Indices | None, test: Indices, both: bool = False) -> None:
+    """Tell the sources which rows this rank will use; collective.
+
+    Inputs are for the first stage, labels for the last.
+
+    Args:
+        train, test: the numbers of this replica's rows; train is None if nobody trains.
+        both: whether those who train on inputs need labels too, and the other way round.
+    """
+    team, ends = grid.team, columns_of(grid)
+
+    def held() -> None:
+        team.clock("data")
+        for column in "xy" if both and ends else ends:
+            if train is not None:
+                getattr(data.train, column).hold(train)
+        for column in ends:
+            getattr(data.test, column).hold(test)
+
+    team.together(naming(team, held))
+
+
+def columns_of(grid: Grid) -> str:
+    """The columns that this rank uses."""
+    return "x" * (grid.stage == 0) + "y" * (grid.stage == grid.stages - 1)
 
 
 def look_at(
@@ -83,39 +140,35 @@ def look_at(
     train: Indices | None,
     test: Indices,
     classes: int | None,
-    both: bool = False,
     tokens: int | None = None,
     ignore: int | None = None,
     gaps: bool = False,
 ) -> Seen:
-    """Read the rows that this rank will use, and check all values of the data set; collective.
-
-    Inputs are read by the first stage, labels by the last, each row of the training set by one replica.
+    """Check all values of the data set, of which each rank reads the rows that it holds; collective.
 
     Args:
         train, test: the numbers of this replica's rows; train is None if nobody trains, and then its rows are not read.
         classes: how many there are, if that has been said; else the data set may know it, or the labels tell.
-        both: whether those who train on inputs need labels too, and the other way round.
         tokens: how many token ids there are, if that has been said and is not the number of classes.
         ignore: the label that means no label, if there is one.
         gaps: whether inputs may be NaN, to be filled.
     """
-    team = grid.team
-    ends = {"x": grid.stage == 0, "y": grid.stage == grid.stages - 1}
-    also = both and any(ends.values())
-    classes = classes or data.classes
+    team, ends, classes = grid.team, columns_of(grid), classes or data.classes
     limits, ignored = {"x": tokens or classes, "y": classes}, {"x": None, "y": ignore}
-    seen = Seen((classes or 0) if data.classification else math.prod(data.train.y.shape), 0, [])
+    seen = declared(data, classes)
+    seen.ignore = ignore
     splits = [(split_, rows) for split_, rows in ((data.train, train), (data.test, test)) if rows is not None]
-    columns = [(split_, rows, column) for split_, rows in splits for column in ends]
+    columns = [(split_, rows, column) for split_, rows in splits for column in "xy"]
+    if data.check:
+        team.on_rank_0(naming(team, data.check))
+
+    def look(split_: Split, rows: Indices, column: str) -> Findings:
+        own = rows if column in ends else rows[:0]
+        return inspect(getattr(split_, column), own, ignored[column], team.clock.progress, gaps and column == "x")
 
     def read() -> list[Findings]:
-        findings = []
-        for split_, rows, column in columns:
-            hold = ends[column] or (also and split_ is data.train)
-            source, missing = getattr(split_, column), gaps and column == "x"
-            findings.append(_read(team.clock, source, rows, hold, ends[column], ignored[column], missing))
-        return findings
+        team.clock("data")
+        return list(itertools.starmap(look, columns))
 
     everyones = team.allgather(team.together(naming(team, read)))
     for (split_, _, column), findings in zip(columns, zip(*everyones, strict=True), strict=True):
@@ -142,6 +195,34 @@ def _sound(
         error = DataError(f"{source.name}: {wrong[0]} {wrong[1]}")
         raise _of_rank(error, grid.team, reader).on_all_ranks(grid.team.launched[reader])
     return joined
+
+
+def checked(data: Dataset, needed: Seen, ignore: int | None, gaps: bool) -> tuple[Split, Split]:
+    """The training rows and the test rows of a data set that this job has not looked at, checked as they are read.
+
+    Raises ConfigError if only all labels would tell how many classes are `needed`.
+    """
+    if not needed.outputs:
+        raise ConfigError("--look first: only all labels would tell how many classes there are; say it with --classes")
+    tokens, classes = (max(needed.tokens, needed.outputs), needed.outputs) if data.classification else (None, None)
+
+    def with_checks(split_: Split) -> Split:
+        x = CheckedSource(split_.x, data, "x", tokens, None, gaps)
+        return dataclasses.replace(split_, x=x, y=CheckedSource(split_.y, data, "y", classes, ignore))
+
+    return with_checks(data.train), with_checks(data.test)
+
+
+def read_first(grid: Grid, *splits: tuple[Split, Indices]) -> None:
+    """Read a few of the rows with these numbers, for the DataError that this may raise on all ranks; collective."""
+    team = grid.team
+
+    def read() -> None:
+        team.clock("data")
+        for (split_, rows), column in itertools.product(splits, columns_of(grid)):
+            getattr(split_, column).rows(rows[:FIRST])
+
+    team.together(naming(team, read))
 
 
 def prepare(config: Config, data: Dataset, grid: Grid, shards: Shards) -> list[Preparation]:
@@ -195,15 +276,6 @@ def look_for_starving(data: Dataset, grid: Grid, shards: Shards, classes: int) -
     team.wait([team.comm.Iallreduce(MPI.IN_PLACE, both)])
     warning = starved(counts, seen)
     return [f"warning: {warning}"] if warning else []
-
-
-def _read(
-    clock: Clock, source: Source, rows: Indices, hold: bool, look: bool, ignore: int | None, gaps: bool
-) -> Findings:
-    clock("data")
-    if hold:
-        source.hold(rows)
-    return inspect(source, rows, ignore, clock.progress, gaps) if look else Findings()
 
 
 def naming(team: Team, action: Callable[[], T]) -> Callable[[], T]:

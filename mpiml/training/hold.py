@@ -9,7 +9,6 @@ from typing import Any
 
 from mpiml import documents
 from mpiml.config import Config
-from mpiml.data.fingerprint import difference
 from mpiml.errors import DataError, OutputError
 from mpiml.run import checkpoint, environment, lock
 from mpiml.run.console import say
@@ -127,8 +126,8 @@ class Hold:
         """Hold the directory, of which nothing but its result is written yet; a new one is called after the data set's
         `name`. Collective over the run's ranks.
 
-        Returns what a person should know of the directory and the job before. Raises DataError or OutputError, on all
-        ranks alike, if its run has other data or lost its checkpoints.
+        Returns what a person should know of the directory and the job before. Raises OutputError, on all ranks alike,
+        if its run has lost its checkpoints.
         """
         config = run.config
 
@@ -137,9 +136,6 @@ class Hold:
                 self._take(RunDirectory(config.out, f"{name}-{config.model}"), config.resume)
             assert self._directory, "it has just been taken"
             path = self._directory.path
-            before = environment.data(path)
-            if before and (other := difference(run.data.fingerprint, before, "in the run so far")):
-                raise DataError(f"{config.data} holds other data than the run in {path} was trained on: {other}")
             _check_nothing_vanished(path, self._before)
             return [*self._directory.notes, *_notes(self._before)]
 
@@ -159,7 +155,8 @@ class Hold:
 
         def write() -> list[str]:
             path = self.path
-            job = environment.of_job(ranks or [], run.data.fingerprint)
+            look = vars(run.data.seen) if run.data.seen else None
+            job = environment.of_job(ranks or [], run.data.fingerprint, look)
             job, changes = environment.going_on(environment.read(path), job, checkpoint.last_step(self.checkpoints))
             saved = self._before.get("saved", 0)
             of_run = {"ranks": comm.size, "pipe": config.pipe, "microbatches": config.microbatches}

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-
-from mpiml.config import Config
 from mpiml.data.dataset import Dataset
 from mpiml.data.fingerprint import Fingerprint
 from mpiml.data.prefetch import ReadAhead, steps_ahead
 from mpiml.data.preparation import Preparation, prepared
-from mpiml.data.shards import Shards
-from mpiml.errors import DataError
+from mpiml.data.shards import Shards, rereads
 from mpiml.parallel.grid import Grid
 from mpiml.partition import part
-from mpiml.training.data import look_at, look_for_starving, prepare
+from mpiml.training.data import Known, Seen, checked, declared, hold, look_at, look_for_starving, prepare, read_first
 from mpiml.training.evaluation import Evaluation
 from mpiml.training.resolve import Resolved, words_text
 from mpiml.training.task import Task
-from mpiml.usercode import called_with, named
+from mpiml.training.transform import find_transform, try_transform
 
 
 @dataclass(frozen=True)
@@ -33,6 +26,7 @@ class RunData:
     Attributes:
         ahead: the rows of `shards`, read some steps ahead.
         preparations: what has been done to their inputs, in this order.
+        seen: what a look at all rows has shown; None if nobody has looked.
         notes: what a person should know.
     """
 
@@ -42,11 +36,13 @@ class RunData:
     task: Task
     preparations: list[Preparation]
     fingerprint: Fingerprint
+    seen: Seen | None
     notes: list[str]
 
 
-def build_data(config: Resolved, data: Dataset, grid: Grid) -> RunData:
-    """Look at the rows that this rank will train and test on, and cut them as the settings say; collective.
+def build_data(config: Resolved, data: Dataset, grid: Grid, known: Known = Known()) -> RunData:  # noqa: B008
+    """Look at the rows that this rank will train and test on, and cut them as the settings say; collective. What is
+    `known` is not read again.
 
     Raises, on all ranks alike, DataError or ConfigError for rows that cannot be used.
     """
@@ -66,53 +62,46 @@ def build_data(config: Resolved, data: Dataset, grid: Grid) -> RunData:
     )
     deal = functools.partial(Evaluation, chunk_rows=config.eval_rows, grid=grid, dtype=config.dtype)
     shards, ignore = cut(data.train), data.ignored(config.ignore)
-    also, test_rows = shards.transform is not None, deal(data.test).rows()
-    gaps = config.fill is not None
-    seen = look_at(data, grid, shards.rows(), test_rows, config.classes, both=also, ignore=ignore, gaps=gaps)
-    train, test = (split.ignoring(ignore) for split in (data.train, data.test))
-    shards = cut(train)
-    words = [f"labels are words: {len(data.words)} classes, {words_text(data.words)}"] if data.words else []
-    notes = [*words, *seen.notes, *look_for_starving(data, grid, shards, seen.outputs)]
-    preparations = prepare(config, data, grid, shards)
+    rows, test_rows, gaps = shards.rows(), deal(data.test).rows(), config.fill is not None
+    hold(data, grid, rows, test_rows, both=shards.transform is not None)
+    seen, train, test = known.seen, data.train, data.test
+    if not seen and config.look != "first":
+        seen = look_at(data, grid, rows, test_rows, config.classes, ignore=ignore, gaps=gaps)
+        seen.notes += look_for_starving(data, grid, cut(train.ignoring(ignore)), seen.outputs)
+    needed = seen or declared(data, config.classes)
+    if not seen or (known.seen and not data.sampled):
+        train, test = grid.team.together(lambda: checked(data, needed, ignore, gaps))
+        read_first(grid, (train, rows), (test, test_rows))
+    train, test = (split.ignoring(ignore) for split in (train, test))
+    shards, preparations = cut(train), known.preparations
+    if preparations is None:
+        preparations = prepare(config, data, grid, shards)
     train, test = (prepared(split, preparations, config.dtype) for split in (train, test))
     shards = cut(train)
-    ahead = steps_ahead(shards) if config.prefetch is None else config.prefetch
+    words = [f"labels are words: {len(data.words)} classes, {words_text(data.words)}"] if data.words else []
+    notes = [*words, *needed.notes, *rereads(shards), *try_transform(config, shards, grid)]
     return RunData(
         shards=shards,
-        ahead=ReadAhead(shards, ahead, config.steps, grid.stage == 0, grid.stage == grid.stages - 1),
+        ahead=_ahead(config, shards, grid),
         tests=deal(test),
         task=Task(
             data.train.x.shape,
             data.train.y.shape,
             data.classification,
-            seen.outputs,
-            seen.tokens,
+            needed.outputs,
+            needed.tokens,
             ignore,
             words=tuple(data.words),
             columns=tuple(data.names),
         ),
         preparations=preparations,
         fingerprint=data.fingerprint,
+        seen=seen,
         notes=notes,
     )
 
 
-def find_transform(config: Config, data: Dataset) -> Callable[..., Any] | None:
-    """The user's function for rows to train on, if there is one.
-
-    Raises ConfigError if what is named cannot be called so; when called, DataError for labels that are not classes.
-    """
-    if not config.transform:
-        return None
-    function: Callable[..., Any] = named(config.transform, "--transform")
-    called_with(function, f"--transform {config.transform}", "x", "y", "rng")
-    lowest = (0 if data.ignored(config.ignore) is None else -1) if data.classification else -math.inf
-
-    def transform(x: Any, y: Any, rng: np.random.Generator) -> tuple[Any, Any]:
-        x, y = function(x, y, rng)
-        if np.min(y, initial=0) < lowest:
-            hint = "classes are numbered from 0 (-1 may mean no label if --ignore says that there are such rows)"
-            raise DataError(f"--transform {config.transform} gave a label of {np.min(y)}, but {hint}")
-        return x, y
-
-    return transform
+def _ahead(config: Resolved, shards: Shards, grid: Grid) -> ReadAhead:
+    """What reads ahead as far as the settings say, or else as it is worth."""
+    steps = steps_ahead(shards) if config.prefetch is None or shards.draws else config.prefetch
+    return ReadAhead(shards, steps, config.steps, grid.stage == 0, grid.stage == grid.stages - 1)

@@ -28,6 +28,7 @@ from mpiml.run import log
 from mpiml.run.stragglers import Pace
 from mpiml.run.trace import clock_for
 from mpiml.team import Team, share_cores
+from mpiml.training.data import Known
 from mpiml.training.evaluation import not_finite
 from mpiml.training.model import Model
 from mpiml.training.place import Agree, BuiltModel, build_stage, gradients, place
@@ -158,17 +159,19 @@ def assemble(
     grid: Grid,
     model: Model | None = None,
     check: Callable[[Config, BuiltModel], None] = lambda config, built: None,
+    known: Known = Known(),  # noqa: B008
 ) -> Run:
     """Build everything; collective over the grid.
 
-    `check` looks at the model, on rank 0, before memory for it is asked for.
+    `check` looks at the model, on rank 0, before memory for it is asked for. `known` is what earlier jobs of the run
+    have learned of the data.
 
     Raises, on all ranks alike, DataError or ConfigError for data or a model that do not fit.
     """
     team, clock = grid.team, grid.team.clock
     clock("joining")
     share_cores(grid.node.size * config.threads, grid.cores)
-    rows = build_data(config, data, grid)
+    rows = build_data(config, data, grid, known)
     built, computation = build_stage(config, rows.task, grid, model)
     team.on_rank_0(lambda: check(config, built))
     layout = built.layouts[grid.stage]

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mpiml.clock import unwatched
 from mpiml.config import Config
 from mpiml.config import settings as all_settings
+from mpiml.data.dataset import Dataset
 from mpiml.data.fill import Filling
+from mpiml.data.fingerprint import difference
 from mpiml.data.normalize import Normalization
 from mpiml.data.preparation import Preparation
-from mpiml.errors import OutputError
+from mpiml.errors import DataError, OutputError
 from mpiml.flags import flag
-from mpiml.nn.parameters import Layout, Parameter
+from mpiml.nn.parameters import Layout, Parameter, Shape
 from mpiml.parallel.state import VALUES
-from mpiml.run import checkpoint
+from mpiml.run import checkpoint, environment
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.run.deadline import Deadline
 from mpiml.run.directory import CHECKPOINTS, CONFIG, sync_file
@@ -24,11 +27,11 @@ from mpiml.run.metrics import cut_after, last_known, missing
 from mpiml.run.result import update_result
 from mpiml.team import Team
 from mpiml.training.constants import Constants
+from mpiml.training.data import Known, Seen
 from mpiml.training.hold import Hold
 from mpiml.training.place import BuiltModel
 from mpiml.training.run import Run
 from mpiml.training.saved import settings_of
-from mpiml.training.task import Task
 
 PART = 1 << 22  # elements of a constant that are sent at once
 
@@ -42,6 +45,29 @@ def check_saved(cfg: Config, model: BuiltModel) -> None:
         checkpoint.check_newest(checkpoints, lambda saved: model.constants.check(saved, needed))
     elif cfg.init:
         model.constants.check_init(checkpoint.header(Path(cfg.init)), needed)
+
+
+def known_data(cfg: Config, data: Dataset, progress: Callable[[], object] = unwatched) -> Known:
+    """What a run that is to go on knows of its data. Rank 0 calls it. `progress` is called while a checkpoint is read.
+
+    Raises DataError if `data` are not the run's, OutputError for a run directory that is damaged.
+    """
+    if not cfg.resume:
+        return Known()
+    path = Path(cfg.out or "")
+    before = environment.data(path)
+    if before and (other := difference(data.fingerprint, before, "in the run so far")):
+        raise DataError(f"{cfg.data} holds other data than the run in {path} was trained on: {other}")
+    seen = Seen.of_json(environment.look(path)) if before and cfg.look != "all" else None
+    if seen and seen.ignore != data.ignored(cfg.ignore):
+        seen = None  # other labels counted then
+    before_model = None
+    if (cfg.normalize or cfg.fill is not None) and (path / CHECKPOINTS).is_dir():
+        newest, _ = checkpoint.newest(path / CHECKPOINTS, lambda name: name.startswith("data."), progress)
+        if newest:
+            _check_same_run(cfg, newest)
+            before_model = preparations(newest, cfg, data.train.x.shape)
+    return Known(seen, before_model)
 
 
 class Restored(NamedTuple):
@@ -80,14 +106,13 @@ class Store:
         stages: list[Mapping[str, Any]] = []  # on rank 0, of each stage its vectors
         changed: dict[str, Any] = {}  # on rank 0, the constants that are others than the model's
 
-        def read() -> tuple[Restored, tuple[str, ...], list[Preparation]]:
+        def read() -> tuple[Restored, tuple[str, ...]]:
             newest, problems = checkpoint.newest(self.hold.checkpoints, progress=progress)
-            first, names, before = newest, run.state.names, list[Preparation]()
+            first, names = newest, run.state.names
             notes = [f"warning: skipped {problem}" for problem in problems]
             if newest:
                 _check_same_run(run.config, newest)
                 constants.check(newest.header, needed_kinds(layouts, names))
-                before = preparations(newest, run.config, run.model.task)
             elif run.config.init:
                 first, names = checkpoint.load(Path(run.config.init), progress=progress), (VALUES,)
                 constants.check_init(first.header, needed_kinds(layouts, names))
@@ -99,12 +124,10 @@ class Store:
                 changed.update((name, first.arrays[name]) for name in constants.changed(first.arrays))
             # Nothing can be refused any more, so now the log may change.
             start = self._cut_log(newest, notes)
-            return start, names if first else (), before
+            return start, names if first else ()
 
         self.clock("checkpoint")
-        start, names, before = self.team.on_rank_0(read)
-        for preparation, saved in zip(run.data.preparations, before, strict=False):
-            preparation.take(saved)
+        start, names = self.team.on_rank_0(read)
         if names:
             run.state.distribute(stages, *names)
             restore_constants(constants, self.team, changed)
@@ -237,14 +260,14 @@ def restore_constants(constants: Constants, team: Team, saved: Mapping[str, Any]
                 constants.arrays[name].flat[start : start + PART] = part
 
 
-def preparations(saved: Checkpoint, config: Config, task: Task) -> list[Preparation]:
-    """What is done to a model's inputs, by the values in its checkpoint. Raises OutputError if these are missing or of
-    other inputs."""
+def preparations(saved: Checkpoint, config: Config, shape: Shape) -> list[Preparation]:
+    """What is done to a model's inputs, of which a row has `shape`, by the values in its checkpoint. Raises OutputError
+    if these are missing or of other inputs."""
     kinds: list[type[Preparation]] = [Filling] if config.fill is not None else []
     kinds += [Normalization] if config.normalize else []
     if not kinds:
         return []
     arrays = {name: array for name, array in saved.arrays.items() if name.startswith("data.")}
     needed = [name for kind in kinds for name in kind.NAMES]
-    checkpoint.check_kinds(saved.origin, checkpoint.kinds_of(arrays), dict.fromkeys(needed, ("float64", task.shape)))
+    checkpoint.check_kinds(saved.origin, checkpoint.kinds_of(arrays), dict.fromkeys(needed, ("float64", shape)))
     return [kind.of_arrays(arrays) for kind in kinds]

@@ -59,7 +59,7 @@ def stored_model(
     config = resolve.scored(config, task.classification).replace(
         cuts=cuts, **{name: value for name, value in asked.items() if value is not None}
     )
-    preparations = storage.preparations(saved, config, task)
+    preparations = storage.preparations(saved, config, task.shape)
     notes = [f"warning: skipped {problem}" for problem in problems]
     return StoredModel(config, saved.step, task, preparations, path, notes), saved
 

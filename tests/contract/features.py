@@ -135,6 +135,14 @@ def noise(here: Path) -> None:
     (here / "noise.py").write_text("\n".join(lines) + "\n")
 
 
+def drawing(here: Path) -> None:
+    """A transform that draws from generators of the process, and rows that nobody looks at before."""
+    samples.csv(here)
+    lines = ["import random", "import numpy", "def drawn(x, y, rng):"]
+    lines += ["    return x + numpy.random.normal(size=x.shape) + random.random() + rng.random(), y"]
+    (here / "drawing.py").write_text("\n".join(lines) + "\n")
+
+
 def noise_and_csv(here: Path) -> None:
     noise(here)
     samples.csv(here)
@@ -176,6 +184,7 @@ OWN_FLAGS += " --optimizer sgd"
 NOISY = f"--transform noise:noisy --label kind --hidden 8 --microbatches 6 --batch 9 {SHORT}"
 FLOWERS = f"--data {{here}} --label kind --drop-columns name --fill mean --normalize --hidden 8 --batch 9 {SHORT}"
 FLOWERS += " --microbatches 6"
+DRAWN = NOISY.replace("noise:noisy", "drawing:drawn")
 
 FEATURES = {
     "perceptron": Feature(PERCEPTRON),
@@ -207,6 +216,7 @@ FEATURES = {
     "transformed": Feature(NOISY, ROWS, noise),
     "transformed-csv": Feature(f"{NOISY} --data {{here}}", ROWS, noise_and_csv),
     "flowers": Feature(FLOWERS, ROWS, flowers),
+    "drawn": Feature(f"{DRAWN} --data {{here}} --look first --classes 3", ROWS, drawing),
     **{name: of_format(name) for name in FORMATS},
 }
 if importlib.util.find_spec("torch"):

@@ -103,6 +103,21 @@ def test_files_are_told_by_their_place_below_the_directory(tmp_path: Path) -> No
     assert difference(more[:2], more, "there") == "2 files and columns here, but 7 there"
 
 
+def test_the_name_of_a_single_file_does_not_count(tmp_path: Path) -> None:
+    for name, values in (("d.txt", 0), ("renamed.txt", 0), ("other.txt", 1)):
+        (tmp_path / name).write_bytes(bytes([values]) * 100)
+    first, renamed, other = (
+        open_dataset(str(tmp_path / name), Options(context=4)).fingerprint
+        for name in ("d.txt", "renamed.txt", "other.txt")
+    )
+    assert first[0][0] == "d.txt"  # as ever, for runs that have it in writing
+    assert difference(renamed, first, "there") is None
+    assert str(difference(other, first, "there")).startswith("other.txt has 100 bytes, samples ")
+    assert difference([*renamed, renamed[0]], [*first, first[0]], "there") == "renamed.txt here, but d.txt there"
+    assert difference(renamed[1:], first[1:], "there") is None
+    assert difference([["x", "1 row"]], [["y", "1 row"]], "there") == "x here, but y there"
+
+
 def test_file_that_is_gone(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot read .*d\.bin"):
         of_files([tmp_path / "d.bin"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mpiml.data import hdf5
+from mpiml.data.dataset import Split
 from mpiml.data.hdf5 import HDF5Source, hdf5_column, open_hdf5
+from mpiml.data.normalize import Normalization, NormalizedSource
+from mpiml.data.shards import Shards, rereads
 from mpiml.data.sources import ArraySource
 from tests.data import samples
 from tests.data.damage import cut, of_text, refusal, rewrite
@@ -200,3 +205,45 @@ def test_a_bad_hdf5_file_is_refused_in_a_line(tmp_path: Path, what: str) -> None
     message = refusal(tmp_path / "d.h5")
     assert words in message
     assert "d.h5" in message or message.startswith("d: x_train has")
+
+
+@pytest.mark.parametrize(
+    ("how", "cache", "shuffle", "strided", "words"),
+    [
+        (
+            {"chunks": (10, 4, 3), "compression": "gzip"},
+            64,
+            "rows",
+            False,
+            "up to 10 times .*; --shuffle blocks --block",
+        ),
+        (
+            {"chunks": (90, 4, 3), "maxshape": (None, 4, 3)},
+            64,
+            "rows",
+            False,
+            "each chunk of 30 rows .* --block-rows 30 ",
+        ),
+        (
+            {"chunks": (10, 4, 3)},
+            64,
+            "rows",
+            True,
+            "; --shards contiguous --shuffle blocks --block-rows 10 reads it once",
+        ),
+        ({"chunks": (10, 4, 3)}, X.nbytes, "rows", False, ""),  # all of it is kept
+        ({"chunks": (10, 4, 3)}, 64, "blocks", False, ""),
+        ({"chunks": (10, 4, 3)}, 64, "none", False, ""),
+        ({"chunks": (8, 4, 3)}, 64, "rows", False, ""),
+        ({}, 64, "rows", False, ""),
+    ],
+)
+def test_chunks_that_are_read_again_and_again(
+    tmp_path: Path, monkeypatch: Any, how: Any, cache: int, shuffle: str, strided: bool, words: str
+) -> None:
+    monkeypatch.setattr(hdf5, "CACHE", cache)
+    stored(X, **how)(tmp_path / "d.h5")
+    x = hdf5_column(open_hdf5(tmp_path / "d.h5"), tmp_path / "d.h5", "x")
+    split = Split(NormalizedSource(x, Normalization(np.zeros(1), np.ones(1)), "float32"), ArraySource(np.arange(30)))
+    lines = rereads(Shards(split, 2, 5, 0, 0, 2, "float32", shuffle, 5, strided))
+    assert [bool(re.search(words, line)) for line in lines] == [True] * bool(words)

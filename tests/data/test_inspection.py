@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from mpiml.data.dataset import Dataset
-from mpiml.data.inspection import SCAN, Findings, inspect, problem
+from mpiml.data.inspection import SCAN, CheckedSource, Findings, inspect, problem
 from mpiml.data.sources import ArraySource
+from mpiml.errors import DataError
 
 
 def source(values: object) -> ArraySource:
@@ -114,3 +115,32 @@ def test_what_is_wrong_and_where(what: str) -> None:
     else:
         assert wrong is not None
         assert (wrong[0].startswith(expected[0]), wrong[1]) == (True, expected[1])
+
+
+TOKENS = np.array([[0, 1], [2, -1], [-1, -1], [9, 0]])
+IMAGES, LABELS = np.array([[7], [-7], [0], [1]]), np.array([0, 1, 2, 3])
+VALUES = np.array([[0.0], [np.nan], [np.inf], [1.0]])
+CHECKED: dict[str, tuple[np.ndarray, np.ndarray, str, list[int], str | None]] = {
+    "good": (VALUES, LABELS, "x", [3, 0, 3], None),
+    "not finite": (VALUES, LABELS, "x", [3, 2, 0, 1], "x: 2 rows hold values that are not finite.*, the first is row 2$"),
+    "none": (VALUES, LABELS, "x", [], None),
+    "images": (IMAGES, LABELS, "x", [0, 1, 2, 3], None),
+    "label": (IMAGES, LABELS, "y", [0, 3, 1], "y: label 3 is not one of the 3 classes 0 to 2, in row 3$"),
+    "token": (TOKENS, TOKENS, "x", [0, 1], "x: token -1 is below 0, in row 1$"),
+    "ignored": (TOKENS, TOKENS, "y", [2], None),  # it has no label at all
+    "not a label": (TOKENS, TOKENS, "y", [2, 3], "y: label 9 is not one of the 3 classes 0 to 2, in row 3$"),
+}
+
+
+@pytest.mark.parametrize("what", CHECKED)
+def test_rows_that_are_checked_as_they_are_read(what: str) -> None:
+    x, y, column, rows, message = CHECKED[what]
+    data = Dataset.from_arrays(x, y, x, y)
+    plain = ArraySource(x if column == "x" else y, column)
+    checked = CheckedSource(plain, data, column, 3, -1 if column == "y" and data.language_model else None)
+    indices = np.array(rows, int)
+    if message:
+        with pytest.raises(DataError, match=message):
+            checked.rows(indices)
+    else:
+        np.testing.assert_array_equal(checked.rows(indices), plain.rows(indices))

@@ -53,10 +53,3 @@ def test_integers_are_normalized_too() -> None:
     source = ArraySource(np.array([[0, 255], [10, 255]], np.uint8))
     rows = NormalizedSource(source, over([np.arange(2)], source.array), "float64").rows(np.array([1, 0]))
     np.testing.assert_array_equal(rows, [[1, 0], [-1, 0]])
-
-
-def test_what_is_taken_from_a_checkpoint_is_used_by_all_sources() -> None:
-    normalization = over([np.arange(500)])
-    source = NormalizedSource(ArraySource(X), normalization, "float64")
-    normalization.take(Normalization(np.zeros((3, 2)), np.full((3, 2), 2.0)))
-    np.testing.assert_array_equal(source.rows(np.array([3])), 2.0 * X[[3]])

@@ -264,13 +264,13 @@ def test_a_done_result_needs_no_more(tmp_path: Path) -> None:
 def test_inputs_are_prepared_by_arrays_of_their_shape(changes: dict[str, np.ndarray]) -> None:
     good = {"data.mean": np.zeros(4), "data.scale": np.ones(4), "data.fill": np.arange(4.0)}
     config = Config(fill="mean", normalize=True)
-    filling, normalization = preparations(Checkpoint(1, "", ARRAYS | good), config, TASK)
+    filling, normalization = preparations(Checkpoint(1, "", ARRAYS | good), config, TASK.shape)
     assert filling.arrays()["data.fill"].sum() == 6
     assert normalization.arrays()["data.scale"].sum() == 4
-    assert preparations(Checkpoint(1, "", ARRAYS), Config(), TASK) == []
+    assert preparations(Checkpoint(1, "", ARRAYS), Config(), TASK.shape) == []
     for arrays in (ARRAYS | good | changes, ARRAYS):
         with pytest.raises(OutputError, match=r"data\.(mean|scale|fill)"):
-            preparations(Checkpoint(1, "", arrays), config, TASK)
+            preparations(Checkpoint(1, "", arrays), config, TASK.shape)
 
 
 FLAGS: dict[str, Any] = {"hidden": (8,), "batch": 20, "microbatches": 2, "quiet": True}
