@@ -84,10 +84,14 @@ class Operands:
     decays: bool  # whether weight decay applies
 
 
-def average(on: Operands, scale: float, momentum: float) -> None:
-    """value += momentum * (mean - value), where mean = total * scale."""
+def average(on: Operands, rows: int, momentum: float) -> None:
+    """value += momentum * (mean - value), where mean = total / rows. If momentum is 1 the old value, which may be
+    infinite, does not matter."""
     value, (mean, _) = on.value, on.scratch
-    np.multiply(on.total, scale, out=mean)
+    if momentum == 1:
+        np.divide(on.total, rows, out=value)
+        return
+    np.multiply(on.total, 1.0 / rows, out=mean)
     np.subtract(mean, value, out=mean)
     np.multiply(mean, momentum, out=mean)
     np.add(value, mean, out=value)

@@ -84,6 +84,10 @@ class Shards:
         ends = (self._span((step - 1) % self.steps_per_epoch, m) for m in range(self.microbatches))
         return sum(b - a for a, b in ends)
 
+    def smallest(self) -> int:
+        """The rows of the smallest micro-batch of an epoch, over all shards; empty ones do not count."""
+        return min(max(len(self.shard(m)) // self.steps_per_epoch, 1) for m in range(self.microbatches))
+
     def _span(self, t: int, m: int) -> tuple[int, int]:
         """(a, b): step t = 0, 1, ... of an epoch uses the a-th to (b-1)-th row in shard m's order for this epoch."""
         rows, steps = len(self.shard(m)), self.steps_per_epoch

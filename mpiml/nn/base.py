@@ -42,11 +42,17 @@ class Layer:
 
     Attributes:
         path: its position in the model, such as "layers.2"; its parameters' names and random keys begin with it.
-        needs_dx: False for the first layer with parameters and those before it: their gradients by x are not used.
+        needs_dx: False for the first layer that is optimised and those before it: their gradients by x are not used.
+        least_rows: of a micro-batch that it can be trained on.
+        notes: what a person should know before it is trained, a line each.
+        joined: what parts of a user's model are this layer, if they could be several; as a sentence.
     """
 
     path = ""
     needs_dx = True
+    least_rows = 1
+    notes: Sequence[str] = ()
+    joined = ""
 
     def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
         raise TypeError(f"{type(self).__name__} defines no __call__")
@@ -110,9 +116,11 @@ def forward(layers: Sequence[Layer], x: Array, at: At, learned: bool = False) ->
             if grads.complete:
                 grads.finished(parameters([layers[index]]))
             if dx is None:
-                if learned or parameters(layers[:index]):
+                if not (learned or parameters(layers[:index])):
+                    return None
+                if layers[index].needs_dx:
                     raise ConfigError(f"{_named(layers[index])} gives no gradient to the layers before it")
-                return None
+                dx = np.zeros(shape, dy.dtype)  # those have running averages alone, which no gradient changes
             _check_shape(layers[index], "gradients", np.shape(dx), shape, "its input has")
             dy = np.ascontiguousarray(dx, dy.dtype)
         return dy
@@ -167,13 +175,18 @@ def constants(layers: Sequence[Layer]) -> dict[str, Constant]:
 
 
 def skip_first_dx(layers: Sequence[Layer]) -> None:
-    """Set `needs_dx` to False for the first layer with parameters and those before it, and to True for all others."""
+    """Set `needs_dx` to False for the first layer that is optimised and those before it, and to True for all others."""
     for layer in everything(layers):
         layer.needs_dx = True
     for layer in layers:
         layer.needs_dx = False
-        if parameters([layer]):
+        if is_optimised(layer):
             break
+
+
+def is_optimised(layer: Layer) -> bool:
+    """Whether the layer has parameters that are not only averaged."""
+    return any(parameter.momentum is None for parameter in parameters([layer]))
 
 
 def _check_shape(layer: Layer, what: str, shape: Shape, needed: Shape, why: str) -> None:

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 from torch import Tensor
 
 from mpiml.errors import ConfigError
 from mpiml.nn import torch_state
 from mpiml.nn.base import Array, At, Backward, Layer, described
-from mpiml.nn.parameters import Constant, Gradients, Parameter, Shape
-from mpiml.nn.torch_tensors import arrays, as_tensor, first_values, gradients, parts, plain, prepare_torch
-from mpiml.nn.torch_trial import ROWS, Trial, attempt, check_parameters
-from mpiml.random import keyed
+from mpiml.nn.parameters import Constant, Gradients, Parameter, Shape, Statistic
+from mpiml.nn.torch_buffers import Buffers, Flags, flags_of, set_flags
+from mpiml.nn.torch_names import plain_name, some, uncompiled
+from mpiml.nn.torch_parts import Joined, is_module, parts_of
+from mpiml.nn.torch_tensors import (
+    arrays,
+    as_kind_of,
+    as_real,
+    as_tensor,
+    first_values,
+    is_whole,
+    parts,
+    plain,
+    prepare_torch,
+    real_shape,
+)
+from mpiml.nn.torch_trial import ROWS, Trial, attempt
+from mpiml.random import global_generators, keyed
 
 T = TypeVar("T")
 
@@ -25,48 +41,81 @@ T = TypeVar("T")
 class TorchLayer(Layer):
     """y = module(x), for a module that takes one tensor, rows first, and returns one; x (rows, ...), y (rows, ...).
 
-    The layer's parameters are the module's, under the same names; buffers, and parameters that require no gradient,
-    are constants, which checkpoints hold unless they are buffers with persistent=False. Random numbers that the module
-    draws are keyed as in other layers. A module that takes integers, as nn.Embedding does, gets integers.
+    The layer's parameters are the module's, under the same names, and running averages for the buffers that its forward
+    pass changes: a step makes each the mean over its rows of what their micro-batches make of it. Other buffers, and
+    parameters that require no gradient, are constants, which checkpoints hold unless they are buffers with
+    persistent=False. Random numbers that the module draws are keyed as in other layers. A module that takes integers,
+    as nn.Embedding does, gets integers.
+
+    `output_shape` is called once before the parameters are placed: it tries the module, which shows what it changes.
+
+    Args:
+        flags: of the module's parts, in evaluation and in training; by default what `train` makes them.
 
     Raises ConfigError for a module that cannot be trained as a layer.
     """
 
-    def __init__(self, module: torch.nn.Module, dtype: DTypeLike = np.float32):
-        check_parameters(module)
+    def __init__(self, module: torch.nn.Module, dtype: DTypeLike = np.float32, flags: Flags | None = None):
+        _check_parameters(module)
         self.dtype = torch.from_numpy(np.empty(0, dtype)).dtype
         self.module = _converted(module, self.dtype)
-        self.tensors = {name: tensor for name, tensor in module.named_parameters() if tensor.requires_grad}
-        self.parameters = {name: Parameter(tuple(t.shape), first_values(t)) for name, t in self.tensors.items()}
-        self._views: dict[str, NDArray[np.floating]] = {}
+        flags = flags_of([module]) if flags is None else flags
+        self._flags = {p: flags.get(p, (False, True)) for p in module.modules() if p is uncompiled(p)}
+        self.tensors = {plain_name(n): tensor for n, tensor in module.named_parameters() if tensor.requires_grad}
+        self.parameters: dict[str, Parameter] = {
+            name: Parameter(real_shape(tensor), first_values(tensor), decay=tensor.ndim > 1)
+            for name, tensor in self.tensors.items()
+        }
+        self._state: dict[str, Statistic] = {}  # by the names of the buffers that the forward pass changes
+        self._first = torch_state.tensors(module)
+        self._bound: list[Array] | None = None
+        self._mode: bool | None = None  # whether parts are as in training
         self._trials: dict[Shape, Trial] = {}
+        if isinstance(joined := uncompiled(module), Joined):
+            self.joined, self.notes = joined.text, [joined.text]
 
     def own_parameters(self) -> Mapping[str, Parameter]:
         return self.parameters
 
     def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
-        self._bind()
         trial = self._trial(x.shape[1:])
-        source = as_tensor(x)
-        wanted = list(self.tensors.values())
-        if wants_dx := self.needs_dx and not trial.takes_ids:
-            wanted.append(source.requires_grad_(at.training))
-        with (
-            keyed(["PyTorch"], at.seed, "torch", self.path, at.step, at.microbatch),
-            torch.set_grad_enabled(at.training),
-        ):
-            y = self._run(source, trial, at.training)
+        self._bind()
+        if self._mode != at.training:
+            set_flags(self._flags, at.training)
+            self._mode = at.training
+        self._fill_buffers()
+        source, purpose = as_tensor(x), ("torch", self.path, at.step, at.microbatch)
+        wants_dx = self.needs_dx and not trial.takes_ids
+        if wants_dx or trial.wants_leaf:
+            source.requires_grad_(at.training)
+        with keyed(trial.draws, at.seed, *purpose), torch.set_grad_enabled(at.training):
+            y = self._run(source, trial)
+        self._check_unchanged(at)
+        observed = self._observed(len(x)) if at.training else {}
 
         def backward(dy: Array, grads: Gradients) -> Array | None:
-            by_tensor = gradients(y, wanted, as_tensor(dy))
-            for parameter, gradient in zip(self.parameters.values(), by_tensor, strict=False):
-                np.copyto(grads[parameter], gradient.numpy())
-            return by_tensor[-1].numpy() if wants_dx else None
+            for tensor in self.tensors.values():
+                tensor.grad = None
+            if y.requires_grad:
+                self._fill_buffers()  # a forward pass that is computed again begins as it did the first time
+                with keyed(trial.redraws, at.seed, *purpose, "backward"):
+                    y.backward(as_tensor(dy))
+            for name, tensor in self.tensors.items():
+                gradient, tensor.grad = tensor.grad, None
+                slot = grads[self.parameters[name]]
+                np.copyto(slot, 0 if gradient is None else as_real(gradient.to_dense()).numpy())
+            for name, value in observed.items():
+                np.copyto(grads[self._state[name]], value)
+            if not wants_dx:
+                return None
+            dx = source.grad
+            return np.zeros_like(x) if dx is None else dx.to_dense().numpy()
 
         return y.detach().numpy(), backward
 
     def described(self) -> dict[str, str]:
-        modules = {f"{self.path}.{name}".rstrip("."): described(part) for name, part in self.module.named_modules()}
+        named = {plain_name(name): part for name, part in self.module.named_modules()}
+        modules = {f"{self.path}.{name}".rstrip("."): described(part) for name, part in named.items()}
         return modules | {f"{self.path}.{name}": own.checksum for name, own in self.own_constants().items()}
 
     def own_constants(self) -> Mapping[str, Constant]:
@@ -74,7 +123,7 @@ class TorchLayer(Layer):
         return {
             name + part: Constant(array, name + part in saved)
             for name, tensor in torch_state.tensors(self.module).items()
-            if name not in self.tensors
+            if name not in self.parameters
             for part, array in arrays(tensor).items()
         }
 
@@ -83,7 +132,7 @@ class TorchLayer(Layer):
         named = torch_state.tensors(self.module)
         torch_state.copy((parts(named[name])[""], parameter.value) for name, parameter in self.parameters.items())
         state = self.module.state_dict()
-        return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+        return {plain_name(n): value.clone() if isinstance(value, Tensor) else value for n, value in state.items()}
 
     def output_shape(self, shape: Shape) -> Shape:
         return self._trial(shape).output
@@ -93,73 +142,105 @@ class TorchLayer(Layer):
 
     def check_place(self, shape: Shape, tokens: int) -> None:
         trial = self._trial(shape)
-        if self.tensors and not trial.reaches_parameters:
+        if self.tensors and not trial.reached & self.tensors.keys():
             raise ConfigError(f"{self._name()} gives no gradient to any of its parameters: its output is detached")
         if self.needs_dx and not trial.reaches_input:
             raise ConfigError(f"{self._name()} gives no gradient to the layers before it: its output is detached")
         if trial.takes_ids and tokens:
+            set_flags(self._flags, False)
             try:
-                with keyed(["PyTorch"], 0), torch.no_grad():
-                    self.module(torch.full((ROWS[0], *shape), tokens - 1))
+                with keyed(global_generators(), 0), torch.no_grad(), Buffers(self.module).copied():
+                    uncompiled(self.module)(torch.full((ROWS[0], *shape), tokens - 1))
             except IndexError as error:
                 tables = [m for m in self.module.modules() if isinstance(m, torch.nn.Embedding)]
                 small = ", ".join(str(table) for table in tables if table.num_embeddings < tokens)
                 raise ValueError(f"{self._name()} cannot take token ids up to {tokens - 1}: {small or error}") from None
 
-    def _run(self, x: Tensor, trial: Trial, training: bool) -> Tensor:
-        if self.module.training != training:
-            self.module.train(training)
+    def _run(self, x: Tensor, trial: Trial) -> Tensor:
         if trial.takes_ids:
             x = x.long()
         elif trial.writes_input:
             x = x.clone()
-        return self.module(x).to(self.dtype).contiguous()
+        return self.module(x).to(self.dtype).contiguous().resolve_neg()
 
     def _bind(self) -> None:
         """Make the module's parameters views of the flat vector of values, which frees their own memory."""
-        for name, parameter in self.parameters.items():
-            if self._views.get(name) is not parameter.value:
-                self.tensors[name].data = torch.from_numpy(parameter.value)
-                self._views[name] = parameter.value
+        values = [parameter.value for parameter in self.parameters.values()]
+        if self._bound is not None and all(map(operator.is_, values, self._bound)):
+            return
+        self._bound = values
+        self._values = {n: torch.from_numpy(value) for n, value in zip(self.parameters, values, strict=True)}
+        for name, tensor in self.tensors.items():
+            tensor.data = as_kind_of(tensor, self._values[name])
+        self._buffers = Buffers(self.module)
+        changing = {place for name in self._state for place in self._buffers.places[name]}
+        self._unchanged = [
+            (plain_name(f"{prefix}.{key}".lstrip(".")), held, key, tensor, tensor._version)
+            for prefix, part in self.module.named_modules()
+            for held in (part._parameters, part._buffers)
+            for key, tensor in held.items()
+            if tensor is not None and (part, key) not in changing
+        ]
+
+    def _fill_buffers(self) -> None:
+        """Give the module new buffers, with the values before the step, for a call that may change them. Those of
+        another micro-batch may still be needed in its backward pass."""
+        for name in self._state:
+            self._buffers[name] = as_kind_of(self._first[name], self._values[name].clone())
+
+    def _observed(self, rows: int) -> dict[str, Array]:
+        """What a call with so many rows has made of the buffers that it changes, times these."""
+        return {name: (as_real(self._buffers[name]).to(self.dtype) * rows).numpy() for name in self._state}
+
+    def _check_unchanged(self, at: At) -> None:
+        """Raise ConfigError if a call has changed what no trial has seen it change."""
+        for name, held, key, tensor, version in self._unchanged:
+            if held[key] is not tensor or tensor._version != version:
+                when = f"in step {at.step}" if at.training else "in evaluation"
+                raise ConfigError(
+                    f"{self._name()} changes its {name} {when}, though it did not when it was tried before step 1; "
+                    "for a buffer to be averaged and saved, every call in training must write to it, if only the value "
+                    "that it has"
+                )
 
     def _trial(self, shape: Shape) -> Trial:
         """How the module treats rows of this shape. Raises as `attempt`."""
         if shape not in self._trials:
-            self._trials[shape] = attempt(self.module, shape, self.dtype, self._name())
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # what matters comes again in training
+                trial = self._trials[shape] = attempt(self.module, self._flags, shape, self.dtype, self._name())
+            self.least_rows, self.notes = trial.least_rows, [*self.notes, *self._frozen(), *trial.notes]
+            self._first = torch_state.tensors(self.module)
+            for name in trial.state:
+                tensor = self._first[name]
+                if is_whole(tensor) and (tensor.to(self.dtype).to(tensor.dtype) != tensor).any():
+                    raise ConfigError(f"{self._name()} changes {name}: {self.dtype} cannot hold such large integers")
+                statistic = Statistic(real_shape(tensor), first_values(tensor), momentum=1.0)
+                statistic.name = f"{self.path}.{name}"
+                self._state[name] = self.parameters[name] = statistic
         return self._trials[shape]
 
+    def _frozen(self) -> list[str]:
+        """A note on parts that are in evaluation mode in training, too."""
+        parts = [
+            plain_name(n) for n, part in self.module.named_modules() if not self._flags.get(part, (False, True))[1]
+        ]
+        what = "" if "" in parts else f" in its parts {some(parts)}"
+        return [f"{self._name()} stays in evaluation mode{what}, as the model function left it"] if parts else []
+
     def _name(self) -> str:
-        return f"{self.path}, {type(self.module).__name__},".lstrip(", ")
+        return f"{self.path}, {type(uncompiled(self.module)).__name__},".lstrip(", ")
 
 
 def as_layers(model: Any, dtype: DTypeLike, threads: int) -> Any:
     """The layers of a user's model, with a TorchLayer for each torch module; a model without any is returned unchanged.
     Raises ConfigError for modules that cannot be trained as layers."""
-    parts = parts_of(model)
-    if not any(is_module(part) for part in [model, *parts]):
+    roots = [root for root in ([model] if is_module(model) else parts_of(model)) if is_module(root)]
+    if not roots:
         return model
     prepare_torch(threads)
-    owner: dict[Tensor, int] = {}
-    for index, part in enumerate(parts):
-        for name, tensor in part.named_parameters() if is_module(part) else ():
-            if tensor.requires_grad and owner.setdefault(tensor, index) != index:
-                raise ConfigError(
-                    f"layers {owner[tensor]} and {index} of the model share {name}; only parts of one module can share "
-                    f"parameters, so combine layers {owner[tensor]} to {index} into one module"
-                )
-    return [TorchLayer(part, dtype) if is_module(part) else part for part in parts]
-
-
-def is_module(model: Any) -> bool:
-    """Whether a user's model is a PyTorch module; unlike other things that can be called, it makes no model."""
-    return isinstance(model, torch.nn.Module)
-
-
-def parts_of(model: Any) -> list[Any]:
-    """The parts of a model that become layers: children of an nn.Sequential, items of a list, another module whole."""
-    if is_module(model):
-        return list(model) if type(model).forward is torch.nn.Sequential.forward else [model]
-    return list(model) if isinstance(model, Sequence) else [model]
+    flags = flags_of(roots)
+    return [TorchLayer(part, dtype, flags) if is_module(part) else part for part in parts_of(model)]
 
 
 def load_into(model: T, path: str | Path) -> T:
@@ -181,6 +262,16 @@ def load_into(model: T, path: str | Path) -> T:
         raise ValueError(f"{path} is of another model: {min(more)} is in it, and not here")
     torch_state.copy(pairs)
     return model
+
+
+def _check_parameters(module: torch.nn.Module) -> None:
+    """Raise ConfigError for parameters that cannot lie in the flat vector."""
+    for name, tensor in module.named_parameters():
+        what = f"{type(uncompiled(module)).__name__}: its parameter {plain_name(name)}"
+        if torch.nn.parameter.is_lazy(tensor):
+            raise ConfigError(f"{what} has no shape before the first call; use a module that is not lazy")
+        if tensor.device.type != "cpu":
+            raise ConfigError(f"{what} is on {tensor.device}; modules are trained on the CPU")
 
 
 def _converted(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:

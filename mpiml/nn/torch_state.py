@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mpiml.documents import check_regular, texts
 from mpiml.nn.parameters import ARRAY, Constant
+from mpiml.nn.torch_names import plain_name
 from mpiml.nn.torch_tensors import arrays, parts, plain
 
 Array = NDArray[Any]
@@ -22,13 +23,14 @@ Pair = tuple[Tensor, Array]  # memory of a module, and the values that belong th
 
 def tensors(module: torch.nn.Module) -> dict[str, Tensor]:
     """The module's parameters and buffers by name; one that has several names under its first."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {plain_name(name): tensor for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
 
 
 def saved_names(module: torch.nn.Module) -> set[str]:
     """The names of what checkpoints hold: parameters and persistent buffers; of sparse ones the values, but not the
     indices: those that somebody has forged would make torch read outside its memory."""
-    names = {name for name, _ in module.named_parameters()} | set(module.state_dict(keep_vars=True))
+    parameters = {name for name, _ in module.named_parameters()}
+    names = {plain_name(name) for name in parameters | set(module.state_dict(keep_vars=True))}
     return names | {f"{name}.values" for name in names}
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -14,8 +15,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpiml import vectors
+from mpiml.errors import ConfigError
 from mpiml.nn.base import Array
-from mpiml.nn.parameters import Init
+from mpiml.nn.parameters import Init, Shape
+
+# What torch raises for rows that a module cannot take.
+WRONG = RuntimeError, ValueError, TypeError, IndexError, torch.jit.Error
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error of torch, which may have many lines, as one that is not too long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else f"{text[:400]}..."
+
+
+def naming(what: str, call: Callable[[], object], errors: Any = WRONG) -> None:
+    """Make the call, with `what` before its error."""
+    try:
+        call()
+    except ConfigError:
+        raise
+    except errors as error:
+        raise ConfigError(f"{what} {one_line(error)}") from error
 
 
 def prepare_torch(threads: int) -> None:
@@ -41,46 +62,50 @@ def as_tensor(array: Array) -> Tensor:
     return torch.from_numpy(flat).view(array.shape)
 
 
+def is_whole(tensor: Tensor) -> bool:
+    """Whether the tensor holds integers, or truth values."""
+    return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def real_shape(tensor: Tensor) -> Shape:
+    """The shape of the tensor's values in the flat vector, where a complex number is a pair of real ones."""
+    return (*tensor.shape, 2) if tensor.is_complex() else tuple(tensor.shape)
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """The tensor's values, complex numbers as pairs of real ones on one more axis; a view where that can be."""
+    tensor = tensor.detach().resolve_neg()
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def as_kind_of(tensor: Tensor, values: Tensor) -> Tensor:
+    """The reverse of `as_real`: `values` as numbers of the tensor's kind; integers are rounded, others may be views."""
+    if tensor.is_complex():
+        return torch.view_as_complex(values)
+    return values.round().to(tensor.dtype) if is_whole(tensor) else values
+
+
 def first_values(tensor: Tensor) -> Init:
     """An init that returns the tensor's values in order. It does not keep the tensor alive: memory of modules that
     belong to another stage can be freed."""
-    reference, taken = weakref.ref(tensor), 0
+    reference, taken, size = weakref.ref(tensor), 0, math.prod(real_shape(tensor))
 
     def init(random: np.random.Generator, count: int) -> NDArray[np.float64]:
         nonlocal taken
         tensor = reference()
         assert tensor is not None, "a stage that writes first values holds the module that they come from"
-        values: NDArray[np.float64] = tensor.detach().reshape(-1)[taken : taken + count].numpy()
-        taken = (taken + count) % tensor.numel()
+        values: NDArray[np.float64] = as_real(tensor).reshape(-1)[taken : taken + count].numpy()
+        taken = (taken + count) % size
         return values
 
     return init
 
 
-def gradients(y: Tensor, wanted: Sequence[Tensor], dy: Tensor) -> Sequence[Tensor]:
-    """The gradient of sum(dy * y) by each tensor; zeros where y does not depend on it."""
-    by_tensor: Sequence[Tensor | None] = [None] * len(wanted)
-    if y.requires_grad:
-        by_tensor = torch.autograd.grad(y, wanted, dy, allow_unused=True)
-    return [torch.zeros_like(of) if g is None else g.to_dense() for of, g in zip(wanted, by_tensor, strict=True)]
-
-
-def leaves(y: Tensor) -> set[Tensor]:
-    """The tensors to which a backward pass from y would add gradients."""
-    nodes, seen = [y.grad_fn], set[Any]()
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            nodes += [before for before, _ in node.next_functions]
-    return {node.variable for node in seen if hasattr(node, "variable")}
-
-
 def checksum(tensor: Tensor) -> int:
     """CRC-32 of the tensor's values."""
     checksum = 0
-    for array in arrays(tensor).values():
-        checksum = zlib.crc32(np.ascontiguousarray(array).data, checksum)
+    for part in parts(plain(tensor.detach())).values():
+        checksum = zlib.crc32(part.contiguous().view(-1).view(torch.uint8).numpy(), checksum)
     return checksum
 
 

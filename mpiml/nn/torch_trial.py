@@ -1,99 +1,280 @@
-"""A trial of a PyTorch module on rows of zeros: its output's shape, its cost, and whether it can be trained."""
+"""A trial of a PyTorch module on a few rows: what it makes of them, what it changes, and whether it can be trained."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torch.utils.flop_counter import FlopCounterMode
 
 from mpiml.errors import ConfigError
 from mpiml.nn.parameters import Shape
-from mpiml.nn.torch_tensors import checksum, leaves
-from mpiml.random import keyed
+from mpiml.nn.torch_buffers import Buffers, Flags, attribute, averaged_by_torch, checksums, differing, marks, set_flags
+from mpiml.nn.torch_names import plain_name, some, uncompiled
+from mpiml.nn.torch_tensors import WRONG, checksum, is_whole, naming, one_line
+from mpiml.random import Draws, generator
 
 ROWS = 2, 3  # rows in two calls: an axis of fixed length cannot have both lengths, so it is not taken for the rows
+Contents = tuple[int, torch.Size, torch.dtype]  # a checksum of values, their shape and type
+GENERATORS = np.random.Generator, np.random.RandomState, random.Random, torch.Generator
 
 
-@dataclass(frozen=True)
+@dataclass
 class Trial:
-    """How a module treats rows of one shape."""
+    """How a module treats rows of one shape.
 
-    output: Shape  # of a row that it returns
-    flops: int  # of the forward pass, for one row
-    takes_ids: bool  # whether the rows must be integers, as token ids are
-    writes_input: bool
-    reaches_parameters: bool  # whether a backward pass gives at least one parameter a gradient
-    reaches_input: bool
+    Attributes:
+        output: the shape of a row that it returns.
+        takes_ids: whether the rows must be integers, as token ids are.
+        flops: of the forward pass, for one row.
+        writes_input: whether it writes to the rows that it gets.
+        reached: the parameters to which a backward pass gives a gradient.
+        reaches_input: whether one gives the rows a gradient.
+        wants_leaf: whether parameters are only reached if the rows need a gradient, as under re-entrant checkpointing.
+        least_rows: with which it can be called in training.
+        state: the buffers that it changes.
+        draws, redraws: the generators that forward and backward passes draw from.
+        notes: what a person should know.
+    """
+
+    output: Shape
+    takes_ids: bool
+    flops: int = 0
+    writes_input: bool = False
+    reached: set[str] = field(default_factory=set)
+    reaches_input: bool = False
+    wants_leaf: bool = False
+    least_rows: int = 1
+    state: list[str] = field(default_factory=list)
+    draws: frozenset[str] = frozenset()
+    redraws: frozenset[str] = frozenset()
+    notes: list[str] = field(default_factory=list)
 
 
-def check_parameters(module: torch.nn.Module) -> None:
-    """Raise ConfigError for parameters that cannot lie in the flat vector."""
-    for name, tensor in module.named_parameters():
-        what = f"{type(module).__name__}: its parameter {name}"
-        if torch.nn.parameter.is_lazy(tensor):
-            raise ConfigError(f"{what} has no shape before the first call; use a module that is not lazy")
-        if tensor.device.type != "cpu":
-            raise ConfigError(f"{what} is on {tensor.device}; modules are trained on the CPU")
-        if tensor.requires_grad and tensor.is_complex():
-            raise ConfigError(f"{what} is complex; real parameters are needed")
-
-
-def attempt(module: torch.nn.Module, shape: Shape, dtype: torch.dtype, name: str) -> Trial:
+def attempt(module: Module, flags: Flags, shape: Shape, dtype: torch.dtype, name: str) -> Trial:
     """Call the module, `name` in messages, on rows of `shape` in `dtype`, or else on integers.
+
+    A compiled module is called as it is without, and then once compiled: it would be compiled for each kind of call.
 
     Raises ValueError if it can take neither, ConfigError if it cannot be trained.
     """
-    errors: list[Exception] = []
+    original, errors = uncompiled(module), list[Exception]()
     for kind in (dtype, torch.long):
         try:
-            return _run_zeros(module, shape, kind, name)
+            tried = _Tried(original, flags, shape, kind, name)
+            first = [tried.call(tried.zeros(ROWS[0])), tried.call(tried.zeros(ROWS[1]), leaf=False)]
+            break
         except ConfigError:
             raise
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        except WRONG as error:
             errors.append(error)
-    # If the module needs integers, the first error says only that, and the second one what is really wrong.
-    reason = str(errors["long" in str(errors[0]).lower()]).splitlines()[0]
-    raise ValueError(f"{name} cannot take rows of shape {shape}: {reason}")
+    else:
+        # If the module needs integers, the first error says only that, and the second one what is really wrong.
+        reason = one_line(errors["long" in str(errors[0]).lower()])
+        raise ValueError(f"{name} cannot take rows of shape {shape}: {reason}")
+    trial = tried.all(*first)
+    if module is not original:
+        compiled = _Tried(module, flags, shape, kind, name)
+        naming(f"{name} cannot be compiled:", lambda: compiled.call(compiled.zeros(ROWS[0])), Exception)
+    tried.check_parameters()
+    set_flags(flags, True)
+    return trial
 
 
-def _run_zeros(module: torch.nn.Module, shape: Shape, dtype: torch.dtype, name: str) -> Trial:
-    before = _versions(module)
-    module.train()
-    outputs: list[Shape] = []
-    for rows in ROWS:
-        source = torch.zeros((rows, *shape), dtype=dtype, requires_grad=dtype.is_floating_point)
+@dataclass
+class _Call:
+    """What a call of a module has shown."""
+
+    output: int  # a checksum
+    state: dict[str, Contents]  # what all buffers hold after it
+    writes_input: bool
+    reached: set[str]
+    reaches_input: bool
+
+
+class _Tried:
+    """A module that is called on rows of a shape and dtype; its buffers are the same before each call, and after it."""
+
+    def __init__(self, module: Module, flags: Flags, shape: Shape, dtype: torch.dtype, name: str):
+        self.module, self.flags, self.shape, self.dtype, self.name = module, flags, shape, dtype, name
+        self.before, self.parameters = marks(module), checksums(module)
+        self.buffers, self.changed = Buffers(module), set[str]()
+        self.draws, self.redraws, self.kept = set[str](), set[str](), set[str]()
+        self.output: Shape | None = None  # of a row, as the first call has it
+
+    def zeros(self, rows: int) -> Tensor:
+        return torch.zeros((rows, *self.shape), dtype=self.dtype)
+
+    def drawn(self, rows: int) -> Tensor:
+        """Rows of random numbers, so that normalisations see other than constants."""
+        draw, size = generator(0, "trial"), (rows, *self.shape)
+        if self.dtype.is_floating_point:
+            return torch.from_numpy(draw.standard_normal(size)).to(self.dtype)
+        return torch.from_numpy(draw.integers(0, 2, size))
+
+    def call(self, source: Tensor, training: bool = True, key: int = 0, leaf: bool = True, learn: bool = True) -> _Call:
+        """Forward, and if `learn` backward too, as training does it, or forward as evaluation does it. `leaf`: the rows
+        need a gradient. Raises ValueError for what is no output of a layer."""
+        set_flags(self.flags, training)
+        source = source.clone().requires_grad_(leaf and training and self.dtype.is_floating_point)
         x = source.clone()  # the module may write to it, which a leaf that requires a gradient does not allow
-        with keyed(["PyTorch"], 0), torch.enable_grad(), FlopCounterMode(display=False) as counter:
-            y = module(x)
+        with self.buffers.copied() as own:
+            copies = self.buffers.tensors()
+            with Draws(key, "trial") as draws, torch.set_grad_enabled(training):
+                y = self.module(x)
+            after = self.buffers.tensors()
+            self.changed |= {name for name, tensor in after.items() if _is_changed(own[name], copies[name], tensor)}
+            state = {name: (checksum(tensor), tensor.shape, tensor.dtype) for name, tensor in after.items()}
+        self._check_output(y, len(x))
+        self.draws |= draws.which
+        reached, reaches_input = self._backward(y, source) if training and learn else (set(), False)
+        return _Call(checksum(y), state, x._version > 0, reached, reaches_input)
+
+    def _backward(self, y: Tensor, source: Tensor) -> tuple[set[str], bool]:
+        tensors = {plain_name(name): tensor for name, tensor in self.module.named_parameters()}
+        for tensor in tensors.values():
+            tensor.grad = None
+        if y.requires_grad:
+            with self.buffers.copied(), Draws(0, "trial") as draws:
+                y.backward(torch.ones_like(y))
+            self.redraws |= draws.which
+        reached = {name for name, tensor in tensors.items() if tensor.grad is not None}
+        for tensor in tensors.values():
+            tensor.grad = None
+        return reached, source.grad is not None
+
+    def _check_output(self, y: Any, rows: int) -> None:
         if not isinstance(y, Tensor):
             raise ValueError(f"it returns a {type(y).__name__}, but a layer returns one tensor")
-        outputs.append(tuple(y.shape[1:]))
-        if not y.is_floating_point() or not y.ndim or len(y) != rows or outputs[0] != outputs[-1]:
+        shape = tuple(y.shape[1:])
+        if not y.is_floating_point() or not y.ndim or len(y) != rows or self.output not in (None, shape):
             raise ValueError(
                 f"for {rows} rows it returns {y.dtype} of shape {tuple(y.shape)}; "
                 f"{rows} rows of floating-point numbers are needed, and their shape must always be the same"
             )
-    if changed := [tensor for tensor, version in _versions(module).items() if before.get(tensor) != version]:
-        raise ConfigError(
-            f"{name} changes {', '.join(changed[:3])} in its forward pass, so that ranks would get different values; "
-            "use GroupNorm, or BatchNorm with track_running_stats=False"
-        )
-    reached = leaves(y)
-    return Trial(
-        output=outputs[0],
-        flops=counter.get_total_flops() // rows + math.prod(shape),
-        takes_ids=not dtype.is_floating_point,
-        writes_input=x._version > 0,
-        reaches_parameters=any(tensor.requires_grad and tensor in reached for tensor in module.parameters()),
-        reaches_input=source in reached,
-    )
+        self.output = shape
+
+    def check_parameters(self) -> None:
+        """Raise ConfigError if calls have changed parameters."""
+        if changed := differing(self.parameters, checksums(self.module)):
+            raise ConfigError(
+                f"{self.name} changes {some(changed)} in its forward pass, which only the optimizer may do; compute "
+                "with a changed copy, or make it a buffer (nn.Embedding: without max_norm, scale what it returns)"
+            )
+
+    def all(self, first: _Call, more: _Call) -> Trial:
+        """All that is to be known of the module. It has been called on rows of zeros, which may have made buffers, and
+        on more that need no gradient."""
+        assert self.output is not None, "it has been called"
+        self.buffers, floats = Buffers(self.module), self.dtype.is_floating_point
+        trial = Trial(self.output, not floats, writes_input=first.writes_input, reaches_input=first.reaches_input)
+        trial.wants_leaf = floats and not first.reached <= more.reached
+        trial.least_rows = 1 if self._works(self.zeros(1)) else ROWS[0]
+        calls = self._again(training=True)
+        self._evaluation()
+        trial.reached = first.reached.union(*(call.reached for call in calls))
+        trial.reaches_input |= calls[0].reaches_input
+        trial.flops = self._flops() + math.prod(self.shape)
+        trial.notes += self._kept()
+        self._find_state(trial, [self.call(self.zeros(ROWS[0]), key=1, learn=False), more, *calls])
+        trial.draws, trial.redraws = frozenset(self.draws), frozenset(self.redraws)
+        return trial
+
+    def _works(self, rows: Tensor) -> bool:
+        try:
+            self.call(rows, learn=False)
+        except WRONG:
+            return False
+        return True
+
+    def _evaluation(self) -> None:
+        """Raise ConfigError unless the module gives rows of the same shape in evaluation mode."""
+        what = f"{self.name} in evaluation mode:"
+        try:
+            naming(what, lambda: self._again(training=False))
+        except ConfigError:
+            raise
+        except Exception as error:  # of the user's own code
+            error.add_note(f"{what} it fails on rows of shape {self.shape}")
+            raise
+
+    def _again(self, training: bool) -> list[_Call]:
+        """Three calls with equal rows, buffers and draws. Raises ConfigError if their outputs differ."""
+        try:
+            return self._calls(self.drawn(ROWS[0]), training)
+        except ConfigError:
+            raise
+        except WRONG:  # random token ids may be none that it takes
+            return self._calls(self.zeros(ROWS[0]), training)
+
+    def _calls(self, rows: Tensor, training: bool) -> list[_Call]:
+        calls, seen = list[_Call](), [marks(self.module)]
+        for _ in range(3):
+            calls.append(self.call(rows, training))
+            seen.append(marks(self.module))
+        changed = [differing(one, other) for one, other in itertools.pairwise(seen)]
+        self.kept.update(*changed[1:])
+        if len({call.output for call in calls}) > 1:
+            self._refuse(sorted(set().union(*changed)))
+        return calls
+
+    def _refuse(self, changed: Sequence[str]) -> NoReturn:
+        """Raise ConfigError for a module that gives other outputs when it is called again."""
+        self.check_parameters()
+        draw = "draw from the generators of torch, numpy.random or random, which are keyed for each call"
+        what = f"{self.name} gives other outputs when it is called again with the same rows"
+        if not changed:
+            raise ConfigError(f"{what}; they must follow from rows, parameters, buffers and draws: {draw}")
+        of_generators = any(isinstance(attribute(self.module, name), GENERATORS) for name in changed)
+        how = draw if of_generators else "make it a buffer (register_buffer), which is averaged and saved"
+        raise ConfigError(f"{what}, because it changes its {some(changed)}; {how}")
+
+    def _kept(self) -> list[str]:
+        """A note on attributes that calls change or make, though the outputs do not depend on them. Tensors may be what
+        a call computes from parameters anew, as spectral_norm does."""
+        now = marks(self.module)
+        new = [name for name in differing(self.before, now) if not isinstance(attribute(self.module, name), Tensor)]
+        kept = sorted(self.kept.union(new, now.keys() - self.before.keys()))
+        return [f"{self.name} keeps {some(kept)} from call to call; checkpoints do not hold that"] if kept else []
+
+    def _find_state(self, trial: Trial, calls: Sequence[_Call]) -> None:
+        """Which buffers are state, and a note on those whose averages torch itself does not define."""
+        torchs = averaged_by_torch(self.buffers, self.flags)
+        trial.state, averaged = [name for name in self.buffers.places if name in self.changed | torchs], list[str]()
+        for name in trial.state:
+            contents = {call.state[name] for call in calls if name in call.state}
+            what = f"{self.name} changes its buffer {name}"
+            if {(shape, kind) for _, shape, kind in contents} != {(self.buffers[name].shape, self.buffers[name].dtype)}:
+                raise ConfigError(f"{what} in shape or type; it must keep both")
+            if len(contents) == 1 or name in torchs:
+                continue
+            averaged.append(name)
+            if is_whole(self.buffers[name]):
+                raise ConfigError(
+                    f"{what}, of integers, by what the rows are or how many; micro-batches have no common value then: "
+                    "make it a floating-point buffer, which is averaged over them, or count calls"
+                )
+        what = f"{self.name} changes {some(averaged)} by what the rows are"
+        trial.notes += [f"{what}: a step takes the average over its micro-batches"] if averaged else []
+
+    def _flops(self) -> int:
+        """Operations for a row, as torch counts them; where it cannot, two for each element of a parameter."""
+        try:
+            with FlopCounterMode(display=False) as counter:
+                self.call(self.zeros(ROWS[1]), learn=False)
+            return int(counter.get_total_flops()) // ROWS[1]
+        except Exception:  # its hooks fail in modules that call autograd themselves, which may be trained all the same
+            return 2 * sum(int(tensor.numel()) for tensor in self.module.parameters())
 
 
-def _versions(module: torch.nn.Module) -> dict[str, int]:
-    """For each parameter and buffer, a number that changes when it is written to."""
-    versions = {name: tensor._version for name, tensor in module.named_parameters()}
-    # Buffers by content: writes by torch's normalisations do not count as a new version.
-    return versions | {name: checksum(tensor) for name, tensor in module.named_buffers()}
+def _is_changed(first: Tensor, copy: Tensor, now: Tensor) -> bool:
+    """Whether a call has written to a buffer, or put another in its place. Torch's normalisations write unnoticed."""
+    return now is not copy or now._version > 0 or checksum(now) != checksum(first)

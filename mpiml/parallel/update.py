@@ -79,7 +79,7 @@ class Update:
             if piece.momentum is None:
                 self.optimizer.update(on, scale, rate, step)
             else:
-                vectors.average(on, 1.0 / self.rows(step), piece.momentum)
+                vectors.average(on, self.rows(step), piece.momentum)
             finite = finite and vectors.is_finite(on.value)
         self.finite = finite
         self.clock("communication")

@@ -32,8 +32,8 @@ def model_for(config: Config, task: Task, model: Model | None) -> list[nn.Layer]
     try:
         layers = _list_of_layers(_made(make, config, task.shape, task.outputs))
         nn.name(layers)
+        *shapes, final = nn.stack_shapes(layers, task.shape)  # which shows what PyTorch modules change
         nn.skip_first_dx(layers)
-        *shapes, final = nn.stack_shapes(layers, task.shape)
         for layer, before in zip(layers, shapes, strict=True):
             layer.check_place(before, tokens)
             tokens = 0 if nn.parameters([layer]) else tokens
@@ -41,7 +41,7 @@ def model_for(config: Config, task: Task, model: Model | None) -> list[nn.Layer]
         raise
     except ValueError as error:
         raise ConfigError(f"the model does not fit the data: {error}") from None
-    if not any(parameter.size for parameter in nn.parameters(layers)):
+    if not any(parameter.size and parameter.momentum is None for parameter in nn.parameters(layers)):
         raise ConfigError("the model has no parameters, so there is nothing to train")
     ours = not (is_name(config.loss) and is_name(config.metric))  # else nothing of ours looks at the outputs
     if ours and final != task.final:

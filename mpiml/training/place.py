@@ -41,12 +41,16 @@ class BuiltModel:
         task: what it is for.
         layouts: of the parameters of each stage.
         constants: of all stages on rank 0, which writes them to checkpoints; elsewhere of this rank's stage.
+        least_rows: of a micro-batch that it can be trained on, and the layer that says so.
+        notes: what a person should know.
     """
 
     task: Task
     layouts: list[Layout]
     metric: Metric
     constants: Constants
+    least_rows: tuple[int, str]
+    notes: list[str]
 
 
 def build_stage(config: Config, task: Task, grid: Grid, model: Model | None) -> tuple[BuiltModel, Computation]:
@@ -78,7 +82,15 @@ def build_stage(config: Config, task: Task, grid: Grid, model: Model | None) -> 
     # Rank 0 writes checkpoints from its own copy of the model, so it keeps the constants of all stages: views, which
     # keep these tensors' memory and nothing else of other stages' modules. Other ranks keep those of their stage.
     constants = Constants.of(stage.layers if team.rank else layers)
-    return BuiltModel(task, [stage.layout for stage in stages], metric, constants), computation
+    built = BuiltModel(
+        task=task,
+        layouts=[stage.layout for stage in stages],
+        metric=metric,
+        constants=constants,
+        least_rows=max((layer.least_rows, layer.path) for layer in layers),
+        notes=[note for layer in layers for note in layer.notes],
+    )
+    return built, computation
 
 
 def place(config: Resolved, grid: Grid, layout: Layout, columns: int) -> tuple[GradientSum, Agree, list[str]]:

@@ -117,6 +117,20 @@ def scored(config: Config, classification: bool) -> Config:
     )
 
 
+def check_rows(config: Resolved, least: int, layer: str, smallest: int, rows: int, replicas: int) -> None:
+    """Raise ConfigError if the smallest micro-batch has too few rows for a layer that needs `least` of them."""
+    if smallest >= least:
+        return
+    most_steps, fewer = rows // config.microbatches // least, rows // -(-rows // config.batch) // least
+    ways = [f"--batch {-(-rows // most_steps)}"] if most_steps else []
+    ways += [f"--microbatches {fewer}"] if fewer >= replicas else []
+    raise ConfigError(
+        f"{layer} cannot be trained on micro-batches of less than {least} rows, but with --batch {config.batch} and "
+        f"--microbatches {config.microbatches} some have {smallest}; "
+        + (" or ".join(ways) + " would work" if ways else f"the data set has too few rows for {replicas} replicas")
+    )
+
+
 def check_fall(config: Config, before: Config, steps: int) -> None:
     """Raise ConfigError unless a run that goes on to `steps` has a learning rate that falls as it did before, or as has
     been said for the steps that are added."""

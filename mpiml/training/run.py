@@ -32,7 +32,7 @@ from mpiml.training.data import Known
 from mpiml.training.evaluation import not_finite
 from mpiml.training.model import Model
 from mpiml.training.place import Agree, BuiltModel, build_stage, gradients, place
-from mpiml.training.resolve import Resolved, resolve, warnings
+from mpiml.training.resolve import Resolved, check_rows, resolve, warnings
 from mpiml.training.rows import RunData, build_data
 
 
@@ -173,6 +173,7 @@ def assemble(
     share_cores(grid.node.size * config.threads, grid.cores)
     rows = build_data(config, data, grid, known)
     built, computation = build_stage(config, rows.task, grid, model)
+    team.together(lambda: check_rows(config, *built.least_rows, rows.shards.smallest(), len(data.train), grid.replicas))
     team.on_rank_0(lambda: check(config, built))
     layout = built.layouts[grid.stage]
     sum_, agreement, notes = place(config, grid, layout, 2 + built.metric.columns)
@@ -193,7 +194,7 @@ def assemble(
         state=State(grid, values, update.states),
         agree=agreement,
         rate=learning_rate(config.lr, config.warmup_steps, config.decay, config.decay_steps),
-        notes=[*rows.notes, *notes, *warnings(config)],
+        notes=[*rows.notes, *built.notes, *notes, *warnings(config)],
     )
 
 

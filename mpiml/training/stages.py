@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from mpiml import partition
 from mpiml.config import Config
+from mpiml.errors import ConfigError
 from mpiml.nn import base as nn
 from mpiml.nn.parameters import Layout, Shape
 
@@ -39,9 +40,12 @@ def cut(config: Config, layers: Sequence[nn.Layer], shape: Shape) -> list[StageD
     Raises ConfigError if there are too few layers.
     """
     shapes, flops = nn.stack_shapes(layers, shape), nn.stack_flops(layers, shape)
-    if config.cuts:
-        partition.check_cuts(config.cuts, len(layers), config.pipe)
-    cuts = config.cuts or partition.balanced(flops, config.pipe)
+    try:
+        if config.cuts:
+            partition.check_cuts(config.cuts, len(layers), config.pipe)
+        cuts = config.cuts or partition.balanced(flops, config.pipe)
+    except ConfigError as error:
+        raise ConfigError("; ".join([str(error), *(layer.joined for layer in layers if layer.joined)])) from None
     stages: list[StageDesign] = []
     for a, b in itertools.pairwise([0, *cuts, len(layers)]):
         layout = Layout(nn.parameters(layers[a:b]), config.dtype)

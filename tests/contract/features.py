@@ -130,6 +130,39 @@ def net(shape, outputs):
 """
 
 
+# A stage of two consists of averages alone, in front of what is optimised; a block is computed again in its backward
+# pass; averages of all kinds.
+NORMS = """
+def net(shape, outputs):
+    import torch
+    from torch import nn
+    from torch.utils.checkpoint import checkpoint
+
+    class Again(nn.Sequential):
+        def forward(self, x):
+            return checkpoint(super().forward, x, use_reentrant=True)
+
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(8, 8, dtype=torch.cfloat))
+
+        def forward(self, x):
+            if self.training:
+                with torch.no_grad():
+                    self.mean.lerp_(torch.fft.fft(x).mean(0), 0.1)
+            return x - torch.fft.ifft(self.mean).real
+
+    wide = nn.Conv2d(1, 8, 3, padding=1).requires_grad_(False)
+    block = Again(nn.Conv2d(8, 6, 3, stride=2), nn.BatchNorm2d(6, momentum=None), nn.ReLU(True), nn.Dropout(0.1))
+    fixed = nn.BatchNorm2d(8).eval().requires_grad_(False)
+    return nn.Sequential(
+        Centred(), nn.Unflatten(1, (1, 8)), nn.BatchNorm2d(1, affine=False), wide, fixed, block,
+        nn.Flatten(), nn.utils.spectral_norm(nn.Linear(54, 16)), nn.SyncBatchNorm(16), nn.Linear(16, outputs),
+    )
+"""
+
+
 def noise(here: Path) -> None:
     lines = ["def noisy(x, y, random):", "    return x + random.normal(size=x.shape), y"]
     (here / "noise.py").write_text("\n".join(lines) + "\n")
@@ -223,4 +256,9 @@ if importlib.util.find_spec("torch"):
     FLAGS = "--model net:net --batch 100 --lr 0.01 --microbatches 12 --clip 0.3"
     FEATURES["torch"] = Feature(
         f"{FLAGS} {SHORT}", ("grid", "private", "resumed"), lambda here: (here / "net.py").write_text(TORCH)
+    )
+    FEATURES["torch-averages"] = Feature(
+        f"{FLAGS.replace('net', 'norms', 1)} {SHORT}",
+        ("pipe", "grid", "private", "resumed"),
+        lambda here: (here / "norms.py").write_text(NORMS),
     )

@@ -86,6 +86,68 @@ def test_steps_are_those_of_plain_pytorch(train: Train, tmp_path: Path) -> None:
         np.testing.assert_allclose(found[f"layers.{name}"], tensor, rtol=1e-11, atol=1e-13, err_msg=name)
 
 
+@pytest.mark.parametrize(
+    "kind", ["affine", "momentum None", "no parameters", "several places", "volumes", "synchronised", "spectral norm"]
+)
+def test_averages_are_those_of_plain_pytorch(kind: str, tmp_path: Path) -> None:
+    """Of a step's only micro-batch: equal but for rounding, as is what the run ends with."""
+    from torch import nn
+
+    from mpiml.config import Config
+    from mpiml.data.dataset import Dataset
+    from mpiml.nn.torch_modules import load_into
+    from mpiml.train import train
+
+    def net() -> object:
+        torch.manual_seed(0)
+        norm = nn.BatchNorm1d(6)
+        body = {
+            "affine": lambda: [norm],
+            "momentum None": lambda: [nn.BatchNorm1d(6, momentum=None)],
+            "no parameters": lambda: [nn.BatchNorm1d(6, affine=False)],
+            "several places": lambda: [nn.Sequential(norm, nn.Tanh(), norm)],
+            "volumes": lambda: [nn.Unflatten(1, (2, 1, 1, 3)), nn.BatchNorm3d(2), nn.Flatten()],
+            "synchronised": lambda: [nn.SyncBatchNorm(6, momentum=0.3)],
+            "spectral norm": lambda: [nn.utils.spectral_norm(nn.Linear(6, 6))],
+        }[kind]()
+        return nn.Sequential(nn.Linear(5, 6), *body, nn.Linear(6, 3))
+
+    random = np.random.default_rng(0)
+    x, y = random.standard_normal((40, 5)).astype("f4"), random.integers(0, 3, 40)
+    config = Config(steps=6, batch=40, microbatches=1, shuffle="none", optimizer="sgd", lr=0.1, quiet=True)
+    config = config.replace(out=str(tmp_path / "run"), eval_rows=7)
+    result = train(config, model=lambda shape, outputs: net(), data=Dataset.from_arrays(x, y, x[:20], y[:20]))
+    plain = net()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for _ in range(6):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(plain(torch.from_numpy(x)), torch.from_numpy(y)).backward()
+        optimizer.step()
+    exported = load_into(net(), max((tmp_path / "run" / "checkpoints").glob("step-*")))
+    for (name, tensor), other in zip(exported.state_dict().items(), plain.state_dict().values(), strict=True):
+        np.testing.assert_allclose(tensor, other, rtol=1e-5, atol=1e-6, err_msg=name)
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(plain.eval()(torch.from_numpy(x[:20])), torch.from_numpy(y[:20]))
+    assert result["test_loss"] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_micro_batches_that_are_too_small_are_refused_before_step_1(tmp_path: Path) -> None:
+    from torch import nn
+
+    from mpiml.config import Config
+    from mpiml.errors import ConfigError
+    from mpiml.train import train
+
+    def net(shape: object, outputs: int) -> object:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, outputs))
+
+    config = Config(steps=1, batch=8, microbatches=5, quiet=True, out=str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match=r"layers\.2 .* less than 2 rows.* --batch 11 or --microbatches 3 would work"):
+        train(config, model=net)
+    assert not (tmp_path / "run").exists()
+    assert train(config.replace(batch=11), model=net)["step"] == 1
+
+
 def test_ranks_whose_modules_differ_are_refused(train: Train, tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(
         "import os, torch\ndef net(shape, outputs):\n    torch.manual_seed(os.getpid())\n"

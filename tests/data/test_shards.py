@@ -93,6 +93,13 @@ def test_a_microbatch_says_how_many_rows_it_has(rows: int, microbatches: int, ba
 
 
 @every_case
+@pytest.mark.parametrize("order", ORDERS[::5], ids=str)
+def test_the_smallest_micro_batch_is_known(rows: int, microbatches: int, batch: int, order: Any) -> None:
+    of, _ = shards(rows, microbatches, batch, **order)
+    assert of.smallest() == min(len(rows) for step in epoch(of) for rows in step if len(rows))
+
+
+@every_case
 def test_every_replica_knows_the_rows_of_a_step(rows: int, microbatches: int, batch: int) -> None:
     whole, _ = shards(rows, microbatches, batch)
     last, _ = shards(rows, microbatches, batch, (microbatches - 1, microbatches))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import glob
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mpiml.config import Config
+from mpiml.data.dataset import Split
+from mpiml.data.shards import Shards
+from mpiml.data.sources import ArraySource
 from mpiml.errors import ConfigError
-from mpiml.training.resolve import absolute, resolve, warnings
+from mpiml.training.resolve import absolute, check_rows, resolve, warnings
 
 BEFORE = Config(decay="cosine", steps=20, decay_steps=20, lr=0.1, out="a", microbatches=1)
 
@@ -65,6 +70,38 @@ def test_what_was_said_once_need_not_be_said_again() -> None:
 def test_a_rate_of_0_is_not_passed_over(decay: str, steps: int, words: str | None) -> None:
     said = warnings(BEFORE.replace(decay=decay, steps=steps))
     assert not said if words is None else words in said[0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "microbatches"), [(100, 30, 24), (97, 8, 5), (64, 3, 2), (9, 1, 2), (11, 4, 9)]
+)
+@pytest.mark.parametrize("least", [1, 2, 5])
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_micro_batches_that_are_too_small_are_refused_with_what_would_work(
+    rows: int, batch: int, microbatches: int, least: int, replicas: int
+) -> None:
+    def smallest(batch: int, microbatches: int) -> int:
+        source = ArraySource(np.zeros(rows))
+        return Shards(Split(source, source), microbatches, batch, 0, 0, microbatches, "float64").smallest()
+
+    def check(**settings: int) -> None:
+        config = resolve(Config(**{"batch": batch, "microbatches": microbatches} | settings), rows, True, replicas)
+        check_rows(config, least, "layers.1", smallest(config.batch, config.microbatches), rows, replicas)
+
+    if smallest(batch, microbatches) >= least:
+        check()
+        return
+    with pytest.raises(
+        ConfigError, match=f"^layers.1 cannot be trained on micro-batches of less than {least} rows"
+    ) as e:
+        check()
+    ways = re.findall(r"--(batch|microbatches) (\d+)(?= or| would)", str(e.value))
+    assert bool(ways) == any(
+        smallest(b, m) >= least
+        for b, m in [(batch, m) for m in range(replicas, rows)] + [(b, microbatches) for b in range(1, rows + 1)]
+    )
+    for name, value in ways:
+        check(**{name: int(value)})
 
 
 def test_values_have_no_label_that_is_ignored() -> None:

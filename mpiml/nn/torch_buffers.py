@@ -1,0 +1,124 @@
+"""What a PyTorch module keeps besides its parameters: buffers, flags of training and evaluation, other attributes."""
+
+from __future__ import annotations
+
+import pickle
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from mpiml.nn.torch_names import plain_name, uncompiled
+from mpiml.nn.torch_tensors import checksum
+
+Flags = Mapping[Module, tuple[bool, bool]]  # of each part, in evaluation and in training
+KEPT_BY_TORCH = frozenset(vars(Module()))  # parameters, buffers, hooks and the like
+
+
+def flags_of(roots: Sequence[Module]) -> Flags:
+    """What `train` makes of the flag `training` of each part. Parts that eval() has frozen stay so, unless all of the
+    model is in evaluation mode, as models come from a hub."""
+    parts = [part for root in roots for part in root.modules()]
+    frozen = {part for part in parts if not part.training} if any(root.training for root in roots) else set()
+    for root in roots:
+        root.train(False)
+    evaluation = {part: part.training for part in parts}
+    for root in roots:
+        root.train(True)
+    return {part: (evaluation[part], part.training and part not in frozen) for part in parts}
+
+
+def set_flags(flags: Flags, training: bool) -> None:
+    """Put parts into training or evaluation mode. It leaves out their `train`, which may also change weights."""
+    for part, by_mode in flags.items():
+        if part.training != by_mode[training]:
+            part.training = by_mode[training]
+
+
+class Buffers:
+    """The buffers of a module by name. One tensor at several places is one buffer."""
+
+    def __init__(self, module: Module):
+        self.places: dict[str, list[tuple[Module, str]]] = {}
+        names: dict[int, str] = {}
+        for prefix, part in module.named_modules():
+            for key, tensor in part._buffers.items():
+                if tensor is not None:
+                    name = names.setdefault(id(tensor), plain_name(f"{prefix}.{key}".lstrip(".")))
+                    self.places.setdefault(name, []).append((part, key))
+
+    def __getitem__(self, name: str) -> Tensor:
+        part, key = self.places[name][0]
+        tensor = part._buffers[key]
+        assert tensor is not None
+        return tensor
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        for part, key in self.places[name]:
+            part._buffers[key] = tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: self[name] for name in self.places}
+
+    @contextmanager
+    def copied(self) -> Iterator[dict[str, Tensor]]:
+        """Within the block the module has copies; the buffers themselves, which the block gets, come back after it."""
+        own = self.tensors()
+        try:
+            for name, tensor in own.items():
+                self[name] = tensor.detach().clone()
+            yield own
+        finally:
+            for name, tensor in own.items():
+                self[name] = tensor
+
+
+def averaged_by_torch(buffers: Buffers, flags: Flags) -> set[str]:
+    """The names of the buffers that torch's own normalisations change in training."""
+    norms = {
+        part
+        for part, (_, training) in flags.items()
+        if isinstance(part, torch.nn.modules.batchnorm._NormBase) and training and part.track_running_stats
+    }
+    return {name for name, places in buffers.places.items() if any(part in norms for part, _ in places)}
+
+
+def marks(module: Module) -> dict[str, int]:
+    """For each attribute of a module's parts that is no part, parameter or buffer: a number that changes with it."""
+    return {
+        plain_name(f"{prefix}.{key}".lstrip(".")): _mark(value)
+        for prefix, part in module.named_modules()
+        if part is uncompiled(part)
+        for key, value in vars(part).items()
+        if key not in KEPT_BY_TORCH and value is not None
+    }
+
+
+def checksums(module: Module) -> dict[str, int]:
+    """A checksum of each parameter, by name."""
+    return {plain_name(name): checksum(tensor) for name, tensor in module.named_parameters()}
+
+
+def differing(one: Mapping[str, int], other: Mapping[str, int]) -> list[str]:
+    """The names, in order, under which the two do not have the same."""
+    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+
+
+def _mark(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return checksum(value)
+    try:
+        return zlib.crc32(pickle.dumps(value))
+    except Exception:  # whatever a user's object raises
+        return zlib.crc32(repr(value).encode())
+
+
+def attribute(module: Module, name: str) -> Any:
+    """The attribute that `marks` names so."""
+    parts = {plain_name(prefix): part for prefix, part in module.named_modules()}
+    prefix, _, key = name.rpartition(".")
+    return vars(parts[prefix]).get(key)

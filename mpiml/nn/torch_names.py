@@ -1,0 +1,25 @@
+"""Names of a PyTorch module's parts, parameters and buffers: those of the user's own module, compiled or not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.nn import Module
+
+WRAPPERS = {"_orig_mod"}  # attributes by which modules hold the user's own: no part of names
+
+
+def plain_name(name: str) -> str:
+    """The name of a part, parameter or buffer as it is in the user's module, without torch.compile."""
+    return ".".join(word for word in name.split(".") if word not in WRAPPERS)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of these names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def uncompiled(module: Module) -> Module:
+    """The module that torch.compile was given, or the module itself."""
+    original = getattr(module, "_orig_mod", None)
+    return original if isinstance(original, Module) else module
