@@ -3,6 +3,7 @@ it, with their rows."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ class Findings:
     first_bad: int | None = None
     masked: int = 0  # integers that are to be ignored
     below_void: float = field(default=-math.inf, compare=False)  # the highest but VOID
+    binary: bool = field(default=True, compare=False)  # whether no floating-point number is other than 0 and 1
 
     def __or__(self, other: Findings) -> Findings:
         first = [row for row in (self.first_bad, other.first_bad) if row is not None]
@@ -39,6 +41,7 @@ class Findings:
             min(first, default=None),
             self.masked + other.masked,
             max(self.below_void, other.below_void),
+            self.binary and other.binary,
         )
 
 
@@ -73,8 +76,9 @@ def _findings(values: Rows, numbers: Indices, ignore: int | None, gaps: bool) ->
         bad = np.flatnonzero(np.isinf(flat).any(axis=1) if gaps else ~np.isfinite(flat).all(axis=1))
         if len(bad):
             return Findings(bad_rows=len(bad), first_bad=int(numbers[bad[0]]))
-        if values.ndim > 1:
-            return Findings()
+        binary = all(bool(((part == 0) | (part == 1)).all()) for part in (flat[:1], flat))  # the first row mostly tells
+        extremes = _extremes(flat, numbers, None) if values.ndim == 1 else Findings()
+        return dataclasses.replace(extremes, binary=binary)
     return _extremes(flat, numbers, ignore)
 
 

@@ -20,6 +20,7 @@ from mpiml.data.dataset import Dataset, Split, check_dataset
 from mpiml.data.fill import MEAN, Filling, present
 from mpiml.data.fingerprint import Fingerprint, difference
 from mpiml.data.inspection import CheckedSource, Findings, inspect, problem
+from mpiml.data.labels import ValueSource
 from mpiml.data.normalize import Normalization, moments
 from mpiml.data.preparation import Preparation, prepared
 from mpiml.data.shards import Shards, classes_seen, starved
@@ -193,6 +194,8 @@ def look_at(
             seen.outputs = max(seen.outputs, highest + 1)
             if joined.masked:
                 seen.notes.append(f"{source.name}: {joined.masked} labels are {ignore} and do not count")
+        elif source is data.train.y and joined.binary and not isinstance(source, ValueSource):
+            seen.notes.append(f"{source.name}: all labels are 0 or 1, but are taken for values; see --loss bce")
     return seen
 
 

@@ -185,6 +185,18 @@ def test_labels_of_0_and_1_of_any_type_are_the_same(tmp_path: Path, dtype: str) 
     assert scored["accuracy"] == result["accuracy"]  # whatever the loss, the run's labels are no classes
 
 
+def test_numbers_0_and_1_taken_for_values_are_told_of_bce(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for directory, y, loss, told in (
+        ("a", (ROWS[:, :2] > 0) * 1.0, "auto", True),
+        ("b", (ROWS[:, :2] > 0) * 1.0, "bce", False),
+        ("c", ROWS[:, :2], "auto", False),
+        ("d", (ROWS[:, :2] > 0) * 1, "mse", False),
+    ):
+        trained(tmp_path / directory, split(ROWS, y), loss=loss, quiet=False)
+        line = "y_train: all labels are 0 or 1, but are taken for values; see --loss bce"
+        assert (line in capsys.readouterr().out) is told
+
+
 def test_one_logit_tells_two_classes(tmp_path: Path) -> None:
     made = split(ROWS[:, :4], (ROWS[:, 0] > 0).astype(int))
     result = trained(tmp_path / "a", made, loss="bce", steps=80, lr=0.02)

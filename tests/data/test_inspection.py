@@ -180,5 +180,14 @@ def test_labels_of_which_one_may_be_none(what: str) -> None:
         assert (wrong[0].startswith(expected[0]), wrong[1]) == (True, expected[1])
 
 
+@pytest.mark.parametrize(
+    ("values", "binary"), [([[0.0, 1.0], [1.0, 1.0]], True), ([[0.0, 1.0], [1.0, 0.5]], False), ([0.0, 2.0], False)]
+)
+def test_values_that_are_0_or_1(values: list, binary: bool) -> None:
+    assert inspect(source(values), np.arange(2)).binary is binary
+    parts = [inspect(source(values), np.arange(row, row + 1)) for row in range(2)]
+    assert (parts[0] | parts[1]).binary is (parts[1] | parts[0]).binary is binary
+
+
 def test_single_numbers_have_extremes() -> None:
     assert inspect(source([0.5, -1.5, 3.0]), np.arange(3)) == Findings((-1.5, 1), (3.0, 2))
