@@ -59,9 +59,12 @@ if TYPE_CHECKING:  # the names and their modules, stated once: for type checkers
     from mpiml.nn.layers import stack_shapes as stack_shapes
     from mpiml.nn.losses import R2 as R2
     from mpiml.nn.losses import Accuracy as Accuracy
+    from mpiml.nn.losses import BinaryAccuracy as BinaryAccuracy
+    from mpiml.nn.losses import ExactMatch as ExactMatch
     from mpiml.nn.losses import Labels as Labels
     from mpiml.nn.losses import Loss as Loss
     from mpiml.nn.losses import Metric as Metric
+    from mpiml.nn.losses import binary_cross_entropy as binary_cross_entropy
     from mpiml.nn.losses import mean_squared_error as mean_squared_error
     from mpiml.nn.losses import softmax_cross_entropy as softmax_cross_entropy
     from mpiml.nn.parameters import Gradients as Gradients

@@ -89,15 +89,17 @@ class Config:
     loss: str = setting(
         "auto",
         MODEL,
-        "auto: cross_entropy for integer labels, mse for others; your own: a function like those in mpiml.nn.losses",
-        choices=["auto", "cross_entropy", "mse"],
+        "auto: cross_entropy for integer labels, mse for others; bce: labels from 0 to 1, one or several a row; your "
+        "own: a function like those in mpiml.nn.losses, or of PyTorch",
+        choices=["auto", "cross_entropy", "mse", "bce"],
         named=is_name,
     )
     metric: str = setting(
         "auto",
         MODEL,
-        "auto: accuracy for integer labels, r2 for others; your own: a function (number of outputs) -> metric",
-        choices=["auto", "accuracy", "r2"],
+        "auto: accuracy for integer labels and bce, r2 for others; exact_match: how many rows have all labels right; "
+        "your own: a function (number of outputs) -> metric",
+        choices=["auto", "accuracy", "r2", "exact_match"],
         named=is_name,
     )
     init: str | None = setting(

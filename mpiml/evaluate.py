@@ -44,6 +44,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     }
     for flag, (metavar, help) in more.items():
         parser.add_argument(flag, type=_text, metavar=metavar, help=help)
+    words = "write the probability of each class, or with --loss bce of 1, to --predictions"
+    parser.add_argument("--probabilities", action="store_true", help=words)
     parser.add_argument("--pipe", type=whole(), default=1, metavar="N", help="pipeline stages (default: 1)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser.parse_args(arguments)
@@ -56,7 +58,7 @@ if __name__ == "__main__":
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
@@ -64,9 +66,9 @@ from mpi4py import MPI
 from mpiml import documents
 from mpiml.clock import Clock
 from mpiml.config import Config
-from mpiml.data.dataset import Dataset
+from mpiml.data.dataset import Dataset, check_dataset
 from mpiml.data.preparation import prepared
-from mpiml.errors import freed
+from mpiml.errors import ConfigError, freed
 from mpiml.nn.parameters import Layout
 from mpiml.parallel import grid as grids
 from mpiml.parallel.grid import Grid
@@ -87,6 +89,7 @@ from mpiml.training.evaluation import Evaluation
 from mpiml.training.model import Model
 from mpiml.training.place import build_stage
 from mpiml.training.predictions import Predictions, check_path
+from mpiml.training.resolve import binary
 from mpiml.training.storage import from_arrays, needed_kinds, restore_constants
 from mpiml.training.stored import StoredModel, check_data, stored_model
 from mpiml.vectors import bytes_of
@@ -95,6 +98,13 @@ if __name__ == "__main__":
     start.begun()
 
 PROGRAM = "mpiml.evaluate"
+
+
+class Predicted(NamedTuple):
+    """What is to be written of each row: to which file, if to any, and whether probabilities."""
+
+    file: str | None
+    probabilities: bool
 
 
 def evaluate(
@@ -106,6 +116,7 @@ def evaluate(
     token_dtype: str | None = None,
     held_out: float | None = None,
     predictions: str | None = None,
+    probabilities: bool = False,
     pipe: int = 1,
     comm: MPI.Intracomm | None = None,
     model: Model | None = None,
@@ -121,6 +132,8 @@ def evaluate(
         data: whose test rows, as the command takes it or as a data set; by default the run's own.
         label, token_dtype, held_out: how to read them, as Config has it; by default as the run did.
         predictions: a file to write to, .npy or .csv.
+        probabilities: whether to write the probabilities of all classes, (rows, *labels, classes), or with --loss bce
+            that of 1, in the labels' shape.
         pipe, comm: stages; the ranks, all of the job's by default.
         model: what the run was trained with, as `train` takes it, or its name, package.module:function.
         loss, metric: by name, as Config has them; by default as the run did.
@@ -135,7 +148,13 @@ def evaluate(
 
     def look() -> StoredModel:
         check_path(predictions)
+        if probabilities and not predictions:
+            raise ConfigError("--probabilities: say to which file, with --predictions FILE")
+        if data is not None and not isinstance(data, str):
+            check_dataset(data, "data")
         stored, saved = stored_model(run, checkpoint, reading, code)
+        if probabilities and not (stored.task.classification or binary(stored.config, False)):
+            raise ConfigError("--probabilities: the run is a regression, which has none")
         weights.append(saved)
         return stored
 
@@ -145,11 +164,16 @@ def evaluate(
         stored = team.on_rank_0(look)
         team.together(lambda: check_ranks(team.size, pipe))
         with Watch(team.comm.Dup(), team.clock, stored.config.stall_timeout, guard.fail), np.errstate(all="ignore"):
-            return _evaluate(stored, weights, data, model, predictions, team)
+            return _evaluate(stored, weights, data, model, Predicted(predictions, probabilities), team)
 
 
 def _evaluate(
-    stored: StoredModel, weights: list[Checkpoint], data: Any, model: Model | None, predictions: str | None, team: Team
+    stored: StoredModel,
+    weights: list[Checkpoint],
+    data: Any,
+    model: Model | None,
+    predictions: Predicted,
+    team: Team,
 ) -> dict[str, Any]:
     config = stored.config
     prepare_process(config.threads)
@@ -167,7 +191,7 @@ def _scored(
     weights: list[Checkpoint],
     data: Dataset,
     model: Model | None,
-    predictions: str | None,
+    predictions: Predicted,
     grid: Grid,
 ) -> dict[str, Any]:
     """The sums over the test rows; collective over the grid."""
@@ -180,7 +204,7 @@ def _scored(
     seen = look_at(data, grid, None, tests.rows(), classes, tokens=tokens, ignore=ignore, gaps=gaps)
     tests.split = data.test.ignoring(task.ignore)
     tests.split = prepared(tests.split, stored.preparations, config.dtype)
-    built, computation = build_stage(config, task, grid, model)
+    built, computation = build_stage(config, task, grid, model, data.test.w is not None)
     layouts, metric = built.layouts, built.metric
     # Before memory that only a forged checkpoint asks for is.
     team.on_rank_0(lambda: built.constants.check(weights[0].header, needed_kinds(layouts, (VALUES,))))
@@ -191,11 +215,12 @@ def _scored(
         for note in [*stored.notes, *seen.notes, *([f"warning: {problem}"] if problem else [])]:
             if grid.comm.rank == 0:
                 say(note, sys.stderr)
-        kept = Predictions(computation, task) if predictions else None
+        kinds = built.scoring.outputs, binary(config, task.classification), predictions.probabilities
+        kept = team.together(lambda: Predictions(computation, task, *kinds) if predictions.file else None)
         record = tests.score(Stage(grid.pipe, computation, team.clock), metric, team.clock, stored.step)
         assert record, "nobody asks it to leave off"
         if kept:
-            kept.write(Path(predictions or ""), tests)
+            kept.write(Path(predictions.file or ""), tests)
         score = team.on_rank_0(lambda: metric.value(record.metric))
     return {"rows": len(tests.split), "test_loss": record.mean_loss, metric.name: score}
 

@@ -1,5 +1,7 @@
 """Models, losses and metrics of a user's own, of which some work, and others do not in one way each."""
 
+import random
+
 import numpy as np
 
 from mpiml.nn.layers import Linear, Tanh
@@ -26,6 +28,39 @@ def absolute(y, labels):
     return float(np.abs(error).sum()), float(len(y)), np.sign(error).astype(float)
 
 
+def to_the_power(y, labels, power=1):
+    return absolute(y, labels)
+
+
+def dividing(y, labels):
+    return float((y / labels).sum()), float(len(y)), 1 / labels
+
+
+def counting(y, labels):
+    """Takes labels as they are in the data."""
+    assert labels.shape[1:] == (1,)
+    return 0.0, float(len(y)), y * 0
+
+
+def weightless(y, labels):
+    return 0.0, 0.0, y * 0
+
+
+def picky(y, labels):
+    1 / int(y.sum())
+    return absolute(y, labels)
+
+
+def weighted(y, labels, weights):
+    _, _, dy = absolute(y, labels)
+    each = weights.reshape(-1, *[1] * (y.ndim - 1))
+    return float((np.abs(y - labels.reshape(y.shape)) * each).sum()), float(weights.sum()), dy * each
+
+
+def drawing(y, labels):
+    return absolute(y + np.random.normal(size=y.shape), labels)
+
+
 class Largest:
     name, columns = "largest", 1
 
@@ -37,6 +72,13 @@ class Largest:
 
     def value(self, totals):
         return totals[0]
+
+
+class Drawing(Largest):
+    name = "drawn"
+
+    def sums(self, y, labels):
+        return np.array([random.random()])
 
 
 def alone(y):

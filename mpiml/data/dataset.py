@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,9 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from mpiml.data.fingerprint import Fingerprint, of_array, of_files
 from mpiml.data.formats import KEYS, Options, open_files
+from mpiml.data.labels import ProbabilitySource, ValueSource, WeightSource, stored
 from mpiml.data.sources import ArraySource, LabelSource, Source
+from mpiml.data.text import Windows
 from mpiml.errors import DataError
 from mpiml.usercode import called_with, is_name, named
 
@@ -23,11 +26,18 @@ DIGITS = Path(__file__).with_name("digits.npz")
 
 @dataclass
 class Split:
-    """Inputs x, labels y and weights w of the training rows, or of the test rows; without weights, rows count 1."""
+    """Inputs x, labels y and weights w of the training rows, or of the test rows; without weights, rows count 1.
+
+    Raises DataError if rows have more than one weight.
+    """
 
     x: Source
     y: Source
     w: Source | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.w is None or isinstance(self.w, WeightSource)):
+            self.w = WeightSource(self.w)
 
     def ignoring(self, label: int | None) -> Split:
         """These rows with -1 in place of `label`, the one to be ignored; unchanged if it is -1 or None."""
@@ -41,7 +51,7 @@ class Split:
 class Dataset:
     """Training rows and test rows. Integer labels make it a classification, floating-point labels a regression.
 
-    A row has one label, or several on one axis. Classes are numbered from 0. One number may mean "no label", which
+    A row has one label, or an array of labels. Classes are numbered from 0. One number may mean "no label", which
     losses and metrics leave out: the number that --ignore names, or -1 if a row has several labels.
 
     Attributes:
@@ -67,34 +77,51 @@ class Dataset:
         for which, split in (("train", self.train), ("test", self.test)):
             if len(split.x) != len(split.y):
                 raise DataError(f"{self.name}: x_{which} has {len(split.x)} rows, but y_{which} has {len(split.y)}")
+            if split.w is not None and len(split.x) != len(split.w):
+                raise DataError(f"{self.name}: x_{which} has {len(split.x)} rows, but w_{which} has {len(split.w)}")
             if not len(split):
                 raise DataError(f"{self.name}: x_{which} has no rows")
-            if 0 in split.x.shape:
-                raise DataError(f"{self.name}: rows of x_{which} are {split.x.shape}: they have no values")
+            for column, source in (("x", split.x), ("y", split.y)):
+                if 0 in source.shape:
+                    raise DataError(f"{self.name}: rows of {column}_{which} are {source.shape}: they have no values")
         for column, train, test in (("x", self.train.x, self.test.x), ("y", self.train.y, self.test.y)):
             if train.shape != test.shape:
                 raise DataError(f"{self.name}: rows of {column}_train are {train.shape}, of {column}_test {test.shape}")
         if (self.train.y.dtype.kind == "f") != (self.test.y.dtype.kind == "f"):
             raise DataError(f"{self.name}: y_train is {self.train.y.dtype}, but y_test is {self.test.y.dtype}")
-        if len(self.train.y.shape) > 1:
-            raise DataError(f"{self.name}: labels are at most one axis a row, but y_train has {self.train.y.shape}")
 
     @classmethod
-    def from_arrays(cls, x_train: ArrayLike, y_train: ArrayLike, x_test: ArrayLike, y_test: ArrayLike) -> Dataset:
-        """A data set of arrays in memory, whose first axis counts rows."""
+    def from_arrays(
+        cls,
+        x_train: ArrayLike,
+        y_train: ArrayLike,
+        x_test: ArrayLike,
+        y_test: ArrayLike,
+        w_train: ArrayLike | None = None,
+        w_test: ArrayLike | None = None,
+    ) -> Dataset:
+        """A data set of arrays in memory, whose first axis counts rows; `w_train`, `w_test`: weights of the rows."""
         x, y = ArraySource(x_train, "x_train"), ArraySource(y_train, "y_train")
-        return cls(Split(x, y), Split(ArraySource(x_test, "x_test"), ArraySource(y_test, "y_test")))
+        train, test = Split(x, y), Split(ArraySource(x_test, "x_test"), ArraySource(y_test, "y_test"))
+        for split, weights, name in ((train, w_train, "w_train"), (test, w_test, "w_test")):
+            split.w = None if weights is None else WeightSource(ArraySource(weights, name))
+        return cls(train, test)
 
     @property
     def sampled(self) -> bool:
         """Whether the fingerprint has samples of the values: of arrays and files, but of no other sources."""
-        columns = (self.train.x, self.train.y, self.test.x, self.test.y)
-        return bool(self.files) or all(isinstance(column, ArraySource) for column in columns)
+        columns = (getattr(split, column) for split in (self.train, self.test) for column in ("x", "y", "w"))
+        return bool(self.files) or all(one is None or isinstance(stored(one), ArraySource) for one in columns)
 
     @functools.cached_property
     def fingerprint(self) -> Fingerprint:
         """Sizes and checksums of samples of the files and columns: almost surely different for different data."""
-        columns = {f"{c}_{w}": getattr(s, c) for w, s in (("train", self.train), ("test", self.test)) for c in "xy"}
+        columns = {
+            f"{column}_{which}": stored(getattr(split, column))
+            for which, split in (("train", self.train), ("test", self.test))
+            for column in ("x", "y", "w")
+            if getattr(split, column) is not None
+        }
         texts = {name: f"{len(column):,} rows of {column.shape} {column.dtype}" for name, column in columns.items()}
         for name, column in columns.items():
             if isinstance(column, ArraySource) and not self.files:
@@ -108,13 +135,39 @@ class Dataset:
 
     @property
     def language_model(self) -> bool:
-        """Whether rows have several labels that are classes: then inputs are taken for token ids."""
-        return self.classification and bool(self.train.y.shape)
+        """Whether inputs are token ids, each with a label: integers on one axis, as long as that of the labels."""
+        x, y = self.train.x, self.train.y
+        integers = self.classification and x.dtype.kind in "iu" and len(x.shape) == 1 and x.shape == y.shape
+        return integers and (x.shape > (1,) or isinstance(x, Windows))
+
+    @property
+    def row_labels(self) -> int:
+        """How many labels a row has."""
+        return math.prod(self.train.y.shape)
 
     def ignored(self, setting: int | None) -> int | None:
         """The label that means "no label": `setting` if given, else -1 if a row has several classes as labels, such as
         tokens or pixels. None if every label counts."""
-        return -1 if setting is None and self.language_model else setting
+        return -1 if setting is None and self.classification and self.row_labels > 1 else setting
+
+    def with_values(self) -> Dataset:
+        """This data set as a regression: integer labels become values."""
+        return self._with_labels(ValueSource) if self.classification else self
+
+    def with_probabilities(self) -> Dataset:
+        """This data set with labels from 0 to 1, integers or not; reading others raises DataError."""
+        return self._with_labels(ProbabilitySource)
+
+    def _with_labels(self, kind: type[ValueSource]) -> Dataset:
+        train, test = (dataclasses.replace(split, y=kind(split.y)) for split in (self.train, self.test))
+        return dataclasses.replace(self, train=train, test=test)
+
+
+def check_dataset(value: object, what: str) -> Dataset:
+    """The value itself. Raises DataError, in which it is called `what`, unless it is a data set."""
+    if not isinstance(value, Dataset):
+        raise DataError(f"{what} must be a Dataset, but is {type(value).__name__}")
+    return value
 
 
 def open_dataset(spec: str, options: Options | None = None) -> Dataset:
@@ -169,7 +222,7 @@ class Batch:
         return self._transformed[1] if self.transform else self._y()
 
     def w(self) -> NDArray[np.floating] | None:
-        """The weights of the rows, in the run's dtype; None if each counts 1."""
+        """The weights of the rows, (rows,), in the run's dtype; None if each counts 1."""
         return None if self.split.w is None else self.split.w.rows(self.select()).astype(self.dtype, copy=False)
 
     def _x(self) -> NDArray[np.floating]:

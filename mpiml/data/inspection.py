@@ -3,9 +3,10 @@ it, with their rows."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -15,17 +16,21 @@ from mpiml.data.sources import Indices, Rows, Source, WrappedSource
 from mpiml.errors import DataError
 
 SCAN = 1 << 24  # bytes of a source that are looked at at once
+VOID = 255  # the number that images of labels mostly have where there is no label
+GAP = 100  # numbers without a label below VOID, from which on it is taken for that
 
 
 @dataclass
 class Findings:
-    """What a look at rows has shown."""
+    """What a look at rows has shown; the extremes are of integers that are not to be ignored, and of single numbers."""
 
-    lowest: tuple[float, int] = (math.inf, 0)  # (value, its first row), of integers that are not to be ignored
+    lowest: tuple[float, int] = (math.inf, 0)  # (value, its first row)
     highest: tuple[float, int] = (-math.inf, 0)
     bad_rows: int = 0  # rows that hold values that are not finite
     first_bad: int | None = None
     masked: int = 0  # integers that are to be ignored
+    below_void: float = field(default=-math.inf, compare=False)  # the highest but VOID
+    binary: bool = field(default=True, compare=False)  # whether no floating-point number is other than 0 and 1
 
     def __or__(self, other: Findings) -> Findings:
         first = [row for row in (self.first_bad, other.first_bad) if row is not None]
@@ -35,6 +40,8 @@ class Findings:
             self.bad_rows + other.bad_rows,
             min(first, default=None),
             self.masked + other.masked,
+            max(self.below_void, other.below_void),
+            self.binary and other.binary,
         )
 
 
@@ -67,7 +74,11 @@ def _findings(values: Rows, numbers: Indices, ignore: int | None, gaps: bool) ->
     flat = values.reshape(len(numbers), -1)
     if values.dtype.kind == "f":
         bad = np.flatnonzero(np.isinf(flat).any(axis=1) if gaps else ~np.isfinite(flat).all(axis=1))
-        return Findings(bad_rows=len(bad), first_bad=int(numbers[bad[0]])) if len(bad) else Findings()
+        if len(bad):
+            return Findings(bad_rows=len(bad), first_bad=int(numbers[bad[0]]))
+        binary = all(bool(((part == 0) | (part == 1)).all()) for part in (flat[:1], flat))  # the first row mostly tells
+        extremes = _extremes(flat, numbers, None) if values.ndim == 1 else Findings()
+        return dataclasses.replace(extremes, binary=binary)
     return _extremes(flat, numbers, ignore)
 
 
@@ -77,23 +88,30 @@ def _extremes(flat: Rows, numbers: Indices, ignore: int | None) -> Findings:
     if not counting.size:
         return Findings(masked=masked)
     lowest, highest = (
-        (int(value), int(numbers[np.argmax(flat == value) // flat.shape[1]]))
+        (value.item(), int(numbers[np.argmax(flat == value) // flat.shape[1]]))
         for value in (counting.min(), counting.max())
     )
-    return Findings(lowest, highest, masked=masked)
+    below = counting.max(where=counting != VOID, initial=0) if highest[0] == VOID else highest[0]
+    return Findings(lowest, highest, masked=masked, below_void=float(below))
 
 
-def problem(data: Dataset, column: str, findings: Findings, classes: int | None = None) -> tuple[str, int] | None:
-    """What is wrong with the values of column "x" or "y", and in which row; None if they can be used.
+def problem(
+    data: Dataset, column: str, findings: Findings, classes: int | None = None, doubt: bool = False
+) -> tuple[str, int] | None:
+    """What is wrong with the values of column "x", "y" or "w", and in which row; None if they can be used.
 
-    `classes` is the number of classes, if the data set or a setting says it.
+    Args:
+        classes: the number of classes, if the data set or a setting says it.
+        doubt: whether these are labels to train on of which nobody has said whether one means no label.
     """
     if findings.first_bad is not None:
         hint = " (--fill mean or --fill 0 replaces NaN, but not infinity)" if column == "x" else ""
         return f"{findings.bad_rows} rows hold values that are not finite{hint}, the first is row", findings.first_bad
+    (lowest, low_row), (highest, high_row) = findings.lowest, findings.highest
+    if column == "w":
+        return ("all weights are 0, so that no row counts, from row", high_row) if highest == 0 else None
     if not (data.language_model or (column == "y" and data.classification)):
         return None
-    (lowest, low_row), (highest, high_row) = findings.lowest, findings.highest
     what = "label" if column == "y" else "token"
     if lowest < 0:
         hint = f": number the classes from 0, or if it means no label, train with --ignore {lowest:.0f}"
@@ -102,13 +120,40 @@ def problem(data: Dataset, column: str, findings: Findings, classes: int | None 
         return "all labels are to be ignored, so nothing can be learned, from row", low_row
     if classes and highest >= classes:
         return f"{what} {highest:.0f} is not one of the {classes} classes 0 to {classes - 1}, in row", high_row
-    if not classes and not data.language_model and highest >= len(data.train):
+    if column == "x" or classes:
+        return None
+    return _doubtful(data, findings) if doubt else _too_many(data, findings)
+
+
+def _too_many(data: Dataset, findings: Findings) -> tuple[str, int] | None:
+    highest, row = findings.highest
+    if data.language_model or highest < (labels := len(data.train) * data.row_labels):
+        return None
+    of = "rows" if labels == len(data.train) else "labels"
+    return (
+        f"label {highest:.0f} makes more classes than there are {of} to train on, {labels} (for a regression, give "
+        "--loss mse); it is in row",
+        row,
+    )
+
+
+def _doubtful(data: Dataset, findings: Findings) -> tuple[str, int] | None:
+    """What is wrong with labels to train on, of which one may mean no label."""
+    (lowest, row), (highest, high_row) = findings.lowest, findings.highest
+    if findings.masked and lowest == highest:
         return (
-            f"label {highest:.0f} makes more classes than there are rows to train on, {len(data.train)} (for a "
-            "regression, save the labels as floating-point numbers); it is in row",
+            f"all labels are -1 or {highest:.0f}: if both are classes, number them 0 and 1; if -1 means no label, "
+            f"train with --ignore -1; the first {highest:.0f} is in row",
+            row,
+        )
+    if highest == VOID and findings.below_void < VOID - GAP and not data.language_model:
+        return (
+            f"label {VOID} is far above all others, up to {max(findings.below_void, 0):.0f}: if {VOID} means no label, "
+            f"train with --ignore {VOID}; else number the classes from 0, or say how many there are with --classes; "
+            "the first is in row",
             high_row,
         )
-    return None
+    return _too_many(data, findings)
 
 
 class CheckedSource(WrappedSource):

@@ -102,7 +102,7 @@ def forward(layers: Sequence[Layer], x: Array, at: At, learned: bool = False) ->
     """
     backwards: list[tuple[Backward, Shape]] = []
     for layer in layers:
-        y, backward_of_layer = layer(x, at)
+        y, backward_of_layer = _checked(layer, layer(x, at), at.training)
         y = np.ascontiguousarray(y, x.dtype)
         _check_shape(layer, "outputs", y.shape, (len(x), *layer.output_shape(x.shape[1:])), "its output_shape says")
         if at.training:
@@ -187,6 +187,15 @@ def skip_first_dx(layers: Sequence[Layer]) -> None:
 def is_optimised(layer: Layer) -> bool:
     """Whether the layer has parameters that are not only averaged."""
     return any(parameter.momentum is None for parameter in parameters([layer]))
+
+
+def _checked(layer: Layer, returned: Any, training: bool) -> tuple[Array, Backward]:
+    """What a layer returned. Raises ConfigError unless that is a pair of outputs and, in training, a function."""
+    pair = isinstance(returned, (tuple, list)) and len(returned) == 2
+    if pair and returned[0] is not None and (callable(returned[1]) or not training):
+        return returned[0], returned[1]
+    kind = f"({', '.join(type(part).__name__ for part in returned)})" if pair else type(returned).__name__
+    raise ConfigError(f"{_named(layer)} returns {kind}, but a layer returns outputs and a function, backward")
 
 
 def _check_shape(layer: Layer, what: str, shape: Shape, needed: Shape, why: str) -> None:

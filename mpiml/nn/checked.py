@@ -2,30 +2,123 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import math
-from collections.abc import Sequence
-from typing import Any
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpiml.errors import ConfigError
-from mpiml.nn.losses import Array, Labels
+from mpiml.nn.losses import Array, Labels, Loss
+from mpiml.nn.outputs import Outputs
+from mpiml.random import Draws
 from mpiml.usercode import called_with, named
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A few rows to try a loss and a metric of a user's own on: outputs, labels and, if rows have some, weights.
+
+    Attributes:
+        outputs: how the outputs meet the labels, if that is known.
+        seed, threads: the run's.
+    """
+
+    y: Array
+    labels: Labels
+    weights: Array | None = None
+    outputs: Outputs | None = None
+    seed: int = 0
+    threads: int = 1
 
 
 class OwnLoss:
-    """The loss function that --loss names.
+    """The loss that --loss names: a NumPy function (y, labels) or (y, labels, weights) that returns (total, weight,
+    gradient), or one that PyTorch computes (mpiml.nn.torch_losses). Which it is a trial shows.
 
-    Raises ConfigError if it is not a loss function; when called, if it does not return (total, weight, gradient).
+    Raises ConfigError if it is no loss; when called, if it does not return what it has to.
+
+    Attributes:
+        draws: the generators of the process that it draws from.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, sample: Sample):
         self.flag = f"--loss {name}"
-        self.loss = called_with(named(name, "--loss"), self.flag, "y", "labels")
+        self.loss = named(name, "--loss")
+        arguments = sample.y, sample.labels, sample.weights
+        with Draws(sample.seed, "trial"), _quiet():
+            self._compute = self._of_torch_class(sample) or self._of_function(sample)
+        self.draws = _draws(sample.seed, lambda: self(*arguments))
 
     def __call__(self, y: Array, labels: Labels, weights: Array | None = None) -> tuple[float, float, Array]:
-        result = self.loss(y, labels)
+        return self._compute(y, labels, weights)
+
+    def _of_torch_class(self, sample: Sample) -> Loss | None:
+        torch = _torch_losses()
+        if not (torch and torch.is_class(self.loss)):
+            return None
+        arguments = sample.threads, sample.outputs, sample.y, sample.labels
+        loss: Loss = self._tried(lambda: torch.of_class(self.loss, self.flag, *arguments), sample)
+        return loss
+
+    def _of_function(self, sample: Sample) -> Loss:
+        """A NumPy function if it works on arrays; else one of PyTorch if it works on tensors."""
+        self._weighted = _takes_weights(self.loss)
+        self._plain = not (self._weighted and _needs_three(self.loss))
+        called_with(self.loss, self.flag, "y", "labels", *([] if self._plain else ["weights"]))
+        try:
+            self._numpy(sample.y, sample.labels, sample.weights)
+        except Exception as error:
+            return self._of_torch_function(sample, error)
+        return self._numpy
+
+    def _of_torch_function(self, sample: Sample, error: Exception) -> Loss:
+        """The function as PyTorch's, after it has raised an `error` as NumPy's."""
+        if torch := _torch_losses():
+            loss = torch.TorchLoss(self.loss, self.flag, sample.threads, sample.outputs)
+            try:
+                self._tried(lambda: loss.try_on(sample.y, sample.labels), sample)
+            except ConfigError:
+                if isinstance(error, (TypeError, AttributeError)):  # as PyTorch's functions do, given arrays
+                    raise
+            else:
+                of_torch: Loss = loss
+                return of_torch
+        if isinstance(error, ConfigError):
+            raise error
+        return self._numpy  # rows of zeros may be what it cannot take
+
+    def _tried(self, attempt: Callable[[], T], sample: Sample) -> T:
+        try:
+            return attempt()
+        except ConfigError:
+            raise
+        except Exception as error:
+            reason = (str(error).splitlines() or ["no reason given"])[0].rstrip(".")
+            rows = f"for outputs of shape {sample.y.shape} and labels of {sample.labels.shape}"
+            classes = sample.labels.dtype.kind == "i"
+            hint = ", which are integers; --metric r2 or exact_match makes them values" if classes else ""
+            raise ConfigError(f"{self.flag}: {type(error).__name__}: {reason}, {rows}{hint}") from None
+
+    def _numpy(self, y: Array, labels: Labels, weights: Array | None = None) -> tuple[float, float, Array]:
+        if weights is not None and not self._weighted:
+            raise ConfigError(
+                f"{self.flag}: rows have weights, but it takes none; let it take a third argument, weights (rows,), "
+                "multiply losses and gradient by them, and return their sum as the weight"
+            )
+        if weights is None and self._plain:
+            result = self.loss(y, labels)
+        else:
+            result = self.loss(y, labels, np.ones(len(y), y.dtype) if weights is None else weights)
         try:
             total, weight, dy = result
         except (TypeError, ValueError):
@@ -40,9 +133,13 @@ class OwnLoss:
 
 
 class OwnMetric:
-    """The metric that --metric names, for a model with `outputs` outputs. Raises ConfigError as OwnLoss does."""
+    """The metric that --metric names, for a model with `outputs` outputs. Raises ConfigError as OwnLoss does.
 
-    def __init__(self, name: str, outputs: int):
+    Attributes:
+        draws: the generators of the process that it draws from.
+    """
+
+    def __init__(self, name: str, outputs: int, sample: Sample):
         self.flag = f"--metric {name}"
         self.metric = called_with(named(name, "--metric"), self.flag, "outputs")(outputs)
         for attribute in ("name", "columns", "sums", "value"):
@@ -55,6 +152,7 @@ class OwnMetric:
             raise ConfigError(f"{self.flag}: columns is {self.columns!r}; it must be the number of sums")
         called_with(self.metric.sums, f"{self.flag}: sums", "y", "labels")
         called_with(self.metric.value, f"{self.flag}: value", "totals")
+        self.draws = _draws(sample.seed, lambda: self.sums(sample.y, sample.labels))
 
     def sums(self, y: Array, labels: Labels) -> NDArray[np.float64]:
         sums = self.metric.sums(y, labels)
@@ -64,6 +162,50 @@ class OwnMetric:
 
     def value(self, totals: Sequence[float]) -> float:
         return _number(self.metric.value(totals), f"{self.flag}: value returns")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings, of NumPy and of others, that rows of zeros are no good input."""
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _takes_weights(function: Any) -> bool:
+    """Whether a function has a third argument that is there for weights of rows."""
+    try:
+        arguments = list(inspect.signature(function).parameters.values())[2:3]
+    except (TypeError, ValueError):
+        return False
+    wanted = (one.default is one.empty or "weight" in one.name or one.name == "w" for one in arguments)
+    return any(wanted) and arguments[0].kind not in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+
+
+def _needs_three(function: Any) -> bool:
+    try:
+        inspect.signature(function).bind("y", "labels")
+    except TypeError:
+        return True
+    return False
+
+
+def _draws(seed: int, call: Callable[[], object]) -> frozenset[str]:
+    """The generators that a call draws from. Raises ConfigError as it does; for what else it raises, rows of zeros may
+    be the reason."""
+    with Draws(seed, "trial") as draws, _quiet():
+        try:
+            call()
+        except ConfigError:
+            raise
+        except Exception:
+            pass
+    return draws.which
+
+
+def _torch_losses() -> Any:
+    """What knows PyTorch's losses, or None where nobody has imported PyTorch."""
+    return importlib.import_module("mpiml.nn.torch_losses") if "torch" in sys.modules else None
 
 
 def _number(value: Any, what: str) -> float:

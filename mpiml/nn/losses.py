@@ -54,12 +54,14 @@ def softmax_cross_entropy(y: Array, labels: Labels, weights: Array | None = None
         losses[tile] = np.log(total[:, 0]) - score
         part /= total
         part[label] -= 1
-    masked = goals < 0
+    masked, each = goals < 0, None
+    if weights is not None:
+        each = np.repeat(weights, len(goals) // max(len(weights), 1))
+        masked |= each == 0
     losses[masked] = 0
     dy[masked] = 0
     weight = float(np.count_nonzero(~masked))
-    if weights is not None:
-        each = np.repeat(weights, len(goals) // max(len(weights), 1))
+    if each is not None:
         losses *= each
         dy *= each[:, None]
         weight = float(np.add.reduce(each[~masked], dtype=np.float64))
@@ -68,7 +70,7 @@ def softmax_cross_entropy(y: Array, labels: Labels, weights: Array | None = None
 
 
 def mean_squared_error(y: Array, labels: Labels, weights: Array | None = None) -> tuple[float, float, Array]:
-    """The mean over a row's outputs of (y - label)^2, of weight one; returns as Loss. y and labels (rows, outputs)."""
+    """The mean over a row's outputs of (y - label)^2, of weight one; returns as Loss. y (rows, ...), as many labels."""
     error: Array = y - labels.reshape(y.shape).astype(y.dtype, copy=False)
     outputs = max(math.prod(y.shape[1:]), 1)
     squares = np.square(error, dtype=np.float64)
@@ -77,6 +79,34 @@ def mean_squared_error(y: Array, labels: Labels, weights: Array | None = None) -
     each = weights.reshape(-1, *[1] * (y.ndim - 1))
     loss = float(np.add.reduce(squares * each, axis=None)) / outputs
     return loss, float(np.add.reduce(weights, dtype=np.float64)), error * (each * (2 / outputs))
+
+
+def softmax(y: Array) -> Array:
+    """The probabilities of classes, on the last axis, whose scores are y."""
+    small: Array = np.exp(y - y.max(axis=-1, keepdims=True))
+    return small / np.add.reduce(small, axis=-1, keepdims=True)
+
+
+def sigmoid(y: Array) -> Array:
+    """1 / (1 + exp(-y)), without numbers that are too large."""
+    small = np.exp(-np.abs(y))
+    probability: Array = np.where(y >= 0, 1, small) / (1 + small)
+    return probability
+
+
+def binary_cross_entropy(y: Array, labels: Labels, weights: Array | None = None) -> tuple[float, float, Array]:
+    """The mean over a row's outputs of -t log p - (1 - t) log(1 - p), where p = sigmoid(y), of weight one.
+
+    y (rows, ...), as many labels t from 0 to 1; returns as Loss. Written as log(1 + exp(y)) - t y, stable for any y.
+    """
+    goals, outputs = labels.reshape(y.shape).astype(y.dtype, copy=False), math.prod(y.shape[1:])
+    losses = np.maximum(y, 0) - goals * y + np.log1p(np.exp(-np.abs(y)))
+    dy = (sigmoid(y) - goals) / outputs
+    each = np.add.reduce(losses.reshape(len(y), outputs), axis=1, dtype=np.float64) / outputs
+    if weights is None:
+        return float(np.add.reduce(each)), float(len(y)), dy
+    dy *= weights.reshape(-1, *[1] * (y.ndim - 1))
+    return float(np.add.reduce(each * weights)), float(np.add.reduce(weights, dtype=np.float64)), dy
 
 
 class Accuracy:
@@ -92,10 +122,42 @@ class Accuracy:
         return totals[0] / totals[1] if totals[1] else math.nan
 
 
+class BinaryAccuracy:
+    """The fraction of labels, each 0 or 1, that outputs predict: 1 from 0 on; y (rows, ...), as many labels.
+
+    A label of at least 0.5 counts as 1.
+    """
+
+    name = "accuracy"
+    columns = 2
+
+    def sums(self, y: Array, labels: Labels) -> NDArray[np.float64]:
+        return np.array([np.count_nonzero(_right(y, labels)), y.size], np.float64)
+
+    def value(self, totals: Sequence[float]) -> float:
+        return totals[0] / totals[1] if totals[1] else math.nan
+
+
+class ExactMatch(BinaryAccuracy):
+    """The fraction of rows of which outputs predict all labels, as BinaryAccuracy has it."""
+
+    name = "exact_match"
+
+    def sums(self, y: Array, labels: Labels) -> NDArray[np.float64]:
+        return np.array([np.count_nonzero(_right(y, labels).all(axis=1)), len(y)], np.float64)
+
+
+def _right(y: Array, labels: Labels) -> NDArray[np.bool_]:
+    """Whether outputs predict labels of 0 and 1, (rows, labels of a row)."""
+    right: NDArray[np.bool_] = (y >= 0) == (labels.reshape(y.shape).astype(y.dtype, copy=False) >= 0.5)
+    return right.reshape(len(y), math.prod(y.shape[1:]))
+
+
 class R2:
     """The coefficient of determination, 1 - residual / total sum of squares, averaged over the outputs.
 
-    An output whose labels are all equal counts 1 if every prediction is exact, and 0 otherwise.
+    With outputs = 1, all values of rows with several are taken together, around their common mean. An output whose
+    labels are all equal counts 1 if every prediction is exact, and 0 otherwise.
     """
 
     name = "r2"
@@ -105,16 +167,16 @@ class R2:
         self.columns = 1 + 3 * outputs
 
     def sums(self, y: Array, labels: Labels) -> NDArray[np.float64]:
-        truth = labels.reshape(len(y), self.outputs).astype(np.float64)
+        truth = labels.reshape(-1, self.outputs).astype(np.float64)
         error = y.reshape(truth.shape) - truth
         parts = [np.add.reduce(part, axis=0) for part in (truth, truth * truth, error * error)]
-        return np.concatenate([[len(y)], *parts])
+        return np.concatenate([[len(truth)], *parts])
 
     def value(self, totals: Sequence[float]) -> float:
-        rows, sums = totals[0], np.reshape(totals[1:], (3, self.outputs))
-        if not rows:
+        count, sums = totals[0], np.reshape(totals[1:], (3, self.outputs))
+        if not count:
             return math.nan
-        spread = np.maximum(sums[1] - sums[0] ** 2 / rows, 0)
+        spread = np.maximum(sums[1] - sums[0] ** 2 / count, 0)
         constant = spread <= 1e-14 * sums[1]
         score = 1 - sums[2] / np.where(constant, 1, spread)
         return float(np.mean(np.where(constant, sums[2] == 0, score)))

@@ -37,8 +37,8 @@ class Record:
 
     @property
     def mean_loss(self) -> float:
-        """The loss per weight; 0 for a step without rows."""
-        return self.loss / self.weight if self.weight else 0.0
+        """The loss per weight; 0 for a step in which no row counts."""
+        return self.loss / (self.weight or 1.0)
 
 
 class Agreement:

@@ -17,7 +17,7 @@ from mpiml.team import until, wait
 
 Array = NDArray[np.floating]
 Backward = Callable[[Array, Any], Array | None]
-Objective = Callable[[Array, NDArray[np.generic], Array | None, bool], tuple[list[float], Array]]
+Objective = Callable[[Array, NDArray[np.generic], Array | None, bool, Any], tuple[list[float], Array]]
 
 
 class Batch(Protocol):
@@ -39,8 +39,8 @@ class Computation:
 
     Attributes:
         forward: (x, at) -> (y, backward); backward returns the gradient with respect to x if `learned`.
-        at: (training, step, micro-batch) -> forward's argument `at`.
-        objective: (y, labels, weights of the rows or None, measured) -> (the micro-batch's row of sums for the step
+        at: (training, step, micro-batch) -> the argument `at` of forward and objective.
+        objective: (y, labels, weights of the rows or None, measured, at) -> (the micro-batch's row of sums for the step
             record, with those of the metric if `measured`; the gradient with respect to y).
         x_shape, y_shape: of one row of input and of output.
         learns: whether this stage or one before it has parameters: then it needs a gradient.
@@ -77,8 +77,9 @@ class Stage:
     def evaluate(self, batches: Iterable[tuple[Batch, NDArray[np.float64]]]) -> None:
         """Forward passes only: of batches, each with the row into which the last stage writes the batch's sums."""
         for batch, row in batches:
-            y, _ = self.computation.forward(self._input(batch), self.computation.at(False, 0, batch.index))
-            self._output(batch, y, row, measured=True)
+            at = self.computation.at(False, 0, batch.index)
+            y, _ = self.computation.forward(self._input(batch), at)
+            self._output(batch, y, row, True, at)
         self._finish_sends()
 
     def _input(self, batch: Batch) -> Array:
@@ -91,7 +92,7 @@ class Stage:
         self.clock.mark("forward", batch.index)
         return x
 
-    def _output(self, batch: Batch, y: Array, row: NDArray[np.float64], measured: bool) -> Array | None:
+    def _output(self, batch: Batch, y: Array, row: NDArray[np.float64], measured: bool, at: Any) -> Array | None:
         """Send y to the next stage. The last stage scores it instead: it writes the sums into `row` and returns the
         gradient with respect to y."""
         if not self.last:
@@ -101,7 +102,7 @@ class Stage:
         labels, weights = batch.y(), batch.w()
         self.clock("compute")
         self.clock.mark("loss", batch.index)
-        sums, dy = self.computation.objective(y, labels, weights, measured)
+        sums, dy = self.computation.objective(y, labels, weights, measured, at)
         row[: len(sums)] = sums
         return dy
 
@@ -150,8 +151,9 @@ class TrainingStage(Stage):
         for kind, index in self.schedule(self.stages, self.stage, len(batches)):
             batch = batches[index]
             if kind == "F" and batch.rows:
-                y, backward = self.computation.forward(self._input(batch), self.computation.at(True, step, batch.index))
-                in_flight[index] = backward, self._output(batch, y, record[batch.index], measured)
+                at = self.computation.at(True, step, batch.index)
+                y, backward = self.computation.forward(self._input(batch), at)
+                in_flight[index] = backward, self._output(batch, y, record[batch.index], measured, at)
             elif kind == "B":
                 self._backward(batch, index, *in_flight.pop(index, (None, None)))
         self._finish_sends()

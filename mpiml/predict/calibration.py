@@ -81,7 +81,7 @@ class Pieces:
                 x = np.ascontiguousarray(y, x.dtype)
                 backwards.append(backward)
                 marks.append(time.perf_counter())
-            dy: Array | None = computation.objective(x, batch.y(), batch.w(), False)[1]
+            dy: Array | None = computation.objective(x, batch.y(), batch.w(), False, At(True))[1]
             marks.append(time.perf_counter())
             for backward in reversed(backwards):
                 dx = backward(dy, gradients) if dy is not None else None

@@ -22,7 +22,7 @@ from mpiml.scaling.jobs import StudyJob, jobs_of
 from mpiml.scaling.points import POINTS, STUDY, TRAINING, Point, points_of, read_study
 from mpiml.scaling.slurm import queued, submit
 from mpiml.training.job import Unplaced, unplaced
-from mpiml.training.resolve import open_data
+from mpiml.training.resolve import open_data, scored
 from mpiml.usercode import is_name
 
 CHOSEN = ("pipe", "steps", "epochs", "out", "resume")  # settings that the study chooses for its jobs
@@ -81,7 +81,7 @@ def _check_points(chosen: argparse.Namespace, config: Config, points: Sequence[P
         grid = {"pipe": point.stages, "batch": point.batch, "microbatches": point.microbatches}
         training.on(config.replace(**grid), point.ranks, point.ranks)
     if chosen.target is not None and chosen.target > 1 and not is_name(config.metric):
-        metric = "accuracy" if training.classification else "r2"
+        metric = scored(config, training.classification).metric
         raise ConfigError(f"--target {chosen.target:g}: {metric} is at most 1")
 
 

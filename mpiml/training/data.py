@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 import operator
 import typing
 from collections.abc import Callable, Sequence
@@ -17,10 +16,11 @@ from mpi4py import MPI
 
 from mpiml import documents
 from mpiml.config import Config
-from mpiml.data.dataset import Dataset, Split
+from mpiml.data.dataset import Dataset, Split, check_dataset
 from mpiml.data.fill import MEAN, Filling, present
 from mpiml.data.fingerprint import Fingerprint, difference
 from mpiml.data.inspection import CheckedSource, Findings, inspect, problem
+from mpiml.data.labels import ValueSource
 from mpiml.data.normalize import Normalization, moments
 from mpiml.data.preparation import Preparation, prepared
 from mpiml.data.shards import Shards, classes_seen, starved
@@ -45,7 +45,10 @@ def open_data(config: Config, team: Team, data: Dataset | None, task: Task | Non
 
     def opened() -> tuple[Dataset, Fingerprint]:
         try:
-            opened = data or resolve.open_data(config, task)
+            if data is None:
+                opened = resolve.open_data(config, task)
+            else:
+                opened = resolve.with_labels(check_dataset(data, "data"), config, task)
             return opened, opened.fingerprint
         except DataError as error:
             stored = config.resume and "data" not in (config.given or ())
@@ -91,7 +94,7 @@ class Seen:
 
 def declared(data: Dataset, classes: int | None) -> Seen:
     """What a data set asks of a model as far as is known without a look at it: no outputs if only labels tell."""
-    return Seen((classes or data.classes or 0) if data.classification else math.prod(data.train.y.shape), 0, [])
+    return Seen((classes or data.classes or 0) if data.classification else data.row_labels, 0, [])
 
 
 @dataclass(frozen=True)
@@ -120,18 +123,23 @@ def hold(data: Dataset, grid: Grid, train: Indices | None, test: Indices, both: 
 
     def held() -> None:
         team.clock("data")
-        for column in "xy" if both and ends else ends:
-            if train is not None:
-                getattr(data.train, column).hold(train)
-        for column in ends:
-            getattr(data.test, column).hold(test)
+        more = "xy" if both and ends else ""
+        for split_, rows, columns in ((data.train, train, ends + more), (data.test, test, ends)):
+            for column in dict.fromkeys(columns):
+                if rows is not None and has(split_, column):
+                    getattr(split_, column).hold(rows)
 
     team.together(naming(team, held))
 
 
+def has(split_: Split, column: str) -> bool:
+    """Whether rows have that column: weights are not always there."""
+    return getattr(split_, column) is not None
+
+
 def columns_of(grid: Grid) -> str:
     """The columns that this rank uses."""
-    return "x" * (grid.stage == 0) + "y" * (grid.stage == grid.stages - 1)
+    return "x" * (grid.stage == 0) + "yw" * (grid.stage == grid.stages - 1)
 
 
 def look_at(
@@ -143,6 +151,7 @@ def look_at(
     tokens: int | None = None,
     ignore: int | None = None,
     gaps: bool = False,
+    doubt: bool = False,
 ) -> Seen:
     """Check all values of the data set, of which each rank reads the rows that it holds; collective.
 
@@ -152,19 +161,20 @@ def look_at(
         tokens: how many token ids there are, if that has been said and is not the number of classes.
         ignore: the label that means no label, if there is one.
         gaps: whether inputs may be NaN, to be filled.
+        doubt: whether to ask, of labels to train on, if one means no label: nobody has said so.
     """
     team, ends, classes = grid.team, columns_of(grid), classes or data.classes
-    limits, ignored = {"x": tokens or classes, "y": classes}, {"x": None, "y": ignore}
+    limits, ignored = {"x": tokens or classes, "y": classes}, {"y": ignore}
     seen = declared(data, classes)
     seen.ignore = ignore
     splits = [(split_, rows) for split_, rows in ((data.train, train), (data.test, test)) if rows is not None]
-    columns = [(split_, rows, column) for split_, rows in splits for column in "xy"]
+    columns = [(split_, rows, column) for split_, rows in splits for column in "xyw" if has(split_, column)]
     if data.check:
         team.on_rank_0(naming(team, data.check))
 
     def look(split_: Split, rows: Indices, column: str) -> Findings:
         own = rows if column in ends else rows[:0]
-        return inspect(getattr(split_, column), own, ignored[column], team.clock.progress, gaps and column == "x")
+        return inspect(getattr(split_, column), own, ignored.get(column), team.clock.progress, gaps and column == "x")
 
     def read() -> list[Findings]:
         team.clock("data")
@@ -173,25 +183,32 @@ def look_at(
     everyones = team.allgather(team.together(naming(team, read)))
     for (split_, _, column), findings in zip(columns, zip(*everyones, strict=True), strict=True):
         source: Source = getattr(split_, column)
-        joined = _sound(data, grid, source, column, findings, limits[column])
+        wrong = functools.partial(
+            problem, data, column, classes=limits.get(column), doubt=doubt and source is data.train.y
+        )
+        joined = _sound(grid, source, findings, wrong)
         highest = int(max(joined.highest[0], -1))
         if column == "x":
             seen.tokens = max(seen.tokens, highest + 1)
-        elif data.classification:
+        elif column == "y" and data.classification:
             seen.outputs = max(seen.outputs, highest + 1)
             if joined.masked:
                 seen.notes.append(f"{source.name}: {joined.masked} labels are {ignore} and do not count")
+        elif source is data.train.y and joined.binary and not isinstance(source, ValueSource):
+            seen.notes.append(f"{source.name}: all labels are 0 or 1, but are taken for values; see --loss bce")
     return seen
 
 
 def _sound(
-    data: Dataset, grid: Grid, source: Source, column: str, findings: Sequence[Findings], limit: int | None
+    grid: Grid, source: Source, findings: Sequence[Findings], problem_of: Callable[[Findings], tuple[str, int] | None]
 ) -> Findings:
     """The findings of all ranks in a column, joined. Raises DataError, on all alike, for what cannot be used."""
     joined = functools.reduce(operator.or_, findings)
-    if wrong := problem(data, column, joined, limit):
-        problems = [problem(data, column, one, limit) for one in findings]
-        reader = next(rank for rank, one in enumerate(problems) if one and one[1] == wrong[1])
+    if wrong := problem_of(joined):
+        problems = [problem_of(one) for one in findings]
+        reader = next((rank for rank, one in enumerate(problems) if one and one[1] == wrong[1]), None)
+        if reader is None:  # no rank by itself sees it
+            reader = next(r for r, one in enumerate(findings) if one.lowest == joined.lowest)
         error = DataError(f"{source.name}: {wrong[0]} {wrong[1]}")
         raise _of_rank(error, grid.team, reader).on_all_ranks(grid.team.launched[reader])
     return joined
@@ -220,7 +237,8 @@ def read_first(grid: Grid, *splits: tuple[Split, Indices]) -> None:
     def read() -> None:
         team.clock("data")
         for (split_, rows), column in itertools.product(splits, columns_of(grid)):
-            getattr(split_, column).rows(rows[:FIRST])
+            if has(split_, column):
+                getattr(split_, column).rows(rows[:FIRST])
 
     team.together(naming(team, read))
 
@@ -246,7 +264,9 @@ def prepare(config: Config, data: Dataset, grid: Grid, shards: Shards) -> list[P
 def _check_numbers(config: Config, data: Dataset) -> None:
     for flag, asked in (("--fill", config.fill is not None), ("--normalize", config.normalize)):
         if asked and data.language_model:
-            raise ConfigError(f"{flag}: the data set's inputs are tokens, not numbers")
+            raise ConfigError(
+                f"{flag}: the data set's inputs are tokens (save numbers that have a label each as floating-point)"
+            )
 
 
 def _of_shards(
@@ -265,7 +285,7 @@ def _of_shards(
 
 def look_for_starving(data: Dataset, grid: Grid, shards: Shards, classes: int) -> list[str]:
     """A warning if the shards of sorted labels have only some of the classes each; collective."""
-    if not data.classification or data.language_model or shards.strided:
+    if not data.classification or data.row_labels > 1 or shards.strided:
         return []
     both = np.zeros(classes + shards.microbatches, np.int64)
     counts, seen = both[:classes], both[classes:]

@@ -108,7 +108,8 @@ class Sums:
         self._rows.clear()
 
     def over_all(self) -> Record:
-        """Those of all replicas; collective over the grid, when all have added their rows."""
+        """Those of all replicas; collective over the grid, when all have added their rows. The loss is not a number if
+        no row counts."""
         grid = self.grid
         last = grid.rank_of(grid.stages - 1, grid.replicas - 1)
         if grid.stage == grid.stages - 1:
@@ -119,4 +120,5 @@ class Sums:
                 wait([grid.comm.Isend(self._message, grid.comm.rank + 1)])
         wait([grid.comm.Ibcast(self._message, last)])
         bad, loss, weight, *metric = self._message.tolist()
-        return Record(loss, weight, metric, bad_entry=None if math.isfinite(loss) else int(bad))
+        bad_entry = None if math.isfinite(loss) else int(bad)
+        return Record(loss if weight else math.nan, weight, metric, bad_entry=bad_entry)

@@ -16,7 +16,7 @@ from mpiml.errors import DataError
 from mpiml.nn.base import Layer
 from mpiml.nn.parameters import Shape
 from mpiml.partition import check_ranks, part
-from mpiml.training.model import build_loss, build_metric, model_for
+from mpiml.training.model import build_scoring, model_for
 from mpiml.training.resolve import Resolved, resolve
 from mpiml.training.stages import StageDesign, cut
 from mpiml.training.task import Task
@@ -131,9 +131,8 @@ def unplaced(config: Config, data: Dataset) -> Unplaced:
     config = resolve(config.replace(pipe=1, cuts=(), microbatches=1), len(data.train), data.classification, 1)
     outputs, tokens = needs(data, config.classes, config.ignore)
     task = Task(data.train.x.shape, data.train.y.shape, data.classification, outputs, tokens)
-    build_loss(config)  # for its errors
     layers = model_for(config, task, None)
-    columns = 2 + build_metric(config, outputs).columns
+    columns = 2 + build_scoring(config, task, layers, data.train.w is not None).metric.columns
     return Unplaced(layers, task.shape, len(data.train), data.classification, columns)
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
+import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,8 +16,19 @@ import numpy as np
 from mpiml.config import Config
 from mpiml.errors import ConfigError
 from mpiml.nn import base as nn
-from mpiml.nn.checked import OwnLoss, OwnMetric
-from mpiml.nn.losses import R2, Accuracy, Loss, Metric, mean_squared_error, softmax_cross_entropy
+from mpiml.nn.checked import OwnLoss, OwnMetric, Sample
+from mpiml.nn.losses import (
+    R2,
+    Accuracy,
+    BinaryAccuracy,
+    ExactMatch,
+    Loss,
+    Metric,
+    binary_cross_entropy,
+    mean_squared_error,
+    softmax_cross_entropy,
+)
+from mpiml.nn.outputs import Outputs
 from mpiml.nn.parameters import Shape
 from mpiml.random import global_generators, keyed
 from mpiml.run.result import FIELDS
@@ -22,7 +36,7 @@ from mpiml.training.task import Task
 from mpiml.usercode import called_with, is_name, named
 
 Model = Any  # layers, PyTorch modules, a list of both, or a function (shape, outputs) that returns such
-Objective = Callable[[Any, Any, Any, bool], tuple[list[float], Any]]
+Objective = Callable[[Any, Any, Any, bool, nn.At], tuple[list[float], Any]]
 
 
 def model_for(config: Config, task: Task, model: Model | None) -> list[nn.Layer]:
@@ -43,10 +57,24 @@ def model_for(config: Config, task: Task, model: Model | None) -> list[nn.Layer]
         raise ConfigError(f"the model does not fit the data: {error}") from None
     if not any(parameter.size and parameter.momentum is None for parameter in nn.parameters(layers)):
         raise ConfigError("the model has no parameters, so there is nothing to train")
-    ours = not (is_name(config.loss) and is_name(config.metric))  # else nothing of ours looks at the outputs
-    if ours and final != task.final:
-        raise ConfigError(f"the model gives rows of shape {final}, but the labels need {task.final}")
+    outputs_for(config, task, layers, final)
     return layers
+
+
+def outputs_for(config: Config, task: Task, layers: Sequence[nn.Layer], shape: Shape) -> Outputs | None:
+    """How the model's rows of outputs, of `shape`, meet the labels; None if that is only for a user's own loss and
+    metric to know. Raises ConfigError if they do not fit."""
+    modules = _torch_modules()
+    torch = modules is not None and isinstance(layers[-1], modules.TorchLayer)
+    own = is_name(config.loss) and is_name(config.metric)
+    try:
+        return Outputs.of(shape, task.labels, task.outputs if task.classification else None, torch)
+    except ValueError as error:
+        if own:
+            return None
+        several = task.classification and math.prod(task.labels) > 1
+        hint = "; for labels of 0 and 1, each by itself, --loss bce; for values, --loss mse" if several else ""
+        raise ConfigError(f"the model gives rows of shape {shape}, but the labels need {error}{hint}") from None
 
 
 def chosen(config: Config, tokens: int = 0) -> Model:
@@ -108,31 +136,70 @@ def _list_of_layers(made: Any) -> list[nn.Layer]:
     return layers
 
 
-def build_loss(config: Config) -> Loss:
-    """The loss that --loss names."""
+@dataclass(frozen=True)
+class Scoring:
+    """What scores a model's outputs by the labels; `outputs` says how they meet, if that is known."""
+
+    loss: Loss
+    metric: Metric
+    outputs: Outputs | None
+
+
+def build_scoring(config: Config, task: Task, layers: Sequence[nn.Layer], weighted: bool = False) -> Scoring:
+    """The loss and the metric that the settings name, for the outputs of a model; `weighted`: whether rows have
+    weights. Raises ConfigError for those that do not work."""
+    *_, shape = nn.stack_shapes(layers, task.shape)
+    outputs = outputs_for(config, task, layers, shape)
+    rows = next(rows for rows in itertools.count(2) if rows not in (*shape, *task.labels))
+    sample = Sample(
+        np.zeros((rows, *shape), config.dtype),
+        np.zeros((rows, *task.labels), np.intp if task.classification else config.dtype),
+        np.ones(rows, config.dtype) if weighted else None,
+        *(outputs, config.seed, config.threads),
+    )
+    loss, metric = build_loss(config, sample), build_metric(config, task, sample)
+    if outputs and outputs.axis is not None:
+        loss = loss if is_name(config.loss) else outputs.loss(loss)
+        metric = metric if is_name(config.metric) else outputs.metric(metric)
+    return Scoring(loss, metric, outputs)
+
+
+def build_loss(config: Config, sample: Sample) -> Loss:
+    """The loss that --loss names; one of ours takes classes on the last axis."""
     if is_name(config.loss):
-        return OwnLoss(config.loss)
-    return softmax_cross_entropy if config.loss == "cross_entropy" else mean_squared_error
+        return OwnLoss(config.loss, sample)
+    losses = {"cross_entropy": softmax_cross_entropy, "mse": mean_squared_error, "bce": binary_cross_entropy}
+    return losses[config.loss]
 
 
-def build_metric(config: Config, outputs: int) -> Metric:
-    """The metric that --metric names; a user's own is what the named function returns for `outputs`."""
+def build_metric(config: Config, task: Task, sample: Sample) -> Metric:
+    """The metric that --metric names; a user's own is what the named function returns for the number of outputs."""
     if is_name(config.metric):
-        metric = OwnMetric(config.metric, outputs)
+        metric = OwnMetric(config.metric, task.outputs, sample)
         if metric.name in FIELDS:
             raise ConfigError(
                 f"{metric.flag}: is called {metric.name!r}; choose another name than a field of result.json"
             )
         return metric
-    return Accuracy() if config.metric == "accuracy" else R2(outputs)
+    if config.metric == "accuracy":
+        return Accuracy() if task.classification else BinaryAccuracy()
+    return ExactMatch() if config.metric == "exact_match" else R2(1 if len(task.labels) > 1 else task.outputs)
 
 
 def objective(loss: Loss, metric: Metric) -> Objective:
-    """What the last stage computes: (y, labels, weights, measured) -> a row of the step record, and the gradient by the
-    model's output; the metric is summed only if it is to be measured."""
+    """What the last stage computes: (y, labels, weights, measured, at) -> a row of the step record, and the gradient by
+    the model's output; the metric is summed only if it is to be measured. `at` keys what a user's own loss and metric
+    draw from generators of the process."""
+    none: frozenset[str] = frozenset()
+    of_loss, of_metric = getattr(loss, "draws", none), getattr(metric, "draws", none)
 
-    def score(y: Any, labels: Any, weights: Any, measured: bool) -> tuple[list[float], Any]:
-        total, weight, dy = loss(y, labels, weights)
-        return [total, weight, *(metric.sums(y, labels) if measured else ())], np.ascontiguousarray(dy, y.dtype)
+    def score(y: Any, labels: Any, weights: Any, measured: bool, at: nn.At) -> tuple[list[float], Any]:
+        with keyed(of_loss, at.seed, "loss", at.step, at.microbatch):
+            total, weight, dy = loss(y, labels, weights)
+        sums: Any = ()
+        if measured:
+            with keyed(of_metric, at.seed, "metric", at.step, at.microbatch):
+                sums = metric.sums(y, labels)
+        return [total, weight, *sums], np.ascontiguousarray(dy, y.dtype)
 
     return score

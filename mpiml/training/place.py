@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mpiml.config import Config
 from mpiml.nn import base as nn
-from mpiml.nn.losses import Loss, Metric
+from mpiml.nn.losses import Metric
 from mpiml.nn.parameters import Gradients, Layout
 from mpiml.parallel.gradient_sum import GradientSum, LibrarySum, OrderedSum
 from mpiml.parallel.grid import Grid
@@ -23,7 +23,7 @@ from mpiml.parallel.stage import Computation
 from mpiml.parallel.tree import depth
 from mpiml.parallel.values import Values
 from mpiml.training.constants import Constants
-from mpiml.training.model import Model, build_loss, build_metric, described, model_for, objective
+from mpiml.training.model import Model, Scoring, build_scoring, described, model_for, objective
 from mpiml.training.resolve import Resolved
 from mpiml.training.stages import StageDesign, cut
 from mpiml.training.task import Task
@@ -40,6 +40,7 @@ class BuiltModel:
     Attributes:
         task: what it is for.
         layouts: of the parameters of each stage.
+        scoring: loss and metric.
         constants: of all stages on rank 0, which writes them to checkpoints; elsewhere of this rank's stage.
         least_rows: of a micro-batch that it can be trained on, and the layer that says so.
         notes: what a person should know.
@@ -47,32 +48,39 @@ class BuiltModel:
 
     task: Task
     layouts: list[Layout]
-    metric: Metric
+    scoring: Scoring
     constants: Constants
     least_rows: tuple[int, str]
     notes: list[str]
 
+    @property
+    def metric(self) -> Metric:
+        """What measures it."""
+        return self.scoring.metric
 
-def build_stage(config: Config, task: Task, grid: Grid, model: Model | None) -> tuple[BuiltModel, Computation]:
-    """The model, cut into stages, and what this rank's stage computes; collective.
+
+def build_stage(
+    config: Config, task: Task, grid: Grid, model: Model | None, weighted: bool = False
+) -> tuple[BuiltModel, Computation]:
+    """The model, cut into stages, and what this rank's stage computes; collective. Rows may be `weighted`.
 
     Raises, on all ranks alike, ConfigError for a model, a loss or a metric that does not fit.
     """
     team = grid.team
 
-    def build() -> tuple[Loss, Metric, list[nn.Layer], list[StageDesign], dict[str, str]]:
+    def build() -> tuple[Scoring, list[nn.Layer], list[StageDesign], dict[str, str]]:
         layers = model_for(config, task, model)
         stages = cut(config, layers, task.shape)
-        return build_loss(config), build_metric(config, task.outputs), layers, stages, described(layers, config.seed)
+        return build_scoring(config, task, layers, weighted), layers, stages, described(layers, config.seed)
 
     with team.clock.doing("model"):
-        loss, metric, layers, stages, text = team.together(build)
+        scoring, layers, stages, text = team.together(build)
         team.check_alike(text, ONE_MODEL)
     stage = stages[grid.stage]
     computation = Computation(
         forward=functools.partial(nn.forward, stage.layers, learned=stage.learned),
         at=lambda training, step, m: nn.At(training, config.seed, step, m),
-        objective=objective(loss, metric),
+        objective=objective(scoring.loss, scoring.metric),
         x_shape=stage.x_shape,
         y_shape=stage.y_shape,
         dtype=config.dtype,
@@ -85,7 +93,7 @@ def build_stage(config: Config, task: Task, grid: Grid, model: Model | None) -> 
     built = BuiltModel(
         task=task,
         layouts=[stage.layout for stage in stages],
-        metric=metric,
+        scoring=scoring,
         constants=constants,
         least_rows=max((layer.least_rows, layer.path) for layer in layers),
         notes=[note for layer in layers for note in layer.notes],

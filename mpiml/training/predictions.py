@@ -11,6 +11,8 @@ from numpy.typing import DTypeLike, NDArray
 
 from mpiml.errors import ConfigError
 from mpiml.flags import quoted
+from mpiml.nn.losses import sigmoid, softmax
+from mpiml.nn.outputs import Outputs
 from mpiml.nn.parameters import Shape
 from mpiml.parallel.stage import Computation
 from mpiml.partition import part
@@ -37,27 +39,50 @@ def check_path(file: str | None) -> None:
 
 
 class Predictions:
-    """What the last stage of this replica makes of its test rows: of each the class, the word that it stands
-    for, or values as its labels.
+    """What the last stage of this replica makes of its test rows: of each, in the shape of its labels, the classes or
+    the words that they stand for, or values; or probabilities, those of classes on one more axis, the last.
 
     Args:
         here: what this rank's stage computes; from now on, what it scores is kept.
-        task: what the model is for. If loss and metric are a user's own, outputs may be anything, and stay as they are.
+        task: what the model is for.
+        outputs: how outputs meet the labels. If only a user's own loss and metric know, outputs stay as they are.
+        binary: whether outputs predict labels of 0 and 1, each by itself.
+        probabilities: of classes, or of 1, instead of the likeliest.
+
+    Raises ConfigError for probabilities that the outputs do not have.
     """
 
-    def __init__(self, here: Computation, task: Task):
-        self._classes = task.classification and here.y_shape == task.final
-        values = task.labels if here.y_shape == task.final else here.y_shape
-        self.shape: Shape = task.labels if self._classes else values
-        self.dtype: DTypeLike = np.int64 if self._classes else here.dtype
-        self.words = task.words if self._classes else ()
+    def __init__(
+        self, here: Computation, task: Task, outputs: Outputs | None, binary: bool = False, probabilities: bool = False
+    ):
+        if probabilities and outputs is None:
+            raise ConfigError(
+                "--probabilities: the model's outputs do not fit the labels, so that they count no classes"
+            )
+        self._outputs, self._binary, self._probabilities = outputs, binary, probabilities
+        classes = outputs is not None and outputs.axis is not None
+        several = (task.outputs,) if classes and probabilities else ()
+        self.shape: Shape = (*task.labels, *several) if outputs else here.y_shape
+        labels = outputs is not None and (classes or binary) and not probabilities
+        self.dtype: DTypeLike = np.int64 if labels else here.dtype
+        self.words = task.words if labels and classes else ()
         self._kept: list[Rows] = []
         self._score, here.objective = here.objective, self._objective
 
-    def _objective(self, y: Rows, labels: Rows, weights: Rows | None, measured: bool) -> tuple[list[float], Rows]:
-        predicted = y.argmax(axis=-1) if self._classes else y.astype(self.dtype)
-        self._kept.append(np.ascontiguousarray(predicted, self.dtype).reshape(len(y), *self.shape))
-        return self._score(y, labels, weights, measured)
+    def _objective(
+        self, y: Rows, labels: Rows, weights: Rows | None, measured: bool, at: Any
+    ) -> tuple[list[float], Rows]:
+        self._kept.append(np.ascontiguousarray(self._predicted(y), self.dtype).reshape(len(y), *self.shape))
+        return self._score(y, labels, weights, measured, at)
+
+    def _predicted(self, y: Rows) -> Rows:
+        if self._outputs is None:
+            return y.copy()
+        if self._outputs.axis is None:
+            return (sigmoid(y) if self._probabilities else y >= 0) if self._binary else y.copy()
+        scores = self._outputs.classes_last(y)
+        predicted: Rows = softmax(scores) if self._probabilities else scores.argmax(axis=-1)
+        return predicted
 
     def write(self, path: Path, tests: Evaluation) -> None:
         """Write those of all replicas; collective. Raises OutputError, on all ranks alike, if that fails."""

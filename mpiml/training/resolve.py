@@ -29,7 +29,8 @@ class Resolved(Config):
 
 
 def open_data(config: Config, task: Task | None = None) -> Dataset:
-    """The data set that the settings name. Raises DataError or ConfigError if there is none.
+    """The data set that the settings name, with labels as they want them. Raises DataError or ConfigError if there is
+    none.
 
     `task` is what a trained model takes, which tells the columns of a table and the classes of its words.
     """
@@ -46,17 +47,37 @@ def open_data(config: Config, task: Task | None = None) -> Dataset:
     dataset = open_dataset(config.data, options)
     if config.drop_columns and not dataset.names:
         raise ConfigError(f"--drop-columns: {config.data} is not a table; leave it out")
-    if dataset.words and config.loss == "mse":
-        raise ConfigError(f"--loss mse: labels are words ({words_text(dataset.words)}), not numbers; leave it at auto")
+    if dataset.words and of_values(config):
+        flag = f"--loss {config.loss}" if config.loss in ("mse", "bce") else f"--metric {config.metric}"
+        raise ConfigError(f"{flag}: labels are words ({words_text(dataset.words)}), not numbers; leave it at auto")
     if dataset.words and config.classes not in (None, len(dataset.words)):
         raise ConfigError(f"--classes {config.classes}: labels are {len(dataset.words)} words; leave it out")
-    return dataset
+    return with_labels(dataset, config, task)
 
 
 def words_text(words: Sequence[str]) -> str:
     """Words and the classes that they stand for: all, or the first few and the last."""
     texts = [f"{word} = {number}" for number, word in enumerate(words)]
     return ", ".join(texts if len(texts) <= 10 else [*texts[:9], "...", texts[-1]])
+
+
+def with_labels(data: Dataset, config: Config, task: Task | None = None) -> Dataset:
+    """A data set with labels as loss and metric want them, and as a trained model's `task`: integers, or values."""
+    if binary(config, data.classification and not of_values(config)):
+        return data.with_probabilities()
+    return data.with_values() if of_values(config) or (task and not task.classification) else data
+
+
+def of_values(config: Config) -> bool:
+    """Whether loss or metric take labels for values, integers too."""
+    auto = config.loss == "auto" or is_name(config.loss)
+    return config.loss in ("mse", "bce") or (auto and config.metric in ("r2", "exact_match"))
+
+
+def binary(config: Config, classification: bool) -> bool:
+    """Whether loss or metric take labels for 0 or 1, each by itself."""
+    own = is_name(config.loss) and config.metric == "accuracy"
+    return not classification and (config.loss == "bce" or config.metric == "exact_match" or own)
 
 
 def absolute(spec: str) -> str:
@@ -88,6 +109,8 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int, befo
     steps = config.steps or (config.epochs or DEFAULT_EPOCHS) * -(-rows // config.batch)
     if before:
         check_fall(config, before, steps)
+    elif config.classes is not None and (not classification or of_values(config)):
+        raise ConfigError(f"--classes {config.classes}: the labels are values, not classes; leave it out")
     decay = config.weight_decay
     decided = scored(config, classification).replace(
         data=absolute(config.data),
@@ -102,19 +125,26 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int, befo
     return Resolved(**vars(decided))
 
 
+METRICS = {"cross_entropy": ("accuracy",), "mse": ("r2",), "bce": ("accuracy", "exact_match")}  # the default first
+
+
 def scored(config: Config, classification: bool) -> Config:
-    """The config with loss and metric decided. Raises ConfigError for those that do not fit the labels."""
-    loss, metric = ("cross_entropy", "accuracy") if classification else ("mse", "r2")
-    for flag, value, fitting in (("--loss", config.loss, loss), ("--metric", config.metric, metric)):
-        if value not in ("auto", fitting) and not is_name(value):
-            kind = "integers" if classification else "not integers"
-            raise ConfigError(f"{flag} {value}: the data set's labels are {kind}; leave it at auto")
+    """The config with loss and metric decided. Raises ConfigError for those that do not fit the labels.
+
+    `classification`: whether labels are integers, which may still become values.
+    """
+    classification = classification and not of_values(config)
+    loss, metric = config.loss, config.metric
+    if loss == "auto":
+        loss = "cross_entropy" if classification else "bce" if metric == "exact_match" else "mse"
+    if loss == "cross_entropy" and not classification:
+        raise ConfigError("--loss cross_entropy: labels are not integers, as classes have to be; leave it at auto")
+    fitting = METRICS.get(loss) or (("accuracy",) if classification else ("r2", "accuracy", "exact_match"))
+    if metric != "auto" and metric not in fitting and not is_name(metric):
+        raise ConfigError(f"--metric {metric}: --loss {loss} needs {' or '.join(fitting)}")
     if config.ignore is not None and not classification:
-        raise ConfigError(f"--ignore {config.ignore}: the data set's labels are not integers; leave it out")
-    return config.replace(
-        loss=loss if config.loss == "auto" else config.loss,
-        metric=metric if config.metric == "auto" else config.metric,
-    )
+        raise ConfigError(f"--ignore {config.ignore}: the labels are values, which all count; leave it out")
+    return config.replace(loss=loss, metric=fitting[0] if metric == "auto" else metric)
 
 
 def check_rows(config: Resolved, least: int, layer: str, smallest: int, rows: int, replicas: int) -> None:

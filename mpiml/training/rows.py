@@ -66,7 +66,8 @@ def build_data(config: Resolved, data: Dataset, grid: Grid, known: Known = Known
     hold(data, grid, rows, test_rows, both=shards.transform is not None)
     seen, train, test = known.seen, data.train, data.test
     if not seen and config.look != "first":
-        seen = look_at(data, grid, rows, test_rows, config.classes, ignore=ignore, gaps=gaps)
+        doubt = config.ignore is None and not config.resume
+        seen = look_at(data, grid, rows, test_rows, config.classes, ignore=ignore, gaps=gaps, doubt=doubt)
         seen.notes += look_for_starving(data, grid, cut(train.ignoring(ignore)), seen.outputs)
     needed = seen or declared(data, config.classes)
     if not seen or (known.seen and not data.sampled):

@@ -172,7 +172,8 @@ def assemble(
     clock("joining")
     share_cores(grid.node.size * config.threads, grid.cores)
     rows = build_data(config, data, grid, known)
-    built, computation = build_stage(config, rows.task, grid, model)
+    weighted = any(split.w is not None for split in (data.train, data.test))
+    built, computation = build_stage(config, rows.task, grid, model, weighted)
     team.together(lambda: check_rows(config, *built.least_rows, rows.shards.smallest(), len(data.train), grid.replicas))
     team.on_rank_0(lambda: check(config, built))
     layout = built.layouts[grid.stage]

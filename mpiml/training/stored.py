@@ -55,6 +55,10 @@ def stored_model(
             own = code_of(settings_in(path / CONFIG))
     given = {name: value for name, value in named.items() if value is not None}
     config, task = settings_of(saved, tuple(named), own | given), Task.of_checkpoint(saved)
+    if task.classification and resolve.of_values(config):
+        raise ConfigError(
+            f"--loss {config.loss} --metric {config.metric}: for values, but the run's labels are classes"
+        )
     cuts = config.cuts if config.pipe == asked["pipe"] else ()
     config = resolve.scored(config, task.classification).replace(
         cuts=cuts, **{name: value for name, value in asked.items() if value is not None}

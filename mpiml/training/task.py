@@ -42,14 +42,10 @@ class Task:
     columns: tuple[str, ...] = ()
 
     @property
-    def final(self) -> Shape:
-        """The shape that a row of the model's output must have."""
-        return (*self.labels, self.outputs) if self.classification else (self.outputs,)
-
-    @property
     def vocabulary(self) -> int:
         """How many token ids rows of inputs may hold: where there is a label for each, as many as there are classes."""
-        return max(self.tokens, self.outputs if self.classification and self.labels else 0)
+        each = self.classification and len(self.labels) == 1 and self.labels == self.shape
+        return max(self.tokens, self.outputs if each else 0)
 
     def to_json(self) -> str:
         """As a checkpoint holds it."""

@@ -163,6 +163,61 @@ def net(shape, outputs):
 """
 
 
+# Weights, labels of 0 and 1 on two axes, and a metric that draws.
+BINARY = """
+import random
+import numpy as np
+from mpiml.api import Conv2d, Dataset, Tanh
+
+def data():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((90, 4, 5, 2))
+    y = (x > 0.3).any(axis=3).astype(np.uint8)
+    w = rng.integers(0, 3, 90) * (np.arange(90) > 8)
+    return Dataset.from_arrays(x[:60], y[:60], x[60:], y[60:], w[:60], w[60:])
+
+def net(shape, outputs):
+    assert outputs == 20
+    return [Conv2d(2, 4, 3), Tanh(), Conv2d(4, 1, 1)]
+
+class Drawn:
+    name, columns = "drawn", 1
+
+    def __init__(self, outputs):
+        pass
+
+    def sums(self, y, labels):
+        return np.array([random.random()])
+
+    def value(self, totals):
+        return totals[0]
+"""
+# Masks with -1, a loss of batches and one that draws.
+MASKS = """
+def net(shape, outputs):
+    from torch import nn
+
+    return nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, outputs, 1))
+
+def loss(y, labels):
+    import torch
+
+    p = torch.softmax(y + 0.1 * torch.randn_like(y), 1)[:, 1] * (labels >= 0)
+    hit = labels == 1
+    dice = 1 - 2 * (p * hit).sum() / (p.sum() + hit.sum() + 1)
+    return dice + torch.nn.functional.cross_entropy(y, labels, ignore_index=-1)
+"""
+
+
+def masks(here: Path) -> None:
+    random = np.random.default_rng(0)
+    x = random.integers(0, 256, (90, 2, 4, 5), np.uint8)
+    y = np.where(random.random((90, 4, 5)) < 0.2, 255, x[:, 0] > x[:, 1]).astype(np.uint8)
+    y[:, 0, 0] = 0
+    split(here, x, y, 60)
+    (here / "masks.py").write_text(MASKS)
+
+
 def noise(here: Path) -> None:
     lines = ["def noisy(x, y, random):", "    return x + random.normal(size=x.shape), y"]
     (here / "noise.py").write_text("\n".join(lines) + "\n")
@@ -236,6 +291,11 @@ FEATURES = {
     "averages-cnn": Feature(f"{AVERAGES} --model cnn", write=images),
     "own": Feature(f"{OWN_FLAGS} --microbatches 6", write=own),
     "own-whole": Feature(f"{OWN_FLAGS} --microbatches 1", (), own),
+    "binary": Feature(
+        f"--data binary:data --model binary:net --loss bce --metric binary:Drawn --microbatches 5 --batch 9 {SHORT}",
+        ("pipe", "nodes", "resumed"),
+        lambda here: (here / "binary.py").write_text(BINARY),
+    ),
     "empty-29": Feature(f"{FEW} --microbatches 29", write=few_rows),
     "empty-30": Feature(f"{FEW} --microbatches 30", write=few_rows),
     # Of the 30 steps of an epoch about half have no row in any of the four micro-batches.
@@ -262,3 +322,5 @@ if importlib.util.find_spec("torch"):
         ("pipe", "grid", "private", "resumed"),
         lambda here: (here / "norms.py").write_text(NORMS),
     )
+    FLAGS = f"{DATA} --model masks:net --loss masks:loss --ignore 255 --normalize --batch 30 --microbatches 6"
+    FEATURES["masks"] = Feature(f"{FLAGS} --lr 0.01 {SHORT}", ("pipe", "private", "resumed"), masks)

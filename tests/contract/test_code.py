@@ -154,7 +154,7 @@ def test_a_small_file_asks_for_no_memory(here: Path, command: str) -> None:
 
 
 def test_a_loss_that_does_not_fit_the_labels_is_refused(here: Path) -> None:
-    with pytest.raises(ConfigError, match="--loss mse: the data set's labels are integers"):
+    with pytest.raises(ConfigError, match="--loss mse --metric auto: for values, but the run's labels are classes"):
         evaluate(checkpoint=str(forged(here, 'loss = "mse"\n')))
 
 

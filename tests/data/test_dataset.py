@@ -33,7 +33,7 @@ BAD = {
     "label shapes": ({"y_train": np.zeros((6, 2)), "y_test": np.zeros(2)}, ["y_train", "(2,)", "y_test", "()"]),
     "classes and values": ({"y_test": np.zeros(2)}, ["y_train is int64", "y_test is float64"]),
     "rows without values": ({"x_train": np.zeros((6, 0)), "x_test": np.zeros((2, 0))}, ["x_train", "no values"]),
-    "images as labels": ({"y_train": np.zeros((6, 2, 2)), "y_test": np.zeros((2, 2, 2))}, ["one axis a row", "(2, 2)"]),
+    "labels without values": ({"y_train": np.zeros((6, 0)), "y_test": np.zeros((2, 0))}, ["y_train", "no values"]),
 }
 
 
@@ -96,6 +96,51 @@ def test_a_file_gives_what_was_saved(tmp_path: Path, save) -> None:
             rows = getattr(split, column)
             rows.hold(np.arange(len(split)))
             np.testing.assert_array_equal(rows.rows(np.arange(len(split))), GOOD[f"{column}_{which}"])
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "tokens", "ignored"),
+    [
+        (np.zeros((6, 9), int), np.zeros((6, 9), int), True, -1),
+        (np.zeros((6, 9)), np.zeros((6, 9), int), False, -1),  # rows of numbers, each with a class
+        (np.zeros((6, 9), np.uint8), np.zeros((6, 4), int), False, -1),
+        (np.zeros((6, 9, 9), np.uint8), np.zeros((6, 9, 9), np.uint8), False, -1),  # images and masks
+        (np.zeros((6, 1), int), np.zeros((6, 1), int), False, None),
+        (np.zeros((6, 9), np.uint8), np.zeros((6, 1), int), False, None),
+        (np.zeros((6, 9), int), np.zeros(6, int), False, None),
+        (np.zeros((6, 9), int), np.zeros((6, 9)), False, None),
+    ],
+)
+def test_what_are_tokens_and_where_minus_one_is_no_label(
+    x: np.ndarray, y: np.ndarray, tokens: bool, ignored: int | None
+) -> None:
+    data = Dataset.from_arrays(x, y, x, y)
+    assert (data.language_model, data.ignored(None), data.ignored(7)) == (tokens, ignored, 7)
+
+
+def test_labels_as_values_and_as_probabilities_leave_the_fingerprint() -> None:
+    data = Dataset.from_arrays(*(GOOD[key] for key in KEYS), w_train=np.ones(6))
+    for other in (data.with_values(), data.with_probabilities()):
+        assert not other.classification
+        assert other.fingerprint == data.fingerprint
+        assert other.train.w is data.train.w
+        np.testing.assert_array_equal(other.test.y.rows(np.arange(2)), [1.0, 0.0])
+    assert data.with_values().with_values().train.y.source is data.train.y
+    assert [name for name, _ in data.fingerprint] == ["x_train", "y_train", "w_train", "x_test", "y_test"]
+    heavy = Dataset.from_arrays(*(GOOD[key] for key in KEYS), w_train=np.full(6, 2.0))
+    assert heavy.fingerprint != data.fingerprint
+
+
+def test_weights_are_one_a_row() -> None:
+    for weights in (np.arange(6), np.arange(6.0)[:, None]):
+        data = Dataset.from_arrays(*(GOOD[key] for key in KEYS), w_train=weights)
+        batch = Batch(0, 2, data.train, lambda: np.array([4, 1]), "float32", lambda x, y: (x, y))
+        assert batch.w().dtype == np.float32
+        np.testing.assert_array_equal(batch.w(), [4, 1])
+        assert Batch(0, 2, data.test, lambda: np.arange(2), "float32").w() is None
+    for weights, words in ((np.ones(5), "x_train has 6 rows, but w_train has 5"), (np.ones((6, 2)), "are \\(2,\\)")):
+        with pytest.raises(DataError, match=words):
+            Dataset.from_arrays(*(GOOD[key] for key in KEYS), w_train=weights)
 
 
 @pytest.mark.parametrize(("dtype", "classes"), [("int32", True), ("uint8", True), ("bool", True), ("float32", False)])

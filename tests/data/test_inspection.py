@@ -99,6 +99,10 @@ PROBLEMS = {
         ("token -1 is below", 3),
     ),
     "too many": (X, np.zeros(6, int), None, "y", Findings((0, 0), (6, 5)), ("label 6 makes more classes", 5)),
+    "few rows of many labels": (X, np.zeros((6, 9), int), None, "y", Findings((0, 0), (53, 5)), None),
+    "too many labels": (X, np.zeros((6, 9), int), None, "y", Findings((0, 0), (54, 5)), ("label 54 makes more", 5)),
+    "weights": (X, np.zeros(6), None, "w", Findings((0.0, 0), (2.0, 5)), None),
+    "no weight": (X, np.zeros(6), None, "w", Findings((0.0, 0), (0.0, 0)), ("all weights are 0", 0)),
     "declared": (X, np.zeros(6, int), 3, "y", Findings((0, 0), (3, 5)), ("label 3 is not one of the 3", 5)),
     "tokens": (np.zeros((6, 3), int), np.zeros((6, 3), int), None, "x", Findings((0, 0), (17, 5)), None),
     "token": (np.zeros((6, 3), int), np.zeros((6, 3), int), 9, "x", Findings((0, 0), (9, 5)), ("token 9 is", 5)),
@@ -122,7 +126,13 @@ IMAGES, LABELS = np.array([[7], [-7], [0], [1]]), np.array([0, 1, 2, 3])
 VALUES = np.array([[0.0], [np.nan], [np.inf], [1.0]])
 CHECKED: dict[str, tuple[np.ndarray, np.ndarray, str, list[int], str | None]] = {
     "good": (VALUES, LABELS, "x", [3, 0, 3], None),
-    "not finite": (VALUES, LABELS, "x", [3, 2, 0, 1], "x: 2 rows hold values that are not finite.*, the first is row 2$"),
+    "not finite": (
+        VALUES,
+        LABELS,
+        "x",
+        [3, 2, 0, 1],
+        "x: 2 rows hold values that are not finite.*, the first is row 2$",
+    ),
     "none": (VALUES, LABELS, "x", [], None),
     "images": (IMAGES, LABELS, "x", [0, 1, 2, 3], None),
     "label": (IMAGES, LABELS, "y", [0, 3, 1], "y: label 3 is not one of the 3 classes 0 to 2, in row 3$"),
@@ -144,3 +154,40 @@ def test_rows_that_are_checked_as_they_are_read(what: str) -> None:
             checked.rows(indices)
     else:
         np.testing.assert_array_equal(checked.rows(indices), plain.rows(indices))
+
+
+MASKS = Dataset.from_arrays(X, np.zeros((6, 99), np.uint8), X, np.zeros((6, 99), np.uint8))
+DOUBTFUL = {
+    "signs": ([[-1, 1], [1, -1]], -1, None, ("all labels are -1 or 1: if both are classes", 0)),
+    "two classes": ([[-1, 0], [1, -1]], -1, None, None),
+    "one class": ([[0, 0], [0, 0]], -1, None, None),
+    "void": ([[0, 20], [255, 1]], -1, None, ("label 255 is far above all others, up to 20: if 255 means no label", 1)),
+    "declared": ([[0, 20], [255, 1]], -1, 256, None),
+    "black and white": ([[0, 255], [255, 0]], -1, None, ("label 255 is far above all others, up to 0", 0)),
+    "a class like others": ([[0, 1], [255, 200]], -1, None, None),
+}
+
+
+@pytest.mark.parametrize("what", DOUBTFUL)
+def test_labels_of_which_one_may_be_none(what: str) -> None:
+    labels, ignore, classes, expected = DOUBTFUL[what]
+    findings = [inspect(source(labels), np.array([row]), ignore) for row in range(2)]
+    joined = findings[0] | findings[1]
+    assert problem(MASKS, "y", joined, classes) is None  # somebody has said so
+    wrong = problem(MASKS, "y", joined, classes, doubt=True)
+    assert (wrong is None) == (expected is None)
+    if wrong and expected:
+        assert (wrong[0].startswith(expected[0]), wrong[1]) == (True, expected[1])
+
+
+@pytest.mark.parametrize(
+    ("values", "binary"), [([[0.0, 1.0], [1.0, 1.0]], True), ([[0.0, 1.0], [1.0, 0.5]], False), ([0.0, 2.0], False)]
+)
+def test_values_that_are_0_or_1(values: list, binary: bool) -> None:
+    assert inspect(source(values), np.arange(2)).binary is binary
+    parts = [inspect(source(values), np.arange(row, row + 1)) for row in range(2)]
+    assert (parts[0] | parts[1]).binary is (parts[1] | parts[0]).binary is binary
+
+
+def test_single_numbers_have_extremes() -> None:
+    assert inspect(source([0.5, -1.5, 3.0]), np.arange(3)) == Findings((-1.5, 1), (3.0, 2))

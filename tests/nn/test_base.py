@@ -51,6 +51,34 @@ def test_a_layer_that_gives_another_shape_than_it_says_is_named(what: str, train
         nn.forward(layers, X, At(training))
 
 
+@pytest.mark.parametrize(
+    ("returned", "kind"),
+    [
+        (None, "NoneType"),
+        (X, "ndarray"),
+        ((X,), "tuple"),
+        ((X, X), r"\(ndarray, ndarray\)"),
+        ((None, id), r"\(NoneType,"),
+    ],
+)
+def test_a_layer_that_gives_no_pair_is_named(returned: object, kind: str) -> None:
+    class Wrong(Layer):
+        def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
+            return returned  # type: ignore[return-value]
+
+    layers, _ = stack(Linear(4, 4), Wrong())
+    with pytest.raises(ConfigError, match=rf"^layers\.1, Wrong, returns {kind}.*, but a layer returns outputs and a f"):
+        nn.forward(layers, X, AT)
+
+
+def test_without_training_nobody_needs_a_gradient() -> None:
+    class Silent(Layer):
+        def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
+            return x, None  # type: ignore[return-value]
+
+    assert nn.forward([Silent()], X, At(False))[0] is X
+
+
 def test_so_is_one_inside_another() -> None:
     layers, _ = stack(Residual(Linear(4, 4), Given(lambda x: x[:, :1])))
     with pytest.raises(ConfigError, match=r"layers\.0\.layers\.1, Given, gives outputs of shape \(1,\)"):

@@ -26,6 +26,9 @@ class Rows:
     def y(self) -> Any:
         return np.zeros(3, int)
 
+    def w(self) -> None:
+        return None
+
 
 @pytest.mark.parametrize("columns", [4, 2, 0])
 def test_a_message_that_is_too_short_is_refused(columns: int) -> None:
@@ -37,7 +40,7 @@ def test_a_message_that_is_too_short_is_refused(columns: int) -> None:
         computation = Computation(
             forward=lambda x, at: (x[:, :columns] if pair.rank == 0 else x, lambda dy, grads: None),
             at=lambda *place: None,
-            objective=lambda y, labels, weights, measured: ([float(y.sum()), 3.0], y),
+            objective=lambda y, labels, weights, measured, at: ([float(y.sum()), 3.0], y),
             x_shape=(4,),
             y_shape=(4,),
             dtype=np.float32,

@@ -45,7 +45,7 @@ class Scored:
         self.done += 1
         return x, None
 
-    def objective(self, y: Any, labels: Any, weights: Any, measured: bool) -> Any:
+    def objective(self, y: Any, labels: Any, weights: Any, measured: bool, at: Any) -> Any:
         np.testing.assert_array_equal(y[:, 0], labels)
         return [float(y.sum()), float(len(y)), float(3 * y.sum()), 1.0], y
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from mpiml.config import Config
 from mpiml.errors import ConfigError
+from mpiml.nn.base import At
+from mpiml.nn.checked import OwnLoss, Sample
 from mpiml.nn.layers import (
     BatchNorm2d,
     CausalSelfAttention,
@@ -19,9 +23,24 @@ from mpiml.nn.layers import (
     Residual,
     name,
 )
-from mpiml.nn.losses import R2, Accuracy, mean_squared_error, softmax_cross_entropy
+from mpiml.nn.losses import (
+    R2,
+    Accuracy,
+    BinaryAccuracy,
+    ExactMatch,
+    binary_cross_entropy,
+    mean_squared_error,
+    softmax_cross_entropy,
+)
 from mpiml.nn.parameters import Parameter
-from mpiml.training.model import build_loss, build_metric, described, model_for, objective
+from mpiml.training.model import (
+    build_loss,
+    build_metric,
+    build_scoring,
+    described,
+    model_for,
+    objective,
+)
 from mpiml.training.resolve import resolve
 from mpiml.training.task import Task
 
@@ -104,8 +123,14 @@ def test_a_given_model_stands_in_place_of_the_named_one() -> None:
 def test_any_shape_will_do_where_loss_and_metric_are_ones_own() -> None:
     own = {"model": "tests.usercode:model", "loss": "my:loss", "metric": "my:metric"}
     assert len(layers((64,), **own)) == 3
-    with pytest.raises(ConfigError, match=r"rows of shape \(3,\), but the labels need \(64, 3\)"):
+    with pytest.raises(
+        ConfigError, match=r"rows of shape \(3,\), but the labels need \(64, 3\); for labels of 0 and 1"
+    ):
         layers((64,), **own | {"metric": "accuracy"})
+    with pytest.raises(
+        ConfigError, match=r"need \(3, 3\); for labels of 0 and 1, each by itself, --loss bce; for values"
+    ):
+        layers((3,), **own | {"metric": "accuracy"})
 
 
 def test_token_ids_are_as_many_as_the_data_say() -> None:
@@ -113,36 +138,70 @@ def test_token_ids_are_as_many_as_the_data_say() -> None:
     assert Task((9,), (), True, 7, 5).vocabulary == 5
     assert Task((9,), (), True, 7, 0).vocabulary == 0
     assert Task((9,), (9,), False, 9, 5).vocabulary == 5
+    assert Task((9, 9), (9, 9), True, 7, 5).vocabulary == 5  # images with masks
+
+
+VALUES = Task((4,), (4,), False, 4, 0)
+SAMPLE = Sample(np.zeros((2, 1)), np.zeros(2))
 
 
 def test_losses_by_name() -> None:
-    assert build_loss(Config(loss="cross_entropy")) is softmax_cross_entropy
-    assert build_loss(Config(loss="mse")) is mean_squared_error
-    total, weight, dy = build_loss(Config(loss="tests.usercode:absolute"))(
+    assert build_loss(Config(loss="cross_entropy"), SAMPLE) is softmax_cross_entropy
+    assert build_loss(Config(loss="mse"), SAMPLE) is mean_squared_error
+    assert build_loss(Config(loss="bce"), SAMPLE) is binary_cross_entropy
+    total, weight, dy = build_loss(Config(loss="tests.usercode:absolute"), SAMPLE)(
         np.array([[1.0], [5.0]]), np.array([3.0, 4.0])
     )
     assert (total, weight, dy.tolist()) == (3, 2, [[-1], [1]])
 
 
 def test_metrics_by_name() -> None:
-    assert isinstance(build_metric(Config(metric="accuracy"), 4), Accuracy)
-    r2 = build_metric(Config(metric="r2"), 4)
-    assert isinstance(r2, R2)
-    assert r2.outputs == 4
-    assert build_metric(Config(metric="tests.usercode:Largest"), 4).metric.outputs == 4
-    own = build_metric(Config(metric="tests.usercode:Places.best"), 4)
+    def metric(name: str, task: Task = VALUES) -> Any:
+        return build_metric(Config(metric=name), task, SAMPLE)
+
+    assert isinstance(metric("accuracy", DIGITS), Accuracy)
+    assert type(metric("accuracy")) is BinaryAccuracy
+    assert isinstance(metric("exact_match"), ExactMatch)
+    assert metric("r2").outputs == 4
+    assert metric("r2", Task((4,), (2, 2), False, 4, 0)).outputs == 1  # of fields, all values together
+    assert metric("tests.usercode:Largest").metric.outputs == 4
+    own = metric("tests.usercode:Places.best")
     assert (own.name, own.columns, own.sums(np.ones((2, 4)), np.ones(2)), own.value([3])) == ("largest", 1, [1], 3)
     with pytest.raises(ConfigError, match=r"--metric tests.usercode:Places: Places has no name"):
-        build_metric(Config(metric="tests.usercode:Places"), 4)
+        metric("tests.usercode:Places")
 
 
 def test_the_objective_is_a_row_of_the_step_record() -> None:
-    score = objective(build_loss(Config(loss="tests.usercode:absolute")), build_metric(Config(metric="r2"), 1))
+    loss = build_loss(Config(loss="tests.usercode:absolute"), SAMPLE)
+    score = objective(loss, R2(1))
     y, labels = np.array([[1.0], [5.0]], np.float32), np.array([3.0, 4.0], np.float32)
-    assert score(y, labels, None, False)[0] == [3, 2]
-    row, dy = score(y, labels, None, True)
+    assert score(y, labels, None, False, At(True))[0] == [3, 2]
+    row, dy = score(y, labels, None, True, At(True))
     assert row == [3, 2, 2, 7, 25, 5]
     assert dy.dtype == np.float32  # whatever the loss makes of it
+
+
+def test_what_a_loss_and_a_metric_draw_is_a_function_of_step_and_micro_batch() -> None:
+    loss, y, labels = OwnLoss("tests.usercode:drawing", SAMPLE), np.zeros((2, 1)), np.zeros(2)
+    score = objective(loss, build_metric(Config(metric="tests.usercode:Drawing"), VALUES, SAMPLE))
+    rows = [score(y, labels, None, True, At(True, 5, step, m))[0] for step, m in ((1, 0), (1, 1), (2, 0), (1, 0))]
+    assert rows[0] == rows[3]
+    assert len({row[0] for row in rows}) == len({row[2] for row in rows}) == 3
+    assert score(y, labels, None, True, At(True, 6, 1, 0))[0][0] != rows[0][0]
+
+
+def test_outputs_and_labels_meet_in_what_scores_them() -> None:
+    layers: list[Layer] = [Linear(5, 3)]
+    name(layers)
+    for loss, metric in (("cross_entropy", "accuracy"), ("tests.usercode:counting", "accuracy")):
+        config = Config(loss=loss, metric=metric, dtype="float64")
+        scoring = build_scoring(config, Task((5,), (1,), True, 3, 0), layers)
+        y, labels = np.eye(3)[[0, 2]], np.array([[0], [1]])
+        assert scoring.metric.value(scoring.metric.sums(y, labels)) == 0.5
+        assert scoring.loss(y, labels)[1] == 2
+    values = build_scoring(Config(loss="mse", metric="r2"), Task((5,), (3, 1), False, 3, 0), layers)
+    assert values.loss is mean_squared_error
+    assert values.metric.columns == 4
 
 
 @pytest.mark.parametrize(
@@ -153,6 +212,16 @@ def test_the_objective_is_a_row_of_the_step_record() -> None:
         ({"loss": "a:b"}, True, "a:b", "accuracy"),
         ({"metric": "a:b"}, False, "mse", "a:b"),
         ({"loss": "mse", "metric": "r2"}, False, "mse", "r2"),
+        ({"loss": "mse"}, True, "mse", "r2"),
+        ({"metric": "r2"}, True, "mse", "r2"),
+        ({"loss": "bce"}, True, "bce", "accuracy"),
+        ({"loss": "bce"}, False, "bce", "accuracy"),
+        ({"loss": "bce", "metric": "exact_match"}, True, "bce", "exact_match"),
+        ({"metric": "exact_match"}, False, "bce", "exact_match"),
+        ({"loss": "a:b", "metric": "exact_match"}, True, "a:b", "exact_match"),
+        ({"loss": "a:b", "metric": "accuracy"}, False, "a:b", "accuracy"),
+        ({"loss": "a:b", "metric": "r2"}, True, "a:b", "r2"),
+        ({"loss": "a:b"}, False, "a:b", "r2"),
     ],
 )
 def test_loss_and_metric_follow_the_labels(settings: dict, classification: bool, loss: str, metric: str) -> None:
@@ -163,9 +232,14 @@ def test_loss_and_metric_follow_the_labels(settings: dict, classification: bool,
 @pytest.mark.parametrize(
     ("settings", "classification", "words"),
     [
-        ({"loss": "mse"}, True, ["--loss mse", "are integers"]),
-        ({"metric": "r2"}, True, ["--metric r2", "are integers"]),
-        ({"metric": "accuracy"}, False, ["--metric accuracy", "not integers"]),
+        ({"loss": "cross_entropy"}, False, ["--loss cross_entropy", "not integers"]),
+        ({"loss": "cross_entropy", "metric": "r2"}, True, ["--metric r2: --loss cross_entropy needs accuracy"]),
+        ({"metric": "accuracy"}, False, ["--metric accuracy: --loss mse needs r2"]),
+        ({"loss": "mse", "metric": "accuracy"}, True, ["--metric accuracy: --loss mse needs r2"]),
+        ({"loss": "bce", "metric": "r2"}, True, ["--metric r2: --loss bce needs accuracy or exact_match"]),
+        ({"loss": "bce", "ignore": 255}, True, ["--ignore 255: the labels are values"]),
+        ({"loss": "mse", "classes": 3}, True, ["--classes 3: the labels are values"]),
+        ({"classes": 3}, False, ["--classes 3: the labels are values"]),
     ],
 )
 def test_loss_and_metric_must_fit_the_labels(settings: dict, classification: bool, words: list[str]) -> None:

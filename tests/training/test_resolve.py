@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from mpiml.config import Config
-from mpiml.data.dataset import Split
+from mpiml.data.dataset import Dataset, Split
 from mpiml.data.shards import Shards
 from mpiml.data.sources import ArraySource
-from mpiml.errors import ConfigError
-from mpiml.training.resolve import absolute, check_rows, resolve, warnings
+from mpiml.errors import ConfigError, DataError
+from mpiml.training.resolve import absolute, check_rows, resolve, warnings, with_labels
 
 BEFORE = Config(decay="cosine", steps=20, decay_steps=20, lr=0.1, out="a", microbatches=1)
 
@@ -106,8 +106,30 @@ def test_micro_batches_that_are_too_small_are_refused_with_what_would_work(
 
 def test_values_have_no_label_that_is_ignored() -> None:
     assert resolve(Config(ignore=0), 50, True, 1).ignore == 0
-    with pytest.raises(ConfigError, match="--ignore 0: the data set's labels are not integers"):
+    with pytest.raises(ConfigError, match="--ignore 0: the labels are values, which all count"):
         resolve(Config(ignore=0), 50, False, 1)
+
+
+def test_labels_become_what_loss_and_metric_take_them_for() -> None:
+    x, y = np.zeros((2, 3)), np.array([0, 1])
+    integers, floats = Dataset.from_arrays(x, y, x, y), Dataset.from_arrays(x, y / 2, x, y / 2)
+    twos = Dataset.from_arrays(x, y * 2, x, y * 2)
+
+    def kind(data: Dataset, **settings: Any) -> str:
+        made = with_labels(data, Config(**settings))
+        try:
+            made.train.y.rows(np.arange(2))
+        except DataError:
+            return "refused"
+        return "classes" if made.classification else "values"
+
+    assert kind(integers) == kind(integers, loss="a:b") == kind(integers, loss="a:b", metric="accuracy") == "classes"
+    for settings in ({"loss": "mse"}, {"metric": "r2"}, {"loss": "a:b", "metric": "r2"}):
+        assert kind(integers, **settings) == kind(twos, **settings) == kind(floats, **settings) == "values"
+    for settings in ({"loss": "bce"}, {"metric": "exact_match"}, {"loss": "a:b", "metric": "exact_match"}):
+        assert kind(integers, **settings) == kind(floats, **settings) == "values"
+        assert kind(twos, **settings) == "refused"
+    assert kind(floats) == kind(floats, loss="a:b", metric="accuracy") == "values"
 
 
 def test_paths_are_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from mpiml.config import Config, parse
 from mpiml.errors import ConfigError, DataError, DirectoryError, OutputError
 from mpiml.nn import base as nn
 from mpiml.nn.layers import Linear
-from mpiml.nn.losses import R2
+from mpiml.nn.losses import R2, mean_squared_error
 from mpiml.nn.parameters import Layout
 from mpiml.parallel.state import VALUES, State
 from mpiml.run import checkpoint, lock
@@ -25,6 +25,7 @@ from mpiml.train import train
 from mpiml.training import hold
 from mpiml.training.constants import Constants
 from mpiml.training.hold import _check_nothing_vanished, _finished
+from mpiml.training.model import Scoring
 from mpiml.training.place import BuiltModel
 from mpiml.training.storage import Store, check_saved, from_arrays, needed_kinds, preparations, to_arrays
 from mpiml.training.task import Task
@@ -186,7 +187,7 @@ def layouts(*layers: Linear) -> list[Layout]:
 
 
 def built(stages: list[Layout]) -> BuiltModel:
-    return BuiltModel(TASK, stages, R2(3), Constants())
+    return BuiltModel(TASK, stages, Scoring(mean_squared_error, R2(3), None), Constants(), (1, ""), [])
 
 
 def test_arrays_come_back_under_their_names() -> None:

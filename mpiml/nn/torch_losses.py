@@ -1,0 +1,135 @@
+"""Losses that PyTorch computes: functions that return a tensor, and loss classes; autograd gives the gradient."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpiml.errors import ConfigError
+from mpiml.nn.base import Array
+from mpiml.nn.losses import Labels
+from mpiml.nn.outputs import Outputs
+from mpiml.nn.torch_tensors import as_tensor, prepare_torch
+
+Function = Callable[[Tensor, Tensor], Any]
+
+
+def is_class(loss: Any) -> bool:
+    """Whether a loss is a class of PyTorch modules, which has to be made first."""
+    return isinstance(loss, type) and issubclass(loss, torch.nn.Module)
+
+
+def of_class(
+    loss: type[torch.nn.Module], flag: str, threads: int, outputs: Outputs | None, y: Array, labels: Labels
+) -> TorchLoss:
+    """The loss of that class, for a value per label, in which labels of -1 do not count; `y` and `labels` are to try it
+    on. One that gives no such values is made to sum them itself.
+
+    Raises ConfigError for a class that needs arguments, and for what is no loss.
+    """
+    made = TorchLoss(_made(loss, flag, "none"), flag, threads, outputs, moves=True)
+    made.try_on(y, labels)
+    if made.single and "reduction" in inspect.signature(loss).parameters:
+        made = TorchLoss(_made(loss, flag, "sum"), flag, threads, outputs, moves=True)
+        made.try_on(y, labels)
+    return made
+
+
+def _made(loss: type[torch.nn.Module], flag: str, reduction: str) -> torch.nn.Module:
+    takes = inspect.signature(loss).parameters
+    wanted = {"reduction": reduction, "ignore_index": -1}
+    try:
+        return loss(**{name: value for name, value in wanted.items() if name in takes})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{flag}: {first_line(error)}; name a function that makes and calls it") from None
+
+
+def first_line(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no reason'])[0]}"
+
+
+class TorchLoss:
+    """A loss of a tensor of outputs and one of labels; returns as mpiml.nn.losses.Loss.
+
+    A tensor with a value for each row, or for each output or label of a row, is summed: each value counts 1, or as much
+    as its row weighs, but 0 where the label beside it is -1. A single number is the mean over the rows of a micro-batch
+    and counts as often as it has rows, or as much as these weigh together; that of a module whose reduction is "sum" is
+    the sum over the rows.
+
+    Args:
+        function: gets integer labels as int64, others in the run's dtype. Labels that are values get the shape of the
+            outputs where only axes of length 1 differ, so that PyTorch does not combine each with all.
+        outputs: how they meet the labels, if that is known.
+        moves: whether the function takes classes after the rows, and labels without an axis of their own for these, as
+            PyTorch's own losses do.
+    """
+
+    def __init__(self, function: Function, flag: str, threads: int, outputs: Outputs | None, moves: bool = False):
+        self.function, self.flag = function, flag
+        self.classes = outputs if outputs and outputs.axis is not None else None
+        self.moves = moves and self.classes is not None
+        self.single = False  # whether the function returns a single number
+        self.summed = getattr(function, "reduction", None) == "sum"
+        prepare_torch(threads)
+        if isinstance(function, torch.nn.Module) and any(
+            parameter.requires_grad for parameter in function.parameters()
+        ):
+            raise ConfigError(f"{flag}: has parameters, but a loss is not trained; move them into the model")
+
+    def try_on(self, y: Array, labels: Labels) -> None:
+        """Learn what the function returns, of outputs of two rows at least. Raises ConfigError for what is no loss."""
+        if isinstance(self.function, torch.nn.Module):
+            self.function.to(torch.from_numpy(np.empty(0, y.dtype)).dtype)
+        _, values = self._values(y, labels)
+        what = f"{self.flag}: returns"
+        if not isinstance(values, Tensor):
+            raise ConfigError(f"{what} {type(values).__name__}; a tensor is needed")
+        self.single = values.numel() == 1
+        if not self.single and (values.shape[:1] != y.shape[:1] or len(y) in values.shape[1:]):
+            shapes = f"outputs of shape {y.shape} and labels of {labels.shape}"
+            raise ConfigError(f"{what} shape {tuple(values.shape)} for {shapes}; a number or one a row is needed")
+        if not values.is_floating_point() or not values.requires_grad:
+            raise ConfigError(f"{what} {values.dtype} without a gradient by the outputs")
+
+    def __call__(self, y: Array, labels: Labels, weights: Array | None = None) -> tuple[float, float, Array]:
+        source, values = self._values(y, labels)
+        ones = np.ones(len(y), y.dtype) if weights is None else weights
+        if self.single:
+            if self.summed and weights is not None:
+                raise ConfigError(
+                    f"{self.flag}: rows have weights, but it sums over rows; it must give each row its own value"
+                )
+            weight = float(np.add.reduce(ones, dtype=np.float64))
+            each = np.full(values.shape, 1 if self.summed else weight, y.dtype)
+        else:
+            each = self._each(tuple(values.shape), labels, ones)
+            weight = float(np.add.reduce(each, axis=None, dtype=np.float64))
+        numbers = values.detach().numpy().astype(np.float64)
+        total = float(np.add.reduce(np.multiply(numbers, each, where=each != 0, out=np.zeros_like(numbers)), axis=None))
+        if values.requires_grad:  # else these rows have a constant loss
+            values.backward(as_tensor(each).to(values.dtype))
+        return total, weight, np.zeros_like(y) if source.grad is None else source.grad.to_dense().numpy()
+
+    def _values(self, y: Array, labels: Labels) -> tuple[Tensor, Any]:
+        """The outputs as a leaf of autograd's graph, and what the function makes of them."""
+        source = as_tensor(y).requires_grad_()
+        scores, goals = source, labels
+        if self.moves and self.classes:
+            scores, goals = source.movedim(1 + (self.classes.axis or 0), 1), self.classes.beside(labels)
+        if not self.classes and [n for n in goals.shape if n > 1] == [n for n in y.shape if n > 1]:
+            goals = goals.reshape(y.shape)
+        with torch.enable_grad():
+            return source, self.function(scores, as_tensor(np.array(goals)))  # a copy: the function may write to it
+
+    def _each(self, shape: tuple[int, ...], labels: Labels, weights: Array) -> Array:
+        """What each value counts for."""
+        each: Array = np.broadcast_to(weights.reshape(-1, *[1] * (len(shape) - 1)), shape).copy()
+        if labels.dtype.kind != "f" and each.size == labels.size:
+            each[labels.reshape(shape) == -1] = 0
+        return each
