@@ -95,8 +95,7 @@ class _Call:
 
     output: int  # a checksum
     state: dict[str, Contents]  # what all buffers hold after it
-    writes_input: bool
-    reached: set[str]
+    gradients: dict[str, int]  # checksums, of the parameters that the backward pass reaches
     reaches_input: bool
 
 
@@ -109,6 +108,7 @@ class _Tried:
         self.buffers, self.changed = Buffers(module), set[str]()
         self.draws, self.redraws, self.kept = set[str](), set[str](), set[str]()
         self.output: Shape | None = None  # of a row, as the first call has it
+        self.writes_input = False
 
     def zeros(self, rows: int) -> Tensor:
         return torch.zeros((rows, *self.shape), dtype=self.dtype)
@@ -135,10 +135,11 @@ class _Tried:
             state = {name: (checksum(tensor), tensor.shape, tensor.dtype) for name, tensor in after.items()}
         self._check_output(y, len(x))
         self.draws |= draws.which
-        reached, reaches_input = self._backward(y, source) if training and learn else (set(), False)
-        return _Call(checksum(y), state, x._version > 0, reached, reaches_input)
+        self.writes_input |= x._version > 0
+        gradients = self._backward(y) if training and learn else {}
+        return _Call(checksum(y), state, gradients, source.grad is not None)
 
-    def _backward(self, y: Tensor, source: Tensor) -> tuple[set[str], bool]:
+    def _backward(self, y: Tensor) -> dict[str, int]:
         tensors = {plain_name(name): tensor for name, tensor in self.module.named_parameters()}
         for tensor in tensors.values():
             tensor.grad = None
@@ -146,10 +147,10 @@ class _Tried:
             with self.buffers.copied(), Draws(0, "trial") as draws:
                 y.backward(torch.ones_like(y))
             self.redraws |= draws.which
-        reached = {name for name, tensor in tensors.items() if tensor.grad is not None}
+        gradients = {name: checksum(tensor.grad) for name, tensor in tensors.items() if tensor.grad is not None}
         for tensor in tensors.values():
             tensor.grad = None
-        return reached, source.grad is not None
+        return gradients
 
     def _check_output(self, y: Any, rows: int) -> None:
         if not isinstance(y, Tensor):
@@ -175,17 +176,18 @@ class _Tried:
         on more that need no gradient."""
         assert self.output is not None, "it has been called"
         self.buffers, floats = Buffers(self.module), self.dtype.is_floating_point
-        trial = Trial(self.output, not floats, writes_input=first.writes_input, reaches_input=first.reaches_input)
-        trial.wants_leaf = floats and not first.reached <= more.reached
+        trial = Trial(self.output, not floats, reaches_input=first.reaches_input)
+        trial.wants_leaf = floats and not first.gradients.keys() <= more.gradients.keys()
         trial.least_rows = 1 if self._works(self.zeros(1)) else ROWS[0]
         calls = self._again(training=True)
         self._evaluation()
-        trial.reached = first.reached.union(*(call.reached for call in calls))
+        trial.reached = set(first.gradients).union(*(call.gradients for call in calls))
         trial.reaches_input |= calls[0].reaches_input
         trial.flops = self._flops() + math.prod(self.shape)
         trial.notes += self._kept()
         self._find_state(trial, [self.call(self.zeros(ROWS[0]), key=1, learn=False), more, *calls])
         trial.draws, trial.redraws = frozenset(self.draws), frozenset(self.redraws)
+        trial.writes_input = self.writes_input
         return trial
 
     def _works(self, rows: Tensor) -> bool:
@@ -207,7 +209,7 @@ class _Tried:
             raise
 
     def _again(self, training: bool) -> list[_Call]:
-        """Three calls with equal rows, buffers and draws. Raises ConfigError if their outputs differ."""
+        """Three calls with equal rows, buffers and draws. Raises ConfigError if outputs or gradients differ."""
         try:
             return self._calls(self.drawn(ROWS[0]), training)
         except ConfigError:
@@ -222,7 +224,7 @@ class _Tried:
             seen.append(marks(self.module))
         changed = [differing(one, other) for one, other in itertools.pairwise(seen)]
         self.kept.update(*changed[1:])
-        if len({call.output for call in calls}) > 1:
+        if any((call.output, call.gradients) != (calls[0].output, calls[0].gradients) for call in calls):
             self._refuse(sorted(set().union(*changed)))
         return calls
 
@@ -230,7 +232,7 @@ class _Tried:
         """Raise ConfigError for a module that gives other outputs when it is called again."""
         self.check_parameters()
         draw = "draw from the generators of torch, numpy.random or random, which are keyed for each call"
-        what = f"{self.name} gives other outputs when it is called again with the same rows"
+        what = f"{self.name} gives other outputs or gradients when it is called again with the same rows"
         if not changed:
             raise ConfigError(f"{what}; they must follow from rows, parameters, buffers and draws: {draw}")
         of_generators = any(isinstance(attribute(self.module, name), GENERATORS) for name in changed)

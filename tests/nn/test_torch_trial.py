@@ -33,6 +33,11 @@ def annealed(self: Any) -> float:
     return 0.5**self.steps
 
 
+def weaker_gradients(self: Any, x: Any) -> Any:
+    y, self.steps = self.linear(x), self.steps + 1
+    return y.detach() + (y - y.detach()) / self.steps
+
+
 def in_training(self: Any, x: Any) -> Any:
     return self.linear(x) if self.training else self.other(self.linear(x))
 
@@ -73,6 +78,7 @@ def table(self: Any, x: Any) -> Any:
         (lambda: Calls(changed(lambda self: self.seen.append(1) or len(self.seen)), seen=[]), "its seen; make"),
         (lambda: Calls(changed(lambda self: next(self.n)), n=itertools.count(1)), "changes its n; make"),
         (lambda: Calls(changed(lambda self: np.random.default_rng().normal())), "other outputs .* must follow from"),
+        (lambda: Calls(weaker_gradients, steps=0), "or gradients .* changes its steps"),
         (lambda: Calls(in_training, other=lambda y: (y, y)), "in evaluation mode: it returns a tuple"),
         (lambda: Calls(in_training, other=lambda y: y[:, :2]), r"evaluation mode: for 2 rows .* \(2, 2\)"),
         (lambda: Calls(in_training, other=lambda y: y @ y), "evaluation mode: mat1 and mat2"),
@@ -169,6 +175,14 @@ def test_forces_are_gradients_of_an_energy() -> None:
 )
 def test_how_many_rows_a_micro_batch_needs(make: Any, least: int) -> None:
     assert max(layer.least_rows for layer in build(Sequential(make()))) == least
+
+
+def test_rows_that_are_written_to_in_evaluation_alone_stay() -> None:
+    training = Training([Calls(lambda self, x: self.linear(x if self.training else x.neg_()))])
+    (x,) = rows(4)
+    before = x.copy()
+    nn.forward(training.layers, x, nn.At(False))
+    np.testing.assert_array_equal(x, before)
 
 
 def test_a_trial_leaves_no_trace() -> None:
