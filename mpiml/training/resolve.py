@@ -155,7 +155,7 @@ def check_rows(config: Resolved, least: int, layer: str, smallest: int, rows: in
     ways = [f"--batch {-(-rows // most_steps)}"] if most_steps else []
     ways += [f"--microbatches {fewer}"] if fewer >= replicas else []
     raise ConfigError(
-        f"{layer} cannot be trained on micro-batches of less than {least} rows, but with --batch {config.batch} and "
+        f"{layer} cannot be trained on micro-batches of fewer than {least} rows, but with --batch {config.batch} and "
         f"--microbatches {config.microbatches} some have {smallest}; "
         + (" or ".join(ways) + " would work" if ways else f"the data set has too few rows for {replicas} replicas")
     )

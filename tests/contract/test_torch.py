@@ -142,7 +142,7 @@ def test_micro_batches_that_are_too_small_are_refused_before_step_1(tmp_path: Pa
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.Linear(8, outputs))
 
     config = Config(steps=1, batch=8, microbatches=5, quiet=True, out=str(tmp_path / "run"))
-    with pytest.raises(ConfigError, match=r"layers\.2 .* less than 2 rows.* --batch 11 or --microbatches 3 would work"):
+    with pytest.raises(ConfigError, match=r"layers\.2 .* fewer than 2 rows.* --batch 11 or --microbatches 3 would"):
         train(config, model=net)
     assert not (tmp_path / "run").exists()
     assert train(config.replace(batch=11), model=net)["step"] == 1

@@ -92,7 +92,7 @@ def test_micro_batches_that_are_too_small_are_refused_with_what_would_work(
         check()
         return
     with pytest.raises(
-        ConfigError, match=f"^layers.1 cannot be trained on micro-batches of less than {least} rows"
+        ConfigError, match=f"^layers.1 cannot be trained on micro-batches of fewer than {least} rows"
     ) as e:
         check()
     ways = re.findall(r"--(batch|microbatches) (\d+)(?= or| would)", str(e.value))
