@@ -26,7 +26,7 @@ NO_MPI = [
 ]
 JOBS = ("mpiml.scaling.timing", "mpiml.predict.calibration")  # which those start
 TORCH = [  # need an extra, PyTorch: loaded only where it is
-    *(f"mpiml.nn.torch_{name}" for name in ("modules", "state", "tensors", "trial")),
+    *(f"mpiml.nn.torch_{name}" for name in ("inputs", "modules", "state", "tensors", "trial")),
     "mpiml.examples.torch_resnet",
 ]
 MEASURING = ("mpiml.plan", "mpiml.scaling", "mpiml.predict", "mpiml.bench")  # may load more than a rank that trains

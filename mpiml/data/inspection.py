@@ -3,6 +3,7 @@ it, with their rows."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ import numpy as np
 
 from mpiml.clock import unwatched
 from mpiml.data.dataset import Dataset
+from mpiml.data.inputs import Inputs, inputs_of, spans
 from mpiml.data.sources import Indices, Rows, Source, WrappedSource
+from mpiml.data.subsets import origins
 from mpiml.errors import DataError
 
 SCAN = 1 << 24  # bytes of a source that are looked at at once
@@ -26,6 +29,7 @@ class Findings:
     bad_rows: int = 0  # rows that hold values that are not finite
     first_bad: int | None = None
     masked: int = 0  # integers that are to be ignored
+    highs: tuple[int, ...] = ()  # of each of several inputs the highest integer, 0 if it has none
 
     def __or__(self, other: Findings) -> Findings:
         first = [row for row in (self.first_bad, other.first_bad) if row is not None]
@@ -35,6 +39,7 @@ class Findings:
             self.bad_rows + other.bad_rows,
             min(first, default=None),
             self.masked + other.masked,
+            tuple(map(max, itertools.zip_longest(self.highs, other.highs, fillvalue=0))),
         )
 
 
@@ -50,25 +55,33 @@ def inspect(
     `ignore` is the label that means "no label"; `progress` is called after every few megabytes; with `gaps` NaN is a
     gap that will be filled.
     """
-    findings = Findings()
+    findings, inputs = Findings(), inputs_of(source) or ()
     row_bytes = max(math.prod(source.shape) * source.dtype.itemsize, 1)
     chunk = max(SCAN // row_bytes, 1)
     for first in range(0, len(rows), chunk):
         numbers = rows[first : first + chunk]
-        findings |= _findings(source.rows(numbers), numbers, ignore, gaps)
+        values = source.rows(numbers)
+        findings |= _findings(source, values, numbers, ignore, gaps) | Findings(highs=_highs(values, inputs))
         progress()
     return findings
 
 
-def _findings(values: Rows, numbers: Indices, ignore: int | None, gaps: bool) -> Findings:
-    """What these values show, of the rows with these numbers."""
+def _findings(source: Source, values: Rows, numbers: Indices, ignore: int | None, gaps: bool) -> Findings:
+    """What these values show, of the rows with these numbers in a source."""
     if not values.size:
         return Findings()
+    _, numbers = next(origins(source, numbers))  # those in the file, which a message is to name
     flat = values.reshape(len(numbers), -1)
     if values.dtype.kind == "f":
         bad = np.flatnonzero(np.isinf(flat).any(axis=1) if gaps else ~np.isfinite(flat).all(axis=1))
         return Findings(bad_rows=len(bad), first_bad=int(numbers[bad[0]])) if len(bad) else Findings()
     return _extremes(flat, numbers, ignore)
+
+
+def _highs(values: Rows, inputs: Inputs) -> tuple[int, ...]:
+    columns = zip(spans(inputs), inputs, strict=True)
+    parts = [values[:, span] if kind in "iu" else values[:, :0] for span, (_, _, kind) in columns]
+    return tuple(int(part.max(initial=0)) for part in parts)
 
 
 def _extremes(flat: Rows, numbers: Indices, ignore: int | None) -> Findings:
@@ -133,7 +146,7 @@ class CheckedSource(WrappedSource):
         values = self.source.rows(indices)
         if values.dtype.kind != "f" and self.column == "x" and not self.data.language_model:
             return values  # any integer will do
-        findings = _findings(values, indices, self.ignore, self.gaps)
+        findings = _findings(self.source, values, indices, self.ignore, self.gaps)
         findings.masked = 0  # a few rows may well have no label at all
         if wrong := problem(self.data, self.column, findings, self.classes):
             raise DataError(f"{self.name}: {wrong[0]} {wrong[1]}")

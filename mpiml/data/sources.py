@@ -60,6 +60,19 @@ class ArraySource(Source):
         return rows_of(np.asarray(self.array), indices)  # not a memmap: all results of it would be of that class
 
 
+class Zeros(Source):
+    """A column of zeros: the labels of rows that have none."""
+
+    def __init__(self, length: int, name: str, shape: tuple[int, ...] = (), dtype: DTypeLike = np.int64):
+        self.length, self.name, self.shape, self.dtype = length, name, shape, np.dtype(dtype)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def rows(self, indices: Indices) -> Rows:
+        return np.zeros((len(indices), *self.shape), self.dtype)
+
+
 class WrappedSource(Source):
     """The base of sources that change the rows of another source, and their dtype."""
 

@@ -15,6 +15,7 @@ from mpiml.errors import ConfigError
 from mpiml.nn import torch_state
 from mpiml.nn.base import Array, At, Backward, Layer, described
 from mpiml.nn.parameters import Constant, Gradients, Parameter, Shape
+from mpiml.nn.torch_inputs import INTEGERS, Inputs, split_inputs
 from mpiml.nn.torch_tensors import arrays, as_tensor, first_values, gradients, parts, plain, prepare_torch
 from mpiml.nn.torch_trial import ROWS, Trial, attempt, check_parameters
 from mpiml.random import keyed
@@ -132,9 +133,14 @@ class TorchLayer(Layer):
         return f"{self.path}, {type(self.module).__name__},".lstrip(", ")
 
 
-def as_layers(model: Any, dtype: DTypeLike, threads: int) -> Any:
+def as_layers(
+    model: Any, dtype: DTypeLike, threads: int, inputs: Inputs | None = None, highs: Sequence[int] = ()
+) -> Any:
     """The layers of a user's model, with a TorchLayer for each torch module; a model without any is returned unchanged.
-    Raises ConfigError for modules that cannot be trained as layers."""
+
+    The first takes `inputs`, with integers up to `highs`, if rows have several. Raises ConfigError for modules that
+    cannot be trained as layers.
+    """
     parts = parts_of(model)
     if not any(is_module(part) for part in [model, *parts]):
         return model
@@ -147,6 +153,8 @@ def as_layers(model: Any, dtype: DTypeLike, threads: int) -> Any:
                     f"layers {owner[tensor]} and {index} of the model share {name}; only parts of one module can share "
                     f"parameters, so combine layers {owner[tensor]} to {index} into one module"
                 )
+    if inputs and is_module(parts[0]):
+        split_inputs(parts[0], inputs, highs)
     return [TorchLayer(part, dtype) if is_module(part) else part for part in parts]
 
 
@@ -181,6 +189,11 @@ def load_into(model: T, path: str | Path) -> T:
         raise ValueError(f"{path} is of another model: {min(more)} is in it, and not here")
     torch_state.copy(pairs)
     return model
+
+
+def integers(layers: Sequence[Layer]) -> list[slice]:
+    """The values of packed rows that the first layer, if it is a torch module, takes as integers."""
+    return INTEGERS.get(layers[0].module, []) if isinstance(layers[0], TorchLayer) else []
 
 
 def _converted(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:

@@ -9,7 +9,7 @@ import math
 import operator
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -35,9 +35,11 @@ T = TypeVar("T")
 FIRST = 64  # rows of each column that a rank looks at with --look first
 
 
-def open_data(config: Config, team: Team, data: Dataset | None, task: Task | None = None) -> Dataset:
-    """The data set that the settings name, or `data`, the same on all ranks; collective. `task` is what a trained
-    model takes.
+def open_data(
+    config: Config, team: Team, data: Any = None, task: Task | None = None, tests_only: bool = False
+) -> Dataset:
+    """The data set that the settings name, or `data`, the same on all ranks; collective. Arguments as of
+    `resolve.open_data`.
 
     Raises, on all ranks alike, DataError or ConfigError if there is none, or if some rank has another.
     """
@@ -45,7 +47,7 @@ def open_data(config: Config, team: Team, data: Dataset | None, task: Task | Non
 
     def opened() -> tuple[Dataset, Fingerprint]:
         try:
-            opened = data or resolve.open_data(config, task)
+            opened = resolve.open_data(config, data, task, tests_only)
             return opened, opened.fingerprint
         except DataError as error:
             stored = config.resume and "data" not in (config.given or ())
@@ -72,12 +74,14 @@ class Seen:
         tokens: one more than the highest integer input; 0 if inputs are not integers.
         notes: what a person should know.
         ignore: the label that does not count, if there is one.
+        highs: of each input, where a row has several, the highest integer, 0 if it has none.
     """
 
     outputs: int
     tokens: int
     notes: list[str]
     ignore: int | None = None
+    highs: list[int] = field(default_factory=list)
 
     @classmethod
     def of_json(cls, value: Any) -> Seen | None:
@@ -120,11 +124,13 @@ def hold(data: Dataset, grid: Grid, train: Indices | None, test: Indices, both: 
 
     def held() -> None:
         team.clock("data")
-        for column in "xy" if both and ends else ends:
-            if train is not None:
+        weighted = "w" if "y" in ends else ""
+        for column in ("xy" if both and ends else ends) + weighted:
+            if train is not None and getattr(data.train, column) is not None:
                 getattr(data.train, column).hold(train)
-        for column in ends:
-            getattr(data.test, column).hold(test)
+        for column in ends + weighted:
+            if getattr(data.test, column) is not None:
+                getattr(data.test, column).hold(test)
 
     team.together(naming(team, held))
 
@@ -177,6 +183,7 @@ def look_at(
         highest = int(max(joined.highest[0], -1))
         if column == "x":
             seen.tokens = max(seen.tokens, highest + 1)
+            seen.highs = list((Findings(highs=tuple(seen.highs)) | joined).highs)
         elif data.classification:
             seen.outputs = max(seen.outputs, highest + 1)
             if joined.masked:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,7 @@ from mpiml.parallel.stage import Computation
 from mpiml.parallel.tree import depth
 from mpiml.parallel.values import Values
 from mpiml.training.constants import Constants
-from mpiml.training.model import Model, build_loss, build_metric, described, model_for, objective
+from mpiml.training.model import Model, build_loss, build_metric, described, integers, model_for, objective
 from mpiml.training.resolve import Resolved
 from mpiml.training.stages import StageDesign, cut
 from mpiml.training.task import Task
@@ -41,12 +41,14 @@ class BuiltModel:
         task: what it is for.
         layouts: of the parameters of each stage.
         constants: of all stages on rank 0, which writes them to checkpoints; elsewhere of this rank's stage.
+        integers: the values of packed rows that it takes as integers.
     """
 
     task: Task
     layouts: list[Layout]
     metric: Metric
     constants: Constants
+    integers: Sequence[slice] = ()
 
 
 def build_stage(config: Config, task: Task, grid: Grid, model: Model | None) -> tuple[BuiltModel, Computation]:
@@ -78,7 +80,8 @@ def build_stage(config: Config, task: Task, grid: Grid, model: Model | None) -> 
     # Rank 0 writes checkpoints from its own copy of the model, so it keeps the constants of all stages: views, which
     # keep these tensors' memory and nothing else of other stages' modules. Other ranks keep those of their stage.
     constants = Constants.of(stage.layers if team.rank else layers)
-    return BuiltModel(task, [stage.layout for stage in stages], metric, constants), computation
+    layouts = [stage.layout for stage in stages]
+    return BuiltModel(task, layouts, metric, constants, integers(layers)), computation
 
 
 def place(config: Resolved, grid: Grid, layout: Layout, columns: int) -> tuple[GradientSum, Agree, list[str]]:

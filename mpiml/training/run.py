@@ -173,6 +173,8 @@ def assemble(
     share_cores(grid.node.size * config.threads, grid.cores)
     rows = build_data(config, data, grid, known)
     built, computation = build_stage(config, rows.task, grid, model)
+    for preparation in rows.preparations:
+        preparation.leave(built.integers)
     team.on_rank_0(lambda: check(config, built))
     layout = built.layouts[grid.stage]
     sum_, agreement, notes = place(config, grid, layout, 2 + built.metric.columns)

@@ -122,7 +122,13 @@ IMAGES, LABELS = np.array([[7], [-7], [0], [1]]), np.array([0, 1, 2, 3])
 VALUES = np.array([[0.0], [np.nan], [np.inf], [1.0]])
 CHECKED: dict[str, tuple[np.ndarray, np.ndarray, str, list[int], str | None]] = {
     "good": (VALUES, LABELS, "x", [3, 0, 3], None),
-    "not finite": (VALUES, LABELS, "x", [3, 2, 0, 1], "x: 2 rows hold values that are not finite.*, the first is row 2$"),
+    "not finite": (
+        VALUES,
+        LABELS,
+        "x",
+        [3, 2, 0, 1],
+        "x: 2 rows hold values that are not finite.*, the first is row 2$",
+    ),
     "none": (VALUES, LABELS, "x", [], None),
     "images": (IMAGES, LABELS, "x", [0, 1, 2, 3], None),
     "label": (IMAGES, LABELS, "y", [0, 3, 1], "y: label 3 is not one of the 3 classes 0 to 2, in row 3$"),
