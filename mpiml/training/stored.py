@@ -121,5 +121,5 @@ def check_wanted(data: Dataset, predictions: str | None) -> None:
     if not data.test.labelled and not predictions:
         raise ConfigError(
             f"{data.name}: the rows have no labels, so that there is nothing to score; write predictions with "
-            "--predictions FILE, or give y_test, too"
+            "--predictions FILE, or say which are the labels (y_test; in a table, --label NAME)"
         )

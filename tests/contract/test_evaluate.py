@@ -131,7 +131,7 @@ def test_other_data_are_read_as_one_says_or_as_the_run_did(train: Any, tmp_path:
     assert scored(0, "--run", job.run, "--data", tmp_path / "other", "--label", "class") == own | {
         "data": str(tmp_path / "other")
     }
-    with pytest.raises(DataError, match="no column kind; there are class, a, b"):
+    with pytest.raises(ConfigError, match=r"other: the rows have no labels, .* in a table, --label NAME"):
         evaluate(str(job.run), data=str(tmp_path / "other"))
 
 
