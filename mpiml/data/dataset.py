@@ -50,6 +50,10 @@ class Split:
         w = None if self.w is None else Subset(copied(self.w), rows)
         return Split(Subset(copied(self.x), rows), Subset(copied(self.y), rows), w, self.labelled)
 
+    def sources(self) -> list[Source]:
+        """The sources from which the inputs and the labels are made."""
+        return [source for column in (self.x, self.y) for source, _ in origins(column, NO_ROWS)]
+
     def ignoring(self, label: int | None) -> Split:
         """These rows with -1 in place of `label`, the one to be ignored; unchanged if it is -1 or None."""
         return self if label in (None, -1) else dataclasses.replace(self, y=LabelSource(self.y, label))
@@ -175,8 +179,7 @@ class Dataset:
     @property
     def sampled(self) -> bool:
         """Whether the fingerprint has samples of the values: of arrays and files, but of no other sources."""
-        columns = (self.train.x, self.train.y, self.test.x, self.test.y)
-        sources = [source for column in columns for source, _ in origins(column, NO_ROWS)]
+        sources = [*self.train.sources(), *self.test.sources()]
         return bool(self.files) or all(isinstance(source, ArraySource) for source in sources)
 
     @functools.cached_property
@@ -206,7 +209,8 @@ class Dataset:
 
 
 def open_dataset(spec: str, options: Options | None = None) -> Dataset:
-    """The data set that `--data` names: digits, files at a path, or what a function package.module:name returns.
+    """The data set that `--data` names: digits, files at a path, or what a function package.module:name returns; it may
+    have no test rows.
 
     Raises DataError if it is missing or damaged, ConfigError if the function is missing.
     """

@@ -61,7 +61,16 @@ def source_of(values: Any, name: str) -> Source:
         return packed([values[key] for key in sorted(values)], sorted(values), name)
     if isinstance(values, tuple) and values and all(_has_rows(part) for part in values):
         return packed(values, [""] * len(values), name)
-    return values if is_source(values) else ArraySource(values, name)
+    if is_source(values):
+        source: Source = values
+        return source
+    try:
+        return ArraySource(values, name)
+    except DataError:
+        raise
+    except ValueError as error:
+        hint = "several inputs of a row are a dict or a tuple of arrays"
+        raise DataError(f"{name}: no array can be made of this {type(values).__name__} ({error}); {hint}") from None
 
 
 def packed(parts: Sequence[Any], names: Sequence[str], name: str) -> Packed:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from mpiml.data.dataset import Batch, Split
 from mpiml.data.items import ItemSource
 from mpiml.data.shards import Shards
-from mpiml.data.sources import ArraySource, HeldSource, Source
-from mpiml.data.subsets import NO_ROWS, origins
+from mpiml.data.sources import ArraySource, HeldSource
+from mpiml.data.subsets import origins
 from mpiml.data.text import Windows
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def steps_ahead(shards: Shards, asked: int | None = None) -> int:
     this, the rows must have been read once before. Sources of other kinds, such as a user's own, are not tried. Nor is
     anything read ahead by a transform that draws from generators of the process: another thread may draw from them.
     """
-    sources = _sources(shards.split)
+    sources = shards.split.sources()
     if shards.draws or any(isinstance(source, ItemSource) and source.draws for source in sources):
         return 0
     if asked is not None:
@@ -140,14 +140,9 @@ def steps_ahead(shards: Shards, asked: int | None = None) -> int:
 
 def in_memory(split: Split) -> bool:
     """Whether all rows are in this process's own memory."""
-    sources = _sources(split)
+    sources = split.sources()
     mapped = (isinstance(source, ArraySource) and isinstance(source.array, np.memmap) for source in sources)
     return all(isinstance(source, (ArraySource, HeldSource)) for source in sources) and not any(mapped)
-
-
-def _sources(split: Split) -> list[Source]:
-    """Those from which inputs and labels are made."""
-    return [source for column in (split.x, split.y) for source, _ in origins(column, NO_ROWS)]
 
 
 def _seconds(shards: Shards, random: np.random.Generator) -> float:

@@ -86,11 +86,6 @@ class WrappedSource(Source):
         self.source.hold(rows)
 
 
-def innermost(source: Source) -> Source:
-    """The source that wrapped ones read from."""
-    return innermost(source.source) if isinstance(source, WrappedSource) else source
-
-
 class LabelSource(WrappedSource):
     """A source of labels with -1, which losses and metrics leave out, in place of the label `ignore`."""
 

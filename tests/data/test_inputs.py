@@ -68,6 +68,7 @@ def test_two_dicts_filled_in_another_order_are_of_one_kind() -> None:
         ({"a": IMAGE, "b": NUMBERS[:3]}, None, "x_train: b has 3 rows, but x_train: a 4"),
         ({1: IMAGE}, None, "several inputs are a dict of names and arrays, but its keys are [1]"),
         ({}, None, "its keys are []"),
+        ([IMAGE, NUMBERS], None, "x_train: no array can be made of this list ("),
         ({"a": np.array(["x"] * 4), "b": IMAGE}, None, "x_train: a has dtype <U1; real numbers are needed"),
         (
             {"a": NUMBERS, "b": MASK},
