@@ -202,7 +202,7 @@ def _scored(
     tokens, ignore, gaps = task.vocabulary, task.ignore, config.fill is not None
     hold(data, grid, None, tests.rows())
     seen = look_at(data, grid, None, tests.rows(), classes, tokens=tokens, ignore=ignore, gaps=gaps)
-    task = dataclasses.replace(task, highs=tuple(seen.highs))
+    task = dataclasses.replace(task, bounds=tuple(seen.bounds))
     tests.split = data.test.ignoring(task.ignore)
     tests.split = prepared(tests.split, stored.preparations, config.dtype)
     built, computation = build_stage(config, task, grid, model)

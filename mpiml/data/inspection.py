@@ -29,7 +29,7 @@ class Findings:
     bad_rows: int = 0  # rows that hold values that are not finite
     first_bad: int | None = None
     masked: int = 0  # integers that are to be ignored
-    highs: tuple[int, ...] = ()  # of each of several inputs the highest integer, 0 if it has none
+    bounds: tuple[int, ...] = ()  # of each of several inputs the lowest and the highest integer, 0 included
 
     def __or__(self, other: Findings) -> Findings:
         first = [row for row in (self.first_bad, other.first_bad) if row is not None]
@@ -39,7 +39,10 @@ class Findings:
             self.bad_rows + other.bad_rows,
             min(first, default=None),
             self.masked + other.masked,
-            tuple(map(max, itertools.zip_longest(self.highs, other.highs, fillvalue=0))),
+            tuple(
+                (max if position % 2 else min)(pair)
+                for position, pair in enumerate(itertools.zip_longest(self.bounds, other.bounds, fillvalue=0))
+            ),
         )
 
 
@@ -61,7 +64,7 @@ def inspect(
     for first in range(0, len(rows), chunk):
         numbers = rows[first : first + chunk]
         values = source.rows(numbers)
-        findings |= _findings(source, values, numbers, ignore, gaps) | Findings(highs=_highs(values, inputs))
+        findings |= _findings(source, values, numbers, ignore, gaps) | Findings(bounds=_bounds(values, inputs))
         progress()
     return findings
 
@@ -78,10 +81,10 @@ def _findings(source: Source, values: Rows, numbers: Indices, ignore: int | None
     return _extremes(flat, numbers, ignore)
 
 
-def _highs(values: Rows, inputs: Inputs) -> tuple[int, ...]:
+def _bounds(values: Rows, inputs: Inputs) -> tuple[int, ...]:
     columns = zip(spans(inputs), inputs, strict=True)
     parts = [values[:, span] if kind in "iu" else values[:, :0] for span, (_, _, kind) in columns]
-    return tuple(int(part.max(initial=0)) for part in parts)
+    return tuple(int(bound) for part in parts for bound in (part.min(initial=0), part.max(initial=0)))
 
 
 def _extremes(flat: Rows, numbers: Indices, ignore: int | None) -> Findings:

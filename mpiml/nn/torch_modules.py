@@ -134,11 +134,11 @@ class TorchLayer(Layer):
 
 
 def as_layers(
-    model: Any, dtype: DTypeLike, threads: int, inputs: Inputs | None = None, highs: Sequence[int] = ()
+    model: Any, dtype: DTypeLike, threads: int, inputs: Inputs | None = None, bounds: Sequence[int] = ()
 ) -> Any:
     """The layers of a user's model, with a TorchLayer for each torch module; a model without any is returned unchanged.
 
-    The first takes `inputs`, with integers up to `highs`, if rows have several. Raises ConfigError for modules that
+    The first takes `inputs`, with integers within `bounds`, if rows have several. Raises ConfigError for modules that
     cannot be trained as layers.
     """
     parts = parts_of(model)
@@ -154,7 +154,7 @@ def as_layers(
                     f"parameters, so combine layers {owner[tensor]} to {index} into one module"
                 )
     if inputs and is_module(parts[0]):
-        split_inputs(parts[0], inputs, highs)
+        split_inputs(parts[0], inputs, bounds)
     return [TorchLayer(part, dtype) if is_module(part) else part for part in parts]
 
 

@@ -74,14 +74,14 @@ class Seen:
         tokens: one more than the highest integer input; 0 if inputs are not integers.
         notes: what a person should know.
         ignore: the label that does not count, if there is one.
-        highs: of each input, where a row has several, the highest integer, 0 if it has none.
+        bounds: of each input, where a row has several, the lowest and the highest integer, 0 included.
     """
 
     outputs: int
     tokens: int
     notes: list[str]
     ignore: int | None = None
-    highs: list[int] = field(default_factory=list)
+    bounds: list[int] = field(default_factory=list)
 
     @classmethod
     def of_json(cls, value: Any) -> Seen | None:
@@ -183,7 +183,7 @@ def look_at(
         highest = int(max(joined.highest[0], -1))
         if column == "x":
             seen.tokens = max(seen.tokens, highest + 1)
-            seen.highs = list((Findings(highs=tuple(seen.highs)) | joined).highs)
+            seen.bounds = list((Findings(bounds=tuple(seen.bounds)) | joined).bounds)
         elif data.classification:
             seen.outputs = max(seen.outputs, highest + 1)
             if joined.masked:

@@ -97,7 +97,7 @@ def _made(model: Model, config: Config, task: Task) -> Any:
             made = model(task.shapes, task.outputs)
         if not modules and _torch_modules():  # the call itself has imported it, and drawn what it liked
             return _made(model, config, task)
-    return modules.as_layers(made, config.dtype, config.threads, task.inputs, task.highs) if modules else made
+    return modules.as_layers(made, config.dtype, config.threads, task.inputs, task.bounds) if modules else made
 
 
 def described(layers: Sequence[nn.Layer], seed: int) -> dict[str, str]:

@@ -95,7 +95,7 @@ def build_data(config: Resolved, data: Dataset, grid: Grid, known: Known = Known
             words=tuple(data.words),
             columns=tuple(data.names),
             inputs=inputs_of(data.train.x),
-            highs=tuple(needed.highs),
+            bounds=tuple(needed.bounds),
         ),
         preparations=preparations,
         fingerprint=data.fingerprint,

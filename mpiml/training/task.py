@@ -15,7 +15,7 @@ from mpiml.errors import OutputError
 from mpiml.nn.parameters import Shape
 from mpiml.run.checkpoint import Checkpoint
 
-LOWEST = {"shape": 1, "labels": 1, "outputs": 1, "tokens": 0, "highs": 0}  # that sizes in a task can be
+LOWEST = {"shape": 1, "labels": 1, "outputs": 1, "tokens": 0}  # that sizes in a task can be
 MOST_AXES = 32  # of a row
 
 
@@ -32,7 +32,7 @@ class Task:
         words: that the classes stand for, if labels were words.
         columns: the names of the inputs, if they have names.
         inputs: what a row is packed from, if it has several inputs.
-        highs: of each of these the highest integer, 0 if it has none.
+        bounds: of each of these the lowest and the highest integer, 0 included.
     """
 
     shape: Shape
@@ -44,7 +44,7 @@ class Task:
     words: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     inputs: Inputs | None = None
-    highs: tuple[int, ...] = ()
+    bounds: tuple[int, ...] = ()
 
     @property
     def shapes(self) -> Any:
@@ -74,7 +74,7 @@ class Task:
         kinds = typing.get_type_hints(cls) | {"inputs": list[list[Any]] | None}
         needed = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
         saved_fields = documents.check_fields(documents.from_json(saved.task, origin), kinds, origin, needed)
-        values: dict[str, Any] = {"ignore": -1, "highs": []} | saved_fields  # where it does not say, -1 was ignored
+        values: dict[str, Any] = {"ignore": -1, "bounds": []} | saved_fields  # where it does not say, -1 was ignored
         if unknown := values.keys() - kinds.keys():
             raise OutputError(f"{origin} has {documents.shown(min(unknown))}, which this version does not know")
         for name, low in LOWEST.items():
@@ -87,8 +87,8 @@ class Task:
                 raise OutputError(f"{origin} is damaged: {name} are not one for each of {size}")
         if values.get("inputs") is not None:
             values["inputs"] = _inputs(values["inputs"], values["shape"], origin)
-        if len(values["highs"]) not in (0, len(values.get("inputs") or ())):
-            raise OutputError(f"{origin} is damaged: highs {documents.shown(values['highs'])} are not of its inputs")
+        if len(values["bounds"]) not in (0, 2 * len(values.get("inputs") or ())):
+            raise OutputError(f"{origin} is damaged: bounds {documents.shown(values['bounds'])} are not of its inputs")
         fields: dict[str, Any] = {key: tuple(it) if isinstance(it, list) else it for key, it in values.items()}
         return cls(**fields)
 

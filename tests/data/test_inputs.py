@@ -86,9 +86,13 @@ def test_inputs_that_do_not_fit_are_one_line(train: object, test: object, words:
 
 def test_a_look_shows_the_highest_integer_of_each() -> None:
     source = source_of({"a": IMAGE, "b": NUMBERS, "c": MASK, "d": -Y}, "x")
-    assert [inspect(source, np.arange(rows)).highs for rows in (4, 2, 0)] == [(47, 0, 0, 0), (23, 0, 0, 0), ()]
+    assert [inspect(source, np.arange(rows)).bounds for rows in (4, 1, 0)] == [
+        (0, 47, 0, 0, 0, 0, -1, 0),
+        (0, 11, 0, 0, 0, 0, 0, 0),
+        (),
+    ]
     parts = [inspect(source, np.arange(*rows)) for rows in ((0, 2), (2, 4), (0, 0))]
-    assert (parts[0] | parts[1] | parts[2]).highs == (parts[2] | parts[1]).highs == (47, 0, 0, 0)
+    assert (parts[0] | parts[1] | parts[2]).bounds == (parts[2] | parts[1]).bounds == (0, 47, 0, 0, 0, 0, -1, 0)
 
 
 def test_a_transform_gets_inputs_by_name_and_gives_them_back() -> None:

@@ -84,9 +84,26 @@ def test_a_module_that_takes_others_is_refused(inputs: Any, words: str) -> None:
 
 
 def test_integers_that_are_too_high_for_a_table_are_refused_before_they_come() -> None:
-    split_inputs(Net(), NAMED, [3, 255, 0])
-    with pytest.raises(ConfigError, match=r"Net cannot take integers up to ids 4, image 255: Embedding\(4, 2\)$"):
-        split_inputs(Net(), NAMED, [4, 255, 0])
+    split_inputs(Net(), NAMED, [0, 3, 0, 255, 0, 0])
+    for bounds, words in (([0, 4, 0, 255, 0, 0], "4 in ids, 255 in image"), ([-1, 3, 0, 255, 0, 0], "-1 in ids")):
+        with pytest.raises(ConfigError) as error:
+            split_inputs(Net(), NAMED, bounds)
+        assert str(error.value) == f"Net cannot take integers such as {words}: Embedding(4, 2)"
+
+
+def test_many_inputs_of_integers() -> None:
+    class Tables(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(4, 2)
+
+        def forward(self, **ids: Any) -> Any:
+            return sum(self.table(each) for each in ids.values())
+
+    inputs = tuple((f"c{number}", (), "i") for number in range(40))
+    net = Tables()
+    split_inputs(net, inputs, [0, 3] * 40)
+    assert net(torch.zeros(5, 40)).shape == (5, 2)
 
 
 def test_only_the_first_module_of_a_sequence_takes_them() -> None:

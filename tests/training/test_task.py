@@ -22,7 +22,7 @@ def test_a_task_is_read_back_and_old_ones_ignore_minus_one() -> None:
         words,
         *(Task((8, 8), (), True, 10, 17), Task((3,), (2,), True, 4, 0, 255), Task((), (9,), False, 1, 0)),
         *(
-            Task((10,), (), True, 4, 0, inputs=two, highs=(255, 0)),
+            Task((10,), (), True, 4, 0, inputs=two, bounds=(-1, 255, 0, 0)),
             Task((2,), (), True, 4, 0, inputs=(("", (), "f"), ("", (), "b"))),
         ),
     ):
@@ -43,7 +43,7 @@ def test_a_task_is_read_back_and_old_ones_ignore_minus_one() -> None:
         ("words", ["ab", ["a"], [*"abcdefghi", "a"], [1] * 10]),
         ("columns", [["a"], [None] * 64]),
         ("extra", [1]),
-        ("highs", [[-1], [3], ["x"], None]),
+        ("bounds", [[-1], [0, 3], ["x"], None]),
         ("inputs", ["x", [], [1], [["a", [64]]], [["a", [63], "f"]], [["a", [-64], "f"]], [["a", [64], "O"]]]),
         (
             "inputs",
