@@ -194,7 +194,7 @@ def test_values_are_predicted_without_labels_and_without_the_loss(
 
 def test_rows_that_were_held_out_are_scored_again(train: Any, tmp_path: Path) -> None:
     x = np.random.default_rng(0).random((60, 5))
-    np.savez_compressed(tmp_path / "d.npz", X=x, Y=x[:, 0])
+    np.savez_compressed(tmp_path / "d.npz", X=x, Y=x[:, 0], W=np.linspace(0, 1, 60))
     flags = f"--data {tmp_path / 'd.npz'} --hidden 8 --steps 4 --seed 3 --held-out"
     job = train(0, f"{flags} 0.25")
     assert "no test rows: 15 of 60 rows, chosen by --seed, are held out; --held-out FRACTION" in job.out
