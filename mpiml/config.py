@@ -49,7 +49,15 @@ class Config:
         None, DATA, "what takes the place of missing inputs: mean (of the training rows) or a number", metavar="mean|X"
     )
     context: int | None = setting(None, DATA, "length of a row of text: bytes, or tokens", low=1)
-    held_out: float = setting(0.1, DATA, "fraction of a text kept for tests if it has no test file", low=0, below=1)
+    arrays: str | None = setting(
+        None,
+        DATA,
+        "names of arrays in a file that has others: x_train=images,y_train=labels,...",
+        metavar="NAME=ARRAY,..",
+    )
+    held_out: float = setting(
+        0.1, DATA, "fraction of the training rows to test on if there are no test rows; 0: none", low=0, below=1
+    )
     token_dtype: str = setting("uint16", DATA, "type of the tokens in .bin files", choices=["uint16", "uint32"])
     normalize: bool = setting(
         False, DATA, "subtract from inputs their mean over the training rows, divide by their standard deviation"

@@ -8,6 +8,7 @@ if __name__ == "__main__":
     start.begin("mpiml.evaluate")
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -33,10 +34,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     which.add_argument("--checkpoint", type=_text, metavar="FILE", help="a checkpoint, instead of a run's newest")
     function = "package.module:function"
     more = {
-        "--data": ("SPEC", "score the test rows of this data set, given as for mpiml.train (default: the run's)"),
+        "--data": (
+            "SPEC",
+            "score the test rows of this data set, given as for mpiml.train, where rows to test on are enough, and "
+            "inputs alone if all that is wanted is --predictions (default: the run's)",
+        ),
+        "--arrays": ("NAME=ARRAY,..", "the names of its arrays, as for mpiml.train (default of the run's: the run's)"),
         "--label": ("NAME", "the data set's column of labels (default: as in the run)"),
         "--token-dtype": ("NAME", "the type of its tokens (default: as in the run)"),
-        "--held-out": ("X", "the part of it to test on if it has no test file (default: as in the run)"),
+        "--held-out": ("X", "the part of its training rows to test on if there are no others (default: as in the run)"),
         "--model": (function, "your own model; a function that only the checkpoint names is not called"),
         "--loss": (function, "your own loss; likewise"),
         "--metric": (function, "your own metric; likewise"),
@@ -66,7 +72,7 @@ from mpi4py import MPI
 from mpiml import documents
 from mpiml.clock import Clock
 from mpiml.config import Config
-from mpiml.data.dataset import Dataset, check_dataset
+from mpiml.data.dataset import Dataset
 from mpiml.data.preparation import prepared
 from mpiml.errors import ConfigError, freed
 from mpiml.nn.parameters import Layout
@@ -91,7 +97,7 @@ from mpiml.training.place import build_stage
 from mpiml.training.predictions import Predictions, check_path
 from mpiml.training.resolve import binary
 from mpiml.training.storage import from_arrays, needed_kinds, restore_constants
-from mpiml.training.stored import StoredModel, check_data, stored_model
+from mpiml.training.stored import StoredModel, check_data, check_wanted, stored_model, with_zeros
 from mpiml.vectors import bytes_of
 
 if __name__ == "__main__":
@@ -111,10 +117,11 @@ def evaluate(
     run: str | None = None,
     *,
     checkpoint: str | None = None,
-    data: str | Dataset | None = None,
+    data: Any = None,
     label: str | None = None,
     token_dtype: str | None = None,
     held_out: float | None = None,
+    arrays: str | None = None,
     predictions: str | None = None,
     probabilities: bool = False,
     pipe: int = 1,
@@ -129,8 +136,9 @@ def evaluate(
 
     Args:
         run: a run directory, whose newest whole checkpoint is scored; or, in its place, the file `checkpoint`.
-        data: whose test rows, as the command takes it or as a data set; by default the run's own.
-        label, token_dtype, held_out: how to read them, as Config has it; by default as the run did.
+        data: whose test rows, as the command takes it, or as an object, which may also be an array of inputs; by
+            default the run's own.
+        label, token_dtype, held_out, arrays: how to read them, as Config has it; by default as the run did.
         predictions: a file to write to, .npy or .csv.
         probabilities: whether to write the probabilities of all classes, (rows, *labels, classes), or with --loss bce
             that of 1, in the labels' shape.
@@ -138,11 +146,12 @@ def evaluate(
         model: what the run was trained with, as `train` takes it, or its name, package.module:function.
         loss, metric: by name, as Config has them; by default as the run did.
 
-    Returns `test_loss` and the metric under its name, as a run logs them, with `step`, `rows`, `run` and `data`.
+    Returns `test_loss` and the metric under its name, as a run logs them, with `step`, `rows`, `run` and `data`; only
+    these four for rows without labels.
     Raises RunError as mpiml.train.train does.
     """
     team = Team(MPI.COMM_WORLD if comm is None else comm, Clock())
-    reading = {"pipe": pipe, "label": label, "token_dtype": token_dtype, "held_out": held_out}
+    reading = {"pipe": pipe, "label": label, "token_dtype": token_dtype, "held_out": held_out, "arrays": arrays}
     code = {"data": data, "model": model, "loss": loss, "metric": metric}
     weights: list[Checkpoint] = []  # on rank 0
 
@@ -150,8 +159,6 @@ def evaluate(
         check_path(predictions)
         if probabilities and not predictions:
             raise ConfigError("--probabilities: say to which file, with --predictions FILE")
-        if data is not None and not isinstance(data, str):
-            check_dataset(data, "data")
         stored, saved = stored_model(run, checkpoint, reading, code)
         if probabilities and not (stored.task.classification or binary(stored.config, False)):
             raise ConfigError("--probabilities: the run is a regression, which has none")
@@ -164,26 +171,37 @@ def evaluate(
         stored = team.on_rank_0(look)
         team.together(lambda: check_ranks(team.size, pipe))
         with Watch(team.comm.Dup(), team.clock, stored.config.stall_timeout, guard.fail), np.errstate(all="ignore"):
-            return _evaluate(stored, weights, data, model, Predicted(predictions, probabilities), team)
+            kept = Predicted(predictions, probabilities)
+            return _evaluate(stored, weights, data, reading, model, kept, team)
 
 
 def _evaluate(
     stored: StoredModel,
     weights: list[Checkpoint],
     data: Any,
+    asked: Mapping[str, Any],
     model: Model | None,
     predictions: Predicted,
     team: Team,
 ) -> dict[str, Any]:
-    config = stored.config
-    prepare_process(config.threads)
-    dataset = open_data(config, team, data if isinstance(data, Dataset) else None, stored.task)
+    prepare_process(stored.config.threads)
+    config, given = _reading(stored.config, data, asked), None if isinstance(data, str) else data
+    tests_only = data is not None and asked["held_out"] is None
+    dataset = open_data(config, team, given, stored.task, tests_only)
     team.together(lambda: check_data(stored, dataset, others=data is not None))
-    name = dataset.name if isinstance(data, Dataset) else config.data
+    dataset = with_zeros(dataset, stored.task)
+    team.together(lambda: check_wanted(dataset, predictions.file))
+    name = dataset.name if given is not None else config.data
     made = None if isinstance(model, str) else model
     with freed(grids.build(team, config.pipe), team.size) as grid:
         scores = _scored(stored, weights, dataset, made, predictions, grid)
     return {"run": str(stored.run), "step": stored.step, "data": name} | scores
+
+
+def _reading(config: Config, data: Any, asked: Mapping[str, Any]) -> Config:
+    """The settings with which the data are read: other data than the run's are found under the names asked for."""
+    arrays = config.arrays if data is None else asked["arrays"]
+    return config.replace(arrays=arrays, given=frozenset())
 
 
 def _scored(
@@ -202,6 +220,7 @@ def _scored(
     tokens, ignore, gaps = task.vocabulary, task.ignore, config.fill is not None
     hold(data, grid, None, tests.rows())
     seen = look_at(data, grid, None, tests.rows(), classes, tokens=tokens, ignore=ignore, gaps=gaps)
+    task = dataclasses.replace(task, bounds=tuple(seen.bounds))
     tests.split = data.test.ignoring(task.ignore)
     tests.split = prepared(tests.split, stored.preparations, config.dtype)
     built, computation = build_stage(config, task, grid, model, data.test.w is not None)
@@ -215,13 +234,17 @@ def _scored(
         for note in [*stored.notes, *seen.notes, *([f"warning: {problem}"] if problem else [])]:
             if grid.comm.rank == 0:
                 say(note, sys.stderr)
+        if not tests.split.labelled:
+            computation.objective = lambda y, *others: ([0.0, 0.0], y)
         kinds = built.scoring.outputs, binary(config, task.classification), predictions.probabilities
         kept = team.together(lambda: Predictions(computation, task, *kinds) if predictions.file else None)
         record = tests.score(Stage(grid.pipe, computation, team.clock), metric, team.clock, stored.step)
         assert record, "nobody asks it to leave off"
         if kept:
             kept.write(Path(predictions.file or ""), tests)
-        score = team.on_rank_0(lambda: metric.value(record.metric))
+        score = team.on_rank_0(lambda: metric.value(record.metric) if tests.split.labelled else 0.0)
+    if not tests.split.labelled:
+        return {"rows": len(tests.split)}
     return {"rows": len(tests.split), "test_loss": record.mean_loss, metric.name: score}
 
 
@@ -243,6 +266,8 @@ def _fill(values: Values, grid: Grid, layouts: Sequence[Layout], weights: list[C
 
 def text(result: Mapping[str, Any]) -> str:
     """The result as a line."""
+    if "test_loss" not in result:
+        return f"{result['run']}, step {result['step']}: predicted {result['rows']} rows of {result['data']}"
     *_, (metric, score) = result.items()
     return (
         f"{result['run']}, step {result['step']}, {result['rows']} test rows of {result['data']}: "

@@ -27,7 +27,6 @@ from mpi4py import MPI
 
 from mpiml.clock import Clock
 from mpiml.config import Config, parse
-from mpiml.data.dataset import Dataset
 from mpiml.errors import SAVED, freed
 from mpiml.flags import seconds
 from mpiml.parallel import grid as grids
@@ -55,7 +54,7 @@ DONE: Result = {"status": "done", "exit_code": 0}
 
 
 def train(
-    config: Config, comm: MPI.Intracomm | None = None, model: Model | None = None, data: Dataset | None = None
+    config: Config, comm: MPI.Intracomm | None = None, model: Model | None = None, data: Any = None
 ) -> dict[str, Any]:
     """Train as the command does; every rank of the communicator calls it alike.
 
@@ -64,7 +63,7 @@ def train(
         comm: the ranks to train on; all of the job's by default.
         model: a list of layers, a PyTorch module, or a function (shape of an input row, number of outputs) that
             returns one of these, in place of config.model.
-        data: a data set in place of config.data.
+        data: in place of config.data a Dataset, or what a function for --data may return.
 
     Returns the content of result.json.
 
@@ -77,7 +76,7 @@ def train(
         return _train(config, model, data, hold, guard)
 
 
-def _train(asked: Config, model: Model | None, data: Dataset | None, hold: Hold, guard: Guard) -> dict[str, Any]:
+def _train(asked: Config, model: Model | None, data: Any, hold: Hold, guard: Guard) -> dict[str, Any]:
     began, everyone = perf_counter(), guard.team
     one_job.check_size(MPI.COMM_WORLD.size)
     everyone.check_alike(one_job.software() | asked.by_flag())

@@ -22,6 +22,7 @@ OTHERS = {
     "drop_columns": ('Id,"a, b"', '["Id", "a, b"]', ("Id", "a, b")),
     "fill": ("mean", '"mean"', "mean"),
     "context": ("64", "64", 64),
+    "arrays": ("x_train=a,y_train=b", '"x_train=a,y_train=b"', "x_train=a,y_train=b"),
     "held_out": ("0.2", "0.2", 0.2),
     "token_dtype": ("uint32", '"uint32"', "uint32"),
     "normalize": ("", "true", True),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from mpiml.data.fingerprint import Fingerprint, of_array, of_files
-from mpiml.data.formats import KEYS, Options, open_files
+from mpiml.data.fingerprint import Fingerprint, of_files, of_values
+from mpiml.data.formats import Options, open_files
+from mpiml.data.inputs import inputs_of, pack, source_of, unpack
 from mpiml.data.labels import ProbabilitySource, ValueSource, WeightSource, stored
-from mpiml.data.sources import ArraySource, LabelSource, Source
+from mpiml.data.sources import ArraySource, Indices, LabelSource, Source, Zeros
+from mpiml.data.subsets import NO_ROWS, Subset, copied, draw, origins
 from mpiml.data.text import Windows
-from mpiml.errors import DataError
+from mpiml.errors import ConfigError, DataError
 from mpiml.usercode import called_with, is_name, named
 
 DIGITS = Path(__file__).with_name("digits.npz")
@@ -28,16 +30,37 @@ DIGITS = Path(__file__).with_name("digits.npz")
 class Split:
     """Inputs x, labels y and weights w of the training rows, or of the test rows; without weights, rows count 1.
 
+    Rows of several inputs have a dict, or a tuple, of sources as x. Rows that are not `labelled` have zeros as y.
+
     Raises DataError if rows have more than one weight.
     """
 
     x: Source
     y: Source
     w: Source | None = None
+    labelled: bool = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.x, Mapping | tuple):
+            self.x = source_of(self.x, "x")
         if not (self.w is None or isinstance(self.w, WeightSource)):
             self.w = WeightSource(self.w)
+
+    @classmethod
+    def of(cls, sources: Mapping[str, Any], which: str) -> Split:
+        """From arrays or sources by their names, x_train and so on, in which `which` is "train" or "test"."""
+        named = {c: source_of(sources[key], key) for c in "xyw" if sources.get(key := f"{c}_{which}") is not None}
+        return cls(**{"y": Zeros(len(named["x"]), f"y_{which}"), **named}, labelled="y" in named)
+
+    def subset(self, rows: Indices) -> Split:
+        """The rows with these numbers, which may be held beside others of this split."""
+        w = None if self.w is None else Subset(copied(self.w), rows)
+        return Split(Subset(copied(self.x), rows), Subset(copied(self.y), rows), w, self.labelled)
+
+    def sources(self) -> list[Source]:
+        """The sources from which the columns are made."""
+        columns = (self.x, self.y, self.w)
+        return [source for column in columns if column is not None for source, _ in origins(column, NO_ROWS)]
 
     def ignoring(self, label: int | None) -> Split:
         """These rows with -1 in place of `label`, the one to be ignored; unchanged if it is -1 or None."""
@@ -51,6 +74,8 @@ class Split:
 class Dataset:
     """Training rows and test rows. Integer labels make it a classification, floating-point labels a regression.
 
+    Without test rows, `test` has no rows; `with_tests` takes some of the training rows instead.
+
     A row has one label, or an array of labels. Classes are numbered from 0. One number may mean "no label", which
     losses and metrics leave out: the number that --ignore names, or -1 if a row has several labels.
 
@@ -60,21 +85,30 @@ class Dataset:
         names: of the inputs of a table; empty for other data.
         words: that the labels of a table are, in the order of the classes; empty if they are numbers.
         check: raises DataError for damage that reading rows would not show; one rank's call is enough.
+        cut: whether a part of the training data was set aside as test rows when it was opened.
+        notes: what a person should know.
 
     Raises DataError if the four sources do not fit together.
     """
 
     train: Split
-    test: Split
+    test: Split = None  # type: ignore[assignment]  # is never None once the object is made
     name: str = "arrays"
     files: Sequence[Path] = field(default=())
     classes: int | None = None
     check: Callable[[], None] | None = None
     names: Sequence[str] = ()
     words: Sequence[str] = ()
+    cut: bool = False
+    notes: Sequence[str] = field(default=())
 
     def __post_init__(self) -> None:
+        none: Any = self.test
+        if none is None:
+            self.test = self.train.subset(NO_ROWS)
         for which, split in (("train", self.train), ("test", self.test)):
+            if _without_rows(split):
+                continue
             if len(split.x) != len(split.y):
                 raise DataError(f"{self.name}: x_{which} has {len(split.x)} rows, but y_{which} has {len(split.y)}")
             if split.w is not None and len(split.x) != len(split.w):
@@ -87,45 +121,85 @@ class Dataset:
         for column, train, test in (("x", self.train.x, self.test.x), ("y", self.train.y, self.test.y)):
             if train.shape != test.shape:
                 raise DataError(f"{self.name}: rows of {column}_train are {train.shape}, of {column}_test {test.shape}")
+        if inputs_of(self.train.x) != inputs_of(self.test.x):
+            raise DataError(f"{self.name}: x_train and x_test have inputs of other names or kinds")
         if (self.train.y.dtype.kind == "f") != (self.test.y.dtype.kind == "f"):
             raise DataError(f"{self.name}: y_train is {self.train.y.dtype}, but y_test is {self.test.y.dtype}")
 
     @classmethod
     def from_arrays(
         cls,
-        x_train: ArrayLike,
+        x_train: Any,
         y_train: ArrayLike,
-        x_test: ArrayLike,
-        y_test: ArrayLike,
+        x_test: Any = None,
+        y_test: ArrayLike | None = None,
         w_train: ArrayLike | None = None,
         w_test: ArrayLike | None = None,
     ) -> Dataset:
-        """A data set of arrays in memory, whose first axis counts rows; `w_train`, `w_test`: weights of the rows."""
-        x, y = ArraySource(x_train, "x_train"), ArraySource(y_train, "y_train")
-        train, test = Split(x, y), Split(ArraySource(x_test, "x_test"), ArraySource(y_test, "y_test"))
-        for split, weights, name in ((train, w_train, "w_train"), (test, w_test, "w_test")):
-            split.w = None if weights is None else WeightSource(ArraySource(weights, name))
-        return cls(train, test)
+        """A data set of arrays in memory, whose first axis counts rows. Rows of several inputs have a dict, or a tuple,
+        of arrays as x; w are weights of rows; test rows may be missing."""
+        if (x_test is None) != (y_test is None):
+            raise DataError("arrays: x_test and y_test must both be given, or neither")
+        train = Split.of({"x_train": x_train, "y_train": y_train, "w_train": w_train}, "train")
+        tests = {"x_test": x_test, "y_test": y_test, "w_test": w_test}
+        return cls.of_splits(train, None if x_test is None else Split.of(tests, "test"))
+
+    @classmethod
+    def of_columns(cls, sources: Mapping[str, Any], tests_only: bool, **others: Any) -> Dataset:
+        """A data set of arrays or sources by their names, x_train and so on; of test rows alone if `tests_only`."""
+        test = Split.of(sources, "test") if "x_test" in sources else None
+        return cls.of_splits(None if tests_only else Split.of(sources, "train"), test, **others)
+
+    @classmethod
+    def of_splits(cls, train: Split | None, test: Split | None, **others: Any) -> Dataset:
+        """A data set of two splits, of which one may be missing."""
+        given = test if train is None else train
+        assert given is not None, "a data set has rows"
+        none = given.subset(NO_ROWS)
+        return cls(none if train is None else train, none if test is None else test, **others)
+
+    def replace(self, **changes: Any) -> Dataset:
+        """A copy with other values, which is known by the same fingerprint: the data are the same."""
+        other = dataclasses.replace(self, **changes)
+        other.fingerprint = self.fingerprint
+        return other
+
+    def with_tests(self, fraction: float, seed: int, said: bool, evaluated: bool) -> Dataset:
+        """This data set, with a fraction of its training rows as test rows, chosen by the seed, if it has none.
+
+        Args:
+            said: whether a person has asked for this fraction.
+            evaluated: whether test rows are needed.
+
+        Raises ConfigError for a fraction that leaves no rows to train on, or none that are needed to test on.
+        """
+        if len(self.test):
+            unused = f"--held-out {fraction:g} is not used: there are test rows, {len(self.test)}"
+            return self if self.cut or not said else self.replace(notes=[*self.notes, unused])
+        if fraction == 0:
+            if evaluated:
+                works = "add --eval-every 0 to train without tests, or hold out a fraction, such as 0.1"
+                raise ConfigError(f"--held-out 0: there are no test rows to evaluate on; {works}")
+            return self
+        train, test = (self.train.subset(rows) for rows in draw(len(self.train), fraction, seed))
+        chosen = f"{len(test)} of {len(self.train)} rows, chosen by --seed, are held out; --held-out FRACTION"
+        return self.replace(train=train, test=test, cut=True, notes=[*self.notes, f"no test rows: {chosen}"])
 
     @property
     def sampled(self) -> bool:
         """Whether the fingerprint has samples of the values: of arrays and files, but of no other sources."""
-        columns = (getattr(split, column) for split in (self.train, self.test) for column in ("x", "y", "w"))
-        return bool(self.files) or all(one is None or isinstance(stored(one), ArraySource) for one in columns)
+        sources = [*self.train.sources(), *self.test.sources()]
+        return bool(self.files) or all(isinstance(source, ArraySource) for source in sources)
 
     @functools.cached_property
     def fingerprint(self) -> Fingerprint:
         """Sizes and checksums of samples of the files and columns: almost surely different for different data."""
-        columns = {
-            f"{column}_{which}": stored(getattr(split, column))
-            for which, split in (("train", self.train), ("test", self.test))
-            for column in ("x", "y", "w")
-            if getattr(split, column) is not None
-        }
+        splits = [(which, s) for which, s in (("train", self.train), ("test", self.test)) if not _without_rows(s)]
+        named = {f"{c}_{which}": getattr(s, c) for which, s in splits for c in "xyw"}
+        columns = {name: stored(column) for name, column in named.items() if column is not None}
         texts = {name: f"{len(column):,} rows of {column.shape} {column.dtype}" for name, column in columns.items()}
-        for name, column in columns.items():
-            if isinstance(column, ArraySource) and not self.files:
-                texts[name] += f", {of_array(column.array)}"
+        for name, column in columns.items() if not self.files else ():
+            texts[name] += of_values(column)
         return of_files(self.files) + [list(item) for item in texts.items()]
 
     @property
@@ -160,41 +234,37 @@ class Dataset:
 
     def _with_labels(self, kind: type[ValueSource]) -> Dataset:
         train, test = (dataclasses.replace(split, y=kind(split.y)) for split in (self.train, self.test))
-        return dataclasses.replace(self, train=train, test=test)
-
-
-def check_dataset(value: object, what: str) -> Dataset:
-    """The value itself. Raises DataError, in which it is called `what`, unless it is a data set."""
-    if not isinstance(value, Dataset):
-        raise DataError(f"{what} must be a Dataset, but is {type(value).__name__}")
-    return value
+        return self.replace(train=train, test=test)
 
 
 def open_dataset(spec: str, options: Options | None = None) -> Dataset:
-    """The data set that `--data` names: digits, files at a path, or what a function package.module:name returns.
+    """The data set that `--data` names: digits, files at a path, or what a function package.module:name returns; it may
+    have no test rows.
 
     Raises DataError if it is missing or damaged, ConfigError if the function is missing.
     """
+    options = options or Options()
     if is_name(spec):
         function = called_with(named(spec, "--data"), f"--data {spec}")
         try:
-            dataset = function()
+            made = function()
         except OSError as error:
             raise DataError(f"--data {spec}: {error}") from error
-        if not isinstance(dataset, Dataset):
-            raise DataError(f"--data {spec}: must return a Dataset, but returns {type(dataset).__name__}")
-        return dataset
-    columns = open_files(str(DIGITS) if spec == "digits" else spec, options or Options())
-    if len(columns.sources) < len(KEYS):
-        raise DataError(f"--data {spec}: there are no rows to test on")
-    x_train, y_train, x_test, y_test = columns.sources
+        from mpiml.data.objects import dataset_of  # which makes a Dataset
+
+        return dataset_of(made, f"--data {spec}: must return", options)
+    columns = open_files(str(DIGITS) if spec == "digits" else spec, options)
     name = "digits" if spec == "digits" else "".join(c for c in Path(spec).stem if c not in "*?[]") or "text"
-    train, test = Split(x_train, y_train), Split(x_test, y_test)
-    more = (columns.files, columns.classes, columns.check, columns.names, columns.words)
-    return Dataset(train, test, name, *more)
+    others = {field.name: getattr(columns, field.name) for field in dataclasses.fields(columns)[1:]}
+    return Dataset.of_columns(columns.sources, options.tests_only, name=name, **others)
 
 
-Transform = Callable[[NDArray[Any], NDArray[Any]], tuple[Any, Any]]  # (x, y) of a micro-batch -> those to train on
+def _without_rows(split: Split) -> bool:
+    """Whether a split stands for rows that there are not: one that was given as such may not be empty."""
+    return isinstance(split.x, Subset) and not len(split)
+
+
+Transform = Callable[[Any, NDArray[Any]], tuple[Any, Any]]  # (x, y) of a micro-batch -> those to train on
 
 
 @dataclass
@@ -239,7 +309,10 @@ class Batch:
     def _transformed(self) -> tuple[NDArray[np.floating], NDArray[np.generic]]:
         """x and y from the user's function. Raises DataError unless they have the shapes that they had before."""
         assert self.transform, "only a batch with a transform is transformed"
-        x, y = self.transform(self._x(), self._y())
+        inputs = inputs_of(self.split.x)
+        x, y = self._x(), self._y()
+        x, y = self.transform(unpack(x, inputs) if inputs else x, y)
+        x = pack(x, inputs, self.rows, "--transform") if inputs else x
         for name, array, source in (("x", x, self.split.x), ("y", y, self.split.y)):
             needed = (self.rows, *source.shape)
             if np.shape(array) != needed:

@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpiml.data.inputs import Packed
+from mpiml.data.items import ItemSource
+from mpiml.data.sources import ArraySource, Source
 from mpiml.errors import DataError
 
 SAMPLE = 1 << 14  # bytes of a sample
@@ -50,6 +53,15 @@ def of_array(array: NDArray[Any]) -> str:
         first = max(len(array) - rows, 0) * sample // (samples - 1)
         sampled.update(np.ascontiguousarray(array[first : first + rows]).data)
     return f"samples {sampled.hexdigest()}"
+
+
+def of_values(source: Source) -> str:
+    """Of a source in memory, or of items, a hash of samples, as the end of a text; empty for others."""
+    if isinstance(source, Packed):
+        return "".join(map(of_values, source.parts))
+    if isinstance(source, ItemSource):
+        return f", {of_array(source.samples())}"
+    return f", {of_array(source.array)}" if isinstance(source, ArraySource) else ""
 
 
 def difference(here: Fingerprint, other: Fingerprint, where: str) -> str | None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from mpiml.data import idx
-from mpiml.data.npy import check_sums, npy_file, npz_member
+from mpiml.data import idx, names
+from mpiml.data.npy import check_sums, npy_file, npz_member, npz_names
 from mpiml.data.sources import Source
-from mpiml.errors import DataError
+from mpiml.errors import ConfigError, DataError
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 TABLES = (".csv", ".tsv", ".parquet")
@@ -26,7 +26,7 @@ CHOICES = (
 
 @dataclass(frozen=True)
 class Options:
-    """Settings that only some formats need."""
+    """Settings that only some formats need, and what is wanted of a data set."""
 
     label: str | None = None  # the column of a table that holds the labels
     context: int | None = None  # the number of tokens in a row; given only for text and tokens
@@ -36,19 +36,26 @@ class Options:
     gaps: bool = False  # whether inputs of a table may be missing; they are NaN then
     columns: Sequence[str] = ()  # the inputs that a trained model takes from a table, in this order
     words: Sequence[str] = ()  # the words that its labels were, in the order of the classes
+    arrays: Mapping[str, str] = field(default_factory=dict)  # the names of columns in files that have others
     tests_only: bool = False  # only rows to test on are wanted, and these may be without labels
+    seed: int = 0  # of what items draw from the generators of the process
 
 
 @dataclass
 class Columns:
-    """The columns of a data set in the order of KEYS, and what `Dataset` needs besides them."""
+    """The columns of a data set by their names, x_train and so on, and what `Dataset` needs besides them.
 
-    sources: Sequence[Source]
+    Those of test rows may be missing; if only these are wanted, those to train on and y_test may be.
+    """
+
+    sources: Mapping[str, Source]
     files: Sequence[Path]
     classes: int | None = None
     check: Callable[[], None] | None = None
     names: Sequence[str] = ()  # of the inputs of a table
     words: Sequence[str] = ()  # that are the labels of a table, in the order of the classes
+    cut: bool = False
+    notes: Sequence[str] = ()
 
 
 def open_files(spec: str, options: Options) -> Columns:
@@ -56,6 +63,12 @@ def open_files(spec: str, options: Options) -> Columns:
     path = Path(spec)
     by_suffix = {".npz": open_npz, ".h5": open_h5, ".hdf5": open_h5, ".hdf": open_h5}
     opener = by_suffix.get(path.suffix.lower()) or (by_files(path) if path.is_dir() else None)
+    if opener is None and options.context is None and any(path.glob("*.npy")):
+        opener = open_npy
+    if options.tests_only and options.context is None and path.suffix == ".npy":
+        opener = open_inputs
+    if options.arrays and opener not in (open_npz, open_h5, open_npy):
+        raise ConfigError(f"--arrays: {spec} has no names of arrays, as .npz, HDF5 and directories of .npy files have")
     if options.context is not None:
         if opener is not None:
             raise DataError(f"--context {options.context}: {spec} is neither text nor tokens")
@@ -75,7 +88,8 @@ Opener = Callable[[Path, Options], Columns]
 
 def by_files(directory: Path) -> Opener | None:
     """The function that opens this directory, if the format follows from the names of its files."""
-    if any((directory / f"{key}.npy").exists() for key in KEYS):
+    stems = {file.stem.lower() for file in directory.glob("*.npy")}
+    if stems & {*names.COLUMNS, *names.SHORT}:
         return open_npy
     if any(idx.find(directory, key) for key in KEYS):
         return open_idx
@@ -86,24 +100,50 @@ def by_files(directory: Path) -> Opener | None:
 
 
 def open_npz(path: Path, options: Options) -> Columns:
-    return Columns([npz_member(path, key) for key in KEYS], [path], check=lambda: check_sums(path, KEYS))
+    named, notes = _named(npz_names(path), path, options)
+    sources = {column: npz_member(path, name) for column, name in named.items()}
+    return Columns(sources, [path], check=lambda: check_sums(path, list(named.values())), notes=notes)
 
 
 def open_h5(path: Path, options: Options) -> Columns:
-    from mpiml.data.hdf5 import hdf5_column, open_hdf5
+    from mpiml.data.hdf5 import hdf5_column, hdf5_names, open_hdf5
 
     file = open_hdf5(path)
-    return Columns([hdf5_column(file, path, key) for key in KEYS], [path])
+    known = [*dict.fromkeys([*hdf5_names(file), *(name for name in options.arrays.values() if name in file)])]
+    named, notes = _named(known, path, options, "data set")
+    return Columns({column: hdf5_column(file, path, name) for column, name in named.items()}, [path], notes=notes)
 
 
 def open_npy(path: Path, options: Options) -> Columns:
-    files = [path / f"{key}.npy" for key in KEYS]
-    return Columns([npy_file(file) for file in files], files)
+    named, notes = _named([file.stem for file in path.glob("*.npy")], path, options)
+    files = {column: path / f"{name}.npy" for column, name in named.items()}
+    return Columns({column: npy_file(file) for column, file in files.items()}, list(files.values()), notes=notes)
+
+
+def open_inputs(path: Path, options: Options) -> Columns:
+    """A single .npy file: rows without labels."""
+    return Columns({"x_test": npy_file(path)}, [path])
+
+
+def _named(
+    known: Sequence[str], path: Path, options: Options, kind: str = "array"
+) -> tuple[dict[str, str], Sequence[str]]:
+    """The names of the columns in a file, and a note on arrays that might be test rows, if none are named so."""
+    named = names.columns(known, options.arrays, options.tests_only, path, kind)
+    left = sorted({*known} - {*named.values()})
+    if "x_test" in named or not left:
+        return named, ()
+    return named, [f"{path}: {names.listed(left)} are not used; --arrays x_test=NAME,y_test=NAME names test rows"]
 
 
 def open_idx(path: Path, options: Options) -> Columns:
-    files = [idx.find(path, key) or path / idx.NAMES[key] for key in KEYS]
-    return Columns([idx.idx_file(file) for file in files], files)
+    wanted = [key for key in KEYS if key.endswith("_test") or not options.tests_only]
+    optional = ["y_test"] if options.tests_only else ["x_test", "y_test"]
+    files = {key: idx.find(path, key) or path / idx.NAMES[key] for key in wanted}
+    if any(files[key].exists() for key in optional) and not options.tests_only:
+        optional = []
+    files = {key: file for key, file in files.items() if key not in optional or file.exists()}
+    return Columns({key: idx.idx_file(file) for key, file in files.items()}, list(files.values()))
 
 
 def open_table(path: Path, options: Options) -> Columns:
@@ -123,7 +163,7 @@ def open_table(path: Path, options: Options) -> Columns:
     for which, table in zip(["test"] if options.tests_only else ["train", "test"], tables, strict=False):
         x, y = table.sources()
         sources |= {f"x_{which}": x} | ({} if table.label is None else {f"y_{which}": y})
-    return Columns(list(sources.values()), files, len(words) or None, names=tables[0].columns, words=words)
+    return Columns(sources, files, len(words) or None, names=tables[0].columns, words=words)
 
 
 def _tables(path: Path, tests_only: bool) -> list[Path]:
@@ -145,7 +185,7 @@ def open_tokens(path: Path, options: Options) -> Columns:
     dtype = np.dtype(options.tokens).newbyteorder("<") if pretokenised else text.BYTES
     tokens = [text.Tokens(files, dtype) for files in (train, test) if files]
     columns = text.windows(tokens[0], tokens[1] if test else None, options.context, options.held_out, str(path))
-    return Columns(columns, [*train, *test], None if pretokenised else 256)
+    return Columns(dict(zip(KEYS, columns, strict=False)), [*train, *test], None if pretokenised else 256, cut=not test)
 
 
 def _token_files(path: Path) -> tuple[Sequence[Path], Sequence[Path]]:

@@ -13,6 +13,7 @@ from mpiml.data.sources import Indices, Rows, Source, check_rows, extra, file_si
 from mpiml.errors import DataError
 
 CACHE = 1 << 24  # bytes of a data set's chunks that HDF5 keeps unpacked: the rows of one are mostly read step by step
+MOST_NAMES = 1000  # that a file is searched for
 
 
 def open_hdf5(path: Path) -> Any:
@@ -25,6 +26,19 @@ def open_hdf5(path: Path) -> Any:
         )  # parallel file systems often lack locks, and nobody writes
     except OSError as error:
         raise DataError(f"cannot read {path}: {error}") from None
+
+
+def hdf5_names(file: Any) -> list[str]:
+    """The names of what an open file holds, "group/name" for data sets in groups; of many only the first."""
+    names = [*file]
+
+    def visit(name: str, member: Any) -> bool | None:
+        if "/" in name and hasattr(member, "dtype"):
+            names.append(name)
+        return len(names) >= MOST_NAMES or None  # None: the visit goes on
+
+    file.visititems(visit)
+    return names
 
 
 def hdf5_column(file: Any, path: Path, key: str) -> Source:

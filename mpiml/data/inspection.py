@@ -4,6 +4,7 @@ it, with their rows."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +13,9 @@ import numpy as np
 
 from mpiml.clock import unwatched
 from mpiml.data.dataset import Dataset
+from mpiml.data.inputs import Inputs, inputs_of, spans
 from mpiml.data.sources import Indices, Rows, Source, WrappedSource
+from mpiml.data.subsets import origins
 from mpiml.errors import DataError
 
 SCAN = 1 << 24  # bytes of a source that are looked at at once
@@ -31,6 +34,7 @@ class Findings:
     masked: int = 0  # integers that are to be ignored
     below_void: float = field(default=-math.inf, compare=False)  # the highest but VOID
     binary: bool = field(default=True, compare=False)  # whether no floating-point number is other than 0 and 1
+    bounds: tuple[int, ...] = ()  # of each of several inputs the lowest and the highest integer, 0 included
 
     def __or__(self, other: Findings) -> Findings:
         first = [row for row in (self.first_bad, other.first_bad) if row is not None]
@@ -42,6 +46,10 @@ class Findings:
             self.masked + other.masked,
             max(self.below_void, other.below_void),
             self.binary and other.binary,
+            tuple(
+                (max if position % 2 else min)(pair)
+                for position, pair in enumerate(itertools.zip_longest(self.bounds, other.bounds, fillvalue=0))
+            ),
         )
 
 
@@ -57,20 +65,22 @@ def inspect(
     `ignore` is the label that means "no label"; `progress` is called after every few megabytes; with `gaps` NaN is a
     gap that will be filled.
     """
-    findings = Findings()
+    findings, inputs = Findings(), inputs_of(source) or ()
     row_bytes = max(math.prod(source.shape) * source.dtype.itemsize, 1)
     chunk = max(SCAN // row_bytes, 1)
     for first in range(0, len(rows), chunk):
         numbers = rows[first : first + chunk]
-        findings |= _findings(source.rows(numbers), numbers, ignore, gaps)
+        values = source.rows(numbers)
+        findings |= _findings(source, values, numbers, ignore, gaps) | Findings(bounds=_bounds(values, inputs))
         progress()
     return findings
 
 
-def _findings(values: Rows, numbers: Indices, ignore: int | None, gaps: bool) -> Findings:
-    """What these values show, of the rows with these numbers."""
+def _findings(source: Source, values: Rows, numbers: Indices, ignore: int | None, gaps: bool) -> Findings:
+    """What these values show, of the rows with these numbers in a source."""
     if not values.size:
         return Findings()
+    _, numbers = next(origins(source, numbers))  # those in the file, which a message is to name
     flat = values.reshape(len(numbers), -1)
     if values.dtype.kind == "f":
         bad = np.flatnonzero(np.isinf(flat).any(axis=1) if gaps else ~np.isfinite(flat).all(axis=1))
@@ -80,6 +90,12 @@ def _findings(values: Rows, numbers: Indices, ignore: int | None, gaps: bool) ->
         extremes = _extremes(flat, numbers, None) if values.ndim == 1 else Findings()
         return dataclasses.replace(extremes, binary=binary)
     return _extremes(flat, numbers, ignore)
+
+
+def _bounds(values: Rows, inputs: Inputs) -> tuple[int, ...]:
+    columns = zip(spans(inputs), inputs, strict=True)
+    parts = [values[:, span] if kind in "iu" else values[:, :0] for span, (_, _, kind) in columns]
+    return tuple(int(bound) for part in parts for bound in (part.min(initial=0), part.max(initial=0)))
 
 
 def _extremes(flat: Rows, numbers: Indices, ignore: int | None) -> Findings:
@@ -178,7 +194,7 @@ class CheckedSource(WrappedSource):
         values = self.source.rows(indices)
         if values.dtype.kind != "f" and self.column == "x" and not self.data.language_model:
             return values  # any integer will do
-        findings = _findings(values, indices, self.ignore, self.gaps)
+        findings = _findings(self.source, values, indices, self.ignore, self.gaps)
         findings.masked = 0  # a few rows may well have no label at all
         if wrong := problem(self.data, self.column, findings, self.classes):
             raise DataError(f"{self.name}: {wrong[0]} {wrong[1]}")

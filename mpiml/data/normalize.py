@@ -72,6 +72,11 @@ class Normalization(Preparation):
     def applied(self, source: Source, dtype: DTypeLike) -> Source:
         return NormalizedSource(source, self, dtype)
 
+    def leave(self, parts: Iterable[slice]) -> None:
+        """Leave some parts of flat rows as they are."""
+        for part in parts:
+            self.mean[part], self.scale[part] = 0, 1
+
 
 class NormalizedSource(WrappedSource):
     """A source of normalised rows in the run's dtype."""

@@ -47,6 +47,18 @@ class CompressedSource(StreamedSource):
             return stream
 
 
+def npz_names(path: Path) -> list[str]:
+    """The names of the arrays in a .npz file. Raises DataError if it is missing or damaged."""
+    import zipfile
+
+    file_size(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist()]
+    except zipfile.BadZipFile as error:
+        raise DataError(f"{path} is not an .npz file: {error}") from None
+
+
 def npz_member(path: Path, key: str) -> Source:
     """The array `key` of a .npz file: by memory map if it is stored, else streamed.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import queue
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpiml.data.dataset import Batch, Split
+from mpiml.data.items import ItemSource
 from mpiml.data.shards import Shards
-from mpiml.data.sources import ArraySource, HeldSource, Source, innermost
+from mpiml.data.sources import ArraySource, HeldSource
+from mpiml.data.subsets import origins
 from mpiml.data.text import Windows
 
 if TYPE_CHECKING:
@@ -116,38 +117,42 @@ def _read(batch: Batch, x: bool, y: bool) -> tuple[Any, Any, Any]:
     return batch.x() if x else None, batch.y() if y else None, batch.w() if y else None
 
 
-def steps_ahead(shards: Shards) -> int:
-    """How many steps to read ahead by default: none if reading a step's rows takes less time than passing them from
-    thread to thread.
+def steps_ahead(shards: Shards, asked: int | None = None) -> int:
+    """How many steps to read ahead: as many as are asked for; by default none if reading a step's rows takes less time
+    than passing them from thread to thread.
 
+    Rows that draw from generators of the process are never read ahead: its own thread draws from them as well.
     That holds for rows in memory, and often for mapped files that the system keeps in memory, which is measured. For
     this, the rows must have been read once before. Sources of other kinds, such as a user's own, are not tried. Nor is
     anything read ahead by a transform that draws from generators of the process: another thread may draw from them.
     """
-    if shards.draws:
+    sources = shards.split.sources()
+    if shards.draws or any(isinstance(source, ItemSource) and source.draws for source in sources):
         return 0
-    sources = [innermost(source) for source in (shards.split.x, shards.split.y)]
+    if asked is not None:
+        return asked
     if shards.transform or not all(isinstance(source, (ArraySource, HeldSource, Windows)) for source in sources):
         return AHEAD
     random = np.random.default_rng(0)
-    times = (_seconds(shards, sources, random) for _ in range(TRIES))
+    times = (_seconds(shards, random) for _ in range(TRIES))
     return 0 if in_memory(shards.split) or any(seconds < HANDOVER for seconds in times) else AHEAD
 
 
 def in_memory(split: Split) -> bool:
     """Whether all rows are in this process's own memory."""
-    sources = [innermost(source) for source in (split.x, split.y)]
+    sources = split.sources()
     mapped = (isinstance(source, ArraySource) and isinstance(source.array, np.memmap) for source in sources)
     return all(isinstance(source, (ArraySource, HeldSource)) for source in sources) and not any(mapped)
 
 
-def _seconds(shards: Shards, sources: Sequence[Source], random: np.random.Generator) -> float:
+def _seconds(shards: Shards, random: np.random.Generator) -> float:
     """The time to read as many rows as a step does, drawn at random, micro-batch by micro-batch."""
     count = math.ceil(shards.rows_per_step / shards.microbatches)
     ranges = [rows for m in range(shards.first, shards.last) if (rows := shards.shard(m))]
     batches = [rows.start + rows.step * random.integers(0, len(rows), count) for rows in ranges]
+    columns = (shards.split.x, shards.split.y)
+    reads = [read for numbers in batches for column in columns for read in origins(column, numbers)]
     began = perf_counter()
-    for numbers in batches:
-        for source in sources:
-            source.rows(numbers)
+    for source, numbers in reads:
+        source.rows(numbers)
     return perf_counter() - began

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -35,6 +35,9 @@ class Preparation(ABC):
         make: Any = cls
         made: Self = make(*(arrays[name] for name in cls.NAMES))
         return made
+
+    def leave(self, parts: Iterable[slice]) -> None:  # noqa: B027
+        """Leave some parts of flat rows as they are, where that is possible."""
 
 
 def prepared(split: Split, preparations: Sequence[Preparation], dtype: DTypeLike) -> Split:

@@ -10,7 +10,6 @@ from numpy.typing import DTypeLike, NDArray
 
 from mpiml.clock import unwatched
 from mpiml.data.dataset import Batch, Split
-from mpiml.data.sources import innermost
 from mpiml.partition import part
 from mpiml.random import generator, keyed
 
@@ -144,8 +143,7 @@ def block_order(length: int, block_rows: int, random: np.random.Generator) -> Or
 
 def rereads(shards: Shards) -> list[str]:
     """A line on what to do if a file's rows are stored in chunks, of which a step reads one for each of its rows."""
-    sources = [innermost(source) for source in (shards.split.x, shards.split.y)]
-    rows, name = max((getattr(source, "chunk_rows", 1), source.name) for source in sources)
+    rows, name = max((getattr(source, "chunk_rows", 1), source.name) for source in shards.split.sources())
     if shards.shuffle != "rows" or rows <= FEW:
         return []
     better = f"{'--shards contiguous ' if shards.strided else ''}--shuffle blocks --block-rows {rows}"

@@ -60,6 +60,19 @@ class ArraySource(Source):
         return rows_of(np.asarray(self.array), indices)  # not a memmap: all results of it would be of that class
 
 
+class Zeros(Source):
+    """A column of zeros: the labels of rows that have none."""
+
+    def __init__(self, length: int, name: str, shape: tuple[int, ...] = (), dtype: DTypeLike = np.int64):
+        self.length, self.name, self.shape, self.dtype = length, name, shape, np.dtype(dtype)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def rows(self, indices: Indices) -> Rows:
+        return np.zeros((len(indices), *self.shape), self.dtype)
+
+
 class WrappedSource(Source):
     """The base of sources that change the rows of another source, and their dtype."""
 
@@ -71,11 +84,6 @@ class WrappedSource(Source):
 
     def hold(self, rows: Indices) -> None:
         self.source.hold(rows)
-
-
-def innermost(source: Source) -> Source:
-    """The source that wrapped ones read from."""
-    return innermost(source.source) if isinstance(source, WrappedSource) else source
 
 
 class LabelSource(WrappedSource):

@@ -123,10 +123,13 @@ def windows(train: Tokens, test: Tokens | None, context: int, held_out: float, n
     """x_train, y_train, x_test and y_test of text or tokens.
 
     Args:
-        test: the tokens to test on; if None, the last `held_out` (a fraction) of the tokens in `train`.
+        test: the tokens to test on; if None, the last `held_out` (a fraction) of the tokens in `train`; there are none
+            if that is 0.
     """
     cut = len(train) if test else len(train) - round(held_out * len(train))
     spans = {"train": (train, 0, cut), "test": (test, 0, len(test)) if test else (train, cut, len(train))}
+    if not test and not held_out:
+        del spans["test"]
     for which, (_, start, stop) in spans.items():
         if stop - start <= context:
             raise DataError(f"{name}: {stop - start} tokens to {which} on are too few: a row needs {context} + 1")

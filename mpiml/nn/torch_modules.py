@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from mpiml.nn import torch_state
 from mpiml.nn.base import Array, At, Backward, Layer, described
 from mpiml.nn.parameters import Constant, Gradients, Parameter, Shape, Statistic
 from mpiml.nn.torch_buffers import Buffers, Flags, flags_of, set_flags
+from mpiml.nn.torch_inputs import INTEGERS, Inputs, split_inputs
 from mpiml.nn.torch_names import plain_name, some, uncompiled
 from mpiml.nn.torch_parts import Joined, is_module, parts_of
 from mpiml.nn.torch_tensors import (
@@ -232,15 +233,22 @@ class TorchLayer(Layer):
         return f"{self.path}, {type(uncompiled(self.module)).__name__},".lstrip(", ")
 
 
-def as_layers(model: Any, dtype: DTypeLike, threads: int) -> Any:
+def as_layers(
+    model: Any, dtype: DTypeLike, threads: int, inputs: Inputs | None = None, bounds: Sequence[int] = ()
+) -> Any:
     """The layers of a user's model, with a TorchLayer for each torch module; a model without any is returned unchanged.
-    Raises ConfigError for modules that cannot be trained as layers."""
+
+    The first takes `inputs`, with integers within `bounds`, if rows have several. Raises ConfigError for modules that
+    cannot be trained as layers.
+    """
     roots = [root for root in ([model] if is_module(model) else parts_of(model)) if is_module(root)]
     if not roots:
         return model
     prepare_torch(threads)
-    flags = flags_of(roots)
-    return [TorchLayer(part, dtype, flags) if is_module(part) else part for part in parts_of(model)]
+    flags, parts = flags_of(roots), parts_of(model)
+    if inputs and is_module(parts[0]):
+        split_inputs(parts[0], inputs, bounds)
+    return [TorchLayer(part, dtype, flags) if is_module(part) else part for part in parts]
 
 
 def load_into(model: T, path: str | Path) -> T:
@@ -262,6 +270,11 @@ def load_into(model: T, path: str | Path) -> T:
         raise ValueError(f"{path} is of another model: {min(more)} is in it, and not here")
     torch_state.copy(pairs)
     return model
+
+
+def integers(layers: Sequence[Layer]) -> list[slice]:
+    """The values of packed rows that the first layer, if it is a torch module, takes as integers."""
+    return INTEGERS.get(layers[0].module, []) if isinstance(layers[0], TorchLayer) else []
 
 
 def _check_parameters(module: torch.nn.Module) -> None:

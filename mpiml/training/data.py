@@ -8,7 +8,7 @@ import itertools
 import operator
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,7 +16,7 @@ from mpi4py import MPI
 
 from mpiml import documents
 from mpiml.config import Config
-from mpiml.data.dataset import Dataset, Split, check_dataset
+from mpiml.data.dataset import Dataset, Split
 from mpiml.data.fill import MEAN, Filling, present
 from mpiml.data.fingerprint import Fingerprint, difference
 from mpiml.data.inspection import CheckedSource, Findings, inspect, problem
@@ -35,9 +35,11 @@ T = TypeVar("T")
 FIRST = 64  # rows of each column that a rank looks at with --look first
 
 
-def open_data(config: Config, team: Team, data: Dataset | None, task: Task | None = None) -> Dataset:
-    """The data set that the settings name, or `data`, the same on all ranks; collective. `task` is what a trained
-    model takes.
+def open_data(
+    config: Config, team: Team, data: Any = None, task: Task | None = None, tests_only: bool = False
+) -> Dataset:
+    """The data set that the settings name, or `data`, the same on all ranks; collective. Arguments as of
+    `resolve.open_data`.
 
     Raises, on all ranks alike, DataError or ConfigError if there is none, or if some rank has another.
     """
@@ -45,10 +47,7 @@ def open_data(config: Config, team: Team, data: Dataset | None, task: Task | Non
 
     def opened() -> tuple[Dataset, Fingerprint]:
         try:
-            if data is None:
-                opened = resolve.open_data(config, task)
-            else:
-                opened = resolve.with_labels(check_dataset(data, "data"), config, task)
+            opened = resolve.open_data(config, data, task, tests_only)
             return opened, opened.fingerprint
         except DataError as error:
             stored = config.resume and "data" not in (config.given or ())
@@ -75,12 +74,14 @@ class Seen:
         tokens: one more than the highest integer input; 0 if inputs are not integers.
         notes: what a person should know.
         ignore: the label that does not count, if there is one.
+        bounds: of each input, where a row has several, the lowest and the highest integer, 0 included.
     """
 
     outputs: int
     tokens: int
     notes: list[str]
     ignore: int | None = None
+    bounds: list[int] = field(default_factory=list)
 
     @classmethod
     def of_json(cls, value: Any) -> Seen | None:
@@ -190,6 +191,7 @@ def look_at(
         highest = int(max(joined.highest[0], -1))
         if column == "x":
             seen.tokens = max(seen.tokens, highest + 1)
+            seen.bounds = list((Findings(bounds=tuple(seen.bounds)) | joined).bounds)
         elif column == "y" and data.classification:
             seen.outputs = max(seen.outputs, highest + 1)
             if joined.masked:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
+from mpiml.data.inputs import inputs_of
 from mpiml.data.inspection import inspect, problem
 from mpiml.errors import DataError
 from mpiml.nn.base import Layer
@@ -130,7 +131,8 @@ def unplaced(config: Config, data: Dataset) -> Unplaced:
     """The job that mpiml.train would start with these settings. Raises ConfigError or DataError as it would."""
     config = resolve(config.replace(pipe=1, cuts=(), microbatches=1), len(data.train), data.classification, 1)
     outputs, tokens = needs(data, config.classes, config.ignore)
-    task = Task(data.train.x.shape, data.train.y.shape, data.classification, outputs, tokens)
+    inputs = inputs_of(data.train.x)
+    task = Task(data.train.x.shape, data.train.y.shape, data.classification, outputs, tokens, inputs=inputs)
     layers = model_for(config, task, None)
     columns = 2 + build_scoring(config, task, layers, data.train.w is not None).metric.columns
     return Unplaced(layers, task.shape, len(data.train), data.classification, columns)

@@ -44,7 +44,9 @@ def model_for(config: Config, task: Task, model: Model | None) -> list[nn.Layer]
     tokens = task.vocabulary
     make = chosen(config, tokens) if model is None else model
     try:
-        layers = _list_of_layers(_made(make, config, task.shape, task.outputs))
+        _check_inputs(task, config.model if model is None and not is_name(config.model) else None)
+        layers = _list_of_layers(_made(make, config, task))
+        _check_inputs(task, _own_layer(layers[0]))
         nn.name(layers)
         *shapes, final = nn.stack_shapes(layers, task.shape)  # which shows what PyTorch modules change
         nn.skip_first_dx(layers)
@@ -54,7 +56,8 @@ def model_for(config: Config, task: Task, model: Model | None) -> list[nn.Layer]
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(f"the model does not fit the data: {error}") from None
+        several = f", whose rows have the inputs {task.shapes}" if task.inputs else ""
+        raise ConfigError(f"the model does not fit the data{several}: {error}") from None
     if not any(parameter.size and parameter.momentum is None for parameter in nn.parameters(layers)):
         raise ConfigError("the model has no parameters, so there is nothing to train")
     outputs_for(config, task, layers, final)
@@ -94,7 +97,23 @@ def chosen(config: Config, tokens: int = 0) -> Model:
     return functools.partial(named(name, "--model"), **sizes, dropout=config.dropout)
 
 
-def _made(model: Model, config: Config, shape: Shape, outputs: int) -> Any:
+def _check_inputs(task: Task, taker: str | None) -> None:
+    """Raise ConfigError if rows have several inputs and would be given to `taker`, which takes one array."""
+    if task.inputs and taker:
+        text = ", ".join(f"{name or 'one'} {shape}" for name, shape, _ in task.inputs)
+        raise ConfigError(
+            f"rows have several inputs ({text}), which PyTorch modules take, but {taker} takes one array: give --model "
+            "a function that returns a module, or put the inputs beside each other in one array"
+        )
+
+
+def _own_layer(layer: nn.Layer) -> str | None:
+    """The name of a layer that is not a PyTorch module."""
+    modules = _torch_modules()
+    return None if modules and isinstance(layer, modules.TorchLayer) else type(layer).__name__
+
+
+def _made(model: Model, config: Config, task: Task) -> Any:
     """The model, made if it is a function that makes it, with layers in place of PyTorch's modules.
 
     What it draws from a generator of the process is a function of the seed alone.
@@ -104,10 +123,10 @@ def _made(model: Model, config: Config, shape: Shape, outputs: int) -> Any:
         made = model
     else:
         with keyed(global_generators(), config.seed, "init", "torch"):
-            made = model(shape, outputs)
+            made = model(task.shapes, task.outputs)
         if not modules and _torch_modules():  # the call itself has imported it, and drawn what it liked
-            return _made(model, config, shape, outputs)
-    return modules.as_layers(made, config.dtype, config.threads) if modules else made
+            return _made(model, config, task)
+    return modules.as_layers(made, config.dtype, config.threads, task.inputs, task.bounds) if modules else made
 
 
 def described(layers: Sequence[nn.Layer], seed: int) -> dict[str, str]:
@@ -119,6 +138,12 @@ def described(layers: Sequence[nn.Layer], seed: int) -> dict[str, str]:
         for parameter in layer.own_parameters().values():
             described[f"first values of the model, {parameter.name}"] = parameter.described(seed)
     return described
+
+
+def integers(layers: Sequence[nn.Layer]) -> list[slice]:
+    """The values of packed rows that the model takes as integers: those are not to be normalised."""
+    modules = _torch_modules()
+    return modules.integers(layers) if modules else []
 
 
 def _torch_modules() -> Any:

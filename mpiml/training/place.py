@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,7 @@ from mpiml.parallel.stage import Computation
 from mpiml.parallel.tree import depth
 from mpiml.parallel.values import Values
 from mpiml.training.constants import Constants
-from mpiml.training.model import Model, Scoring, build_scoring, described, model_for, objective
+from mpiml.training.model import Model, Scoring, build_scoring, described, integers, model_for, objective
 from mpiml.training.resolve import Resolved
 from mpiml.training.stages import StageDesign, cut
 from mpiml.training.task import Task
@@ -44,6 +44,7 @@ class BuiltModel:
         constants: of all stages on rank 0, which writes them to checkpoints; elsewhere of this rank's stage.
         least_rows: of a micro-batch that it can be trained on, and the layer that says so.
         notes: what a person should know.
+        integers: the values of packed rows that it takes as integers.
     """
 
     task: Task
@@ -52,6 +53,7 @@ class BuiltModel:
     constants: Constants
     least_rows: tuple[int, str]
     notes: list[str]
+    integers: Sequence[slice] = ()
 
     @property
     def metric(self) -> Metric:
@@ -97,6 +99,7 @@ def build_stage(
         constants=constants,
         least_rows=max((layer.least_rows, layer.path) for layer in layers),
         notes=[note for layer in layers for note in layer.notes],
+        integers=integers(layers),
     )
     return built, computation
 

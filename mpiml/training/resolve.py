@@ -5,10 +5,13 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from mpiml.config import FALLING, Config
+from mpiml.data import names
 from mpiml.data.dataset import Dataset, open_dataset
 from mpiml.data.formats import Options
+from mpiml.data.objects import dataset_of
 from mpiml.errors import ConfigError
 from mpiml.nn import optimizers
 from mpiml.parallel.tree import aligned
@@ -28,31 +31,37 @@ class Resolved(Config):
     decay_steps: int
 
 
-def open_data(config: Config, task: Task | None = None) -> Dataset:
-    """The data set that the settings name, with labels as they want them. Raises DataError or ConfigError if there is
-    none.
+def open_data(config: Config, given: Any = None, task: Task | None = None, tests_only: bool = False) -> Dataset:
+    """The data set that the settings name, or `given`, a Dataset or what one can be made of, with rows to test on if
+    the settings want any. Raises DataError or ConfigError if there is none.
 
-    `task` is what a trained model takes, which tells the columns of a table and the classes of its words.
+    `task` is what a trained model takes, which tells the columns of a table and the classes of its words. With
+    `tests_only`, only rows to test on are wanted, and they may be without labels.
     """
     options = Options(
-        config.label,
-        config.context,
-        config.held_out,
-        config.token_dtype,
+        label=config.label,
+        context=config.context,
+        held_out=config.held_out,
+        tokens=config.token_dtype,
         drop_columns=config.drop_columns,
         gaps=config.fill is not None,
         columns=task.columns if task else (),
         words=task.words if task else (),
+        arrays=names.parsed(config.arrays),
+        tests_only=tests_only,
+        seed=config.seed,
     )
-    dataset = open_dataset(config.data, options)
-    if config.drop_columns and not dataset.names:
+    dataset = open_dataset(config.data, options) if given is None else dataset_of(given, "data: must be", options)
+    if given is None and config.drop_columns and not dataset.names:
         raise ConfigError(f"--drop-columns: {config.data} is not a table; leave it out")
     if dataset.words and of_values(config):
         flag = f"--loss {config.loss}" if config.loss in ("mse", "bce") else f"--metric {config.metric}"
         raise ConfigError(f"{flag}: labels are words ({words_text(dataset.words)}), not numbers; leave it at auto")
     if dataset.words and config.classes not in (None, len(dataset.words)):
         raise ConfigError(f"--classes {config.classes}: labels are {len(dataset.words)} words; leave it out")
-    return with_labels(dataset, config, task)
+    said = "held_out" in (config.given or ())
+    whole = dataset.with_tests(config.held_out, config.seed, said, evaluated=config.eval_every > 0)
+    return with_labels(whole, config, task)
 
 
 def words_text(words: Sequence[str]) -> str:

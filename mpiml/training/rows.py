@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mpiml.data.dataset import Dataset
 from mpiml.data.fingerprint import Fingerprint
+from mpiml.data.inputs import inputs_of
 from mpiml.data.prefetch import ReadAhead, steps_ahead
 from mpiml.data.preparation import Preparation, prepared
 from mpiml.data.shards import Shards, rereads
@@ -80,7 +81,7 @@ def build_data(config: Resolved, data: Dataset, grid: Grid, known: Known = Known
     train, test = (prepared(split, preparations, config.dtype) for split in (train, test))
     shards = cut(train)
     words = [f"labels are words: {len(data.words)} classes, {words_text(data.words)}"] if data.words else []
-    notes = [*words, *needed.notes, *rereads(shards), *try_transform(config, shards, grid)]
+    notes = [*data.notes, *words, *needed.notes, *rereads(shards), *try_transform(config, shards, grid)]
     return RunData(
         shards=shards,
         ahead=_ahead(config, shards, grid),
@@ -94,6 +95,8 @@ def build_data(config: Resolved, data: Dataset, grid: Grid, known: Known = Known
             ignore,
             words=tuple(data.words),
             columns=tuple(data.names),
+            inputs=inputs_of(data.train.x),
+            bounds=tuple(needed.bounds),
         ),
         preparations=preparations,
         fingerprint=data.fingerprint,
@@ -104,5 +107,6 @@ def build_data(config: Resolved, data: Dataset, grid: Grid, known: Known = Known
 
 def _ahead(config: Resolved, shards: Shards, grid: Grid) -> ReadAhead:
     """What reads ahead as far as the settings say, or else as it is worth."""
-    steps = steps_ahead(shards) if config.prefetch is None or shards.draws else config.prefetch
-    return ReadAhead(shards, steps, config.steps, grid.stage == 0, grid.stage == grid.stages - 1)
+    return ReadAhead(
+        shards, steps_ahead(shards, config.prefetch), config.steps, grid.stage == 0, grid.stage == grid.stages - 1
+    )

@@ -174,6 +174,8 @@ def assemble(
     rows = build_data(config, data, grid, known)
     weighted = any(split.w is not None for split in (data.train, data.test))
     built, computation = build_stage(config, rows.task, grid, model, weighted)
+    for preparation in rows.preparations:
+        preparation.leave(built.integers)
     team.together(lambda: check_rows(config, *built.least_rows, rows.shards.smallest(), len(data.train), grid.replicas))
     team.on_rank_0(lambda: check(config, built))
     layout = built.layouts[grid.stage]

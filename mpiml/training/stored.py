@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
 from mpiml.data.fingerprint import difference
+from mpiml.data.inputs import inputs_of, shapes
 from mpiml.data.preparation import Preparation
+from mpiml.data.sources import Zeros
 from mpiml.errors import ConfigError, DataError, OutputError
 from mpiml.run import checkpoint as checkpoints
 from mpiml.run import environment
@@ -86,12 +91,14 @@ def _newest(directory: Path) -> tuple[Checkpoint, list[str]]:
 def check_data(stored: StoredModel, data: Dataset, others: bool) -> None:
     """Raise DataError unless a data set is of the kind that the run's was, and unchanged if it is not `others`."""
     task = stored.task
+    inputs = inputs_of(data.test.x)
     for what, given, trained in (
+        ("inputs are", inputs and shapes(inputs), task.inputs and shapes(task.inputs)),
         ("rows of x_test are", data.test.x.shape, task.shape),
         ("labels of a row are", data.test.y.shape, task.labels),
         ("labels are", *("classes" if kind else "values" for kind in (data.classification, task.classification))),
     ):
-        if given != trained:
+        if given != trained and (data.test.labelled or not what.startswith("labels")):
             raise DataError(f"{data.name}: {what} {given}, but the run's {trained}")
     numbered = data.test.y.dtype.kind == "b"  # false and true are 0 and 1, whether words or not
     if data.words and tuple(data.words) != task.words and not numbered:
@@ -100,4 +107,23 @@ def check_data(stored: StoredModel, data: Dataset, others: bool) -> None:
     if before and (other := difference(data.fingerprint, before, "in the run")):
         raise DataError(
             f"{data.name} has changed since the run: {other}; to score it all the same, name it with --data"
+        )
+
+
+def with_zeros(data: Dataset, task: Task) -> Dataset:
+    """A data set whose test rows, if they have no labels, have zeros of the kind that a model was trained on."""
+    if data.test.labelled:
+        return data
+    zeros = Zeros(len(data.test), data.test.y.name, task.labels, np.int64 if task.classification else np.float64)
+    return Dataset.of_splits(None, dataclasses.replace(data.test, y=zeros), name=data.name, files=data.files)
+
+
+def check_wanted(data: Dataset, predictions: str | None) -> None:
+    """Raise DataError if there is nothing to score, and ConfigError if rows without labels are not to be predicted."""
+    if not len(data.test):
+        raise DataError(f"{data.name}: there are no test rows; name others with --data, or hold some out (--held-out)")
+    if not data.test.labelled and not predictions:
+        raise ConfigError(
+            f"{data.name}: the rows have no labels, so that there is nothing to score; write predictions with "
+            "--predictions FILE, or say which are the labels (y_test; in a table, --label NAME)"
         )

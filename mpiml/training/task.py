@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpiml import documents
+from mpiml.data.inputs import Inputs, shapes
 from mpiml.errors import OutputError
 from mpiml.nn.parameters import Shape
 from mpiml.run.checkpoint import Checkpoint
@@ -30,6 +31,8 @@ class Task:
         ignore: the label that means no label, if there is one.
         words: that the classes stand for, if labels were words.
         columns: the names of the inputs, if they have names.
+        inputs: what a row is packed from, if it has several inputs.
+        bounds: of each of these the lowest and the highest integer, 0 included.
     """
 
     shape: Shape
@@ -40,6 +43,13 @@ class Task:
     ignore: int | None = None
     words: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    inputs: Inputs | None = None
+    bounds: tuple[int, ...] = ()
+
+    @property
+    def shapes(self) -> Any:
+        """What a function that makes the model gets: the shape of a row, or of each of its inputs."""
+        return shapes(self.inputs) if self.inputs else self.shape
 
     @property
     def vocabulary(self) -> int:
@@ -57,10 +67,10 @@ class Task:
         origin = f"{saved.origin}: task"
         if not saved.task:
             raise OutputError(f"{saved.origin} does not say what its model takes: go on with the run for one that does")
-        kinds = typing.get_type_hints(cls)
+        kinds = typing.get_type_hints(cls) | {"inputs": list[list[Any]] | None}
         needed = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
-        values = documents.check_fields(documents.from_json(saved.task, origin), kinds, origin, needed)
-        values = {"ignore": -1} | values  # where it does not say, -1 was ignored
+        saved_fields = documents.check_fields(documents.from_json(saved.task, origin), kinds, origin, needed)
+        values: dict[str, Any] = {"ignore": -1, "bounds": []} | saved_fields  # where it does not say, -1 was ignored
         if unknown := values.keys() - kinds.keys():
             raise OutputError(f"{origin} has {documents.shown(min(unknown))}, which this version does not know")
         for name, low in LOWEST.items():
@@ -71,5 +81,23 @@ class Task:
             texts = values.get(name) or []
             if (texts and len(texts) != size) or (name == "words" and len(set(texts)) < len(texts)):
                 raise OutputError(f"{origin} is damaged: {name} are not one for each of {size}")
+        if values.get("inputs") is not None:
+            values["inputs"] = _inputs(values["inputs"], values["shape"], origin)
+        if len(values["bounds"]) not in (0, 2 * len(values.get("inputs") or ())):
+            raise OutputError(f"{origin} is damaged: bounds {documents.shown(values['bounds'])} are not of its inputs")
         fields: dict[str, Any] = {key: tuple(it) if isinstance(it, list) else it for key, it in values.items()}
         return cls(**fields)
+
+
+def _inputs(saved: list[Any], shape: list[int], origin: str) -> Inputs:
+    """Inputs from JSON. Raises OutputError unless they make a row of `shape`."""
+    inputs: Inputs = ()
+    for each in saved:
+        whole = len(each) == 3 and all(map(documents.fits, each, (str, list[int], str))) and each[2] in tuple("biuf")
+        if not whole or len(each[1]) > MOST_AXES or any(size < 1 for size in each[1]):
+            raise OutputError(f"{origin} is damaged: inputs hold {documents.shown(each)}, which cannot be")
+        inputs += ((each[0], tuple(each[1]), each[2]),)
+    names = {name for name, _, _ in inputs}
+    if not inputs or ("" in names and names != {""}) or [sum(math.prod(size) for _, size, _ in inputs)] != shape:
+        raise OutputError(f"{origin} is damaged: inputs {documents.shown(saved)} do not make rows of {shape}")
+    return inputs

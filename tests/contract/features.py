@@ -218,6 +218,41 @@ def masks(here: Path) -> None:
     (here / "masks.py").write_text(MASKS)
 
 
+# Rows one by one, in a single object, with two inputs, one of integers; each draws noise from NumPy's generator.
+ITEMS = """
+import numpy as np
+
+
+class Rows:
+    def __len__(self):
+        return 90
+
+    def __getitem__(self, row):
+        own = np.random.default_rng(row)
+        image, words = own.random((3, 4), np.float32), own.integers(0, 7, 5)
+        return {"image": image + np.random.normal(0, 0.1, (3, 4)), "words": words, "label": int(words[0] > 3)}
+
+
+def net(shape, outputs):
+    import torch
+    from torch import nn
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.out = nn.Embedding(7, 6), nn.Linear(18, 8)
+
+        def forward(self, words, image):
+            return torch.tanh(self.out(torch.cat([self.table(words).mean(1), image.flatten(1)], 1)))
+
+    return nn.Sequential(Net(), nn.Dropout(0.2), nn.Linear(8, outputs))
+
+
+def noisy(x, y, rng):
+    return {"words": x["words"], "image": x["image"] + rng.normal(0, 0.1, x["image"].shape)}, y
+"""
+
+
 def noise(here: Path) -> None:
     lines = ["def noisy(x, y, random):", "    return x + random.normal(size=x.shape), y"]
     (here / "noise.py").write_text("\n".join(lines) + "\n")
@@ -324,3 +359,10 @@ if importlib.util.find_spec("torch"):
     )
     FLAGS = f"{DATA} --model masks:net --loss masks:loss --ignore 255 --normalize --batch 30 --microbatches 6"
     FEATURES["masks"] = Feature(f"{FLAGS} --lr 0.01 {SHORT}", ("pipe", "private", "resumed"), masks)
+    FLAGS = "--data items:Rows --model items:net --transform items:noisy --held-out 0.2 --microbatches 6 --batch 20"
+    FLAGS += " --normalize"
+    FEATURES["items"] = Feature(
+        f"{FLAGS} {SHORT}",
+        ROWS,
+        lambda here: (here / "items.py").write_text(ITEMS),
+    )

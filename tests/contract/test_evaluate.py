@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mpiml.config import Config
 from mpiml.data.dataset import Dataset, open_dataset
 from mpiml.errors import ConfigError, DataError, NotFiniteError, OutputError
-from mpiml.evaluate import evaluate, parse
+from mpiml.evaluate import evaluate, parse, text
 from mpiml.run import checkpoint
 from mpiml.run.result import FIELDS
+from mpiml.train import train as train_here
 from tests.conftest import Job, launch
 
 pytestmark = pytest.mark.contract
@@ -129,7 +131,7 @@ def test_other_data_are_read_as_one_says_or_as_the_run_did(train: Any, tmp_path:
     assert scored(0, "--run", job.run, "--data", tmp_path / "other", "--label", "class") == own | {
         "data": str(tmp_path / "other")
     }
-    with pytest.raises(DataError, match="no column kind; there are class, a, b"):
+    with pytest.raises(ConfigError, match=r"other: the rows have no labels, .* in a table, --label NAME"):
         evaluate(str(job.run), data=str(tmp_path / "other"))
 
 
@@ -143,6 +145,68 @@ def test_other_tokens_and_another_part_of_a_text(train: Any, tmp_path: Path) -> 
     assert whole["test_loss"] == job.result["test_loss"]
     part = evaluate(str(job.run), data=str(tmp_path / "uint16.bin"), held_out=0.1)
     assert 4 * part["rows"] < whole["rows"]
+
+
+def test_rows_without_labels_are_predicted_on_every_grid(run: Job, tmp_path: Path) -> None:
+    """As those of the run were that have labels."""
+    test = open_dataset("digits").test
+    test.x.hold(np.arange(360))
+    np.save(tmp_path / "new.npy", test.x.rows(np.arange(360)))
+    new = scored(4, "--run", run.run, "--data", tmp_path / "new.npy", "--predictions", tmp_path / "p.npy", "--pipe", 2)
+    assert new == {"run": str(run.run), "step": 30, "data": str(tmp_path / "new.npy"), "rows": 360}
+    assert text(new) == f"{run.run}, step 30: predicted 360 rows of {tmp_path / 'new.npy'}"
+    evaluate(str(run.run), predictions=str(tmp_path / "q.npy"))
+    assert (tmp_path / "p.npy").read_bytes() == (tmp_path / "q.npy").read_bytes()
+
+
+def test_rows_to_test_on_are_enough(run: Job, tmp_path: Path) -> None:
+    x, y, out = np.ones((20, 8, 8)), np.arange(20) % 10, str(tmp_path / "p.csv")
+    np.savez(tmp_path / "images.npz", images=x, labels=y, x_train=x[:3])
+    images = str(tmp_path / "images.npz")
+    named = evaluate(str(run.run), data=images, arrays="x_test=images,y_test=labels")
+    assert named["test_loss"] == evaluate(str(run.run), data={"x": x, "y": y})["test_loss"]
+    rows = evaluate(str(run.run), data=list(zip(x, y, strict=True)))
+    assert (rows["test_loss"], rows["rows"]) == (named["test_loss"], 20)
+    for unlabelled in (x, {"x_test": x}, list(x)):
+        assert "test_loss" not in evaluate(str(run.run), data=unlabelled, predictions=out)
+        with pytest.raises(ConfigError, match="have no labels, so that there is nothing to score; write predictions"):
+            evaluate(str(run.run), data=unlabelled)
+    with pytest.raises(DataError, match="has no array x_test or x; it holds images, labels, x_train; --arrays"):
+        evaluate(str(run.run), data=images)
+    with pytest.raises(DataError, match=r"rows of x_test are \(8,\), but the run's \(8, 8\)"):
+        evaluate(str(run.run), data=x[0], predictions=out)
+    with pytest.raises(DataError, match=r"data: must be a Dataset, .* but is int"):
+        evaluate(str(run.run), data=5)
+
+
+def test_values_are_predicted_without_labels_and_without_the_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["from mpiml.api import mean_squared_error", "def loss(y, labels):", "    assert labels.any()"]
+    (tmp_path / "needs_labels.py").write_text("\n".join([*lines, "    return mean_squared_error(y, labels)"]) + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    x = np.random.default_rng(0).random((40, 5))
+    config = Config(steps=3, hidden=(4,), loss="needs_labels:loss", quiet=True, out=str(tmp_path / "run"))
+    train_here(config, data=Dataset.from_arrays(x, x[:, :3] + 1))
+    found = evaluate(str(tmp_path / "run"), data=x, predictions=str(tmp_path / "p.npy"))
+    assert (found["rows"], np.load(tmp_path / "p.npy").shape) == (40, (40, 3))
+
+
+def test_rows_that_were_held_out_are_scored_again(train: Any, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).random((60, 5))
+    np.savez_compressed(tmp_path / "d.npz", X=x, Y=x[:, 0], W=np.linspace(0, 1, 60))
+    flags = f"--data {tmp_path / 'd.npz'} --hidden 8 --steps 4 --seed 3 --held-out"
+    job = train(0, f"{flags} 0.25")
+    assert "no test rows: 15 of 60 rows, chosen by --seed, are held out; --held-out FRACTION" in job.out
+    own = evaluate(str(job.run))
+    assert (own["rows"], own["test_loss"]) == (15, job.result["test_loss"])
+    assert evaluate(str(job.run), data=str(tmp_path / "d.npz"))["rows"] == 60
+    assert evaluate(str(job.run), data=str(tmp_path / "d.npz"), held_out=0.5)["rows"] == 30
+    untested = train(0, f"{flags} 0 --eval-every 0", out="untested")
+    assert untested.result.keys() & {"test_loss", "r2"} == set()
+    assert not [line for line in untested.metrics if "evaluation" in line]
+    with pytest.raises(DataError, match="there are no test rows; name others with --data, or hold some out"):
+        evaluate(str(untested.run))
 
 
 def arrays(x: Any, y: Any) -> Dataset:

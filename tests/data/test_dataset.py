@@ -13,6 +13,7 @@ import mpiml.data
 from mpiml.data import npy
 from mpiml.data.dataset import DIGITS, Batch, Dataset, Split, open_dataset
 from mpiml.data.formats import Options
+from mpiml.data.objects import WANTED
 from mpiml.data.prefetch import in_memory
 from mpiml.data.sources import ArraySource
 from mpiml.errors import ConfigError, DataError
@@ -78,7 +79,7 @@ def test_functions_that_give_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name, kind, words in (
         ("five", ConfigError, "five: must be a function, but is int; it is called with ()"),
         ("of", ConfigError, "of(name): missing a required argument: 'name'; it is called with ()"),
-        ("number", DataError, "number: must return a Dataset, but returns int"),
+        ("number", DataError, f"number: must return {WANTED}, but returns int"),
         ("file", DataError, "file: [Errno 2] No such file or directory: '/nowhere/file'"),
     ):
         with pytest.raises(kind) as error:
@@ -269,7 +270,7 @@ def test_a_function_gives_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
     assert len(open_dataset("my_rows:mine").train) == 4
-    with pytest.raises(DataError, match="my_rows:other: must return a Dataset, but returns ndarray"):
+    with pytest.raises(DataError, match=r"my_rows:other: must return a Dataset, .* but returns ndarray"):
         open_dataset("my_rows:other")
     with pytest.raises(ConfigError, match="my_rows:none: module 'my_rows' has no attribute 'none'"):
         open_dataset("my_rows:none")

@@ -53,3 +53,11 @@ def test_integers_are_normalized_too() -> None:
     source = ArraySource(np.array([[0, 255], [10, 255]], np.uint8))
     rows = NormalizedSource(source, over([np.arange(2)], source.array), "float64").rows(np.array([1, 0]))
     np.testing.assert_array_equal(rows, [[1, 0], [-1, 0]])
+
+
+def test_parts_of_flat_rows_may_stay_as_they_are() -> None:
+    x = X.reshape(500, 6)
+    normalization = over([np.arange(500)], x)
+    normalization.leave([slice(0, 2), slice(5, 6)])
+    rows = NormalizedSource(ArraySource(x), normalization, "float32").rows(np.arange(500))
+    assert [(rows[:, column] == x[:, column]).all() for column in range(6)] == [True, True, False, False, False, True]

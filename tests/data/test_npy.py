@@ -216,7 +216,7 @@ def with_value(key: str, row: int, value: float, dtype: str = "float32") -> Call
 
 
 NPY: dict[str, tuple[str, Callable[[Path], None], str]] = {
-    "missing": ("x_test.npy", Path.unlink, "x_test.npy: No such file"),
+    "missing": ("x_test.npy", Path.unlink, "has no array x_test; it holds "),
     "truncated": ("x_train.npy", cut(-5), "x_train.npy: its header declares 276 bytes, but the file holds 271"),
     "oversized": ("x_test.npy", longer, "x_test.npy: its header declares 84 bytes, but the file holds 92"),
     "header cut": ("x_train.npy", cut(40), "x_train.npy is not an array in .npy format"),

@@ -93,8 +93,8 @@ def test_a_test_file_that_is_another_table(tmp_path: Path, test: str, words: str
 def test_a_single_file_has_training_rows_alone(tmp_path: Path) -> None:
     path = tmp_path / "Iris.CSV"
     path.write_text("a,y\n1,cat\n2,dog\n")
-    x, y = open_files(str(path), Options(label="y")).sources
-    assert (len(x), len(y)) == (2, 2)
+    sources = open_files(str(path), Options(label="y")).sources
+    assert {name: len(source) for name, source in sources.items()} == {"x_train": 2, "y_train": 2}
     path.rename(tmp_path / "train.csv")
     assert open_files(str(tmp_path), Options(label="y")).files == [tmp_path / "train.csv"]
 

@@ -92,10 +92,18 @@ def test_what_is_not_known_for_certain_is_looked_at(tmp_path: Path, look: Any) -
 
 
 def test_what_a_run_directory_may_hold_of_a_look() -> None:
-    good = {"outputs": 4, "tokens": 0, "notes": ["a note"], "ignore": None}
+    good = {"outputs": 4, "tokens": 0, "notes": ["a note"], "ignore": None, "bounds": []}
     assert Seen.of_json(good) == Seen(4, 0, ["a note"])
     assert Seen.of_json(good | {"ignore": -1}) == Seen(4, 0, ["a note"], -1)
-    for bad in ({"outputs": 0}, {"tokens": -1}, {"notes": [3]}, {"notes": None}, {"outputs": 4.5}, {"more": 1}):
+    for bad in (
+        {"outputs": 0},
+        {"tokens": -1},
+        {"notes": [3]},
+        {"notes": None},
+        {"bounds": ["x"]},
+        {"outputs": 4.5},
+        {"more": 1},
+    ):
         assert Seen.of_json(good | bad) is None
 
 

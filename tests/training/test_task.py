@@ -17,7 +17,15 @@ def saved(task: str) -> Checkpoint:
 
 def test_a_task_is_read_back_and_old_ones_ignore_minus_one() -> None:
     words = Task((2,), (), True, 2, 0, words=("a,b", "c"), columns=("x", "y z"))
-    for task in (words, Task((8, 8), (), True, 10, 17), Task((3,), (2,), True, 4, 0, 255), Task((), (9,), False, 1, 0)):
+    two = (("image", (2, 3), "u"), ("numbers", (4,), "f"))
+    for task in (
+        words,
+        *(Task((8, 8), (), True, 10, 17), Task((3,), (2,), True, 4, 0, 255), Task((), (9,), False, 1, 0)),
+        *(
+            Task((10,), (), True, 4, 0, inputs=two, bounds=(-1, 255, 0, 0)),
+            Task((2,), (), True, 4, 0, inputs=(("", (), "f"), ("", (), "b"))),
+        ),
+    ):
         assert Task.of_checkpoint(saved(task.to_json())) == task
     old = '{"shape": [3], "labels": [], "classification": true, "outputs": 4, "tokens": 0}'
     assert Task.of_checkpoint(saved(old)) == Task((3,), (), True, 4, 0, -1)
@@ -35,6 +43,12 @@ def test_a_task_is_read_back_and_old_ones_ignore_minus_one() -> None:
         ("words", ["ab", ["a"], [*"abcdefghi", "a"], [1] * 10]),
         ("columns", [["a"], [None] * 64]),
         ("extra", [1]),
+        ("bounds", [[-1], [0, 3], ["x"], None]),
+        ("inputs", ["x", [], [1], [["a", [64]]], [["a", [63], "f"]], [["a", [-64], "f"]], [["a", [64], "O"]]]),
+        (
+            "inputs",
+            [[["a", [32], "f"], ["", [32], "f"]], [["a", ["64"], "f"]], [[1, [64], "f"]], [["", [1] * 33, "f"]]],
+        ),
     ],
 )
 def test_a_task_that_cannot_be_is_one_line_that_names_the_file_and_the_field(field: str, values: list[object]) -> None:
