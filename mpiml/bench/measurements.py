@@ -32,6 +32,7 @@ FUNCTIONS: list[Callable[..., Ratio]] = [
         layers.torch_step,
         layers.torch_memory,
         modules.torch_module,
+        modules.torch_flat,
         formats.from_file,
         processes.memory,
         processes.small_product,

@@ -10,12 +10,16 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from mpiml import vectors
 from mpiml.bench.layers import PLACES, TOKENS
-from mpiml.bench.models import ROWS, Trainer, images, on_arrays
+from mpiml.bench.models import MOMENTUM, RATE, ROWS, Trainer, images, on_arrays
 from mpiml.bench.pairs import ratio
 from mpiml.bench.rows import Ratio
+from mpiml.nn import optimizers
+from mpiml.vectors import PIECE, Operands
 
 WORLD = MPI.COMM_WORLD
+Step = Callable[[], None]
 
 
 @dataclass
@@ -74,3 +78,43 @@ def torch_module(model: str, against: str) -> Ratio:
     ours = measured.ours(WORLD)
     theirs = measured.distributed() if against == "distributed" else measured.plain()
     return ratio(WORLD, theirs.step, ours.step, ours.repeats)
+
+
+def torch_flat(model: str) -> Ratio:
+    """Samples/s of plain PyTorch with gradients copied into a flat vector and values that NumPy updates, as the package
+    does both, over those of plain PyTorch: the most that a module can reach."""
+    measured = case(model)
+    theirs = measured.plain()
+    return ratio(WORLD, theirs.step, flat(measured), measured.ours(WORLD).repeats)
+
+
+def flat(measured: Case) -> Step:
+    """A step of plain PyTorch in which gradients are copied into a flat vector and NumPy updates that of the values."""
+    import torch
+
+    trainer = measured.plain()
+    tensors = list(trainer.module.parameters())
+    sizes = np.cumsum([0, *(tensor.numel() for tensor in tensors)])
+    total, value = (vectors.zeros(int(sizes[-1]), np.float32) for _ in range(2))
+    views = [total[a:b].reshape(t.shape) for a, b, t in zip(sizes, sizes[1:], tensors, strict=False)]
+    for start, end, tensor in zip(sizes, sizes[1:], tensors, strict=False):
+        value[start:end] = tensor.detach().numpy().reshape(-1)
+        tensor.data = torch.from_numpy(value[start:end]).view(tensor.shape)
+    optimizer = optimizers.build(measured.optimizer, MOMENTUM, 0.0)
+    states = [vectors.zeros(len(value), np.float32) for _ in optimizer.states]
+    spare = [vectors.empty(PIECE, np.float32) for _ in range(2)]
+
+    def update() -> None:
+        for view, tensor in zip(views, tensors, strict=True):
+            np.copyto(view, tensor.grad.numpy())
+        for start in range(0, len(value), PIECE):
+            piece = slice(start, start + PIECE)
+            length = len(value[piece])
+            scratch = spare[0][:length], spare[1][:length]
+            on = Operands(value[piece], [state[piece] for state in states], scratch, total[piece], False)
+            optimizer.update(on, 1.0, RATE, 1)
+            vectors.is_finite(value[piece])
+
+    trainer.optimizer.step = update
+    step: Step = trainer.step
+    return step

@@ -142,6 +142,12 @@ ROWS = [
             ("two processes that never communicate", 2, "apart", None),
         )
     ),
+    Row(
+        MODULES,
+        "that mlp, PyTorch's loop with a flat vector and NumPy's update, in one process",
+        1,
+        ("torch_flat", "mlp"),
+    ),
     *(
         Row(PIPE, f"8 x Linear({h}) + ReLU, batch {b}: samples/s / PyTorch's", 2, ("torch_pipeline", h, b), at_least=x)
         for h, b, x in (("256", "256", 2.5), ("512", "256", 1.4), ("1024", "512", 1.0))

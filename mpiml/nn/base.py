@@ -9,6 +9,7 @@ needs, so any number of micro-batches may be in flight; neither the arrays it ho
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -75,6 +76,12 @@ class Layer:
         """The layers inside this one."""
         return ()
 
+    @property
+    def stack(self) -> Callable[[Sequence[Any]], Layer] | None:
+        """What makes one layer of neighbours of this kind, with the same results, because that is faster; None if
+        nothing does."""
+        return None
+
     def own_parameters(self) -> Mapping[str, Parameter]:
         """The layer's own parameters, not those of inner layers, by attribute name."""
         return {key: value for key, value in vars(self).items() if isinstance(value, Parameter)}
@@ -104,7 +111,7 @@ def forward(layers: Sequence[Layer], x: Array, at: At, learned: bool = False) ->
     for layer in layers:
         y, backward_of_layer = _checked(layer, layer(x, at), at.training)
         y = np.ascontiguousarray(y, x.dtype)
-        _check_shape(layer, "outputs", y.shape, (len(x), *layer.output_shape(x.shape[1:])), "its output_shape says")
+        check_shape(layer, "outputs", y.shape, (len(x), *layer.output_shape(x.shape[1:])), "its output_shape says")
         if at.training:
             backwards.append((backward_of_layer, x.shape))
         x = y
@@ -121,11 +128,20 @@ def forward(layers: Sequence[Layer], x: Array, at: At, learned: bool = False) ->
                 if layers[index].needs_dx:
                     raise ConfigError(f"{_named(layers[index])} gives no gradient to the layers before it")
                 dx = np.zeros(shape, dy.dtype)  # those have running averages alone, which no gradient changes
-            _check_shape(layers[index], "gradients", np.shape(dx), shape, "its input has")
+            check_shape(layers[index], "gradients", np.shape(dx), shape, "its input has")
             dy = np.ascontiguousarray(dx, dy.dtype)
         return dy
 
     return x, backward
+
+
+def stacked(layers: Sequence[Layer]) -> list[Layer]:
+    """The layers, neighbours in one where `Layer.stack` makes one of them."""
+    result: list[Layer] = []
+    for stack, group in itertools.groupby(layers, key=lambda layer: layer.stack):
+        neighbours = list(group)
+        result += [stack(neighbours)] if stack and len(neighbours) > 1 else neighbours
+    return result
 
 
 def stack_shapes(layers: Sequence[Layer], shape: Shape) -> list[Shape]:
@@ -198,7 +214,7 @@ def _checked(layer: Layer, returned: Any, training: bool) -> tuple[Array, Backwa
     raise ConfigError(f"{_named(layer)} returns {kind}, but a layer returns outputs and a function, backward")
 
 
-def _check_shape(layer: Layer, what: str, shape: Shape, needed: Shape, why: str) -> None:
+def check_shape(layer: Layer, what: str, shape: Shape, needed: Shape, why: str) -> None:
     """Raise ConfigError unless the array that a layer returned has the needed shape, rows first."""
     if shape == needed:
         return

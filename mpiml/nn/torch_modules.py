@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from mpiml.errors import ConfigError
 from mpiml.nn import torch_state
-from mpiml.nn.base import Array, At, Backward, Layer, described
+from mpiml.nn.base import Array, At, Backward, Layer, check_shape, described, stack_shapes
 from mpiml.nn.parameters import Constant, Gradients, Parameter, Shape, Statistic
 from mpiml.nn.torch_buffers import Buffers, Flags, flags_of, set_flags
 from mpiml.nn.torch_inputs import INTEGERS, Inputs, split_inputs
@@ -27,6 +28,7 @@ from mpiml.nn.torch_tensors import (
     as_real,
     as_tensor,
     first_values,
+    in_order,
     is_whole,
     parts,
     plain,
@@ -78,41 +80,55 @@ class TorchLayer(Layer):
     def own_parameters(self) -> Mapping[str, Parameter]:
         return self.parameters
 
+    @property
+    def stack(self) -> Callable[[Sequence[Any]], Layer] | None:
+        """A module that draws again in its backward pass stands alone, because it needs numbers of its own there."""
+        return None if any(trial.redraws for trial in self._trials.values()) else TorchStack
+
     def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
-        trial = self._trial(x.shape[1:])
+        return _through([self], x, at)
+
+    def forward(self, x: Tensor, at: At) -> tuple[Tensor, dict[str, Array]]:
+        """The module's outputs; and in training, what it makes of each buffer that it changes, times the rows."""
+        trial = self._trial(tuple(x.shape[1:]))
         self._bind()
         if self._mode != at.training:
             set_flags(self._flags, at.training)
             self._mode = at.training
         self._fill_buffers()
-        source, purpose = as_tensor(x), ("torch", self.path, at.step, at.microbatch)
-        wants_dx = self.needs_dx and not trial.takes_ids
-        if wants_dx or trial.wants_leaf:
-            source.requires_grad_(at.training)
-        with keyed(trial.draws, at.seed, *purpose), torch.set_grad_enabled(at.training):
-            y = self._run(source, trial)
+        if trial.wants_leaf and not x.requires_grad:
+            x = x.detach().requires_grad_(at.training)
+        with keyed(trial.draws, at.seed, *self._purpose(at)), torch.set_grad_enabled(at.training):
+            y = self._run(x, trial)
         self._check_unchanged(at)
-        observed = self._observed(len(x)) if at.training else {}
+        check_shape(self, "outputs", tuple(y.shape), (len(x), *trial.output), "its output_shape says")
+        return y, self._observed(len(x)) if at.training else {}
 
-        def backward(dy: Array, grads: Gradients) -> Array | None:
-            for tensor in self.tensors.values():
-                tensor.grad = None
-            if y.requires_grad:
-                self._fill_buffers()  # a forward pass that is computed again begins as it did the first time
-                with keyed(trial.redraws, at.seed, *purpose, "backward"):
-                    y.backward(as_tensor(dy))
-            for name, tensor in self.tensors.items():
-                gradient, tensor.grad = tensor.grad, None
-                slot = grads[self.parameters[name]]
-                np.copyto(slot, 0 if gradient is None else as_real(gradient.to_dense()).numpy())
-            for name, value in observed.items():
-                np.copyto(grads[self._state[name]], value)
-            if not wants_dx:
-                return None
-            dx = source.grad
-            return np.zeros_like(x) if dx is None else dx.to_dense().numpy()
+    def begin_backward(self) -> None:
+        """Be ready for a backward pass, and for a forward pass that is computed again in it, from the same buffers."""
+        for tensor in self.tensors.values():
+            tensor.grad = None
+        self._fill_buffers()
 
-        return y.detach().numpy(), backward
+    def write(self, observed: Mapping[str, Array], grads: Gradients) -> None:
+        """Write the gradients that a backward pass has left, and what has been observed."""
+        for name, tensor in self.tensors.items():
+            gradient, tensor.grad = tensor.grad, None
+            slot = grads[self.parameters[name]]
+            np.copyto(slot, 0 if gradient is None else as_real(gradient.to_dense()).numpy())
+        for name, value in observed.items():
+            np.copyto(grads[self._state[name]], value)
+
+    def redrawn(self, x: Array, at: At) -> AbstractContextManager[None]:
+        """What the backward pass of a call with rows x runs in: random numbers that it draws are keyed."""
+        return keyed(self._trial(x.shape[1:]).redraws, at.seed, *self._purpose(at), "backward")
+
+    def takes_ids(self, x: Array) -> bool:
+        """Whether rows like those of x must be integers."""
+        return self._trial(x.shape[1:]).takes_ids
+
+    def _purpose(self, at: At) -> tuple[str, str, int, int]:
+        return "torch", self.path, at.step, at.microbatch
 
     def described(self) -> dict[str, str]:
         named = {plain_name(name): part for name, part in self.module.named_modules()}
@@ -231,6 +247,58 @@ class TorchLayer(Layer):
 
     def _name(self) -> str:
         return f"{self.path}, {type(uncompiled(self.module)).__name__},".lstrip(", ")
+
+
+class TorchStack(Layer):
+    """Neighbouring modules of a stage, called as one layer."""
+
+    def __init__(self, layers: Sequence[TorchLayer]):
+        self.layers, self.path, self.needs_dx = layers, layers[0].path, layers[0].needs_dx
+
+    def inner(self) -> Sequence[Layer]:
+        return self.layers
+
+    def output_shape(self, shape: Shape) -> Shape:
+        return stack_shapes(self.layers, shape)[-1]
+
+    def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
+        return _through(self.layers, x, at)
+
+
+def _through(layers: Sequence[TorchLayer], x: Array, at: At) -> tuple[Array, Backward]:
+    """Call modules one after the other, and autograd back through all of them at once."""
+    first = layers[0]
+    wants_dx = first.needs_dx and not first.takes_ids(x)
+    source = y = as_tensor(x).requires_grad_(wants_dx and at.training)
+    observed: list[dict[str, Array]] = []
+    for layer in layers:
+        if layer is not first:
+            y = _boundary(y)
+        y, of_layer = layer.forward(y, at)
+        observed.append(of_layer)
+
+    def backward(dy: Array, grads: Gradients) -> Array | None:
+        for layer in layers:
+            layer.begin_backward()
+        if y.requires_grad:
+            with first.redrawn(x, at):
+                y.backward(as_tensor(dy))
+        for layer, of_layer in zip(layers, observed, strict=True):
+            layer.write(of_layer, grads)
+        if not wants_dx:
+            return None
+        return np.zeros_like(x) if source.grad is None else source.grad.to_dense().numpy()
+
+    return y.detach().numpy(), backward
+
+
+def _boundary(y: Tensor) -> Tensor:
+    """The tensor between two modules, in memory that is as `as_tensor` makes it where the model is cut into stages, and
+    so is its gradient: torch's bits depend on it."""
+    y = in_order(y)
+    if y.requires_grad:
+        y.register_hook(in_order)
+    return y
 
 
 def as_layers(

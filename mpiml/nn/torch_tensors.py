@@ -62,6 +62,14 @@ def as_tensor(array: Array) -> Tensor:
     return torch.from_numpy(flat).view(array.shape)
 
 
+def in_order(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy or view of it, in memory as `as_tensor` has it."""
+    if tensor.is_contiguous() and 1 not in tensor.shape and not tensor.data_ptr() % vectors.ALIGNMENT:
+        return tensor
+    flat = tensor.reshape(-1)
+    return (flat.clone() if flat.data_ptr() % vectors.ALIGNMENT else flat).view(tensor.shape)
+
+
 def is_whole(tensor: Tensor) -> bool:
     """Whether the tensor holds integers, or truth values."""
     return not (tensor.is_floating_point() or tensor.is_complex())

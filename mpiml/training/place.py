@@ -80,7 +80,10 @@ def build_stage(
         team.check_alike(text, ONE_MODEL)
     stage = stages[grid.stage]
     computation = Computation(
-        forward=functools.partial(nn.forward, stage.layers, learned=stage.learned),
+        # Each layer by itself where its gradients are sent as soon as they are there.
+        forward=functools.partial(
+            nn.forward, stage.layers if config.bucket else nn.stacked(stage.layers), learned=stage.learned
+        ),
         at=lambda training, step, m: nn.At(training, config.seed, step, m),
         objective=objective(scoring.loss, scoring.metric),
         x_shape=stage.x_shape,
