@@ -134,8 +134,8 @@ def hold(data: Dataset, grid: Grid, train: Indices | None, test: Indices, both: 
 
 
 def has(split_: Split, column: str) -> bool:
-    """Whether rows have that column: weights are not always there."""
-    return getattr(split_, column) is not None
+    """Whether rows have that column: weights are not always there, nor are labels of rows to predict."""
+    return getattr(split_, column) is not None and (column != "y" or split_.labelled)
 
 
 def columns_of(grid: Grid) -> str:

@@ -52,7 +52,7 @@ def open_data(config: Config, given: Any = None, task: Task | None = None, tests
         seed=config.seed,
     )
     dataset = open_dataset(config.data, options) if given is None else dataset_of(given, "data: must be", options)
-    if given is None and config.drop_columns and not dataset.names:
+    if task is None and given is None and config.drop_columns and not dataset.names:
         raise ConfigError(f"--drop-columns: {config.data} is not a table; leave it out")
     if dataset.words and of_values(config):
         flag = f"--loss {config.loss}" if config.loss in ("mse", "bce") else f"--metric {config.metric}"

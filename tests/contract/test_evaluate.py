@@ -192,6 +192,13 @@ def test_values_are_predicted_without_labels_and_without_the_loss(
     assert (found["rows"], np.load(tmp_path / "p.npy").shape) == (40, (40, 3))
 
 
+def test_rows_without_labels_are_predicted_where_zero_means_no_label(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).random((40, 5))
+    config = Config(steps=1, hidden=(4,), ignore=0, quiet=True, out=str(tmp_path / "run"))
+    train_here(config, data=Dataset.from_arrays(x, np.arange(40) % 3))
+    assert evaluate(str(tmp_path / "run"), data=x, predictions=str(tmp_path / "p.npy"))["rows"] == 40
+
+
 def test_rows_that_were_held_out_are_scored_again(train: Any, tmp_path: Path) -> None:
     x = np.random.default_rng(0).random((60, 5))
     np.savez_compressed(tmp_path / "d.npz", X=x, Y=x[:, 0], W=np.linspace(0, 1, 60))
