@@ -98,7 +98,7 @@ def _train(asked: Config, model: Model | None, data: Any, hold: Hold, guard: Gua
             resolved = team.together(lambda: resolve.resolve(cfg, rows, classes, replicas, before))
             if cfg.resume and (done := hold.finished(team, resolved)):  # --epochs has become steps
                 return done
-            known = team.on_rank_0(lambda: known_data(resolved, dataset, team.clock.progress))
+            known = team.on_rank_0(lambda: known_data(resolved, dataset, hold, team.clock.progress))
             idle = resolve.idle_text(team.size, crew.idle, resolved.microbatches)
             with freed(grids.build(team, cfg.pipe), team.size) as grid:
                 run = assemble(resolved, dataset, grid, model, check_saved, known)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mpiml.clock import unwatched
 from mpiml.config import Config
 from mpiml.config import settings as all_settings
 from mpiml.data.dataset import Dataset
@@ -20,7 +19,7 @@ from mpiml.flags import flag
 from mpiml.nn.parameters import Layout, Parameter, Shape
 from mpiml.parallel.state import VALUES
 from mpiml.run import checkpoint, environment
-from mpiml.run.checkpoint import Checkpoint
+from mpiml.run.checkpoint import Checkpoint, Progress
 from mpiml.run.deadline import Deadline
 from mpiml.run.directory import CHECKPOINTS, CONFIG, sync_file
 from mpiml.run.metrics import cut_after, last_known, missing
@@ -40,15 +39,20 @@ def check_saved(cfg: Config, model: BuiltModel) -> None:
     """Raise OutputError if what the run is to begin with, its own checkpoints or else --init, is of another model:
     before anything is written, and before memory that only a damaged file asks for is. Rank 0 calls it."""
     needed = needed_kinds(model.layouts, (VALUES,))
-    checkpoints = Path(cfg.out or "") / CHECKPOINTS
-    if cfg.resume and checkpoints.is_dir() and checkpoint.listed(checkpoints):
-        checkpoint.check_newest(checkpoints, lambda saved: model.constants.check(saved, needed))
+    if cfg.resume and _has_checkpoints(cfg):
+        checkpoint.check_newest(Path(cfg.out or "") / CHECKPOINTS, lambda saved: model.constants.check(saved, needed))
     elif cfg.init:
         model.constants.check_init(checkpoint.header(Path(cfg.init)), needed)
 
 
-def known_data(cfg: Config, data: Dataset, progress: Callable[[], object] = unwatched) -> Known:
-    """What a run that is to go on knows of its data. Rank 0 calls it. `progress` is called while a checkpoint is read.
+def _has_checkpoints(cfg: Config) -> bool:
+    checkpoints = Path(cfg.out or "") / CHECKPOINTS
+    return checkpoints.is_dir() and bool(checkpoint.listed(checkpoints))
+
+
+def known_data(cfg: Config, data: Dataset, hold: Hold, progress: Progress) -> Known:
+    """What a run that is to go on knows of its data. Rank 0 calls it. `progress` is called while a checkpoint is read,
+    which `hold` keeps until it is restored.
 
     Raises DataError if `data` are not the run's, OutputError for a run directory that is damaged.
     """
@@ -62,8 +66,8 @@ def known_data(cfg: Config, data: Dataset, progress: Callable[[], object] = unwa
     if seen and seen.ignore != data.ignored(cfg.ignore):
         seen = None  # other labels counted then
     before_model = None
-    if (cfg.normalize or cfg.fill is not None) and (path / CHECKPOINTS).is_dir():
-        newest, _ = checkpoint.newest(path / CHECKPOINTS, lambda name: name.startswith("data."), progress)
+    if (cfg.normalize or cfg.fill is not None) and _has_checkpoints(cfg):
+        newest, _ = hold.newest(progress, again=True)
         if newest:
             _check_same_run(cfg, newest)
             before_model = preparations(newest, cfg, data.train.x.shape)
@@ -107,7 +111,7 @@ class Store:
         changed: dict[str, Any] = {}  # on rank 0, the constants that are others than the model's
 
         def read() -> tuple[Restored, tuple[str, ...]]:
-            newest, problems = checkpoint.newest(self.hold.checkpoints, progress=progress)
+            newest, problems = self.hold.newest(progress)
             first, names = newest, run.state.names
             notes = [f"warning: skipped {problem}" for problem in problems]
             if newest:

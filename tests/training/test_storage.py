@@ -90,6 +90,18 @@ def test_metrics_are_on_disk_before_what_goes_with_them(tmp_path: Path, monkeypa
     assert renamed == [".safetensors"] * 3 + ["done"]
 
 
+def test_a_checkpoint_is_read_once(tmp_path: Path, monkeypatch: Any) -> None:
+    """Though its mean and deviation are needed before the model is made, and its weights after."""
+    load, read = checkpoint.load, list[str]()
+    config = Config(**SHORT, normalize=True, out=str(tmp_path))
+    train(config)
+    monkeypatch.setattr(checkpoint, "load", lambda path, *others: read.append(path.name) or load(path, *others))
+    train(config.replace(steps=8, save_every=9, resume=True))
+    assert read == ["step-000000006.safetensors"]
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    assert train(config.replace(out=str(tmp_path / "empty"), resume=True))["step"] == 6
+
+
 def test_lines_that_a_power_failure_took_are_named(tmp_path: Path, capsys: Any) -> None:
     config = Config(**SHORT, out=str(tmp_path))
     train(config)
