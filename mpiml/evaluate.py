@@ -90,8 +90,9 @@ from mpiml.run.failure import Guard, exit_code
 from mpiml.run.process import prepare_process
 from mpiml.run.watch import Watch
 from mpiml.team import Team, share_cores
-from mpiml.training.data import hold, look_at, open_data
+from mpiml.training.data import hold, open_data
 from mpiml.training.evaluation import Evaluation
+from mpiml.training.look import look_at
 from mpiml.training.model import Model
 from mpiml.training.place import build_stage
 from mpiml.training.predictions import Predictions, check_path

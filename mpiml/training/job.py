@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
-from mpiml.data.inputs import inputs_of
 from mpiml.data.inspection import inspect, problem
 from mpiml.errors import DataError
 from mpiml.nn.base import Layer
@@ -20,7 +19,7 @@ from mpiml.partition import check_ranks, part
 from mpiml.training.model import build_scoring, model_for
 from mpiml.training.resolve import Resolved, resolve
 from mpiml.training.stages import StageDesign, cut
-from mpiml.training.task import Task
+from mpiml.training.task import Seen, Task, declared
 
 
 @dataclass(frozen=True)
@@ -82,17 +81,16 @@ class Job:
         return np.unique(self.homes(stage), return_counts=True)[1].tolist() if self.shared else [1] * self.replicas
 
 
-def needs(data: Dataset, classes: int | None, ignore: int | None = None) -> tuple[int, int]:
-    """(outputs, tokens) that a model of this data set needs; reads only the columns that decide them.
+def needs(data: Dataset, classes: int | None, ignore: int | None = None) -> Seen:
+    """What a model of this data set needs; reads only the columns that decide it.
 
     Raises DataError for labels or tokens that cannot be used.
     """
-    if not data.classification:
-        return math.prod(data.train.y.shape), 0
-    if classes := classes or data.classes:
-        return classes, classes
-    tokens = _values(data, "x", None) if data.language_model else 0
-    return _values(data, "y", data.ignored(ignore)), tokens
+    seen = declared(data, classes)
+    if not seen.outputs:
+        seen.tokens = _values(data, "x", None) if data.language_model else 0
+        seen.outputs = _values(data, "y", data.ignored(ignore))
+    return seen
 
 
 def _values(data: Dataset, column: str, ignore: int | None) -> int:
@@ -130,9 +128,7 @@ class Unplaced:
 def unplaced(config: Config, data: Dataset) -> Unplaced:
     """The job that mpiml.train would start with these settings. Raises ConfigError or DataError as it would."""
     config = resolve(config.replace(pipe=1, cuts=(), microbatches=1), len(data.train), data.classification, 1)
-    outputs, tokens = needs(data, config.classes, config.ignore)
-    inputs = inputs_of(data.train.x)
-    task = Task(data.train.x.shape, data.train.y.shape, data.classification, outputs, tokens, inputs=inputs)
+    task = Task.of(data, needs(data, config.classes, config.ignore))
     layers = model_for(config, task, None)
     columns = 2 + build_scoring(config, task, layers, data.train.w is not None).metric.columns
     return Unplaced(layers, task.shape, len(data.train), data.classification, columns)

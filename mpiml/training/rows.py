@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from mpiml.data.dataset import Dataset
+from mpiml.data.dataset import Dataset, Split
 from mpiml.data.fingerprint import Fingerprint
-from mpiml.data.inputs import inputs_of
 from mpiml.data.prefetch import ReadAhead, steps_ahead
 from mpiml.data.preparation import Preparation, prepared
 from mpiml.data.shards import Shards, rereads
+from mpiml.data.sources import Indices
 from mpiml.parallel.grid import Grid
 from mpiml.partition import part
-from mpiml.training.data import Known, Seen, checked, declared, hold, look_at, look_for_starving, prepare, read_first
+from mpiml.training.data import hold, prepare
 from mpiml.training.evaluation import Evaluation
+from mpiml.training.look import Known, checked, look_at, look_for_starving, read_first
 from mpiml.training.resolve import Resolved, words_text
-from mpiml.training.task import Task
+from mpiml.training.task import Seen, Task, declared
 from mpiml.training.transform import find_transform, try_transform
 
 
@@ -47,8 +49,35 @@ def build_data(config: Resolved, data: Dataset, grid: Grid, known: Known = Known
 
     Raises, on all ranks alike, DataError or ConfigError for rows that cannot be used.
     """
+    cut, ignore = _cutter(config, data, grid), data.ignored(config.ignore)
+    deal = functools.partial(Evaluation, chunk_rows=config.eval_rows, grid=grid, dtype=config.dtype)
+    rows, test_rows = cut(data.train).rows(), deal(data.test).rows()
+    hold(data, grid, rows, test_rows, both=bool(config.transform))
+    seen, splits = _looked_at(config, data, grid, cut, (rows, test_rows), known)
+    train, test = (split.ignoring(ignore) for split in splits)
+    preparations = known.preparations
+    if preparations is None:
+        preparations = prepare(config, data, grid, cut(train))
+    train, test = (prepared(split, preparations, config.dtype) for split in (train, test))
+    shards, needed = cut(train), seen or declared(data, config.classes)
+    words = [f"labels are words: {len(data.words)} classes, {words_text(data.words)}"] if data.words else []
+    notes = [*data.notes, *words, *needed.notes, *rereads(shards), *try_transform(config, shards, grid)]
+    return RunData(
+        shards=shards,
+        ahead=_ahead(config, shards, grid),
+        tests=deal(test),
+        task=Task.of(data, needed, ignore),
+        preparations=preparations,
+        fingerprint=data.fingerprint,
+        seen=seen,
+        notes=notes,
+    )
+
+
+def _cutter(config: Resolved, data: Dataset, grid: Grid) -> Callable[[Split], Shards]:
+    """What cuts a split into the shards of this rank's replica; collective."""
     first, last = part(grid.replica, grid.replicas, config.microbatches)
-    cut = functools.partial(
+    return functools.partial(
         Shards,
         microbatches=config.microbatches,
         batch=config.batch,
@@ -61,48 +90,29 @@ def build_data(config: Resolved, data: Dataset, grid: Grid, known: Known = Known
         strided=config.shards == "strided",
         transform=grid.team.together(functools.partial(find_transform, config, data)),
     )
-    deal = functools.partial(Evaluation, chunk_rows=config.eval_rows, grid=grid, dtype=config.dtype)
-    shards, ignore = cut(data.train), data.ignored(config.ignore)
-    rows, test_rows, gaps = shards.rows(), deal(data.test).rows(), config.fill is not None
-    hold(data, grid, rows, test_rows, both=shards.transform is not None)
-    seen, train, test = known.seen, data.train, data.test
-    if not seen and config.look != "first":
+
+
+def _looked_at(
+    config: Resolved,
+    data: Dataset,
+    grid: Grid,
+    cut: Callable[[Split], Shards],
+    rows: tuple[Indices, Indices],
+    known: Known,
+) -> tuple[Seen | None, tuple[Split, Split]]:
+    """What a look at all rows has shown, in this job or before, and the rows to train and to test on, those with the
+    numbers `rows` on this rank; collective. Rows that might not be those of a look are checked as they are read."""
+    ignore, gaps = data.ignored(config.ignore), config.fill is not None
+    if known.seen is None and config.look != "first":
         doubt = config.ignore is None and not config.resume
-        seen = look_at(data, grid, rows, test_rows, config.classes, ignore=ignore, gaps=gaps, doubt=doubt)
-        seen.notes += look_for_starving(data, grid, cut(train.ignoring(ignore)), seen.outputs)
-    needed = seen or declared(data, config.classes)
-    if not seen or (known.seen and not data.sampled):
-        train, test = grid.team.together(lambda: checked(data, needed, ignore, gaps))
-        read_first(grid, (train, rows), (test, test_rows))
-    train, test = (split.ignoring(ignore) for split in (train, test))
-    shards, preparations = cut(train), known.preparations
-    if preparations is None:
-        preparations = prepare(config, data, grid, shards)
-    train, test = (prepared(split, preparations, config.dtype) for split in (train, test))
-    shards = cut(train)
-    words = [f"labels are words: {len(data.words)} classes, {words_text(data.words)}"] if data.words else []
-    notes = [*data.notes, *words, *needed.notes, *rereads(shards), *try_transform(config, shards, grid)]
-    return RunData(
-        shards=shards,
-        ahead=_ahead(config, shards, grid),
-        tests=deal(test),
-        task=Task(
-            data.train.x.shape,
-            data.train.y.shape,
-            data.classification,
-            needed.outputs,
-            needed.tokens,
-            ignore,
-            words=tuple(data.words),
-            columns=tuple(data.names),
-            inputs=inputs_of(data.train.x),
-            bounds=tuple(needed.bounds),
-        ),
-        preparations=preparations,
-        fingerprint=data.fingerprint,
-        seen=seen,
-        notes=notes,
-    )
+        seen = look_at(data, grid, *rows, config.classes, ignore=ignore, gaps=gaps, doubt=doubt)
+        seen.notes += look_for_starving(data, grid, cut(data.train.ignoring(ignore)), seen.outputs)
+        return seen, (data.train, data.test)
+    splits, needed = (data.train, data.test), known.seen or declared(data, config.classes)
+    if known.seen is None or not data.sampled:
+        splits = grid.team.together(lambda: checked(data, needed, ignore, gaps))
+        read_first(grid, *zip(splits, rows, strict=True))
+    return known.seen, splits
 
 
 def _ahead(config: Resolved, shards: Shards, grid: Grid) -> ReadAhead:

@@ -28,8 +28,8 @@ from mpiml.run import log
 from mpiml.run.stragglers import Pace
 from mpiml.run.trace import clock_for
 from mpiml.team import Team, share_cores
-from mpiml.training.data import Known
 from mpiml.training.evaluation import not_finite
+from mpiml.training.look import Known
 from mpiml.training.model import Model
 from mpiml.training.place import Agree, BuiltModel, build_stage, gradients, place
 from mpiml.training.resolve import Resolved, check_rows, resolve, warnings

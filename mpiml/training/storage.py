@@ -26,11 +26,12 @@ from mpiml.run.metrics import cut_after, last_known, missing
 from mpiml.run.result import update_result
 from mpiml.team import Team
 from mpiml.training.constants import Constants
-from mpiml.training.data import Known, Seen
 from mpiml.training.hold import Hold
+from mpiml.training.look import Known
 from mpiml.training.place import BuiltModel
 from mpiml.training.run import Run
 from mpiml.training.saved import settings_of
+from mpiml.training.task import Seen
 
 PART = 1 << 22  # elements of a constant that are sent at once
 

@@ -6,17 +6,51 @@ import dataclasses
 import json
 import math
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mpiml import documents
-from mpiml.data.inputs import Inputs, shapes
+from mpiml.data.dataset import Dataset
+from mpiml.data.inputs import Inputs, inputs_of, shapes
 from mpiml.errors import OutputError
 from mpiml.nn.parameters import Shape
 from mpiml.run.checkpoint import Checkpoint
 
 LOWEST = {"shape": 1, "labels": 1, "outputs": 1, "tokens": 0}  # that sizes in a task can be
 MOST_AXES = 32  # of a row
+
+
+@dataclass
+class Seen:
+    """What rows have shown of what a data set asks of a model.
+
+    Attributes:
+        outputs: the number of classes, or of values per label.
+        tokens: one more than the highest integer input; 0 if inputs are not integers.
+        notes: what a person should know.
+        ignore: the label that does not count, if there is one.
+        bounds: of each input, where a row has several, the lowest and the highest integer, 0 included.
+    """
+
+    outputs: int
+    tokens: int
+    notes: list[str]
+    ignore: int | None = None
+    bounds: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of_json(cls, value: Any) -> Seen | None:
+        """From what a run directory holds of it; None if that is damaged: then the rows are to be looked at again."""
+        kinds = typing.get_type_hints(cls)
+        if not isinstance(value, dict) or value.keys() != kinds.keys():
+            return None
+        whole = all(documents.fits(value[name], kind) for name, kind in kinds.items())
+        return cls(**value) if whole and value["outputs"] > 0 and value["tokens"] >= 0 else None
+
+
+def declared(data: Dataset, classes: int | None) -> Seen:
+    """What a data set asks of a model as far as is known without a look at it: no outputs if only labels tell."""
+    return Seen((classes or data.classes or 0) if data.classification else data.row_labels, 0, [])
 
 
 @dataclass(frozen=True)
@@ -45,6 +79,22 @@ class Task:
     columns: tuple[str, ...] = ()
     inputs: Inputs | None = None
     bounds: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, data: Dataset, seen: Seen, ignore: int | None = None) -> Task:
+        """What a data set asks, by what has been `seen` of it; the label `ignore` means no label."""
+        return cls(
+            shape=data.train.x.shape,
+            labels=data.train.y.shape,
+            classification=data.classification,
+            outputs=seen.outputs,
+            tokens=seen.tokens,
+            ignore=ignore,
+            words=tuple(data.words),
+            columns=tuple(data.names),
+            inputs=inputs_of(data.train.x),
+            bounds=tuple(seen.bounds),
+        )
 
     @property
     def shapes(self) -> Any:

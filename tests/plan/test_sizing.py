@@ -26,6 +26,7 @@ from mpiml.plan.sizing import plan, screen
 from mpiml.team import Team
 from mpiml.training.job import Job, job_of, needs
 from mpiml.training.run import unsaved
+from mpiml.training.task import Seen
 from mpiml.vectors import bytes_of
 
 WORLD = MPI.COMM_WORLD
@@ -322,9 +323,9 @@ def test_only_what_is_needed_is_read() -> None:
     data = arrays(10)
     x = np.ones((10, 8), np.float32).view(Unreadable)
     y = np.arange(10) % 4
-    assert needs(Dataset.from_arrays(x, y, x, y), None) == (4, 0)
-    assert needs(Dataset.from_arrays(x, y.view(Unreadable), x, y.view(Unreadable)), 7) == (7, 7)
-    assert needs(Dataset.from_arrays(x, y / 2, x, y / 2), None) == (1, 0)
+    assert needs(Dataset.from_arrays(x, y, x, y), None) == Seen(4, 0, [])
+    assert needs(Dataset.from_arrays(x, y.view(Unreadable), x, y.view(Unreadable)), 7) == Seen(7, 0, [])
+    assert needs(Dataset.from_arrays(x, y / 2, x, y / 2), None) == Seen(1, 0, [])
     with pytest.raises(DataError, match="label -2 is below 0"):
         needs(Dataset.from_arrays(x, y - 2, x, y), None)
     assert data.classification

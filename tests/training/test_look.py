@@ -16,7 +16,8 @@ from mpiml.data.dataset import Dataset, Split
 from mpiml.data.sources import ArraySource, Source
 from mpiml.errors import ConfigError, DataError
 from mpiml.train import train
-from mpiml.training.data import FIRST, Seen
+from mpiml.training.look import FIRST
+from mpiml.training.task import Seen
 
 ROWS, TESTS, BATCH, STEPS = 1000, 60, 8, 3
 SORTED = "the labels seem to be sorted"
