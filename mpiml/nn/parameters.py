@@ -18,7 +18,7 @@ from mpiml.vectors import ALIGNMENT, BLOCK, Block, Vector
 
 Shape = tuple[int, ...]
 Init = Callable[[np.random.Generator, int], NDArray[np.float64]]
-ARRAY = "array"  # is told of a constant that is an array of the checkpoint
+ARRAY = "array"  # the entry of a constant that is an array of the checkpoint
 CHUNK = 1 << 18  # elements that are initialised at once: first values are drawn in float64, twice the size of float32
 
 
@@ -108,14 +108,14 @@ class Constant(NamedTuple):
         return f"{zlib.crc32(_bytes(self.array).data):08x}"
 
     @property
-    def told(self) -> str:
-        """What a checkpoint tells of it beside its arrays."""
+    def entry(self) -> str:
+        """The text for it in a checkpoint's metadata: ARRAY, or its checksum."""
         return ARRAY if self.saved else self.checksum
 
     def equals(self, other: NDArray[Any]) -> bool:
         """Whether an array of the same shape and dtype has the same bits."""
-        ours, theirs = _bytes(self.array), _bytes(other)
-        return all(np.array_equal(ours[a : a + CHUNK], theirs[a : a + CHUNK]) for a in range(0, ours.size, CHUNK))
+        one, two = _bytes(self.array), _bytes(other)
+        return all(np.array_equal(one[a : a + CHUNK], two[a : a + CHUNK]) for a in range(0, one.size, CHUNK))
 
 
 def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:

@@ -40,8 +40,8 @@ class SavedState:
 
     Attributes:
         arrays: those of the model by name; `pairs` takes them out.
-        constants: what it tells of constants; None if nothing.
-        dtype: that the run trained in.
+        constants: the entry of each constant (Constant.entry); None if it has none.
+        dtype: the one that the run trained in.
     """
 
     path: str
@@ -77,11 +77,11 @@ class SavedState:
         return values.dtype.kind == kind or (average and kind in "iu")
 
     def _check_missing(self, name: str, memory: Tensor, needed: bool, saved: bool) -> None:
-        told = None if self.constants is None else self.constants.get(name, ARRAY if saved else None)
-        if needed or told == ARRAY:
+        entry = None if self.constants is None else self.constants.get(name, ARRAY if saved else None)
+        if needed or entry == ARRAY:
             raise self._other(name, f"not in it, and {tuple(memory.shape)} here")
         as_trained = memory.to(self.dtype) if memory.is_floating_point() else memory
-        if told is not None and told != Constant(arrays(as_trained)[""], saved=False).checksum:
+        if entry is not None and entry != Constant(arrays(as_trained)[""], saved=False).checksum:
             raise ValueError(
                 f"{name} is not what {self.path} was trained with, which has the checksum alone "
                 "(buffers with persistent=False, and indices of sparse ones, are in no checkpoint), so the model must "
@@ -98,11 +98,11 @@ def read(path: str | Path) -> SavedState:
 
     check_regular(Path(path))
     with safetensors.safe_open(path, framework="numpy") as file:
-        found = {name: file.get_tensor(name) for name in file.keys() if name.startswith("layers.")}  # noqa: SIM118
-        told = (file.metadata() or {}).get("constants")
-    constants = texts(told, f"{path}: constants") if told else None
-    trained = next((array.dtype for name, array in found.items() if name not in (constants or {})), np.float32)
-    return SavedState(str(path), found, constants, torch.from_numpy(np.empty(0, trained)).dtype)
+        held = {name: file.get_tensor(name) for name in file.keys() if name.startswith("layers.")}  # noqa: SIM118
+        entries = (file.metadata() or {}).get("constants")
+    constants = texts(entries, f"{path}: constants") if entries else None
+    trained = next((array.dtype for name, array in held.items() if name not in (constants or {})), np.float32)
+    return SavedState(str(path), held, constants, torch.from_numpy(np.empty(0, trained)).dtype)
 
 
 def copy(pairs: Iterable[Pair]) -> None:

@@ -67,7 +67,7 @@ def data(run: Path) -> list[list[str]] | None:
 
 
 def look(run: Path) -> Any:
-    """What `of_job` was told of a look at the run's data, of any type, or None. Raises OutputError as `read`."""
+    """What a look at the run's data has shown, of any type, or None. Raises OutputError as `read`."""
     return read(run).get("look")
 
 

@@ -23,26 +23,26 @@ class Constants:
     Attributes:
         arrays: those that checkpoints hold, by name. They are views of the layers' memory, so they take none, and to
             write to them changes the layers.
-        told: what a checkpoint tells of each constant beside its arrays.
+        entries: the text for each constant in a checkpoint's metadata: "array", or its checksum.
     """
 
     arrays: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    told: Mapping[str, str] = field(default_factory=dict)
+    entries: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, layers: Sequence[Layer]) -> Constants:
         """The constants of these layers, which have their names."""
-        found = constants(layers)
-        arrays = {name: constant.array for name, constant in found.items() if constant.saved}
-        return cls(arrays, {name: constant.told for name, constant in found.items()})
+        named = constants(layers)
+        arrays = {name: constant.array for name, constant in named.items() if constant.saved}
+        return cls(arrays, {name: constant.entry for name, constant in named.items()})
 
     def check(self, saved: Header, weights: Mapping[str, Kind]) -> None:
         """Raise OutputError unless a checkpoint is of the model with these constants and with arrays of the kinds
         `weights`, and its checksums are those of the constants that it does not hold."""
-        told = saved.constants or {}
+        entries = saved.constants or {}
         if saved.constants is not None:
-            self._check_told(saved.origin, told)
-        held = {name: array for name, array in self.arrays.items() if told.get(name) == ARRAY or name in saved.kinds}
+            self._check_entries(saved.origin, entries)
+        held = {name: array for name, array in self.arrays.items() if entries.get(name) == ARRAY or name in saved.kinds}
         checkpoint.check_kinds(saved.origin, saved.kinds, {**weights, **checkpoint.kinds_of(held)})
 
     def check_init(self, saved: Header, weights: Mapping[str, Kind]) -> None:
@@ -50,18 +50,18 @@ class Constants:
         needed."""
         held = {name: array for name, array in self.arrays.items() if name in saved.kinds}
         needed = {**weights, **checkpoint.kinds_of(held)}
-        idle = {name for name, told in (saved.constants or {}).items() if told == ARRAY and name not in needed}
+        idle = {name for name, entry in (saved.constants or {}).items() if entry == ARRAY and name not in needed}
         kinds = {name: kind for name, kind in saved.kinds.items() if name not in idle}
         checkpoint.check_kinds(saved.origin, kinds, needed)
 
-    def _check_told(self, origin: str, told: Mapping[str, str]) -> None:
+    def _check_entries(self, origin: str, entries: Mapping[str, str]) -> None:
         what = "(a buffer, or a parameter that requires no gradient)"
-        if more := told.keys() - self.told:
+        if more := entries.keys() - self.entries.keys():
             raise OutputError(f"{origin} is of another model: it has a constant {min(more)} {what}, the model has not")
-        if more := self.told.keys() - told:
+        if more := self.entries.keys() - entries.keys():
             raise OutputError(f"{origin} is of another model: it has no constant {min(more)} {what}, the model has")
-        if others := sorted(name for name, text in told.items() if not self._is_as_told(name, text)):
-            if told[others[0]] == ARRAY:
+        if others := sorted(name for name, entry in entries.items() if not self._agrees(name, entry)):
+            if entries[others[0]] == ARRAY:
                 raise OutputError(f"{origin} holds {others[0]}, which is a buffer with persistent=False in the model")
             more_others = f" and {len(others) - 1} more" if len(others) > 1 else ""
             raise OutputError(
@@ -70,11 +70,11 @@ class Constants:
                 "come with the same"
             )
 
-    def _is_as_told(self, name: str, told: str) -> bool:
-        """Whether a constant is one that the checkpoint has, or has the checksum that it tells."""
-        if name in self.arrays and told != ARRAY:  # as older checkpoints do
-            return told == Constant(self.arrays[name], saved=False).checksum
-        return told == self.told[name]
+    def _agrees(self, name: str, entry: str) -> bool:
+        """Whether a checkpoint's entry is that of the constant: it holds the array, or the checksums are equal."""
+        if name in self.arrays and entry != ARRAY:  # older checkpoints have checksums alone
+            return entry == Constant(self.arrays[name], saved=False).checksum
+        return entry == self.entries[name]
 
     def changed(self, saved: Mapping[str, NDArray[Any]]) -> list[str]:
         """The names of those that have other values in a checkpoint's arrays."""

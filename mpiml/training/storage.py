@@ -176,7 +176,7 @@ class Store:
                 arrays = to_arrays(model.layouts, stages, *run.state.names) | dict(model.constants.arrays)
                 for preparation in run.data.preparations:
                     arrays |= preparation.arrays()
-                saved = Checkpoint(step, run.config.to_toml(), arrays, model.task.to_json(), model.constants.told)
+                saved = Checkpoint(step, run.config.to_toml(), arrays, model.task.to_json(), model.constants.entries)
                 checkpoint.save(self.hold.checkpoints, saved, run.config.keep, self.clock.progress)
                 update_result(self.hold.path, {"step": step, "saved": step})
 
@@ -256,7 +256,7 @@ def from_arrays(layouts: Sequence[Layout], saved: Checkpoint, names: Sequence[st
 def restore_constants(constants: Constants, team: Team, saved: Mapping[str, Any]) -> None:
     """Give every rank the constants that it holds, from `saved`, a checkpoint's arrays on rank 0; collective.
 
-    Ranks have compared theirs, so only those that the checkpoint has otherwise are sent; mostly there are none.
+    Ranks have compared their constants, so only those are sent that differ in the checkpoint; mostly there are none.
     """
     for name, size in team.on_rank_0(lambda: [(other, saved[other].size) for other in constants.changed(saved)]):
         for start in range(0, size, PART):

@@ -258,6 +258,5 @@ def test_a_test_loss_of_rows_that_weigh_nothing_is_no_number(tmp_path: Path) -> 
 
 
 def test_what_is_no_data_set() -> None:
-    for call in (lambda: train(Config(quiet=True), data=3), lambda: evaluate("runs/none", data=3)):  # type: ignore[arg-type]
-        with pytest.raises(DataError, match=r"^data must be a Dataset, but is int$"):
-            call()
+    with pytest.raises(DataError, match=r"^data: must be a Dataset, .* but is int$"):
+        train(Config(quiet=True), data=3)

@@ -92,7 +92,7 @@ def test_constants_are_views_of_the_modules_tensors() -> None:
         assert constant.equals(found[name].array) == (name in BY_CHECKSUM), name
         constant.array[...] = found[name].array
     assert other(x, AT)[0].tobytes() == one(x, AT)[0].tobytes() != before
-    assert [c.told for c in other.own_constants().values()] == [c.told for c in found.values()]
+    assert [c.entry for c in other.own_constants().values()] == [c.entry for c in found.values()]
 
 
 def test_constants_keep_their_own_memory_alive_and_not_the_module() -> None:
@@ -123,10 +123,10 @@ def saved(path: Path, module: TorchLayer, **others: Any) -> Path:
     arrays = {p.name: p.value for p in nn.parameters([module])}
     arrays |= {name: constant.array for name, constant in constants.items() if constant.saved}
     arrays |= {f"layers.0.{name}": array for name, array in others.items()}
-    told = {name: constant.told for name, constant in constants.items()}
+    entries = {name: constant.entry for name, constant in constants.items()}
     kept = {name: array for name, array in arrays.items() if array is not None}
     path.mkdir(exist_ok=True)
-    return checkpoint.save(path, Checkpoint(1, "", kept, "", told), 1)
+    return checkpoint.save(path, Checkpoint(1, "", kept, "", entries), 1)
 
 
 def test_a_checkpoint_goes_into_a_fresh_module_whole(tmp_path: Path) -> None:
@@ -171,10 +171,10 @@ def test_of_what_is_in_no_checkpoint_the_checksum_is_compared(tmp_path: Path) ->
     fresh.beside += 1
     with pytest.raises(ValueError, match=r"^layers.0.beside is not what .*step-000000001.safetensors was trained with"):
         load_into(fresh, path)
-    told = {name: constant.checksum for name, constant in nn.constants([layer(1)]).items()}
+    entries = {name: constant.checksum for name, constant in nn.constants([layer(1)]).items()}
     none = dict.fromkeys(name for name, c in layer(1).own_constants().items() if c.saved)
     older = checkpoint.load(saved(tmp_path / "older", layer(1), **none))
-    path = checkpoint.save(tmp_path / "older", replace(older, step=2, constants=told), 1)
+    path = checkpoint.save(tmp_path / "older", replace(older, step=2, constants=entries), 1)
     load_into(Kept(1), path)
     load_into(Kept(1).double(), path)
     with pytest.raises(ValueError, match=r"^layers.0.fixed is not what .*safetensors was trained with"):

@@ -39,49 +39,49 @@ OLD = {
 }
 
 
-def test_what_is_told_of_them() -> None:
-    assert OURS.told == OLD | {"layers.1.mask": "array", "layers.1.on": "array"}
+def test_their_entries_in_a_checkpoint() -> None:
+    assert OURS.entries == OLD | {"layers.1.mask": "array", "layers.1.on": "array"}
     assert kinds_of(OURS.arrays) == {name: kind for name, kind in HELD.items() if name not in WEIGHTS}
 
 
 @pytest.mark.parametrize(
-    ("kinds", "told"),
+    ("kinds", "entries"),
     [
-        (HELD | {"optimizer.mean.layers.0.bias": ("float32", (3,))}, OURS.told),
+        (HELD | {"optimizer.mean.layers.0.bias": ("float32", (3,))}, OURS.entries),
         (WEIGHTS, OLD),
         (WEIGHTS, None),  # of a file that does not tell
     ],
 )
-def test_checkpoints_that_fit(kinds: Any, told: Any) -> None:
-    OURS.check(Header("a", kinds, told), WEIGHTS)
-    OURS.check_init(Header("a", kinds, told), WEIGHTS)
+def test_checkpoints_that_fit(kinds: Any, entries: Any) -> None:
+    OURS.check(Header("a", kinds, entries), WEIGHTS)
+    OURS.check_init(Header("a", kinds, entries), WEIGHTS)
 
 
 @pytest.mark.parametrize(
-    ("kinds", "told", "words"),
+    ("kinds", "entries", "words"),
     [
-        (WEIGHTS, OURS.told, r"a has no layers.1.mask: it is of another model"),
+        (WEIGHTS, OURS.entries, r"a has no layers.1.mask: it is of another model"),
         (
             HELD | {"layers.1.mask": ("float64", (3,))},
-            OURS.told,
+            OURS.entries,
             r"a: layers.1.mask is float64 \(3,\), the model's float64 \(2,\)",
         ),
         (
             HELD | {"layers.1.on": ("uint8", (1, 2))},
-            OURS.told,
+            OURS.entries,
             r"layers.1.on is uint8 \(1, 2\), the model's bool \(1, 2\)",
         ),
-        (HELD | {"layers.1.more": ("bool", ())}, OURS.told, "a has layers.1.more, which the model does not have"),
-        (HELD, OURS.told | {"layers.1.more": "array"}, r"another model: it has a constant layers.1.more \(a buffer"),
+        (HELD | {"layers.1.more": ("bool", ())}, OURS.entries, "a has layers.1.more, which the model does not have"),
+        (HELD, OURS.entries | {"layers.1.more": "array"}, r"another model: it has a constant layers.1.more \(a buffer"),
         (WEIGHTS, {}, r"a is of another model: it has no constant layers.1.beside \(a buffer"),
         (
             HELD,
-            OURS.told | {"layers.1.beside": "1"},
+            OURS.entries | {"layers.1.beside": "1"},
             r"^layers.1.beside: not what the checkpoint was trained with: a has",
         ),
         (
             HELD,
-            OURS.told | {"layers.1.beside": "array"},
+            OURS.entries | {"layers.1.beside": "array"},
             "a holds layers.1.beside, which is a buffer with persistent=F",
         ),
         (
@@ -92,32 +92,32 @@ def test_checkpoints_that_fit(kinds: Any, told: Any) -> None:
         ({"layers.0.bias": ("float32", (3,))}, OLD, "a has no layers.0.weight"),
     ],
 )
-def test_checkpoints_of_other_models(kinds: Any, told: Any, words: str) -> None:
+def test_checkpoints_of_other_models(kinds: Any, entries: Any, words: str) -> None:
     with pytest.raises(OutputError, match=words):
-        OURS.check(Header("a", kinds, told), WEIGHTS)
+        OURS.check(Header("a", kinds, entries), WEIGHTS)
 
 
 @pytest.mark.parametrize(
-    ("kinds", "told", "words"),
+    ("kinds", "entries", "words"),
     [
         (
             HELD | {"layers.1.on": ("uint8", (1, 2))},
-            OURS.told,
+            OURS.entries,
             r"layers.1.on is uint8 \(1, 2\), the model's bool \(1, 2\)",
         ),
-        (HELD | {"layers.1.more": ("bool", ())}, OURS.told, "a has layers.1.more, which the model does not have"),
+        (HELD | {"layers.1.more": ("bool", ())}, OURS.entries, "a has layers.1.more, which the model does not have"),
         ({"layers.0.bias": ("float32", (3,))}, {"layers.0.weight": "array"}, "a has no layers.0.weight"),
     ],
 )
-def test_first_values_of_other_models(kinds: Any, told: Any, words: str) -> None:
+def test_first_values_of_other_models(kinds: Any, entries: Any, words: str) -> None:
     with pytest.raises(OutputError, match=words):
-        OURS.check_init(Header("a", kinds, told), WEIGHTS)
+        OURS.check_init(Header("a", kinds, entries), WEIGHTS)
 
 
 def test_first_values_may_lack_constants_and_have_others_and_ones_that_are_weights_now() -> None:
-    told = {"layers.1.mask": "array", "layers.1.gone": "array", "layers.0.weight": "array", "layers.1.beside": "1"}
+    entries = {"layers.1.mask": "array", "layers.1.gone": "array", "layers.0.weight": "array", "layers.1.beside": "1"}
     kinds = WEIGHTS | {"layers.1.mask": ("float64", (2,)), "layers.1.gone": ("int64", (9,))}
-    OURS.check_init(Header("a", kinds, told), WEIGHTS)
+    OURS.check_init(Header("a", kinds, entries), WEIGHTS)
 
 
 def test_a_checkpoints_values_take_the_place_of_those_that_are_others() -> None:
