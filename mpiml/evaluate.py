@@ -200,7 +200,7 @@ def _evaluate(
 
 
 def _reading(config: Config, data: Any, asked: Mapping[str, Any]) -> Config:
-    """The settings with which the data are read: other data than the run's are found under the names asked for."""
+    """The settings with which the data are read: arrays of other data than the run's have the names asked for."""
     arrays = config.arrays if data is None else asked["arrays"]
     return config.replace(arrays=arrays, given=frozenset())
 

@@ -182,8 +182,8 @@ class Dataset:
                 raise ConfigError(f"--held-out 0: there are no test rows to evaluate on; {works}")
             return self
         train, test = (self.train.subset(rows) for rows in draw(len(self.train), fraction, seed))
-        chosen = f"{len(test)} of {len(self.train)} rows, chosen by --seed, are held out; --held-out FRACTION"
-        return self.replace(train=train, test=test, cut=True, notes=[*self.notes, f"no test rows: {chosen}"])
+        held = f"no test rows: {len(test)} of {len(self.train)} rows, chosen by --seed, are held out (see --held-out)"
+        return self.replace(train=train, test=test, cut=True, notes=[*self.notes, held])
 
     @property
     def sampled(self) -> bool:

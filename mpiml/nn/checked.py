@@ -204,7 +204,7 @@ def _draws(seed: int, call: Callable[[], object]) -> frozenset[str]:
 
 
 def _torch_losses() -> Any:
-    """What knows PyTorch's losses, or None where nobody has imported PyTorch."""
+    """The adapter of PyTorch's losses; None if PyTorch is not imported."""
     return importlib.import_module("mpiml.nn.torch_losses") if "torch" in sys.modules else None
 
 

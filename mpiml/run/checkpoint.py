@@ -51,8 +51,8 @@ class Checkpoint:
         arrays: parameters and constants ("layers.3.weight"), optimizer state ("optimizer.mean.layers.3.weight").
         config: the run's settings, as TOML.
         task: what the data set requires of the model, as JSON; empty if unknown.
-        constants: of each of the model's constants, by name, "array" if it is one of these, else a checksum; None if
-            the file does not tell.
+        constants: the entry of each of the model's constants, by name: "array" if it is one of these, else a checksum;
+            None if the file has no entries.
         origin: the file that it was read from, for messages. Its content is data that anybody may have written.
     """
 
@@ -196,7 +196,7 @@ def header(path: Path) -> Header:
 
 
 def _constants(metadata: Mapping[str, str], path: Path) -> dict[str, str] | None:
-    """What a file tells of constants. An empty text is that of a file that does not tell."""
+    """The entries of constants in a file; None if it has none, or an empty text."""
     text = metadata.get("constants", "")
     return texts(text, f"{path}: constants") if text else None
 

@@ -147,7 +147,7 @@ def integers(layers: Sequence[nn.Layer]) -> list[slice]:
 
 
 def _torch_modules() -> Any:
-    """What knows PyTorch, or None where nobody has imported that: it takes seconds."""
+    """The adapter of PyTorch modules; None if PyTorch is not imported, which takes seconds."""
     return importlib.import_module("mpiml.nn.torch_modules") if "torch" in sys.modules else None
 
 

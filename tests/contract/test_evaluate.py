@@ -204,7 +204,7 @@ def test_rows_that_were_held_out_are_scored_again(train: Any, tmp_path: Path) ->
     np.savez_compressed(tmp_path / "d.npz", X=x, Y=x[:, 0], W=np.linspace(0, 1, 60))
     flags = f"--data {tmp_path / 'd.npz'} --hidden 8 --steps 4 --seed 3 --held-out"
     job = train(0, f"{flags} 0.25")
-    assert "no test rows: 15 of 60 rows, chosen by --seed, are held out; --held-out FRACTION" in job.out
+    assert "no test rows: 15 of 60 rows, chosen by --seed, are held out (see --held-out)" in job.out
     own = evaluate(str(job.run))
     assert (own["rows"], own["test_loss"]) == (15, job.result["test_loss"])
     assert evaluate(str(job.run), data=str(tmp_path / "d.npz"))["rows"] == 60
