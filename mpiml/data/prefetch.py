@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpiml.data.dataset import Batch, Split
+from mpiml.data.batch import Batch
+from mpiml.data.dataset import Split
 from mpiml.data.items import ItemSource
 from mpiml.data.shards import Shards
 from mpiml.data.sources import ArraySource, HeldSource

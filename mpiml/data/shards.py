@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mpiml.clock import unwatched
-from mpiml.data.dataset import Batch, Split
+from mpiml.data.batch import Batch
+from mpiml.data.dataset import Split
 from mpiml.partition import part
 from mpiml.random import generator, keyed
 

@@ -21,7 +21,7 @@ Objective = Callable[[Array, NDArray[np.generic], Array | None, bool, Any], tupl
 
 
 class Batch(Protocol):
-    """A micro-batch, or a chunk of an evaluation, as a stage uses it (mpiml.data.dataset.Batch)."""
+    """A micro-batch, or a chunk of an evaluation, as a stage uses it (mpiml.data.batch.Batch)."""
 
     index: int
     rows: int

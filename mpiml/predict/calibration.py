@@ -25,7 +25,8 @@ from mpi4py import MPI
 
 import mpiml
 from mpiml.config import Config, parse
-from mpiml.data.dataset import Batch, Dataset
+from mpiml.data.batch import Batch
+from mpiml.data.dataset import Dataset
 from mpiml.doctor import probes
 from mpiml.nn.base import Array, At, Layer
 from mpiml.nn.layers import Linear

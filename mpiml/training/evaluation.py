@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from mpiml.clock import Clock
-from mpiml.data.dataset import Batch, Split
+from mpiml.data.batch import Batch
+from mpiml.data.dataset import Split
 from mpiml.data.shards import chunks
 from mpiml.errors import NotFiniteError
 from mpiml.nn.losses import Metric

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpiml.data.dataset import Batch, Dataset, Split
+from mpiml.data.batch import Batch
+from mpiml.data.dataset import Dataset, Split
 from mpiml.data.inputs import inputs_of, pack, shapes, source_of, unpack
 from mpiml.data.inspection import inspect
 from mpiml.data.sources import ArraySource

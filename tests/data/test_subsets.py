@@ -45,9 +45,7 @@ def test_both_halves_hold_their_rows_of_every_format(tmp_path: Path, name: str) 
         for column in "xy":
             np.testing.assert_array_equal(held(split, column), values(name, f"{column}_train")[rows])
     assert parts.fingerprint == data.fingerprint
-    assert list(parts.notes) == [
-        "no test rows: 7 of 23 rows, chosen by --seed, are held out (see --held-out)"
-    ]
+    assert list(parts.notes) == ["no test rows: 7 of 23 rows, chosen by --seed, are held out (see --held-out)"]
 
 
 def test_idx_files_may_lack_those_to_test_on(tmp_path: Path) -> None:
