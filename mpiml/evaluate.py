@@ -64,7 +64,7 @@ if __name__ == "__main__":
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -95,7 +95,7 @@ from mpiml.training.evaluation import Evaluation
 from mpiml.training.look import look_at
 from mpiml.training.model import Model
 from mpiml.training.place import build_stage
-from mpiml.training.predictions import Predictions, check_path
+from mpiml.training.predictions import Predicted, Predictions, check_path
 from mpiml.training.resolve import binary
 from mpiml.training.storage import from_arrays, needed_kinds, restore_constants
 from mpiml.training.stored import StoredModel, check_data, check_wanted, stored_model, with_zeros
@@ -105,13 +105,6 @@ if __name__ == "__main__":
     start.begun()
 
 PROGRAM = "mpiml.evaluate"
-
-
-class Predicted(NamedTuple):
-    """What is to be written of each row: to which file, if to any, and whether probabilities."""
-
-    file: str | None
-    probabilities: bool
 
 
 def evaluate(
@@ -154,26 +147,32 @@ def evaluate(
     team = Team(MPI.COMM_WORLD if comm is None else comm, Clock())
     reading = {"pipe": pipe, "label": label, "token_dtype": token_dtype, "held_out": held_out, "arrays": arrays}
     code = {"data": data, "model": model, "loss": loss, "metric": metric}
-    weights: list[Checkpoint] = []  # on rank 0
-
-    def look() -> StoredModel:
-        check_path(predictions)
-        if probabilities and not predictions:
-            raise ConfigError("--probabilities: say to which file, with --predictions FILE")
-        stored, saved = stored_model(run, checkpoint, reading, code)
-        if probabilities and not (stored.task.classification or binary(stored.config, False)):
-            raise ConfigError("--probabilities: the run is a regression, which has none")
-        weights.append(saved)
-        return stored
-
+    predicted, weights = Predicted(predictions, probabilities), list[Checkpoint]()  # weights on rank 0
     with Guard(team, PROGRAM) as guard:
         one_job.check_size(MPI.COMM_WORLD.size)
         team.check_alike(one_job.software())
-        stored = team.on_rank_0(look)
+        stored = team.on_rank_0(lambda: _stored(run, checkpoint, reading, code, predicted, weights))
         team.together(lambda: check_ranks(team.size, pipe))
         with Watch(team.comm.Dup(), team.clock, stored.config.stall_timeout, guard.fail), np.errstate(all="ignore"):
-            kept = Predicted(predictions, probabilities)
-            return _evaluate(stored, weights, data, reading, model, kept, team)
+            return _evaluate(stored, weights, data, reading, model, predicted, team)
+
+
+def _stored(
+    run: str | None,
+    file: str | None,
+    reading: Mapping[str, Any],
+    code: Mapping[str, Any],
+    predicted: Predicted,
+    weights: list[Checkpoint],
+) -> StoredModel:
+    """The model of a run or a file, which is added to `weights`; on rank 0. Raises ConfigError for predictions that
+    cannot be written."""
+    check_path(predicted)
+    stored, saved = stored_model(run, file, reading, code)
+    if predicted.probabilities and not (stored.task.classification or binary(stored.config, False)):
+        raise ConfigError("--probabilities: the run is a regression, which has none")
+    weights.append(saved)
+    return stored
 
 
 def _evaluate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -25,11 +25,20 @@ Rows = NDArray[Any]
 SUFFIXES = (".npy", ".csv")
 
 
-def check_path(file: str | None) -> None:
+class Predicted(NamedTuple):
+    """What is to be written of each row: to which file, if to any, and whether probabilities."""
+
+    file: str | None
+    probabilities: bool
+
+
+def check_path(predicted: Predicted) -> None:
     """Raise ConfigError if predictions are asked for and cannot be written there: before the work, not after it."""
-    if file is None:
+    if predicted.probabilities and not predicted.file:
+        raise ConfigError("--probabilities: say to which file, with --predictions FILE")
+    if predicted.file is None:
         return
-    path = Path(file)
+    path = Path(predicted.file)
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"--predictions {path}: must end in {' or '.join(SUFFIXES)}")
     if path.is_dir():
