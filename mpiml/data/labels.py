@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpiml.data.sources import Indices, Rows, Source, WrappedSource
+from mpiml.data.subsets import origins
 from mpiml.errors import DataError
 
 
@@ -26,7 +27,7 @@ class ProbabilitySource(ValueSource):
 
     def rows(self, indices: Indices) -> Rows:
         labels: NDArray[Any] = super().rows(indices)
-        check_each(labels, (labels >= 0) & (labels <= 1), indices, f"{self.name}: label", "is not from 0 to 1")
+        _check_each(self, labels, (labels >= 0) & (labels <= 1), indices, "label", "is not from 0 to 1")
         return labels
 
 
@@ -42,7 +43,7 @@ class WeightSource(WrappedSource):
     def rows(self, indices: Indices) -> Rows:
         weights: NDArray[Any] = self.source.rows(indices).astype(self.dtype).reshape(-1)
         usable = (weights >= 0) & (weights < np.inf)
-        check_each(weights, usable, indices, f"{self.name}: weight", "is not a finite number of at least 0")
+        _check_each(self, weights, usable, indices, "weight", "is not a finite number of at least 0")
         return weights
 
 
@@ -51,8 +52,11 @@ def stored(source: Source) -> Source:
     return stored(source.source) if isinstance(source, (ValueSource, WeightSource)) else source
 
 
-def check_each(values: Rows, usable: NDArray[np.bool_], indices: Indices, what: str, wrong: str) -> None:
-    """Raise DataError for the first of the values, of the rows with these numbers, that is not usable."""
+def _check_each(
+    source: Source, values: Rows, usable: NDArray[np.bool_], indices: Indices, what: str, wrong: str
+) -> None:
+    """Raise DataError for the first of the values, of a source's rows with these numbers, that is not usable."""
     if not usable.all():
         first = np.argwhere(~usable)[0]
-        raise DataError(f"{what} {values[tuple(first)]:g} {wrong}, in row {indices[first[0]]}")
+        _, numbers = next(origins(source, indices[first[:1]]))  # in the file, where some rows may be held out
+        raise DataError(f"{source.name}: {what} {values[tuple(first)]:g} {wrong}, in row {numbers[0]}")
