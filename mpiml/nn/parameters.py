@@ -59,13 +59,13 @@ class Parameter:
 
     def described(self, seed: int) -> str:
         """A text that must be equal on all ranks: shape, kind, and how first values are drawn, or their checksum."""
-        self._compared = None if isinstance(self.init, Drawn) else self._draw(seed)
-        how = self.init.text if isinstance(self.init, Drawn) else f"checksum {self._compared:08x}"
+        self._compared = None if isinstance(self.init, NamedInit) else self._draw(seed)
+        how = self.init.text if isinstance(self.init, NamedInit) else f"checksum {self._compared:08x}"
         kind = f", momentum {self.momentum}" if self.momentum is not None else ", decays" if self.decay else ""
         return f"{self.shape}{kind}, {how}"
 
     def _draw(self, seed: int, out: Vector | None = None) -> int:
-        """Draw first values, and write them to `out` if given. Returns their checksum, or 0 if `init` is Drawn."""
+        """Draw first values, and write them to `out` if given. Returns their checksum, or 0 if `init` is NamedInit."""
         random, checksum = generator(seed, "init", self.name), 0
         for start in range(0, self.size, CHUNK):
             count = min(CHUNK, self.size - start)
@@ -74,7 +74,7 @@ class Parameter:
                 raise ConfigError(f"{self.name}: its init gives {np.size(chunk)} first values where {count} are needed")
             if out is not None:
                 out[start : start + count] = chunk
-            if not isinstance(self.init, Drawn):
+            if not isinstance(self.init, NamedInit):
                 checksum = zlib.crc32(np.ascontiguousarray(chunk).data, checksum)
         return checksum
 
@@ -206,7 +206,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class NamedInit:
     """An init whose values depend on the generator and on `text` alone, so that ranks need to compare only `text`."""
 
     text: str
@@ -218,14 +218,14 @@ class Drawn:
 
 def constant(value: float) -> Init:
     """An init that sets every element to `value`."""
-    return Drawn(f"all {value}", lambda _, count: np.full(count, value))
+    return NamedInit(f"all {value}", lambda _, count: np.full(count, value))
 
 
 def uniform(bound: float) -> Init:
     """An init that draws uniformly from [-bound, bound)."""
-    return Drawn(f"uniform to {bound}", lambda random, count: random.uniform(-bound, bound, count))
+    return NamedInit(f"uniform to {bound}", lambda random, count: random.uniform(-bound, bound, count))
 
 
 def normal(deviation: float) -> Init:
     """An init that draws from the normal distribution with mean 0 and standard deviation `deviation`."""
-    return Drawn(f"normal of deviation {deviation}", lambda random, count: random.normal(0.0, deviation, count))
+    return NamedInit(f"normal of deviation {deviation}", lambda random, count: random.normal(0.0, deviation, count))

@@ -134,11 +134,11 @@ def naming(team: Team, action: Callable[[], T]) -> Callable[[], T]:
         try:
             return action()
         except DataError as error:
-            raise of_rank(error, team, team.rank) from error
+            raise with_rank(error, team, team.rank) from error
 
     return named
 
 
-def of_rank(error: DataError, team: Team, rank: int) -> DataError:
+def with_rank(error: DataError, team: Team, rank: int) -> DataError:
     """The error with the name of a rank, where there are several."""
     return DataError(f"{error} (rank {team.launched[rank]})" if team.size > 1 else str(error))

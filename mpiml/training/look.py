@@ -20,7 +20,7 @@ from mpiml.data.shards import Shards, classes_seen, starved
 from mpiml.data.sources import Indices, Source
 from mpiml.errors import ConfigError, DataError
 from mpiml.parallel.grid import Grid
-from mpiml.training.data import columns_of, has, naming, of_rank
+from mpiml.training.data import columns_of, has, naming, with_rank
 from mpiml.training.task import Seen, declared
 
 FIRST = 64  # rows of each column that a rank looks at with --look first
@@ -112,7 +112,7 @@ def _sound(
         if reader is None:  # no rank by itself sees it
             reader = next(r for r, one in enumerate(findings) if one.lowest == joined.lowest)
         error = DataError(f"{source.name}: {wrong[0]} {wrong[1]}")
-        raise of_rank(error, grid.team, reader).on_all_ranks(grid.team.launched[reader])
+        raise with_rank(error, grid.team, reader).on_all_ranks(grid.team.launched[reader])
     return joined
 
 

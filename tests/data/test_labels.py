@@ -31,7 +31,7 @@ def test_labels_from_0_to_1_and_no_others(wrong: float) -> None:
     with pytest.raises(DataError) as error:
         source.rows(np.array([0, 2, 3]))
     assert str(error.value) == f"y_train: label {wrong:g} is not from 0 to 1, in row 2"
-    with pytest.raises(DataError, match="in row 2$"):  # of the file, where row 1 is held out
+    with pytest.raises(DataError, match=r"in row 2$"):  # of the file, where row 1 is held out
         ProbabilitySource(Subset(ArraySource(labels, "y_train"), np.array([0, 2]))).rows(np.array([1]))
 
 
