@@ -56,10 +56,13 @@ class Split:
         w = None if self.w is None else Subset(copied(self.w), rows)
         return Split(Subset(copied(self.x), rows), Subset(copied(self.y), rows), w, self.labelled)
 
-    def sources(self) -> list[Source]:
-        """The sources from which the columns are made."""
-        columns = (self.x, self.y, self.w)
-        return [source for column in columns if column is not None for source, _ in origins(column, NO_ROWS)]
+    def columns(self, names: str = "xyw") -> list[Source]:
+        """The columns of these names, as far as there are such."""
+        return [column for name in names if (column := getattr(self, name)) is not None]
+
+    def sources(self, names: str = "xyw") -> list[Source]:
+        """The sources from which the columns of these names are made."""
+        return [source for column in self.columns(names) for source, _ in origins(column, NO_ROWS)]
 
     def ignoring(self, label: int | None) -> Split:
         """These rows with -1 in place of `label`, the one to be ignored; unchanged if it is -1 or None."""

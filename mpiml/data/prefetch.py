@@ -118,40 +118,40 @@ def _read(batch: Batch, x: bool, y: bool) -> tuple[Any, Any, Any]:
     return batch.x() if x else None, batch.y() if y else None, batch.w() if y else None
 
 
-def steps_ahead(shards: Shards, asked: int | None = None) -> int:
-    """How many steps to read ahead: as many as are asked for; by default none if reading a step's rows takes less time
-    than passing them from thread to thread.
+def steps_ahead(shards: Shards, asked: int | None = None, columns: str = "xyw") -> int:
+    """How many steps to read ahead, on a rank that reads these columns: as many as are asked for; by default none if
+    reading a step's rows takes less time than passing them from thread to thread.
 
-    Rows that draw from generators of the process are never read ahead: its own thread draws from them as well.
     That holds for rows in memory, and often for mapped files that the system keeps in memory, which is measured. For
-    this, the rows must have been read once before. Sources of other kinds, such as a user's own, are not tried. Nor is
-    anything read ahead by a transform that draws from generators of the process: another thread may draw from them.
+    this, the rows must be held. Sources of other kinds, such as a user's own, are not tried.
+
+    Rows and transforms that draw from generators of the process are never read ahead: other threads draw from them.
     """
-    sources = shards.split.sources()
-    if shards.draws or any(isinstance(source, ItemSource) and source.draws for source in sources):
+    if shards.draws or any(isinstance(source, ItemSource) and source.draws for source in shards.split.sources()):
         return 0
     if asked is not None:
         return asked
+    sources = shards.split.sources(columns)
     if shards.transform or not all(isinstance(source, (ArraySource, HeldSource, Windows)) for source in sources):
         return AHEAD
     random = np.random.default_rng(0)
-    times = (_seconds(shards, random) for _ in range(TRIES))
-    return 0 if in_memory(shards.split) or any(seconds < HANDOVER for seconds in times) else AHEAD
+    times = (_seconds(shards, columns, random) for _ in range(TRIES))
+    return 0 if in_memory(shards.split, columns) or any(seconds < HANDOVER for seconds in times) else AHEAD
 
 
-def in_memory(split: Split) -> bool:
-    """Whether all rows are in this process's own memory."""
-    sources = split.sources()
+def in_memory(split: Split, columns: str = "xyw") -> bool:
+    """Whether all rows of these columns are in this process's own memory."""
+    sources = split.sources(columns)
     mapped = (isinstance(source, ArraySource) and isinstance(source.array, np.memmap) for source in sources)
     return all(isinstance(source, (ArraySource, HeldSource)) for source in sources) and not any(mapped)
 
 
-def _seconds(shards: Shards, random: np.random.Generator) -> float:
+def _seconds(shards: Shards, names: str, random: np.random.Generator) -> float:
     """The time to read as many rows as a step does, drawn at random, micro-batch by micro-batch."""
     count = math.ceil(shards.rows_per_step / shards.microbatches)
     ranges = [rows for m in range(shards.first, shards.last) if (rows := shards.shard(m))]
     batches = [rows.start + rows.step * random.integers(0, len(rows), count) for rows in ranges]
-    columns = (shards.split.x, shards.split.y)
+    columns = shards.split.columns(names)
     reads = [read for numbers in batches for column in columns for read in origins(column, numbers)]
     began = perf_counter()
     for source, numbers in reads:

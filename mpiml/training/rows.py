@@ -14,7 +14,7 @@ from mpiml.data.shards import Shards, rereads
 from mpiml.data.sources import Indices
 from mpiml.parallel.grid import Grid
 from mpiml.partition import part
-from mpiml.training.data import hold, prepare
+from mpiml.training.data import columns_of, hold, prepare
 from mpiml.training.evaluation import Evaluation
 from mpiml.training.look import Known, checked, look_at, look_for_starving, read_first
 from mpiml.training.resolve import Resolved, words_text
@@ -117,6 +117,6 @@ def _looked_at(
 
 def _ahead(config: Resolved, shards: Shards, grid: Grid) -> ReadAhead:
     """What reads ahead as far as the settings say, or else as it is worth."""
-    return ReadAhead(
-        shards, steps_ahead(shards, config.prefetch), config.steps, grid.stage == 0, grid.stage == grid.stages - 1
-    )
+    columns = columns_of(grid)
+    steps = steps_ahead(shards, config.prefetch, columns)
+    return ReadAhead(shards, steps, config.steps, x="x" in columns, y="y" in columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ from mpiml.data.prefetch import ReadAhead, in_memory, steps_ahead
 from mpiml.data.shards import Shards
 from mpiml.data.sources import ArraySource
 from mpiml.errors import DataError
-from tests.data.samples import FORMATS, OPTIONS
+from tests.data.samples import FORMATS, OPTIONS, plain_idx
 
 ROWS, MICROBATCHES, BATCH, STEPS = 50, 7, 9, 14  # two epochs and two steps; some micro-batches are empty
 BY = Normalization(np.zeros(1), np.ones(1))
@@ -198,3 +199,16 @@ def test_sources_of_a_users_own_are_read_ahead_and_not_for_a_trial() -> None:
             return ROWS
 
     assert steps_ahead(shards_of(Split(Own(), ArraySource(np.arange(ROWS))))) == 2  # type: ignore[arg-type]
+
+
+def test_only_columns_that_a_rank_reads_are_timed(tmp_path: Path) -> None:
+    """Others are not held, in a pipeline."""
+    for file in plain_idx(tmp_path).iterdir():
+        if "images" in file.name:
+            file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(file.read_bytes()))
+            file.unlink()
+    split = open_dataset(str(tmp_path)).train
+    assert steps_ahead(shards_of(split), columns="y") in (0, 2)
+    assert steps_ahead(shards_of(split), columns="") == 0
+    split.x.hold(np.arange(len(split)))
+    assert steps_ahead(shards_of(split), columns="x") == 0
