@@ -64,8 +64,8 @@ def known_data(cfg: Config, data: Dataset, hold: Hold, progress: Progress) -> Kn
     if before and (other := difference(data.fingerprint, before, "in the run so far")):
         raise DataError(f"{cfg.data} holds other data than the run in {path} was trained on: {other}")
     seen = Seen.of_json(environment.look(path)) if before and cfg.look != "all" else None
-    if seen and seen.ignore != data.ignored(cfg.ignore):
-        seen = None  # other labels counted then
+    if seen and not seen.is_of(data, cfg.classes, data.ignored(cfg.ignore)):
+        seen = None
     before_model = None
     if (cfg.normalize or cfg.fill is not None) and _has_checkpoints(cfg):
         newest, _ = hold.newest(progress, again=True)

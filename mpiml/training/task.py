@@ -47,6 +47,12 @@ class Seen:
         whole = all(documents.fits(value[name], kind) for name, kind in kinds.items())
         return cls(**value) if whole and value["outputs"] > 0 and value["tokens"] >= 0 else None
 
+    def is_of(self, data: Dataset, classes: int | None, ignore: int | None) -> bool:
+        """Whether a look at a data set can have shown that, by what is known without one; `ignore` means no label."""
+        outputs, inputs = declared(data, classes).outputs, inputs_of(data.train.x) or ()
+        fits = self.outputs == (outputs or self.outputs) and len(self.bounds) == 2 * len(inputs)
+        return fits and self.ignore == ignore
+
 
 def declared(data: Dataset, classes: int | None) -> Seen:
     """What a data set asks of a model as far as is known without a look at it: no outputs if only labels tell."""

@@ -83,7 +83,10 @@ def test_checksums_are_verified_by_jobs_that_look(tmp_path: Path, look: str, che
         assert len(calls) == expected
 
 
-@pytest.mark.parametrize("look", [None, {"outputs": 4}, {"outputs": 4, "tokens": 0, "notes": [], "ignore": 7}])
+LOOK = {"outputs": 4, "tokens": 0, "notes": [], "ignore": None, "bounds": []}
+
+
+@pytest.mark.parametrize("look", [None, {"outputs": 4}, LOOK | {"ignore": 7}, LOOK | {"bounds": [0, 1]}])
 def test_what_is_not_known_for_certain_is_looked_at(tmp_path: Path, look: Any) -> None:
     trained(tmp_path)
     path, data = tmp_path / "environment.json", made()
