@@ -119,10 +119,12 @@ def _sound(
 def checked(data: Dataset, needed: Seen, ignore: int | None, gaps: bool) -> tuple[Split, Split]:
     """The training rows and the test rows of a data set that this job has not looked at, checked as they are read.
 
-    Raises ConfigError if only all labels would tell how many classes are `needed`.
+    Raises ConfigError if the number of classes that are `needed` is not known.
     """
     if not needed.outputs:
-        raise ConfigError("--look first: only all labels would tell how many classes there are; say it with --classes")
+        raise ConfigError(
+            "--look first: the number of classes is not known without a look at all labels; say it with --classes"
+        )
     tokens, classes = (max(needed.tokens, needed.outputs), needed.outputs) if data.classification else (None, None)
 
     def with_checks(split_: Split) -> Split:

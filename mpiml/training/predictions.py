@@ -48,8 +48,8 @@ def check_path(predicted: Predicted) -> None:
 
 
 class Predictions:
-    """What the last stage of this replica makes of its test rows: of each, in the shape of its labels, the classes or
-    the words that they stand for, or values; or probabilities, those of classes on one more axis, the last.
+    """Predictions of this replica's test rows, made on its last stage: of each, in the shape of its labels, classes,
+    words or values. Probabilities of classes have one more axis, the last.
 
     Args:
         here: what this rank's stage computes; from now on, what it scores is kept.

@@ -55,7 +55,7 @@ class Seen:
 
 
 def declared(data: Dataset, classes: int | None) -> Seen:
-    """What a data set asks of a model as far as is known without a look at it: no outputs if only labels tell."""
+    """What a data set asks of a model as far as is known without a look at it: 0 outputs if only the labels say it."""
     return Seen((classes or data.classes or 0) if data.classification else data.row_labels, 0, [])
 
 

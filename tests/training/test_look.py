@@ -190,6 +190,6 @@ def test_the_first_rows_are_looked_at_before_there_is_a_run(tmp_path: Path) -> N
 
 
 def test_classes_must_be_said_where_nobody_looks(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--look first: only all labels would tell .* --classes"):
+    with pytest.raises(ConfigError, match=r"--look first: the number of classes is not known .* --classes"):
         trained(tmp_path / "run", look="first")
     assert not (tmp_path / "run").exists()
