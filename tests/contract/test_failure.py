@@ -264,7 +264,7 @@ BAD_SETTINGS = {
     "--hidden 8 --pipe 6": ["layers", "6 stages"],
     "--optimizer adamx": ["adamx", "adamw"],
     "--cuts 1,2 --pipe 2": ["--cuts 1,2: 2 given, but 1 needed for --pipe 2"],
-    "--loss mse": ["--loss mse"],
+    "--loss mse --metric accuracy": ["--metric accuracy"],
     "--lrr 3": ["--lrr", "--lr"],
 }
 
