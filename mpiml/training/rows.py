@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ class RunData:
     """The data of a run, looked at, and what they ask of a model.
 
     Attributes:
-        ahead: the rows of `shards`, read some steps ahead.
+        ahead: the rows of `shards`, read some steps ahead once they are `tried`.
         preparations: what has been done to their inputs, in this order.
         seen: what a look at all rows has shown; None if nobody has looked.
         notes: what a person should know.
@@ -61,17 +62,28 @@ def build_data(config: Resolved, data: Dataset, grid: Grid, known: Known = Known
     train, test = (prepared(split, preparations, config.dtype) for split in (train, test))
     shards, needed = cut(train), seen or declared(data, config.classes)
     words = [f"labels are words: {len(data.words)} classes, {words_text(data.words)}"] if data.words else []
-    notes = [*data.notes, *words, *needed.notes, *rereads(shards), *try_transform(config, shards, grid)]
     return RunData(
         shards=shards,
-        ahead=_ahead(config, shards, grid),
+        ahead=_ahead(config, shards, grid, 0),
         tests=deal(test),
         task=Task.of(data, needed, ignore),
         preparations=preparations,
         fingerprint=data.fingerprint,
         seen=seen,
-        notes=notes,
+        notes=[*data.notes, *words, *needed.notes, *rereads(shards)],
     )
+
+
+def tried(config: Resolved, data: RunData, grid: Grid) -> RunData:
+    """The data, with a transform tried as step 1 will call it, and read ahead as far as settings and transform allow;
+    collective. Preparations are as the model wants them by now.
+
+    Raises, on all ranks alike, DataError for a transform that cannot be used.
+    """
+    shards = data.shards
+    notes = [*data.notes, *try_transform(config, shards, grid)]
+    steps = steps_ahead(shards, config.prefetch, columns_of(grid))
+    return dataclasses.replace(data, notes=notes, ahead=_ahead(config, shards, grid, steps))
 
 
 def _cutter(config: Resolved, data: Dataset, grid: Grid) -> Callable[[Split], Shards]:
@@ -115,8 +127,6 @@ def _looked_at(
     return known.seen, splits
 
 
-def _ahead(config: Resolved, shards: Shards, grid: Grid) -> ReadAhead:
-    """What reads ahead as far as the settings say, or else as it is worth."""
+def _ahead(config: Resolved, shards: Shards, grid: Grid, steps: int) -> ReadAhead:
     columns = columns_of(grid)
-    steps = steps_ahead(shards, config.prefetch, columns)
     return ReadAhead(shards, steps, config.steps, x="x" in columns, y="y" in columns)

@@ -33,7 +33,7 @@ from mpiml.training.look import Known
 from mpiml.training.model import Model
 from mpiml.training.place import Agree, BuiltModel, build_stage, gradients, place
 from mpiml.training.resolve import Resolved, check_rows, resolve, warnings
-from mpiml.training.rows import RunData, build_data
+from mpiml.training.rows import RunData, build_data, tried
 
 
 class Due(NamedTuple):
@@ -176,6 +176,7 @@ def assemble(
     built, computation = build_stage(config, rows.task, grid, model, weighted)
     for preparation in rows.preparations:
         preparation.leave(built.integers)
+    rows = tried(config, rows, grid)
     team.together(lambda: check_rows(config, *built.least_rows, rows.shards.smallest(), len(data.train), grid.replicas))
     team.on_rank_0(lambda: check(config, built))
     layout = built.layouts[grid.stage]

@@ -121,3 +121,27 @@ def test_a_transform_that_cannot_be_used_is_refused_before_there_is_a_run(
         trained(tmp_path / "run", function)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "run").exists()
+
+
+def of_table(x: Any, y: Any, rng: Any) -> Any:
+    np.arange(7)[x["b"].astype(int)]
+    assert (x["b"] == x["b"].round()).all()
+    return x, y
+
+
+def test_it_is_tried_on_rows_as_the_model_wants_them(tmp_path: Path) -> None:
+    """Integers that a module takes as such are not normalised."""
+    torch = pytest.importorskip("torch")
+
+    class Two(torch.nn.Module):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.out = torch.nn.Embedding(7, 3), torch.nn.Linear(5, 2)
+
+        def forward(self, a: Any, b: Any) -> Any:
+            return self.out(torch.cat([a, self.table(b)], 1))
+
+    rng = np.random.default_rng(0)
+    data = Dataset.from_arrays({"a": rng.random((40, 2)), "b": np.arange(40) % 7}, np.arange(40) % 2)
+    flags: dict[str, Any] = {"normalize": True, "transform": f"{__name__}:of_table", "steps": 2, "quiet": True}
+    assert train(Config(**flags, out=str(tmp_path)), MPI.COMM_SELF, Two(), data)["step"] == 2
