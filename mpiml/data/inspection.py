@@ -20,6 +20,7 @@ from mpiml.errors import DataError
 
 SCAN = 1 << 24  # bytes of a source that are looked at at once
 VOID = 255  # the number that images of labels mostly have where there is no label
+FEW = 100  # classes that floating-point labels may well be
 GAP = 100  # numbers without a label below VOID, from which on it is taken for that
 
 
@@ -34,6 +35,7 @@ class Findings:
     masked: int = 0  # integers that are to be ignored
     below_void: float = field(default=-math.inf, compare=False)  # the highest but VOID
     binary: bool = field(default=True, compare=False)  # whether no floating-point number is other than 0 and 1
+    whole: bool = field(default=True, compare=False)  # whether all single floating-point numbers are whole
     bounds: tuple[int, ...] = ()  # of each of several inputs the lowest and the highest integer, 0 included
 
     def __or__(self, other: Findings) -> Findings:
@@ -46,6 +48,7 @@ class Findings:
             self.masked + other.masked,
             max(self.below_void, other.below_void),
             self.binary and other.binary,
+            self.whole and other.whole,
             tuple(
                 (max if position % 2 else min)(pair)
                 for position, pair in enumerate(itertools.zip_longest(self.bounds, other.bounds, fillvalue=0))
@@ -88,7 +91,7 @@ def _findings(source: Source, values: Rows, numbers: Indices, ignore: int | None
             return Findings(bad_rows=len(bad), first_bad=int(numbers[bad[0]]))
         binary = all(bool(((part == 0) | (part == 1)).all()) for part in (flat[:1], flat))  # the first row mostly tells
         extremes = _extremes(flat, numbers, None) if values.ndim == 1 else Findings()
-        return dataclasses.replace(extremes, binary=binary)
+        return dataclasses.replace(extremes, binary=binary, whole=values.ndim == 1 and bool((flat % 1 == 0).all()))
     return _extremes(flat, numbers, ignore)
 
 
@@ -139,6 +142,19 @@ def problem(
     if column == "x" or classes:
         return None
     return _doubtful(data, findings) if doubt else _too_many(data, findings)
+
+
+def taken_for_values(findings: Findings) -> str | None:
+    """A note on floating-point labels that may well be classes; None if they do not look like it."""
+    if findings.binary:
+        several = "" if findings.whole else "; one-hot labels: store y.argmax(1)"
+        return f"all labels are 0 or 1, but are taken for values; see --loss bce, or store integers as classes{several}"
+    (lowest, _), (highest, _) = findings.lowest, findings.highest
+    if not (findings.whole and lowest >= 0 and highest < FEW):
+        return None
+    return (
+        f"all labels are whole numbers, {lowest:.0f} to {highest:.0f}, but are taken for values; integers are classes"
+    )
 
 
 def _too_many(data: Dataset, findings: Findings) -> tuple[str, int] | None:

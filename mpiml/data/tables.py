@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from mpiml.flags import quoted
 if TYPE_CHECKING:
     from mpiml.data.formats import Options
 
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 GAPS = frozenset(("", "na", "n/a", "nan", "null", "?"))  # in small letters, what stands where there is no value
 
 
@@ -28,12 +30,14 @@ class Table(ABC):
         inputs: the positions of the columns of inputs, in the order in which they are wanted.
         label: the position of the column of labels; None if a table that is only to be predicted has none.
         worded: whether labels are words: classes, numbered by `words` once these are known.
+        begins_with_label: whether the first row is known to have a label.
     """
 
     length: int
     x_dtype: np.dtype
     y_dtype: np.dtype
     worded: bool = False
+    begins_with_label: bool = False
 
     def __init__(self, path: Path, names: Sequence[str], options: Options):
         self.path, self._rows, self._left = path, np.empty(0, np.int64), dict[int, Rows]()
@@ -60,6 +64,11 @@ class Table(ABC):
         """Let each of these words stand for its position: labels are classes, and no other word may occur."""
         self.number_of = {word: position for position, word in enumerate(words)}
 
+    def without_labels(self) -> None:
+        """Leave out the column of labels if no row has one, as in a table whose rows are only to be predicted."""
+        if self.label is not None and not self.begins_with_label and not self.distinct():
+            self.label, self.worded = None, False
+
     def sources(self) -> tuple[HeldSource, HeldSource]:
         """The inputs and the labels as two sources. Rows that both hold are read once."""
         x = TableSource(self, 0, f"{self.path}: inputs", (self.length, len(self.inputs)), self.x_dtype)
@@ -73,6 +82,8 @@ class Table(ABC):
 
     def _label_column(self, options: Options) -> int | None:
         label, there = options.label, f"there are {', '.join(self.names)}"
+        if 2 * sum(bool(NUMBER.fullmatch(name)) for name in self.names) > len(self.names):
+            there += " (the first line must name the columns)"
         if label is None:
             raise DataError(f"{self.path}: name the column of labels with --label; {there}")
         if self.names.count(label) == 1:

@@ -13,7 +13,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpiml.data.dataset import Dataset, Split
-from mpiml.data.inspection import CheckedSource, Findings, inspect, problem
+from mpiml.data.inspection import CheckedSource, Findings, inspect, problem, taken_for_values
 from mpiml.data.labels import ValueSource
 from mpiml.data.preparation import Preparation
 from mpiml.data.shards import Shards, classes_seen, starved
@@ -97,8 +97,8 @@ def _add(seen: Seen, data: Dataset, column: str, source: Source, joined: Finding
         seen.outputs = max(seen.outputs, highest + 1)
         if joined.masked:
             seen.notes.append(f"{source.name}: {joined.masked} labels are {seen.ignore} and do not count")
-    elif source is data.train.y and joined.binary and not isinstance(source, ValueSource):
-        seen.notes.append(f"{source.name}: all labels are 0 or 1, but are taken for values; see --loss bce")
+    elif source is data.train.y and not isinstance(source, ValueSource) and (note := taken_for_values(joined)):
+        seen.notes.append(f"{source.name}: {note}")
 
 
 def _sound(
