@@ -150,7 +150,7 @@ def taken_for_values(findings: Findings) -> str | None:
         several = "" if findings.whole else "; one-hot labels: store y.argmax(1)"
         return f"all labels are 0 or 1, but are taken for values; see --loss bce, or store integers as classes{several}"
     (lowest, _), (highest, _) = findings.lowest, findings.highest
-    if not (findings.whole and lowest >= 0 and highest < FEW):
+    if not (findings.whole and lowest >= -1 and highest < FEW):
         return None
     return (
         f"all labels are whole numbers, {lowest:.0f} to {highest:.0f}, but are taken for values; integers are classes"
@@ -179,10 +179,12 @@ def _doubtful(data: Dataset, findings: Findings) -> tuple[str, int] | None:
             row,
         )
     if highest == VOID and findings.below_void < VOID - GAP and not data.language_model:
+        classes = "number the classes from 0, or say how many there are with --classes"
+        if findings.below_void <= 0:
+            classes = f"if 0 and {VOID} are two classes, store y // {VOID}"
         return (
             f"label {VOID} is far above all others, up to {max(findings.below_void, 0):.0f}: if {VOID} means no label, "
-            f"train with --ignore {VOID}; else number the classes from 0, or say how many there are with --classes; "
-            "the first is in row",
+            f"train with --ignore {VOID}; else {classes}; the first is in row",
             high_row,
         )
     return _too_many(data, findings)

@@ -95,6 +95,8 @@ def _add(seen: Seen, data: Dataset, column: str, source: Source, joined: Finding
         seen.bounds = list((Findings(bounds=tuple(seen.bounds)) | joined).bounds)
     elif column == "y" and data.classification:
         seen.outputs = max(seen.outputs, highest + 1)
+        if source is data.train.y and joined.lowest[0] == highest:
+            seen.notes.append(f"{source.name}: warning: all labels are {highest}, so that there is nothing to learn")
         if joined.masked:
             seen.notes.append(f"{source.name}: {joined.masked} labels are {seen.ignore} and do not count")
     elif source is data.train.y and not isinstance(source, ValueSource) and (note := taken_for_values(joined)):
