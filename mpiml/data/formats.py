@@ -43,6 +43,7 @@ class Options:
     arrays: Mapping[str, str] = field(default_factory=dict)  # the names of columns in files that have others
     tests_only: bool = False  # only rows to test on are wanted, and these may be without labels
     seed: int = 0  # of what items draw from the generators of the process
+    values: bool = False  # whether labels that are numbers are values, even if the first is an integer
 
 
 @dataclass
@@ -176,7 +177,7 @@ def open_idx(path: Path, options: Options) -> Columns:
 def open_table(path: Path, options: Options) -> Columns:
     from mpiml.data.delimited import CSV
     from mpiml.data.parquet import Parquet
-    from mpiml.data.tables import check_same, number_words
+    from mpiml.data.tables import as_values, check_same, number_words
 
     files = _tables(path, options.tests_only)
     kind = Parquet if files[0].suffix.lower() == ".parquet" else CSV
@@ -187,14 +188,16 @@ def open_table(path: Path, options: Options) -> Columns:
         tables[0].without_labels()
     else:
         check_same(tables, options.label)
-    words = number_words(tables, options.words)
+    if options.values:
+        as_values(tables)
+    words, notes = number_words(tables, options.words)
     sources: dict[str, Source] = {}
     for which, table in zip(["test"] if options.tests_only else ["train", "test"], tables, strict=False):
         x, y = table.sources()
         sources |= {f"x_{which}": x} | ({} if table.label is None else {f"y_{which}": y})
     other = sorted(file.name for file in path.glob(f"*{files[0].suffix}") if file not in files)
-    notes = [f"{path}: not used: {names.listed(other)}; to test on a file, call it test{files[0].suffix}"]
-    notes = notes if other and len(files) == 1 and not options.tests_only else []
+    if other and len(files) == 1 and not options.tests_only:
+        notes.append(f"{path}: not used: {names.listed(other)}; to test on a file, call it test{files[0].suffix}")
     return Columns(sources, files, len(words) or None, names=tables[0].columns, words=words, notes=notes)
 
 

@@ -64,6 +64,10 @@ class Table(ABC):
         """Let each of these words stand for its position: labels are classes, and no other word may occur."""
         self.number_of = {word: position for position, word in enumerate(words)}
 
+    def fractions(self) -> bool:
+        """Whether labels are numbers of which some are not integers."""
+        return self.label is not None and not self.worded and self.y_dtype.kind == "f"
+
     def without_labels(self) -> None:
         """Leave out the column of labels if no row has one, as in a table whose rows are only to be predicted."""
         if self.label is not None and not self.begins_with_label and not self.distinct():
@@ -82,7 +86,8 @@ class Table(ABC):
 
     def _label_column(self, options: Options) -> int | None:
         label, there = options.label, f"there are {', '.join(self.names)}"
-        if 2 * sum(bool(NUMBER.fullmatch(name)) for name in self.names) > len(self.names):
+        numbers = sum(bool(NUMBER.fullmatch(name)) for name in self.names)
+        if 2 * numbers > len(self.names) or "".join(self.names[:1]).startswith(("#", "sep=")):
             there += " (the first line must name the columns)"
         if label is None:
             raise DataError(f"{self.path}: name the column of labels with --label; {there}")
@@ -170,21 +175,32 @@ def check_same(tables: Sequence[Table], label: str | None) -> None:
             raise DataError(f"{table.path} has columns that {tables[0].path} has not: {', '.join(more)}; {there}")
 
 
-def number_words(tables: Sequence[Table], known: Sequence[str]) -> tuple[str, ...]:
+def as_values(tables: Sequence[Table]) -> None:
+    """Let labels be floating-point numbers in all tables if they have to be in one."""
+    if any(table.fractions() for table in tables):
+        for table in tables:
+            table.y_dtype = np.dtype(np.float64)
+
+
+def number_words(tables: Sequence[Table], known: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
     """Number the words in the labels of all tables alike: in sorted order, or as they are `known` already.
 
-    Returns them, none if labels are numbers. Raises DataError if only some tables have words as labels.
+    Returns them, none if labels are numbers, and a note on those in the table to test on alone. Raises DataError if
+    only some tables have words as labels.
     """
     tables = [table for table in tables if table.label is not None]
     worded = [table.path for table in tables if table.worded]
     if not (known or worded):
-        return ()
+        return (), []
     if not known and len(worded) < len(tables):
         other = next(table.path for table in tables if not table.worded)
         raise DataError(f"labels are words in {worded[0]}, but numbers in {other}")
-    words = tuple(known or sorted(set().union(*(table.distinct() for table in tables))))
+    distinct = [] if known else [table.distinct() for table in tables]
+    words = tuple(known or sorted(set().union(*distinct)))
     if not words:
         raise DataError(f"{worded[0]}: there is no label in any row")
     for table in tables:
         table.number(words)
-    return words
+    if more := sorted(set().union(*distinct[1:]).difference(*distinct[:1])):
+        return words, [f"{tables[1].path}: warning: {tables[0].path} has no such labels: {', '.join(more[:10])}"]
+    return words, []

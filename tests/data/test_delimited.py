@@ -119,6 +119,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "gap among words": ("a;y\n1;b\n3;NA\n", {"gaps": True}, "line 3: there is no label in column y (NA)"),
     "no label first": ("a;y\n1;\n3;2\n", {}, "line 2: there is no label in column y: leave such rows out"),
     "numbers as names": ("1,2.5,cat\n3,1.5,dog\n", {}, "no column y; there are 1, 2.5, cat (the first line must name"),
+    "a comment first": ("# by hand\na,y\n1,2\n", {}, "there are # by hand (the first line must name the columns)"),
+    "many columns of words": (
+        ",".join(f"a{i}" for i in range(12)) + ",y\n" + "x," * 12 + "1\n",
+        {},
+        "column a9 holds 'x', and so do 2 others; inputs must be numbers: --drop-columns a0,",
+    ),
     "a last line of words": (
         "a,y\n" + "1,0\n" * 20 + "sum,0\n",
         {},

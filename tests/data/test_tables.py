@@ -84,6 +84,33 @@ def test_a_column_of_labels_without_any_is_left_out_where_rows_are_predicted(
         opened(None, "b").test.y.hold(np.arange(2))
 
 
+def test_labels_in_the_file_to_test_on_alone_are_named(tmp_path: Path) -> None:
+    data = table(tmp_path, "a,y\n1,<=50K\n2,>50K\n", "a,y\n3,<=50K.\n4,>50K\n")
+    assert [note.partition(": ")[2] for note in data.notes] == [
+        f"warning: {tmp_path}/train.csv has no such labels: <=50K."
+    ]
+    assert not table(tmp_path, "a,y\n1,cat\n2,dog\n", "a,y\n3,cat\n").notes
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize(("train", "test"), [([1, 2.5], [3, 4]), ([1, 2], [3, 4.5]), ([1.5, 2], [3, 4])])
+def test_labels_of_a_regression_may_be_integers_in_part(tmp_path: Path, name: str, train: list, test: list) -> None:
+    for which, labels in (("train", train), ("test", test)):
+        if name == "csv":
+            (tmp_path / f"{which}.csv").write_text("a,y\n" + "".join(f"0,{label}\n" for label in labels))
+        else:
+            rows(a=[0, 0], y=labels)(tmp_path / f"{which}.parquet")
+    data = open_dataset(str(tmp_path), Options(label="y", values=True))
+    assert (values_of(data)[1], data.classification) == (train, False)
+    data.test.y.hold(np.arange(2))
+    assert data.test.y.rows(np.arange(2)).tolist() == test
+
+
+def test_labels_that_are_all_integers_stay_integers(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("a,y\n1,2\n3,4\n")
+    assert open_dataset(str(tmp_path), Options(label="y", values=True)).train.y.dtype.kind == "i"
+
+
 def test_files_of_a_directory_that_are_not_used_are_named(tmp_path: Path) -> None:
     for name in ("train", "valid"):
         (tmp_path / f"{name}.csv").write_text("a,y\n1,0\n2,1\n")
