@@ -115,16 +115,22 @@ def _extremes(flat: Rows, numbers: Indices, ignore: int | None) -> Findings:
 
 
 def problem(
-    data: Dataset, column: str, findings: Findings, classes: int | None = None, doubt: bool = False
+    data: Dataset,
+    column: str,
+    findings: Findings,
+    classes: int | None = None,
+    doubt: bool = False,
+    trained_on: bool = True,
 ) -> tuple[str, int] | None:
     """What is wrong with the values of column "x", "y" or "w", and in which row; None if they can be used.
 
     Args:
         classes: the number of classes, if the data set or a setting says it.
         doubt: whether these are labels to train on of which nobody has said whether one means no label.
+        trained_on: whether these are data of a training, not others that a trained model is to score.
     """
     if findings.first_bad is not None:
-        hint = " (--fill mean or --fill 0 replaces NaN, but not infinity)" if column == "x" else ""
+        hint = " (training with --fill mean or --fill 0 replaces NaN, but not infinity)" if column == "x" else ""
         return f"{findings.bad_rows} rows hold values that are not finite{hint}, the first is row", findings.first_bad
     (lowest, low_row), (highest, high_row) = findings.lowest, findings.highest
     if column == "w":
@@ -134,6 +140,8 @@ def problem(
     what = "label" if column == "y" else "token"
     if lowest < 0:
         hint = f": number the classes from 0, or if it means no label, train with --ignore {lowest:.0f}"
+        if not trained_on:
+            hint = ": if it means no label, leave the labels out, and --predictions predicts the rows"
         return f"{what} {lowest:.0f} is below 0{hint if column == 'y' else ''}, in row", low_row
     if findings.masked and highest < 0:
         return "all labels are to be ignored, so nothing can be learned, from row", low_row

@@ -42,7 +42,7 @@ class Table(ABC):
     def __init__(self, path: Path, names: Sequence[str], options: Options):
         self.path, self._rows, self._left = path, np.empty(0, np.int64), dict[int, Rows]()
         self.names = [name or f"column {position}" for position, name in enumerate(names, 1)]
-        self.gaps = options.gaps
+        self.gaps, self.tests_only = options.gaps, options.tests_only
         self.label = self._label_column(options)
         self.inputs = self._input_columns(options)
         self.number_of: dict[str, int] = {}
@@ -140,9 +140,14 @@ class Table(ABC):
         held = f" ({text})" if text else ""
         if position == self.label:
             return DataError(f"{where}: there is no label in column {self.names[position]}{held}: leave such rows out")
+        missing = f"{where}: there is no value in column {self.names[position]}{held}"
+        if self.tests_only:
+            return DataError(
+                f"{missing}: the run was trained without --fill; fill the gap in the file, or leave the row out"
+            )
         return DataError(
-            f"{where}: there is no value in column {self.names[position]}{held}: --fill mean puts the column's mean "
-            f"there, --fill 0 a number; or {dropping([self.names[position]])}"
+            f"{missing}: --fill mean puts the column's mean there, --fill 0 a number; or "
+            f"{dropping([self.names[position]])}"
         )
 
 

@@ -81,7 +81,12 @@ def look_at(
     for (split_, _, column), findings in zip(columns, zip(*everyones, strict=True), strict=True):
         source: Source = getattr(split_, column)
         wrong = functools.partial(
-            problem, data, column, classes=limits.get(column), doubt=doubt and source is data.train.y
+            problem,
+            data,
+            column,
+            classes=limits.get(column),
+            doubt=doubt and source is data.train.y,
+            trained_on=train is not None,
         )
         _add(seen, data, column, source, _sound(grid, source, findings, wrong))
     return seen

@@ -84,6 +84,13 @@ def test_a_column_of_labels_without_any_is_left_out_where_rows_are_predicted(
         opened(None, "b").test.y.hold(np.arange(2))
 
 
+def test_a_gap_in_rows_to_predict(tmp_path: Path) -> None:
+    (tmp_path / "test.csv").write_text("a,y\n1,0\n,1\n")
+    data = open_dataset(str(tmp_path), Options(label="y", columns=("a",), tests_only=True))
+    with pytest.raises(DataError, match="line 3: there is no value in column a: the run was trained without --fill; "):
+        data.test.x.hold(np.arange(2))
+
+
 def test_labels_in_the_file_to_test_on_alone_are_named(tmp_path: Path) -> None:
     data = table(tmp_path, "a,y\n1,<=50K\n2,>50K\n", "a,y\n3,<=50K.\n4,>50K\n")
     assert [note.partition(": ")[2] for note in data.notes] == [
