@@ -182,7 +182,7 @@ def check_rows(shape: tuple[int, ...], dtype: np.dtype, name: str) -> None:
     if dtype.kind not in "biuf":
         wrong = f"{name} has dtype {dtype}; real numbers are needed"
         if dtype.kind in "SUOT":
-            wrong += "; in place of words, store their numbers: np.unique(words, return_inverse=True)[1]"
+            wrong += "; if labels are words, store np.unique(labels, return_inverse=True)[1]"
         raise DataError(f"{wrong}{' (pickled objects are never read)' if dtype.kind == 'O' else ''}")
     if not shape:
         raise DataError(f"{name} is a single number; a data set needs rows")

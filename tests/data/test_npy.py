@@ -139,7 +139,7 @@ BAD = {
     "complex": (saved(np.ones(3, complex)), "complex128"),
     "text": (
         saved(np.array(["a", "b"])),
-        "<U1; real numbers are needed; in place of words, store",
+        "<U1; real numbers are needed; if labels are words, store",
     ),
     "dates": (saved(np.zeros(3, "M8[s]")), "datetime64"),
     "records": (saved(np.zeros(3, "f8,i4")), "dtype"),
