@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 SEPARATORS = (",", ";", "\t", "|")
 DECIMAL_COMMA = re.compile(rb'[;"\n] *[+-]?\d*,\d+(?:[eE][+-]?\d+)? *["\r\n;]')  # a number between semicolons
+INTEGER = re.compile(r"[+-]*[0-9]+")
+SHOWN = 10  # columns in a message
 LINES = 4096  # lines that are parsed at once
 SAMPLE = 1 << 18  # bytes at a file's beginning that show how it is written
 Line = tuple[int, str]  # the number of a record's first line, and its text
@@ -54,13 +56,17 @@ class CSV(Table):
         seen = "".join(row[position] for row in rows for position in self.inputs)
         if "." in seen and "," not in seen:  # the number with a comma is in a column that is left out
             self.decimal = "."
-        self.x_dtype, self.y_dtype = np.dtype(np.float64), self._kind_of_labels(first)
+        self.x_dtype, self.y_dtype = np.dtype(np.float64), self._kind_of_labels(first, options.tests_only)
         self._check_inputs(rows)
         self._fast = self.decimal == "."
 
     def number(self, words: Sequence[str]) -> None:
         super().number(words)
         self.y_dtype = np.dtype(np.int64)
+
+    def fractions(self) -> bool:
+        numbers = self.label is not None and not self.worded
+        return numbers and not all(map(INTEGER.fullmatch, self.distinct()))
 
     def distinct(self) -> set[str]:
         position = self.label or 0
@@ -182,7 +188,9 @@ class CSV(Table):
         if number is None:
             held = f"column {self.names[position]} holds {reprlib.repr(text)}, which is not a number"
             comma = " (numbers in this file have decimal commas)" if self.decimal == "," else ""
-            raise DataError(f"{self._where(line)}: {held}{comma}; {dropping([self.names[position]])}")
+            raise DataError(
+                f"{self._where(line)}: {held}{comma}; {dropping([self.names[position]])}, or correct the line"
+            )
         if number != number and not self.gaps:
             raise self.no_value(self._where(line), position, text.strip())
         return number
@@ -215,12 +223,14 @@ class CSV(Table):
         except ValueError:
             return None
 
-    def _kind_of_labels(self, first: Line) -> np.dtype:
+    def _kind_of_labels(self, first: Line, tests_only: bool) -> np.dtype:
         """The dtype of the labels; finds out from the first whether they are words."""
         fields = self._fields(first)
         text = fields[self.label].strip() if self.label is not None and len(fields) > self.label else ""
-        self.worded = self._number(text) is None
-        return np.dtype(np.int64 if self.worded or text.lstrip("+-").isdigit() else np.float64)
+        self.worded, self.begins_with_label = self._number(text) is None, text.casefold() not in GAPS
+        if self.label is not None and len(fields) == len(self.names) and not (self.begins_with_label or tests_only):
+            raise self.no_value(self._where(first), self.label, text)
+        return np.dtype(np.int64 if self.worded or INTEGER.fullmatch(text) else np.float64)
 
     def _check_inputs(self, rows: Sequence[Sequence[str]]) -> None:
         """Raise DataError that names all inputs which hold words in more than a tenth of the first rows."""
@@ -230,16 +240,16 @@ class CSV(Table):
             if 10 * len(wrong) > sum(row[position].strip().casefold() not in GAPS for row in rows):
                 words[self.names[position]] = reprlib.repr(wrong[0])
         if words:
-            held = ", ".join(f"column {name} holds {word}" for name, word in words.items())
-            raise DataError(f"{self.path}: {held}; inputs must be numbers: {dropping(list(words))}")
+            held = ", ".join(f"column {name} holds {word}" for name, word in [*words.items()][:SHOWN])
+            held += f", and so do {len(words) - SHOWN} others" if len(words) > SHOWN else ""
+            raise DataError(f"{self.path}: {held}; inputs must be numbers: {dropping(list(words))}, or convert them")
 
     def _check_whole(self, labels: NDArray[np.float64], batch: Sequence[Line]) -> None:
         wrong = np.flatnonzero(labels != np.floor(labels))
         if len(wrong):
-            raise DataError(
-                f"{self.path}, line {batch[wrong[0]][0]}: the label {labels[wrong[0]]:g} is not an integer, but the "
-                "label in line 2 is; for a regression, write the label in line 2 with a decimal point"
-            )
+            where, label = f"{self.path}, line {batch[wrong[0]][0]}", f"{labels[wrong[0]]:g}"
+            number = f"the label {label} is not an integer, but the label in line 2 is"
+            raise DataError(f"{where}: {number}; for a regression, give --loss mse")
 
     def _fields(self, line: Line) -> list[str]:
         if not line[1].strip():
@@ -253,7 +263,8 @@ class CSV(Table):
         try:
             text = line.decode()
         except UnicodeDecodeError as error:
-            how = "convert it, as with iconv -f latin1 -t utf8"
+            code = "utf16" if line.startswith((b"\xff\xfe", b"\xfe\xff")) else "latin1"
+            how = f"convert it, as with iconv -f {code} -t utf8"
             raise DataError(f"{self._where((number, ''))}: not in UTF-8: {error.reason}; {how}") from None
         return text.removeprefix("\ufeff") if number == 1 else text
 

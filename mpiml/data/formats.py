@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,9 @@ from mpiml.errors import ConfigError, DataError
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 TABLES = (".csv", ".tsv", ".parquet")
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz")
+IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+SHOWN = 1000  # files of a directory that are looked at for a message
 CHOICES = (
     "choose digits, a .npz or HDF5 file with x_train, y_train, x_test, y_test, a CSV or Parquet file with --label, "
     "a directory with x_train.npy and so on, with MNIST's files, or with train.csv and test.csv or train.parquet and "
@@ -39,6 +43,7 @@ class Options:
     arrays: Mapping[str, str] = field(default_factory=dict)  # the names of columns in files that have others
     tests_only: bool = False  # only rows to test on are wanted, and these may be without labels
     seed: int = 0  # of what items draw from the generators of the process
+    values: bool = False  # whether labels that are numbers are values, even if the first is an integer
 
 
 @dataclass
@@ -76,11 +81,37 @@ def open_files(spec: str, options: Options) -> Columns:
     if opener is None:
         if path.suffix.lower() in TABLES:
             return open_table(path, options)
-        if path.suffix in (".txt", ".bin"):
-            raise DataError(f"--data {spec}: text and tokens need --context T, the number of tokens in a row")
-        missing = "" if path.exists() else "there is no such file or directory; "
-        raise DataError(f"--data {spec}: {missing}{CHOICES}")
+        raise DataError(f"--data {spec}: {_what_to_do(path, options)}")
     return opener(path, options)
+
+
+def _what_to_do(path: Path, options: Options) -> str:
+    """What works for a path that is of no format that is read, as the end of a message."""
+    suffix, function = path.suffix.lower(), "--data mydata:load (see mpiml/data/README.md)"
+    if suffix == ".py" and options.label is None:
+        return f"of a Python file, name a function that returns the data: --data {path.stem}:FUNCTION"
+    if not path.exists():
+        return f"there is no such file or directory; {CHOICES}"
+    if path.is_dir():
+        files = [file for file in itertools.islice(path.rglob("*"), SHOWN) if file.is_file()]
+        held = (
+            f"it holds {', '.join(str(file.relative_to(path)) for file in files[:3])}, ..." if files else "it is empty"
+        )
+        if any(file.suffix.lower() in IMAGES for file in files):
+            return f"{held}; images are read by a function of yours, such as one that returns ImageFolder: {function}"
+        return f"{held}; {CHOICES}"
+    if suffix in PACKED:
+        return f"unpack it first; {'a .npz or HDF5 file' if suffix == '.zip' else path.stem} is read as it is"
+    if options.label is not None:
+        return f"the name of a table must end in {', '.join(TABLES)}; rename the file, or save it as one of these"
+    if suffix == ".npy":
+        return (
+            "a single array has no labels: put x_train.npy and y_train.npy into a directory and name that, or, if it "
+            "holds tokens, give --context T"
+        )
+    if suffix in (".txt", ".bin"):
+        return "text and tokens need --context T, the number of tokens in a row; a table must end in .csv or .tsv"
+    return f"this format is read by a function of yours: {function}; or {CHOICES}"
 
 
 Opener = Callable[[Path, Options], Columns]
@@ -128,12 +159,9 @@ def open_inputs(path: Path, options: Options) -> Columns:
 def _named(
     known: Sequence[str], path: Path, options: Options, kind: str = "array"
 ) -> tuple[dict[str, str], Sequence[str]]:
-    """The names of the columns in a file, and a note on arrays that might be test rows, if none are named so."""
+    """The names of the columns in a file, and a note on its arrays that are not used."""
     named = names.columns(known, options.arrays, options.tests_only, path, kind)
-    left = sorted({*known} - {*named.values()})
-    if "x_test" in named or not left:
-        return named, ()
-    return named, [f"{path}: {names.listed(left)} are not used; --arrays x_test=NAME,y_test=NAME names test rows"]
+    return named, () if options.tests_only else names.unused(known, named, path)
 
 
 def open_idx(path: Path, options: Options) -> Columns:
@@ -149,21 +177,28 @@ def open_idx(path: Path, options: Options) -> Columns:
 def open_table(path: Path, options: Options) -> Columns:
     from mpiml.data.delimited import CSV
     from mpiml.data.parquet import Parquet
-    from mpiml.data.tables import check_same, number_words
+    from mpiml.data.tables import as_values, check_same, number_words
 
     files = _tables(path, options.tests_only)
     kind = Parquet if files[0].suffix.lower() == ".parquet" else CSV
     tables = [kind(files[0], options)]
     for file in files[1:]:
         tables.append(kind(file, dataclasses.replace(options, columns=tables[0].columns)))
-    if not options.tests_only:
+    if options.tests_only:
+        tables[0].without_labels()
+    else:
         check_same(tables, options.label)
-    words = number_words(tables, options.words)
+    if options.values:
+        as_values(tables)
+    words, notes = number_words(tables, options.words)
     sources: dict[str, Source] = {}
     for which, table in zip(["test"] if options.tests_only else ["train", "test"], tables, strict=False):
         x, y = table.sources()
         sources |= {f"x_{which}": x} | ({} if table.label is None else {f"y_{which}": y})
-    return Columns(sources, files, len(words) or None, names=tables[0].columns, words=words)
+    other = sorted(file.name for file in path.glob(f"*{files[0].suffix}") if file not in files)
+    if other and len(files) == 1 and not options.tests_only:
+        notes.append(f"{path}: not used: {names.listed(other)}; to test on a file, call it test{files[0].suffix}")
+    return Columns(sources, files, len(words) or None, names=tables[0].columns, words=words, notes=notes)
 
 
 def _tables(path: Path, tests_only: bool) -> list[Path]:
@@ -172,7 +207,11 @@ def _tables(path: Path, tests_only: bool) -> list[Path]:
         return [path]
     suffix = next(suffix for suffix in TABLES if any((path / f"{w}{suffix}").exists() for w in ("train", "test")))
     train, test = path / f"train{suffix}", path / f"test{suffix}"
-    return [test] if tests_only and test.exists() else [train, test] if test.exists() else [train]
+    if not tests_only:
+        return [train, test] if test.exists() else [train]
+    if not test.exists():
+        raise DataError(f"{path} has no test{suffix}; to test on another file, name it: --data {train}")
+    return [test]
 
 
 def open_tokens(path: Path, options: Options) -> Columns:

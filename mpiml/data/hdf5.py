@@ -62,6 +62,8 @@ class HDF5Source(Source):
         try:
             self.values = file[key]
         except (KeyError, OSError):
+            if key in [*file]:
+                raise DataError(f"{self.name} is a link to what is not there") from None
             names = ", ".join(sorted(file)) or "nothing"
             raise DataError(f"{path} has no data set {key}; it holds {names}") from None
         if not hasattr(self.values, "dtype"):

@@ -20,6 +20,7 @@ from mpiml.errors import DataError
 
 SCAN = 1 << 24  # bytes of a source that are looked at at once
 VOID = 255  # the number that images of labels mostly have where there is no label
+FEW = 100  # classes that floating-point labels may well be
 GAP = 100  # numbers without a label below VOID, from which on it is taken for that
 
 
@@ -34,6 +35,7 @@ class Findings:
     masked: int = 0  # integers that are to be ignored
     below_void: float = field(default=-math.inf, compare=False)  # the highest but VOID
     binary: bool = field(default=True, compare=False)  # whether no floating-point number is other than 0 and 1
+    whole: bool = field(default=True, compare=False)  # whether all single floating-point numbers are whole
     bounds: tuple[int, ...] = ()  # of each of several inputs the lowest and the highest integer, 0 included
 
     def __or__(self, other: Findings) -> Findings:
@@ -46,6 +48,7 @@ class Findings:
             self.masked + other.masked,
             max(self.below_void, other.below_void),
             self.binary and other.binary,
+            self.whole and other.whole,
             tuple(
                 (max if position % 2 else min)(pair)
                 for position, pair in enumerate(itertools.zip_longest(self.bounds, other.bounds, fillvalue=0))
@@ -88,7 +91,7 @@ def _findings(source: Source, values: Rows, numbers: Indices, ignore: int | None
             return Findings(bad_rows=len(bad), first_bad=int(numbers[bad[0]]))
         binary = all(bool(((part == 0) | (part == 1)).all()) for part in (flat[:1], flat))  # the first row mostly tells
         extremes = _extremes(flat, numbers, None) if values.ndim == 1 else Findings()
-        return dataclasses.replace(extremes, binary=binary)
+        return dataclasses.replace(extremes, binary=binary, whole=values.ndim == 1 and bool((flat % 1 == 0).all()))
     return _extremes(flat, numbers, ignore)
 
 
@@ -112,16 +115,22 @@ def _extremes(flat: Rows, numbers: Indices, ignore: int | None) -> Findings:
 
 
 def problem(
-    data: Dataset, column: str, findings: Findings, classes: int | None = None, doubt: bool = False
+    data: Dataset,
+    column: str,
+    findings: Findings,
+    classes: int | None = None,
+    doubt: bool = False,
+    trained_on: bool = True,
 ) -> tuple[str, int] | None:
     """What is wrong with the values of column "x", "y" or "w", and in which row; None if they can be used.
 
     Args:
         classes: the number of classes, if the data set or a setting says it.
         doubt: whether these are labels to train on of which nobody has said whether one means no label.
+        trained_on: whether these are data of a training, not others that a trained model is to score.
     """
     if findings.first_bad is not None:
-        hint = " (--fill mean or --fill 0 replaces NaN, but not infinity)" if column == "x" else ""
+        hint = " (training with --fill mean or --fill 0 replaces NaN, but not infinity)" if column == "x" else ""
         return f"{findings.bad_rows} rows hold values that are not finite{hint}, the first is row", findings.first_bad
     (lowest, low_row), (highest, high_row) = findings.lowest, findings.highest
     if column == "w":
@@ -131,6 +140,8 @@ def problem(
     what = "label" if column == "y" else "token"
     if lowest < 0:
         hint = f": number the classes from 0, or if it means no label, train with --ignore {lowest:.0f}"
+        if not trained_on:
+            hint = ": if it means no label, leave the labels out, and --predictions predicts the rows"
         return f"{what} {lowest:.0f} is below 0{hint if column == 'y' else ''}, in row", low_row
     if findings.masked and highest < 0:
         return "all labels are to be ignored, so nothing can be learned, from row", low_row
@@ -139,6 +150,19 @@ def problem(
     if column == "x" or classes:
         return None
     return _doubtful(data, findings) if doubt else _too_many(data, findings)
+
+
+def taken_for_values(findings: Findings) -> str | None:
+    """A note on floating-point labels that may well be classes; None if they do not look like it."""
+    if findings.binary:
+        several = "" if findings.whole else "; one-hot labels: store y.argmax(1)"
+        return f"all labels are 0 or 1, but are taken for values; see --loss bce, or store integers as classes{several}"
+    (lowest, _), (highest, _) = findings.lowest, findings.highest
+    if not (findings.whole and lowest >= -1 and highest < FEW):
+        return None
+    return (
+        f"all labels are whole numbers, {lowest:.0f} to {highest:.0f}, but are taken for values; integers are classes"
+    )
 
 
 def _too_many(data: Dataset, findings: Findings) -> tuple[str, int] | None:
@@ -163,10 +187,12 @@ def _doubtful(data: Dataset, findings: Findings) -> tuple[str, int] | None:
             row,
         )
     if highest == VOID and findings.below_void < VOID - GAP and not data.language_model:
+        classes = "number the classes from 0, or say how many there are with --classes"
+        if findings.below_void <= 0:
+            classes = f"if 0 and {VOID} are two classes, store y // {VOID}"
         return (
             f"label {VOID} is far above all others, up to {max(findings.below_void, 0):.0f}: if {VOID} means no label, "
-            f"train with --ignore {VOID}; else number the classes from 0, or say how many there are with --classes; "
-            "the first is in row",
+            f"train with --ignore {VOID}; else {classes}; the first is in row",
             high_row,
         )
     return _too_many(data, findings)

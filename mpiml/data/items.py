@@ -148,7 +148,9 @@ def _item(item: Any, labelled: bool, where: str) -> Item:
         keys = [key for key in LABELS if key in item]
         if len(keys) > 1 or (labelled and not keys) or len(item) == len(keys):
             what = f"is a dict of {', '.join(map(str, item)) or 'nothing'}"
-            raise DataError(f"{where} {what}; name the label {' or '.join(LABELS)}, and have inputs beside it")
+            raise DataError(
+                f"{where} {what}; one entry must be the label, named {' or '.join(LABELS)}, the others inputs"
+            )
         x: Any = {key: value for key, value in item.items() if key not in keys}
         x = next(iter(x.values())) if len(x) == 1 else x
         return Item(*_inputs(x, where), _array(item[keys[0]], f"{where}: {keys[0]}") if keys else None)

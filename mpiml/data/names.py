@@ -46,11 +46,22 @@ def columns(
     chosen = {column: name for column, name in chosen.items() if column in wanted}
     tests = any(column.endswith("_test") for column in chosen)
     needed = ["x_test"] if tests_only else ["x_train", "y_train", *(["x_test", "y_test"] if tests else [])]
-    if missing := next((column for column in needed if column not in chosen), None):
+    if missing := [column for column in needed if column not in chosen]:
         also = " or x" if tests_only else ""
-        hint = f"; --arrays {missing}=NAME says which it is" if names else ""
-        raise DataError(f"{where} has no {kind} {missing}{also}; {holds}{hint}")
+        they = "they are" if len(missing) > 1 else "it is"
+        flag = f"--arrays {','.join(f'{column}=NAME' for column in missing)}"
+        hint = f"; {flag} says which {they}" if names else ""
+        raise DataError(f"{where} has no {kind} {' or '.join(missing)}{also}; {holds}{hint}")
     return chosen
+
+
+def unused(names: Sequence[str], chosen: Mapping[str, str], where: object) -> list[str]:
+    """A note on the arrays that are no column: they may be test rows, or weights."""
+    left = [name for name in names if not any(f"{used}/".startswith(f"{name}/") for used in chosen.values())]
+    if not left:
+        return []
+    may = "w_train=NAME names weights of rows" if "x_test" in chosen else "x_test=NAME,y_test=NAME names test rows"
+    return [f"{where}: not used: {listed(left)}; --arrays {may}"]
 
 
 def _same(names: Sequence[str], column: str, where: object) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 from mpiml.data.dataset import Dataset, Split
 from mpiml.data.formats import Options
 from mpiml.data.items import Items
-from mpiml.data.names import COLUMNS, columns, listed
+from mpiml.data.names import COLUMNS, columns, listed, unused
 from mpiml.data.sources import Zeros
 from mpiml.errors import DataError
 
@@ -28,8 +28,11 @@ def dataset_of(made: Any, what: str, options: Options) -> Dataset:
     if isinstance(made, Dataset):
         data = made
     elif isinstance(made, Mapping) and not _splits(made):
-        chosen = columns([str(key) for key in made], options.arrays, options.tests_only, _subject(what))
-        return Dataset.of_columns({column: made[name] for column, name in chosen.items()}, options.tests_only)
+        keys, where = [str(key) for key in made], _subject(what)
+        chosen = columns(keys, options.arrays, options.tests_only, where)
+        notes = () if options.tests_only else unused(keys, chosen, where)
+        named = {column: made[name] for column, name in chosen.items()}
+        return Dataset.of_columns(named, options.tests_only, notes=notes)
     elif options.tests_only and _is_array(made):
         return Dataset.of_columns({"x_test": made}, tests_only=True)
     elif arrays := _pairs_of_arrays(made):

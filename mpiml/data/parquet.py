@@ -12,7 +12,7 @@ from mpiml.data.sources import Indices, Rows, extra, file_size
 from mpiml.data.tables import GAPS, Table, dropping
 from mpiml.errors import DataError
 
-WORDS = ("string", "large_string", "string_view", "bool")  # types of labels that are words
+WORDS = ("string", "large_string", "string_view", "bool", "null")  # types of labels that are words
 
 
 class Parquet(Table):
@@ -113,7 +113,7 @@ class Parquet(Table):
         if wrong:
             names = [self.names[position] for position in wrong]
             held = ", ".join(f"column {self.names[position]} is {types[position]}" for position in wrong)
-            raise DataError(f"{self.path}: {held}; inputs must be numbers: {dropping(names)}")
+            raise DataError(f"{self.path}: {held}; inputs must be numbers: {dropping(names)}, or convert them")
 
 
 def _plain(kind: Any) -> Any:

@@ -180,7 +180,10 @@ def check_whole(array: Rows, name: str) -> None:
 def check_rows(shape: tuple[int, ...], dtype: np.dtype, name: str) -> None:
     """Raise DataError unless an array of this shape and dtype holds rows of real numbers."""
     if dtype.kind not in "biuf":
-        raise DataError(f"{name} has dtype {dtype}; real numbers are needed (pickled objects are never read)")
+        wrong = f"{name} has dtype {dtype}; real numbers are needed"
+        if dtype.kind in "SUOT":
+            wrong += "; if labels are words, store np.unique(labels, return_inverse=True)[1]"
+        raise DataError(f"{wrong}{' (pickled objects are never read)' if dtype.kind == 'O' else ''}")
     if not shape:
         raise DataError(f"{name} is a single number; a data set needs rows")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from mpiml.flags import quoted
 if TYPE_CHECKING:
     from mpiml.data.formats import Options
 
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 GAPS = frozenset(("", "na", "n/a", "nan", "null", "?"))  # in small letters, what stands where there is no value
 
 
@@ -28,17 +30,19 @@ class Table(ABC):
         inputs: the positions of the columns of inputs, in the order in which they are wanted.
         label: the position of the column of labels; None if a table that is only to be predicted has none.
         worded: whether labels are words: classes, numbered by `words` once these are known.
+        begins_with_label: whether the first row is known to have a label.
     """
 
     length: int
     x_dtype: np.dtype
     y_dtype: np.dtype
     worded: bool = False
+    begins_with_label: bool = False
 
     def __init__(self, path: Path, names: Sequence[str], options: Options):
         self.path, self._rows, self._left = path, np.empty(0, np.int64), dict[int, Rows]()
         self.names = [name or f"column {position}" for position, name in enumerate(names, 1)]
-        self.gaps = options.gaps
+        self.gaps, self.tests_only = options.gaps, options.tests_only
         self.label = self._label_column(options)
         self.inputs = self._input_columns(options)
         self.number_of: dict[str, int] = {}
@@ -60,6 +64,15 @@ class Table(ABC):
         """Let each of these words stand for its position: labels are classes, and no other word may occur."""
         self.number_of = {word: position for position, word in enumerate(words)}
 
+    def fractions(self) -> bool:
+        """Whether labels are numbers of which some are not integers."""
+        return self.label is not None and not self.worded and self.y_dtype.kind == "f"
+
+    def without_labels(self) -> None:
+        """Leave out the column of labels if no row has one, as in a table whose rows are only to be predicted."""
+        if self.label is not None and not self.begins_with_label and not self.distinct():
+            self.label, self.worded = None, False
+
     def sources(self) -> tuple[HeldSource, HeldSource]:
         """The inputs and the labels as two sources. Rows that both hold are read once."""
         x = TableSource(self, 0, f"{self.path}: inputs", (self.length, len(self.inputs)), self.x_dtype)
@@ -73,6 +86,9 @@ class Table(ABC):
 
     def _label_column(self, options: Options) -> int | None:
         label, there = options.label, f"there are {', '.join(self.names)}"
+        numbers = sum(bool(NUMBER.fullmatch(name)) for name in self.names)
+        if 2 * numbers > len(self.names) or "".join(self.names[:1]).startswith(("#", "sep=")):
+            there += " (the first line must name the columns)"
         if label is None:
             raise DataError(f"{self.path}: name the column of labels with --label; {there}")
         if self.names.count(label) == 1:
@@ -124,9 +140,14 @@ class Table(ABC):
         held = f" ({text})" if text else ""
         if position == self.label:
             return DataError(f"{where}: there is no label in column {self.names[position]}{held}: leave such rows out")
+        missing = f"{where}: there is no value in column {self.names[position]}{held}"
+        if self.tests_only:
+            return DataError(
+                f"{missing}: the run was trained without --fill; fill the gap in the file, or leave the row out"
+            )
         return DataError(
-            f"{where}: there is no value in column {self.names[position]}{held}: --fill mean puts the column's mean "
-            f"there, --fill 0 a number; or {dropping([self.names[position]])}"
+            f"{missing}: --fill mean puts the column's mean there, --fill 0 a number; or "
+            f"{dropping([self.names[position]])}"
         )
 
 
@@ -159,21 +180,32 @@ def check_same(tables: Sequence[Table], label: str | None) -> None:
             raise DataError(f"{table.path} has columns that {tables[0].path} has not: {', '.join(more)}; {there}")
 
 
-def number_words(tables: Sequence[Table], known: Sequence[str]) -> tuple[str, ...]:
+def as_values(tables: Sequence[Table]) -> None:
+    """Let labels be floating-point numbers in all tables if they have to be in one."""
+    if any(table.fractions() for table in tables):
+        for table in tables:
+            table.y_dtype = np.dtype(np.float64)
+
+
+def number_words(tables: Sequence[Table], known: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
     """Number the words in the labels of all tables alike: in sorted order, or as they are `known` already.
 
-    Returns them, none if labels are numbers. Raises DataError if only some tables have words as labels.
+    Returns them, none if labels are numbers, and a note on those in the table to test on alone. Raises DataError if
+    only some tables have words as labels.
     """
     tables = [table for table in tables if table.label is not None]
     worded = [table.path for table in tables if table.worded]
     if not (known or worded):
-        return ()
+        return (), []
     if not known and len(worded) < len(tables):
         other = next(table.path for table in tables if not table.worded)
         raise DataError(f"labels are words in {worded[0]}, but numbers in {other}")
-    words = tuple(known or sorted(set().union(*(table.distinct() for table in tables))))
+    distinct = [] if known else [table.distinct() for table in tables]
+    words = tuple(known or sorted(set().union(*distinct)))
     if not words:
         raise DataError(f"{worded[0]}: there is no label in any row")
     for table in tables:
         table.number(words)
-    return words
+    if more := sorted(set().union(*distinct[1:]).difference(*distinct[:1])):
+        return words, [f"{tables[1].path}: warning: {tables[0].path} has no such labels: {', '.join(more[:10])}"]
+    return words, []

@@ -21,6 +21,7 @@ from mpiml.parallel.grid import Grid
 from mpiml.team import Team
 from mpiml.training import resolve
 from mpiml.training.task import Task
+from mpiml.usercode import is_name
 
 T = TypeVar("T")
 
@@ -49,7 +50,8 @@ def open_data(
 
     def same() -> None:
         if other := difference(fingerprint, first, "on rank 0"):
-            raise DataError(f"{dataset.name}: ranks have different data: {other}")
+            hint = f"; {config.data} must draw from generators with a seed" if is_name(config.data) else ""
+            raise DataError(f"{dataset.name}: ranks have different data: {other}{hint}")
 
     team.together(naming(team, same))
     return dataset

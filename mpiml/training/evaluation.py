@@ -24,7 +24,9 @@ from mpiml.team import wait
 
 def not_finite(reason: str, rank: int | None = None) -> NotFiniteError:
     """The error of a run that diverges, which all ranks raise; `rank` is where it was seen first."""
-    return NotFiniteError(f"{reason}; a smaller --lr, --warmup-steps or --clip may help").on_all_ranks(rank)
+    return NotFiniteError(f"{reason}; a smaller --lr, --warmup-steps, --clip or --normalize may help").on_all_ranks(
+        rank
+    )
 
 
 class Evaluation:

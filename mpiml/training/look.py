@@ -13,7 +13,7 @@ import numpy as np
 from mpi4py import MPI
 
 from mpiml.data.dataset import Dataset, Split
-from mpiml.data.inspection import CheckedSource, Findings, inspect, problem
+from mpiml.data.inspection import CheckedSource, Findings, inspect, problem, taken_for_values
 from mpiml.data.labels import ValueSource
 from mpiml.data.preparation import Preparation
 from mpiml.data.shards import Shards, classes_seen, starved
@@ -81,7 +81,12 @@ def look_at(
     for (split_, _, column), findings in zip(columns, zip(*everyones, strict=True), strict=True):
         source: Source = getattr(split_, column)
         wrong = functools.partial(
-            problem, data, column, classes=limits.get(column), doubt=doubt and source is data.train.y
+            problem,
+            data,
+            column,
+            classes=limits.get(column),
+            doubt=doubt and source is data.train.y,
+            trained_on=train is not None,
         )
         _add(seen, data, column, source, _sound(grid, source, findings, wrong))
     return seen
@@ -95,10 +100,12 @@ def _add(seen: Seen, data: Dataset, column: str, source: Source, joined: Finding
         seen.bounds = list((Findings(bounds=tuple(seen.bounds)) | joined).bounds)
     elif column == "y" and data.classification:
         seen.outputs = max(seen.outputs, highest + 1)
+        if source is data.train.y and joined.lowest[0] == highest:
+            seen.notes.append(f"{source.name}: warning: all labels are {highest}, so that there is nothing to learn")
         if joined.masked:
             seen.notes.append(f"{source.name}: {joined.masked} labels are {seen.ignore} and do not count")
-    elif source is data.train.y and joined.binary and not isinstance(source, ValueSource):
-        seen.notes.append(f"{source.name}: all labels are 0 or 1, but are taken for values; see --loss bce")
+    elif source is data.train.y and not isinstance(source, ValueSource) and (note := taken_for_values(joined)):
+        seen.notes.append(f"{source.name}: {note}")
 
 
 def _sound(

@@ -77,6 +77,7 @@ def outputs_for(config: Config, task: Task, layers: Sequence[nn.Layer], shape: S
             return None
         several = task.classification and math.prod(task.labels) > 1
         hint = "; for labels of 0 and 1, each by itself, --loss bce; for values, --loss mse" if several else ""
+        hint += "; one-hot labels: store y.argmax(1)" if several and len(task.labels) == 1 else ""
         raise ConfigError(f"the model gives rows of shape {shape}, but the labels need {error}{hint}") from None
 
 

@@ -50,6 +50,7 @@ def open_data(config: Config, given: Any = None, task: Task | None = None, tests
         arrays=names.parsed(config.arrays),
         tests_only=tests_only,
         seed=config.seed,
+        values=of_values(config),
     )
     dataset = open_dataset(config.data, options) if given is None else dataset_of(given, "data: must be", options)
     if task is None and given is None and config.drop_columns and not dataset.names:

@@ -57,6 +57,14 @@ def test_minus_one_is_refused_in_one_label_a_row_unless_it_is_said_to_be_none(tm
     assert not (tmp_path / "run").exists()
 
 
+def test_minus_one_is_refused_in_rows_to_score(tmp_path: Path) -> None:
+    made = arrays(several=False)
+    trained(tmp_path / "run", made | {"y_train": np.arange(80) % 2, "y_test": np.arange(40) % 2})
+    new = {"x_test": made["x_test"], "y_test": np.full(40, -1)}
+    with pytest.raises(DataError, match="label -1 is below 0: if it means no label, leave the labels out, and --pred"):
+        evaluate(tmp_path / "run", data=new)
+
+
 @pytest.mark.parametrize(
     ("several", "dtype", "label"), [(True, "uint8", 255), (True, "int32", -100), (False, "int8", 7)]
 )

@@ -65,12 +65,27 @@ def test_a_missing_array_is_named(tmp_path: Path, key: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "words"),
-    [("digit", "there is no such file or directory; choose digits, "), ("mine.txt", "need --context T")],
+    ("file", "label", "words"),
+    [
+        ("", None, "there is no such file or directory; choose digits, "),
+        ("mydata.py", None, "of a Python file, name a function that returns the data: --data mydata:FUNCTION"),
+        ("mine.txt", None, "text and tokens need --context T, .*; a table must end in .csv or .tsv"),
+        ("mine.txt", "y", "the name of a table must end in .csv, .tsv, .parquet; rename the file"),
+        ("mine.csv.gz", "y", "unpack it first; mine.csv is read as it is"),
+        ("mine.npy", None, "a single array has no labels: put x_train.npy and y_train.npy into a directory"),
+        ("mine.mat", None, "this format is read by a function of yours: --data mydata:load"),
+        ("mine/cats/1.JPG", None, "it holds cats/1.JPG, ...; images are read by a function of yours"),
+        ("mine/2020.csv", None, "it holds 2020.csv, ...; choose digits, "),
+    ],
 )
-def test_a_data_set_of_unknown_kind(spec: str, words: str) -> None:
-    with pytest.raises(DataError, match=f"--data {spec}: .*{words}"):
-        open_dataset(spec)
+def test_a_data_set_of_unknown_kind(tmp_path: Path, file: str, label: str | None, words: str) -> None:
+    path = tmp_path / file if file else tmp_path / "digit"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if file:
+        path.write_bytes(b"a")
+    spec = tmp_path / (file.partition("/")[0] or "digit")
+    with pytest.raises(DataError, match=f"--data {spec}: {words}"):
+        open_dataset(str(spec), Options(label=label))
 
 
 def test_functions_that_give_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,6 +117,19 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "gap": ("a;y\n1;2\n?;1\n", {}, "line 3: there is no value in column a (?): --fill mean puts"),
     "gap as label": ("a;y\n1;2\n3;\n", {"gaps": True}, "line 3: there is no label in column y: leave such rows out"),
     "gap among words": ("a;y\n1;b\n3;NA\n", {"gaps": True}, "line 3: there is no label in column y (NA)"),
+    "no label first": ("a;y\n1;\n3;2\n", {}, "line 2: there is no label in column y: leave such rows out"),
+    "numbers as names": ("1,2.5,cat\n3,1.5,dog\n", {}, "no column y; there are 1, 2.5, cat (the first line must name"),
+    "a comment first": ("# by hand\na,y\n1,2\n", {}, "there are # by hand (the first line must name the columns)"),
+    "many columns of words": (
+        ",".join(f"a{i}" for i in range(12)) + ",y\n" + "x," * 12 + "1\n",
+        {},
+        "column a9 holds 'x', and so do 2 others; inputs must be numbers: --drop-columns a0,",
+    ),
+    "a last line of words": (
+        "a,y\n" + "1,0\n" * 20 + "sum,0\n",
+        {},
+        "line 22: column a holds 'sum', which is not a number; --drop-columns a leaves it out, or correct the line",
+    ),
     "number, then word": ("a;y\n1;2\n3;cat\n", {}, "line 3: the label 'cat' is not a number, but the first is; if"),
     "mark not closed": ('a,y\n1,2\n"3,4\n5,6\n', {}, "line 3: a quotation mark is not closed"),
     "mark that joins lines": (
@@ -184,6 +197,10 @@ BAD_CSV: dict[str, tuple[Callable[[Path], None], str]] = {
     "quote not closed": (line(4, GOOD.replace("5", '"5')), "line 4"),
     "not UTF-8": (line(4, "\xe9" + GOOD), "line 4: not in UTF-8"),
     "binary": (line(4, "\0\1\2"), "line 4"),
+    "UTF-16": (
+        lambda path: path.write_bytes("a,kind\n".encode("utf-16")),
+        "convert it, as with iconv -f utf16 -t utf8",
+    ),
     "name not UTF-8": (line(1, "\xe9,kind"), "line 1: not in UTF-8"),
     "fraction as label": (line(9, GOOD.replace("1,2,3", "1.5,2,3")), "line 9: the label 1.5 is not an integer"),
     "nan as label": (line(9, GOOD.replace("1,2,3", "nan,2,3")), "line 9: there is no label in column kind (nan)"),

@@ -147,6 +147,13 @@ def nothing(file) -> None:
     file["y_test"] = h5py.Empty("f")
 
 
+def lost(file) -> None:
+    import h5py
+
+    del file["y_test"]
+    file["y_test"] = h5py.ExternalLink("nowhere.h5", "/y")
+
+
 def half_written(file) -> None:
     instead("x_train", shape=(23, 4, 3), dtype="u1", chunks=(4, 4, 3))(file)
     file["x_train"][:12] = 1
@@ -178,6 +185,7 @@ HDF5: dict[str, tuple[Callable[[Path], None], str]] = {
         "has no data set y_train; it holds x_test, x_train, y_test",
     ),
     "group": (in_hdf5(group), "y_test is a group, not a data set"),
+    "link to nothing": (in_hdf5(lost), "y_test is a link to what is not there"),
     "no space": (in_hdf5(nothing), "y_test is empty"),
     "a number": (in_hdf5(instead("y_test", data=3)), "y_test is a single number"),
     "strings": (in_hdf5(instead("y_test", data=np.full(7, b"cat"))), "y_test has dtype |S3"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import re
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mpiml.data.dataset import Dataset
-from mpiml.data.inspection import SCAN, CheckedSource, Findings, inspect, problem
+from mpiml.data.inspection import SCAN, CheckedSource, Findings, inspect, problem, taken_for_values
 from mpiml.data.sources import ArraySource
 from mpiml.errors import DataError
 
@@ -157,13 +159,14 @@ def test_rows_that_are_checked_as_they_are_read(what: str) -> None:
 
 
 MASKS = Dataset.from_arrays(X, np.zeros((6, 99), np.uint8), X, np.zeros((6, 99), np.uint8))
+ALONE = "label 255 is far above all others, up to 0: if 255 means no label, train with --ignore 255"
 DOUBTFUL = {
     "signs": ([[-1, 1], [1, -1]], -1, None, ("all labels are -1 or 1: if both are classes", 0)),
     "two classes": ([[-1, 0], [1, -1]], -1, None, None),
     "one class": ([[0, 0], [0, 0]], -1, None, None),
     "void": ([[0, 20], [255, 1]], -1, None, ("label 255 is far above all others, up to 20: if 255 means no label", 1)),
     "declared": ([[0, 20], [255, 1]], -1, 256, None),
-    "black and white": ([[0, 255], [255, 0]], -1, None, ("label 255 is far above all others, up to 0", 0)),
+    "black and white": ([[0, 255], [255, 0]], -1, None, (f"{ALONE}; else if 0 and 255 are two classes, store y //", 0)),
     "a class like others": ([[0, 1], [255, 200]], -1, None, None),
 }
 
@@ -191,3 +194,22 @@ def test_values_that_are_0_or_1(values: list, binary: bool) -> None:
 
 def test_single_numbers_have_extremes() -> None:
     assert inspect(source([0.5, -1.5, 3.0]), np.arange(3)) == Findings((-1.5, 1), (3.0, 2))
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        ([0.0, 2.0, 1.0], "whole numbers, 0 to 2, but are taken for values; integers are classes"),
+        ([1.0, 0.0, 1.0], "0 or 1, but are taken for values; see --loss bce, or store integers as classes"),
+        ([[1.0, 0.0], [0.0, 1.0]], "0 or 1, .*; one-hot labels: store y.argmax"),
+        ([-1.0, 1.0], "whole numbers, -1 to 1, but"),
+        ([0.0, 2.0, 1.5], None),
+        ([0.0, 250000.0], None),
+        ([0.0, -2.0], None),
+        ([[0.0, 2.0], [1.0, 0.0]], None),
+    ],
+)
+def test_labels_that_look_like_classes_are_said_to_be_values(labels: Any, words: str | None) -> None:
+    count = len(labels)
+    note = taken_for_values(inspect(source(labels), np.arange(1)) | inspect(source(labels), np.arange(1, count)))
+    assert re.search(words, note or "") if words else note is None

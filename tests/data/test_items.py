@@ -103,9 +103,15 @@ def broken(i: int) -> Any:
     [
         (lambda i: [1, 2, 3], "row 0 is a list of 3, but must be (x, y), or a dict with a label; several inputs"),
         (lambda i: np.zeros(3), "row 0 is a ndarray, but must be (x, y)"),
-        (lambda i: {"image": [1], "class": 1}, "row 0 is a dict of image, class; name the label label or labels or"),
-        (lambda i: {"label": 0, "y": 1, "x": 2}, "row 0 is a dict of label, y, x; name the label"),
-        (lambda i: {"label": 0}, "row 0 is a dict of label; name the label label or labels or y or target, and have"),
+        (
+            lambda i: {"image": [1], "class": 1},
+            "row 0 is a dict of image, class; one entry must be the label, na",
+        ),
+        (lambda i: {"label": 0, "y": 1, "x": 2}, "row 0 is a dict of label, y, x; one entry must be the label"),
+        (
+            lambda i: {"label": 0},
+            "row 0 is a dict of label; one entry must be the label, named label or lab",
+        ),
         (lambda i: ("words", 1), "row 0 is a str, not numbers"),
         (lambda i: {"x": [1], "id": "a", "y": 1}, "row 0: id is a str, not numbers; leave it out"),
         (lambda i: ([1], "cat"), "row 0: its label is a str, not numbers"),

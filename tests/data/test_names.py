@@ -10,6 +10,7 @@ import pytest
 from mpiml.data.dataset import Dataset, open_dataset
 from mpiml.data.formats import Options
 from mpiml.data.names import parsed
+from mpiml.data.objects import dataset_of
 from mpiml.errors import ConfigError, DataError
 
 X = np.arange(24, dtype=np.float32).reshape(8, 3)
@@ -92,7 +93,7 @@ def test_inputs_alone_have_zeros_as_labels(tmp_path: Path, write) -> None:
 def test_a_single_file_of_inputs(tmp_path: Path) -> None:
     np.save(tmp_path / "new.npy", X)
     np.testing.assert_array_equal(rows(opened(tmp_path / "new.npy", tests_only=True).test.x), X)
-    with pytest.raises(DataError, match=r"new.npy: choose digits, "):
+    with pytest.raises(DataError, match=r"new.npy: a single array has no labels: "):
         opened(tmp_path / "new.npy")
 
 
@@ -104,14 +105,18 @@ def test_paths_inside_groups_and_test_rows_of_another_name(tmp_path: Path) -> No
 
 
 def test_what_groups_hold_is_said(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="has no data set x_train; it holds a, a/images, a/labels; --arrays x_train="):
+    with pytest.raises(DataError, match="no data set x_train or y_train; it holds a, a/images, a/labels; --arr"):
         opened(hdf5(tmp_path, {"a/images": X, "a/labels": Y}))
 
 
 @pytest.mark.parametrize(
     ("names", "arrays", "words"),
     [
-        ("images labels", "", "has no array x_train; it holds images, labels; --arrays x_train=NAME says which it is"),
+        (
+            "images labels",
+            "",
+            "x_train or y_train; it holds images, labels; --arrays x_train=NAME,y_train=NAME says which they are",
+        ),
         ("x_train label", "", "has no array y_train; it holds label, x_train; --arrays y_train=NAME says"),
         ("images labels", "x_train=pictures", "has no array pictures, which --arrays names; it holds images, labels"),
         ("X_train x_TRAIN y_train", "", "holds X_train and x_TRAIN; say which it is with --arrays x_train="),
@@ -134,8 +139,16 @@ def test_test_rows_alone_are_asked_for_by_name(tmp_path: Path) -> None:
 def test_arrays_that_may_be_test_rows_are_named(tmp_path: Path) -> None:
     data = opened(npz(tmp_path, {"x_train": X, "y_train": Y, "x_valid": X, "y_valid": Y}))
     assert [note.partition(": ")[2] for note in data.notes] == [
-        "x_valid, y_valid are not used; --arrays x_test=NAME,y_test=NAME names test rows"
+        "not used: x_valid, y_valid; --arrays x_test=NAME,y_test=NAME names test rows"
     ]
+
+
+def test_arrays_that_may_be_weights_are_named(tmp_path: Path) -> None:
+    arrays = {"x_train": X, "y_train": Y, "x_test": X, "y_test": Y, "sample_weight": W}
+    note = "not used: sample_weight; --arrays w_train=NAME names weights of rows"
+    assert [note] == [each.partition(": ")[2] for each in opened(npz(tmp_path, arrays)).notes]
+    assert [f"--data f: {note}"] == dataset_of(arrays, "--data f: must return", Options()).notes
+    assert not opened(npz(tmp_path, arrays), "w_train=sample_weight").notes
 
 
 def test_a_long_list_of_names_is_cut(tmp_path: Path) -> None:

@@ -137,7 +137,10 @@ BAD = {
     "nothing in it": (b"PK\x05\x06" + bytes(18), "it holds nothing"),
     "pickled": (saved(np.array([{}, None], object)), "object"),
     "complex": (saved(np.ones(3, complex)), "complex128"),
-    "text": (saved(np.array(["a", "b"])), "<U1"),
+    "text": (
+        saved(np.array(["a", "b"])),
+        "<U1; real numbers are needed; if labels are words, store",
+    ),
     "dates": (saved(np.zeros(3, "M8[s]")), "datetime64"),
     "records": (saved(np.zeros(3, "f8,i4")), "dtype"),
     "a number": (saved(3.0), "single number"),

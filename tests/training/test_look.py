@@ -86,6 +86,17 @@ def test_checksums_are_verified_by_jobs_that_look(tmp_path: Path, look: str, che
 LOOK = {"outputs": 4, "tokens": 0, "notes": [], "ignore": None, "bounds": []}
 
 
+def one_class(x: Any, y: Any) -> None:
+    y[:] = 2
+
+
+def test_a_single_class_is_a_warning(tmp_path: Path, capsys: Any) -> None:
+    trained(tmp_path / "run", made(one_class))
+    assert "y_train: warning: all labels are 2, so that there is nothing to learn" in capsys.readouterr().out
+    trained(tmp_path / "two", made())
+    assert "nothing to learn" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("look", [None, {"outputs": 4}, LOOK | {"ignore": 7}, LOOK | {"bounds": [0, 1]}])
 def test_what_is_not_known_for_certain_is_looked_at(tmp_path: Path, look: Any) -> None:
     trained(tmp_path)

@@ -40,6 +40,7 @@ from mpiml.training.model import (
     described,
     model_for,
     objective,
+    outputs_for,
 )
 from mpiml.training.resolve import resolve
 from mpiml.training.task import Task
@@ -131,6 +132,11 @@ def test_any_shape_will_do_where_loss_and_metric_are_ones_own() -> None:
         ConfigError, match=r"need \(3, 3\); for labels of 0 and 1, each by itself, --loss bce; for values"
     ):
         layers((3,), **own | {"metric": "accuracy"})
+
+
+def test_labels_that_may_be_one_hot_are_said_to_be() -> None:
+    with pytest.raises(ConfigError, match=r"for values, --loss mse; one-hot labels: store y.argmax\(1\)$"):
+        outputs_for(Config(), Task((9,), (3,), True, 2, 0), [Linear(9, 2)], (2,))
 
 
 def test_token_ids_are_as_many_as_the_data_say() -> None:
