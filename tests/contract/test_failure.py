@@ -304,9 +304,20 @@ def test_of_two_jobs_on_one_directory_one_wins(tmp_path: Path) -> None:
     assert "in use by another job" in second.stderr
 
 
+OWN_LOSSES = """
+def loss(y, labels):
+    return 1.0, -1.0 if labels.any() else 1.0, y
+
+def broken(y, labels):
+    if labels.any():
+        raise KeyError("my own trouble")
+    return 1.0, 1.0, y
+"""
+
+
 def test_loss_of_ones_own_that_returns_what_is_none_ends_the_job_with_a_line(train: Any, tmp_path: Path) -> None:
-    lines = ["def loss(y, labels): return 1.0, -1.0, y", "def broken(y, labels): raise KeyError('my own trouble')"]
-    (tmp_path / "my_loss.py").write_text("\n".join(lines) + "\n")
+    """Of the rows that are trained on; labels of 0 alone, with which a loss is tried, are no trouble."""
+    (tmp_path / "my_loss.py").write_text(OWN_LOSSES)
     path = f"{tmp_path}:{Path(__file__).parents[2]}"
     job = train(3, "--loss my_loss:loss --steps 2 --quiet", PYTHONPATH=path)
     assert (job.code, job.result["exit_code"], job.result["step"]) == (78, 78, 1)
