@@ -40,26 +40,33 @@ def set_flags(flags: Flags, training: bool) -> None:
 
 
 class Buffers:
-    """The buffers of a module by name. One tensor at several places is one buffer."""
+    """The buffers of a module by name, and its parameters that require no gradient, such as those of a copy of a part
+    that follows it as an average. One tensor at several places is one buffer."""
 
     def __init__(self, module: Module):
         self.places: dict[str, list[tuple[Module, str]]] = {}
         names: dict[int, str] = {}
         for prefix, part in module.named_modules():
-            for key, tensor in part._buffers.items():
+            frozen = [(key, tensor) for key, tensor in part._parameters.items() if not _is_trained(tensor)]
+            for key, tensor in [*part._buffers.items(), *frozen]:
                 if tensor is not None:
                     name = names.setdefault(id(tensor), plain_name(f"{prefix}.{key}".lstrip(".")))
                     self.places.setdefault(name, []).append((part, key))
 
     def __getitem__(self, name: str) -> Tensor:
         part, key = self.places[name][0]
-        tensor = part._buffers[key]
+        tensor = part._buffers[key] if key in part._buffers else part._parameters[key]
         assert tensor is not None
         return tensor
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
         for part, key in self.places[name]:
-            part._buffers[key] = tensor
+            if key in part._buffers:
+                part._buffers[key] = tensor
+            elif isinstance(tensor, torch.nn.Parameter):
+                part._parameters[key] = tensor
+            else:
+                part._parameters[key] = torch.nn.Parameter(tensor, requires_grad=False)
 
     def tensors(self) -> dict[str, Tensor]:
         return {name: self[name] for name in self.places}
@@ -84,7 +91,8 @@ def averaged_by_torch(buffers: Buffers, flags: Flags) -> set[str]:
         for part, (_, training) in flags.items()
         if isinstance(part, torch.nn.modules.batchnorm._NormBase) and training and part.track_running_stats
     }
-    return {name for name, places in buffers.places.items() if any(part in norms for part, _ in places)}
+    places = buffers.places.items()
+    return {name for name, all_of in places if any(part in norms and key in part._buffers for part, key in all_of)}
 
 
 def marks(module: Module) -> dict[str, int]:
@@ -99,8 +107,26 @@ def marks(module: Module) -> dict[str, int]:
 
 
 def checksums(module: Module) -> dict[str, int]:
-    """A checksum of each parameter, by name."""
-    return {plain_name(name): checksum(tensor) for name, tensor in module.named_parameters()}
+    """For each parameter by name: a number that changes with its values, and when they are written to or replaced."""
+    return {
+        plain_name(name): hash((checksum(tensor), tensor._version, address(tensor)))
+        for name, tensor in module.named_parameters()
+    }
+
+
+def address(tensor: Tensor) -> int:
+    """Where the values lie in memory, if they lie in one piece. Code that sets `tensor.data` changes it, and nothing
+    else that tensors show."""
+    return int(tensor.data_ptr()) if tensor.layout == torch.strided else 0
+
+
+def is_changed(first: Tensor, copy: Tensor, place: int, now: Tensor) -> bool:
+    """Whether a call has written to a buffer, a copy of the `first` values at a `place` in memory, or put another
+    there. Torch's normalisations, and writes to `tensor.data`, show in nothing but the values."""
+    if now is not copy or now._version > 0 or address(now) != place:
+        return True
+    same = now.layout == torch.strided and torch.equal(first, now)  # never if there is a nan
+    return not same and checksum(now) != checksum(first)
 
 
 def differing(one: Mapping[str, int], other: Mapping[str, int]) -> list[str]:
@@ -122,3 +148,7 @@ def attribute(module: Module, name: str) -> Any:
     parts = {plain_name(prefix): part for prefix, part in module.named_modules()}
     prefix, _, key = name.rpartition(".")
     return vars(parts[prefix]).get(key)
+
+
+def _is_trained(tensor: Tensor | None) -> bool:
+    return tensor is None or bool(tensor.requires_grad)

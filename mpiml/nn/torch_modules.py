@@ -18,7 +18,8 @@ from mpiml.errors import ConfigError
 from mpiml.nn import torch_state
 from mpiml.nn.base import Array, At, Backward, Layer, check_shape, described, stack_shapes
 from mpiml.nn.parameters import Constant, Gradients, Parameter, Shape, Statistic
-from mpiml.nn.torch_buffers import Buffers, Flags, flags_of, set_flags
+from mpiml.nn.torch_buffers import Buffers, Flags, address, flags_of, set_flags
+from mpiml.nn.torch_checks import check_parameters, converted, types_besides
 from mpiml.nn.torch_inputs import INTEGERS, Inputs, split_inputs
 from mpiml.nn.torch_names import plain_name, some, uncompiled
 from mpiml.nn.torch_parts import Joined, is_module, parts_of
@@ -31,7 +32,6 @@ from mpiml.nn.torch_tensors import (
     in_order,
     is_whole,
     parts,
-    plain,
     prepare_torch,
     real_shape,
 )
@@ -59,9 +59,10 @@ class TorchLayer(Layer):
     """
 
     def __init__(self, module: torch.nn.Module, dtype: DTypeLike = np.float32, flags: Flags | None = None):
-        _check_parameters(module)
+        check_parameters(module)
         self.dtype = torch.from_numpy(np.empty(0, dtype)).dtype
-        self.module = _converted(module, self.dtype)
+        self._types = types_besides(module, self.dtype)
+        self.module = converted(module, self.dtype)
         flags = flags_of([module]) if flags is None else flags
         self._flags = {p: flags.get(p, (False, True)) for p in module.modules() if p is uncompiled(p)}
         self.tensors = {plain_name(n): tensor for n, tensor in module.named_parameters() if tensor.requires_grad}
@@ -192,7 +193,7 @@ class TorchLayer(Layer):
         self._buffers = Buffers(self.module)
         changing = {place for name in self._state for place in self._buffers.places[name]}
         self._unchanged = [
-            (plain_name(f"{prefix}.{key}".lstrip(".")), held, key, tensor, tensor._version)
+            (plain_name(f"{prefix}.{key}".lstrip(".")), held, key, tensor, tensor._version, address(tensor))
             for prefix, part in self.module.named_modules()
             for held in (part._parameters, part._buffers)
             for key, tensor in held.items()
@@ -211,8 +212,8 @@ class TorchLayer(Layer):
 
     def _check_unchanged(self, at: At) -> None:
         """Raise ConfigError if a call has changed what no trial has seen it change."""
-        for name, held, key, tensor, version in self._unchanged:
-            if held[key] is not tensor or tensor._version != version:
+        for name, held, key, tensor, version, place in self._unchanged:
+            if held[key] is not tensor or tensor._version != version or address(tensor) != place:
                 when = f"in step {at.step}" if at.training else "in evaluation"
                 raise ConfigError(
                     f"{self._name()} changes its {name} {when}, though it did not when it was tried before step 1; "
@@ -225,7 +226,7 @@ class TorchLayer(Layer):
         if shape not in self._trials:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # what matters comes again in training
-                trial = self._trials[shape] = attempt(self.module, self._flags, shape, self.dtype, self._name())
+                trial = self._trials[shape] = self._tried(shape)
             self.least_rows, self.notes = trial.least_rows, [*self.notes, *self._frozen(), *trial.notes]
             self._first = torch_state.tensors(self.module)
             for name in trial.state:
@@ -236,6 +237,16 @@ class TorchLayer(Layer):
                 statistic.name = f"{self.path}.{name}"
                 self._state[name] = self.parameters[name] = statistic
         return self._trials[shape]
+
+    def _tried(self, shape: Shape) -> Trial:
+        """The module, tried. Parameters of another type than the run's are in a note, and in its error."""
+        cast = f"parameters come as {self._types} and are trained as {self.dtype}, by --dtype" if self._types else ""
+        try:
+            trial = attempt(self.module, self._flags, shape, self.dtype, self._name())
+        except ValueError as error:
+            raise type(error)(f"{error}; its {cast}" if cast else str(error)) from error
+        trial.notes += [f"{self._name()}: its {cast}"] if cast else []
+        return trial
 
     def _frozen(self) -> list[str]:
         """A note on parts that are in evaluation mode in training, too."""
@@ -343,23 +354,3 @@ def load_into(model: T, path: str | Path) -> T:
 def integers(layers: Sequence[Layer]) -> list[slice]:
     """The values of packed rows that the first layer, if it is a torch module, takes as integers."""
     return INTEGERS.get(layers[0].module, []) if isinstance(layers[0], TorchLayer) else []
-
-
-def _check_parameters(module: torch.nn.Module) -> None:
-    """Raise ConfigError for parameters that cannot lie in the flat vector."""
-    for name, tensor in module.named_parameters():
-        what = f"{type(uncompiled(module)).__name__}: its parameter {plain_name(name)}"
-        if torch.nn.parameter.is_lazy(tensor):
-            raise ConfigError(f"{what} has no shape before the first call; use a module that is not lazy")
-        if tensor.device.type != "cpu":
-            raise ConfigError(f"{what} is on {tensor.device}; modules are trained on the CPU")
-
-
-def _converted(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """The module itself, with real tensors in `dtype` and complex ones in its complex counterpart; integers stay."""
-
-    def convert(tensor: Tensor) -> Tensor:
-        real = tensor.is_floating_point()
-        return plain(tensor.to(dtype if real else dtype.to_complex()) if real or tensor.is_complex() else tensor)
-
-    return module._apply(convert)  # module.to(dtype) would drop imaginary parts

@@ -6,8 +6,9 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -17,12 +18,24 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mpiml.errors import ConfigError
 from mpiml.nn.parameters import Shape
-from mpiml.nn.torch_buffers import Buffers, Flags, attribute, averaged_by_torch, checksums, differing, marks, set_flags
+from mpiml.nn.torch_buffers import (
+    Buffers,
+    Flags,
+    address,
+    attribute,
+    averaged_by_torch,
+    checksums,
+    differing,
+    is_changed,
+    marks,
+    set_flags,
+)
+from mpiml.nn.torch_checks import output_shape, refuse_rows
 from mpiml.nn.torch_names import plain_name, some, uncompiled
-from mpiml.nn.torch_tensors import WRONG, checksum, is_whole, naming, one_line
+from mpiml.nn.torch_tensors import checksum, is_whole, naming
 from mpiml.random import Draws, generator
 
-ROWS = 2, 3  # rows in two calls: an axis of fixed length cannot have both lengths, so it is not taken for the rows
+ROWS = 2, 4  # rows in two calls: an axis of fixed length cannot have both lengths, so it is not taken for the rows
 Contents = tuple[int, torch.Size, torch.dtype]  # a checksum of values, their shape and type
 GENERATORS = np.random.Generator, np.random.RandomState, random.Random, torch.Generator
 
@@ -67,24 +80,21 @@ def attempt(module: Module, flags: Flags, shape: Shape, dtype: torch.dtype, name
     Raises ValueError if it can take neither, ConfigError if it cannot be trained.
     """
     original, errors = uncompiled(module), list[Exception]()
-    for kind in (dtype, torch.long):
+    for kind, zeros in ((dtype, True), (torch.long, True), (dtype, False)):
         try:
-            tried = _Tried(original, flags, shape, kind, name)
-            first = [tried.call(tried.zeros(ROWS[0])), tried.call(tried.zeros(ROWS[1]), leaf=False)]
+            tried = _Tried(original, flags, shape, kind, name, zeros)
+            first = [tried.call(tried.rows(ROWS[0])), tried.call(tried.rows(ROWS[1]), leaf=False)]
             break
         except ConfigError:
             raise
-        except WRONG as error:
+        except Exception as error:  # some modules take no rows of zeros
             errors.append(error)
     else:
-        # If the module needs integers, the first error says only that, and the second one what is really wrong.
-        reason = one_line(errors["long" in str(errors[0]).lower()])
-        raise ValueError(f"{name} cannot take rows of shape {shape}: {reason}")
+        refuse_rows(errors, shape, ROWS, name)
     trial = tried.all(*first)
     if module is not original:
         compiled = _Tried(module, flags, shape, kind, name)
-        naming(f"{name} cannot be compiled:", lambda: compiled.call(compiled.zeros(ROWS[0])), Exception)
-    tried.check_parameters()
+        naming(f"{name} cannot be compiled:", lambda: compiled.call(compiled.rows(ROWS[0])), Exception)
     set_flags(flags, True)
     return trial
 
@@ -95,6 +105,7 @@ class _Call:
 
     output: int  # a checksum
     state: dict[str, Contents]  # what all buffers hold after it
+    changed: set[str]  # the buffers that it has written to
     gradients: dict[str, int]  # checksums, of the parameters that the backward pass reaches
     reaches_input: bool
 
@@ -102,10 +113,13 @@ class _Call:
 class _Tried:
     """A module that is called on rows of a shape and dtype; its buffers are the same before each call, and after it."""
 
-    def __init__(self, module: Module, flags: Flags, shape: Shape, dtype: torch.dtype, name: str):
+    def __init__(self, module: Module, flags: Flags, shape: Shape, dtype: torch.dtype, name: str, zeros: bool = True):
         self.module, self.flags, self.shape, self.dtype, self.name = module, flags, shape, dtype, name
+        self.rows = self.zeros if zeros else self.drawn
         self.before, self.parameters = marks(module), checksums(module)
+        self.memory = [tensor.detach() for tensor in module.parameters()]  # which is not used for others meanwhile
         self.buffers, self.changed = Buffers(module), set[str]()
+        self.checksums: dict[str, int] = {}  # of buffers that a call has not changed
         self.draws, self.redraws, self.kept = set[str](), set[str](), set[str]()
         self.output: Shape | None = None  # of a row, as the first call has it
         self.writes_input = False
@@ -127,17 +141,21 @@ class _Tried:
         source = source.clone().requires_grad_(leaf and training and self.dtype.is_floating_point)
         x = source.clone()  # the module may write to it, which a leaf that requires a gradient does not allow
         with self.buffers.copied() as own:
-            copies = self.buffers.tensors()
+            copies = {name: (tensor, address(tensor)) for name, tensor in self.buffers.tensors().items()}
             with Draws(key, "trial") as draws, torch.set_grad_enabled(training):
                 y = self.module(x)
             after = self.buffers.tensors()
-            self.changed |= {name for name, tensor in after.items() if _is_changed(own[name], copies[name], tensor)}
-            state = {name: (checksum(tensor), tensor.shape, tensor.dtype) for name, tensor in after.items()}
-        self._check_output(y, len(x))
+            changed = {name for name, tensor in after.items() if is_changed(own[name], *copies[name], tensor)}
+            for name in after.keys() - self.checksums.keys() - changed:
+                self.checksums[name] = checksum(after[name])
+            sums = self.checksums | {name: checksum(after[name]) for name in changed}
+            state = {name: (sums[name], tensor.shape, tensor.dtype) for name, tensor in after.items()}
+        self.output = output_shape(y, len(x), self.output)
+        self.changed |= changed
         self.draws |= draws.which
         self.writes_input |= x._version > 0
         gradients = self._backward(y) if training and learn else {}
-        return _Call(checksum(y), state, gradients, source.grad is not None)
+        return _Call(checksum(y), state, changed, gradients, source.grad is not None)
 
     def _backward(self, y: Tensor) -> dict[str, int]:
         tensors = {plain_name(name): tensor for name, tensor in self.module.named_parameters()}
@@ -152,20 +170,21 @@ class _Tried:
             tensor.grad = None
         return gradients
 
-    def _check_output(self, y: Any, rows: int) -> None:
-        if not isinstance(y, Tensor):
-            raise ValueError(f"it returns a {type(y).__name__}, but a layer returns one tensor")
-        shape = tuple(y.shape[1:])
-        if not y.is_floating_point() or not y.ndim or len(y) != rows or self.output not in (None, shape):
-            raise ValueError(
-                f"for {rows} rows it returns {y.dtype} of shape {tuple(y.shape)}; "
-                f"{rows} rows of floating-point numbers are needed, and their shape must always be the same"
-            )
-        self.output = shape
-
     def check_parameters(self) -> None:
-        """Raise ConfigError if calls have changed parameters."""
-        if changed := differing(self.parameters, checksums(self.module)):
+        """Raise ConfigError if calls have changed parameters, or would if these had other values, as they will have: a
+        copy follows them then, and bounds are reached."""
+        tensors = {plain_name(n): tensor for n, tensor in self.module.named_parameters() if tensor.requires_grad}
+        own, changed = [tensor.data for tensor in tensors.values()], differing(self.parameters, checksums(self.module))
+        for tensor in tensors.values():
+            tensor.data = tensor.data * 10 + 100
+        with suppress(Exception):  # such values may be none that it can take
+            self.call(self.rows(ROWS[0]), learn=False)
+        for (name, tensor), first in zip(tensors.items(), own, strict=True):
+            changed += [] if torch.equal(tensor.data, first * 10 + 100) or name in changed else [name]
+            tensor.data = first
+        if new := sorted(tensors.keys() - self.parameters.keys()):
+            raise ConfigError(f"{self.name} makes its {some(new)} when it is called; make all parameters in __init__")
+        if changed:
             raise ConfigError(
                 f"{self.name} changes {some(changed)} in its forward pass, which only the optimizer may do; compute "
                 "with a changed copy, or make it a buffer (nn.Embedding: without max_norm, scale what it returns)"
@@ -178,24 +197,24 @@ class _Tried:
         self.buffers, floats = Buffers(self.module), self.dtype.is_floating_point
         trial = Trial(self.output, not floats, reaches_input=first.reaches_input)
         trial.wants_leaf = floats and not first.gradients.keys() <= more.gradients.keys()
-        trial.least_rows = 1 if self._works(self.zeros(1)) else ROWS[0]
+        trial.least_rows = ROWS[0]
+        with suppress(Exception):  # an assertion, say
+            self.call(self.rows(1), learn=False)
+            trial.least_rows = 1
         calls = self._again(training=True)
         self._evaluation()
+        self.check_parameters()
         trial.reached = set(first.gradients).union(*(call.gradients for call in calls))
         trial.reaches_input |= calls[0].reaches_input
         trial.flops = self._flops() + math.prod(self.shape)
         trial.notes += self._kept()
-        self._find_state(trial, [self.call(self.zeros(ROWS[0]), key=1, learn=False), more, *calls])
+        later = self.call(self.rows(ROWS[0]), key=1, learn=False)
+        if first.changed != later.changed and not self.draws:
+            self._refuse(self._kept_names())
+        self._find_state(trial, [first, later, more, *calls])
         trial.draws, trial.redraws = frozenset(self.draws), frozenset(self.redraws)
         trial.writes_input = self.writes_input
         return trial
-
-    def _works(self, rows: Tensor) -> bool:
-        try:
-            self.call(rows, learn=False)
-        except WRONG:
-            return False
-        return True
 
     def _evaluation(self) -> None:
         """Raise ConfigError unless the module gives rows of the same shape in evaluation mode."""
@@ -214,8 +233,8 @@ class _Tried:
             return self._calls(self.drawn(ROWS[0]), training)
         except ConfigError:
             raise
-        except WRONG:  # random token ids may be none that it takes
-            return self._calls(self.zeros(ROWS[0]), training)
+        except Exception:  # random token ids may be none that it takes, nor numbers beyond a range
+            return self._calls(self.rows(ROWS[0]), training)
 
     def _calls(self, rows: Tensor, training: bool) -> list[_Call]:
         calls, seen = list[_Call](), [marks(self.module)]
@@ -224,7 +243,8 @@ class _Tried:
             seen.append(marks(self.module))
         changed = [differing(one, other) for one, other in itertools.pairwise(seen)]
         self.kept.update(*changed[1:])
-        if any((call.output, call.gradients) != (calls[0].output, calls[0].gradients) for call in calls):
+        one, *others = [(call.output, call.gradients, call.state) for call in calls]
+        if any(other != one for other in others):
             self._refuse(sorted(set().union(*changed)))
         return calls
 
@@ -232,7 +252,7 @@ class _Tried:
         """Raise ConfigError for a module that gives other outputs when it is called again."""
         self.check_parameters()
         draw = "draw from the generators of torch, numpy.random or random, which are keyed for each call"
-        what = f"{self.name} gives other outputs or gradients when it is called again with the same rows"
+        what = f"{self.name} gives other outputs or gradients or buffers when it is called again with the same rows"
         if not changed:
             raise ConfigError(f"{what}; they must follow from rows, parameters, buffers and draws: {draw}")
         of_generators = any(isinstance(attribute(self.module, name), GENERATORS) for name in changed)
@@ -242,15 +262,18 @@ class _Tried:
     def _kept(self) -> list[str]:
         """A note on attributes that calls change or make, though the outputs do not depend on them. Tensors may be what
         a call computes from parameters anew, as spectral_norm does."""
+        what = "from call to call; checkpoints do not hold that, and outputs must never depend on it"
+        return [f"{self.name} keeps {some(kept)} {what}"] if (kept := self._kept_names()) else []
+
+    def _kept_names(self) -> list[str]:
         now = marks(self.module)
         new = [name for name in differing(self.before, now) if not isinstance(attribute(self.module, name), Tensor)]
-        kept = sorted(self.kept.union(new, now.keys() - self.before.keys()))
-        return [f"{self.name} keeps {some(kept)} from call to call; checkpoints do not hold that"] if kept else []
+        return sorted(self.kept.union(new, now.keys() - self.before.keys()))
 
     def _find_state(self, trial: Trial, calls: Sequence[_Call]) -> None:
         """Which buffers are state, and a note on those whose averages torch itself does not define."""
-        torchs = averaged_by_torch(self.buffers, self.flags)
-        trial.state, averaged = [name for name in self.buffers.places if name in self.changed | torchs], list[str]()
+        torchs, averaged = averaged_by_torch(self.buffers, self.flags), list[str]()
+        trial.state = [name for name in self.buffers.places if name in self.changed | torchs]
         for name in trial.state:
             contents = {call.state[name] for call in calls if name in call.state}
             what = f"{self.name} changes its buffer {name}"
@@ -271,12 +294,7 @@ class _Tried:
         """Operations for a row, as torch counts them; where it cannot, two for each element of a parameter."""
         try:
             with FlopCounterMode(display=False) as counter:
-                self.call(self.zeros(ROWS[1]), learn=False)
+                self.call(self.rows(ROWS[1]), learn=False)
             return int(counter.get_total_flops()) // ROWS[1]
         except Exception:  # its hooks fail in modules that call autograd themselves, which may be trained all the same
             return 2 * sum(int(tensor.numel()) for tensor in self.module.parameters())
-
-
-def _is_changed(first: Tensor, copy: Tensor, now: Tensor) -> bool:
-    """Whether a call has written to a buffer, or put another in its place. Torch's normalisations write unnoticed."""
-    return now is not copy or now._version > 0 or checksum(now) != checksum(first)

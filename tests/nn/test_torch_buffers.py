@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
 from collections.abc import Callable
@@ -118,6 +119,31 @@ def test_a_buffer_becomes_the_mean_over_rows_of_what_micro_batches_make_of_it() 
     expected = module.linear(torch.from_numpy(x - state["layers.0.seen"])).detach()
     np.testing.assert_array_equal(one, expected)
     np.testing.assert_array_equal(training.values, before)
+
+
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_frozen_copy_may_follow_a_part(inplace: bool) -> None:
+    def follow(self: Any, x: Any) -> Any:
+        if self.training:
+            for own, other in zip(self.teacher.parameters(), self.linear.parameters(), strict=True):
+                if inplace:
+                    own.data.mul_(0.5).add_(other.data, alpha=0.5)
+                else:
+                    own.data = own.data * 0.5 + other.data * 0.5
+        return self.linear(x) + self.teacher(x).detach()
+
+    def made() -> Any:
+        module = Calls(follow)
+        module.teacher = copy.deepcopy(module.linear).requires_grad_(False)
+        return module
+
+    training = Training([made()])
+    assert list(training.state()) == ["layers.0.teacher.weight", "layers.0.teacher.bias"]
+    first, weight = training.state()["layers.0.teacher.weight"].copy(), training.layers[0].parameters["linear.weight"]
+    weight.value[:] = 1
+    training.step(1, *rows(2, 6))
+    np.testing.assert_allclose(training.state()["layers.0.teacher.weight"], first * 0.5 + 0.5, rtol=1e-12)
+    assert isinstance(training.layers[0].module.teacher.weight, torch.nn.Parameter)
 
 
 def test_whole_numbers_stay_whole_and_values_that_stay_do_not_drift() -> None:

@@ -52,6 +52,46 @@ def initialised_by_data(self: Any, x: Any) -> Any:
     return self.linear(x)
 
 
+def clamped(self: Any, x: Any) -> Any:
+    self.linear.bias.data = self.linear.bias.data.clamp(-9, 9)
+    return self.linear(x)
+
+
+def copied_at_times(self: Any, x: Any) -> Any:
+    """In the first call, and in every hundredth."""
+    if self.calls % 100 == 0:
+        self.b = self.b.clone()
+    self.calls += 1
+    return self.linear(x)
+
+
+def made_when_called(self: Any, x: Any) -> Any:
+    if not hasattr(self, "new"):
+        self.new = torch.nn.Linear(4, 4, bias=False)
+    return self.new(self.linear(x))
+
+
+def images(self: Any, x: Any) -> Any:
+    assert 0 <= x.min() <= x.max() <= 1
+    return self.linear(x)
+
+
+def not_empty(self: Any, x: Any) -> Any:
+    assert x.any(dim=1).all()
+    return self.linear(x)
+
+
+def pairs(self: Any, x: Any) -> Any:
+    assert len(x) % 2 == 0
+    return self.linear(x)
+
+
+def warming_up(self: Any, x: Any) -> Any:
+    self.calls += 1
+    self.b += 1 / self.calls
+    return self.linear(x)
+
+
 def growing(self: Any, x: Any) -> Any:
     self.b = self.b.repeat(2)
     return self.linear(x)
@@ -80,10 +120,24 @@ def table(self: Any, x: Any) -> Any:
         (lambda: Calls(changed(lambda self: np.random.default_rng().normal())), "other outputs .* must follow from"),
         (lambda: Calls(weaker_gradients, steps=0), "or gradients .* changes its steps"),
         (lambda: Calls(in_training, other=lambda y: (y, y)), "in evaluation mode: it returns a tuple"),
+        (
+            lambda: Calls(lambda self, x: {"logits": self.linear(x), "loss": None}),
+            r"is no layer: it returns a dict of logits \(2, 4\), loss NoneType, .* wrap it in a module",
+        ),
+        (lambda: Calls(lambda self, x: self.linear(x.view(-1, 4, 6)[:, 0])), "it was tried with 2 and 4 rows.: .* is"),
+        (lambda: Calls(made_when_called), "makes its new.weight when it is called; .* in __init__"),
+        (lambda: Calls(lambda self, x: self.linear(x.double())).double(), "as torch.float64 .* as torch.float32, by"),
         (lambda: Calls(in_training, other=lambda y: y[:, :2]), r"evaluation mode: for 2 rows .* \(2, 2\)"),
         (lambda: Calls(in_training, other=lambda y: y @ y), "evaluation mode: mat1 and mat2"),
         (lambda: Calls(momentum_encoder, pointer=torch.tensor(0)), "pointer, of integers, by what .* floating-point"),
         (lambda: Calls(initialised_by_data), "changes linear.bias in its forward pass, .* compute with a changed copy"),
+        (lambda: Calls(clamped), "changes linear.bias in its forward pass"),
+        (
+            lambda: Calls(lambda self, x: [self.linear.bias.data.clamp_(-9, 9), self.linear(x)][1]),
+            "changes linear.bias",
+        ),
+        (lambda: Calls(copied_at_times, b=torch.ones(2), calls=0), "or buffers.* because it changes its calls"),
+        (lambda: Calls(warming_up, b=torch.ones(2), calls=0), "or buffers.* because it changes its calls"),
         (
             lambda: Calls(lambda self, x: setattr(self, "b", self.b.repeat(2)) or self.linear(x), b=torch.ones(2)),
             "shape",
@@ -128,6 +182,10 @@ def following(self: Any, x: Any) -> Any:
     ("make", "note"),
     [
         (lambda: Calls(table, table=None), "layers.0, Calls, keeps table from call to call; checkpoints do not hold"),
+        (
+            lambda: Linear(6, 4).bfloat16(),
+            "layers.0, Linear,: its parameters come as torch.bfloat16 and are trained as torch.float32",
+        ),
         (lambda: Calls(counting, calls=0), "layers.0, Calls, keeps calls from call to call"),
         (lambda: Calls(following, mean=torch.zeros(6)), "changes mean by what the rows are: a step takes the average"),
         (lambda: torch.nn.utils.spectral_norm(Linear(6, 4)), ""),
@@ -175,6 +233,12 @@ def test_forces_are_gradients_of_an_energy() -> None:
 )
 def test_how_many_rows_a_micro_batch_needs(make: Any, least: int) -> None:
     assert max(layer.least_rows for layer in build(Sequential(make()))) == least
+
+
+@pytest.mark.parametrize(("forward", "least"), [(images, 1), (not_empty, 1), (pairs, 2)])
+def test_rows_that_a_module_may_refuse_are_not_needed(forward: Any, least: int) -> None:
+    (layer,) = build(Calls(forward))
+    assert layer.least_rows == least
 
 
 def test_rows_that_are_written_to_in_evaluation_alone_stay() -> None:
