@@ -28,7 +28,7 @@ JOBS = ("mpiml.scaling.timing", "mpiml.predict.calibration")  # which those star
 TORCH = [  # need an extra, PyTorch: loaded only where it is
     *(
         f"mpiml.nn.torch_{name}"
-        for name in ("buffers", "inputs", "losses", "modules", "names", "parts", "state", "tensors", "trial")
+        for name in ("buffers", "checks", "inputs", "losses", "modules", "names", "parts", "state", "tensors", "trial")
     ),
     "mpiml.examples.torch_resnet",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import pickle
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,7 @@ class Sample:
     Attributes:
         outputs: how the outputs meet the labels, if that is known.
         seed, threads: the run's.
+        ignored: labels that the run turns into -1, if it does.
     """
 
     y: Array
@@ -39,6 +41,7 @@ class Sample:
     outputs: Outputs | None = None
     seed: int = 0
     threads: int = 1
+    ignored: int | None = None
 
 
 class OwnLoss:
@@ -56,8 +59,10 @@ class OwnLoss:
         self.loss = named(name, "--loss")
         arguments = sample.y, sample.labels, sample.weights
         with Draws(sample.seed, "trial"), _quiet():
+            if not isinstance(self.loss, type) and _takes_nothing(self.loss):
+                self.loss = self.loss()
             self._compute = self._of_torch_class(sample) or self._of_function(sample)
-        self.draws = _draws(sample.seed, lambda: self(*arguments))
+        self.draws = _draws(sample.seed, lambda: self(*arguments), self.flag)
 
     def __call__(self, y: Array, labels: Labels, weights: Array | None = None) -> tuple[float, float, Array]:
         return self._compute(y, labels, weights)
@@ -87,6 +92,8 @@ class OwnLoss:
             loss = torch.TorchLoss(self.loss, self.flag, sample.threads, sample.outputs)
             try:
                 self._tried(lambda: loss.try_on(sample.y, sample.labels), sample)
+                if sample.ignored not in (None, -1):
+                    self._try_ignored(loss, sample)
             except ConfigError:
                 if isinstance(error, (TypeError, AttributeError)):  # as PyTorch's functions do, given arrays
                     raise
@@ -97,6 +104,18 @@ class OwnLoss:
             raise error
         return self._numpy  # rows of zeros may be what it cannot take
 
+    def _try_ignored(self, loss: Loss, sample: Sample) -> None:
+        """Raise ConfigError if a function that takes other labels does not take those that do not count."""
+        labels = sample.labels.copy()
+        labels[0] = -1
+        try:
+            loss(sample.y, labels)
+        except Exception as error:
+            raise ConfigError(
+                f"{self.flag}: it gets labels of {sample.ignored} as -1, by --ignore {sample.ignored}, and fails: "
+                f"{type(error).__name__}: {error}; let it leave out -1 (cross_entropy: ignore_index=-1)"
+            ) from None
+
     def _tried(self, attempt: Callable[[], T], sample: Sample) -> T:
         try:
             return attempt()
@@ -105,8 +124,11 @@ class OwnLoss:
         except Exception as error:
             reason = (str(error).splitlines() or ["no reason given"])[0].rstrip(".")
             rows = f"for outputs of shape {sample.y.shape} and labels of {sample.labels.shape}"
-            classes = sample.labels.dtype.kind == "i"
-            hint = ", which are integers; --metric r2 or exact_match makes them values" if classes else ""
+            hint = ""
+            if isinstance(error, TypeError) and "argument" in reason:
+                hint = "; it gets these two: name a function (outputs, labels) of yours that calls it with all it needs"
+            elif sample.labels.dtype.kind == "i":
+                hint = ", which are integers; --metric r2 or exact_match makes them values"
             raise ConfigError(f"{self.flag}: {type(error).__name__}: {reason}, {rows}{hint}") from None
 
     def _numpy(self, y: Array, labels: Labels, weights: Array | None = None) -> tuple[float, float, Array]:
@@ -152,7 +174,7 @@ class OwnMetric:
             raise ConfigError(f"{self.flag}: columns is {self.columns!r}; it must be the number of sums")
         called_with(self.metric.sums, f"{self.flag}: sums", "y", "labels")
         called_with(self.metric.value, f"{self.flag}: value", "totals")
-        self.draws = _draws(sample.seed, lambda: self.sums(sample.y, sample.labels))
+        self.draws = _draws(sample.seed, lambda: self.sums(sample.y, sample.labels), f"{self.flag}: sums")
 
     def sums(self, y: Array, labels: Labels) -> NDArray[np.float64]:
         sums = self.metric.sums(y, labels)
@@ -190,16 +212,31 @@ def _needs_three(function: Any) -> bool:
     return False
 
 
-def _draws(seed: int, call: Callable[[], object]) -> frozenset[str]:
-    """The generators that a call draws from. Raises ConfigError as it does; for what else it raises, rows of zeros may
-    be the reason."""
-    with Draws(seed, "trial") as draws, _quiet():
-        try:
-            call()
-        except ConfigError:
-            raise
-        except Exception:
-            pass
+def _takes_nothing(function: Any) -> bool:
+    """Whether it has no arguments: it makes a loss then, and is none."""
+    try:
+        return callable(function) and not inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def _draws(seed: int, call: Callable[[], object], what: str) -> frozenset[str]:
+    """The generators that a call draws from. Raises ConfigError as it does, and if it returns something else when it is
+    made again; for what else it raises, rows of zeros may be the reason."""
+    results = []
+    for _ in range(3):
+        with Draws(seed, "trial") as draws, _quiet():
+            try:
+                results.append(pickle.dumps(call()))
+            except ConfigError:
+                raise
+            except Exception:
+                return draws.which
+    if len(set(results)) > 1:
+        raise ConfigError(
+            f"{what}: returns something else when it is called again with the same outputs and labels; it must keep "
+            "nothing from call to call, and draw from the generators of torch, numpy.random or random alone"
+        )
     return draws.which
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from mpiml.nn.base import Array
 from mpiml.nn.losses import Labels
 from mpiml.nn.outputs import Outputs
 from mpiml.nn.torch_tensors import as_tensor, prepare_torch
+from mpiml.random import generator
 
 Function = Callable[[Tensor, Tensor], Any]
 
@@ -59,8 +61,8 @@ class TorchLoss:
 
     A tensor with a value for each row, or for each output or label of a row, is summed: each value counts 1, or as much
     as its row weighs, but 0 where the label beside it is -1. A single number is the mean over the rows of a micro-batch
-    and counts as often as it has rows, or as much as these weigh together; that of a module whose reduction is "sum" is
-    the sum over the rows.
+    and counts as often as it has rows, or as much as these weigh together; but one that grows with the number of equal
+    rows is the sum over the rows.
 
     Args:
         function: gets integer labels as int64, others in the run's dtype. Labels that are values get the shape of the
@@ -96,6 +98,14 @@ class TorchLoss:
             raise ConfigError(f"{what} shape {tuple(values.shape)} for {shapes}; a number or one a row is needed")
         if not values.is_floating_point() or not values.requires_grad:
             raise ConfigError(f"{what} {values.dtype} without a gradient by the outputs")
+        self.summed |= self.single and self._adds_up(y, labels)
+
+    def _adds_up(self, y: Array, labels: Labels) -> bool:
+        """Whether the value is about 16 times as high where all rows are there 16 times. That of a loss that compares
+        rows with each other may double where they are there twice."""
+        y = generator(0, "trial").standard_normal(y.shape).astype(y.dtype)
+        once, often = (self._values(np.concatenate([y] * n), np.concatenate([labels] * n))[1] for n in (1, 16))
+        return 15 < float(often) / (float(once) or math.inf) < 17
 
     def __call__(self, y: Array, labels: Labels, weights: Array | None = None) -> tuple[float, float, Array]:
         source, values = self._values(y, labels)

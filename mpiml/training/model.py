@@ -181,7 +181,7 @@ def build_scoring(config: Config, task: Task, layers: Sequence[nn.Layer], weight
         np.zeros((rows, *shape), config.dtype),
         np.zeros((rows, *task.labels), np.intp if task.classification else config.dtype),
         np.ones(rows, config.dtype) if weighted else None,
-        *(outputs, config.seed, config.threads),
+        *(outputs, config.seed, config.threads, config.ignore if task.classification else None),
     )
     loss, metric = build_loss(config, sample), build_metric(config, task, sample)
     if outputs and outputs.axis is not None:

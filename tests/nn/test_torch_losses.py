@@ -61,12 +61,31 @@ def writing(y: Any, labels: Any) -> Any:
     return F.cross_entropy(y, labels)
 
 
+def growing(y: Any, labels: Any) -> Any:
+    """Changes from call to call."""
+    COUNT.append(1)
+    return F.cross_entropy(y, labels) * len(COUNT)
+
+
+def contrastive(y: Any, labels: Any) -> Any:
+    """How well each row is told from the other ones; it grows with the logarithm of their number."""
+    self = torch.eye(len(y))
+    likeness = F.normalize(y, dim=1) @ F.normalize(y, dim=1).T / 0.5 - 1e9 * self
+    return -(likeness.log_softmax(1) * (1 - self)).sum() / (1 - self).sum()
+
+
+COUNT: list[int] = []
+
+
 @pytest.fixture(autouse=True)
 def mine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A module of the user's."""
     module = ModuleType("losses_of_a_test")
     vars(module).update(
-        {kind.__name__: kind for kind in (Focal, Summing, Trained, dice, noisy, writing)},
+        {kind.__name__: kind for kind in (Focal, Summing, Trained, dice, noisy, writing, growing, contrastive)},
+        summed=lambda y, labels: F.mse_loss(y, labels, reduction="sum"),
+        numpys=lambda y, labels: COUNT.append(1) or (float(len(COUNT)), 1.0, np.zeros_like(y)),
+        maker=lambda: torch.nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0])),
         mean=F.cross_entropy,
         rows=lambda y, labels: F.mse_loss(y, labels, reduction="none").mean(dim=1),
         values=lambda y, labels: F.mse_loss(y, labels, reduction="none"),
@@ -127,7 +146,7 @@ def test_the_mean_is_that_of_pytorch(name: str, labels: np.ndarray, weight: floa
     assert_mean(loss(name, Y, labels)(Y, labels), weight, expected(function, Y, labels))
 
 
-@pytest.mark.parametrize("name", ["Summing", "adding"])
+@pytest.mark.parametrize("name", ["Summing", "adding", "summed"])
 def test_a_sum_is_a_sum_over_rows(name: str) -> None:
     total, weight, dy = loss(name, Y, VALUES)(Y, VALUES)
     by_torch = expected(lambda y, labels: F.mse_loss(y, labels, reduction="sum"), Y, VALUES)
@@ -135,6 +154,23 @@ def test_a_sum_is_a_sum_over_rows(name: str) -> None:
     np.testing.assert_allclose(dy, by_torch[1])
     with pytest.raises(ConfigError, match="rows have weights, but it sums over rows"):
         loss(name, Y, VALUES, weighted=True)
+
+
+def test_a_loss_that_compares_rows_is_no_sum() -> None:
+    y, labels = Y[:3, :2], CLASS[:3]
+    assert_mean(loss("contrastive", y, labels)(y, labels), 3, expected(contrastive, y, labels))
+
+
+def test_a_function_may_make_the_loss() -> None:
+    function = torch.nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+    assert_mean(loss("maker", Y, CLASS)(Y, CLASS), 7, expected(function, Y, CLASS))
+
+
+def test_a_function_that_fails_on_labels_that_do_not_count_is_refused() -> None:
+    sample = Sample(np.zeros_like(Y), np.zeros_like(CLASS), ignored=255)
+    with pytest.raises(ConfigError, match=r"labels of 255 as -1, by --ignore 255, and fails: IndexError: .* leave out"):
+        OwnLoss("losses_of_a_test:mean", sample)
+    OwnLoss("losses_of_a_test:writing", sample)
 
 
 def test_classes_go_after_the_rows_and_labels_of_minus_one_do_not_count() -> None:
@@ -202,6 +238,9 @@ def test_generators_that_a_loss_draws_from_are_known() -> None:
         ("Trained", VALUES, "has parameters, but a loss is not trained; move them into the model"),
         ("torch.nn:MSELoss", CLASS, "--metric r2 or exact_match makes them values"),
         ("torch.nn:CTCLoss", CLASS, "missing 2 required positional arguments"),
+        ("torch.nn:CTCLoss", CLASS, "; it gets these two: name a function (outputs, labels) of yours that calls it"),
+        ("growing", CLASS, "returns something else when it is called again"),
+        ("numpys", CLASS, "returns something else when it is called again"),
         ("torch.nn:Linear", CLASS, "missing 2 required positional arguments: 'in_features' and 'out_features'; name a"),
         ("torch.nn:NoSuchLoss", CLASS, "has no attribute 'NoSuchLoss'"),
     ],
