@@ -139,7 +139,8 @@ def problem(
         return None
     what = "label" if column == "y" else "token"
     if lowest < 0:
-        hint = f": number the classes from 0, or if it means no label, train with --ignore {lowest:.0f}"
+        none = f"if it means no label, train with --ignore {lowest:.0f}"
+        hint = f": number the classes from 0; if labels are values, train with --loss mse; {none}"
         if not trained_on:
             hint = ": if it means no label, leave the labels out, and --predictions predicts the rows"
         return f"{what} {lowest:.0f} is below 0{hint if column == 'y' else ''}, in row", low_row

@@ -66,16 +66,17 @@ class TorchLoss:
 
     Args:
         function: gets integer labels as int64, others in the run's dtype. Labels that are values get the shape of the
-            outputs where only axes of length 1 differ, so that PyTorch does not combine each with all.
+            outputs where only axes of length 1 differ, so that PyTorch does not combine each with all; for PyTorch's
+            own losses also where outputs are flat.
         outputs: how they meet the labels, if that is known.
-        moves: whether the function takes classes after the rows, and labels without an axis of their own for these, as
-            PyTorch's own losses do.
+        moves: whether it is made from a class, as PyTorch's own: these take classes after the rows, and labels without
+            an axis of their own for these.
     """
 
     def __init__(self, function: Function, flag: str, threads: int, outputs: Outputs | None, moves: bool = False):
         self.function, self.flag = function, flag
         self.classes = outputs if outputs and outputs.axis is not None else None
-        self.moves = moves and self.classes is not None
+        self.moves, self.flat = moves and self.classes is not None, moves
         self.single = False  # whether the function returns a single number
         self.summed = getattr(function, "reduction", None) == "sum"
         prepare_torch(threads)
@@ -132,7 +133,8 @@ class TorchLoss:
         scores, goals = source, labels
         if self.moves and self.classes:
             scores, goals = source.movedim(1 + (self.classes.axis or 0), 1), self.classes.beside(labels)
-        if not self.classes and [n for n in goals.shape if n > 1] == [n for n in y.shape if n > 1]:
+        same = [n for n in goals.shape if n > 1] == [n for n in y.shape if n > 1]
+        if not self.classes and (same or (self.flat and y.size == goals.size)):
             goals = goals.reshape(y.shape)
         with torch.enable_grad():
             return source, self.function(scores, as_tensor(np.array(goals)))  # a copy: the function may write to it

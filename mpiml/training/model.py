@@ -75,10 +75,24 @@ def outputs_for(config: Config, task: Task, layers: Sequence[nn.Layer], shape: S
     except ValueError as error:
         if own:
             return None
-        several = task.classification and math.prod(task.labels) > 1
-        hint = "; for labels of 0 and 1, each by itself, --loss bce; for values, --loss mse" if several else ""
-        hint += "; one-hot labels: store y.argmax(1)" if several and len(task.labels) == 1 else ""
-        raise ConfigError(f"the model gives rows of shape {shape}, but the labels need {error}{hint}") from None
+        what = f"the model gives rows of shape {shape}, but the labels need {error}"
+        raise ConfigError(f"{what}{_misfit(config, task, shape)}") from None
+
+
+def _misfit(config: Config, task: Task, shape: Shape) -> str:
+    """What helps where outputs do not fit the labels."""
+    outputs, labels = math.prod(shape), math.prod(task.labels)
+    hints = []
+    if task.classification and labels > 1:
+        hints.append("for labels of 0 and 1, each by itself, --loss bce; for values, --loss mse")
+        hints += ["one-hot labels: store y.argmax(1)"] if len(task.labels) == 1 else []
+    elif task.classification and outputs == 1:
+        hints.append("for one output a row, --loss bce if labels are 0 and 1, --loss mse if they are values")
+    elif not task.classification and outputs > labels:
+        hints.append("labels are values, one output each: if they are classes, make them integers")
+    if is_name(config.loss) and not is_name(config.metric):
+        hints.append("with a --metric of your own, too, outputs may have any shape")
+    return "".join(f"; {hint}" for hint in hints)
 
 
 def chosen(config: Config, tokens: int = 0) -> Model:

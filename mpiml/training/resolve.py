@@ -148,7 +148,10 @@ def scored(config: Config, classification: bool) -> Config:
     if loss == "auto":
         loss = "cross_entropy" if classification else "bce" if metric == "exact_match" else "mse"
     if loss == "cross_entropy" and not classification:
-        raise ConfigError("--loss cross_entropy: labels are not integers, as classes have to be; leave it at auto")
+        raise ConfigError(
+            "--loss cross_entropy: labels are not integers, as classes have to be; leave it at auto, or if "
+            "they are probabilities of classes, take torch.nn:CrossEntropyLoss"
+        )
     fitting = METRICS.get(loss) or (("accuracy",) if classification else ("r2", "accuracy", "exact_match"))
     if metric != "auto" and metric not in fitting and not is_name(metric):
         raise ConfigError(f"--metric {metric}: --loss {loss} needs {' or '.join(fitting)}")

@@ -46,7 +46,7 @@ def trained(out: Path, made: Arrays, **settings: Any) -> Any:
 def test_minus_one_is_refused_in_one_label_a_row_unless_it_is_said_to_be_none(tmp_path: Path) -> None:
     """Whether -1 is a class or no label only its owner knows: where +1 is the other class, it is a class."""
     made = arrays(several=False)
-    hint = r"number the classes from 0, or if it means no label, train with --ignore -1"
+    hint = "number the classes from 0; .* train with --loss mse; if it means no label, train with --ignore -1"
     signs = made | {"y_train": np.where(made["y_train"] > 0, 1, -1), "y_test": np.ones(40, int)}
     for wrong in (made, signs, made | {"y_train": np.arange(80) % 3}):
         where = "y_test" if wrong["y_train"].min() == 0 else "y_train"

@@ -89,7 +89,7 @@ PROBLEMS = {
         None,
         "y",
         Findings((-1, 3), (1, 0)),
-        ("label -1 is below 0: number the classes from 0, or if it means no label, train with --ignore -1", 3),
+        ("label -1 is below 0: number the classes from 0; if labels are values, train with --loss mse; if it means", 3),
     ),
     "no labels": (X, np.zeros(6, int), None, "y", Findings(masked=6), ("all labels are to be ignored", 0)),
     "below tokens": (

@@ -208,6 +208,12 @@ def test_values_and_outputs_stand_beside_each_other() -> None:
     assert_mean(loss("made", labels, y)(labels, y), 7, expected(F.mse_loss, labels, y[:, 0]))
 
 
+def test_flat_outputs_stand_beside_labels_with_axes_in_losses_of_pytorch() -> None:
+    y, labels = RANDOM.standard_normal((7, 4)), RANDOM.standard_normal((7, 2, 2))
+    result = loss("torch.nn:SmoothL1Loss", y, labels)(y, labels)
+    assert_mean(result, 28, expected(F.smooth_l1_loss, y, labels.reshape(7, 4)))
+
+
 def test_arguments_are_not_written_and_memory_does_not_matter() -> None:
     y, labels = Y.astype(np.float32), np.where(CLASS == 2, -1, CLASS)
     before = labels.copy()

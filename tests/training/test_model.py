@@ -139,6 +139,20 @@ def test_labels_that_may_be_one_hot_are_said_to_be() -> None:
         outputs_for(Config(), Task((9,), (3,), True, 2, 0), [Linear(9, 2)], (2,))
 
 
+@pytest.mark.parametrize(
+    ("task", "shape", "words"),
+    [
+        (Task((6,), (), True, 2, 0), (1,), r"need \(2,\); for one output a row, --loss bce if labels are 0 and 1"),
+        (Task((6,), (4,), True, 2, 0), (4,), "each by itself, --loss bce; .*; one-hot labels: store"),
+        (Task((6,), (), False, 1, 0), (2,), "labels are values, one output each: if they are classes, make them int"),
+    ],
+)
+def test_outputs_that_do_not_fit_are_refused_with_what_may_help(task: Task, shape: tuple, words: str) -> None:
+    config = Config(loss="my:loss", metric="accuracy")
+    with pytest.raises(ConfigError, match=f"{words}.*; with a --metric of your own, too, outputs may have any shape"):
+        model_for(config, task, [Linear(6, *shape)])
+
+
 def test_token_ids_are_as_many_as_the_data_say() -> None:
     assert Task((9,), (9,), True, 7, 5).vocabulary == 7  # for a label of each token may be the next input
     assert Task((9,), (), True, 7, 5).vocabulary == 5
