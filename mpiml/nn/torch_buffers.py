@@ -145,9 +145,28 @@ def _mark(value: Any) -> int:
 
 def attribute(module: Module, name: str) -> Any:
     """The attribute that `marks` names so."""
+    attributes, key = _place(module, name)
+    return attributes.get(key)
+
+
+@contextmanager
+def raised(module: Module, names: Sequence[str], by: int) -> Iterator[None]:
+    """Within the block, attributes of these names are higher if they are numbers."""
+    places = [_place(module, name) for name in names if type(attribute(module, name)) in (int, float)]
+    before = [attributes[key] for attributes, key in places]
+    for attributes, key in places:
+        attributes[key] += by
+    try:
+        yield
+    finally:
+        for (attributes, key), value in zip(places, before, strict=True):
+            attributes[key] = value
+
+
+def _place(module: Module, name: str) -> tuple[dict[str, Any], str]:
     parts = {plain_name(prefix): part for prefix, part in module.named_modules()}
     prefix, _, key = name.rpartition(".")
-    return vars(parts[prefix]).get(key)
+    return vars(parts[prefix]), key
 
 
 def _is_trained(tensor: Tensor | None) -> bool:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mpiml.errors import ConfigError
 from mpiml.nn.parameters import Shape
-from mpiml.nn.torch_names import plain_name, uncompiled
+from mpiml.nn.torch_names import plain_name, some, uncompiled
 from mpiml.nn.torch_tensors import WRONG, one_line, plain
+
+GENERATORS = np.random.Generator, np.random.RandomState, random.Random, torch.Generator
 
 
 def check_parameters(module: torch.nn.Module) -> None:
@@ -67,6 +71,17 @@ def refuse_rows(errors: Sequence[Exception], shape: Shape, tried: Sequence[int],
     if "it returns" in reason:
         raise ValueError(f"{name} is no layer: {reason}")
     raise ValueError(f"{name} cannot take rows of shape {shape} (it was tried with {rows}): {reason}")
+
+
+def not_repeated(name: str, changed: Mapping[str, Any]) -> str:
+    """What is wrong with a module that gives other outputs when it is called again, and has `changed` attributes."""
+    draw = "draw from the generators of torch, numpy.random or random, which are keyed for each call"
+    what = f"{name} gives other outputs or gradients or buffers when it is called again with the same rows"
+    if not changed:
+        return f"{what}; they must follow from rows, parameters, buffers and draws: {draw}"
+    of_generators = any(isinstance(value, GENERATORS) for value in changed.values())
+    how = draw if of_generators else "make it a buffer (register_buffer), which is averaged and saved"
+    return f"{what}, because it changes its {some([*changed])}; {how}"
 
 
 def _described(value: Any) -> str:

@@ -18,6 +18,7 @@ from mpiml import vectors
 from mpiml.errors import ConfigError
 from mpiml.nn.base import Array
 from mpiml.nn.parameters import Init, Shape
+from mpiml.random import generator
 
 # What torch raises for rows that a module cannot take.
 WRONG = RuntimeError, ValueError, TypeError, IndexError, torch.jit.Error
@@ -68,6 +69,14 @@ def in_order(tensor: Tensor) -> Tensor:
         return tensor
     flat = tensor.reshape(-1)
     return (flat.clone() if flat.data_ptr() % vectors.ALIGNMENT else flat).view(tensor.shape)
+
+
+def drawn(size: Shape, dtype: torch.dtype) -> Tensor:
+    """Random numbers to try a module on, so that normalisations see other than constants; integers are 0 and 1."""
+    draw = generator(0, "trial")
+    if dtype.is_floating_point:
+        return torch.from_numpy(draw.standard_normal(size)).to(dtype)
+    return torch.from_numpy(draw.integers(0, 2, size))
 
 
 def is_whole(tensor: Tensor) -> bool:

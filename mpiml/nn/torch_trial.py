@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module
@@ -28,16 +26,16 @@ from mpiml.nn.torch_buffers import (
     differing,
     is_changed,
     marks,
+    raised,
     set_flags,
 )
-from mpiml.nn.torch_checks import output_shape, refuse_rows
+from mpiml.nn.torch_checks import not_repeated, output_shape, refuse_rows
 from mpiml.nn.torch_names import plain_name, some, uncompiled
-from mpiml.nn.torch_tensors import checksum, is_whole, naming
-from mpiml.random import Draws, generator
+from mpiml.nn.torch_tensors import checksum, drawn, is_whole, naming
+from mpiml.random import Draws
 
 ROWS = 2, 4  # rows in two calls: an axis of fixed length cannot have both lengths, so it is not taken for the rows
 Contents = tuple[int, torch.Size, torch.dtype]  # a checksum of values, their shape and type
-GENERATORS = np.random.Generator, np.random.RandomState, random.Random, torch.Generator
 
 
 @dataclass
@@ -128,11 +126,7 @@ class _Tried:
         return torch.zeros((rows, *self.shape), dtype=self.dtype)
 
     def drawn(self, rows: int) -> Tensor:
-        """Rows of random numbers, so that normalisations see other than constants."""
-        draw, size = generator(0, "trial"), (rows, *self.shape)
-        if self.dtype.is_floating_point:
-            return torch.from_numpy(draw.standard_normal(size)).to(self.dtype)
-        return torch.from_numpy(draw.integers(0, 2, size))
+        return drawn((rows, *self.shape), self.dtype)
 
     def call(self, source: Tensor, training: bool = True, key: int = 0, leaf: bool = True, learn: bool = True) -> _Call:
         """Forward, and if `learn` backward too, as training does it, or forward as evaluation does it. `leaf`: the rows
@@ -211,6 +205,7 @@ class _Tried:
         later = self.call(self.rows(ROWS[0]), key=1, learn=False)
         if first.changed != later.changed and not self.draws:
             self._refuse(self._kept_names())
+        self._check_counts()
         self._find_state(trial, [first, later, more, *calls])
         trial.draws, trial.redraws = frozenset(self.draws), frozenset(self.redraws)
         trial.writes_input = self.writes_input
@@ -251,13 +246,17 @@ class _Tried:
     def _refuse(self, changed: Sequence[str]) -> NoReturn:
         """Raise ConfigError for a module that gives other outputs when it is called again."""
         self.check_parameters()
-        draw = "draw from the generators of torch, numpy.random or random, which are keyed for each call"
-        what = f"{self.name} gives other outputs or gradients or buffers when it is called again with the same rows"
-        if not changed:
-            raise ConfigError(f"{what}; they must follow from rows, parameters, buffers and draws: {draw}")
-        of_generators = any(isinstance(attribute(self.module, name), GENERATORS) for name in changed)
-        how = draw if of_generators else "make it a buffer (register_buffer), which is averaged and saved"
-        raise ConfigError(f"{what}, because it changes its {some(changed)}; {how}")
+        raise ConfigError(not_repeated(self.name, {name: attribute(self.module, name) for name in changed}))
+
+    def _check_counts(self) -> None:
+        """Raise ConfigError if outputs depend on a number that each call changes, once it is high, as warmups have."""
+        outputs = set()
+        with suppress(Exception):
+            for count in (0, 10**6):
+                with raised(self.module, sorted(self.kept), count):
+                    outputs.add(self.call(self.drawn(ROWS[0]), learn=False).output)
+        if len(outputs) > 1:
+            self._refuse(sorted(self.kept))
 
     def _kept(self) -> list[str]:
         """A note on attributes that calls change or make, though the outputs do not depend on them. Tensors may be what

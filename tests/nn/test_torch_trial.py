@@ -65,6 +65,11 @@ def copied_at_times(self: Any, x: Any) -> Any:
     return self.linear(x)
 
 
+def rising(self: Any, x: Any) -> Any:
+    self.calls += 1
+    return self.linear(x) * min(1, 0.5 + self.calls // 1000)
+
+
 def made_when_called(self: Any, x: Any) -> Any:
     if not hasattr(self, "new"):
         self.new = torch.nn.Linear(4, 4, bias=False)
@@ -137,6 +142,7 @@ def table(self: Any, x: Any) -> Any:
             "changes linear.bias",
         ),
         (lambda: Calls(copied_at_times, b=torch.ones(2), calls=0), "or buffers.* because it changes its calls"),
+        (lambda: Calls(rising, calls=0), "other outputs .* because it changes its calls; make it a buffer"),
         (lambda: Calls(warming_up, b=torch.ones(2), calls=0), "or buffers.* because it changes its calls"),
         (
             lambda: Calls(lambda self, x: setattr(self, "b", self.b.repeat(2)) or self.linear(x), b=torch.ones(2)),
