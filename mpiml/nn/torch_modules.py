@@ -244,7 +244,10 @@ class TorchLayer(Layer):
         try:
             trial = attempt(self.module, self._flags, shape, self.dtype, self._name())
         except ValueError as error:
-            raise type(error)(f"{error}; its {cast}" if cast else str(error)) from error
+            if not cast:
+                raise
+            kind = ConfigError if isinstance(error, ConfigError) else ValueError
+            raise kind(f"{error}; its {cast}") from error
         trial.notes += [f"{self._name()}: its {cast}"] if cast else []
         return trial
 
