@@ -28,7 +28,19 @@ JOBS = ("mpiml.scaling.timing", "mpiml.predict.calibration")  # which those star
 TORCH = [  # need an extra, PyTorch: loaded only where it is
     *(
         f"mpiml.nn.torch_{name}"
-        for name in ("buffers", "checks", "inputs", "losses", "modules", "names", "parts", "state", "tensors", "trial")
+        for name in (
+            "buffers",
+            "checks",
+            "inputs",
+            "losses",
+            "modules",
+            "names",
+            "parts",
+            "stack",
+            "state",
+            "tensors",
+            "trial",
+        )
     ),
     "mpiml.examples.torch_resnet",
 ]

@@ -16,20 +16,19 @@ from torch import Tensor
 
 from mpiml.errors import ConfigError
 from mpiml.nn import torch_state
-from mpiml.nn.base import Array, At, Backward, Layer, check_shape, described, stack_shapes
+from mpiml.nn.base import Array, At, Backward, Layer, check_shape, described
 from mpiml.nn.parameters import Constant, Gradients, Parameter, Shape, Statistic
 from mpiml.nn.torch_buffers import Buffers, Flags, address, flags_of, set_flags
 from mpiml.nn.torch_checks import check_parameters, converted, types_besides
 from mpiml.nn.torch_inputs import INTEGERS, Inputs, split_inputs
 from mpiml.nn.torch_names import plain_name, some, uncompiled
 from mpiml.nn.torch_parts import Joined, is_module, parts_of
+from mpiml.nn.torch_stack import TorchStack, through
 from mpiml.nn.torch_tensors import (
     arrays,
     as_kind_of,
     as_real,
-    as_tensor,
     first_values,
-    in_order,
     is_whole,
     parts,
     prepare_torch,
@@ -87,7 +86,7 @@ class TorchLayer(Layer):
         return None if any(trial.redraws for trial in self._trials.values()) else TorchStack
 
     def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
-        return _through([self], x, at)
+        return through([self], x, at)
 
     def forward(self, x: Tensor, at: At) -> tuple[Tensor, dict[str, Array]]:
         """The module's outputs; and in training, what it makes of each buffer that it changes, times the rows."""
@@ -261,58 +260,6 @@ class TorchLayer(Layer):
 
     def _name(self) -> str:
         return f"{self.path}, {type(uncompiled(self.module)).__name__},".lstrip(", ")
-
-
-class TorchStack(Layer):
-    """Neighbouring modules of a stage, called as one layer."""
-
-    def __init__(self, layers: Sequence[TorchLayer]):
-        self.layers, self.path, self.needs_dx = layers, layers[0].path, layers[0].needs_dx
-
-    def inner(self) -> Sequence[Layer]:
-        return self.layers
-
-    def output_shape(self, shape: Shape) -> Shape:
-        return stack_shapes(self.layers, shape)[-1]
-
-    def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
-        return _through(self.layers, x, at)
-
-
-def _through(layers: Sequence[TorchLayer], x: Array, at: At) -> tuple[Array, Backward]:
-    """Call modules one after the other, and autograd back through all of them at once."""
-    first = layers[0]
-    wants_dx = first.needs_dx and not first.takes_ids(x)
-    source = y = as_tensor(x).requires_grad_(wants_dx and at.training)
-    observed: list[dict[str, Array]] = []
-    for layer in layers:
-        if layer is not first:
-            y = _boundary(y)
-        y, of_layer = layer.forward(y, at)
-        observed.append(of_layer)
-
-    def backward(dy: Array, grads: Gradients) -> Array | None:
-        for layer in layers:
-            layer.begin_backward()
-        if y.requires_grad:
-            with first.redrawn(x, at):
-                y.backward(as_tensor(dy))
-        for layer, of_layer in zip(layers, observed, strict=True):
-            layer.write(of_layer, grads)
-        if not wants_dx:
-            return None
-        return np.zeros_like(x) if source.grad is None else source.grad.to_dense().numpy()
-
-    return y.detach().numpy(), backward
-
-
-def _boundary(y: Tensor) -> Tensor:
-    """The tensor between two modules, in memory that is as `as_tensor` makes it where the model is cut into stages, and
-    so is its gradient: torch's bits depend on it."""
-    y = in_order(y)
-    if y.requires_grad:
-        y.register_hook(in_order)
-    return y
 
 
 def as_layers(

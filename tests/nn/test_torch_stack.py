@@ -11,7 +11,8 @@ from mpiml.nn import base as nn
 from mpiml.nn.parameters import Gradients, Layout
 
 torch = pytest.importorskip("torch")
-from mpiml.nn.torch_modules import TorchStack, as_layers  # noqa: E402
+from mpiml.nn.torch_modules import as_layers  # noqa: E402
+from mpiml.nn.torch_stack import TorchStack  # noqa: E402
 
 AT = nn.At(training=True, seed=3, step=5, microbatch=2)
 
