@@ -231,7 +231,7 @@ def _scored(
     values, problem = _placed(config, grid, layouts[grid.stage])
     with freed(values, grid.comm.size):
         _fill(values, grid, layouts, weights)
-        for note in [*stored.notes, *seen.notes, *([f"warning: {problem}"] if problem else [])]:
+        for note in [*stored.notes, *data.notes, *seen.notes, *([f"warning: {problem}"] if problem else [])]:
             if grid.comm.rank == 0:
                 say(note, sys.stderr)
         if not tests.split.labelled:

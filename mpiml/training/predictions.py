@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +74,7 @@ class Predictions:
         self.shape: Shape = (*task.labels, *several) if outputs else here.y_shape
         labels = outputs is not None and (classes or binary) and not probabilities
         self.dtype: DTypeLike = np.int64 if labels else here.dtype
-        self.words = task.words if labels and classes else ()
+        self.words = task.words if classes else ()
         self._kept: list[Rows] = []
         self._score, here.objective = here.objective, self._objective
 
@@ -105,8 +105,11 @@ class Predictions:
             clock("log")
             try:
                 with replacing(path, progress=clock.progress) as file:
-                    named = (words[array] for array in arrays) if words.size else arrays
-                    _write(file, path.suffix, named, (len(tests.split), *shape), words.dtype if words.size else dtype)
+                    rows = len(tests.split), *shape
+                    if words.size and not self._probabilities:
+                        _write(file, path.suffix, (words[array] for array in arrays), rows, words.dtype)
+                    else:
+                        _write(file, path.suffix, arrays, rows, dtype, words.tolist())
             finally:
                 for _ in arrays:  # whatever happened: others wait until their messages are taken
                     pass
@@ -131,7 +134,10 @@ class Predictions:
                 yield array
 
 
-def _write(file: Parts, suffix: str, arrays: Iterator[Rows], shape: Shape, dtype: DTypeLike) -> None:
+def _write(
+    file: Parts, suffix: str, arrays: Iterator[Rows], shape: Shape, dtype: DTypeLike, names: Sequence[str] = ()
+) -> None:
+    """Write rows of `shape`; `names` are those of a table's columns, if they have any."""
     if suffix == ".npy":
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
@@ -139,7 +145,7 @@ def _write(file: Parts, suffix: str, arrays: Iterator[Rows], shape: Shape, dtype
             file.write(array.tobytes())
         return
     rows, columns = shape[0], int(np.prod(shape[1:]))
-    names = ["prediction"] if len(shape) == 1 else [f"prediction{column}" for column in range(columns)]
+    names = names or (["prediction"] if len(shape) == 1 else [f"prediction{column}" for column in range(columns)])
     file.write((",".join(["row", *names]) + "\n").encode())
     lines = (line for array in arrays for line in array.reshape(len(array), columns).astype(str).tolist())
     for row, line in zip(range(rows), lines, strict=True):

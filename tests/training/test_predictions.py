@@ -63,6 +63,10 @@ def test_words_come_back_and_other_tables_are_matched_by_name(run: Path, capsys:
     assert np.mean(predicted == labels) == result["accuracy"]
     with open("p.csv", newline="") as file:
         assert [row["prediction"] for row in csv.DictReader(file)] == predicted.tolist()
+    scored(run, predictions="p.csv", probabilities=True)
+    with open("p.csv", newline="") as file:
+        table = [{word: float(value) for word, value in list(row.items())[1:]} for row in csv.DictReader(file)]
+    assert [max(row, key=lambda word: row[word]) for row in table] == predicted.tolist()
     inputs = [[float(flowers(30, 1)[name][row] or "nan") for name in ("long", "wide")] for row in range(30)]
     np.save("new.npy", inputs)  # no table, whose columns could be dropped
     scored(run, data="new.npy", predictions="q.npy")
