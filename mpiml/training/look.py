@@ -80,14 +80,8 @@ def look_at(
     everyones = team.allgather(team.together(naming(team, read)))
     for (split_, _, column), findings in zip(columns, zip(*everyones, strict=True), strict=True):
         source: Source = getattr(split_, column)
-        wrong = functools.partial(
-            problem,
-            data,
-            column,
-            classes=limits.get(column),
-            doubt=doubt and source is data.train.y,
-            trained_on=train is not None,
-        )
+        limit, ask = limits.get(column), doubt and source is data.train.y
+        wrong = functools.partial(problem, data, column, classes=limit, doubt=ask, trained_on=train is not None)
         _add(seen, data, column, source, _sound(grid, source, findings, wrong))
     return seen
 
@@ -101,7 +95,7 @@ def _add(seen: Seen, data: Dataset, column: str, source: Source, joined: Finding
     elif column == "y" and data.classification:
         seen.outputs = max(seen.outputs, highest + 1)
         if source is data.train.y and joined.lowest[0] == highest:
-            seen.notes.append(f"{source.name}: warning: all labels are {highest}, so that there is nothing to learn")
+            seen.notes.append(f"warning: {source.name}: all labels are {highest}, so that there is nothing to learn")
         if joined.masked:
             seen.notes.append(f"{source.name}: {joined.masked} labels are {seen.ignore} and do not count")
     elif source is data.train.y and not isinstance(source, ValueSource) and (note := taken_for_values(joined)):

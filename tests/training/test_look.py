@@ -92,7 +92,7 @@ def one_class(x: Any, y: Any) -> None:
 
 def test_a_single_class_is_a_warning(tmp_path: Path, capsys: Any) -> None:
     trained(tmp_path / "run", made(one_class))
-    assert "y_train: warning: all labels are 2, so that there is nothing to learn" in capsys.readouterr().out
+    assert "warning: y_train: all labels are 2, so that there is nothing to learn" in capsys.readouterr().out
     trained(tmp_path / "two", made())
     assert "nothing to learn" not in capsys.readouterr().out
 
