@@ -28,18 +28,19 @@ class Item(NamedTuple):
     label: Rows | None
 
     def kinds(self) -> list[tuple[str, tuple[int, ...]]]:
-        return [(name, part.shape) for name, part in zip([*self.names, "label"], self._arrays(), strict=False)]
+        return [(name, part.shape) for name, part in zip([*self.names, "label"], self.arrays(), strict=False)]
 
-    def _arrays(self) -> list[Rows]:
+    def arrays(self) -> list[Rows]:
+        """The inputs, then the label."""
         return [*self.parts, *([] if self.label is None else [self.label])]
 
     def same_as(self, other: Item) -> bool:
         """Whether both hold the same bytes."""
-        return [part.tobytes() for part in self._arrays()] == [part.tobytes() for part in other._arrays()]
+        return [part.tobytes() for part in self.arrays()] == [part.tobytes() for part in other.arrays()]
 
     def may_be(self, first: Item) -> bool:
         """Whether this item, of the same kinds, can be in the dtypes of another without a loss."""
-        pairs = zip(self._arrays(), first._arrays(), strict=True)
+        pairs = zip(self.arrays(), first.arrays(), strict=True)
         return all(np.can_cast(one.dtype, other.dtype, "same_kind") for one, other in pairs)
 
 
@@ -158,7 +159,7 @@ def _item(item: Any, labelled: bool, where: str) -> Item:
         return Item(*_inputs(item[0], where), _array(item[1], f"{where}: its label"))
     if labelled or isinstance(item, str | bytes):
         of = f" of {len(item)}" if isinstance(item, tuple | list) else ""
-        several = "; several inputs of a row are a dict or a tuple: ((a, b), y)" if len(of) else ""
+        several = "; several inputs of a row are a dict or a tuple: ((a, b), y)" if of else ""
         raise DataError(f"{where} is a {type(item).__name__}{of}, but must be (x, y), or a dict with a label{several}")
     return Item(*_inputs(item[0] if isinstance(item, tuple) and len(item) == 1 else item, where), None)
 
@@ -185,6 +186,5 @@ def _array(value: Any, where: str) -> Rows:
 
 
 def _described(item: Item) -> list[str]:
-    arrays = [*item.parts, *([] if item.label is None else [item.label])]
     names = [*(name or "x" for name in item.names), "label"]
-    return [f"{name} {array.shape} {array.dtype}" for name, array in zip(names, arrays, strict=False)]
+    return [f"{name} {array.shape} {array.dtype}" for name, array in zip(names, item.arrays(), strict=False)]
