@@ -25,7 +25,7 @@ DATA, MODEL, GRID, STEPS, OPTIMIZER, ARITHMETIC, RUN = (
 # Settings of one job: the next job of the same run has its own.
 OF_THE_JOB = ("out", "resume", "quiet", "time_limit", "trace")
 # May change when a run whose learning rate falls continues for more steps.
-FALLING = ("lr", "decay_steps")
+FALLING = ("lr", "decay_steps", "lr_floor")
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,14 @@ class Config:
     )
     held_out: float = setting(
         0.1, DATA, "fraction of the training rows to test on if there are no test rows; 0: none", low=0, below=1
+    )
+    validation: float = setting(
+        0.0,
+        DATA,
+        "fraction of the training rows, chosen by --seed, that is evaluated on in place of the test rows; these are "
+        "left to mpiml.evaluate",
+        low=0,
+        below=1,
     )
     token_dtype: str = setting("uint16", DATA, "type of the tokens in .bin files", choices=["uint16", "uint32"])
     normalize: bool = setting(
@@ -111,7 +119,22 @@ class Config:
         named=is_name,
     )
     init: str | None = setting(
-        None, MODEL, "checkpoint with the weights to begin with, at step 0", on_resume=True, metavar="FILE"
+        None,
+        MODEL,
+        "weights to begin with, at step 0: a checkpoint, a safetensors file with PyTorch's names and axes, or the "
+        "directory of a run: the best checkpoint that it keeps, else the newest",
+        on_resume=True,
+        metavar="FILE|DIR",
+    )
+    init_partial: bool = setting(
+        False, MODEL, "take from --init what fits by name and shape, and say what does not", on_resume=True
+    )
+    init_names: str | None = setting(
+        None,
+        MODEL,
+        "what the model's arrays are called in --init: TOML, one model-name = name-in-the-file a line, * for any text",
+        on_resume=True,
+        metavar="FILE",
     )
 
     pipe: int = setting(1, GRID, "pipeline stages; the number of replicas is ranks / stages", low=1, on_resume=True)
@@ -150,10 +173,35 @@ class Config:
     )
     lr: float | None = setting(None, OPTIMIZER, "peak learning rate (default: depends on the optimizer)", low=0)
     momentum: float = setting(0.9, OPTIMIZER, "coefficient of momentum and nesterov", low=0, below=1)
+    betas: tuple[float, ...] = setting(
+        (0.9, 0.999), OPTIMIZER, "coefficients of the moving averages of adam and adamw", low=0, below=1
+    )
     weight_decay: float | None = setting(None, OPTIMIZER, "decay of matrices (default: 0.01 for adamw, else 0)", low=0)
     warmup_steps: int = setting(0, OPTIMIZER, "steps in which the learning rate rises to its peak", low=0)
-    decay: str = setting("none", OPTIMIZER, "how the rate falls after its peak", choices=["none", "cosine", "step"])
+    decay: str = setting(
+        "none",
+        OPTIMIZER,
+        "how the rate falls after its peak",
+        choices=["none", "cosine", "step"],
+    )
     decay_steps: int | None = setting(None, OPTIMIZER, "step at which the decay ends (default: the last)", low=1)
+    lr_floor: float = setting(0.0, OPTIMIZER, "learning rate to which the decay falls", low=0)
+    lr_history: tuple[str, ...] = setting(
+        (), OPTIMIZER, "what a run that was extended has had before; is written by the run itself", metavar="TEXT,.."
+    )
+    rates: tuple[str, ...] = setting(
+        (),
+        OPTIMIZER,
+        "factors of the learning rate for parameters by name, * for any text: layers.0=0,head.*=10; 0: not trained",
+        metavar="PATTERN=X,..",
+    )
+    ema: float = setting(
+        0.0,
+        OPTIMIZER,
+        "evaluate an exponential moving average of the weights, this part of which stays in a step; 0: the weights",
+        low=0,
+        below=1,
+    )
     clip: float = setting(0.0, OPTIMIZER, "largest norm of the gradient; 0: no limit", low=0)
 
     seed: int = setting(0, ARITHMETIC, "seed of first weights, shuffling and dropout", low=0)
@@ -190,6 +238,15 @@ class Config:
         100, RUN, "steps between checkpoints, also after the last; 0: never", low=0, on_resume=True
     )
     keep: int = setting(3, RUN, "checkpoints that are kept, the newest", low=1, on_resume=True)
+    keep_best: int = setting(
+        0, RUN, "checkpoints that are kept besides, those of the best evaluations", low=0, on_resume=True
+    )
+    best: str = setting(
+        "loss", RUN, "what tells which evaluation is better: loss, or the metric's name", on_resume=True, metavar="NAME"
+    )
+    patience: int = setting(
+        0, RUN, "evaluations in a row without a better one after which training ends; 0: never", low=0, on_resume=True
+    )
     log_every: int = setting(10, RUN, "steps between lines of metrics.jsonl", low=1, on_resume=True)
     stall_timeout: float = setting(
         600.0, RUN, "end the job if a rank makes no progress for X seconds; 0: never", low=0, on_resume=True
@@ -233,41 +290,6 @@ class Config:
     def replace(self, **changes: Any) -> Config:
         """A copy with other values."""
         return dataclasses.replace(self, **changes)
-
-    def resumed(self, stored: Config) -> Config:
-        """The settings of a stored run, changed as this config asks.
-
-        Raises ConfigError for a change that would alter the run's arithmetic.
-        """
-        given = self.given or frozenset()
-        changes: dict[str, Any] = {name: getattr(self, name) for name in OF_THE_JOB} | {"given": given}
-        for field in settings():
-            value, was = getattr(self, field.name), getattr(stored, field.name)
-            if field.name not in given or value == was or (value == "auto" and field.name != "memory"):
-                continue
-            if not stored.may_become(field, value):
-                raise self.refusal(field.name, was)
-            changes[field.name] = value
-        if "epochs" in given:
-            changes["steps"] = None
-        if "pipe" in changes and "cuts" not in given:
-            changes["cuts"] = ()
-        return stored.replace(**changes)
-
-    def may_become(self, field: dataclasses.Field[Any], value: Any) -> bool:
-        """Whether this run may be resumed with another value of a setting."""
-        if field.name == "ignore":  # where it was not set, -1 was ignored, or did not occur
-            return self.ignore is None and value == -1
-        if field.name in FALLING:  # for more steps than before, which is checked when their number is known
-            return self.decay != "none"
-        return bool(field.metadata["on_resume"])
-
-    def refusal(self, name: str, was: Any) -> ConfigError:
-        """The error for a setting of a resumed run that must stay what it `was`."""
-        return ConfigError(
-            f"{flag(name)} {text(getattr(self, name))}: the run in {self.out} has {text(was)}, and another value would "
-            "change its results; leave the flag out, or start a new run with --init"
-        )
 
     def by_flag(self) -> dict[str, str]:
         """Every setting as text, under its flag."""
@@ -322,7 +344,8 @@ def _parser(program: str) -> ArgumentParser:
         prog=f"python -m {program}",
         usage=f"[mpirun -n RANKS] python -m {program} [settings]",
         description="Train a model on the ranks of an MPI job: data-parallel, layer-split (--pipe), or both.",
-        epilog="Example: mpirun -n 16 python -m mpiml.train --pipe 4",
+        epilog=f"[R]: a resumed run may have another value; also of {', '.join(map(flag, FALLING))} if its rate falls "
+        "(--decay) and it is to have more steps. Example: mpirun -n 16 python -m mpiml.train --pipe 4",
         argument_default=SUPPRESS,
         allow_abbrev=False,
     )

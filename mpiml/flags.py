@@ -63,18 +63,20 @@ def flag(name: str) -> str:
 
 
 def add_to(parser: ArgumentParser, settings: type) -> None:
-    """Give a parser the flags of a dataclass' settings, in their groups, and --config FILE."""
+    """Give a parser the flags of a dataclass' settings, in their groups, and --config FILE. The help marks those that a
+    resumed run may change by [R]."""
     parser.add_argument("--config", metavar="FILE", help="TOML file of settings, named as the flags, which override it")
     groups: dict[str, Any] = {}
     for field in fields(settings):
         about, group = field.metadata, field.metadata["group"]
         groups[group] = groups.get(group) or parser.add_argument_group(group)
+        mark = " [R]" if about["on_resume"] else ""
         if field.default is False:
-            groups[group].add_argument(flag(field.name), action="store_const", const="true", help=about["help"])
+            groups[group].add_argument(flag(field.name), action="store_const", const="true", help=about["help"] + mark)
             continue
         shown = f" (default: {text(field.default)})" if field.default not in (None, ()) else ""
         value = about["metavar"] or "|".join(_choices(field)) or _metavar(kinds(settings)[field.name])
-        groups[group].add_argument(flag(field.name), metavar=value, help=about["help"] + shown)
+        groups[group].add_argument(flag(field.name), metavar=value, help=about["help"] + shown + mark)
 
 
 def _choices(field: dataclasses.Field[Any]) -> list[str]:

@@ -14,6 +14,7 @@ import mpiml
 from mpiml.config import Config, from_toml, parse, settings
 from mpiml.errors import ConfigError
 from mpiml.flags import flag
+from mpiml.training.saved import resumed
 
 # For every setting another value than the default: as text, as TOML, and what it becomes.
 OTHERS = {
@@ -24,6 +25,7 @@ OTHERS = {
     "context": ("64", "64", 64),
     "arrays": ("x_train=a,y_train=b", '"x_train=a,y_train=b"', "x_train=a,y_train=b"),
     "held_out": ("0.2", "0.2", 0.2),
+    "validation": ("0.25", "0.25", 0.25),
     "token_dtype": ("uint32", '"uint32"', "uint32"),
     "normalize": ("", "true", True),
     "look": ("first", '"first"', "first"),
@@ -42,6 +44,8 @@ OTHERS = {
     "loss": ("mse", '"mse"', "mse"),
     "metric": ("my.metrics:F1", '"my.metrics:F1"', "my.metrics:F1"),
     "init": ("w.safetensors", '"w.safetensors"', "w.safetensors"),
+    "init_partial": ("", "true", True),
+    "init_names": ("names.toml", '"names.toml"', "names.toml"),
     "pipe": ("4", "4", 4),
     "cuts": ("1,3", "[1, 3]", (1, 3)),
     "schedule": ("gpipe", '"gpipe"', "gpipe"),
@@ -56,10 +60,15 @@ OTHERS = {
     "optimizer": ("nesterov", '"nesterov"', "nesterov"),
     "lr": ("0.004", "4e-3", 0.004),
     "momentum": ("0.8", "0.8", 0.8),
+    "betas": ("0.8,0.95", "[0.8, 0.95]", (0.8, 0.95)),
     "weight_decay": ("0.1", "0.1", 0.1),
     "warmup_steps": ("5", "5", 5),
     "decay": ("cosine", '"cosine"', "cosine"),
     "decay_steps": ("50", "50", 50),
+    "lr_floor": ("0.001", "1e-3", 0.001),
+    "lr_history": ("lr=0.1", '["lr=0.1"]', ("lr=0.1",)),
+    "rates": ("layers.0=0,head.*=10", '["layers.0=0", "head.*=10"]', ("layers.0=0", "head.*=10")),
+    "ema": ("0.99", "0.99", 0.99),
     "clip": ("1", "1", 1.0),
     "seed": ("3", "3", 3),
     "dtype": ("float64", '"float64"', "float64"),
@@ -73,6 +82,9 @@ OTHERS = {
     "resume": ("", "true", True),
     "save_every": ("9", "9", 9),
     "keep": ("1", "1", 1),
+    "keep_best": ("2", "2", 2),
+    "best": ("accuracy", '"accuracy"', "accuracy"),
+    "patience": ("5", "5", 5),
     "log_every": ("2", "2", 2),
     "stall_timeout": ("2.5", "2.5", 2.5),
     "time_limit": ("1:30:00", '"1:30:00"', "1:30:00"),
@@ -91,7 +103,13 @@ LAYOUT_AND_LOGGING |= {
     "trace",
     "look",
 }
-PLACES = {"data", "init"}  # of what the fingerprint tells, or of what only the first step needs
+LAYOUT_AND_LOGGING |= {"keep_best", "best", "patience"}
+PLACES = {
+    "data",
+    "init",
+    "init_partial",
+    "init_names",
+}  # of what the fingerprint tells, or of what only the first step needs
 every_setting = pytest.mark.parametrize("name", OTHERS)
 
 
@@ -141,7 +159,10 @@ def test_help_explains_it(capsys: pytest.CaptureFixture[str], name: str) -> None
     (field,) = (f for f in settings() if f.name == name)
     assert len(field.metadata["help"]) > 5
     assert f"\n  {flag(name)}" in out
-    assert " ".join(field.metadata["help"].split()) in " ".join(out.split())
+    text = " ".join(out.split())
+    assert " ".join(field.metadata["help"].split()) in text
+    (own,) = (option for option in out.split("\n  --") if option.split()[0] == flag(name)[2:])
+    assert ("[R]" in own) is (name in LAYOUT_AND_LOGGING | PLACES)
     if field.metadata["choices"] and len(field.metadata["choices"]) > 1:
         assert "|".join(field.metadata["choices"]) in out
 
@@ -269,7 +290,7 @@ def test_every_character_survives_toml() -> None:
 def test_a_resumed_run_may_change_layout_length_logging_and_places(name: str) -> None:
     before = Config(seed=8, microbatches=6, steps=30, pipe=2, cuts=(4,))
     asked = parse(["--resume", *as_flags(name)] + (["--out", "runs/a"] if name not in ("out", "resume") else []))
-    after = asked.resumed(before)
+    after = resumed(asked, before)
     assert getattr(after, name) == OTHERS[name][2]
     assert (after.seed, after.microbatches, after.resume, after.out) == (8, 6, True, "runs/a")
 
@@ -278,39 +299,39 @@ def test_a_resumed_run_may_change_layout_length_logging_and_places(name: str) ->
 def test_a_resumed_run_may_not_change_its_arithmetic(name: str) -> None:
     asked = parse(["--resume", "--out", "runs/a", *as_flags(name)])
     with pytest.raises(ConfigError, match=rf"^{flag(name)} {OTHERS[name][0]}.*: the run in runs/a has ") as error:
-        asked.resumed(Config())
+        resumed(asked, Config())
     assert "\n" not in str(error.value)
     same = Config().replace(**{name: OTHERS[name][2]})
-    assert getattr(asked.resumed(same), name) == OTHERS[name][2]  # saying what is so already is fine
+    assert getattr(resumed(asked, same), name) == OTHERS[name][2]  # saying what is so already is fine
 
 
 def test_a_resumed_run_may_say_that_it_ignores_what_it_does_not_have() -> None:
     """Or what it has always ignored: runs begun before there was this setting have no other way to go on."""
     asked = parse(["--resume", "--out", "a", "--ignore", "-1"])
-    assert asked.resumed(Config()).ignore == -1
+    assert resumed(asked, Config()).ignore == -1
     with pytest.raises(ConfigError, match="--ignore -1: the run in a has 255"):
-        asked.resumed(Config(ignore=255))
+        resumed(asked, Config(ignore=255))
 
 
 @pytest.mark.parametrize("name", ["lr", "decay_steps"])
 def test_a_resumed_run_whose_learning_rate_falls_may_be_given_another(name: str) -> None:
     asked = parse(["--resume", "--out", "a", *as_flags(name)])
-    assert getattr(asked.resumed(Config(decay="cosine")), name) == OTHERS[name][2]
+    assert getattr(resumed(asked, Config(decay="cosine")), name) == OTHERS[name][2]
 
 
 def test_a_resumed_run_keeps_what_is_not_said_even_where_it_is_not_the_default() -> None:
     stored = Config(batch=7, log_every=3, hidden=(4, 4), pipe=2, cuts=(2,))
-    assert parse(["--resume", "--out", "a"]).resumed(stored) == stored.replace(resume=True, out="a")
+    assert resumed(parse(["--resume", "--out", "a"]), stored) == stored.replace(resume=True, out="a")
     with pytest.raises(ConfigError, match="--batch 128: the run in a has 7"):  # the default, but said
-        parse(["--resume", "--out", "a", "--batch", "128"]).resumed(stored)
+        resumed(parse(["--resume", "--out", "a", "--batch", "128"]), stored)
 
 
 def test_other_stages_forget_the_old_cuts_and_epochs_the_old_steps() -> None:
     stored = Config(pipe=2, cuts=(2,), steps=30)
-    assert parse(["--resume", "--out", "a", "--pipe", "4"]).resumed(stored).cuts == ()
-    assert parse(["--resume", "--out", "a", "--pipe", "2"]).resumed(stored).cuts == (2,)
-    assert parse(["--resume", "--out", "a", "--epochs", "9"]).resumed(stored).steps is None
-    assert parse(["--resume", "--out", "a", "--steps", "9"]).resumed(stored).steps == 9
+    assert resumed(parse(["--resume", "--out", "a", "--pipe", "4"]), stored).cuts == ()
+    assert resumed(parse(["--resume", "--out", "a", "--pipe", "2"]), stored).cuts == (2,)
+    assert resumed(parse(["--resume", "--out", "a", "--epochs", "9"]), stored).steps is None
+    assert resumed(parse(["--resume", "--out", "a", "--steps", "9"]), stored).steps == 9
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from mpiml.run.result import Result, read_result, write_result
 from mpiml.team import Team
 from mpiml.training.resolve import absolute
 from mpiml.training.run import Run
-from mpiml.training.saved import CODE, settings_in, settings_of
+from mpiml.training.saved import CODE, resumed, settings_in, settings_of
 
 RUNNING: Result = {"status": "running", "exit_code": None, "reason": None, "rank": None}
 
@@ -40,7 +40,7 @@ def settings(asked: Config) -> tuple[Config, Config | None]:
         before = settings_of(newest, CODE, {name: getattr(asked, name) for name in asked.given or ()})
     else:
         return asked, None
-    cfg = asked.resumed(before)
+    cfg = resumed(asked, before)
     if absolute(cfg.data) != absolute(before.data) and environment.data(path) is None:
         raise DataError(
             f"--data {cfg.data}: the run in {path} has {before.data}, and without its {ENVIRONMENT} it is "

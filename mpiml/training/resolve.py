@@ -15,6 +15,7 @@ from mpiml.data.objects import dataset_of
 from mpiml.errors import ConfigError
 from mpiml.nn import optimizers
 from mpiml.parallel.tree import aligned
+from mpiml.training.saved import refusal
 from mpiml.training.task import Task
 from mpiml.usercode import is_name
 
@@ -182,7 +183,7 @@ def check_fall(config: Config, before: Config, steps: int) -> None:
     for name in FALLING:
         was = getattr(before, name)
         if getattr(config, name) != was and not longer:
-            raise config.refusal(name, was)
+            raise refusal(config, name, was)
     if longer and "decay_steps" not in (config.given or ()):
         low = {"cosine": "0", "step": "a hundredth"}[config.decay]
         raise ConfigError(

@@ -1,15 +1,17 @@
-"""Settings that a run has stored: those in its directory are the user's, those in a checkpoint are data."""
+"""Settings that a run has stored: those in its directory are the user's, those in a checkpoint are data. What a run
+that goes on may change of them."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from mpiml import documents
-from mpiml.config import Config, from_toml, settings
+from mpiml.config import FALLING, OF_THE_JOB, Config, from_toml, settings
 from mpiml.errors import ConfigError, OutputError
-from mpiml.flags import flag, from_table
+from mpiml.flags import flag, from_table, text
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.usercode import is_name
 
@@ -55,3 +57,41 @@ def settings_of(saved: Checkpoint, follow: Collection[str], named: Mapping[str, 
         flags = " ".join(f"{flag(name)} {text}" for name, text in unnamed.items())
         raise ConfigError(f"{saved.origin} names code, which is run only if you name it: repeat {flags}")
     return config.replace(**{name: value for name, value in given.items() if isinstance(value, str)})
+
+
+def resumed(asked: Config, stored: Config) -> Config:
+    """The settings of a stored run, changed as is asked.
+
+    Raises ConfigError for a change that would alter the run's arithmetic.
+    """
+    given = asked.given or frozenset()
+    changes: dict[str, Any] = {name: getattr(asked, name) for name in OF_THE_JOB} | {"given": given}
+    for field in settings():
+        value, was = getattr(asked, field.name), getattr(stored, field.name)
+        if field.name not in given or value == was or (value == "auto" and field.name != "memory"):
+            continue
+        if not may_become(stored, field, value):
+            raise refusal(asked, field.name, was)
+        changes[field.name] = value
+    if "epochs" in given:
+        changes["steps"] = None
+    if "pipe" in changes and "cuts" not in given:
+        changes["cuts"] = ()
+    return stored.replace(**changes)
+
+
+def may_become(stored: Config, field: dataclasses.Field[Any], value: Any) -> bool:
+    """Whether a stored run may be resumed with another value of a setting."""
+    if field.name == "ignore":  # where it was not set, -1 was ignored, or did not occur
+        return stored.ignore is None and value == -1
+    if field.name in FALLING:  # for more steps than before, which is checked when their number is known
+        return stored.decay != "none"
+    return bool(field.metadata["on_resume"])
+
+
+def refusal(asked: Config, name: str, was: Any) -> ConfigError:
+    """The error for a setting of a resumed run that must stay what it `was`."""
+    return ConfigError(
+        f"{flag(name)} {text(getattr(asked, name))}: the run in {asked.out} has {text(was)}, and another value would "
+        "change its results; leave the flag out, or start a new run with --init"
+    )

@@ -30,7 +30,7 @@ from mpiml.training.hold import Hold
 from mpiml.training.look import Known
 from mpiml.training.place import BuiltModel
 from mpiml.training.run import Run
-from mpiml.training.saved import settings_of
+from mpiml.training.saved import may_become, settings_of
 from mpiml.training.task import Seen
 
 PART = 1 << 22  # elements of a constant that are sent at once
@@ -212,7 +212,7 @@ def _check_same_run(cfg: Config, saved: Checkpoint) -> None:
     stored = settings_of(saved, (), {})
     for field in all_settings():
         now, was = getattr(cfg, field.name), getattr(stored, field.name)
-        if now != was and not stored.may_become(field, now):
+        if now != was and not may_become(stored, field, now):
             raise OutputError(
                 f"{saved.origin} has {flag(field.name)} {was}, but {CONFIG} {now}: they are of different runs, or "
                 f"{CONFIG} is damaged; if you remove it, --resume takes the checkpoint's settings"

@@ -16,13 +16,14 @@ from mpiml.data.shards import Shards
 from mpiml.data.sources import ArraySource
 from mpiml.errors import ConfigError, DataError
 from mpiml.training.resolve import absolute, check_rows, resolve, warnings, with_labels
+from mpiml.training.saved import resumed
 
 BEFORE = Config(decay="cosine", steps=20, decay_steps=20, lr=0.1, out="a", microbatches=1)
 
 
 def gone_on(before: Config = BEFORE, **asked: Any) -> Config:
     """What a run of 50 rows in steps of 128 goes on with."""
-    after = Config(resume=True, out="a", **asked).resumed(before)
+    after = resumed(Config(resume=True, out="a", **asked), before)
     return resolve(after, 50, True, 1, before)
 
 
