@@ -198,7 +198,8 @@ class Config:
     ema: float = setting(
         0.0,
         OPTIMIZER,
-        "evaluate an exponential moving average of the weights, this part of which stays in a step; 0: the weights",
+        "evaluate an exponential moving average of the weights, of which a step keeps this part (0.999, say); 0: the "
+        "weights themselves",
         low=0,
         below=1,
     )

@@ -1,4 +1,4 @@
-"""Reading small files of mpiml and texts in checkpoints as data, of whatever kind, size or depth they are.
+"""Reading small files of mpiml and what checkpoints hold as data, of whatever kind, size or depth they are.
 
 An OutputError says what is wrong, in one line that begins with the file's name.
 """
@@ -14,12 +14,15 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mpiml.errors import OutputError
 
+T = TypeVar("T")
+
 LARGEST = 1 << 26  # bytes of a small file: environment.json of 100,000 ranks has a third of this
 DEEPEST = 32  # levels of nesting: mpiml writes at most 5
+AVERAGE = "ema."  # begins the names of a checkpoint's arrays that are averages of weights
 INTEGERS = range(-(1 << 63), 1 << 63)  # of 64 bits, as in NumPy
 
 
@@ -61,6 +64,17 @@ def texts(text: str | bytes, origin: str) -> dict[str, str]:
     if not fits(value, dict[str, str]):
         raise OutputError(f"{origin} is damaged: it must hold texts by name, not {shown(value)}")
     return value
+
+
+def averaged(arrays: Mapping[str, T], origin: str) -> dict[str, T]:
+    """A checkpoint's arrays by name, with the average "ema.NAME" of a weight in the place of the weight NAME.
+
+    Raises OutputError, beginning with `origin`, if there are no averages.
+    """
+    averages = {name.removeprefix(AVERAGE): array for name, array in arrays.items() if name.startswith(AVERAGE)}
+    if not averages:
+        raise OutputError(f"{origin} has no average of the weights, as a run with --ema keeps one")
+    return {name: array for name, array in arrays.items() if not name.startswith(AVERAGE)} | averages
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -9,6 +9,7 @@ if __name__ == "__main__":
 
 import argparse
 import dataclasses
+import functools
 import sys
 from collections.abc import Sequence
 
@@ -52,6 +53,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(flag, type=_text, metavar=metavar, help=help)
     words = "write the probability of each class, or with --loss bce of 1, to --predictions"
     parser.add_argument("--probabilities", action="store_true", help=words)
+    words = "score the weights themselves, of a run with --ema too, whose evaluations are of their average"
+    parser.add_argument("--raw-weights", action="store_true", help=words)
     parser.add_argument("--pipe", type=whole(), default=1, metavar="N", help="pipeline stages (default: 1)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser.parse_args(arguments)
@@ -62,7 +65,7 @@ if __name__ == "__main__":
     start.start_mpi()
 
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +121,7 @@ def evaluate(
     arrays: str | None = None,
     predictions: str | None = None,
     probabilities: bool = False,
+    raw_weights: bool = False,
     pipe: int = 1,
     comm: MPI.Intracomm | None = None,
     model: Model | None = None,
@@ -136,6 +140,7 @@ def evaluate(
         predictions: a file to write to, .npy or .csv.
         probabilities: whether to write the probabilities of all classes, (rows, *labels, classes), or with --loss bce
             that of 1, in the labels' shape.
+        raw_weights: whether to score the weights themselves, not the average that a run with --ema keeps.
         pipe, comm: stages; the ranks, all of the job's by default.
         model: what the run was trained with, as `train` takes it, or its name, package.module:function.
         loss, metric: by name, as Config has them; by default as the run did.
@@ -147,28 +152,24 @@ def evaluate(
     team = Team(MPI.COMM_WORLD if comm is None else comm, Clock())
     reading = {"pipe": pipe, "label": label, "token_dtype": token_dtype, "held_out": held_out, "arrays": arrays}
     code = {"data": data, "model": model, "loss": loss, "metric": metric}
+    load = functools.partial(stored_model, run, checkpoint, reading, code, raw_weights)
     predicted, weights = Predicted(predictions, probabilities), list[Checkpoint]()  # weights on rank 0
     with Guard(team, PROGRAM) as guard:
         one_job.check_size(MPI.COMM_WORLD.size)
         team.check_alike(one_job.software())
-        stored = team.on_rank_0(lambda: _stored(run, checkpoint, reading, code, predicted, weights))
+        stored = team.on_rank_0(lambda: _stored(load, predicted, weights))
         team.together(lambda: check_ranks(team.size, pipe))
         with Watch(team.comm.Dup(), team.clock, stored.config.stall_timeout, guard.fail), np.errstate(all="ignore"):
             return _evaluate(stored, weights, data, reading, model, predicted, team)
 
 
 def _stored(
-    run: str | None,
-    file: str | None,
-    reading: Mapping[str, Any],
-    code: Mapping[str, Any],
-    predicted: Predicted,
-    weights: list[Checkpoint],
+    load: Callable[[], tuple[StoredModel, Checkpoint]], predicted: Predicted, weights: list[Checkpoint]
 ) -> StoredModel:
     """The model of a run or a file, which is added to `weights`; on rank 0. Raises ConfigError for predictions that
     cannot be written."""
     check_path(predicted)
-    stored, saved = stored_model(run, file, reading, code)
+    stored, saved = load()
     if predicted.probabilities and not (stored.task.classification or binary(stored.config, False)):
         raise ConfigError("--probabilities: the run is a regression, which has none")
     weights.append(saved)

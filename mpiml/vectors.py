@@ -82,6 +82,7 @@ class Operands:
     scratch: tuple[Vector, Vector]  # to be overwritten; the first may be `total`
     total: Vector  # the gradient, summed over the batch
     decays: bool  # whether weight decay applies
+    average: Vector | None = None  # of the values over the steps so far, if one is kept; changed in place
 
 
 def average(on: Operands, rows: int, momentum: float) -> None:
@@ -92,6 +93,11 @@ def average(on: Operands, rows: int, momentum: float) -> None:
         np.divide(on.total, rows, out=value)
         return
     np.multiply(on.total, 1.0 / rows, out=mean)
-    np.subtract(mean, value, out=mean)
-    np.multiply(mean, momentum, out=mean)
-    np.add(value, mean, out=value)
+    approach(value, mean, momentum, mean)
+
+
+def approach(average: Vector, value: Vector, part: float, scratch: Vector) -> None:
+    """average += part * (value - average). Overwrites `scratch`, which may be `value`."""
+    np.subtract(value, average, out=scratch)
+    np.multiply(scratch, part, out=scratch)
+    np.add(average, scratch, out=average)

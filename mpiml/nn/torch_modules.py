@@ -280,17 +280,17 @@ def as_layers(
     return [TorchLayer(part, dtype, flags) if is_module(part) else part for part in parts]
 
 
-def load_into(model: T, path: str | Path) -> T:
-    """Copies a checkpoint into the model's torch modules: weights, parameters that require no gradient, and persistent
-    buffers. Returns the model.
+def load_into(model: T, path: str | Path, average: bool = False) -> T:
+    """Copies a checkpoint into the model's torch modules: weights or, if `average`, the average of them that a run with
+    --ema keeps; parameters that require no gradient, and persistent buffers. Returns the model.
 
     `model` is what the function returns that the run's --model names. Buffers that are not persistent are in no
     checkpoint; they are compared with those of the run.
 
     Raises ValueError for another model's checkpoint, naming what is missing, has another shape or other values; the
-    model is then unchanged. OutputError if it is not a file.
+    model is then unchanged. OutputError if it is not a file, or has no average.
     """
-    saved, parts, pairs = torch_state.read(path), parts_of(model), list[torch_state.Pair]()
+    saved, parts, pairs = torch_state.read(path, average), parts_of(model), list[torch_state.Pair]()
     for index, part in enumerate(parts):
         if is_module(part):
             pairs += saved.pairs(part, f"layers.{index}.")

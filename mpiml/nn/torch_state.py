@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpiml.documents import check_regular, texts
+from mpiml.documents import AVERAGE, averaged, check_regular, texts
 from mpiml.nn.parameters import ARRAY, Constant
 from mpiml.nn.torch_names import plain_name
 from mpiml.nn.torch_tensors import arrays, parts, plain
@@ -92,14 +92,17 @@ class SavedState:
         return ValueError(f"{self.path} is of another model: {name} is {difference}")
 
 
-def read(path: str | Path) -> SavedState:
-    """The model's arrays in a checkpoint, which is not verified. Raises OutputError if it is not a file."""
+def read(path: str | Path, average: bool) -> SavedState:
+    """The model's arrays in a checkpoint, which is not verified; if `average`, with averages in the place of weights.
+    Raises OutputError if it is not a file, or has no averages."""
     import safetensors
 
     check_regular(Path(path))
+    kinds = ("layers.", AVERAGE) if average else ("layers.",)
     with safetensors.safe_open(path, framework="numpy") as file:
-        held = {name: file.get_tensor(name) for name in file.keys() if name.startswith("layers.")}  # noqa: SIM118
+        held = {name: file.get_tensor(name) for name in file.keys() if name.startswith(kinds)}  # noqa: SIM118
         entries = (file.metadata() or {}).get("constants")
+    held = averaged(held, str(path)) if average else held
     constants = texts(entries, f"{path}: constants") if entries else None
     trained = next((array.dtype for name, array in held.items() if name not in (constants or {})), np.float32)
     return SavedState(str(path), held, constants, torch.from_numpy(np.empty(0, trained)).dtype)

@@ -13,6 +13,7 @@ from mpiml.team import allgather, wait
 from mpiml.vectors import Vector
 
 VALUES = "values"
+AVERAGE = "ema"  # of the values over the steps
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,16 @@
-"""The update: sum, divide, clip and optimize, piece by piece while each is in cache."""
+"""The update: sum, divide, clip, optimize and average, piece by piece while each is in cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
 
 from mpiml import vectors
+from mpiml.errors import known_to_all
 from mpiml.parallel.gradient_sum import GradientSum
 from mpiml.parallel.slices import Piece, place
+from mpiml.parallel.state import AVERAGE
 from mpiml.team import Team, allgather, wait
 from mpiml.vectors import Operands, Vector
 
@@ -24,26 +27,42 @@ class Optimizer(Protocol):
 class Update:
     """Updates the values of a stage by the summed gradient; collective over all ranks of the run.
 
+    With `ema` it keeps an exponential moving average of what the optimizer changes: after step t, the sum over all
+    steps s up to t of ema^(t - s) times the values after s, divided by the sum of these factors. So after
+    the first step it is the values themselves: those before it do not count.
+    Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", SIAM J. Control Optim. 30, 1992; the
+    division as in Adam (Kingma and Ba, ICLR 2015).
+
     Args:
         team: all ranks of the run, for the norm.
         replica: of this rank.
         sum_: of this stage.
         clip: the largest norm that the gradient may have; 0 for no limit.
         rows: (step) -> its rows over all replicas; for running averages.
+        ema: the part of the average that stays in a step; 0 for no average.
 
     Attributes:
-        states: the optimizer's state vectors by name, for the parts that this replica holds, one after another.
+        states: the optimizer's state vectors and the average by name, for the parts that this replica holds, one after
+            another.
         finite: whether all values that this rank computed in its last step are finite.
     """
 
     def __init__(
-        self, team: Team, replica: int, sum_: GradientSum, optimizer: Optimizer, clip: float, rows: Callable[[int], int]
+        self,
+        team: Team,
+        replica: int,
+        sum_: GradientSum,
+        optimizer: Optimizer,
+        clip: float,
+        rows: Callable[[int], int],
+        ema: float = 0.0,
     ):
         self.comm, self.clock, self.sum, self.optimizer, self.clip = team.comm, team.clock, sum_, optimizer, clip
-        self.rows, self.finite, self.pieces = rows, True, sum_.values.pieces
+        self.rows, self.ema, self.finite, self.pieces = rows, ema, True, sum_.values.pieces
         dtype = sum_.values.vector.dtype
         size = sum(stop - start for start, stop in sum_.values.held)
-        self.states = {name: vectors.zeros(size, dtype) for name in optimizer.states}
+        names = (*optimizer.states, AVERAGE) if ema else optimizer.states
+        self.states = {name: vectors.zeros(size, dtype) for name in names}
         self._kept = [sum_.slots[0][piece.start : piece.stop] for piece in self.pieces]
         longest = max((piece.stop - piece.start for piece in self.pieces), default=0)
         scratch = [vectors.empty(longest, dtype) for _ in range(2)]
@@ -57,10 +76,12 @@ class Update:
         """Do step number `step`, from 1 on, with learning rate `rate`, on a batch whose weights sum to `weight`.
 
         Returns the norm of the mean gradient before clipping if `measure` or if there is clipping, else None. If it is
-        not finite, or if `weight` is 0, no value has changed.
+        not finite, or if `weight` is 0, no value has changed. The average counts this step all the same.
         """
         if not weight:
             self.sum.drop()
+            for on in self._operands:
+                self._average(on, step)
             return 0.0
         self.clock("communication")
         self.sum.start()
@@ -78,6 +99,7 @@ class Update:
             on.total = self.sum.total(index, on.scratch[0]) if norm is None else self._kept[index]
             if piece.momentum is None:
                 self.optimizer.update(on, scale, rate, step)
+                self._average(on, step)
             else:
                 vectors.average(on, self.rows(step), piece.momentum)
             finite = finite and vectors.is_finite(on.value)
@@ -86,11 +108,51 @@ class Update:
         self.sum.publish()
         return norm
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """In a block all values are their averages, if there are any; collective. After it they are what they were, but
+        not if one rank fails alone, because the others do not come here then."""
+        self._exchange()
+        try:
+            yield
+        except BaseException as error:
+            if known_to_all(error, self.comm.size):
+                self._exchange()
+            raise
+        self._exchange()
+
+    def _exchange(self) -> None:
+        """Put values in the place of averages and averages in the place of values."""
+        if not self.ema:
+            return
+        values = self.sum.values
+        with self.clock.booked("evaluation"):
+            self.clock("communication")
+            values.memory.barrier()  # ranks that share the values may still compute with them
+            self.clock("update")
+            for on in self._operands:
+                if on.average is not None:
+                    spare, _ = on.scratch
+                    spare[...] = on.value
+                    on.value[...] = on.average
+                    on.average[...] = spare
+            self.clock("communication")
+            values.publish()
+
+    def _average(self, on: Operands, step: int) -> None:
+        """Count the values of a piece after a step in their average."""
+        if on.average is not None:
+            vectors.approach(on.average, on.value, (1.0 - self.ema) / (1.0 - self.ema**step), on.scratch[0])
+
     def _operands_of(self, piece: Piece, grad: Vector, spare: Vector) -> Operands:
         length, where = piece.stop - piece.start, place(self.sum.values.held, piece.start, piece.stop)
-        states = [state[where] for state in self.states.values()]
-        scratch = grad[:length], spare[:length]
-        return Operands(self.sum.values.vector[piece.start : piece.stop], states, scratch, scratch[0], piece.decay)
+        states = {name: state[where] for name, state in self.states.items()}
+        average = states.pop(AVERAGE, None)
+        value, scratch = self.sum.values.vector[piece.start : piece.stop], (grad[:length], spare[:length])
+        operands = Operands(value, list(states.values()), scratch, scratch[0], piece.decay)
+        if piece.momentum is None:
+            operands.average = average
+        return operands
 
     def _norm(self) -> float:
         """The norm of the summed gradient over all stages; the sum is kept in this replica's first slot."""

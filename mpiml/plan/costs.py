@@ -140,7 +140,7 @@ def stage_memory(job: Job, stage: int, row_bytes: float) -> StageMemory:
     """What a stage holds if it keeps `row_bytes` for each row of a micro-batch in flight."""
     layout, sums = job.stages[stage].layout, traffic(job, stage)
     vector = bytes_of(layout.size, layout.dtype)
-    states = len(optimizers.build(job.config.optimizer, 0.0, 0.0).states)
+    states = len(optimizers.build(job.config.optimizer, 0.0, 0.0).states) + (job.config.ema > 0)
     passes = map(job.passes, range(job.replicas))
     flights = np.array([in_flight(job.config.schedule, len(job.stages), stage, count) for count in passes])
     return StageMemory(

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpiml.clock import unwatched
-from mpiml.documents import check_regular, shown, texts
+from mpiml.documents import AVERAGE, check_regular, shown, texts
 from mpiml.errors import NotFiniteError, OutputError
 from mpiml.run.directory import PART, named_errors, replacing
 
@@ -32,7 +32,7 @@ DIGITS = 18  # the most that a step's number has
 KINDS = {"F": ("float", (16, 32, 64)), "I": ("int", (8, 16, 32, 64)), "U": ("uint", (8, 16, 32, 64))}
 DTYPES = {f"{kind}{bits}": f"{name}{bits}" for kind, (name, sizes) in KINDS.items() for bits in sizes}
 DTYPES |= {"BOOL": "bool"}  # by their names in safetensors
-BESIDE = ("optimizer.", "data.")  # prefixes of names of arrays that are not the model's
+BESIDE = ("optimizer.", "data.", AVERAGE)  # prefixes of names of arrays that are not the model's
 
 
 class Header(NamedTuple):
@@ -48,7 +48,8 @@ class Checkpoint:
     """A run's state after a step.
 
     Attributes:
-        arrays: parameters and constants ("layers.3.weight"), optimizer state ("optimizer.mean.layers.3.weight").
+        arrays: parameters and constants ("layers.3.weight"), averages of parameters ("ema.layers.3.weight"), optimizer
+            state ("optimizer.mean.layers.3.weight").
         config: the run's settings, as TOML.
         task: what the data set requires of the model, as JSON; empty if unknown.
         constants: the entry of each of the model's constants, by name: "array" if it is one of these, else a checksum;
@@ -83,7 +84,7 @@ def digest(arrays: Iterable[tuple[str, Array]], progress: Progress = unwatched) 
 
 
 def is_of_model(name: str) -> bool:
-    """Whether an array of a checkpoint is the model's, or normalises its inputs, and so is no optimizer state."""
+    """Whether an array of a checkpoint is the model's, an average or not, or normalises its inputs."""
     return not name.startswith("optimizer.")
 
 
@@ -226,7 +227,7 @@ def kinds_of(arrays: Arrays) -> dict[str, Kind]:
 def check_kinds(origin: str, saved: Mapping[str, Kind], needed: Mapping[str, Kind]) -> None:
     """Raise OutputError unless a checkpoint's arrays are those of a model, by name, dtype and shape.
 
-    It may have optimizer state and normalisation that are not needed.
+    It may have optimizer state, averages and normalisation that are not needed.
     """
     for name, kind in needed.items():
         if name not in saved:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mpiml.documents import averaged
 from mpiml.nn.base import Layer, everything, parameters
 from mpiml.nn.parameters import Shape
 from mpiml.run import checkpoint
@@ -14,7 +15,7 @@ from mpiml.training.saved import settings_of
 from mpiml.training.task import Task
 
 
-def trained(file: str | Path, model: Model | None = None) -> tuple[list[Layer], Shape]:
+def trained(file: str | Path, model: Model | None = None, average: bool = False) -> tuple[list[Layer], Shape]:
     """The layers of a checkpoint's model with its weights and constants, and the shape of an input row.
 
     Needs no MPI: `y, _ = forward(layers, x, At(training=False))` computes outputs. What --fill and --normalize do to
@@ -24,10 +25,14 @@ def trained(file: str | Path, model: Model | None = None) -> tuple[list[Layer], 
     Args:
         model: what the run was trained with, as `train` takes it, or its name, package.module:function. A model that is
             the user's own must be given: a checkpoint is data, and code that it names is not run.
+        average: whether to take the average of the weights that a run with --ema keeps, in place of the weights.
 
-    Raises OutputError for a checkpoint that is damaged or of another model, ConfigError for one that needs `model`.
+    Raises OutputError for a checkpoint that is damaged, of another model or without the average, ConfigError for one
+    that needs `model`.
     """
     saved = checkpoint.load(Path(file), checkpoint.is_of_model)
+    if average:
+        saved.arrays = averaged(saved.arrays, saved.origin)
     task, config = Task.of_checkpoint(saved), settings_of(saved, ("model",), {"model": model})
     layers = model_for(config, task, None if isinstance(model, str) else model)
     constants = Constants.of(layers)
@@ -38,7 +43,7 @@ def trained(file: str | Path, model: Model | None = None) -> tuple[list[Layer], 
     return layers, task.shape
 
 
-def torch_state_dict(file: str | Path, model: Model | None = None) -> dict[str, Any]:
+def torch_state_dict(file: str | Path, model: Model | None = None, average: bool = False) -> dict[str, Any]:
     """The weights as torch tensors, as mpiml.nn.export.to_torch names and orders them; of torch modules their own state
     dicts, with buffers and parameters that require no gradient. Arguments as of `trained`."""
     import torch
@@ -46,7 +51,7 @@ def torch_state_dict(file: str | Path, model: Model | None = None) -> dict[str, 
     from mpiml.nn.export import to_torch
     from mpiml.nn.torch_modules import TorchLayer
 
-    layers, shape = trained(file, model)
+    layers, shape = trained(file, model, average)
     arrays = to_torch(layers, {p.name: p.value for p in parameters(layers)}, shape)
     modules = {
         f"{layer.path}.".removeprefix("layers."): layer for layer in everything(layers) if isinstance(layer, TorchLayer)

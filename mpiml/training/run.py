@@ -99,12 +99,14 @@ class Run:
         return log.Step(step, self.epoch(step), record.mean_loss, score, rate, norm, seconds, record.stop)
 
     def evaluate(self, step: int, stop: Callable[[], bool]) -> log.Evaluation | None:
-        """Score the test rows with the weights after a step; collective. None if `stop` has said so meanwhile.
+        """Score the test rows with the weights after a step, or with their average if the run keeps one; collective.
+        None if `stop` has said so meanwhile.
 
         Raises NotFiniteError, on all ranks alike, if the loss is not finite.
         """
         tests, metric = self.data.tests, self.model.metric
-        record = tests.score(self.stage, metric, self.grid.team.clock, step, stop)
+        with self.update.averaged():
+            record = tests.score(self.stage, metric, self.grid.team.clock, step, stop)
         if record is None:
             return None
         score = metric.value(record.metric)
@@ -187,7 +189,7 @@ def assemble(
     team.together(lambda: layout.initialise(values.vector, config.seed, memory.rank, memory.ranks))
     computation = dataclasses.replace(computation, gradients=gradients(layout, sum_))
     optimizer = optimizers.build(config.optimizer, config.momentum, config.weight_decay)
-    update = Update(team, grid.replica, sum_, optimizer, config.clip, rows.shards.rows_of)
+    update = Update(team, grid.replica, sum_, optimizer, config.clip, rows.shards.rows_of, config.ema)
     return Run(
         config=config,
         grid=grid,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mpiml import documents
 from mpiml.config import Config
 from mpiml.config import settings as all_settings
 from mpiml.data.dataset import Dataset
@@ -17,7 +18,7 @@ from mpiml.data.preparation import Preparation
 from mpiml.errors import DataError, OutputError
 from mpiml.flags import flag
 from mpiml.nn.parameters import Layout, Parameter, Shape
-from mpiml.parallel.state import VALUES
+from mpiml.parallel.state import AVERAGE, VALUES
 from mpiml.run import checkpoint, environment
 from mpiml.run.checkpoint import Checkpoint, Progress
 from mpiml.run.deadline import Deadline
@@ -220,7 +221,8 @@ def _check_same_run(cfg: Config, saved: Checkpoint) -> None:
 
 
 def to_arrays(layouts: Sequence[Layout], stages: Sequence[Mapping[str, Any]], *names: str) -> dict[str, Any]:
-    """All stages' vectors as arrays: weights under their names, state NAME as optimizer.NAME.(weight's name)."""
+    """All stages' vectors as arrays: weights under their names, their average as ema.(weight's name), state NAME as
+    optimizer.NAME.(weight's name)."""
     arrays: dict[str, Any] = {}
     for vector in names:
         for layout, vectors_of_stage in zip(layouts, stages, strict=True):
@@ -240,8 +242,9 @@ def needed_kinds(layouts: Sequence[Layout], names: Sequence[str]) -> dict[str, c
 
 
 def _names(layout: Layout, vector: str) -> dict[Parameter, str]:
-    """What the arrays of a vector are called in a checkpoint. Statistics, which no optimizer changes, have no state."""
-    prefix = "" if vector == VALUES else f"optimizer.{vector}."
+    """What the arrays of a vector are called in a checkpoint. Statistics, which no optimizer changes, have no state and
+    no average of this kind."""
+    prefix = {VALUES: "", AVERAGE: documents.AVERAGE}.get(vector, f"optimizer.{vector}.")
     return {p: prefix + p.name for p in layout.parameters if vector == VALUES or p.momentum is None}
 
 

@@ -16,6 +16,7 @@ from mpiml.data.fingerprint import difference
 from mpiml.data.inputs import inputs_of, shapes
 from mpiml.data.preparation import Preparation
 from mpiml.data.sources import Zeros
+from mpiml.documents import averaged
 from mpiml.errors import ConfigError, DataError, OutputError
 from mpiml.run import checkpoint as checkpoints
 from mpiml.run import environment
@@ -39,9 +40,10 @@ class StoredModel:
 
 
 def stored_model(
-    run: str | None, file: str | None, asked: Mapping[str, Any], named: Mapping[str, Any]
+    run: str | None, file: str | None, asked: Mapping[str, Any], named: Mapping[str, Any], raw: bool = False
 ) -> tuple[StoredModel, Checkpoint]:
-    """The model of a run's newest checkpoint or of `file`, and that checkpoint without optimizer state; on rank 0.
+    """The model of a run's newest checkpoint or of `file`, and that checkpoint without optimizer state; on rank 0. If
+    the run keeps an average of its weights, that is in their place, unless the `raw` weights are asked for.
 
     Settings that are asked for, and not None, take the place of the run's; `named` are those that may name code.
     """
@@ -70,6 +72,9 @@ def stored_model(
     )
     preparations = storage.preparations(saved, config, task.shape)
     notes = [f"warning: skipped {problem}" for problem in problems]
+    if config.ema and not raw:
+        saved.arrays = averaged(saved.arrays, saved.origin)
+        notes.append(f"the average of the weights is scored, as in the run (--ema {config.ema}; see --raw-weights)")
     return StoredModel(config, saved.step, task, preparations, path, notes), saved
 
 

@@ -1,12 +1,15 @@
 """The update on any number of ranks has the bits of a serial one, and changes nothing where it must not."""
 
 import math
+import time
 
 import numpy as np
 import pytest
 from mpi4py import MPI
 
+from mpiml import vectors
 from mpiml.clock import Clock
+from mpiml.errors import RunError
 from mpiml.nn import optimizers
 from mpiml.nn.parameters import Layout, Parameter, Statistic, constant
 from mpiml.parallel.gradient_sum import LibrarySum, OrderedSum
@@ -86,6 +89,95 @@ def test_update_has_the_bits_of_a_serial_one(name: str, clip: float, bucket: int
             held = [serial.states[key][start:stop].tobytes() for start, stop in sum_.values.held]
             good.append(state.tobytes() == b"".join(held))
     assert all(good)
+
+
+EMA = 0.75
+WEIGHTS = [0.0, 3.0, 2.0, 0.0]  # of steps
+AVERAGED = [(OrderedSum, "private"), (OrderedSum, "shared"), (OrderedSum, "nodes"), (LibrarySum, "private")]
+
+
+def averaging(kind: type, where: str, dtype: str = "float32") -> tuple[Update, list[Array]]:
+    """An update that keeps an average, after some steps, of which the first and the last have no rows; the values after
+    each of them."""
+    layout = with_averages("small", dtype)
+    sum_ = make(kind, layout, 16, where=where)
+    optimizer = optimizers.build("momentum", 0.9, 0.1)
+    update = Update(Team(WORLD, Clock()), WORLD.rank, sum_, optimizer, 0.0, ROWS, EMA)
+    if sum_.values.memory.rank == 0:
+        sum_.values.vector[...] = scattered(layout, 99) + 0.0  # no padding of -0.0
+    sum_.values.memory.barrier()
+    values = []
+    for step, weight in enumerate(WEIGHTS, start=1):
+        feed(sum_, [scattered(layout, step, m) if weight else layout.zeros() for m in range(16)])
+        update.step(0.1, weight, step, False)
+        values.append(sum_.values.vector.copy())
+    return update, values
+
+
+def whole_average(update: Update) -> Array:
+    """The average of all values of a stage, from those who hold it."""
+    values, whole = update.sum.values, np.zeros_like(update.sum.values.vector)
+    for piece, on in zip(update.pieces, update._operands, strict=True):
+        if on.average is not None:
+            whole[piece.start : piece.stop] = on.average
+    if values.comm.size > 1:
+        values.comm.Allreduce(MPI.IN_PLACE, whole)  # where others hold a part there are zeros
+    return whole
+
+
+@pytest.mark.parametrize(("kind", "where"), AVERAGED)
+def test_the_average_is_the_weighted_mean_of_the_values_after_all_steps(kind: type, where: str) -> None:
+    """Of what the optimizer changes; a step without rows counts as every step."""
+    update, values = averaging(kind, where)
+    blocks = with_averages("small", "float32").blocks()
+    optimized = np.zeros(values[0].size, bool)
+    for block in blocks:
+        optimized[block.start : block.stop] = block.momentum is None
+    found = whole_average(update)
+    weights = [EMA ** (len(values) - step) for step in range(1, len(values) + 1)]
+    expected = sum(w * v.astype("f8") for w, v in zip(weights, values, strict=True)) / sum(weights)
+    np.testing.assert_allclose(found, np.where(optimized, expected, 0), rtol=1e-5, atol=1e-5)
+    serial = np.zeros_like(found)
+    for step, value in enumerate(values, start=1):
+        serial += (value * optimized - serial) * ((1 - EMA) / (1 - EMA**step))
+    assert found.tobytes() == serial.tobytes()
+
+
+def test_the_average_of_one_step_is_its_values() -> None:
+    value, average = scattered(layout_of("small", "float32"), 1), layout_of("small", "float32").zeros()
+    vectors.approach(average, value, (1 - EMA) / (1 - EMA**1), np.empty_like(value))
+    np.testing.assert_array_equal(average, value)
+
+
+@pytest.mark.parametrize(("kind", "where"), [*AVERAGED, (OrderedSum, "fenced")])
+@pytest.mark.parametrize("error", [None, RunError("of all").on_all_ranks()])
+def test_values_are_their_averages_for_a_while(kind: type, where: str, error: RunError | None) -> None:
+    """On every rank until the last one needs them no more; then they are what they were, bit for bit, even if all ranks
+    leave by an error."""
+    update, (*_, values) = averaging(kind, where)
+    average, good = whole_average(update), []
+    expected = np.where(average == 0, values, average)  # running averages stay
+    for late in (0, WORLD.size - 1):
+        try:
+            with update.averaged():
+                time.sleep(0.02 * (WORLD.rank == late))
+                good.append(update.sum.values.vector.tobytes() == expected.tobytes())
+                if error:
+                    raise error
+        except RunError as raised:
+            assert raised is error
+        good.append(update.sum.values.vector.tobytes() == values.tobytes())
+        good.append(whole_average(update).tobytes() == average.tobytes())
+        WORLD.Barrier()
+    assert all(good)
+
+
+def test_a_rank_that_fails_alone_waits_for_nobody() -> None:
+    """To change the values back would need the others, which know nothing of it."""
+    update, (*_, values) = averaging(LibrarySum, "private")
+    with pytest.raises(ZeroDivisionError), update.averaged():
+        raise ZeroDivisionError
+    assert (update.sum.values.vector.tobytes() == values.tobytes()) is (WORLD.size == 1)
 
 
 @pytest.mark.parametrize("kind", [OrderedSum, LibrarySum])
