@@ -324,6 +324,7 @@ FEATURES = {
     # Most micro-batches are empty, and steps whose only row does not count change nothing.
     "averages-of-a-row": Feature(f"{AVERAGES} --batch 1", write=images),
     "averages-cnn": Feature(f"{AVERAGES} --model cnn", write=images),
+    "ema": Feature(f"{AVERAGES} --model cnn --batch 1 --ema 0.8", write=images),
     "own": Feature(f"{OWN_FLAGS} --microbatches 6", write=own),
     "own-whole": Feature(f"{OWN_FLAGS} --microbatches 1", (), own),
     "binary": Feature(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mpiml.config import Config
+from mpiml.config import parse as parse_settings
 from mpiml.data.dataset import Dataset, open_dataset
 from mpiml.errors import ConfigError, DataError, NotFiniteError, OutputError
 from mpiml.evaluate import evaluate, parse, text
@@ -23,9 +24,10 @@ from tests.conftest import Job, launch
 
 pytestmark = pytest.mark.contract
 
-FLAGS = "--steps 30 --microbatches 4 --hidden 24,16 --normalize --dropout 0.1 --eval-every 10 --save-every 10"
+RAW = "--steps 30 --microbatches 4 --hidden 24,16 --normalize --dropout 0.1 --eval-every 10 --save-every 10"
+RAW += " --eval-rows 50"  # 360 rows: the last chunk is ragged
+FLAGS = f"{RAW} --ema 0.9"
 TWO_NODES = {"MPIML_NODES": "2,9"}
-FLAGS += " --eval-rows 50"  # 360 rows: the last chunk is ragged
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,18 @@ def test_same_bits_on_every_grid_and_as_logged(run: Job, tmp_path: Path, ranks: 
     classes, labels = np.load(tmp_path / "p.npy"), all_labels()
     assert classes.shape == labels.shape
     assert np.mean(classes == labels) == found["accuracy"]
+
+
+def test_raw_weights_are_those_of_a_run_without_an_average(run: Job, tmp_path: Path, capfd: Any) -> None:
+    raw = train_here(parse_settings([*RAW.split(), "--quiet", "--out", str(tmp_path / "raw")]))
+    assert raw["weights_sha256"] == run.result["weights_sha256"]
+    found = evaluate(str(run.run), raw_weights=True)
+    assert found["test_loss"] == raw["test_loss"] != run.result["test_loss"]
+    assert capfd.readouterr().err == ""
+    evaluate(str(run.run))
+    assert (
+        capfd.readouterr().err == "the average of the weights is scored, as in the run (--ema 0.9; see --raw-weights)\n"
+    )
 
 
 def all_labels() -> np.ndarray:
@@ -291,7 +305,7 @@ def test_errors_of_the_command_are_one_line(run: Job, tmp_path: Path) -> None:
             parse([*([] if flag in ("--run", "--checkpoint") else ["--run", "r"]), flag, ""])
     for code, arguments in (
         (78, ["--run", str(tmp_path), "--pipe", "2"]),
-        (74, ["--run", str(run.run), "--predictions", "/proc/p.npy"]),
+        (74, ["--run", str(run.run), "--raw-weights", "--predictions", "/proc/p.npy"]),
     ):
         done = launch(3, "-m", "mpiml.evaluate", *arguments)
         assert done.returncode == code, done.stderr

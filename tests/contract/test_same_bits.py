@@ -57,6 +57,15 @@ def test_running_averages_are_worth_comparing(table: Table) -> None:
         assert not any(array.startswith("optimizer.") for array in averages)
 
 
+def test_averages_of_weights_are_worth_comparing(table: Table) -> None:
+    """They are there, of parameters alone, and are others than the weights."""
+    arrays = saved(table.alone("ema"))
+    averages = {name.removeprefix("ema."): array for name, array in arrays.items() if name.startswith("ema.")}
+    assert averages.keys() == {name for name in arrays if name.startswith("layers.") and "running" not in name}
+    assert not any(np.array_equal(array, arrays[name]) for name, array in averages.items())
+    assert any(line.get("loss") == 0 for line in table.alone("ema").metrics)  # steps without rows
+
+
 def test_steps_without_rows_are_worth_comparing(table: Table) -> None:
     losses = [line["loss"] for line in table.alone("empty-steps").metrics if "loss" in line]
     assert 5 < losses.count(0) < 15

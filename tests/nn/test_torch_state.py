@@ -196,6 +196,22 @@ def test_averages_and_complex_weights_come_as_real_numbers(tmp_path: Path) -> No
     assert (module.num_batches_tracked.item(), module.num_batches_tracked.dtype) == (8, torch.int64)
 
 
+def test_averages_of_weights_come_if_they_are_asked_for(tmp_path: Path) -> None:
+    trained = layer(1)
+    path, average = saved(tmp_path, trained), np.full((6, 6), 7, "f4")
+    with pytest.raises(OutputError, match=r"step-000000001.safetensors has no average of the weights"):
+        load_into(Kept(2), path, average=True)
+    whole = checkpoint.load(path)
+    arrays = {**whole.arrays, "ema.layers.0.first.weight": average}
+    path = checkpoint.save(tmp_path, replace(whole, step=2, arrays=arrays), 1)
+    for module, expected in (
+        (load_into(Kept(2), path), trained.parameters["first.weight"].value),
+        (load_into(Kept(2), path, average=True), average),
+    ):
+        np.testing.assert_array_equal(module.first.weight.detach(), expected)
+        assert torch.equal(module.fixed, trained.module.fixed)
+
+
 def test_constants_that_are_no_texts_are_one_line(tmp_path: Path) -> None:
     for text in ("[1]", "{"):
         with pytest.raises(OutputError, match="constants is damaged: "):

@@ -192,7 +192,7 @@ class Recording(MPI.Intracomm):
     [
         {},
         {"pipe": 2, "microbatches": 11, "schedule": "gpipe"},
-        {"pipe": 2, "optimizer": "sgd"},
+        {"pipe": 2, "optimizer": "sgd", "ema": 0.9},
         {"microbatches": 19, "bucket": 0.02},
         {"pipe": 4, "memory": "private", "dtype": "float64"},
     ],

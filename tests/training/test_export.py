@@ -17,6 +17,7 @@ from mpiml.run import checkpoint
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.training.export import torch_state_dict, trained
 from tests.conftest import launch
+from tests.forging import forge
 
 pytestmark = pytest.mark.contract
 
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.contract
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("trained") / "run"
-    flags = "--model cnn --channels 2 --normalize --steps 4 --eval-rows 1000"
+    flags = "--model cnn --channels 2 --normalize --steps 4 --eval-rows 1000 --ema 0.5"
     assert launch(0, "-m", "mpiml.train", "--out", str(path), *flags.split()).returncode == 0
     assert launch(0, "-m", "mpiml.evaluate", "--run", str(path), "--predictions", f"{path}.npy").returncode == 0
     return path
@@ -42,12 +43,14 @@ def images(run: Path) -> np.ndarray:
 
 
 def test_layers_compute_what_the_run_does(run: Path) -> None:
-    layers, shape = trained(file(run))
+    layers, shape = trained(file(run), average=True)
     assert shape == (8, 8)
     y, _ = nn.forward(layers, images(run), nn.At(training=False))
     np.testing.assert_array_equal(y.argmax(axis=1), np.load(f"{run}.npy"))
-    there = load_file(file(run))
-    assert all(parameter.value.tobytes() == there[parameter.name].tobytes() for parameter in nn.parameters(layers))
+    there, (raw, _) = load_file(file(run)), trained(file(run))
+    for average, parameter in zip(nn.parameters(layers), nn.parameters(raw), strict=True):
+        assert average.value.tobytes() == there[f"ema.{average.name}"].tobytes()
+        assert parameter.value.tobytes() == there[parameter.name].tobytes() != average.value.tobytes()
 
 
 def test_torch_state_dict_fits_the_same_model_in_torch(run: Path) -> None:
@@ -59,6 +62,9 @@ def test_torch_state_dict_fits_the_same_model_in_torch(run: Path) -> None:
         *(convolutions[0], *between, convolutions[1], *between, torch.nn.Flatten(), torch.nn.Linear(16, 10)),
     )
     model.load_state_dict(torch_state_dict(file(run)))
+    raw = load_file(file(run))["layers.1.weight"].transpose(3, 2, 0, 1)
+    np.testing.assert_array_equal(convolutions[0].weight.detach(), raw)
+    model.load_state_dict(torch_state_dict(file(run), average=True))
     y = model(torch.from_numpy(images(run)))
     np.testing.assert_array_equal(y.argmax(axis=1), np.load(f"{run}.npy"))
 
@@ -70,6 +76,8 @@ def test_checkpoint_of_another_model(run: Path, tmp_path: Path) -> None:
         trained(file(run), [nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)])
     with pytest.raises(OutputError, match=r"layers\.1\.weight is float32 \(3, 3, 1, 2\), the model's .*\(64, 10\)"):
         trained(file(run), mlp((8, 8), 10, []))
+    with pytest.raises(OutputError, match=r"a.safetensors has no average of the weights, as a run with --ema keeps"):
+        trained(forge(tmp_path / "a.safetensors"), average=True)
     saved = checkpoint.load(file(run))
     old = checkpoint.save(tmp_path, Checkpoint(4, saved.config, saved.arrays), 1)
     with pytest.raises(OutputError, match="does not say what its model takes"):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from mpiml.clock import Clock
 from mpiml.config import Config
 from mpiml.data.dataset import open_dataset
 from mpiml.errors import NotFiniteError, freed
@@ -62,6 +63,29 @@ def test_a_step_is_measured_if_it_is_logged_and_asks_once_for_a_stop(run: Run) -
     assert logged.norm
     assert logged.stop
     assert (logged.step, logged.epoch) == (2, 1)
+
+
+@pytest.mark.parametrize("run", [{"ema": 0.5, "eval_rows": 50}], indirect=True)
+def test_an_evaluation_of_the_average_leaves_the_weights_alone(run: Run) -> None:
+    """Also one that is cut short, or that fails."""
+    values, average = run.stage.sum.values.vector, run.update.states["ema"]
+    for step in (1, 2, 3):
+        run.step(step)
+    before = values.tobytes(), average.tobytes()
+    scored = run.evaluate(3, lambda: False)
+    assert (values.tobytes(), average.tobytes()) == before
+    assert run.evaluate(3, lambda: True) is None
+    assert (values.tobytes(), average.tobytes()) == before
+    weights = values[: average.size].copy()
+    values[: average.size] = average
+    record = run.data.tests.score(run.stage, run.model.metric, Clock(), 3)
+    assert record
+    assert scored
+    assert scored.loss == record.mean_loss
+    values[: average.size], average[...] = weights, np.nan
+    with pytest.raises(NotFiniteError, match="the test loss is not finite after step 3"):
+        run.evaluate(3, lambda: False)
+    assert values.tobytes() == before[0]
 
 
 def test_a_step_is_saved_once(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,10 +16,10 @@ from mpi4py import MPI
 from mpiml.config import Config, parse
 from mpiml.errors import ConfigError, DataError, DirectoryError, OutputError
 from mpiml.nn import base as nn
-from mpiml.nn.layers import Linear
+from mpiml.nn.layers import BatchNorm2d, Linear
 from mpiml.nn.losses import R2, mean_squared_error
 from mpiml.nn.parameters import Layout
-from mpiml.parallel.state import VALUES, State
+from mpiml.parallel.state import AVERAGE, VALUES, State
 from mpiml.run import checkpoint, lock
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.train import train
@@ -212,6 +213,14 @@ def test_arrays_come_back_under_their_names() -> None:
     assert all((back[name] == array).all() for name, array in arrays.items())
 
 
+def test_averages_are_of_parameters_alone_and_have_names_of_their_own() -> None:
+    layers = [Linear(4, 3), BatchNorm2d(3)]
+    nn.name(layers)
+    stages = [Layout(nn.parameters(layers), "float32")]
+    names = [f"ema.layers.{name}" for name in ("0.weight", "0.bias", "1.gain", "1.bias")]
+    assert set(needed_kinds(stages, (AVERAGE,))) == set(names)
+
+
 def test_shapes_are_compared_before_memory_is_asked_for(tmp_path: Path) -> None:
     huge = layouts(Linear(4, 10**12), Linear(10**12, 3))
     file = forge(tmp_path / "small.safetensors")
@@ -343,6 +352,27 @@ def test_a_newest_checkpoint_of_another_optimizer_is_refused(begun: Path) -> Non
         OutputError, match=r"step-000000005.safetensors has no optimizer.mean.layers.*another .*optimizer"
     ):
         job(out="run", resume=True, steps=6)
+
+
+def test_an_average_goes_on_with_its_run_but_begins_anew_with_init(begun: Path) -> None:
+    job(data="d.npz", steps=4, out="averaged", ema=0.9)
+    file = max(Path("averaged/checkpoints").iterdir())
+    job(data="d.npz", steps=1, out="anew", ema=0.9, lr=0.0, init=str(file))
+    saved = checkpoint.load(file)
+    weights = {name: array for name, array in saved.arrays.items() if name.startswith("layers.")}
+    anew = checkpoint.load(max(Path("anew/checkpoints").iterdir())).arrays
+    for name, array in weights.items():
+        np.testing.assert_array_equal(anew[name], array)
+        np.testing.assert_array_equal(anew[f"ema.{name}"], array)
+        assert not np.array_equal(saved.arrays[f"ema.{name}"], array)
+    checkpoint.save(file.parent, dataclasses.replace(saved, step=5, arrays=weights | others(saved)), 9)
+    with pytest.raises(OutputError, match=r"step-000000005.safetensors has no ema\.layers"):
+        job(out="averaged", resume=True, steps=6)
+
+
+def others(saved: Checkpoint) -> dict[str, Any]:
+    """The optimizer's arrays."""
+    return {name: array for name, array in saved.arrays.items() if name.startswith("optimizer.")}
 
 
 def test_first_weights_are_needed_until_there_is_a_checkpoint(begun: Path) -> None:
