@@ -287,6 +287,11 @@ class Config:
         if self.resume and not self.out:
             raise ConfigError("--resume: say which run with --out DIR")
 
+    @property
+    def evaluated(self) -> str:
+        """What the rows are called that the run evaluates on: test or validation."""
+        return "validation" if self.validation else "test"
+
     def replace(self, **changes: Any) -> Config:
         """A copy with other values."""
         return dataclasses.replace(self, **changes)
