@@ -126,7 +126,9 @@ def _run(run: Run, name: str, hold: Hold, notes: list[str], stop: StopRequest, b
             stopped = _begin(run, restored, store, logger, stop) or _loop(run, restored.step, store, logger, stop)
             done = DONE | {"reason": run.best.reason}
             ended = {"status": "stopped", "exit_code": SAVED, "reason": stop.reason()} if stopped else done
-            outcome = {"step": restored.step} | ended | logger.known | {"weights_sha256": store.digest()} | store.best()
+            outcome = (
+                {"step": restored.step} | ended | logger.known | {"weights_sha256": store.digest()} | store.saved()
+            )
         outcome["samples_per_second"] = logger.samples_per_second()
         outcome["seconds"] = round(perf_counter() - began, 3)
         _summary(run, hold.path, outcome, logger)

@@ -206,10 +206,10 @@ class Store:
     def _prune(self) -> None:
         checkpoint.prune(self.hold.checkpoints, self._saved, self.run.config.keep, self.run.best.steps)
 
-    def best(self) -> dict[str, Any]:
-        """The fields of result.json on the best evaluation."""
-        fields: dict[str, Any] = self.team.on_rank_0(lambda: self.run.best.result(self.hold.path))
-        return fields
+    def saved(self) -> dict[str, Any]:
+        """The fields of result.json on checkpoints: the newest, and the best evaluation's."""
+        best: dict[str, Any] = self.team.on_rank_0(lambda: self.run.best.result(self.hold.path))
+        return {"saved": self._saved} | best
 
     def digest(self) -> str:
         """The SHA-256 of all weights in layer order, the same for every layout."""
