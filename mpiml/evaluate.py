@@ -52,6 +52,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(flag, type=_text, metavar=metavar, help=help)
     words = "write the probability of each class, or with --loss bce of 1, to --predictions"
     parser.add_argument("--probabilities", action="store_true", help=words)
+    words = "score the rows that the run has set aside by --validation, in place of the test rows"
+    parser.add_argument("--validation", action="store_true", help=words)
     parser.add_argument("--pipe", type=whole(), default=1, metavar="N", help="pipeline stages (default: 1)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser.parse_args(arguments)
@@ -116,6 +118,7 @@ def evaluate(
     token_dtype: str | None = None,
     held_out: float | None = None,
     arrays: str | None = None,
+    validation: bool = False,
     predictions: str | None = None,
     probabilities: bool = False,
     pipe: int = 1,
@@ -133,6 +136,8 @@ def evaluate(
         data: whose test rows, as the command takes it, or as an object, which may also be an array of inputs; by
             default the run's own.
         label, token_dtype, held_out, arrays: how to read them, as Config has it; by default as the run did.
+        validation: whether to score, in place of test rows, those that the run has set aside by --validation; `data`
+            then says where the run's data lie now.
         predictions: a file to write to, .npy or .csv.
         probabilities: whether to write the probabilities of all classes, (rows, *labels, classes), or with --loss bce
             that of 1, in the labels' shape.
@@ -140,12 +145,13 @@ def evaluate(
         model: what the run was trained with, as `train` takes it, or its name, package.module:function.
         loss, metric: by name, as Config has them; by default as the run did.
 
-    Returns `test_loss` and the metric under its name, as a run logs them, with `step`, `rows`, `run` and `data`; only
-    these four for rows without labels.
+    Returns `test_loss`, or `validation_loss`, and the metric under its name, as a run logs them, with `step`, `rows`,
+    `run` and `data`; only these four for rows without labels.
     Raises RunError as mpiml.train.train does.
     """
     team = Team(MPI.COMM_WORLD if comm is None else comm, Clock())
     reading = {"pipe": pipe, "label": label, "token_dtype": token_dtype, "held_out": held_out, "arrays": arrays}
+    reading["validation"] = None if validation else 0.0
     code = {"data": data, "model": model, "loss": loss, "metric": metric}
     predicted, weights = Predicted(predictions, probabilities), list[Checkpoint]()  # weights on rank 0
     with Guard(team, PROGRAM) as guard:
@@ -166,11 +172,18 @@ def _stored(
     weights: list[Checkpoint],
 ) -> StoredModel:
     """The model of a run or a file, which is added to `weights`; on rank 0. Raises ConfigError for predictions that
-    cannot be written."""
+    cannot be written, and for rows to validate on that the run has not."""
     check_path(predicted)
     stored, saved = stored_model(run, file, reading, code)
     if predicted.probabilities and not (stored.task.classification or binary(stored.config, False)):
         raise ConfigError("--probabilities: the run is a regression, which has none")
+    validation = reading["validation"] is None
+    if validation and not stored.config.validation:
+        raise ConfigError("--validation: the run was trained without, so it has no rows set aside; leave it out")
+    if validation and reading["held_out"] is not None:
+        raise ConfigError(
+            "--validation --held-out: the rows to validate on are chosen as in the run; give one of the two"
+        )
     weights.append(saved)
     return stored
 
@@ -185,10 +198,10 @@ def _evaluate(
     team: Team,
 ) -> dict[str, Any]:
     prepare_process(stored.config.threads)
-    config, given = _reading(stored.config, data, asked), None if isinstance(data, str) else data
-    tests_only = data is not None and asked["held_out"] is None
-    dataset = open_data(config, team, given, stored.task, tests_only)
-    team.together(lambda: check_data(stored, dataset, others=data is not None))
+    others = data is not None and not stored.config.validation
+    config, given = _reading(stored.config, others, asked), None if isinstance(data, str) else data
+    dataset = open_data(config, team, given, stored.task, tests_only=others and asked["held_out"] is None)
+    team.together(lambda: check_data(stored, dataset, others))
     dataset = with_zeros(dataset, stored.task)
     team.together(lambda: check_wanted(dataset, predictions.file))
     name = dataset.name if given is not None else config.data
@@ -198,9 +211,9 @@ def _evaluate(
     return {"run": str(stored.run), "step": stored.step, "data": name} | scores
 
 
-def _reading(config: Config, data: Any, asked: Mapping[str, Any]) -> Config:
-    """The settings with which the data are read: arrays of other data than the run's have the names asked for."""
-    arrays = config.arrays if data is None else asked["arrays"]
+def _reading(config: Config, others: bool, asked: Mapping[str, Any]) -> Config:
+    """The settings with which the data are read: arrays of `others` than the run's have the names asked for."""
+    arrays = asked["arrays"] if others else config.arrays
     return config.replace(arrays=arrays, given=frozenset())
 
 
@@ -215,7 +228,7 @@ def _scored(
     """The sums over the test rows; collective over the grid."""
     config, task, team = stored.config, stored.task, grid.team
     share_cores(grid.node.size * config.threads, grid.cores)
-    tests = Evaluation(data.test, config.eval_rows, grid, config.dtype)
+    tests = Evaluation(data.test, config.eval_rows, grid, config.dtype, config.evaluated)
     classes = task.outputs if task.classification else None
     tokens, ignore, gaps = task.vocabulary, task.ignore, config.fill is not None
     hold(data, grid, None, tests.rows())
@@ -245,7 +258,7 @@ def _scored(
         score = team.on_rank_0(lambda: metric.value(record.metric) if tests.split.labelled else 0.0)
     if not tests.split.labelled:
         return {"rows": len(tests.split)}
-    return {"rows": len(tests.split), "test_loss": record.mean_loss, metric.name: score}
+    return {"rows": len(tests.split), f"{config.evaluated}_loss": record.mean_loss, metric.name: score}
 
 
 def _placed(config: Config, grid: Grid, layout: Layout) -> tuple[Values, str | None]:
@@ -266,12 +279,13 @@ def _fill(values: Values, grid: Grid, layouts: Sequence[Layout], weights: list[C
 
 def text(result: Mapping[str, Any]) -> str:
     """The result as a line."""
-    if "test_loss" not in result:
+    which = next((rows for rows in ("test", "validation") if f"{rows}_loss" in result), None)
+    if not which:
         return f"{result['run']}, step {result['step']}: predicted {result['rows']} rows of {result['data']}"
     *_, (metric, score) = result.items()
     return (
-        f"{result['run']}, step {result['step']}, {result['rows']} test rows of {result['data']}: "
-        f"loss {result['test_loss']:.4f}, {metric} {score:.4f}"
+        f"{result['run']}, step {result['step']}, {result['rows']} {which} rows of {result['data']}: "
+        f"loss {result[f'{which}_loss']:.4f}, {metric} {score:.4f}"
     )
 
 

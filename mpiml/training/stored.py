@@ -121,7 +121,10 @@ def with_zeros(data: Dataset, task: Task) -> Dataset:
 def check_wanted(data: Dataset, predictions: str | None) -> None:
     """Raise DataError if there is nothing to score, and ConfigError if rows without labels are not to be predicted."""
     if not len(data.test):
-        raise DataError(f"{data.name}: there are no test rows; name others with --data, or hold some out (--held-out)")
+        raise DataError(
+            f"{data.name}: there are no test rows; name others with --data, or hold some out (--held-out); the rows "
+            "that a run has set aside by --validation are scored with --validation"
+        )
     if not data.test.labelled and not predictions:
         raise ConfigError(
             f"{data.name}: the rows have no labels, so that there is nothing to score; write predictions with "
