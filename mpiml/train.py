@@ -96,7 +96,7 @@ def _train(asked: Config, model: Model | None, data: Any, hold: Hold, guard: Gua
             dataset, replicas = open_data(cfg, team, data), team.size // cfg.pipe
             rows, classes = len(dataset.train), dataset.classification
             resolved = team.together(lambda: resolve.resolve(cfg, rows, classes, replicas, before))
-            if cfg.resume and (done := hold.finished(team, resolved)):  # --epochs has become steps
+            if cfg.resume and (done := hold.finished(team, resolved, before)):  # --epochs has become steps
                 return done
             known = team.on_rank_0(lambda: known_data(resolved, dataset, hold, team.clock.progress))
             idle = resolve.idle_text(team.size, crew.idle, resolved.microbatches)
@@ -126,9 +126,8 @@ def _run(run: Run, name: str, hold: Hold, notes: list[str], stop: StopRequest, b
             stopped = _begin(run, restored, store, logger, stop) or _loop(run, restored.step, store, logger, stop)
             done = DONE | {"reason": run.best.reason}
             ended = {"status": "stopped", "exit_code": SAVED, "reason": stop.reason()} if stopped else done
-            outcome = (
-                {"step": restored.step} | ended | logger.known | {"weights_sha256": store.digest()} | store.saved()
-            )
+            outcome = {"step": restored.step} | ended | logger.known | store.saved()
+            outcome["weights_sha256"] = store.digest()
         outcome["samples_per_second"] = logger.samples_per_second()
         outcome["seconds"] = round(perf_counter() - began, 3)
         _summary(run, hold.path, outcome, logger)

@@ -35,7 +35,7 @@ class Metric(Protocol):
 
     @property
     def higher_is_better(self) -> bool | None:
-        """Whether higher scores are better; None if that is not known."""
+        """Whether higher scores are better, which --best needs to know; None: it is not known."""
 
     def sums(self, y: Array, labels: Labels) -> NDArray[np.float64]: ...
 

@@ -122,11 +122,12 @@ class Hold:
         self._tell(self.guard.team)
         return cfg, stored, done
 
-    def finished(self, team: Team, cfg: Config) -> dict[str, Any] | None:
-        """The result of a run that, as is known only by now, has nothing left to do; collective over `team`."""
+    def finished(self, team: Team, cfg: Config, stored: Config | None) -> dict[str, Any] | None:
+        """The result of a run that, as is known only by now, has nothing left to do; collective over `team`. `stored`
+        as from `resumed`."""
 
         def look() -> dict[str, Any] | None:
-            done = _finished(cfg, self._before)
+            done = _finished(cfg, self._before, stored)
             if done and self._directory:
                 write_result(self._directory.path, done)
             return done

@@ -178,6 +178,8 @@ def test_patience_ends_a_run_which_then_is_done(tmp_path: Path, capsys: pytest.C
     assert run_of(run, patience=4, keep_best=1, resume=True, quiet=False) == result
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert f"is finished after step {end} ({reason}): nothing to do" in capsys.readouterr().out
+    run_of(run, patience=4, keep_best=1, resume=True, epochs=20, steps=None)  # which are as many steps
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     (run / "result.json").unlink()
     assert outcome(run_of(run, resume=True)) == outcome(result)
 
