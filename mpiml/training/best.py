@@ -79,7 +79,7 @@ def best_of(config: Config, metric: Metric) -> Best:
     is not known which scores are better."""
     name, higher = config.best, metric.higher_is_better
     if name not in ("loss", metric.name):
-        raise ConfigError(f"--best {name}: an evaluation of this run has loss and {metric.name}")
+        raise ConfigError(f"--best {name}: must be loss or {metric.name}, which the evaluations of this run have")
     if name != "loss" and not isinstance(higher, bool):
         raise ConfigError(
             f"--best {name}: --metric {config.metric} must say which scores are better, by an attribute "
@@ -87,5 +87,7 @@ def best_of(config: Config, metric: Metric) -> Best:
         )
     for setting in ("keep_best", "patience"):
         if (value := getattr(config, setting)) and not config.eval_every:
-            raise ConfigError(f"{flag(setting)} {value} --eval-every 0: without evaluations none is the best")
+            raise ConfigError(
+                f"{flag(setting)} {value} --eval-every 0: there are no evaluations; leave one of them out"
+            )
     return Best(name, f"{config.evaluated} {name}", name != "loss" and bool(higher), config.keep_best, config.patience)

@@ -18,6 +18,7 @@ from mpiml.data.dataset import Dataset
 from mpiml.errors import ConfigError, RunError
 from mpiml.run import checkpoint
 from mpiml.run.log import Log
+from mpiml.run.process import StopRequest
 from mpiml.train import train
 from mpiml.training import storage
 from mpiml.training.best import Best
@@ -184,6 +185,36 @@ def test_patience_ends_a_run_which_then_is_done(tmp_path: Path, capsys: pytest.C
     assert outcome(run_of(run, resume=True)) == outcome(result)
 
 
+def test_a_stop_that_is_asked_for_in_the_last_step_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, end = [0], ranked()[0] + 8
+
+    def now(stop: object) -> bool:
+        asked[0] += 1
+        return asked[0] == 1 + end  # once before the first step, and once in each
+
+    monkeypatch.setattr(StopRequest, "now", now)
+    result = run_of(tmp_path / "run", patience=4)
+    assert (asked[0], result["step"], result["status"], result["exit_code"]) == (1 + end, end, "done", 0)
+
+
+def test_a_job_that_goes_on_knows_the_best_and_the_end_from_its_start(tmp_path: Path, monkeypatch: Any) -> None:
+    """Whether it then fails, or is asked to stop when there is nothing left to do."""
+
+    def fail(log: Log, text: str) -> None:
+        raise Killed("killed")
+
+    run = tmp_path / "run"
+    whole = run_of(run, patience=4, keep_best=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Log, "say", fail)
+        with pytest.raises(Killed):
+            run_of(run, resume=True, steps=39)
+    failed = json.loads((run / "result.json").read_text())
+    assert (failed["status"], failed["best_checkpoint"]) == ("failed", whole["best_checkpoint"])
+    monkeypatch.setattr(StopRequest, "now", lambda stop: True)
+    assert outcome(run_of(run, resume=True)) == outcome(whole)
+
+
 @pytest.mark.parametrize("patience", [0, 6, 2])
 def test_another_patience_is_that_of_the_start(tmp_path: Path, patience: int) -> None:
     run_of(tmp_path / "run", patience=4, keep_best=1)
@@ -308,10 +339,16 @@ def test_which_scores_of_a_metric_of_ones_own_are_better(tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"best": "f1"}, "--best f1: an evaluation of this run has loss and accuracy"),
-        ({"best": "test_loss"}, "--best test_loss: an evaluation of this run has loss and accuracy"),
-        ({"patience": 3, "eval_every": 0}, "--patience 3 --eval-every 0: without evaluations none is the best"),
-        ({"keep_best": 1, "eval_every": 0}, "--keep-best 1 --eval-every 0: without evaluations none is the best"),
+        ({"best": "f1"}, "--best f1: must be loss or accuracy, which the evaluations of this run have"),
+        ({"best": "test_loss"}, "--best test_loss: must be loss or accuracy, which the evaluations of this run have"),
+        (
+            {"patience": 3, "eval_every": 0},
+            "--patience 3 --eval-every 0: there are no evaluations; leave one of them out",
+        ),
+        (
+            {"keep_best": 1, "eval_every": 0},
+            "--keep-best 1 --eval-every 0: there are no evaluations; leave one of them out",
+        ),
     ],
 )
 def test_what_cannot_be_the_best(tmp_path: Path, settings: dict[str, Any], words: str) -> None:
