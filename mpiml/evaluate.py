@@ -100,7 +100,15 @@ from mpiml.training.place import build_stage
 from mpiml.training.predictions import Predicted, Predictions, check_path
 from mpiml.training.resolve import binary
 from mpiml.training.storage import from_arrays, needed_kinds, restore_constants
-from mpiml.training.stored import StoredModel, check_data, check_wanted, stored_model, with_zeros
+from mpiml.training.stored import (
+    StoredModel,
+    check_data,
+    check_validation,
+    check_wanted,
+    reading,
+    stored_model,
+    with_zeros,
+)
 from mpiml.vectors import bytes_of
 
 if __name__ == "__main__":
@@ -150,23 +158,23 @@ def evaluate(
     Raises RunError as mpiml.train.train does.
     """
     team = Team(MPI.COMM_WORLD if comm is None else comm, Clock())
-    reading = {"pipe": pipe, "label": label, "token_dtype": token_dtype, "held_out": held_out, "arrays": arrays}
-    reading["validation"] = None if validation else 0.0
+    asked = {"pipe": pipe, "label": label, "token_dtype": token_dtype, "held_out": held_out, "arrays": arrays}
+    asked["validation"] = None if validation else 0.0  # None: as in the run
     code = {"data": data, "model": model, "loss": loss, "metric": metric}
     predicted, weights = Predicted(predictions, probabilities), list[Checkpoint]()  # weights on rank 0
     with Guard(team, PROGRAM) as guard:
         one_job.check_size(MPI.COMM_WORLD.size)
         team.check_alike(one_job.software())
-        stored = team.on_rank_0(lambda: _stored(run, checkpoint, reading, code, predicted, weights))
+        stored = team.on_rank_0(lambda: _stored(run, checkpoint, asked, code, predicted, weights))
         team.together(lambda: check_ranks(team.size, pipe))
         with Watch(team.comm.Dup(), team.clock, stored.config.stall_timeout, guard.fail), np.errstate(all="ignore"):
-            return _evaluate(stored, weights, data, reading, model, predicted, team)
+            return _evaluate(stored, weights, data, asked, model, predicted, team)
 
 
 def _stored(
     run: str | None,
     file: str | None,
-    reading: Mapping[str, Any],
+    asked: Mapping[str, Any],
     code: Mapping[str, Any],
     predicted: Predicted,
     weights: list[Checkpoint],
@@ -174,16 +182,10 @@ def _stored(
     """The model of a run or a file, which is added to `weights`; on rank 0. Raises ConfigError for predictions that
     cannot be written, and for rows to validate on that the run has not."""
     check_path(predicted)
-    stored, saved = stored_model(run, file, reading, code)
+    stored, saved = stored_model(run, file, asked, code)
     if predicted.probabilities and not (stored.task.classification or binary(stored.config, False)):
         raise ConfigError("--probabilities: the run is a regression, which has none")
-    validation = reading["validation"] is None
-    if validation and not stored.config.validation:
-        raise ConfigError("--validation: the run was trained without, so it has no rows set aside; leave it out")
-    if validation and reading["held_out"] is not None:
-        raise ConfigError(
-            "--validation --held-out: the rows to validate on are chosen as in the run; give one of the two"
-        )
+    check_validation(stored.config, asked)
     weights.append(saved)
     return stored
 
@@ -199,7 +201,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     prepare_process(stored.config.threads)
     others = data is not None and not stored.config.validation
-    config, given = _reading(stored.config, others, asked), None if isinstance(data, str) else data
+    config, given = reading(stored.config, others, asked), None if isinstance(data, str) else data
     dataset = open_data(config, team, given, stored.task, tests_only=others and asked["held_out"] is None)
     team.together(lambda: check_data(stored, dataset, others))
     dataset = with_zeros(dataset, stored.task)
@@ -209,12 +211,6 @@ def _evaluate(
     with freed(grids.build(team, config.pipe), team.size) as grid:
         scores = _scored(stored, weights, dataset, made, predictions, grid)
     return {"run": str(stored.run), "step": stored.step, "data": name} | scores
-
-
-def _reading(config: Config, others: bool, asked: Mapping[str, Any]) -> Config:
-    """The settings with which the data are read: arrays of `others` than the run's have the names asked for."""
-    arrays = asked["arrays"] if others else config.arrays
-    return config.replace(arrays=arrays, given=frozenset())
 
 
 def _scored(

@@ -88,6 +88,21 @@ def _newest(directory: Path) -> tuple[Checkpoint, list[str]]:
         raise OutputError(f"{directory.parent} has no checkpoint yet")
 
 
+def check_validation(config: Config, asked: Mapping[str, Any]) -> None:
+    """Raise ConfigError if the rows that a run with this config has set aside to validate on are asked for, and there
+    are none, or they would be others."""
+    if asked["validation"] is None and not config.validation:
+        raise ConfigError("--validation: the run was trained without, so it has no rows set aside; leave it out")
+    if asked["validation"] is None and asked["held_out"] is not None:
+        raise ConfigError(f"--validation --held-out {asked['held_out']}: these rows are chosen as in the run; give one")
+
+
+def reading(config: Config, others: bool, asked: Mapping[str, Any]) -> Config:
+    """The settings with which the data are read: arrays of `others` than the run's have the names asked for."""
+    arrays = asked["arrays"] if others else config.arrays
+    return config.replace(arrays=arrays, given=frozenset())
+
+
 def check_data(stored: StoredModel, data: Dataset, others: bool) -> None:
     """Raise DataError unless a data set is of the kind that the run's was, and unchanged if it is not `others`."""
     task = stored.task

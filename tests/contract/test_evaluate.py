@@ -238,7 +238,7 @@ def test_rows_to_validate_on_are_scored_on_request_and_test_rows_otherwise(tmp_p
     assert evaluate(alone, validation=True)["validation_loss"] == result["validation_loss"]
     with pytest.raises(DataError, match=r"there are no test rows; name others .* are scored with --validation"):
         evaluate(alone)
-    with pytest.raises(ConfigError, match=r"--validation --held-out: .* give one of the two"):
+    with pytest.raises(ConfigError, match=r"--validation --held-out 0\.1: these rows are chosen as in the run"):
         evaluate(alone, validation=True, held_out=0.1)
     train_here(Config(data=str(tmp_path / "alone.npz"), out=str(tmp_path / "without"), eval_every=0, **settings))
     with pytest.raises(ConfigError, match="--validation: the run was trained without"):
