@@ -61,8 +61,8 @@ class Config:
     validation: float = setting(
         0.0,
         DATA,
-        "fraction of the training rows, chosen by --seed, that is evaluated on in place of the test rows; these are "
-        "left to mpiml.evaluate",
+        "fraction of the training rows, chosen by --seed, to evaluate on in place of the test rows, which are left to "
+        "mpiml.evaluate",
         low=0,
         below=1,
     )
@@ -240,13 +240,17 @@ class Config:
     )
     keep: int = setting(3, RUN, "checkpoints that are kept, the newest", low=1, on_resume=True)
     keep_best: int = setting(
-        0, RUN, "checkpoints that are kept besides, those of the best evaluations", low=0, on_resume=True
+        0, RUN, "checkpoints that are kept besides, of the best evaluations", low=0, on_resume=True
     )
     best: str = setting(
-        "loss", RUN, "what tells which evaluation is better: loss, or the metric's name", on_resume=True, metavar="NAME"
+        "loss",
+        RUN,
+        "what the best evaluations are chosen by: loss, or the metric's name",
+        on_resume=True,
+        metavar="NAME",
     )
     patience: int = setting(
-        0, RUN, "evaluations in a row without a better one after which training ends; 0: never", low=0, on_resume=True
+        0, RUN, "end after so many evaluations in a row without a better one; 0: never", low=0, on_resume=True
     )
     log_every: int = setting(10, RUN, "steps between lines of metrics.jsonl", low=1, on_resume=True)
     stall_timeout: float = setting(
@@ -287,6 +291,11 @@ class Config:
             raise ConfigError(f"--bucket {text(self.bucket)} --allreduce mpi: MPI_Allreduce sums all at once")
         if self.resume and not self.out:
             raise ConfigError("--resume: say which run with --out DIR")
+
+    @property
+    def evaluated(self) -> str:
+        """What the rows are called that the run evaluates on: test or validation."""
+        return "validation" if self.validation else "test"
 
     def replace(self, **changes: Any) -> Config:
         """A copy with other values."""

@@ -55,6 +55,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--probabilities", action="store_true", help=words)
     words = "score the weights themselves, of a run with --ema too, whose evaluations are of their average"
     parser.add_argument("--raw-weights", action="store_true", help=words)
+    words = "score the rows that the run has set aside by --validation, in place of the test rows"
+    parser.add_argument("--validation", action="store_true", help=words)
     parser.add_argument("--pipe", type=whole(), default=1, metavar="N", help="pipeline stages (default: 1)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser.parse_args(arguments)
@@ -101,7 +103,15 @@ from mpiml.training.place import build_stage
 from mpiml.training.predictions import Predicted, Predictions, check_path
 from mpiml.training.resolve import binary
 from mpiml.training.storage import from_arrays, needed_kinds, restore_constants
-from mpiml.training.stored import StoredModel, check_data, check_wanted, stored_model, with_zeros
+from mpiml.training.stored import (
+    StoredModel,
+    check_data,
+    check_validation,
+    check_wanted,
+    reading,
+    stored_model,
+    with_zeros,
+)
 from mpiml.vectors import bytes_of
 
 if __name__ == "__main__":
@@ -119,6 +129,7 @@ def evaluate(
     token_dtype: str | None = None,
     held_out: float | None = None,
     arrays: str | None = None,
+    validation: bool = False,
     predictions: str | None = None,
     probabilities: bool = False,
     raw_weights: bool = False,
@@ -137,6 +148,8 @@ def evaluate(
         data: whose test rows, as the command takes it, or as an object, which may also be an array of inputs; by
             default the run's own.
         label, token_dtype, held_out, arrays: how to read them, as Config has it; by default as the run did.
+        validation: whether to score, in place of test rows, those that the run has set aside by --validation; `data`
+            then says where the run's data lie now.
         predictions: a file to write to, .npy or .csv.
         probabilities: whether to write the probabilities of all classes, (rows, *labels, classes), or with --loss bce
             that of 1, in the labels' shape.
@@ -145,33 +158,38 @@ def evaluate(
         model: what the run was trained with, as `train` takes it, or its name, package.module:function.
         loss, metric: by name, as Config has them; by default as the run did.
 
-    Returns `test_loss` and the metric under its name, as a run logs them, with `step`, `rows`, `run` and `data`; only
-    these four for rows without labels.
+    Returns `test_loss`, or `validation_loss`, and the metric under its name, as a run logs them, with `step`, `rows`,
+    `run` and `data`; only these four for rows without labels.
     Raises RunError as mpiml.train.train does.
     """
     team = Team(MPI.COMM_WORLD if comm is None else comm, Clock())
-    reading = {"pipe": pipe, "label": label, "token_dtype": token_dtype, "held_out": held_out, "arrays": arrays}
+    asked = {"pipe": pipe, "label": label, "token_dtype": token_dtype, "held_out": held_out, "arrays": arrays}
+    asked["validation"] = None if validation else 0.0  # None: as in the run
     code = {"data": data, "model": model, "loss": loss, "metric": metric}
-    load = functools.partial(stored_model, run, checkpoint, reading, code, raw_weights)
+    load = functools.partial(stored_model, run, checkpoint, asked, code, raw_weights)
     predicted, weights = Predicted(predictions, probabilities), list[Checkpoint]()  # weights on rank 0
     with Guard(team, PROGRAM) as guard:
         one_job.check_size(MPI.COMM_WORLD.size)
         team.check_alike(one_job.software())
-        stored = team.on_rank_0(lambda: _stored(load, predicted, weights))
+        stored = team.on_rank_0(lambda: _stored(load, asked, predicted, weights))
         team.together(lambda: check_ranks(team.size, pipe))
         with Watch(team.comm.Dup(), team.clock, stored.config.stall_timeout, guard.fail), np.errstate(all="ignore"):
-            return _evaluate(stored, weights, data, reading, model, predicted, team)
+            return _evaluate(stored, weights, data, asked, model, predicted, team)
 
 
 def _stored(
-    load: Callable[[], tuple[StoredModel, Checkpoint]], predicted: Predicted, weights: list[Checkpoint]
+    load: Callable[[], tuple[StoredModel, Checkpoint]],
+    asked: Mapping[str, Any],
+    predicted: Predicted,
+    weights: list[Checkpoint],
 ) -> StoredModel:
     """The model of a run or a file, which is added to `weights`; on rank 0. Raises ConfigError for predictions that
-    cannot be written."""
+    cannot be written, and for rows to validate on that the run has not."""
     check_path(predicted)
     stored, saved = load()
     if predicted.probabilities and not (stored.task.classification or binary(stored.config, False)):
         raise ConfigError("--probabilities: the run is a regression, which has none")
+    check_validation(stored.config, asked)
     weights.append(saved)
     return stored
 
@@ -186,10 +204,10 @@ def _evaluate(
     team: Team,
 ) -> dict[str, Any]:
     prepare_process(stored.config.threads)
-    config, given = _reading(stored.config, data, asked), None if isinstance(data, str) else data
-    tests_only = data is not None and asked["held_out"] is None
-    dataset = open_data(config, team, given, stored.task, tests_only)
-    team.together(lambda: check_data(stored, dataset, others=data is not None))
+    others = data is not None and not stored.config.validation
+    config, given = reading(stored.config, others, asked), None if isinstance(data, str) else data
+    dataset = open_data(config, team, given, stored.task, tests_only=others and asked["held_out"] is None)
+    team.together(lambda: check_data(stored, dataset, others))
     dataset = with_zeros(dataset, stored.task)
     team.together(lambda: check_wanted(dataset, predictions.file))
     name = dataset.name if given is not None else config.data
@@ -197,12 +215,6 @@ def _evaluate(
     with freed(grids.build(team, config.pipe), team.size) as grid:
         scores = _scored(stored, weights, dataset, made, predictions, grid)
     return {"run": str(stored.run), "step": stored.step, "data": name} | scores
-
-
-def _reading(config: Config, data: Any, asked: Mapping[str, Any]) -> Config:
-    """The settings with which the data are read: arrays of other data than the run's have the names asked for."""
-    arrays = config.arrays if data is None else asked["arrays"]
-    return config.replace(arrays=arrays, given=frozenset())
 
 
 def _scored(
@@ -216,7 +228,7 @@ def _scored(
     """The sums over the test rows; collective over the grid."""
     config, task, team = stored.config, stored.task, grid.team
     share_cores(grid.node.size * config.threads, grid.cores)
-    tests = Evaluation(data.test, config.eval_rows, grid, config.dtype)
+    tests = Evaluation(data.test, config.eval_rows, grid, config.dtype, config.evaluated)
     classes = task.outputs if task.classification else None
     tokens, ignore, gaps = task.vocabulary, task.ignore, config.fill is not None
     hold(data, grid, None, tests.rows())
@@ -246,7 +258,7 @@ def _scored(
         score = team.on_rank_0(lambda: metric.value(record.metric) if tests.split.labelled else 0.0)
     if not tests.split.labelled:
         return {"rows": len(tests.split)}
-    return {"rows": len(tests.split), "test_loss": record.mean_loss, metric.name: score}
+    return {"rows": len(tests.split), f"{config.evaluated}_loss": record.mean_loss, metric.name: score}
 
 
 def _placed(config: Config, grid: Grid, layout: Layout) -> tuple[Values, str | None]:
@@ -267,12 +279,13 @@ def _fill(values: Values, grid: Grid, layouts: Sequence[Layout], weights: list[C
 
 def text(result: Mapping[str, Any]) -> str:
     """The result as a line."""
-    if "test_loss" not in result:
+    which = next((rows for rows in ("test", "validation") if f"{rows}_loss" in result), None)
+    if not which:
         return f"{result['run']}, step {result['step']}: predicted {result['rows']} rows of {result['data']}"
     *_, (metric, score) = result.items()
     return (
-        f"{result['run']}, step {result['step']}, {result['rows']} test rows of {result['data']}: "
-        f"loss {result['test_loss']:.4f}, {metric} {score:.4f}"
+        f"{result['run']}, step {result['step']}, {result['rows']} {which} rows of {result['data']}: "
+        f"loss {result[f'{which}_loss']:.4f}, {metric} {score:.4f}"
     )
 
 

@@ -96,7 +96,7 @@ def _train(asked: Config, model: Model | None, data: Any, hold: Hold, guard: Gua
             dataset, replicas = open_data(cfg, team, data), team.size // cfg.pipe
             rows, classes = len(dataset.train), dataset.classification
             resolved = team.together(lambda: resolve.resolve(cfg, rows, classes, replicas, before))
-            if cfg.resume and (done := hold.finished(team, resolved)):  # --epochs has become steps
+            if cfg.resume and (done := hold.finished(team, resolved, before)):  # --epochs has become steps
                 return done
             known = team.on_rank_0(lambda: known_data(resolved, dataset, hold, team.clock.progress))
             idle = resolve.idle_text(team.size, crew.idle, resolved.microbatches)
@@ -116,7 +116,7 @@ def _run(run: Run, name: str, hold: Hold, notes: list[str], stop: StopRequest, b
     restored = store.restore()
     warnings = hold.begun(run)
     rows, metric = data.shards.rows_per_step, run.model.metric.name
-    with log.Log(grid.team, hold.metrics, rows, metric, run.pace(), restored.history) as logger:
+    with log.Log(grid.team, hold.metrics, rows, metric, run.pace(), restored.history, cfg.evaluated) as logger:
         logger.open_console(restored.step + 1, cfg.steps, cfg.quiet)
         shape = resolve.grid_text(grid.stages, grid.replicas, cfg.microbatches)
         for line in [*warnings, *about, *notes, *restored.notes, shape]:
@@ -124,8 +124,10 @@ def _run(run: Run, name: str, hold: Hold, notes: list[str], stop: StopRequest, b
         # Numbers that are not finite end the run, with a better message than NumPy's.
         with data.ahead, np.errstate(all="ignore"), trace.written(cfg.trace, grid, logger.say):
             stopped = _begin(run, restored, store, logger, stop) or _loop(run, restored.step, store, logger, stop)
-            ended = {"status": "stopped", "exit_code": SAVED, "reason": stop.reason()} if stopped else DONE
-            outcome = {"step": restored.step} | ended | logger.known | {"weights_sha256": store.digest()}
+            done = DONE | {"reason": run.best.reason}
+            ended = {"status": "stopped", "exit_code": SAVED, "reason": stop.reason()} if stopped else done
+            outcome = {"step": restored.step} | ended | logger.known | store.saved()
+            outcome["weights_sha256"] = store.digest()
         outcome["samples_per_second"] = logger.samples_per_second()
         outcome["seconds"] = round(perf_counter() - began, 3)
         _summary(run, hold.path, outcome, logger)
@@ -134,16 +136,18 @@ def _run(run: Run, name: str, hold: Hold, notes: list[str], stop: StopRequest, b
 
 def _begin(run: Run, restored: Restored, store: Store, logger: log.Log, stop: StopRequest) -> bool:
     """Do what is left of the step that a run goes on from. Returns whether it was asked to stop before the next."""
-    if not restored.unscored and restored.step == run.config.steps:
+    if not restored.unscored and (restored.step == run.config.steps or run.best.enough):
         return False  # there is nothing to stop
     if run.asked_to_stop(stop.now()):
         return True
-    return restored.unscored and not logger.evaluation(run.evaluate(restored.step, stop.at_once))
+    return restored.unscored and not _scored(run, restored.step, store, logger, stop)
 
 
 def _loop(run: Run, start: int, store: Store, logger: log.Log, stop: StopRequest) -> bool:
-    """Train from the step after `start`. Returns whether it was asked to stop before the last."""
+    """Train from the step after `start`. Returns whether it was asked to stop before the end."""
     for step in range(start + 1, run.config.steps + 1):
+        if run.best.enough:
+            return False
         due = run.due(step)
         done = run.step(step, due, stop.now)  # forward, backward, agree, sum, update; refuses what is not finite
         logger.timed(done)
@@ -151,11 +155,24 @@ def _loop(run: Run, start: int, store: Store, logger: log.Log, stop: StopRequest
             logger.step(done)
         if due.save or done.stop:
             store.save(step)  # first: an evaluation may fail
-        scored = not due.evaluation or logger.evaluation(run.evaluate(step, stop.at_once))
-        if not scored or (done.stop and step < run.config.steps):
+        scored = not due.evaluation or _scored(run, step, store, logger, stop)
+        if not scored or (done.stop and step < run.config.steps and not run.best.enough):
             store.save(step)
             return True
     return False
+
+
+def _scored(run: Run, step: int, store: Store, logger: log.Log, stop: StopRequest) -> bool:
+    """Evaluate, and save the step if it is one of the best or the end. Returns False if a stop cut that short."""
+    evaluation = run.evaluate(step, stop.at_once)
+    if evaluation is None:
+        return False
+    logger.evaluation(evaluation)
+    if run.best.add(step, evaluation.loss if run.best.name == "loss" else evaluation.score):
+        store.save_best(step)
+    if run.best.enough and run.config.save_every:
+        store.save(step)
+    return True
 
 
 def _summary(run: Run, path: Path, outcome: dict[str, Any], logger: log.Log) -> None:
@@ -163,7 +180,13 @@ def _summary(run: Run, path: Path, outcome: dict[str, Any], logger: log.Log) -> 
     shares = logger.where_the_time_went()
     speed = outcome["samples_per_second"]
     scored = outcome.get(run.model.metric.name)
-    score = "" if scored is None else f"test {run.model.metric.name} {scored:.4f}, "
+    which = run.config.evaluated
+    score = "" if scored is None else f"{which} {run.model.metric.name} {scored:.4f}, "
+    if run.config.keep_best and outcome.get("best_checkpoint"):
+        best = f"{run.best.what} {outcome['best_score']:.4f} at step {outcome['best_step']}"
+        logger.say(f"best: {best}: {path / outcome['best_checkpoint']}")
+    if run.best.reason and outcome["status"] == "done":
+        logger.say(f"ended by --patience: {run.best.reason}")
     what = "done" if outcome["status"] == "done" else "stopped and saved; go on with --resume"
     logger.say(
         f"{what}: step {outcome['step']}, {score}{outcome['seconds']:.1f} s"

@@ -187,6 +187,18 @@ class Dataset:
         held = f"no test rows: {len(test)} of {len(self.train)} rows, chosen by --seed, are held out (see --held-out)"
         return self.replace(train=train, test=test, cut=True, notes=[*self.notes, held])
 
+    def with_validation(self, fraction: float, seed: int) -> Dataset:
+        """This data set, with a fraction of its training rows, chosen by the seed, in place of the test rows.
+
+        Raises ConfigError for a fraction that leaves no rows to train on, or takes none.
+        """
+        if not fraction:
+            return self
+        train, taken = (self.train.subset(rows) for rows in draw(len(self.train), fraction, seed, "validation"))
+        left = f"the {len(self.test)} test rows are not read" if len(self.test) else "there are no test rows"
+        note = f"validation: {len(taken)} of {len(self.train)} training rows, chosen by --seed; {left}"
+        return self.replace(train=train, test=taken, notes=[*self.notes, note])
+
     @property
     def sampled(self) -> bool:
         """Whether the fingerprint has samples of the values: of arrays and files, but of no other sources."""

@@ -54,14 +54,16 @@ def origins(source: Source, rows: Indices) -> Iterator[tuple[Source, Indices]]:
         yield source, rows
 
 
-def draw(rows: int, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The numbers, in rising order, of the rows to train on and of those that are held out, a function of these
-    arguments alone. Raises ConfigError if there would be none of either kind."""
+def draw(
+    rows: int, fraction: float, seed: int, purpose: str = "held out"
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The numbers, in rising order, of the rows to train on and of those that are taken for a purpose, "held out" or
+    "validation", a function of these arguments alone. Raises ConfigError if there would be none of either kind."""
     count = round(fraction * rows)
     if not 0 < count < rows:
-        what = "none would be left to train on" if count else "none would be held out"
+        what = "none would be left to train on" if count else "none would be taken"
         works = f"a fraction from {1 / rows:.2g} to {(rows - 1) / rows:.3g} works" if rows > 1 else "it takes two rows"
-        raise ConfigError(f"--held-out {fraction:g}: of {rows} rows {what}; {works}")
-    held = np.zeros(rows, bool)
-    held[generator(seed, "held out").choice(rows, count, replace=False, shuffle=False)] = True
-    return np.flatnonzero(~held), np.flatnonzero(held)
+        raise ConfigError(f"--{purpose.replace(' ', '-')} {fraction:g}: of {rows} rows {what}; {works}")
+    taken = np.zeros(rows, bool)
+    taken[generator(seed, purpose).choice(rows, count, replace=False, shuffle=False)] = True
+    return np.flatnonzero(~taken), np.flatnonzero(taken)

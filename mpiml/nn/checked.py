@@ -168,6 +168,7 @@ class OwnMetric:
             if not hasattr(self.metric, attribute):
                 raise ConfigError(f"{self.flag}: {type(self.metric).__name__} has no {attribute}")
         self.name, self.columns = self.metric.name, self.metric.columns
+        self.higher_is_better = getattr(self.metric, "higher_is_better", None)
         if not isinstance(self.name, str) or not self.name:
             raise ConfigError(f"{self.flag}: is called {self.name!r}; its name must be text")
         if not isinstance(self.columns, int) or self.columns < 0:

@@ -33,6 +33,10 @@ class Metric(Protocol):
     name: str  # under which the score is logged
     columns: int  # how many sums
 
+    @property
+    def higher_is_better(self) -> bool | None:
+        """Whether higher scores are better, which --best needs to know; None: it is not known."""
+
     def sums(self, y: Array, labels: Labels) -> NDArray[np.float64]: ...
 
     def value(self, totals: Sequence[float]) -> float: ...
@@ -114,6 +118,7 @@ class Accuracy:
 
     name = "accuracy"
     columns = 2
+    higher_is_better = True
 
     def sums(self, y: Array, labels: Labels) -> NDArray[np.float64]:
         return np.array([np.count_nonzero(y.argmax(axis=-1) == labels), np.count_nonzero(labels != -1)], np.float64)
@@ -130,6 +135,7 @@ class BinaryAccuracy:
 
     name = "accuracy"
     columns = 2
+    higher_is_better = True
 
     def sums(self, y: Array, labels: Labels) -> NDArray[np.float64]:
         return np.array([np.count_nonzero(_right(y, labels)), y.size], np.float64)
@@ -161,6 +167,7 @@ class R2:
     """
 
     name = "r2"
+    higher_is_better = True
 
     def __init__(self, outputs: int):
         self.outputs = outputs

@@ -75,7 +75,7 @@ class Outputs:
 
 class _OfOutputs:
     def __init__(self, metric: Metric, outputs: Outputs):
-        self.name, self.columns = metric.name, metric.columns
+        self.name, self.columns, self.higher_is_better = metric.name, metric.columns, metric.higher_is_better
         self._metric, self._outputs = metric, outputs
 
     def sums(self, y: Array, labels: Labels) -> np.ndarray:

@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,12 +93,13 @@ def file_name(step: int) -> str:
     return f"step-{step:09d}.safetensors"
 
 
-def save(directory: Path, checkpoint: Checkpoint, keep: int, progress: Progress = unwatched) -> Path:
-    """Write a checkpoint, then remove all but the newest `keep`.
+def save(
+    directory: Path, checkpoint: Checkpoint, keep: int, progress: Progress = unwatched, best: Collection[int] = ()
+) -> Path:
+    """Write a checkpoint, then `prune`.
 
     The file gets its name only when it is whole and on disk. An existing file of that name is never changed: it stays
-    if it is whole, else it is renamed to .damaged. Checkpoints of later steps are neither counted nor removed: they are
-    damaged, or this step would not be written again.
+    if it is whole, else it is renamed to .damaged.
 
     Raises NotFiniteError for weights that are not finite, OutputError if the file cannot be written. Constants, such as
     a mask of -inf, may be what they are.
@@ -121,10 +122,20 @@ def save(directory: Path, checkpoint: Checkpoint, keep: int, progress: Progress 
             others = (path.with_suffix(f".damaged{number or ''}") for number in itertools.count())
             os.rename(path, next(other for other in others if not other.exists()))
         _write(path, checkpoint.arrays, metadata, progress)
-        older = [file for file in listed(directory) if _step(file) <= checkpoint.step]
-        for old in older[keep:]:
-            old.unlink(missing_ok=True)
+    prune(directory, checkpoint.step, keep, best)
     return path
+
+
+def prune(directory: Path, step: int, keep: int, best: Collection[int] = ()) -> None:
+    """Remove all checkpoints up to a step but the newest `keep` and those of the steps `best`.
+
+    Those of later steps are neither counted nor removed: they are damaged, or the run would not be at this step.
+    """
+    older = [file for file in listed(directory) if _step(file) <= step]
+    for old in older[keep:]:
+        if _step(old) not in best:
+            with named_errors("remove", old):
+                old.unlink(missing_ok=True)
 
 
 def _write(path: Path, arrays: Arrays, metadata: Mapping[str, str], progress: Progress) -> None:

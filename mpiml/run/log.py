@@ -41,7 +41,7 @@ class Step(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """The scores of the test rows after a step."""
+    """The scores of the rows that are evaluated, after a step."""
 
     step: int
     epoch: int
@@ -60,12 +60,20 @@ class Log:
         metric: its name.
         pace: names the rank that is slow.
         known: the last results, as fields of result.json; an attribute too, which is kept up to date.
+        evaluated: what the rows are called that are evaluated: test or validation.
     """
 
     def __init__(
-        self, team: Team, metrics: Path, rows: float, metric: str, pace: Pace, known: Mapping[str, Any] | None = None
+        self,
+        team: Team,
+        metrics: Path,
+        rows: float,
+        metric: str,
+        pace: Pace,
+        known: Mapping[str, Any] | None = None,
+        evaluated: str = "test",
     ):
-        self.team, self.metrics, self.rows, self.metric = team, metrics, rows, metric
+        self.team, self.metrics, self.rows, self.metric, self.evaluated = team, metrics, rows, metric, evaluated
         self.pace, self.known = pace, dict(known or {})
         self._named: set[int] = set()  # the slow ranks that a warning has named
         self.times = StepTimes()
@@ -151,16 +159,14 @@ class Log:
                 )
         return steps * self.rows / slowest_step if slowest_step else 0.0, times
 
-    def evaluation(self, done: Evaluation | None) -> bool:
-        """Write the line of an evaluation, if it was not cut short; returns whether there is one."""
-        if done is None:
-            return False
+    def evaluation(self, done: Evaluation) -> None:
+        """Write the line of an evaluation."""
         step, epoch, loss, score, rows = done
         result = {"loss": loss, self.metric: score, "rows": rows}
         self._write(lambda: {"step": step, "epoch": epoch, "evaluation": result})
-        self.say(f"step {step}  epoch {epoch}  test loss {loss:.4f}  test {self.metric} {score:.4f}")
-        self.known |= {self.metric: score, "test_loss": loss}
-        return True
+        which = self.evaluated
+        self.say(f"step {step}  epoch {epoch}  {which} loss {loss:.4f}  {which} {self.metric} {score:.4f}")
+        self.known |= {self.metric: score, f"{which}_loss": loss}
 
     def samples_per_second(self) -> float | None:
         """Rows of a step / median step time, which is that of the slowest rank; collective.

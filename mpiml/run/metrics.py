@@ -82,13 +82,19 @@ def cut_after(
     return [entry for _, entry in good], [entry for _, entry in kept], notes
 
 
-def last_known(entries: list[dict[str, Any]], metric: str) -> dict[str, Any]:
-    """The last loss, test loss and score in a metrics file, as fields of result.json."""
+def last_known(entries: list[dict[str, Any]], metric: str, rows: str = "test") -> dict[str, Any]:
+    """The last loss of a step, and loss and score of an evaluation, in a metrics file, as fields of result.json; `rows`
+    are what was evaluated, test or validation."""
     known: dict[str, Any] = {}
     for entry in entries:
         if "evaluation" in entry:
             evaluation = entry["evaluation"]
-            known |= {metric: evaluation.get(metric), "test_loss": evaluation.get("loss")}
+            known |= {metric: evaluation.get(metric), f"{rows}_loss": evaluation.get("loss")}
         else:
             known["loss"] = entry.get("loss")
     return known
+
+
+def scores(entries: list[dict[str, Any]], name: str) -> list[tuple[int, float | None]]:
+    """(step, score of that name) of every evaluation in a metrics file."""
+    return [(entry["step"], entry["evaluation"].get(name)) for entry in entries if "evaluation" in entry]

@@ -14,8 +14,8 @@ from mpiml.run.directory import RESULT, read_fields, write_atomically
 
 
 class Result(TypedDict, total=False):
-    """result.json: what the last job of a run has done. Beside these fields is the last test score, under the metric's
-    name."""
+    """result.json: what the last job of a run has done. Beside these fields is the score of the last evaluation, under
+    the metric's name."""
 
     status: Required[str]  # running, done, stopped or failed
     exit_code: int | None  # of the job; None while it is running
@@ -28,7 +28,11 @@ class Result(TypedDict, total=False):
     pipe: int
     microbatches: int | None
     loss: float | None  # of the last step
-    test_loss: float | None  # of the last evaluation
+    test_loss: float | None  # of the last evaluation; with rows to validate on, there is the next in its place
+    validation_loss: float | None
+    best_step: int  # of the best evaluation, by what --best names
+    best_score: float  # what that is
+    best_checkpoint: str | None  # path from the run directory; None if it is not kept
     weights_sha256: str  # after the last step
     samples_per_second: float | None
     seconds: float  # that the job took
@@ -48,7 +52,7 @@ class Line(TypedDict, total=False):
 
 
 EVALUATION = frozenset({"loss", "rows"})  # the fields of an evaluation, beside the score
-EVALUATED = frozenset({"run", "step", "data", "rows", "test_loss"})  # and of what mpiml.evaluate prints
+EVALUATED = frozenset({"run", "step", "data", "rows"})  # and of what mpiml.evaluate prints
 RESULT_KINDS, LINE_KINDS = get_type_hints(Result), get_type_hints(Line)
 FIELDS = frozenset({*RESULT_KINDS, *LINE_KINDS, *EVALUATION, *EVALUATED})
 

@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--node-ranks", type=whole(), metavar="N", help="ranks on each node; --slurm needs it")
     add("--only", type=_job, metavar="N,K", help="only the jobs of N ranks in repeat K; --slurm uses it")
     accuracy = measure.add_argument_group("time to accuracy")
-    what = "also train, once for each batch and number of micro-batches, and report when the test metric reaches X"
+    what = "also train, once for each batch and number of micro-batches, and report when the metric reaches X"
     accuracy.add_argument("--target", type=finite, metavar="X", help=what)
     what = "epochs of these runs (default: 30)"
     accuracy.add_argument("--max-epochs", type=whole(), default=30, metavar="N", help=what)

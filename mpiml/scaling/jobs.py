@@ -68,7 +68,7 @@ class TrainingRun(StudyJob):
     def summary(self) -> str:
         metric, scores = evaluations(self.path)
         step, score = max(scores, key=lambda scored: scored[1])
-        return f"trained, test {metric} at best {score:.4f}, after {step} steps"
+        return f"trained, {metric} at best {score:.4f}, after {step} steps"
 
 
 def jobs_of(
@@ -125,7 +125,7 @@ def run_directory(directory: Path, point: Point, epochs: int) -> Path:
 
 
 def evaluations(run: Path) -> tuple[str, list[tuple[int, float]]]:
-    """The metric's name, and (step, test score) of every evaluation of a run."""
+    """The metric's name, and (step, score) of every evaluation of a run."""
     path = run / METRICS
     entries, problems = lines(path, content_of(path))
     scored = [(line["step"], line["evaluation"]) for _, line in entries if "evaluation" in line]

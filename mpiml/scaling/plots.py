@@ -86,7 +86,7 @@ def draw_accuracy(axes: Any, study: Study) -> None:
         axes.axvline(count, color=GREY, linestyle=":")
         place = {"xycoords": ("data", "axes fraction"), "rotation": 90, "ha": "right", "va": "center"}
         axes.annotate("not reached", (count, 0.5), **place)
-    _logarithmic(axes, sorted({*reached, *missed}), f"time to a test score of {study.target:g} (s)")
+    _logarithmic(axes, sorted({*reached, *missed}), f"time to a score of {study.target:g} (s)")
     if lines:
         _decades(axes)
     else:

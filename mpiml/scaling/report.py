@@ -82,7 +82,7 @@ def notes(study: Study) -> list[str]:
         intervals = _listed([f"{steps} with a batch of {batch}" for batch, steps in every])
         paragraphs.append(
             f"Steps to {study.target:g}: in a training run of {study.max_epochs} epochs, the steps until an evaluation "
-            "first reached that test score; one run for each batch and number of micro-batches, whose weights are the "
+            "first reached that score; one run for each batch and number of micro-batches, whose weights are the "
             "same, bit for bit, on any grid. All other settings, the learning rate too, are the same for all. Seconds "
             "are these steps at the point's median time, without evaluations."
             + (f" Steps between evaluations: {intervals}." if every else "")

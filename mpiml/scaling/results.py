@@ -133,7 +133,7 @@ class Study:
         open: how many of its jobs have not been done yet.
         bases: the numbers of micro-batches of one rank that have not been measured yet.
         damaged: files of repeats that cannot be read.
-        target, max_epochs: the test score for training runs to reach, and their epochs; None and 0 without such runs.
+        target, max_epochs: the score for training runs to reach, and their epochs; None and 0 without such runs.
     """
 
     mode: str

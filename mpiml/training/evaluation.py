@@ -31,10 +31,10 @@ def not_finite(reason: str, rank: int | None = None) -> NotFiniteError:
 
 class Evaluation:
     """The rows of a split, read from row 0 in `chunks` chunks of `chunk_rows` rows; each replica has a `block` of whole
-    chunks, (first, last + 1)."""
+    chunks, (first, last + 1). In messages the rows are called what is `evaluated`: test or validation."""
 
-    def __init__(self, split: Split, chunk_rows: int, grid: Grid, dtype: DTypeLike):
-        self.split, self.chunk_rows, self.grid, self.dtype = split, chunk_rows, grid, dtype
+    def __init__(self, split: Split, chunk_rows: int, grid: Grid, dtype: DTypeLike, evaluated: str = "test"):
+        self.split, self.chunk_rows, self.grid, self.dtype, self.evaluated = split, chunk_rows, grid, dtype, evaluated
         self.chunks = -(-len(split) // chunk_rows)
         self.block = part(grid.replica, grid.replicas, self.chunks)
 
@@ -65,7 +65,7 @@ class Evaluation:
             clock("communication")
             record = sums.over_all()
         if record.bad_entry is not None:
-            raise not_finite(f"the test loss is not finite after step {step} (chunk {record.bad_entry})")
+            raise not_finite(f"the {self.evaluated} loss is not finite after step {step} (chunk {record.bad_entry})")
         return record
 
     def _chunks(self, sums: Sums, rounds: Rounds | None) -> Iterator[tuple[Batch, NDArray[np.float64]]]:

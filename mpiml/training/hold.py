@@ -21,6 +21,7 @@ from mpiml.training.resolve import absolute
 from mpiml.training.run import Run
 from mpiml.training.saved import CODE, resumed, settings_in, settings_of
 
+ENOUGH = ("patience", "best", "eval_every", "steps")  # settings by which evaluations are enough
 RUNNING: Result = {"status": "running", "exit_code": None, "reason": None, "rank": None}
 
 
@@ -111,7 +112,7 @@ class Hold:
             path, done = Path(asked.out or ""), None
             try:
                 cfg, stored = settings(asked)
-                done = _finished(cfg, read_result(path))
+                done = _finished(cfg, read_result(path), stored)
             finally:
                 if not done and path.is_dir() and holds_run(path):
                     self._take(RunDirectory(asked.out), resume=True)
@@ -121,11 +122,12 @@ class Hold:
         self._tell(self.guard.team)
         return cfg, stored, done
 
-    def finished(self, team: Team, cfg: Config) -> dict[str, Any] | None:
-        """The result of a run that, as is known only by now, has nothing left to do; collective over `team`."""
+    def finished(self, team: Team, cfg: Config, stored: Config | None) -> dict[str, Any] | None:
+        """The result of a run that, as is known only by now, has nothing left to do; collective over `team`. `stored`
+        as from `resumed`."""
 
         def look() -> dict[str, Any] | None:
-            done = _finished(cfg, self._before)
+            done = _finished(cfg, self._before, stored)
             if done and self._directory:
                 write_result(self._directory.path, done)
             return done
@@ -171,7 +173,7 @@ class Hold:
             job, changes = environment.going_on(environment.read(path), job, checkpoint.last_step(self.checkpoints))
             saved = self._before.get("saved", 0)
             of_run = {"ranks": comm.size, "pipe": config.pipe, "microbatches": config.microbatches}
-            write_result(path, RUNNING | {"step": saved, "saved": saved} | of_run)
+            write_result(path, RUNNING | {"step": saved, "saved": saved} | of_run | run.best.result(path))
             write_atomically(path / CONFIG, config.to_toml())
             write_atomically(path / ENVIRONMENT, documents.to_json(job, indent=2) + "\n")
             return [f"warning: {text}" for text in (*environment.warnings(ranks or []), *changes)]
@@ -191,12 +193,18 @@ class Hold:
         self.guard.run, self.guard.token = team.broadcast((self.guard.run, self.guard.token))
 
 
-def _finished(cfg: Config, result: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of the job before, if there is nothing left to do."""
-    if not (cfg.out and cfg.steps) or result.get("status") != "done" or result.get("step", 0) < cfg.steps:
+def _finished(cfg: Config, result: dict[str, Any], stored: Config | None = None) -> dict[str, Any] | None:
+    """The result of the job before, if there is nothing left to do: the last step is done, or by the `stored` settings,
+    and so by these, its evaluations were enough."""
+    if not (cfg.out and cfg.steps) or result.get("status") != "done":
+        return None
+    reason = result.get("reason")
+    enough = reason and stored and all(getattr(cfg, name) == getattr(stored, name) for name in ENOUGH)
+    if result.get("step", 0) < cfg.steps and not enough:
         return None
     if not cfg.quiet:
-        say(f"{cfg.out} is finished after step {result['step']}: nothing to do", sys.stdout)
+        why = f" ({reason})" if reason else ""
+        say(f"{cfg.out} is finished after step {result['step']}{why}: nothing to do", sys.stdout)
     return result | {"exit_code": 0}  # which is what "done" says, whatever else a file says
 
 

@@ -16,6 +16,7 @@ from mpiml.errors import DataError
 from mpiml.nn.base import Layer
 from mpiml.nn.parameters import Shape
 from mpiml.partition import check_ranks, part
+from mpiml.training.best import best_of
 from mpiml.training.model import build_scoring, model_for
 from mpiml.training.resolve import Resolved, resolve
 from mpiml.training.stages import StageDesign, cut
@@ -130,8 +131,9 @@ def unplaced(config: Config, data: Dataset) -> Unplaced:
     config = resolve(config.replace(pipe=1, cuts=(), microbatches=1), len(data.train), data.classification, 1)
     task = Task.of(data, needs(data, config.classes, config.ignore))
     layers = model_for(config, task, None)
-    columns = 2 + build_scoring(config, task, layers, data.train.w is not None).metric.columns
-    return Unplaced(layers, task.shape, len(data.train), data.classification, columns)
+    metric = build_scoring(config, task, layers, data.train.w is not None).metric
+    best_of(config, metric)
+    return Unplaced(layers, task.shape, len(data.train), data.classification, 2 + metric.columns)
 
 
 def job_of(config: Config, ranks: int, node_ranks: int, data: Dataset) -> Job:

@@ -34,7 +34,7 @@ class Resolved(Config):
 
 def open_data(config: Config, given: Any = None, task: Task | None = None, tests_only: bool = False) -> Dataset:
     """The data set that the settings name, or `given`, a Dataset or what one can be made of, with rows to test on if
-    the settings want any. Raises DataError or ConfigError if there is none.
+    the settings want any, or with rows to validate on in their place. Raises DataError or ConfigError if there is none.
 
     `task` is what a trained model takes, which tells the columns of a table and the classes of its words. With
     `tests_only`, only rows to test on are wanted, and they may be without labels.
@@ -62,8 +62,9 @@ def open_data(config: Config, given: Any = None, task: Task | None = None, tests
     if dataset.words and config.classes not in (None, len(dataset.words)):
         raise ConfigError(f"--classes {config.classes}: labels are {len(dataset.words)} words; leave it out")
     said = "held_out" in (config.given or ())
-    whole = dataset.with_tests(config.held_out, config.seed, said, evaluated=config.eval_every > 0)
-    return with_labels(whole, config, task)
+    evaluated = task is None and config.eval_every > 0 and not config.validation
+    whole = dataset.with_tests(config.held_out, config.seed, said, evaluated)
+    return with_labels(whole, config, task).with_validation(config.validation, config.seed)
 
 
 def words_text(words: Sequence[str]) -> str:

@@ -28,6 +28,7 @@ from mpiml.run import log
 from mpiml.run.stragglers import Pace
 from mpiml.run.trace import clock_for
 from mpiml.team import Team, share_cores
+from mpiml.training.best import Best, best_of
 from mpiml.training.evaluation import not_finite
 from mpiml.training.look import Known
 from mpiml.training.model import Model
@@ -51,6 +52,7 @@ class Run:
     Attributes:
         agree: (table, not finite, stop) -> the step record, the same on all ranks.
         rate: the learning rate of a step.
+        best: of the evaluations so far.
         notes: what a person should know.
     """
 
@@ -63,6 +65,7 @@ class Run:
     state: State
     agree: Agree
     rate: Callable[[int], float]
+    best: Best
     notes: list[str]
 
     def due(self, step: int) -> Due:
@@ -99,8 +102,8 @@ class Run:
         return log.Step(step, self.epoch(step), record.mean_loss, score, rate, norm, seconds, record.stop)
 
     def evaluate(self, step: int, stop: Callable[[], bool]) -> log.Evaluation | None:
-        """Score the test rows with the weights after a step, or with their average if the run keeps one; collective.
-        None if `stop` has said so meanwhile.
+        """Score the rows to evaluate on with the weights after a step, or with their average if the run keeps one;
+        collective. None if `stop` has said so meanwhile.
 
         Raises NotFiniteError, on all ranks alike, if the loss is not finite.
         """
@@ -179,6 +182,7 @@ def assemble(
     for preparation in rows.preparations:
         preparation.leave(built.integers)
     rows = tried(config, rows, grid)
+    best = team.together(lambda: best_of(config, built.metric))
     team.together(lambda: check_rows(config, *built.least_rows, rows.shards.smallest(), len(data.train), grid.replicas))
     team.on_rank_0(lambda: check(config, built))
     layout = built.layouts[grid.stage]
@@ -200,6 +204,7 @@ def assemble(
         state=State(grid, values, update.states),
         agree=agreement,
         rate=learning_rate(config.lr, config.warmup_steps, config.decay, config.decay_steps),
+        best=best,
         notes=[*rows.notes, *built.notes, *notes, *warnings(config)],
     )
 

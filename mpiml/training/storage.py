@@ -23,7 +23,7 @@ from mpiml.run import checkpoint, environment
 from mpiml.run.checkpoint import Checkpoint, Progress
 from mpiml.run.deadline import Deadline
 from mpiml.run.directory import CHECKPOINTS, CONFIG, sync_file
-from mpiml.run.metrics import cut_after, last_known, missing
+from mpiml.run.metrics import cut_after, last_known, missing, scores
 from mpiml.run.result import update_result
 from mpiml.team import Team
 from mpiml.training.constants import Constants
@@ -83,12 +83,14 @@ class Restored(NamedTuple):
         step: the last one that is done.
         notes: what a person should know.
         history: the last results in its log, under the names of result.json.
+        scores: (step, score) of each evaluation in its log, by what --best names.
         unscored: whether `step` has been saved, but its evaluation, which comes after that, is not in the log.
     """
 
     step: int
     notes: list[str]
     history: dict[str, Any]
+    scores: list[tuple[int, float | None]]
     unscored: bool
 
 
@@ -138,6 +140,10 @@ class Store:
             run.state.distribute(stages, *names)
             restore_constants(constants, self.team, changed)
         self._saved = start.step
+        for scored in start.scores:
+            run.best.add(*scored)
+        if start.step:  # the job before may have been killed before it did so
+            self.team.on_rank_0(self._prune)
         return start
 
     def _cut_log(self, saved: Checkpoint | None, notes: list[str]) -> Restored:
@@ -159,7 +165,8 @@ class Store:
             notes.append(f"--init {cfg.init} is not read: it is for a run's first step")
         scored = any("evaluation" in entry and entry["step"] == step for entry in kept)
         unscored = saved is not None and run.due(step).evaluation and not scored
-        return Restored(step, notes, last_known(kept, run.model.metric.name), unscored)
+        history = last_known(kept, run.model.metric.name, cfg.evaluated)
+        return Restored(step, notes, history, scores(kept, run.best.name), unscored)
 
     def save(self, step: int) -> None:
         """Write the checkpoint of a step, unless that is done, when the metrics so far are on disk."""
@@ -178,12 +185,32 @@ class Store:
                 for preparation in run.data.preparations:
                     arrays |= preparation.arrays()
                 saved = Checkpoint(step, run.config.to_toml(), arrays, model.task.to_json(), model.constants.entries)
-                checkpoint.save(self.hold.checkpoints, saved, run.config.keep, self.clock.progress)
-                update_result(self.hold.path, {"step": step, "saved": step})
+                kept = run.config.keep, self.clock.progress, run.best.steps
+                checkpoint.save(self.hold.checkpoints, saved, *kept)
+                update_result(self.hold.path, {"step": step, "saved": step} | run.best.result(self.hold.path))
 
             self.team.on_rank_0(write)
         self._saved = step
         self.deadline.saved(time.monotonic() - began)
+
+    def save_best(self, step: int) -> None:
+        """Save a step that is one of the best by now, and remove the checkpoints of those that no longer are."""
+        self.save(step)
+
+        def keep() -> None:
+            self.hold.check()
+            self._prune()
+            update_result(self.hold.path, self.run.best.result(self.hold.path))
+
+        self.team.on_rank_0(keep)
+
+    def _prune(self) -> None:
+        checkpoint.prune(self.hold.checkpoints, self._saved, self.run.config.keep, self.run.best.steps)
+
+    def saved(self) -> dict[str, Any]:
+        """The fields of result.json on checkpoints: the newest, and the best evaluation's."""
+        best: dict[str, Any] = self.team.on_rank_0(lambda: self.run.best.result(self.hold.path))
+        return {"saved": self._saved} | best
 
     def digest(self) -> str:
         """The SHA-256 of all weights in layer order, the same for every layout."""

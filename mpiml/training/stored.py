@@ -93,6 +93,21 @@ def _newest(directory: Path) -> tuple[Checkpoint, list[str]]:
         raise OutputError(f"{directory.parent} has no checkpoint yet")
 
 
+def check_validation(config: Config, asked: Mapping[str, Any]) -> None:
+    """Raise ConfigError if the rows that a run with this config has set aside to validate on are asked for, and there
+    are none, or they would be others."""
+    if asked["validation"] is None and not config.validation:
+        raise ConfigError("--validation: the run was trained without, so it has no rows set aside; leave it out")
+    if asked["validation"] is None and asked["held_out"] is not None:
+        raise ConfigError(f"--validation --held-out {asked['held_out']}: these rows are chosen as in the run; give one")
+
+
+def reading(config: Config, others: bool, asked: Mapping[str, Any]) -> Config:
+    """The settings with which the data are read: arrays of `others` than the run's have the names asked for."""
+    arrays = asked["arrays"] if others else config.arrays
+    return config.replace(arrays=arrays, given=frozenset())
+
+
 def check_data(stored: StoredModel, data: Dataset, others: bool) -> None:
     """Raise DataError unless a data set is of the kind that the run's was, and unchanged if it is not `others`."""
     task = stored.task
@@ -126,7 +141,10 @@ def with_zeros(data: Dataset, task: Task) -> Dataset:
 def check_wanted(data: Dataset, predictions: str | None) -> None:
     """Raise DataError if there is nothing to score, and ConfigError if rows without labels are not to be predicted."""
     if not len(data.test):
-        raise DataError(f"{data.name}: there are no test rows; name others with --data, or hold some out (--held-out)")
+        raise DataError(
+            f"{data.name}: there are no test rows; name others with --data, or hold some out (--held-out); the rows "
+            "that a run has set aside by --validation are scored with --validation"
+        )
     if not data.test.labelled and not predictions:
         raise ConfigError(
             f"{data.name}: the rows have no labels, so that there is nothing to score; write predictions with "

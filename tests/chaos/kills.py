@@ -14,7 +14,7 @@ from tests.chaos.campaign import Case, Verdict
 from tests.chaos.jobs import Job, kill
 from tests.chaos.runs import COMMON, Lab, Reference, newest, records_differ, resumed, strange, weights_differ
 
-SETTINGS = f"{COMMON} --hidden 32,32,32 --dropout 0.1 --steps 60"
+SETTINGS = f"{COMMON} --hidden 32,32,32 --dropout 0.1 --keep-best 1 --steps 60"
 LAYOUTS = ((1, 1), (2, 1), (3, 1), (4, 1), (2, 2), (4, 2), (4, 4), (3, 3))  # ranks and stages
 VICTIMS = ("one rank", "one rank", "two ranks", "all ranks", "mpirun")
 LIMIT = 15.0  # seconds in which a job is gone

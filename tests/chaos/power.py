@@ -24,7 +24,7 @@ from tests.chaos.runs import (
     weights_differ,
 )
 
-SETTINGS = f"{COMMON} --hidden 4 --dropout 0.1 --eval-every 3 --keep 2 --steps 8"
+SETTINGS = f"{COMMON} --hidden 4 --dropout 0.1 --eval-every 3 --keep 2 --keep-best 1 --steps 8"
 START = re.compile(r"after step (\d+)")
 WORD = re.compile(r"^warning: .*metrics\.jsonl", re.MULTILINE)
 

@@ -339,6 +339,11 @@ FEATURES = {
     "digits": Feature(DIGITS, ROWS),
     "unshuffled": Feature(f"{DIGITS} --shuffle none", ROWS),
     "blocks": Feature(f"{DIGITS} --shuffle blocks --block-rows 3", ROWS),
+    # Is over by step 14, saved between the steps of --save-every, and resumed from the best.
+    "best": Feature(
+        f"{DIGITS} --validation 0.2 --keep-best 2 --patience 3 --keep 1 --lr 0.3 --eval-every 2 --steps 40",
+        ("data", "grid", "resumed"),
+    ),
     "strided": Feature(f"{DIGITS} --shards strided", ROWS),
     "normalized": Feature(f"{DIGITS} --normalize", ROWS),
     "normalized-strided": Feature(f"{DIGITS} --normalize --shards strided", ROWS),

@@ -230,6 +230,37 @@ def test_rows_that_were_held_out_are_scored_again(train: Any, tmp_path: Path) ->
         evaluate(str(untested.run))
 
 
+def test_rows_to_validate_on_are_scored_on_request_and_test_rows_otherwise(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).random((60, 5))
+    np.savez(tmp_path / "d.npz", x_train=x[:40], y_train=x[:40, 0], x_test=np.full((20, 5), np.nan), y_test=x[40:, 0])
+    np.savez(tmp_path / "alone.npz", x_train=x[:40], y_train=x[:40, 0])
+    settings: dict[str, Any] = {"hidden": (8,), "steps": 4, "quiet": True, "eval_rows": 3, "held_out": 0.0}
+    run, alone = str(tmp_path / "run"), str(tmp_path / "alone")
+    result = train_here(Config(data=str(tmp_path / "d.npz"), out=run, validation=0.25, **settings))  # test rows are bad
+    assert "test_loss" not in result
+    scored = evaluate(run, validation=True)
+    assert (scored["rows"], scored["validation_loss"], scored["r2"]) == (10, result["validation_loss"], result["r2"])
+    assert "10 validation rows of" in text(scored)
+    with pytest.raises(DataError, match="x_test: 20 rows hold values that are not finite"):
+        evaluate(run)
+    (tmp_path / "d.npz").rename(tmp_path / "e.npz")
+    assert evaluate(run, data=str(tmp_path / "e.npz"), validation=True) == scored | {"data": str(tmp_path / "e.npz")}
+    with pytest.raises(DataError, match="alone has changed since the run"):
+        evaluate(run, data=str(tmp_path / "alone.npz"), validation=True)
+    same = train_here(Config(data=str(tmp_path / "alone.npz"), out=alone, validation=0.25, **settings))
+    assert same["weights_sha256"] == result["weights_sha256"]
+    assert evaluate(alone, validation=True)["validation_loss"] == result["validation_loss"]
+    with pytest.raises(DataError, match=r"there are no test rows; name others .* are scored with --validation"):
+        evaluate(alone)
+    with pytest.raises(ConfigError, match=r"--validation --held-out 0\.1: these rows are chosen as in the run"):
+        evaluate(alone, validation=True, held_out=0.1)
+    train_here(Config(data=str(tmp_path / "alone.npz"), out=str(tmp_path / "without"), eval_every=0, **settings))
+    with pytest.raises(ConfigError, match="--validation: the run was trained without"):
+        evaluate(str(tmp_path / "without"), validation=True)
+    with pytest.raises(ConfigError, match=r"--validation 0\.5: the run in .* has 0.25, and another"):
+        train_here(Config(out=alone, resume=True, validation=0.5, steps=9))
+
+
 def arrays(x: Any, y: Any) -> Dataset:
     return Dataset.from_arrays(x, y, x, y)
 

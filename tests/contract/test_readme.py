@@ -31,7 +31,7 @@ EXTRAS = {"mynet": "torch"}  # a block with this word needs that package, which 
 PATH = re.compile(r"[\w./-]+\.(py|sh|sbatch|def)|(\.?[\w-]+/)+([\w.-]+\.\w+)?")
 OTHERS = {"checkpoints/", "mine.py"}  # on pages: of a run, and of the reader
 
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.parent.relative_to(ROOT)))
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:

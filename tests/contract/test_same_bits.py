@@ -50,6 +50,13 @@ def test_features_make_a_difference(table: Table) -> None:
     assert len(ends) == len(rows)
 
 
+def test_the_best_is_worth_comparing(table: Table) -> None:
+    job = table.alone("best")
+    assert (job.result["step"], job.result["best_step"]) == (14, 8)
+    assert "no better validation loss in 3 evaluations" in job.result["reason"]
+    assert len(list((job.run / "checkpoints").iterdir())) == 3
+
+
 def test_running_averages_are_worth_comparing(table: Table) -> None:
     for name in ("averages", "averages-double", "averages-of-a-row", "averages-cnn"):
         averages = [array for array in saved(table.alone(name)) if "running" in array]

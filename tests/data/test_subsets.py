@@ -83,9 +83,9 @@ def test_weights_are_those_of_the_rows() -> None:
 @pytest.mark.parametrize(
     ("fraction", "rows", "words"),
     [
-        (0.04, 10, "--held-out 0.04: of 10 rows none would be held out; a fraction from 0.1 to 0.9 works"),
+        (0.04, 10, "--held-out 0.04: of 10 rows none would be taken; a fraction from 0.1 to 0.9 works"),
         (0.96, 10, "--held-out 0.96: of 10 rows none would be left to train on; a fraction from 0.1 to 0.9 works"),
-        (0.5, 1, "--held-out 0.5: of 1 rows none would be held out; it takes two rows"),
+        (0.5, 1, "--held-out 0.5: of 1 rows none would be taken; it takes two rows"),
     ],
 )
 def test_a_fraction_leaves_rows_on_both_sides(fraction: float, rows: int, words: str) -> None:
@@ -106,6 +106,36 @@ def test_a_fraction_is_not_used_where_there_are_test_rows() -> None:
     noted = data.with_tests(0.2, 0, said=True, evaluated=True)
     assert (noted.test, list(noted.notes)) == (data.test, ["--held-out 0.2 is not used: there are test rows, 10"])
     assert list(data.notes) == []
+
+
+def test_rows_to_validate_on_take_the_place_of_the_test_rows() -> None:
+    data = Dataset(DATA.train, DATA.train.subset(np.arange(3)))
+    parts = data.with_validation(0.3, 5)
+    train, taken = draw(10, 0.3, 5, "validation")
+    assert (len(taken), sorted([*train, *taken])) == (3, list(range(10)))
+    for split, rows in ((parts.train, train), (parts.test, taken)):
+        np.testing.assert_array_equal(held(split, "y"), rows)
+        np.testing.assert_array_equal(held(split, "x"), np.eye(10)[rows])
+        np.testing.assert_allclose(held(split, "w"), rows / 9)
+    assert list(parts.notes) == ["validation: 3 of 10 training rows, chosen by --seed; the 3 test rows are not read"]
+    assert parts.fingerprint == data.fingerprint
+    assert data.with_validation(0, 5) is data
+
+
+def test_rows_are_held_out_before_others_are_taken_to_validate_on() -> None:
+    parts = DATA.with_tests(0.4, 0, said=True, evaluated=True).with_validation(0.5, 0)
+    assert not set(held(parts.test, "y")) & set(draw(10, 0.4, 0)[1])
+    assert len(parts.train) == len(parts.test) == 3
+    assert set(draw(10, 0.4, 0)[1]) != set(draw(10, 0.4, 0, "validation")[1])
+    (note,) = DATA.with_validation(0.5, 0).notes
+    assert note == "validation: 5 of 10 training rows, chosen by --seed; there are no test rows"
+
+
+def test_a_fraction_to_validate_on_leaves_rows_on_both_sides() -> None:
+    for fraction, words in ((0.04, "none would be taken"), (0.96, "none would be left to train on")):
+        with pytest.raises(ConfigError) as error:
+            DATA.with_validation(fraction, 0)
+        assert str(error.value) == f"--validation {fraction}: of 10 rows {words}; a fraction from 0.1 to 0.9 works"
 
 
 def test_text_keeps_its_last_part_or_all_of_it(tmp_path: Path) -> None:

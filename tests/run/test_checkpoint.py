@@ -250,6 +250,40 @@ def test_the_newest_are_kept_and_later_ones_do_not_count(tmp_path: Path) -> None
     assert [checkpoint._step(path) for path in checkpoint.listed(tmp_path)] == [9, 8, 3, 2]
 
 
+@pytest.mark.parametrize(
+    ("keep", "best", "left"),
+    [
+        (2, (), [9, 8, 4, 3]),
+        (1, (1, 2), [9, 8, 4, 2, 1]),
+        (1, (4,), [9, 8, 4]),
+        (2, (7, 8, 1), [9, 8, 4, 3, 1]),  # of step 7 there is none
+        (9, (1,), [9, 8, 4, 3, 2, 1]),
+    ],
+)
+def test_the_newest_and_the_best_are_kept(tmp_path: Path, keep: int, best: tuple[int, ...], left: list[int]) -> None:
+    for step in (1, 2, 3, 4, 8, 9):
+        (tmp_path / checkpoint.file_name(step)).write_text("damaged or not")
+    checkpoint.prune(tmp_path, 5, keep, best)
+    assert [checkpoint._step(path) for path in checkpoint.listed(tmp_path)] == left
+
+
+def test_nothing_is_removed_before_the_new_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path, state(1), 1)
+    checkpoint.save(tmp_path, state(2), 1, best=[1])
+    assert len(checkpoint.listed(tmp_path)) == 2
+
+    def failing(*arguments: object) -> None:
+        raise OutputError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write", failing)
+        with pytest.raises(OutputError):
+            checkpoint.save(tmp_path, state(3), 1)
+    assert len(checkpoint.listed(tmp_path)) == 2
+    checkpoint.save(tmp_path, state(3), 1, best=[2])
+    assert [checkpoint._step(path) for path in checkpoint.listed(tmp_path)] == [3, 2]
+
+
 def test_a_whole_file_is_left_alone_and_a_damaged_one_kept_aside(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, state(3), 1)
     before = path.stat().st_ino

@@ -94,14 +94,9 @@ def test_numbers_that_are_not_finite_are_null(log: Log) -> None:
 
 def test_the_line_of_an_evaluation(log: Log, capsys: pytest.CaptureFixture[str]) -> None:
     log.open_console(1, 9, quiet=False)
-    assert log.evaluation(SCORED._replace(loss=0.12345))
+    log.evaluation(SCORED._replace(loss=0.12345))
     assert written(log) == [{"step": 3, "epoch": 2, "evaluation": {"loss": 0.12345, "accuracy": 0.25, "rows": 360}}]
     assert capsys.readouterr().out == "step 3  epoch 2  test loss 0.1235  test accuracy 0.2500\n"
-
-
-def test_an_evaluation_that_was_cut_short_is_no_line(log: Log) -> None:
-    assert not log.evaluation(None)
-    assert not log.metrics.exists()
 
 
 def test_the_last_results_are_known_under_the_names_of_a_result(log: Log) -> None:

@@ -1,0 +1,93 @@
+"""Which evaluations of a run are the best so far, and whether enough of them were no better; no MPI."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from mpiml.config import Config
+from mpiml.errors import ConfigError
+from mpiml.flags import flag
+from mpiml.nn.losses import Metric
+from mpiml.run.checkpoint import file_name
+from mpiml.run.directory import CHECKPOINTS
+
+
+class Best:
+    """The best of a run's evaluations, a function of their scores in order, and so the same on all ranks and in a run
+    that was killed and goes on. Of equal scores the first is the best.
+
+    Args:
+        name: of the scores, as in an evaluation's line of metrics.jsonl.
+        what: the scores in words: "test loss".
+        higher: whether higher ones are better.
+        keep: how many of the best `steps` has.
+        patience: evaluations in a row without a better one that are enough; 0: never.
+
+    Attributes:
+        since: how many evaluations there were after the best one.
+    """
+
+    def __init__(self, name: str, what: str, higher: bool, keep: int, patience: int):
+        self.name, self.what, self.higher, self.keep, self.patience = name, what, higher, keep, patience
+        self.since = 0
+        self._ranked: list[tuple[float, int]] = []  # (score, step), the best first
+
+    def add(self, step: int, score: float | None) -> bool:
+        """Add the next evaluation. Returns whether it is among the best `keep`; a score that is not finite never is."""
+        self.since += 1
+        if score is None or not math.isfinite(score):
+            return False
+        entry = (score, step)
+        self._ranked = sorted([*self._ranked, entry], key=lambda one: -one[0] if self.higher else one[0])
+        self._ranked = self._ranked[: max(self.keep, 1)]
+        if self._ranked[0] is entry:
+            self.since = 0
+        return step in self.steps
+
+    @property
+    def steps(self) -> list[int]:
+        """Of the best `keep` evaluations, the best first."""
+        return [step for _, step in self._ranked[: self.keep]]
+
+    @property
+    def enough(self) -> bool:
+        """Whether training is to end."""
+        return 0 < self.patience <= self.since
+
+    @property
+    def reason(self) -> str | None:
+        """Why training is to end; None if it is not."""
+        if not self.enough:
+            return None
+        last = f" since step {self._ranked[0][1]}" if self._ranked else ""
+        return f"no better {self.what} in {self.since} evaluation{'s' if self.since > 1 else ''}{last}"
+
+    def result(self, run: Path) -> dict[str, Any]:
+        """The fields of result.json, which name the checkpoint of the best step if the run directory holds it; rank 0
+        calls it."""
+        if not self._ranked:
+            return {}
+        score, step = self._ranked[0]
+        path = f"{CHECKPOINTS}/{file_name(step)}"
+        return {"best_step": step, "best_score": score, "best_checkpoint": path if (run / path).is_file() else None}
+
+
+def best_of(config: Config, metric: Metric) -> Best:
+    """The best of no evaluations yet, by what --best names. Raises ConfigError if that is no score of the run, or if it
+    is not known which scores are better."""
+    name, higher = config.best, metric.higher_is_better
+    if name not in ("loss", metric.name):
+        raise ConfigError(f"--best {name}: must be loss or {metric.name}, which the evaluations of this run have")
+    if name != "loss" and not isinstance(higher, bool):
+        raise ConfigError(
+            f"--best {name}: --metric {config.metric} must say which scores are better, by an attribute "
+            f"higher_is_better, True or False{'' if higher is None else f'; it is {higher!r:.40}'}"
+        )
+    for setting in ("keep_best", "patience"):
+        if (value := getattr(config, setting)) and not config.eval_every:
+            raise ConfigError(
+                f"{flag(setting)} {value} --eval-every 0: there are no evaluations; leave one of them out"
+            )
+    return Best(name, f"{config.evaluated} {name}", name != "loss" and bool(higher), config.keep_best, config.patience)
