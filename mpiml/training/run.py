@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
@@ -14,8 +15,8 @@ from numpy.typing import NDArray
 
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
+from mpiml.errors import ConfigError
 from mpiml.nn import optimizers
-from mpiml.nn.rates import learning_rate
 from mpiml.parallel import grid as grids
 from mpiml.parallel.grid import Grid
 from mpiml.parallel.record import Record, agree
@@ -28,11 +29,12 @@ from mpiml.run import log
 from mpiml.run.stragglers import Pace
 from mpiml.run.trace import clock_for
 from mpiml.team import Team, share_cores
+from mpiml.training.decay import rate_of, remarks
 from mpiml.training.evaluation import not_finite
 from mpiml.training.look import Known
 from mpiml.training.model import Model
 from mpiml.training.place import Agree, BuiltModel, build_stage, gradients, place
-from mpiml.training.resolve import Resolved, check_rows, resolve, warnings
+from mpiml.training.resolve import Resolved, check_rows, resolve
 from mpiml.training.rows import RunData, build_data, tried
 
 
@@ -79,16 +81,21 @@ class Run:
                 saved has been looked at before.
             stop: whether this rank asks to stop after the step; is asked once, when its gradients are there.
 
-        Raises NotFiniteError, on all ranks alike, if the loss, the gradient or the weights are not finite.
+        Raises, on all ranks alike, NotFiniteError if the loss, the gradient or the weights are not finite, and
+        ConfigError if a decay of the user's own is not.
         """
         began, clock, update = perf_counter(), self.grid.team.clock, self.update
         clock.step = step
         table = self._table(self.config.microbatches, measured=due.log)
         self.stage.train(step, self.data.ahead.batches(step), table, measured=due.log)
+        rate, wrong = self._rate(step)
         clock("communication")
-        record = self.agree(table, not update.finite, stop())
+        record = self.agree(table, bool(wrong) or not update.finite, stop())
+        if wrong:
+            self.stage.sum.drop()
+            raise wrong
         self._check_finite(step, record)
-        rate, shown = self.rate(step), any(due) or record.stop
+        shown = any(due) or record.stop
         norm = update.step(rate, record.weight, step, shown)
         self._check_finite(step, record, norm)
         if shown:  # else the next step's record will carry it
@@ -131,6 +138,13 @@ class Run:
         self.state.values.free()
         self.grid.free()
 
+    def _rate(self, step: int) -> tuple[float, ConfigError | None]:
+        """The learning rate of a step, or what is wrong with a user's own decay there, which all ranks find alike."""
+        try:
+            return self.rate(step), None
+        except ConfigError as error:
+            return math.nan, error.on_all_ranks()
+
     def _table(self, entries: int, measured: bool = False) -> NDArray[np.float64]:
         """An empty table for that many micro-batches, with columns for the metric only if it is to be measured: of many
         outputs they may be thousands."""
@@ -171,6 +185,7 @@ def assemble(
     team, clock = grid.team, grid.team.clock
     clock("joining")
     share_cores(grid.node.size * config.threads, grid.cores)
+    rate = rate_of(config, team)
     rows = build_data(config, data, grid, known)
     weighted = any(split.w is not None for split in (data.train, data.test))
     built, computation = build_stage(config, rows.task, grid, model, weighted)
@@ -186,7 +201,7 @@ def assemble(
     memory = values.memory  # whose ranks share the work
     team.together(lambda: layout.initialise(values.vector, config.seed, memory.rank, memory.ranks))
     computation = dataclasses.replace(computation, gradients=gradients(layout, sum_))
-    optimizer = optimizers.build(config.optimizer, config.momentum, config.weight_decay)
+    optimizer = optimizers.build(config.optimizer, config.momentum, config.weight_decay, config.betas)
     update = Update(team, grid.replica, sum_, optimizer, config.clip, rows.shards.rows_of)
     return Run(
         config=config,
@@ -197,8 +212,8 @@ def assemble(
         update=update,
         state=State(grid, values, update.states),
         agree=agreement,
-        rate=learning_rate(config.lr, config.warmup_steps, config.decay, config.decay_steps),
-        notes=[*rows.notes, *built.notes, *notes, *warnings(config)],
+        rate=rate,
+        notes=[*rows.notes, *built.notes, *notes, *remarks(config, rate)],
     )
 
 
