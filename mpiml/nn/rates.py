@@ -14,7 +14,7 @@ from mpiml.errors import ConfigError
 Factor = Callable[[int, int], float]
 
 NUMBER = r"([0-9][0-9.e+-]{0,30})"
-PHASE = re.compile(rf"until=([0-9]{{1,18}}) lr={NUMBER} lr-floor={NUMBER} decay-steps=([0-9]{{1,18}})", re.ASCII)
+PHASE = re.compile(rf"until=([0-9]{{1,18}}) lr={NUMBER} lr-floor={NUMBER} decay-steps=([0-9]{{1,18}})")
 
 
 def constant(step: int, steps: int) -> float:

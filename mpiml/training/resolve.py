@@ -164,8 +164,8 @@ def check_optimizer(config: Resolved) -> None:
     *before, now = phases(config)
     if before and now.decay_steps <= before[-1].until:
         raise ConfigError(
-            f"--decay-steps {now.decay_steps}: until step {before[-1].until} the learning rate is what it was to be "
-            "before; it can fall anew to a later step only"
+            f"--decay-steps {now.decay_steps}: up to step {before[-1].until} the learning rate falls as it was to "
+            f"before, and then anew; give a step after {before[-1].until}"
         )
 
 

@@ -82,8 +82,8 @@ def test_a_run_that_was_cut_short_has_what_it_was_to_have_until_then() -> None:
 @pytest.mark.parametrize(
     ("before", "asked", "words"),
     [
-        (BEFORE, {"decay_steps": 19}, "--decay-steps 19: until step 20 "),
-        (BEFORE.replace(steps=30), {"decay_steps": 30}, "--decay-steps 30: until step 30 "),
+        (BEFORE, {"decay_steps": 19}, "--decay-steps 19: up to step 20 "),
+        (BEFORE.replace(steps=30), {"decay_steps": 30}, "--decay-steps 30: up to step 30 "),
         (BEFORE, {"decay_steps": 40, "lr_floor": 0.2}, "--lr-floor 0.2: is above --lr 0.1"),
         (BEFORE.replace(lr_floor=0.01), {"decay_steps": 40, "lr": 0.001}, "--lr-floor 0.01: is above --lr 0.001"),
         (BEFORE, {"decay_steps": 40, "lr_history": ("until=3",)}, "--lr-history until=3: the run in a has "),
@@ -135,7 +135,7 @@ def test_what_was_said_once_need_not_be_said_again() -> None:
         ({"lr_floor": 0.1, "lr": 0.01, "decay": "own:fall"}, "--lr-floor 0.1: is above --lr 0.01"),
         ({"lr_history": ("until=20",), "decay": "cosine"}, "--lr-history 'until=20': must be like "),
         ({"lr_history": (str(Phase(20, 0.1, 0.0, 20)),)}, "--lr-history until=20 .* with --decay none "),
-        ({"lr_history": (str(Phase(20, 0.1, 0.0, 20)),), "decay": "step", "steps": 20}, "--decay-steps 20: until "),
+        ({"lr_history": (str(Phase(20, 0.1, 0.0, 20)),), "decay": "step", "steps": 20}, "--decay-steps 20: up to "),
     ],
 )
 def test_settings_of_the_optimizer_that_do_not_go_together(settings: Any, words: str) -> None:
