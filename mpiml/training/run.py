@@ -91,9 +91,8 @@ class Run:
         rate, wrong = self._rate(step)
         clock("communication")
         record = self.agree(table, bool(wrong) or not update.finite, stop())
-        if wrong:
-            self.stage.sum.drop()
-            raise wrong
+        if record.broken:
+            self._check_rate(wrong)
         self._check_finite(step, record)
         shown = any(due) or record.stop
         norm = update.step(rate, record.weight, step, shown)
@@ -139,11 +138,24 @@ class Run:
         self.grid.free()
 
     def _rate(self, step: int) -> tuple[float, ConfigError | None]:
-        """The learning rate of a step, or what is wrong with a user's own decay there, which all ranks find alike."""
+        """The learning rate of a step, or what is wrong with a user's own decay there."""
         try:
             return self.rate(step), None
         except ConfigError as error:
-            return math.nan, error.on_all_ranks()
+            return math.nan, error
+
+    def _check_rate(self, wrong: ConfigError | None) -> None:
+        """End the run, on all ranks, if the learning rate of a step is wrong on any; collective."""
+
+        def check() -> None:
+            if wrong:
+                raise wrong
+
+        try:
+            self.grid.team.together(check)
+        except ConfigError:
+            self.stage.sum.drop()
+            raise
 
     def _table(self, entries: int, measured: bool = False) -> NDArray[np.float64]:
         """An empty table for that many micro-batches, with columns for the metric only if it is to be measured: of many

@@ -153,15 +153,22 @@ def together(tmp_path: Path) -> Path:
 
 
 @pytest.mark.mpi
-def test_a_bad_value_later_ends_the_run_on_all_ranks_alike(together: Path) -> None:
-    """Step 57 of 120 is not one of those for which it is tried."""
-    assert (57, 120) not in spread([Phase(120, 1.0, 0.0, 120)], 0)
-    with pytest.raises(ConfigError, match=rf"^--decay {NAME}: returns -1 for step 57 of 120; ") as error:
-        trained(together / "run", lambda step, steps: -1 if step == 57 else 1, WORLD, steps=120, save_every=50)
+@pytest.mark.parametrize("rank", [0, WORLD.size - 1])
+def test_a_bad_value_later_ends_the_run_on_all_ranks_alike(together: Path, rank: int) -> None:
+    """Step 60 of 120 is not one of those for which it is tried."""
+    assert (60, 120) not in spread([Phase(120, 1.0, 0.0, 120)], 0)
+    with pytest.raises(ConfigError, match=rf"^--decay {NAME}: returns -1 for step 60 of 120; ") as error:
+        trained(
+            together / "run",
+            lambda step, steps: -1 if step == 60 and WORLD.rank >= rank else 1,
+            WORLD,
+            steps=120,
+            save_every=50,
+        )
     assert error.value.everywhere
     WORLD.Barrier()
     result = json.loads((together / "run" / "result.json").read_text())
-    assert (result["status"], result["step"], result["saved"]) == ("failed", 57, 50)
+    assert (result["status"], result["step"], result["saved"]) == ("failed", 60, 50)
     WORLD.Barrier()
 
 
