@@ -181,8 +181,9 @@ class Config:
     decay: str = setting(
         "none",
         OPTIMIZER,
-        "how the rate falls after its peak",
-        choices=["none", "cosine", "step"],
+        "how the rate falls after its peak; your own: a function (step, steps) -> factor (see run/GOING_ON.md)",
+        choices=["none", "linear", "cosine", "step"],
+        named=is_name,
     )
     decay_steps: int | None = setting(None, OPTIMIZER, "step at which the decay ends (default: the last)", low=1)
     lr_floor: float = setting(0.0, OPTIMIZER, "learning rate to which the decay falls", low=0)

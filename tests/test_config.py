@@ -66,7 +66,7 @@ OTHERS = {
     "decay": ("cosine", '"cosine"', "cosine"),
     "decay_steps": ("50", "50", 50),
     "lr_floor": ("0.001", "1e-3", 0.001),
-    "lr_history": ("lr=0.1", '["lr=0.1"]', ("lr=0.1",)),
+    "lr_history": ("until=3 lr=1,until=9", '["until=3 lr=1", "until=9"]', ("until=3 lr=1", "until=9")),
     "rates": ("layers.0=0,head.*=10", '["layers.0=0", "head.*=10"]', ("layers.0=0", "head.*=10")),
     "ema": ("0.99", "0.99", 0.99),
     "clip": ("1", "1", 1.0),
@@ -313,7 +313,7 @@ def test_a_resumed_run_may_say_that_it_ignores_what_it_does_not_have() -> None:
         resumed(asked, Config(ignore=255))
 
 
-@pytest.mark.parametrize("name", ["lr", "decay_steps"])
+@pytest.mark.parametrize("name", ["lr", "decay_steps", "lr_floor"])
 def test_a_resumed_run_whose_learning_rate_falls_may_be_given_another(name: str) -> None:
     asked = parse(["--resume", "--out", "a", *as_flags(name)])
     assert getattr(resumed(asked, Config(decay="cosine")), name) == OTHERS[name][2]

@@ -1,6 +1,7 @@
 """Optimizers: the state vectors that each keeps, and its formula, applied to a piece of the flat vectors in place."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -93,7 +94,7 @@ class Adam(Optimizer):
     def __init__(
         self,
         weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: Sequence[float] = (0.9, 0.999),
         epsilon: float = 1e-8,
         decoupled: bool = False,
     ):
@@ -124,13 +125,13 @@ class Adam(Optimizer):
         np.subtract(value, spare, out=value)
 
 
-def build(name: str, momentum: float, weight_decay: float) -> Optimizer:
-    """The optimizer called `name`: sgd, momentum, nesterov, adam or adamw."""
+def build(name: str, momentum: float, weight_decay: float, betas: Sequence[float] = (0.9, 0.999)) -> Optimizer:
+    """The optimizer called `name`: sgd, momentum, nesterov, adam or adamw. Only the last two have betas."""
     if name == "sgd":
         return SGD(weight_decay)
     if name in ("momentum", "nesterov"):
         return Momentum(weight_decay, momentum=momentum, nesterov=name == "nesterov")
-    return Adam(weight_decay, decoupled=name == "adamw")
+    return Adam(weight_decay, betas, decoupled=name == "adamw")
 
 
 def default_rate(name: str) -> float:

@@ -42,6 +42,8 @@ def settings(asked: Config) -> tuple[Config, Config | None]:
     else:
         return asked, None
     cfg = resumed(asked, before)
+    if before.steps and checkpoints.is_dir():  # which may have done more steps before it was to end sooner
+        before = before.replace(steps=max(before.steps, checkpoint.last_step(checkpoints)))
     if absolute(cfg.data) != absolute(before.data) and environment.data(path) is None:
         raise DataError(
             f"--data {cfg.data}: the run in {path} has {before.data}, and without its {ENVIRONMENT} it is "

@@ -13,7 +13,9 @@ from mpiml.data.dataset import Dataset, open_dataset
 from mpiml.data.formats import Options
 from mpiml.data.objects import dataset_of
 from mpiml.errors import ConfigError
+from mpiml.flags import flag, text
 from mpiml.nn import optimizers
+from mpiml.nn.rates import DECAYS, Phase, history
 from mpiml.parallel.tree import aligned
 from mpiml.training.saved import refusal
 from mpiml.training.task import Task
@@ -118,9 +120,8 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int, befo
         )
     if microbatches > rows:
         raise ConfigError(f"--microbatches {microbatches}: the data set has only {rows} rows to share out")
-    steps = config.steps or (config.epochs or DEFAULT_EPOCHS) * -(-rows // config.batch)
     if before:
-        check_fall(config, before, steps)
+        config = extended(config, before, rows)
     elif config.classes is not None and (not classification or of_values(config)):
         raise ConfigError(f"--classes {config.classes}: the labels are values, not classes; leave it out")
     decay = config.weight_decay
@@ -128,13 +129,45 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int, befo
         data=absolute(config.data),
         init=config.init and absolute(config.init),
         microbatches=microbatches,
-        steps=steps,
         epochs=None,
-        lr=optimizers.default_rate(config.optimizer) if config.lr is None else config.lr,
         weight_decay=(0.01 if config.optimizer == "adamw" else 0.0) if decay is None else decay,
-        decay_steps=config.decay_steps or steps,
+        **last_and_rate(config, rows),
     )
-    return Resolved(**vars(decided))
+    resolved = Resolved(**vars(decided))
+    check_optimizer(resolved)
+    return resolved
+
+
+def last_and_rate(config: Config, rows: int) -> dict[str, Any]:
+    """The settings that say how long a run is, and how its learning rate falls, decided."""
+    steps = config.steps or (config.epochs or DEFAULT_EPOCHS) * -(-rows // config.batch)
+    lr = optimizers.default_rate(config.optimizer) if config.lr is None else config.lr
+    return {"steps": steps, "lr": lr, "decay_steps": config.decay_steps or steps}
+
+
+def phases(config: Resolved) -> list[Phase]:
+    """How the learning rate of a run falls: before it was extended, each time, and now."""
+    now = Phase(config.steps, config.lr, config.lr_floor, config.decay_steps)
+    return [*history(config.lr_history), now]
+
+
+def check_optimizer(config: Resolved) -> None:
+    """Raise ConfigError for settings of the optimizer and its learning rate that do not go together."""
+    if len(config.betas) != 2:
+        raise ConfigError(f"--betas {text(config.betas)}: must be two numbers, as 0.9,0.999")
+    if config.betas != Config.betas and config.optimizer not in ("adam", "adamw"):
+        raise ConfigError(f"--betas {text(config.betas)}: --optimizer {config.optimizer} has none; adam and adamw have")
+    if config.decay == "none" and (config.lr_floor or config.lr_history):
+        name, value = ("lr-floor", config.lr_floor) if config.lr_floor else ("lr-history", text(config.lr_history))
+        raise ConfigError(f"--{name} {value}: with --decay none the learning rate does not fall; choose a decay")
+    if config.lr_floor > config.lr:
+        raise ConfigError(f"--lr-floor {config.lr_floor}: is above --lr {config.lr}, from which the rate falls to it")
+    *before, now = phases(config)
+    if before and now.decay_steps <= before[-1].until:
+        raise ConfigError(
+            f"--decay-steps {now.decay_steps}: up to step {before[-1].until} the learning rate falls as it was to "
+            f"before, and then anew; give a step after {before[-1].until}"
+        )
 
 
 METRICS = {"cross_entropy": ("accuracy",), "mse": ("r2",), "bce": ("accuracy", "exact_match")}  # the default first
@@ -176,30 +209,44 @@ def check_rows(config: Resolved, least: int, layer: str, smallest: int, rows: in
     )
 
 
-def check_fall(config: Config, before: Config, steps: int) -> None:
-    """Raise ConfigError unless a run that goes on to `steps` has a learning rate that falls as it did before, or as has
-    been said for the steps that are added."""
-    last = before.decay_steps or 0
-    longer = config.decay != "none" and steps > max(before.steps or 0, last)
-    for name in FALLING:
-        was = getattr(before, name)
-        if getattr(config, name) != was and not longer:
-            raise refusal(config, name, was)
+def extended(config: Config, before: Config, rows: int) -> Config:
+    """The settings of a run that goes on, with the learning rate of `before` in its history if the rate falls anew.
+
+    Up to the last step that the run was to have before, the rate is what it was to be, wherever the run has stopped.
+    Raises ConfigError for a rate that has fallen unless it is said how it goes on, and for a change of what it was to
+    be.
+    """
+    steps, was = last_and_rate(config, rows)["steps"], Resolved(**vars(before) | last_and_rate(before, rows))
+    longer = config.decay != "none" and steps > max(was.steps, was.decay_steps)
+    changed = [name for name in FALLING if getattr(config, name) != getattr(before, name)]
+    if changed and not longer:
+        raise refusal(config, changed[0], getattr(before, changed[0]))
     if longer and "decay_steps" not in (config.given or ()):
-        low = {"cosine": "0", "step": "a hundredth"}[config.decay]
         raise ConfigError(
-            f"{steps} steps: the learning rate of the run in {config.out} has fallen to {low} by step {last}; say how "
-            f"it goes on: with --decay-steps {steps} it falls until then, from --lr if that is given too; with "
-            f"--decay-steps {last} it stays"
+            f"{steps} steps: the learning rate of the run in {config.out} has fallen {_low(was)} by step "
+            f"{was.decay_steps}; say how it goes on: with --decay-steps {steps} it falls until then, from --lr if that "
+            f"is given too; with --decay-steps {was.decay_steps} it stays"
         )
+    if not changed:
+        return config
+    if config.decay_steps == before.decay_steps:
+        name = changed[0]
+        raise ConfigError(
+            f"{flag(name)} {getattr(config, name)}: by --decay-steps {was.decay_steps} the learning rate stays as it "
+            f"is then; to let it fall anew, give a later step, --decay-steps {steps}"
+        )
+    past = phases(was)
+    kept = [phase for phase in past[:-1] if phase.until < was.steps]
+    ended = past[len(kept)]._replace(until=was.steps)
+    return config.replace(lr_history=tuple(map(str, [*kept, ended])))
 
 
-def warnings(config: Resolved) -> list[str]:
-    """What is to be said of the settings: that the learning rate is 0 before the last step."""
-    steps, last = config.steps, config.decay_steps
-    if config.decay != "cosine" or steps <= last:
-        return []
-    return [f"warning: the learning rate is 0 from step {last} of {steps} on, by --decay-steps: nothing is learned"]
+def _low(config: Resolved) -> str:
+    """Where the learning rate of a run is after its decay."""
+    if config.decay not in DECAYS:
+        return f"as {config.decay} says"
+    _, lr, floor, last = phases(config)[-1]
+    return f"to {floor + (lr - floor) * DECAYS[config.decay](last, last):g}"
 
 
 def grid_text(stages: int, replicas: int, microbatches: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
@@ -14,8 +15,8 @@ from numpy.typing import NDArray
 
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
+from mpiml.errors import ConfigError
 from mpiml.nn import optimizers
-from mpiml.nn.rates import learning_rate
 from mpiml.parallel import grid as grids
 from mpiml.parallel.grid import Grid
 from mpiml.parallel.record import Record, agree
@@ -29,11 +30,12 @@ from mpiml.run.stragglers import Pace
 from mpiml.run.trace import clock_for
 from mpiml.team import Team, share_cores
 from mpiml.training.best import Best, best_of
+from mpiml.training.decay import rate_of, remarks
 from mpiml.training.evaluation import not_finite
 from mpiml.training.look import Known
 from mpiml.training.model import Model
 from mpiml.training.place import Agree, BuiltModel, build_stage, gradients, place
-from mpiml.training.resolve import Resolved, check_rows, resolve, warnings
+from mpiml.training.resolve import Resolved, check_rows, resolve
 from mpiml.training.rows import RunData, build_data, tried
 
 
@@ -82,16 +84,20 @@ class Run:
                 saved has been looked at before.
             stop: whether this rank asks to stop after the step; is asked once, when its gradients are there.
 
-        Raises NotFiniteError, on all ranks alike, if the loss, the gradient or the weights are not finite.
+        Raises, on all ranks alike, NotFiniteError if the loss, the gradient or the weights are not finite, and
+        ConfigError if a decay of the user's own is not.
         """
         began, clock, update = perf_counter(), self.grid.team.clock, self.update
         clock.step = step
         table = self._table(self.config.microbatches, measured=due.log)
         self.stage.train(step, self.data.ahead.batches(step), table, measured=due.log)
+        rate, wrong = self._rate(step)
         clock("communication")
-        record = self.agree(table, not update.finite, stop())
+        record = self.agree(table, bool(wrong) or not update.finite, stop())
+        if record.broken:
+            self._check_rate(wrong)
         self._check_finite(step, record)
-        rate, shown = self.rate(step), any(due) or record.stop
+        shown = any(due) or record.stop
         norm = update.step(rate, record.weight, step, shown)
         self._check_finite(step, record, norm)
         if shown:  # else the next step's record will carry it
@@ -136,6 +142,26 @@ class Run:
         self.state.values.free()
         self.grid.free()
 
+    def _rate(self, step: int) -> tuple[float, ConfigError | None]:
+        """The learning rate of a step, or what is wrong with a user's own decay there."""
+        try:
+            return self.rate(step), None
+        except ConfigError as error:
+            return math.nan, error
+
+    def _check_rate(self, wrong: ConfigError | None) -> None:
+        """End the run, on all ranks, if the learning rate of a step is wrong on any; collective."""
+
+        def check() -> None:
+            if wrong:
+                raise wrong
+
+        try:
+            self.grid.team.together(check)
+        except ConfigError:
+            self.stage.sum.drop()
+            raise
+
     def _table(self, entries: int, measured: bool = False) -> NDArray[np.float64]:
         """An empty table for that many micro-batches, with columns for the metric only if it is to be measured: of many
         outputs they may be thousands."""
@@ -176,6 +202,7 @@ def assemble(
     team, clock = grid.team, grid.team.clock
     clock("joining")
     share_cores(grid.node.size * config.threads, grid.cores)
+    rate = rate_of(config, team)
     rows = build_data(config, data, grid, known)
     weighted = any(split.w is not None for split in (data.train, data.test))
     built, computation = build_stage(config, rows.task, grid, model, weighted)
@@ -192,7 +219,7 @@ def assemble(
     memory = values.memory  # whose ranks share the work
     team.together(lambda: layout.initialise(values.vector, config.seed, memory.rank, memory.ranks))
     computation = dataclasses.replace(computation, gradients=gradients(layout, sum_))
-    optimizer = optimizers.build(config.optimizer, config.momentum, config.weight_decay)
+    optimizer = optimizers.build(config.optimizer, config.momentum, config.weight_decay, config.betas)
     update = Update(team, grid.replica, sum_, optimizer, config.clip, rows.shards.rows_of, config.ema)
     return Run(
         config=config,
@@ -203,9 +230,9 @@ def assemble(
         update=update,
         state=State(grid, values, update.states),
         agree=agreement,
-        rate=learning_rate(config.lr, config.warmup_steps, config.decay, config.decay_steps),
+        rate=rate,
         best=best,
-        notes=[*rows.notes, *built.notes, *notes, *warnings(config)],
+        notes=[*rows.notes, *built.notes, *notes, *remarks(config, rate)],
     )
 
 

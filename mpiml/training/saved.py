@@ -12,10 +12,12 @@ from mpiml import documents
 from mpiml.config import FALLING, OF_THE_JOB, Config, from_toml, settings
 from mpiml.errors import ConfigError, OutputError
 from mpiml.flags import flag, from_table, text
+from mpiml.nn.rates import history
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.usercode import is_name
 
 CODE = tuple(field.name for field in settings() if field.metadata["named"])  # the settings that may name some
+HISTORY = "lr_history"  # which the run itself adds to, when it is extended
 
 
 def settings_in(path: Path) -> Config:
@@ -25,7 +27,7 @@ def settings_in(path: Path) -> Config:
     """
     values = from_toml(path)
     try:
-        return Config(**values)
+        return _checked(Config(**values))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
@@ -48,7 +50,7 @@ def settings_of(saved: Checkpoint, follow: Collection[str], named: Mapping[str, 
     where = f"{saved.origin}: config"
     table = documents.from_toml(saved.config, where)
     try:
-        config = Config(**from_table(Config, table))
+        config = _checked(Config(**from_table(Config, table)))
     except ConfigError as error:
         raise OutputError(f"{where}: {error}") from None
     given = {name: named[name] for name in CODE if named.get(name) is not None}
@@ -57,6 +59,12 @@ def settings_of(saved: Checkpoint, follow: Collection[str], named: Mapping[str, 
         flags = " ".join(f"{flag(name)} {text}" for name, text in unnamed.items())
         raise ConfigError(f"{saved.origin} names code, which is run only if you name it: repeat {flags}")
     return config.replace(**{name: value for name, value in given.items() if isinstance(value, str)})
+
+
+def _checked(config: Config) -> Config:
+    """The config. Raises ConfigError for a history of its learning rate that no run has written."""
+    history(config.lr_history)
+    return config
 
 
 def resumed(asked: Config, stored: Config) -> Config:
@@ -70,7 +78,7 @@ def resumed(asked: Config, stored: Config) -> Config:
         value, was = getattr(asked, field.name), getattr(stored, field.name)
         if field.name not in given or value == was or (value == "auto" and field.name != "memory"):
             continue
-        if not may_become(stored, field, value):
+        if field.name == HISTORY or not may_become(stored, field, value):
             raise refusal(asked, field.name, was)
         changes[field.name] = value
     if "epochs" in given:
@@ -84,7 +92,7 @@ def may_become(stored: Config, field: dataclasses.Field[Any], value: Any) -> boo
     """Whether a stored run may be resumed with another value of a setting."""
     if field.name == "ignore":  # where it was not set, -1 was ignored, or did not occur
         return stored.ignore is None and value == -1
-    if field.name in FALLING:  # for more steps than before, which is checked when their number is known
+    if field.name in (*FALLING, HISTORY):  # for more steps than before, which is checked when their number is known
         return stored.decay != "none"
     return bool(field.metadata["on_resume"])
 

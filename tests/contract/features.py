@@ -99,11 +99,14 @@ class Error:
 
     def value(self, totals):
         return totals[0] / totals[1]
+
+def fall(step, steps):
+    return 1 - step / steps * np.random.random()
 """
 
 
 def own(here: Path) -> None:
-    """A model, loss and metric of one's own, for labels that are a value and its weight."""
+    """A model, loss, metric and decay of one's own, for labels that are a value and its weight."""
     x = np.random.default_rng(0).standard_normal((90, 5))
     split(here, x, np.stack([x[:, 0] * x[:, 1], np.linspace(0, 4, 90) ** 2], axis=1), 60)
     (here / "own.py").write_text(OWN)
@@ -303,7 +306,7 @@ MASKED = f"{GPT} --dtype float64 --steps 1 --batch 60"
 AVERAGES = f"{DATA} --model resnet --norm batch --channels 4 --blocks 1 --ignore -1 --batch 9 --microbatches 13 {SHORT}"
 AVERAGES += " --clip 0.3"
 OWN_FLAGS = f"{DATA} --model own:model --loss own:loss --metric own:Error --dtype float64 {SHORT} --batch 60"
-OWN_FLAGS += " --optimizer sgd"
+OWN_FLAGS += " --optimizer sgd --decay own:fall --lr-floor 0.01"
 NOISY = f"--transform noise:noisy --label kind --hidden 8 --microbatches 6 --batch 9 {SHORT}"
 FLOWERS = f"--data {{here}} --label kind --drop-columns name --fill mean --normalize --hidden 8 --batch 9 {SHORT}"
 FLOWERS += " --microbatches 6"
@@ -314,7 +317,7 @@ FEATURES = {
     "double": Feature(DOUBLE),
     "library": Feature(f"{DOUBLE} --allreduce mpi", ()),
     "momentum": Feature(f"{DIGITS} --optimizer momentum --activation tanh --weight-decay 0.01 --decay step"),
-    "adam": Feature(f"{DIGITS} --optimizer adam --clip 0.3"),
+    "adam": Feature(f"{DIGITS} --optimizer adam --clip 0.3 --betas 0.8,0.95 --decay linear --lr-floor 0.0003"),
     "images": Feature(f"--model cnn --channels 6 --batch 60 --microbatches 6 --dropout 0.1 --clip 0.3 {SHORT}"),
     "tokens": Feature(f"{GPT} --dropout 0.1 --batch 25 --microbatches 6", write=tokens),
     "masked": Feature(f"{MASKED} --microbatches 5", ("data", "pipe", "grid", "early"), tokens),

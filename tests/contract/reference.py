@@ -71,8 +71,8 @@ def loss_and_gradient(weights: Weights, x: Array, labels: Array, activation: str
 class Rule:
     """One of five update rules, for one array; keeps its own state."""
 
-    def __init__(self, name: str, lr: float, decay: float):
-        self.name, self.lr, self.decay, self.t = name, lr, decay, 0
+    def __init__(self, name: str, lr: float, decay: float, betas: tuple[float, float]):
+        self.name, self.lr, self.decay, self.betas, self.t = name, lr, decay, betas, 0
         self.first: Array | float = 0.0
         self.second: Array | float = 0.0
 
@@ -87,9 +87,10 @@ class Rule:
         if self.name in ("momentum", "nesterov"):
             self.first = 0.9 * self.first + g
             return w - self.lr * (self.first if self.name == "momentum" else g + 0.9 * self.first)
-        self.first = 0.9 * self.first + 0.1 * g
-        self.second = 0.999 * self.second + 0.001 * g**2
-        mean, variance = self.first / (1 - 0.9**self.t), self.second / (1 - 0.999**self.t)
+        b1, b2 = self.betas
+        self.first = b1 * self.first + (1 - b1) * g
+        self.second = b2 * self.second + (1 - b2) * g**2
+        mean, variance = self.first / (1 - b1**self.t), self.second / (1 - b2**self.t)
         return w - self.lr * mean / (np.sqrt(variance) + 1e-8)
 
 
@@ -105,9 +106,10 @@ def train(
     lr: float = 0.1,
     decay: float = 0.0,
     clip: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
 ) -> tuple[Weights, list[float], list[float]]:
     """The weights after `steps` steps, and of every step the loss and the gradient's norm. Biases do not decay."""
-    rules = [(Rule(optimizer, lr, decay), Rule(optimizer, lr, 0.0)) for _ in weights]
+    rules = [(Rule(optimizer, lr, decay, betas), Rule(optimizer, lr, 0.0, betas)) for _ in weights]
     losses, norms = [], []
     for _ in range(steps):
         value, gradients = loss_and_gradient(weights, x, labels, activation, loss)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.contract
 
 TASK = {"shape": [8, 8], "labels": [], "classification": True, "outputs": 10, "tokens": 0}
 ARRAYS = {"layers.1.weight": np.ones((64, 10), "f"), "layers.1.bias": np.zeros(10, "f")}
-CODE = ("data", "transform", "model", "loss", "metric")
+CODE = ("data", "transform", "model", "loss", "metric", "decay")
 EVIL = """
 from pathlib import Path
 Path(__file__).with_name("imported").touch()

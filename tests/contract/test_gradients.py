@@ -86,17 +86,19 @@ class Case:
     decay: float = 0.0
     clip: float = 0.0
     activation: str = "relu"
+    betas: tuple[float, float] = (0.9, 0.999)
 
     @property
     def settings(self) -> dict[str, Any]:
         """The arguments of the reference."""
-        names = ("loss", "optimizer", "lr", "decay", "clip", "activation")
+        names = ("loss", "optimizer", "lr", "decay", "clip", "activation", "betas")
         return {name: getattr(self, name) for name in names}
 
     @property
     def flags(self) -> str:
         """The same for the command."""
         rule = f"--optimizer {self.optimizer} --lr {self.lr} --weight-decay {self.decay} --clip {self.clip}"
+        rule += f" --betas {self.betas[0]},{self.betas[1]}"
         return f"{rule} --activation {self.activation} {self.grid} --steps {STEPS} --save-every {STEPS}"
 
 
@@ -117,7 +119,7 @@ SEVEN = "--pipe 2 --microbatches 7"
 RULES = [
     Case(4, SEVEN, optimizer="momentum", lr=0.05, decay=0.03),
     Case(4, SEVEN, optimizer="nesterov", lr=0.05),
-    Case(4, SEVEN, optimizer="adam", lr=0.02, decay=0.1, activation="tanh"),
+    Case(4, SEVEN, optimizer="adam", lr=0.02, decay=0.1, activation="tanh", betas=(0.8, 0.95)),
     Case(4, SEVEN, optimizer="adamw", lr=0.02, decay=0.1, activation="gelu"),
     Case(4, SEVEN, decay=0.2, clip=0.25),
     Case(0, "--microbatches 1", "mse", activation="tanh"),

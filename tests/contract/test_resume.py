@@ -140,26 +140,75 @@ def test_longer_run_equals_one_that_was_long_from_the_start(train: Any, model: s
     assert comparable(job) == comparable(long)
 
 
-@pytest.mark.parametrize(("begun", "killed"), [(6, 6), (6, 8), (4, 4), (4, 6)])
+FALLS: dict[str, Any] = {"steps": 6, "decay": "cosine", "lr_floor": 0.0001, "warmup_steps": 2, "microbatches": 4}
+FALLS |= {"hidden": (8,), "save_every": 2, "keep": 9, "log_every": 1}
+ANEW: dict[str, Any] = {"resume": True, "steps": 10, "decay_steps": 9, "lr": 0.002}
+AGAIN: dict[str, Any] = {"resume": True, "steps": 14, "decay_steps": 14, "lr_floor": 0.0005}
+
+
+def rate(step: int) -> float:
+    """Of a run that was extended twice: with a warm-up, to a floor at step 6; to it at step 9; to another at 14."""
+    if step <= 2:
+        return 0.001 * step / 2
+    begin, end, peak, floor = (2, 6, 0.001, 0.0001) if step <= 6 else (6, 9, 0.002, 0.0001)
+    if step > 10:
+        begin, end, peak, floor = 10, 14, 0.002, 0.0005
+    return floor + (peak - floor) / 2 * (1 + math.cos(math.pi * min((step - begin) / (end - begin), 1)))
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A run that was finished, extended, finished, and extended again."""
+    run = tmp_path_factory.mktemp("extended") / "run"
+    for settings in (FALLS, ANEW, AGAIN):
+        train(Config(**settings, out=str(run), quiet=True))
+    return Job(0, "", "", run)
+
+
+@pytest.mark.parametrize(("begun", "killed"), [(6, 6), (6, 8), (4, 4), (2, 6)])
 def test_a_run_whose_learning_rate_falls_anew_over_more_steps_may_be_killed(
-    tmp_path: Path, begun: int, killed: int
+    extended: Job, tmp_path: Path, begun: int, killed: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Whether it was finished or not, before its next checkpoint or after it; said again or not."""
-    out = {"out": str(tmp_path / "run"), "quiet": True}
-    train(Config(**out, steps=6, decay="cosine", hidden=(8,), save_every=2, keep=9, log_every=1))
-    kill(tmp_path / "run", begun)
+    run, out = tmp_path / "run", {"out": str(tmp_path / "run")}
+    train(Config(**FALLS, **out))
+    kill(run, begun)
     with pytest.raises(ConfigError, match=r"^10 steps: .* --decay-steps 10 "):
         train(Config(**out, resume=True, steps=10))
-    anew = Config(**out, resume=True, steps=10, decay_steps=10, lr=0.002)
-    whole = train(anew)
-    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-    rates = {line["step"]: line["learning_rate"] for line in lines if "learning_rate" in line}
-    for step in range(begun + 1, 11):
-        assert rates[step] == pytest.approx(0.001 * (1 + math.cos(math.pi * step / 10)), abs=1e-12)
-    assert train(anew) == whole
-    for again in (anew, Config(**out, resume=True)):
-        kill(tmp_path / "run", killed)
-        assert train(again)["weights_sha256"] == whole["weights_sha256"]
+    whole, phases = train(Config(**out, **ANEW)), "from 0.001 towards 0.0001 until step 6; after step 6 from 0.002"
+    assert (
+        f"the learning rate falls by --decay cosine {phases} towards 0.0001 until step 9\n" in capsys.readouterr().out
+    )
+    config = (run / "config.toml").read_text()
+    for again in (ANEW, {"resume": True}):
+        kill(run, killed)
+        assert train(Config(**out, **again))["weights_sha256"] == whole["weights_sha256"]
+        assert (run / "config.toml").read_text() == config
+    kill(run, 8)
+    assert train(Config(**out, **AGAIN))["weights_sha256"] == extended.result["weights_sha256"]
+
+
+def test_a_run_that_was_extended_is_repeated_by_its_config(extended: Job, train: Any) -> None:
+    rates = {line["step"]: line["learning_rate"] for line in extended.metrics if "learning_rate" in line}
+    assert rates == pytest.approx({step: rate(step) for step in range(1, 15)}, abs=1e-12)
+    fresh = train(4, f"--config {extended.run}/config.toml --pipe 2", out="fresh")
+    assert fresh.code == 0, fresh.err
+    assert fresh.result["weights_sha256"] == extended.result["weights_sha256"]
+    assert comparable(fresh) == comparable(extended)
+    assert (fresh.run / "config.toml").read_text() == (extended.run / "config.toml").read_text().replace(
+        "pipe = 1\n", "pipe = 2\n"
+    )
+
+
+def test_steps_that_a_run_had_done_before_it_was_cut_short_keep_their_rate(extended: Job, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", {"out": str(tmp_path / "run"), "quiet": True}
+    train(Config(**FALLS, **out))
+    kill(run, 6)
+    train(Config(**out, resume=True, steps=3))
+    assert "steps = 3\n" in (run / "config.toml").read_text()
+    train(Config(**out, **ANEW))
+    train(Config(**out, **AGAIN))
+    assert json.loads((run / "result.json").read_text())["weights_sha256"] == extended.result["weights_sha256"]
 
 
 def kill(run: Path, step: int) -> None:

@@ -14,6 +14,8 @@ from mpiml.vectors import Operands
 NAMES = ("sgd", "momentum", "nesterov", "adam", "adamw")
 every_optimizer = pytest.mark.parametrize("name", NAMES)
 STEPS, RATE, MOMENTUM = 6, 0.03, 0.8
+Betas = tuple[float, float]
+USUAL: Betas = (0.9, 0.999)
 
 
 def gradients(size: int = 7) -> list[np.ndarray]:
@@ -25,7 +27,7 @@ def first_values(size: int = 7) -> np.ndarray:
     return np.random.default_rng(6).standard_normal(size)
 
 
-def reference(name: str, value: float, gradients: list[float], decay: float) -> float:
+def reference(name: str, value: float, gradients: list[float], decay: float, betas: Betas = USUAL) -> float:
     """One number after all steps, in PyTorch's conventions."""
     velocity = m = v = 0.0
     for t, g in enumerate(gradients, 1):
@@ -34,9 +36,10 @@ def reference(name: str, value: float, gradients: list[float], decay: float) -> 
         else:
             g = g + decay * value
         if name in ("adam", "adamw"):
-            m = 0.9 * m + 0.1 * g
-            v = 0.999 * v + 0.001 * g**2
-            unbiased_m, unbiased_v = m / (1 - 0.9**t), v / (1 - 0.999**t)
+            b1, b2 = betas
+            m = b1 * m + (1 - b1) * g
+            v = b2 * v + (1 - b2) * g**2
+            unbiased_m, unbiased_v = m / (1 - b1**t), v / (1 - b2**t)
             value = value - RATE * unbiased_m / (math.sqrt(unbiased_v) + 1e-8)
             continue
         velocity = MOMENTUM * velocity + g
@@ -45,9 +48,16 @@ def reference(name: str, value: float, gradients: list[float], decay: float) -> 
     return value
 
 
-def run(name: str, weight_decay: float, pieces: list[slice], decay: bool = True, dtype: str = "float64") -> np.ndarray:
+def run(
+    name: str,
+    weight_decay: float,
+    pieces: list[slice],
+    decay: bool = True,
+    dtype: str = "float64",
+    betas: Betas = USUAL,
+) -> np.ndarray:
     """The package's values after all steps, updated piece by piece."""
-    optimizer = optimizers.build(name, MOMENTUM, weight_decay)
+    optimizer = optimizers.build(name, MOMENTUM, weight_decay, betas)
     size = pieces[-1].stop
     values = first_values(size).astype(dtype)
     states = [np.zeros(size, dtype) for _ in optimizer.states]
@@ -68,6 +78,14 @@ def test_update_is_the_formula(name: str, weight_decay: float) -> None:
     columns = np.stack(gradients(), axis=1)
     expected = [reference(name, w, list(g), weight_decay) for w, g in zip(first_values(), columns, strict=True)]
     np.testing.assert_allclose(run(name, weight_decay, [slice(0, 7)]), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+@pytest.mark.parametrize("betas", [(0.8, 0.95), (0.0, 0.5), (0.95, 0.0)])
+def test_betas_are_of_the_mean_and_of_the_variance(name: str, betas: Betas) -> None:
+    columns = np.stack(gradients(), axis=1)
+    expected = [reference(name, w, list(g), 0.2, betas) for w, g in zip(first_values(), columns, strict=True)]
+    np.testing.assert_allclose(run(name, 0.2, [slice(0, 7)], betas=betas), expected, rtol=1e-12)
 
 
 @every_optimizer

@@ -15,7 +15,8 @@ from mpiml.data.dataset import Dataset, Split
 from mpiml.data.shards import Shards
 from mpiml.data.sources import ArraySource
 from mpiml.errors import ConfigError, DataError
-from mpiml.training.resolve import absolute, check_rows, resolve, warnings, with_labels
+from mpiml.nn.rates import Phase
+from mpiml.training.resolve import absolute, check_rows, phases, resolve, with_labels
 from mpiml.training.saved import resumed
 
 BEFORE = Config(decay="cosine", steps=20, decay_steps=20, lr=0.1, out="a", microbatches=1)
@@ -28,23 +29,81 @@ def gone_on(before: Config = BEFORE, **asked: Any) -> Config:
 
 
 @pytest.mark.parametrize("more", [{"steps": 40}, {"epochs": 40}])
-@pytest.mark.parametrize(("decay", "low"), [("cosine", "0"), ("step", "a hundredth")])
-def test_more_steps_than_it_falls_over_are_refused_with_what_would_work(decay: str, low: str, more: Any) -> None:
-    before = BEFORE.replace(decay=decay)
-    with pytest.raises(ConfigError, match=rf"^40 steps: .* run in a has fallen to {low} by step 20") as error:
+@pytest.mark.parametrize(
+    ("settings", "low"),
+    [
+        ({}, "to 0"),
+        ({"decay": "linear"}, "to 0"),
+        ({"decay": "linear", "lr_floor": 0.02}, "to 0.02"),
+        ({"decay": "step"}, "to 0.001"),
+        ({"decay": "own:fall"}, "as own:fall says"),
+    ],
+)
+def test_more_steps_than_it_falls_over_are_refused_with_what_would_work(settings: Any, low: str, more: Any) -> None:
+    before = BEFORE.replace(**settings)
+    with pytest.raises(ConfigError, match=rf"^40 steps: .* run in a has fallen {low} by step 20;") as error:
         gone_on(before, **more)
     assert "--decay-steps 40" in str(error.value)
-    assert gone_on(before, **more, decay_steps=40).decay_steps == 40
-    with pytest.raises(ConfigError, match="40 steps"):
-        gone_on(before, **more, lr=0.01)  # of 0 it would be 0 all the same
-    assert gone_on(before, **more, decay_steps=40, lr=0.01).lr == 0.01
-    assert gone_on(before, **more, decay_steps=20).decay_steps == 20  # said, so that it is meant
+    for other in ({"lr": 0.05}, {"lr_floor": 0.01}):
+        with pytest.raises(ConfigError, match="40 steps"):  # of 0 it would be 0 all the same
+            gone_on(before, **more, **other)
+        with pytest.raises(ConfigError, match=r"^--lr.*: by --decay-steps 20 the learning rate stays"):
+            gone_on(before, **more, **other, decay_steps=20)
+    stays = gone_on(before, **more, decay_steps=20)  # said, so that it is meant
+    assert (stays.decay_steps, stays.lr_history) == (20, ())
+
+
+def phases_of(config: Config) -> list[tuple[int, float, float, int]]:
+    return [tuple(phase) for phase in phases(config)]  # type: ignore[arg-type]
+
+
+def test_what_was_asked_for_before_goes_on_as_it_was_and_the_rate_falls_anew_after_it() -> None:
+    """As often as it is extended; what is not said stays."""
+    once = gone_on(steps=40, decay_steps=40, lr=0.05)
+    assert phases_of(once) == [(20, 0.1, 0.0, 20), (40, 0.05, 0.0, 40)]
+    assert once.lr_history == ("until=20 lr=0.1 lr-floor=0.0 decay-steps=20",)
+    twice = gone_on(once, epochs=60, decay_steps=50, lr_floor=0.01)
+    assert phases_of(twice) == [*phases_of(once), (60, 0.05, 0.01, 50)]
+    stays = gone_on(twice, steps=70, decay_steps=50)
+    assert phases_of(stays) == [*phases_of(once), (70, 0.05, 0.01, 50)]
+    again = gone_on(stays, steps=90, decay_steps=100)
+    assert phases_of(again) == [*phases_of(stays), (90, 0.05, 0.01, 100)]
+    assert phases_of(gone_on(again, steps=95)) == [*phases_of(stays), (95, 0.05, 0.01, 100)]
+    with pytest.raises(ConfigError, match=r"^101 steps"):
+        gone_on(again, steps=101)
+
+
+def test_a_run_that_was_cut_short_has_what_it_was_to_have_until_then() -> None:
+    once = gone_on(steps=40, decay_steps=40, lr=0.05)
+    cut = gone_on(once, steps=10)
+    assert phases_of(gone_on(cut, steps=50, decay_steps=50)) == [(10, 0.1, 0.0, 20), (50, 0.05, 0.0, 50)]
+
+
+@pytest.mark.parametrize(
+    ("before", "asked", "words"),
+    [
+        (BEFORE, {"decay_steps": 19}, "--decay-steps 19: up to step 20 "),
+        (BEFORE.replace(steps=30), {"decay_steps": 30}, "--decay-steps 30: up to step 30 "),
+        (BEFORE, {"decay_steps": 40, "lr_floor": 0.2}, "--lr-floor 0.2: is above --lr 0.1"),
+        (BEFORE.replace(lr_floor=0.01), {"decay_steps": 40, "lr": 0.001}, "--lr-floor 0.01: is above --lr 0.001"),
+        (BEFORE, {"decay_steps": 40, "lr_history": ("until=3",)}, "--lr-history until=3: the run in a has "),
+    ],
+)
+def test_a_rate_cannot_fall_anew_otherwise(before: Config, asked: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match="^" + words):
+        gone_on(before, steps=40, **asked)
+
+
+def test_settings_that_a_hand_has_left_open_are_decided_as_they_would_be() -> None:
+    """Of 50 rows, in steps of 128, an epoch has one."""
+    before = Config(decay="linear", epochs=20, out="a", optimizer="sgd")
+    assert phases_of(gone_on(before, steps=40, decay_steps=40)) == [(20, 0.1, 0.0, 20), (40, 0.1, 0.0, 40)]
 
 
 @pytest.mark.parametrize("asked", [{}, {"steps": 20}, {"steps": 10}])
 def test_no_more_steps_need_no_word_and_allow_no_other_rate(asked: Any) -> None:
     assert gone_on(**asked).decay_steps == 20
-    for other in ({"lr": 0.01}, {"decay_steps": 30}):
+    for other in ({"lr": 0.01}, {"decay_steps": 30}, {"lr_floor": 0.01}):
         (name,) = other
         with pytest.raises(ConfigError, match=rf"^--{name.replace('_', '-')} .*: the run in a has "):
             gone_on(**asked, **other)
@@ -65,12 +124,29 @@ def test_what_was_said_once_need_not_be_said_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("decay", "steps", "words"),
-    [("cosine", 40, "the learning rate is 0 from step 20 of 40 on"), ("cosine", 20, None), ("step", 40, None)],
+    ("settings", "words"),
+    [
+        ({"optimizer": "sgd", "betas": (0.8, 0.9)}, "--betas 0.8,0.9: --optimizer sgd has none"),
+        ({"betas": (0.9,)}, "--betas 0.9: must be two numbers"),
+        ({"betas": ()}, "--betas : must be two numbers"),
+        ({"betas": (0.9, 0.99, 0.999)}, "--betas 0.9,0.99,0.999: must be two numbers"),
+        ({"lr_floor": 0.1}, "--lr-floor 0.1: with --decay none "),
+        ({"lr_floor": 0.1, "decay": "linear"}, "--lr-floor 0.1: is above --lr 0.001"),
+        ({"lr_floor": 0.1, "lr": 0.01, "decay": "own:fall"}, "--lr-floor 0.1: is above --lr 0.01"),
+        ({"lr_history": ("until=20",), "decay": "cosine"}, "--lr-history 'until=20': must be like "),
+        ({"lr_history": (str(Phase(20, 0.1, 0.0, 20)),)}, "--lr-history until=20 .* with --decay none "),
+        ({"lr_history": (str(Phase(20, 0.1, 0.0, 20)),), "decay": "step", "steps": 20}, "--decay-steps 20: up to "),
+    ],
 )
-def test_a_rate_of_0_is_not_passed_over(decay: str, steps: int, words: str | None) -> None:
-    said = warnings(BEFORE.replace(decay=decay, steps=steps))
-    assert not said if words is None else words in said[0]
+def test_settings_of_the_optimizer_that_do_not_go_together(settings: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match="^" + words):
+        resolve(Config(**settings), 50, True, 1)
+
+
+def test_what_was_asked_for_is_no_reason_to_refuse_it() -> None:
+    """Defaults are in every config.toml; a floor may be as high as the rate."""
+    assert resolve(Config(optimizer="sgd", betas=(0.9, 0.999), lr_floor=0.0), 50, True, 1).lr == 0.1
+    assert resolve(Config(decay="linear", lr_floor=0.001), 50, True, 1).lr == 0.001
 
 
 @pytest.mark.parametrize(

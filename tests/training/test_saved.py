@@ -17,6 +17,7 @@ from mpiml.training.saved import CODE, code_of, settings_of
 
 OWN = (
     'model = "evil:net"\nloss = "evil:loss"\nmetric = "evil.metrics:F1"\ndata = "evil:load"\ntransform = "evil:turn"\n'
+    'decay = "evil:fall"\n'
 )
 
 
@@ -29,7 +30,8 @@ def test_all_names_that_are_missing_are_named_at_once_as_flags() -> None:
         settings_of(saved(OWN), CODE, {})
     assert str(error.value) == (
         "step-1.safetensors names code, which is run only if you name it: repeat "
-        "--data evil:load --transform evil:turn --model evil:net --loss evil:loss --metric evil.metrics:F1"
+        "--data evil:load --transform evil:turn --model evil:net --loss evil:loss --metric evil.metrics:F1 "
+        "--decay evil:fall"
     )
     with pytest.raises(ConfigError, match=r"repeat --loss evil:loss$"):
         settings_of(saved(OWN), ("model", "loss", "metric"), {"model": object(), "metric": "evil.metrics:F1"})
@@ -56,6 +58,7 @@ def test_the_users_word_takes_the_place_of_the_checkpoints() -> None:
         ("blocks = 1000000000", "--blocks 1000000000: must be"),
         ('model = "subprocess:"', "--model subprocess:: choose"),
         ("resume = true", "--resume"),
+        ('lr-history = ["until=36"]', "--lr-history 'until=36': must be like"),
         ("hidden = [[1]]", "must be a whole number"),
     ],
 )
