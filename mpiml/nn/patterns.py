@@ -8,10 +8,15 @@ def compiled(pattern: str) -> re.Pattern[str]:
     return re.compile("(.*)".join(map(re.escape, pattern.split("*"))))
 
 
+def texts(pattern: str, name: str) -> list[tuple[str, ...]]:
+    """What each * of a pattern stands for in an array's name; and in the name that it has within its layer."""
+    matches = (compiled(pattern).fullmatch(n) for n in (name, re.sub(r"^layers\.\d+\.", "", name)))
+    return [match.groups() for match in matches if match]
+
+
 def selects(pattern: str, name: str) -> bool:
     """Whether a pattern is of a parameter's or a layer's name: "layers.0" and "layers.0.weight" select layers.0.weight.
 
     Within a layer names may begin with what is in it: "head.*" selects layers.1.head.weight, too.
     """
-    within = re.sub(r"^layers\.\d+\.", "", name)
-    return any(compiled(whole).fullmatch(n) for whole in (pattern, f"{pattern}.*") for n in (name, within))
+    return any(texts(whole, name) for whole in (pattern, f"{pattern}.*"))

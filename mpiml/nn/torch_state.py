@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,15 @@ Pair = tuple[Tensor, Array]  # memory of a module, and the values that belong th
 def tensors(module: torch.nn.Module) -> dict[str, Tensor]:
     """The module's parameters and buffers by name; one that has several names under its first."""
     return {plain_name(name): tensor for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
+
+
+def names_of(module: torch.nn.Module) -> dict[Tensor, list[str]]:
+    """All names of the module's parameters and buffers."""
+    names: dict[Tensor, list[str]] = {}
+    named = [module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)]
+    for name, tensor in itertools.chain(*named):
+        names.setdefault(tensor, []).append(plain_name(name))
+    return names
 
 
 def saved_names(module: torch.nn.Module) -> set[str]:

@@ -13,6 +13,7 @@ from mpiml.data.dataset import Dataset, open_dataset
 from mpiml.data.formats import Options
 from mpiml.data.objects import dataset_of
 from mpiml.errors import ConfigError
+from mpiml.flags import flag
 from mpiml.nn import optimizers
 from mpiml.parallel.tree import aligned
 from mpiml.training.saved import refusal
@@ -117,6 +118,9 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int, befo
         )
     if microbatches > rows:
         raise ConfigError(f"--microbatches {microbatches}: the data set has only {rows} rows to share out")
+    if not config.init and (config.init_partial or config.init_names):
+        name = "init_partial" if config.init_partial else "init_names"
+        raise ConfigError(f"{flag(name)}: is of --init, which says whose weights; give that too")
     steps = config.steps or (config.epochs or DEFAULT_EPOCHS) * -(-rows // config.batch)
     if before:
         check_fall(config, before, steps)
@@ -125,7 +129,8 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int, befo
     decay = config.weight_decay
     decided = scored(config, classification).replace(
         data=absolute(config.data),
-        init=config.init and absolute(config.init),
+        init=config.init and os.path.join(os.getcwd(), config.init),
+        init_names=config.init_names and os.path.join(os.getcwd(), config.init_names),
         microbatches=microbatches,
         steps=steps,
         epochs=None,
