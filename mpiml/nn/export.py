@@ -28,15 +28,15 @@ class Form:
     """An array of a model, and what PyTorch makes of it.
 
     Attributes:
-        name: in the state dict of a torch.nn.Sequential of all layers.
-        own_names: in the state dict of the user's own PyTorch module, if the model is one; a shared tensor has several.
+        names: in the state dict of a torch.nn.Sequential of all layers; a shared tensor has several.
+        own_names: in the state dict of the user's own PyTorch module, if the model is one.
         shape: ours.
         split: `shape`, but for axes that are several of PyTorch's: those of an image that was flattened.
         order: the axes of `split` in PyTorch's order.
         torch_shape: PyTorch's shape.
     """
 
-    name: str
+    names: Sequence[str]
     own_names: Sequence[str]
     shape: Shape
     split: Shape
@@ -44,9 +44,9 @@ class Form:
     torch_shape: Shape
 
     @classmethod
-    def same(cls, name: str, shape: Shape, own_names: Sequence[str] = ()) -> Form:
+    def same(cls, shape: Shape, names: Sequence[str], own_names: Sequence[str] = ()) -> Form:
         """An array that PyTorch has as we have it."""
-        return cls(name, own_names, shape, shape, range(len(shape)), shape)
+        return cls(names, own_names, shape, shape, range(len(shape)), shape)
 
     def to_torch(self, array: Array) -> Array:
         """Our array with PyTorch's axes."""
@@ -72,7 +72,7 @@ def to_torch(layers: Sequence[Layer], arrays: Mapping[str, Array], shape: Shape)
     """
     of_model = forms(layers, shape)
     return {
-        of_model[p.name].name: np.ascontiguousarray(of_model[p.name].to_torch(arrays[p.name]))
+        of_model[p.name].names[0]: np.ascontiguousarray(of_model[p.name].to_torch(arrays[p.name]))
         for p in parameters(layers)
     }
 
@@ -102,16 +102,17 @@ def _all(layers: Sequence[Layer], shape: Shape) -> Iterator[tuple[str, Form]]:
         else:
             inside = {p.name: p.shape for p in parameters(layer.inner())}
             inside |= {name: constant.array.shape for name, constant in constants(layer.inner()).items()}
-            yield from ((name, Form.same(name.removeprefix("layers."), own)) for name, own in inside.items())
+            yield from ((name, Form.same(own, [name.removeprefix("layers.")])) for name, own in inside.items())
 
 
 def _form(layer: Layer, key: str, shape: Shape, image: Shape | None, prefix: str = "") -> Form:
     """The form of a layer's array called `key`; `image` is the shape that was flattened before, if any, and `prefix`
     what PyTorch's name begins with, if not with the layer's path."""
-    name = NAMES.get(key, key) if isinstance(layer, NORMS) else key
-    same = Form.same(f"{prefix or f'{layer.path}.'}{name}".removeprefix("layers."), shape, layer.own_names.get(key, ()))
+    names = [NAMES.get(key, key)] if isinstance(layer, NORMS) else layer.torch_names.get(key, [key])
+    full_names = [f"{prefix or f'{layer.path}.'}{name}".removeprefix("layers.") for name in names]
+    same = Form.same(shape, full_names, layer.torch_own_names.get(key, ()))
     order = next((order for kind, order in ORDER.items() if isinstance(layer, kind) and key == "weight"), same.order)
     split, split_order = shape, order
     if image and isinstance(layer, Linear) and key == "weight":
         split, split_order = (*image, shape[1]), ORDER[Conv2d]
-    return Form(same.name, same.own_names, shape, split, split_order, tuple(shape[axis] for axis in order))
+    return Form(full_names, same.own_names, shape, split, split_order, tuple(shape[axis] for axis in order))

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -63,10 +64,11 @@ class TorchLayer(Layer):
         module: torch.nn.Module,
         dtype: DTypeLike = np.float32,
         flags: Flags | None = None,
-        names: Mapping[Tensor, Sequence[str]] | None = None,
+        names: Mapping[Tensor, Sequence[str]] = MappingProxyType({}),
     ):
         check_parameters(module)
-        self.own_names = {n: (names or {}).get(tensor, ()) for n, tensor in torch_state.tensors(module).items()}
+        self.torch_names = torch_state.by_name(module, torch_state.names_of(module))
+        self.torch_own_names = torch_state.by_name(module, names)
         self.dtype = torch.from_numpy(np.empty(0, dtype)).dtype
         self._types = types_besides(module, self.dtype)
         self.module = converted(module, self.dtype)
@@ -283,7 +285,7 @@ def as_layers(
         return model
     prepare_torch(threads)
     flags, parts = flags_of(roots), parts_of(model)
-    names = torch_state.names_of(model) if is_module(model) else None
+    names = torch_state.names_of(model) if is_module(model) else {}
     if inputs and is_module(parts[0]):
         split_inputs(parts[0], inputs, bounds)
     return [TorchLayer(part, dtype, flags, names) if is_module(part) else part for part in parts]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,11 @@ def names_of(module: torch.nn.Module) -> dict[Tensor, list[str]]:
     for name, tensor in itertools.chain(*named):
         names.setdefault(tensor, []).append(plain_name(name))
     return names
+
+
+def by_name(module: torch.nn.Module, names: Mapping[Tensor, Sequence[str]]) -> dict[str, Sequence[str]]:
+    """Of each tensor of a module, by its name there, the `names` that it has."""
+    return {name: names[tensor] for name, tensor in tensors(module).items() if tensor in names}
 
 
 def saved_names(module: torch.nn.Module) -> set[str]:

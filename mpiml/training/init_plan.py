@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -165,11 +165,14 @@ def plan(model: BuiltModel, file: Header, foreign: bool, names: NameMap | None, 
     Raises ConfigError for a map that names what is not there, OutputError as Plan.check.
     """
     wanted = _wanted(model)
-    forms = model.forms if foreign else {name: Form.same(name, array.shape) for name, array in wanted.items()}
-    defaults = _names(forms, file) if foreign else {name: name for name in wanted}
+    forms = model.forms if foreign else {name: Form.same(array.shape, [name]) for name, array in wanted.items()}
+    known = _names(forms, file) if foreign else {name: [name] for name in wanted}
     mapped = names.of(list(wanted), file.kinds) if names else {}
     elsewhere = {source.name for source in mapped.values()}
-    sources = {name: Source(defaults[name], form) for name, form in forms.items() if name in wanted}
+    sources = {
+        name: Source(next((one for one in known[name] if one in file.kinds), known[name][0]), forms[name])
+        for name in wanted
+    }
     sources |= {name: Source(source, forms[name], entry) for name, (source, entry) in mapped.items()}
 
     def lot(name: str) -> str:
@@ -182,6 +185,7 @@ def plan(model: BuiltModel, file: Header, foreign: bool, names: NameMap | None, 
     lots = {name: lot(name) for name in wanted}
     taken, absent, other = ({n: sources[n] for n in wanted if lots[n] == one} for one in ("taken", "absent", "other"))
     used = {source.name for source in (*taken.values(), *other.values())}
+    used |= {other_name for name in taken if not taken[name].entry for other_name in known[name]}  # of a shared tensor
     left = [name for name in file.kinds if name not in used and (foreign or not name.startswith(BESIDE))]
     result = Plan(file, foreign, wanted, taken, absent, other, left)
     if names:
@@ -224,20 +228,14 @@ def _becomes(file: Header, name: str, wanted: Wanted, foreign: bool) -> bool:
     return has == wanted.dtype or (average and wanted.dtype.startswith(("int", "uint")))
 
 
-def _names(forms: Mapping[str, Form], file: Header) -> dict[str, str]:
+def _names(forms: Mapping[str, Form], file: Header) -> dict[str, list[str]]:
     """What a file of PyTorch calls the model's arrays: as the user's module does, or a Sequential of all layers, with
     or without what all names in the file begin with; the way of which it has most."""
     low, high = (end(file.kinds, default="").split(".")[:-1] for end in (min, max))
     shared = [word for word, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(low, high, strict=False))]
     ways = [
-        {ours: _first(form, own, prefix, file.kinds) for ours, form in forms.items()}
+        {ours: [prefix + name for name in (own and form.own_names) or form.names] for ours, form in forms.items()}
         for own in (True, False)
         for prefix in ("", "".join(f"{word}." for word in shared))
     ]
-    return max(ways, key=lambda names: sum(name in file.kinds for name in names.values()))
-
-
-def _first(form: Form, own: bool, prefix: str, there: Container[str]) -> str:
-    """The first of the names of an array that is there, or else the first."""
-    names = [prefix + name for name in (form.own_names if own and form.own_names else [form.name])]
-    return next((name for name in names if name in there), names[0])
+    return max(ways, key=lambda way: sum(not file.kinds.keys().isdisjoint(names) for names in way.values()))

@@ -29,10 +29,10 @@ def test_what_goes_to_pytorch_comes_back(name: str) -> None:
     random = np.random.default_rng(0)
     ours = {p.name: random.standard_normal(p.shape) for p in nn.parameters(layers)}
     theirs, of_model = to_torch(layers, ours, shape), forms(layers, shape)
-    assert theirs.keys() == {form.name for form in of_model.values()}
+    assert theirs.keys() == {form.names[0] for form in of_model.values()}
     for ours_name, form in of_model.items():
-        assert theirs[form.name].shape == form.torch_shape
-        np.testing.assert_array_equal(form.from_torch(theirs[form.name]), ours[ours_name])
+        assert theirs[form.names[0]].shape == form.torch_shape
+        np.testing.assert_array_equal(form.from_torch(theirs[form.names[0]]), ours[ours_name])
     assert any(form.torch_shape != form.shape for form in of_model.values())
 
 
@@ -47,7 +47,7 @@ def test_own_layers_keep_their_names_and_axes() -> None:
     layers = [Scaled(nn.LayerNorm(3))]
     nn.name(layers)
     assert forms(layers, (2,)) == {
-        "layers.0.gain": Form.same("0.gain", (2, 3)),
-        "layers.0.layers.0.gain": Form.same("0.layers.0.gain", (3,)),
-        "layers.0.layers.0.bias": Form.same("0.layers.0.bias", (3,)),
+        "layers.0.gain": Form.same((2, 3), ["0.gain"]),
+        "layers.0.layers.0.gain": Form.same((3,), ["0.layers.0.gain"]),
+        "layers.0.layers.0.bias": Form.same((3,), ["0.layers.0.bias"]),
     }
