@@ -132,12 +132,13 @@ class Plan:
 
     def difference(self, name: str, source: Source) -> str:
         """How an array of the file is of another kind than the model's."""
-        (dtype, shape), wanted = self.file.kinds[source.name], f"{self.wanted[name].dtype} {source.shape}"
-        other = f"the model's {wanted}" if name == source.name else f"{name} of the model takes {wanted}"
+        (dtype, shape), takes = self.file.kinds[source.name], f"{self.wanted[name].dtype} {source.shape}"
         turned = self.foreign and len(shape) == 2 and shape == source.shape[::-1] and shape != source.shape
-        turned = turned and not source.transposed
-        hint = "; --init-names can say transpose = true" if turned else ""
-        return f"{source.name} is {dtype} {shape}, {other}{hint}"
+        hint = "; --init-names can say transpose = true" if turned and not source.transposed else ""
+        if name == source.name and not self.foreign:
+            return f"{name} is {dtype} {shape}, the model's {takes}"
+        order = " in PyTorch's order" if source.form.torch_shape != source.form.shape else ""
+        return f"{source.name} is {dtype} {shape}, {name} of the model takes {takes}{order}{hint}"
 
     def _there_and_here(self, name: str) -> str:
         """In what an array is other in the file: its shape, or its type."""

@@ -25,7 +25,7 @@ from tests.parallel.picture import draw
 pytestmark = pytest.mark.contract
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "jobs/README.md", *sorted((ROOT / "mpiml").rglob("README.md"))]
+PAGES = [ROOT / "README.md", ROOT / "jobs/README.md", *sorted((ROOT / "mpiml").rglob("*.md"))]
 FILE = re.compile(r"# (\w+\.py)\n")  # begins a piece of Python that other blocks import, or run
 EXTRAS = {"mynet": "torch"}  # a block with this word needs that package, which takes minutes to install
 PATH = re.compile(r"[\w./-]+\.(py|sh|sbatch|def)|(\.?[\w-]+/)+([\w.-]+\.\w+)?")

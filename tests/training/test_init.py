@@ -147,8 +147,8 @@ def test_a_checkpoint_may_lack_constants_and_have_others_and_ones_that_are_weigh
         (without(PYTORCH, "2.mask"), r"^f has no 2.mask for the model's layers.2.mask"),
         (
             PYTORCH | {"1.weight": ("float32", (12, 3))},
-            r"^f: 1.weight is float32 \(12, 3\), layers.1.weight of the model takes float32 \(3, 12\); --init-names "
-            r"can say transpose = true; --init-partial takes what fits, 7 of 8 arrays; --init-names says",
+            r"^f: 1.weight is float32 \(12, 3\), layers.1.weight of the model takes float32 \(3, 12\) in PyTorch's "
+            r"order; --init-names can say transpose = true; --init-partial takes what fits, 7 of 8 arrays; --init-na",
         ),
         (
             PYTORCH | {"1.bias": ("F8_E4M3", (3,))},
@@ -272,7 +272,7 @@ def test_an_array_is_taken_once(tmp_path: Path) -> None:
         (
             '"layers.1.weight" = {name="1.weight", transpose=true}',
             True,
-            r"1.weight is float32 \(3, 12\), .* \(12, 3\)$",
+            r"1.weight is float32 \(3, 12\), .* \(12, 3\) in .*order$",
         ),
     ],
 )
