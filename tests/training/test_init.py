@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
@@ -17,13 +18,13 @@ from mpiml.config import Config
 from mpiml.errors import ConfigError, OutputError
 from mpiml.nn import base as nn
 from mpiml.nn.export import forms
-from mpiml.nn.layers import BatchNorm2d, Flatten, Layer, Linear
+from mpiml.nn.layers import BatchNorm2d, Conv2d, Flatten, Layer, Linear
 from mpiml.nn.losses import R2, mean_squared_error
 from mpiml.nn.parameters import Constant, Layout
 from mpiml.run.checkpoint import Header, Kind
 from mpiml.train import train
 from mpiml.training.constants import Constants
-from mpiml.training.init_names import NameMap
+from mpiml.training.init_names import Entry, NameMap
 from mpiml.training.init_plan import Plan, plan
 from mpiml.training.model import Scoring
 from mpiml.training.place import BuiltModel
@@ -246,6 +247,22 @@ def test_an_array_is_taken_once(tmp_path: Path) -> None:
     assert [*result.absent] == ["layers.1.bias"]
 
 
+def test_only_matrices_are_transposed() -> None:
+    layers = [Conv2d(2, 3)]
+    nn.name(layers)
+    layouts, constants = [Layout(nn.parameters(layers), "float32")], Constants.of(layers)
+    built = dataclasses.replace(MODEL, layouts=layouts, constants=constants, forms=forms(layers, (4, 4, 2)))
+
+    def planned(key: str, name: str, shape: tuple[int, ...]) -> Plan:
+        kinds = {"0.weight": ("float32", shape), "0.bias": ("float32", (3,))}
+        names = NameMap("n.toml", [Entry(key, name, transpose=True)])
+        return plan(built, Header("f", kinds, None), True, names, False)
+
+    with pytest.raises(ConfigError, match=r"layers.0.weight has more than two axes, so there is nothing to transpose"):
+        planned("layers.0.weight", "0.weight", (3, 3, 2, 3))
+    assert len(planned("layers.0.bias", "0.bias", (3, 2, 3, 3)).sources) == 2  # nor what has one axis: it stays
+
+
 @pytest.mark.parametrize(
     ("text", "partial", "words"),
     [
@@ -410,6 +427,24 @@ def test_a_file_of_pytorch_with_a_map(first: dict[str, np.ndarray]) -> None:
     with open("n.toml", "a") as names:
         names.write('"layers.1.weight" = { name = "h.w", transpose = true }')
     assert same(job("begun", init="f.safetensors", init_names="n.toml"), first)
+
+
+def test_a_map_of_a_checkpoint_stays_where_it_was_and_has_no_state_of_the_optimizer(
+    first: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job("adam", optimizer="adam", init="first")
+    Path("n.toml").write_text('"*.bias" = "optimizer.mean.*.bias"')
+    with pytest.raises(ConfigError, match=r"has no optimizer.mean.layers.1.bias for the model's layers.1.bias"):
+        job("refused", init="adam", init_names="n.toml")
+    Path("n.toml").write_text('"layers.*.bias" = "layers.*.bias"')
+    train(
+        Config(
+            **FLAGS | {"data": "d.npz", "out": "run", "steps": 1, "save_every": 0}, init="first", init_names="n.toml"
+        )
+    )
+    run = str(Path.cwd() / "run")
+    monkeypatch.chdir(tmp_path_factory.mktemp("other"))
+    assert same(job(run, resume=True, steps=2, save_every=50, data=f"{run}/../d.npz"), first)
 
 
 def test_a_number_that_is_not_finite_ends_the_job_before_its_first_step(first: dict[str, np.ndarray]) -> None:
