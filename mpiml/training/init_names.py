@@ -65,13 +65,18 @@ class NameMap:
         """What is wrong with an entry."""
         return ConfigError(f'{FLAG} {self.path}: "{entry.key}" = "{entry.name}": {problem}')
 
-    def of(self, names: Sequence[str], file: Container[str]) -> dict[str, Mapped]:
-        """What arrays of the model take, by their names; those without an entry are left out. Where a pattern is both
-        of a name and of what follows the layer in it, it takes what the `file` has."""
+    def of(self, names: Mapping[str, Sequence[str]], file: Container[str]) -> dict[str, Mapped]:
+        """What arrays of the model take, by their names; those without an entry are left out.
+
+        Args:
+            names: what each array of the model may be called in the map. If a pattern is of several of these, or of a
+                whole name and of what follows the layer in it, that is taken which the file has.
+            file: the names in it.
+        """
         mapped: dict[str, Mapped] = {}
         used = set[Entry]()
-        for name in names:
-            found = {entry: texts(entry.key, name) for entry in self.entries}
+        for name, aliases in names.items():
+            found = {entry: [stars for one in aliases for stars in texts(entry.key, one)] for entry in self.entries}
             fitting = [entry for entry, stars in found.items() if stars]
             used.update(fitting)
             best = [entry for entry in fitting if entry.exact] or fitting

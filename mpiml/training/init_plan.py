@@ -168,7 +168,8 @@ def plan(model: BuiltModel, file: Header, foreign: bool, names: NameMap | None, 
     wanted = _wanted(model)
     forms = model.forms if foreign else {name: Form.same(array.shape, [name]) for name, array in wanted.items()}
     known = _names(forms, file) if foreign else {name: [name] for name in wanted}
-    mapped = names.of(list(wanted), file.kinds) if names else {}
+    in_map = {name: [name, *(f"layers.{one}" for one in forms[name].names if foreign)] for name in wanted}
+    mapped = names.of(in_map, file.kinds) if names else {}
     elsewhere = {source.name for source in mapped.values()}
     sources = {
         name: Source(next((one for one in known[name] if one in file.kinds), known[name][0]), forms[name])

@@ -229,6 +229,16 @@ def test_a_map_renames_and_leaves_what_it_does_not_name(tmp_path: Path) -> None:
     np.testing.assert_array_equal(by_channel, array.reshape(3, 4, 3).swapaxes(0, 1))
 
 
+def test_a_map_may_have_pytorchs_names_of_our_arrays(tmp_path: Path) -> None:
+    kinds = {name.replace("3.", "norm."): kind for name, kind in PYTORCH.items()}
+    for text in ('"layers.3.*" = "norm.*"', '"layers.3.weight" = "norm.weight"\n"layers.3.*" = "norm.*"'):
+        result = of(kinds, names=maps(tmp_path, text))
+        assert result.sources["layers.3.gain"].name == "norm.weight"
+        assert result.sources["layers.3.running_variance"].name == "norm.running_var"
+    with pytest.raises(ConfigError, match=r"n.toml: \"layers.3.weight\" = \"x\": the model has no such array"):
+        of(OWN, names=maps(tmp_path, '"layers.3.weight" = "x"'))
+
+
 def test_a_map_of_a_checkpoint_has_our_axes(tmp_path: Path) -> None:
     kinds = OWN | {f"mean.{name}": kind for name, kind in OWN.items()}
     result = of(kinds, names=maps(tmp_path, '"layers.*" = "mean.layers.*"'))

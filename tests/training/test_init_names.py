@@ -9,7 +9,7 @@ import pytest
 from mpiml.errors import ConfigError
 from mpiml.training.init_names import NameMap
 
-MODEL = ["layers.0.weight", "layers.0.bias", "layers.1.head.weight", "layers.1.head.bias"]
+MODEL = {n: [n] for n in ("layers.0.weight", "layers.0.bias", "layers.1.head.weight", "layers.1.head.bias")}
 
 
 def read(path: Path, text: str) -> NameMap:
