@@ -47,6 +47,8 @@ class Layer:
         least_rows: of a micro-batch that it can be trained on.
         notes: what a person should know before it is trained, a line each.
         joined: what parts of a user's model are this layer, if they could be several; as a sentence.
+        torch_names: of its arrays, if PyTorch's module has several for one: they are shared.
+        torch_own_names: of its arrays in the user's PyTorch module that it is a part of.
     """
 
     path = ""
@@ -54,6 +56,8 @@ class Layer:
     least_rows = 1
     notes: Sequence[str] = ()
     joined = ""
+    torch_names: Mapping[str, Sequence[str]] = {}
+    torch_own_names: Mapping[str, Sequence[str]] = {}
 
     def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
         raise TypeError(f"{type(self).__name__} defines no __call__")

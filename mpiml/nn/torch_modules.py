@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -53,12 +54,21 @@ class TorchLayer(Layer):
 
     Args:
         flags: of the module's parts, in evaluation and in training; by default what `train` makes them.
+        names: of the tensors in the user's module that this one is a part of.
 
     Raises ConfigError for a module that cannot be trained as a layer.
     """
 
-    def __init__(self, module: torch.nn.Module, dtype: DTypeLike = np.float32, flags: Flags | None = None):
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        dtype: DTypeLike = np.float32,
+        flags: Flags | None = None,
+        names: Mapping[Tensor, Sequence[str]] = MappingProxyType({}),
+    ):
         check_parameters(module)
+        self.torch_names = torch_state.by_name(module, torch_state.names_of(module))
+        self.torch_own_names = torch_state.by_name(module, names)
         self.dtype = torch.from_numpy(np.empty(0, dtype)).dtype
         self._types = types_besides(module, self.dtype)
         self.module = converted(module, self.dtype)
@@ -275,9 +285,10 @@ def as_layers(
         return model
     prepare_torch(threads)
     flags, parts = flags_of(roots), parts_of(model)
+    names = torch_state.names_of(model) if is_module(model) else {}
     if inputs and is_module(parts[0]):
         split_inputs(parts[0], inputs, bounds)
-    return [TorchLayer(part, dtype, flags) if is_module(part) else part for part in parts]
+    return [TorchLayer(part, dtype, flags, names) if is_module(part) else part for part in parts]
 
 
 def load_into(model: T, path: str | Path, average: bool = False) -> T:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,20 @@ Pair = tuple[Tensor, Array]  # memory of a module, and the values that belong th
 def tensors(module: torch.nn.Module) -> dict[str, Tensor]:
     """The module's parameters and buffers by name; one that has several names under its first."""
     return {plain_name(name): tensor for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
+
+
+def names_of(module: torch.nn.Module) -> dict[Tensor, list[str]]:
+    """All names of the module's parameters and buffers."""
+    names: dict[Tensor, list[str]] = {}
+    named = [module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)]
+    for name, tensor in itertools.chain(*named):
+        names.setdefault(tensor, []).append(plain_name(name))
+    return names
+
+
+def by_name(module: torch.nn.Module, names: Mapping[Tensor, Sequence[str]]) -> dict[str, Sequence[str]]:
+    """Of each tensor of a module, by its name there, the `names` that it has."""
+    return {name: names[tensor] for name, tensor in tensors(module).items() if tensor in names}
 
 
 def saved_names(module: torch.nn.Module) -> set[str]:

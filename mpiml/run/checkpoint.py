@@ -31,7 +31,7 @@ NAME = re.compile(r"step-(\d+)\.safetensors")
 DIGITS = 18  # the most that a step's number has
 KINDS = {"F": ("float", (16, 32, 64)), "I": ("int", (8, 16, 32, 64)), "U": ("uint", (8, 16, 32, 64))}
 DTYPES = {f"{kind}{bits}": f"{name}{bits}" for kind, (name, sizes) in KINDS.items() for bits in sizes}
-DTYPES |= {"BOOL": "bool"}  # by their names in safetensors
+DTYPES |= {"BOOL": "bool", "BF16": "bfloat16", "C64": "complex64"}  # by their names in safetensors
 BESIDE = ("optimizer.", "data.", AVERAGE)  # prefixes of names of arrays that are not the model's
 
 
@@ -182,7 +182,7 @@ def load(path: Path, wanted: Callable[[str], bool] = lambda name: True, progress
                 kept[name] = array
             yield name, array
 
-    with _opened(path) as file:
+    with opened(path) as file:
         metadata = file.metadata() or {}
         claimed = metadata.pop("sha256", "")
         computed = _content(metadata, read(file), progress)
@@ -198,7 +198,7 @@ def load(path: Path, wanted: Callable[[str], bool] = lambda name: True, progress
 
 def header(path: Path) -> Header:
     """The header of a checkpoint; nothing else of it is read. Raises OutputError if it has none."""
-    with _opened(path) as file:
+    with opened(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         kinds = {
             name: (DTYPES.get(part.get_dtype(), part.get_dtype()), tuple(part.get_shape()))
@@ -214,7 +214,7 @@ def _constants(metadata: Mapping[str, str], path: Path) -> dict[str, str] | None
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
     """A safetensors file to read in a block. Raises OutputError if it cannot be opened, or read in the block."""
     import safetensors
 

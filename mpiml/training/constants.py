@@ -45,15 +45,6 @@ class Constants:
         held = {name: array for name, array in self.arrays.items() if entries.get(name) == ARRAY or name in saved.kinds}
         checkpoint.check_kinds(saved.origin, saved.kinds, {**weights, **checkpoint.kinds_of(held)})
 
-    def check_init(self, saved: Header, weights: Mapping[str, Kind]) -> None:
-        """As `check`, for a checkpoint that gives first values: it may lack constants, and have ones that are not
-        needed."""
-        held = {name: array for name, array in self.arrays.items() if name in saved.kinds}
-        needed = {**weights, **checkpoint.kinds_of(held)}
-        idle = {name for name, entry in (saved.constants or {}).items() if entry == ARRAY and name not in needed}
-        kinds = {name: kind for name, kind in saved.kinds.items() if name not in idle}
-        checkpoint.check_kinds(saved.origin, kinds, needed)
-
     def _check_entries(self, origin: str, entries: Mapping[str, str]) -> None:
         what = "(a buffer, or a parameter that requires no gradient)"
         if more := entries.keys() - self.entries.keys():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from mpi4py import MPI
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mpiml.config import Config
 from mpiml.nn import base as nn
+from mpiml.nn.export import Form, forms
 from mpiml.nn.losses import Metric
 from mpiml.nn.parameters import Gradients, Layout
 from mpiml.parallel.gradient_sum import GradientSum, LibrarySum, OrderedSum
@@ -45,6 +46,7 @@ class BuiltModel:
         least_rows: of a micro-batch that it can be trained on, and the layer that says so.
         notes: what a person should know.
         integers: the values of packed rows that it takes as integers.
+        forms: what PyTorch makes of its arrays, by name; on rank 0 of a run with --init.
     """
 
     task: Task
@@ -54,6 +56,7 @@ class BuiltModel:
     least_rows: tuple[int, str]
     notes: list[str]
     integers: Sequence[slice] = ()
+    forms: Mapping[str, Form] = field(default_factory=dict)
 
     @property
     def metric(self) -> Metric:
@@ -103,6 +106,7 @@ def build_stage(
         least_rows=max((layer.least_rows, layer.path) for layer in layers),
         notes=[note for layer in layers for note in layer.notes],
         integers=integers(layers),
+        forms={} if team.rank or not config.init else forms(layers, task.shape),
     )
     return built, computation
 

@@ -120,6 +120,9 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int, befo
         )
     if microbatches > rows:
         raise ConfigError(f"--microbatches {microbatches}: the data set has only {rows} rows to share out")
+    if not config.init and (config.init_partial or config.init_names):
+        name = "init_partial" if config.init_partial else "init_names"
+        raise ConfigError(f"{flag(name)}: is of --init, which says whose weights; give that too")
     if before:
         config = extended(config, before, rows)
     elif config.classes is not None and (not classification or of_values(config)):
@@ -127,7 +130,8 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int, befo
     decay = config.weight_decay
     decided = scored(config, classification).replace(
         data=absolute(config.data),
-        init=config.init and absolute(config.init),
+        init=config.init and os.path.join(os.getcwd(), config.init),
+        init_names=config.init_names and os.path.join(os.getcwd(), config.init_names),
         microbatches=microbatches,
         epochs=None,
         weight_decay=(0.01 if config.optimizer == "adamw" else 0.0) if decay is None else decay,

@@ -26,6 +26,7 @@ from mpiml.run.directory import CHECKPOINTS, CONFIG, sync_file
 from mpiml.run.metrics import cut_after, last_known, missing, scores
 from mpiml.run.result import update_result
 from mpiml.team import Team
+from mpiml.training import init
 from mpiml.training.constants import Constants
 from mpiml.training.hold import Hold
 from mpiml.training.look import Known
@@ -40,11 +41,11 @@ PART = 1 << 22  # elements of a constant that are sent at once
 def check_saved(cfg: Config, model: BuiltModel) -> None:
     """Raise OutputError if what the run is to begin with, its own checkpoints or else --init, is of another model:
     before anything is written, and before memory that only a damaged file asks for is. Rank 0 calls it."""
-    needed = needed_kinds(model.layouts, (VALUES,))
     if cfg.resume and _has_checkpoints(cfg):
+        needed = needed_kinds(model.layouts, (VALUES,))
         checkpoint.check_newest(Path(cfg.out or "") / CHECKPOINTS, lambda saved: model.constants.check(saved, needed))
     elif cfg.init:
-        model.constants.check_init(checkpoint.header(Path(cfg.init)), needed)
+        init.check(cfg, model)
 
 
 def _has_checkpoints(cfg: Config) -> bool:
@@ -111,30 +112,35 @@ class Store:
         """Put the state of the newest good checkpoint, or weights and constants of --init, in place."""
         run, progress = self.run, self.clock.progress
         layouts, constants = run.model.layouts, run.model.constants
+        found: list[tuple[Checkpoint | None, list[str]]] = []  # on rank 0, the newest checkpoint and problems
         stages: list[Mapping[str, Any]] = []  # on rank 0, of each stage its vectors
         changed: dict[str, Any] = {}  # on rank 0, the constants that are others than the model's
 
+        def begins() -> bool:
+            found.append(self.hold.newest(progress))
+            return bool(run.config.init) and not found[0][0]
+
         def read() -> tuple[Restored, tuple[str, ...]]:
-            newest, problems = self.hold.newest(progress)
-            first, names = newest, run.state.names
+            newest, problems = found.pop()
+            names: tuple[str, ...] = ()
+            given: Mapping[str, Any] = {}
             notes = [f"warning: skipped {problem}" for problem in problems]
             if newest:
                 _check_same_run(run.config, newest)
+                names, given = run.state.names, newest.arrays
                 constants.check(newest.header, needed_kinds(layouts, names))
+                stages.extend(from_arrays(layouts, newest, names))
             elif run.config.init:
-                first, names = checkpoint.load(Path(run.config.init), progress=progress), (VALUES,)
-                constants.check_init(first.header, needed_kinds(layouts, names))
-                if others := sorted(constants.arrays.keys() - first.arrays):
-                    more = f" and {len(others) - 1} more constants" if len(others) > 1 else ""
-                    notes.append(f"{others[0]}{more}: not in {run.config.init}, so as the model makes them")
-            if first:
-                stages.extend(from_arrays(layouts, first, names))
-                changed.update((name, first.arrays[name]) for name in constants.changed(first.arrays))
+                values, names = to_arrays(layouts, stages, VALUES), (VALUES,)
+                given, of_init = init.take(run.config, run.model, values, progress)
+                notes += of_init
+            changed.update((name, given[name]) for name in constants.changed(given))
             # Nothing can be refused any more, so now the log may change.
-            start = self._cut_log(newest, notes)
-            return start, names if first else ()
+            return self._cut_log(newest, notes), names
 
         self.clock("checkpoint")
+        if self.team.on_rank_0(begins):
+            stages.extend(run.state.collect(VALUES))  # first values as they are drawn
         start, names = self.team.on_rank_0(read)
         if names:
             run.state.distribute(stages, *names)
@@ -159,8 +165,6 @@ class Store:
         elif cfg.resume:
             notes.append(f"no checkpoint in {self.hold.path} yet: starting at step 0")
         notes += damaged
-        if cfg.init and not saved:
-            notes.append(f"first weights from {cfg.init}")
         if saved and "init" in (cfg.given or ()):
             notes.append(f"--init {cfg.init} is not read: it is for a run's first step")
         scored = any("evaluation" in entry and entry["step"] == step for entry in kept)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from tests.data import samples
 from tests.data.samples import ARRAYS, FORMATS
@@ -286,6 +287,13 @@ def flowers(here: Path) -> None:
         (here / f"{which}.csv").write_text("\n".join(lines) + "\n")
 
 
+def body(here: Path) -> None:
+    """A first layer of eight units, and a last one for three classes, as PyTorch has them."""
+    random = np.random.default_rng(0)
+    shapes = {"1.weight": (8, 64), "1.bias": (8,), "4.weight": (3, 8), "4.bias": (3,)}
+    save_file({name: random.normal(0, 0.2, shape) for name, shape in shapes.items()}, here / "body.safetensors")
+
+
 def of_format(name: str) -> Feature:
     """The same rows in files of a format; alone, in an .npz file."""
 
@@ -339,6 +347,10 @@ FEATURES = {
     "empty-30": Feature(f"{FEW} --microbatches 30", write=few_rows),
     # Of the 30 steps of an epoch about half have no row in any of the four micro-batches.
     "empty-steps": Feature(f"{FEW} --batch 1 --microbatches 4", [kind for kind in ALL if kind != "nodes"], few_rows),
+    # Weights of PyTorch for a part of the model; the others are as drawn.
+    "another-head": Feature(
+        f"{DIGITS} --init {{here}}/body.safetensors --init-partial", ("pipe", "nodes", "private", "resumed"), body
+    ),
     "digits": Feature(DIGITS, ROWS),
     "unshuffled": Feature(f"{DIGITS} --shuffle none", ROWS),
     "blocks": Feature(f"{DIGITS} --shuffle blocks --block-rows 3", ROWS),

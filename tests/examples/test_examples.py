@@ -1,4 +1,4 @@
-"""The examples that `make` runs: digits as images, a gpt beside a bigram model, a program with its own model."""
+"""The examples that `make` runs: digits as images, a gpt beside a bigram model, one's own program; and a page's."""
 
 from __future__ import annotations
 
@@ -47,6 +47,19 @@ def test_own_program_trains_the_same_model_alone_and_on_ranks(tmp_path: Path, mo
     assert alone["accuracy"] > 0.9
     assert (alone["ranks"], on_ranks["ranks"]) == (1, 2)
     assert alone["weights_sha256"] == on_ranks["weights_sha256"]
+
+
+@pytest.mark.contract
+def test_a_model_of_ten_digits_helps_with_five_classes(train: Callable[..., Job], tmp_path: Path) -> None:
+    """As the page on going on differently has it; beside the same without --init."""
+    page = (ROOT / "mpiml/run/GOING_ON.md").read_text().replace("\\\n", "")
+    ten, five = re.findall(r"-m mpiml.train (.*) --out runs/\w+(.*)", page)[:2]
+    first = train(0, f"{''.join(ten)} --quiet --microbatches 2", out="runs/ten")
+    assert first.result["accuracy"] > 0.9
+    flags = f"{''.join(five)} --quiet --microbatches 2".replace("runs/ten", str(first.run))
+    begun = train(0, flags, out="five")
+    fresh = train(0, re.sub(r"--init \S+ --init-partial", "", flags), out="fresh")
+    assert begun.result["accuracy"] > fresh.result["accuracy"] + 0.02, (begun.err, fresh.err)
 
 
 def gpt(ranks: int, text: str, out: Path, *flags: str) -> tuple[int, str, dict[str, float]]:

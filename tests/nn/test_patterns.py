@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mpiml.nn.patterns import compiled, selects
+from mpiml.nn.patterns import compiled, selects, texts
 
 
 def test_each_star_is_a_group_and_nothing_else_is_special() -> None:
@@ -32,7 +32,15 @@ def test_each_star_is_a_group_and_nothing_else_is_special() -> None:
         ("head", "layers.0.body.head.weight", False),
         ("*.head", "layers.0.body.head.weight", True),
         ("layers", "layers.0.weight", True),
+        ("layers.0", "layers.2.layers.0.weight", False),
     ],
 )
 def test_a_pattern_selects_by_name_by_layer_and_by_name_within_a_layer(pattern: str, name: str, yes: bool) -> None:
     assert selects(pattern, name) is yes
+
+
+def test_the_texts_of_stars() -> None:
+    assert texts("*.weight", "layers.1.head.weight") == [("layers.1.head",), ("head",)]
+    assert texts("layers.*.weight", "layers.2.layers.0.weight") == [("2.layers.0",)]
+    assert texts("layers.0.*", "layers.2.layers.0.weight") == []
+    assert texts("bias", "layers.1.bias") == [()]

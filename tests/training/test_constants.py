@@ -54,7 +54,6 @@ def test_their_entries_in_a_checkpoint() -> None:
 )
 def test_checkpoints_that_fit(kinds: Any, entries: Any) -> None:
     OURS.check(Header("a", kinds, entries), WEIGHTS)
-    OURS.check_init(Header("a", kinds, entries), WEIGHTS)
 
 
 @pytest.mark.parametrize(
@@ -95,29 +94,6 @@ def test_checkpoints_that_fit(kinds: Any, entries: Any) -> None:
 def test_checkpoints_of_other_models(kinds: Any, entries: Any, words: str) -> None:
     with pytest.raises(OutputError, match=words):
         OURS.check(Header("a", kinds, entries), WEIGHTS)
-
-
-@pytest.mark.parametrize(
-    ("kinds", "entries", "words"),
-    [
-        (
-            HELD | {"layers.1.on": ("uint8", (1, 2))},
-            OURS.entries,
-            r"layers.1.on is uint8 \(1, 2\), the model's bool \(1, 2\)",
-        ),
-        (HELD | {"layers.1.more": ("bool", ())}, OURS.entries, "a has layers.1.more, which the model does not have"),
-        ({"layers.0.bias": ("float32", (3,))}, {"layers.0.weight": "array"}, "a has no layers.0.weight"),
-    ],
-)
-def test_first_values_of_other_models(kinds: Any, entries: Any, words: str) -> None:
-    with pytest.raises(OutputError, match=words):
-        OURS.check_init(Header("a", kinds, entries), WEIGHTS)
-
-
-def test_first_values_may_lack_constants_and_have_others_and_ones_that_are_weights_now() -> None:
-    entries = {"layers.1.mask": "array", "layers.1.gone": "array", "layers.0.weight": "array", "layers.1.beside": "1"}
-    kinds = WEIGHTS | {"layers.1.mask": ("float64", (2,)), "layers.1.gone": ("int64", (9,))}
-    OURS.check_init(Header("a", kinds, entries), WEIGHTS)
 
 
 def test_a_checkpoints_values_take_the_place_of_those_that_are_others() -> None:

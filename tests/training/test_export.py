@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 from safetensors.numpy import load_file
 
+from mpiml.api import load_into
+from mpiml.config import Config
 from mpiml.data.dataset import open_dataset
 from mpiml.errors import OutputError
 from mpiml.nn import layers as nn
 from mpiml.nn.perceptrons import mlp
 from mpiml.run import checkpoint
 from mpiml.run.checkpoint import Checkpoint
+from mpiml.train import train
 from mpiml.training.export import torch_state_dict, trained
 from tests.conftest import launch
 from tests.forging import forge
@@ -82,3 +87,99 @@ def test_checkpoint_of_another_model(run: Path, tmp_path: Path) -> None:
     old = checkpoint.save(tmp_path, Checkpoint(4, saved.config, saved.arrays), 1)
     with pytest.raises(OutputError, match="does not say what its model takes"):
         trained(old)
+
+
+SHORT: dict[str, Any] = {"batch": 300, "lr": 0.0, "optimizer": "sgd", "eval_every": 0, "steps": 1, "quiet": True}
+TEXT = {"data": "text.npz", "model": "gpt", "width": 8, "heads": 2, "blocks": 1}
+
+
+def net(shape: tuple[int, ...], outputs: int) -> Any:
+    """With averages, constants, a name that ours have too, and weights that two parts share, which are one layer."""
+    import torch
+    from torch import nn as t
+
+    class Scaled(t.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = t.Parameter(torch.rand(12, dtype=torch.complex64))
+            self.register_buffer("mask", torch.rand(12))
+            self.register_buffer("count", torch.tensor([7], dtype=torch.int32))
+
+        def forward(self, x: Any) -> Any:
+            return x * self.mask * self.gain.real
+
+    wide, again = t.Linear(12, 12), t.Linear(12, 12)
+    again.weight = wide.weight
+    frozen = t.Linear(12, 12).requires_grad_(False)
+    body = [t.Flatten(), t.Linear(64, 12), t.BatchNorm1d(12), Scaled(), wide, again, frozen]
+    return t.Sequential(
+        OrderedDict((f"part{index}", part) for index, part in enumerate([*body, t.Linear(12, outputs)]))
+    )
+
+
+def single(shape: tuple[int, ...], outputs: int) -> Any:
+    """A module that is one layer."""
+    import torch
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = torch.nn.Linear(64, 5)
+            self.head = torch.nn.Linear(5, outputs)
+
+        def forward(self, x: Any) -> Any:
+            return self.head(self.body(x.flatten(1)))
+
+    return Net()
+
+
+def job(out: str, module: Any = None, **settings: Any) -> dict[str, np.ndarray]:
+    """The model of a job of one rank after its last step."""
+    train(Config(**SHORT | settings | {"out": out}), MPI.COMM_SELF, module)
+    arrays = load_file(max(Path(out, "checkpoints").iterdir()))
+    return {name: array for name, array in arrays.items() if name.startswith("layers.")}
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        (None, {"hidden": (6, 5)}),
+        (None, {"model": "cnn", "channels": 2}),
+        (None, {"model": "resnet", "channels": 2, "blocks": 1}),
+        (None, {"model": "resnet", "channels": 2, "blocks": 1, "norm": "batch"}),
+        (None, TEXT),
+        (net, {}),
+        (single, {}),
+    ],
+    ids=["mlp", "cnn", "resnet", "resnet-batch", "gpt", "net", "single"],
+)
+def test_what_pytorch_has_saved_is_begun_with_as_the_checkpoint_is(
+    model: Any, settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch: Any = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    monkeypatch.chdir(tmp_path)
+    rows = np.random.default_rng(0).integers(0, 9, (40, 7), np.uint8)
+    np.savez("text.npz", x_train=rows[:, :-1], y_train=rows[:, 1:])
+    job("first", model, **settings | {"lr": 0.01, "steps": 3, "seed": 3})
+    file = max(Path("first/checkpoints").iterdir())
+    state = torch_state_dict(file, model)
+    save_file(state, "theirs.safetensors")
+    begun = job("theirs", model, **settings, init="theirs.safetensors")
+    ours = job("ours", model, **settings, init=str(file))
+    assert [name for name in ours if begun[name].tobytes() != ours[name].tobytes()] == []
+    assert [name for name, array in job("drawn", model, **settings).items() if (array != ours[name]).any()]
+    if model:  # the state dict of the user's own module has other names
+        own = load_into(model((8, 8), 10), file).state_dict()
+        own.pop("part5.weight", None)  # which safetensors refuses: it is part4's
+        assert own.keys().isdisjoint(state)
+        save_file({f"module.{name}": tensor for name, tensor in own.items()}, "own.safetensors")
+        again = job("own", model, **settings, init="own.safetensors")
+        assert [name for name in ours if again[name].tobytes() != ours[name].tobytes()] == []
+        save_file(
+            {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in own.items()}, "b"
+        )
+        half = job("half", model, **settings, init="b")
+        last = next(name for name in [*ours][::-1] if name.endswith("weight"))
+        np.testing.assert_array_equal(half[last], torch.from_numpy(ours[last]).bfloat16().float().numpy())

@@ -1,0 +1,81 @@
+"""Arrays of safetensors files that other programs wrote, in NumPy's types."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpiml.clock import unwatched
+from mpiml.documents import check_regular
+from mpiml.errors import OutputError
+from mpiml.run import checkpoint
+from mpiml.run.checkpoint import Header, Progress
+
+OWN = ("config", "task", "sha256")  # in the metadata of checkpoints, damaged ones too
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+SAVE = "in Python, safetensors.torch.save_file(model.state_dict(), 'model.safetensors') writes one"
+
+
+def header(path: Path) -> tuple[Header, bool]:
+    """The header of a safetensors file, and whether another program wrote it, so that it is no checkpoint. Complex
+    arrays of such a file are real ones, pairs on one more axis. Raises OutputError for all other files."""
+    _check_safetensors(path)
+    with checkpoint.opened(path) as opened:
+        foreign = (opened.metadata() or {}).keys().isdisjoint(OWN)
+    file = checkpoint.header(path)
+    pairs = {name: ("float32", (*kind[1], 2)) for name, kind in file.kinds.items() if kind[0] == "complex64"}
+    return file._replace(kinds={**file.kinds, **pairs}) if foreign else file, foreign
+
+
+def arrays(path: Path, names: Iterable[str], progress: Progress = unwatched) -> Iterator[NDArray[Any]]:
+    """The arrays of these names, of the kinds that `header` says, but bfloat16 as float32: one after the other, so that
+    no two need memory at once. Raises OutputError if they cannot be read."""
+    offsets = _offsets(path)
+    with checkpoint.opened(path) as file:
+        for name in names:
+            if file.get_slice(name).get_dtype() == "BF16":
+                array = _bfloat16(path, *offsets[name]).reshape(file.get_slice(name).get_shape())
+            else:
+                array = file.get_tensor(name)
+            yield array[..., None].view(np.float32) if array.dtype.kind == "c" else array
+            progress()
+
+
+def _offsets(path: Path) -> dict[str, tuple[int, int]]:
+    """Where each array begins and ends in a file; its header has been checked."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(size))
+    return {
+        name: (8 + size + entry["data_offsets"][0], 8 + size + entry["data_offsets"][1])
+        for name, entry in entries.items()
+        if name != "__metadata__"
+    }
+
+
+def _bfloat16(path: Path, start: int, stop: int) -> NDArray[np.float32]:
+    """Numbers of which a file has the upper halves of float32, which NumPy has no type for."""
+    upper = np.fromfile(path, "<u2", (stop - start) // 2, offset=start)
+    return (upper.astype(np.uint32) << 16).view(np.float32)
+
+
+def _check_safetensors(path: Path) -> None:
+    """Raise OutputError, which says what to do, for files that people have in place of safetensors files."""
+    if not path.exists():
+        return  # which is said where it is opened
+    check_regular(path)
+    with open(path, "rb") as file:
+        first = file.read(9)
+    if first[8:] == b"{":
+        return
+    if first.startswith(b"GGUF"):
+        raise OutputError(f"{path} is a GGUF file; give the safetensors file that it was made from")
+    if first.startswith(b"{"):
+        raise OutputError(f"{path} is JSON, as an index of several files is; give one safetensors file: {SAVE}")
+    if path.suffix in PICKLES or (first.startswith((b"PK", b"\x80")) and path.suffix != ".npz"):
+        raise OutputError(f"{path} is a pickle, which may run code, so it is not read; give a safetensors file: {SAVE}")

@@ -1,0 +1,91 @@
+"""--init: the file that a run begins with, checked against the model, and its arrays put in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from mpiml.config import Config
+from mpiml.errors import OutputError
+from mpiml.run import checkpoint, tensors
+from mpiml.run.checkpoint import Header, Progress
+from mpiml.run.directory import CHECKPOINTS
+from mpiml.run.result import read_result
+from mpiml.training.init_names import NameMap, listed
+from mpiml.training.init_plan import Plan, plan
+from mpiml.training.place import BuiltModel
+
+Array = NDArray[Any]
+
+
+def check(config: Config, model: BuiltModel) -> None:
+    """Raise OutputError or ConfigError if --init cannot give the model its first values; only headers are read."""
+    *files, last = _files(config)
+    for path in files:
+        try:
+            file = tensors.header(path)
+        except OutputError:
+            continue  # `take` says what is wrong with it
+        _plan(config, model, *file)
+        return
+    _plan(config, model, *tensors.header(last))
+
+
+def take(
+    config: Config, model: BuiltModel, values: Mapping[str, Array], progress: Progress
+) -> tuple[dict[str, Array], list[str]]:
+    """Write what --init gives over the `values` of parameters and averages, by name.
+
+    Returns the constants that it gives, by name, and what a person should know. Raises as `check`, and OutputError for
+    a damaged file; of a run's, the first that is whole is taken.
+    """
+    skipped: list[OutputError] = []
+    for path in _files(config):
+        try:
+            file, foreign = tensors.header(path)
+            saved = None if foreign else checkpoint.load(path, checkpoint.is_of_model, progress)
+        except OutputError as error:
+            skipped.append(error)
+            continue
+        planned = _plan(config, model, file, foreign)
+        names, constants = [source.name for source in planned.sources.values()], dict[str, Array]()
+        arrays = [saved.arrays[name] for name in names] if saved else tensors.arrays(path, names, progress)
+        for name, array in zip(planned.sources, arrays, strict=True):
+            value = planned.value(name, array)
+            if name in values:
+                values[name][...] = value
+            else:
+                constants[name] = value
+        step = f" (step {saved.step})" if saved else ""
+        some = f": {planned.count()}" if len(planned.sources) < len(planned.wanted) else ""
+        notes = [f"warning: skipped {problem}" for problem in skipped]
+        return constants, [*notes, f"first weights from {path}{step}{some}", *planned.notes()]
+    if len(skipped) == 1:
+        raise skipped[0]
+    raise OutputError(f"no checkpoint in {config.init} can be used: {'; '.join(map(str, skipped))}")
+
+
+def _plan(config: Config, model: BuiltModel, file: Header, foreign: bool) -> Plan:
+    """What the settings take of a file. A checkpoint's optimizer state is none of it."""
+    kinds = {name: kind for name, kind in file.kinds.items() if foreign or checkpoint.is_of_model(name)}
+    names = NameMap.read(config.init_names) if config.init_names else None
+    return plan(model, file._replace(kinds=kinds), foreign, names, config.init_partial)
+
+
+def _files(config: Config) -> list[Path]:
+    """The files that --init may mean, of which the first that is whole is taken: of a run its best checkpoint, then the
+    newest first. Raises OutputError for a directory that holds none."""
+    path = Path(config.init or "")
+    if not path.is_dir():
+        return [path]
+    if not (path / CHECKPOINTS).is_dir():
+        there = sorted(file.name for file in path.glob("*.safetensors"))
+        raise OutputError(f"{path} holds no run" + (f"; name a file in it: {listed(there)}" if there else ""))
+    files = checkpoint.listed(path / CHECKPOINTS)
+    if not files:
+        raise OutputError(f"{path} has no checkpoint yet")
+    best = read_result(path).get("best_checkpoint")
+    return [file for file in files if file == path / str(best)] + files

@@ -1,0 +1,474 @@
+"""--init: what of a checkpoint, of a run or of PyTorch's file a run begins with, and what is said of the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+from safetensors.numpy import load_file, save_file
+
+from mpiml.config import Config
+from mpiml.errors import ConfigError, OutputError
+from mpiml.nn import base as nn
+from mpiml.nn.export import forms
+from mpiml.nn.layers import BatchNorm2d, Conv2d, Flatten, Layer, Linear
+from mpiml.nn.losses import R2, mean_squared_error
+from mpiml.nn.parameters import Constant, Layout
+from mpiml.run.checkpoint import Header, Kind
+from mpiml.train import train
+from mpiml.training.constants import Constants
+from mpiml.training.init_names import Entry, NameMap
+from mpiml.training.init_plan import Plan, plan
+from mpiml.training.model import Scoring
+from mpiml.training.place import BuiltModel
+from mpiml.training.task import Task
+from tests.data import samples
+
+
+class Fixed(Layer):
+    """Constants of one's own."""
+
+    def own_constants(self) -> Mapping[str, Constant]:
+        arrays = {"mask": np.zeros(2), "count": np.array(7)}
+        return {name: Constant(array, saved=True) for name, array in arrays.items()}
+
+
+def model() -> BuiltModel:
+    """layers.1, a Linear after a flattened image, layers.2.mask and layers.2.count, and layers.3, a BatchNorm2d."""
+    layers = [Flatten(), Linear(12, 3), Fixed(), BatchNorm2d(3)]
+    nn.name(layers)
+    layouts = [Layout(nn.parameters(layers[:2]), "float32"), Layout(nn.parameters(layers[2:]), "float32")]
+    scoring, of_pytorch = Scoring(mean_squared_error, R2(3), None), forms(layers[:3], (2, 2, 3))
+    of_pytorch |= forms(layers[3:], (1, 1, 3))
+    task = Task((2, 2, 3), (), False, 3, 0)
+    return BuiltModel(task, layouts, scoring, Constants.of(layers), (1, ""), [], forms=of_pytorch)
+
+
+MODEL = model()
+OWN: dict[str, Kind] = {
+    "layers.1.weight": ("float32", (12, 3)),
+    "layers.1.bias": ("float32", (3,)),
+    "layers.3.gain": ("float32", (3,)),
+    "layers.3.bias": ("float32", (3,)),
+    "layers.3.running_mean": ("float32", (3,)),
+    "layers.3.running_variance": ("float32", (3,)),
+    "layers.2.mask": ("float64", (2,)),
+    "layers.2.count": ("int64", ()),
+}
+CONSTANTS = {"layers.2.mask": "array", "layers.2.count": "array"}
+PYTORCH: dict[str, Kind] = {
+    "1.weight": ("float32", (3, 12)),
+    "1.bias": ("float32", (3,)),
+    "3.weight": ("float32", (3,)),
+    "3.bias": ("float32", (3,)),
+    "3.running_mean": ("float32", (3,)),
+    "3.running_var": ("float32", (3,)),
+    "2.mask": ("float64", (2,)),
+    "2.count": ("int64", ()),
+}
+
+
+def without(kinds: Mapping[str, Kind], *names: str) -> dict[str, Kind]:
+    return {name: kind for name, kind in kinds.items() if name not in names}
+
+
+def of(kinds: Mapping[str, Kind], partial: bool = False, names: NameMap | None = None, **entries: str) -> Plan:
+    """The plan for a file with these arrays; a checkpoint if its names are ours."""
+    foreign = not any(name.startswith("layers.") for name in kinds)
+    return plan(MODEL, Header("f", kinds, {**CONSTANTS, **entries}), foreign, names, partial)
+
+
+def types(dtype: str, kinds: Mapping[str, Kind]) -> dict[str, Kind]:
+    return {name: (dtype if kind[0].startswith("float") else kind[0], kind[1]) for name, kind in kinds.items()}
+
+
+@pytest.mark.parametrize("kinds", [OWN, PYTORCH])
+def test_all_is_taken_by_default(kinds: Mapping[str, Kind]) -> None:
+    for partial in (False, True):
+        result = of(kinds, partial)
+        assert {name: source.name for name, source in result.sources.items()} == dict(zip(OWN, kinds, strict=True))
+        assert result.notes() == []
+
+
+@pytest.mark.parametrize("kinds", [OWN, PYTORCH])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_types_are_converted_and_that_is_said(kinds: Mapping[str, Kind], dtype: str) -> None:
+    assert of(types(dtype, kinds)).notes() == [f"{dtype} in f: converted to the model's type"]
+
+
+def test_names_may_all_begin_with_the_same() -> None:
+    for prefix in ("module.", "module._orig_mod."):
+        sources = of({prefix + name: kind for name, kind in PYTORCH.items()}).sources
+        assert sources["layers.3.gain"].name == f"{prefix}3.weight"
+
+
+def test_a_checkpoint_may_lack_constants_and_have_others_and_ones_that_are_weights_now() -> None:
+    kinds = without(OWN, "layers.2.mask") | {
+        "layers.2.gone": ("int64", (9,)),
+        "optimizer.mean.layers.9.x": ("bool", ()),
+    }
+    result = of(kinds, **{"layers.2.gone": "array", "layers.1.weight": "array"})
+    assert result.notes() == [
+        "not taken, because the model does not have it: layers.2.gone",
+        "constants as the model makes them: layers.2.mask",
+    ]
+    assert of(PYTORCH | {"3.num_batches_tracked": ("int64", ())}).left == ["3.num_batches_tracked"]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "words"),
+    [
+        (
+            without(OWN, "layers.3.bias"),
+            r"^f has no layers.3.bias: it is of another model; --init-partial takes what fi",
+        ),
+        (OWN | {"layers.9.x": ("bool", ())}, r"^f has layers.9.x, which the model does not have: .*, 8 of 8 arrays$"),
+        (
+            OWN | {"layers.1.weight": ("float32", (12, 4))},
+            r"^f: layers.1.weight is float32 \(12, 4\), the model's float32 \(12, 3\); --init-.*, 7 of 8 arrays$",
+        ),
+        (
+            OWN | {"layers.1.bias": ("int64", (3,))},
+            r"layers.1.bias is int64 \(3,\), the model's float32 \(3,\); --init",
+        ),
+        (OWN | {"layers.2.count": ("int32", ())}, r"layers.2.count is int32 \(\), the model's int64 \(\)"),
+        (OWN | {"layers.2.mask": ("float64", (3,))}, r"layers.2.mask is float64 \(3,\), the model's float64 \(2,\)"),
+        (
+            without(PYTORCH, "3.weight"),
+            r"^f has no 3.weight for the model's layers.3.gain: it is of another model; it has 1.weight \(3, 12\), "
+            r"1.bias \(3,\), 3.bias \(3,\), 3.running_mean \(3,\) and 3 more; --init-partial .*; --init-names says w",
+        ),
+        (without(PYTORCH, "2.mask"), r"^f has no 2.mask for the model's layers.2.mask"),
+        (
+            PYTORCH | {"1.weight": ("float32", (12, 3))},
+            r"^f: 1.weight is float32 \(12, 3\), layers.1.weight of the model takes float32 \(3, 12\) in PyTorch's "
+            r"order; --init-names can say transpose = true; --init-partial takes what fits, 7 of 8 arrays; --init-na",
+        ),
+        (
+            PYTORCH | {"1.bias": ("F8_E4M3", (3,))},
+            r"1.bias is F8_E4M3 \(3,\), layers.1.bias of the model takes float32",
+        ),
+        (PYTORCH | {"4.bias": ("float32", (3,))}, r"^f has 4.bias, which the model does not have"),
+        (
+            {"a": ("float32", (1,))},
+            r"^f has no 1.weight for the model's layers.1.weight.*it has a \(1,\); --init-names",
+        ),
+    ],
+)
+def test_without_partial_all_must_fit(kinds: Mapping[str, Kind], words: str) -> None:
+    with pytest.raises(OutputError, match=words):
+        of(kinds)
+
+
+def test_partial_takes_what_fits_and_says_what_does_not() -> None:
+    kinds = without(OWN, "layers.3.gain", "layers.2.mask") | {
+        "layers.1.weight": ("float32", (12, 4)),
+        "layers.1.bias": ("int64", (3,)),
+        **{f"layers.9.x{number}": ("float32", ()) for number in range(10)},
+    }
+    result = of(kinds, partial=True)
+    assert [*result.sources] == [
+        "layers.3.bias",
+        "layers.3.running_mean",
+        "layers.3.running_variance",
+        "layers.2.count",
+    ]
+    assert result.count() == "4 of 8 arrays"
+    assert result.notes() == [
+        "not taken, because of another shape or type: layers.1.weight ((12, 4) there, (12, 3) here), layers.1.bias "
+        "(int64 there, float32 here)",
+        "not taken, because the model does not have it: layers.9.x0, layers.9.x1, layers.9.x2, layers.9.x3, "
+        "layers.9.x4, layers.9.x5, layers.9.x6, layers.9.x7 and 2 more",
+        "as drawn: layers.1.weight, layers.1.bias, layers.3.gain",
+        "constants as the model makes them: layers.2.mask",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "words"),
+    [
+        (
+            {"layers.1.weight": ("float32", (3, 12))},
+            r"it has layers.1.weight \(3, 12\), the model layers.1.weight \(12, ",
+        ),
+        ({"a.b": ("float32", (1,))}, r"nothing in f fits the model: it has a.b \(1,\), the model 1.weight \(3, 12\), "),
+        ({"2.count": ("int64", ())}, "nothing in f fits"),  # a constant alone
+        ({}, "nothing in f fits"),
+    ],
+)
+def test_something_must_fit(kinds: Mapping[str, Kind], words: str) -> None:
+    with pytest.raises(OutputError, match=words):
+        of(kinds, partial=True)
+
+
+def maps(tmp_path: Path, text: str) -> NameMap:
+    (tmp_path / "n.toml").write_text(text)
+    return NameMap.read(str(tmp_path / "n.toml"))
+
+
+def test_a_map_renames_and_leaves_what_it_does_not_name(tmp_path: Path) -> None:
+    kinds = without(PYTORCH, "3.weight", "1.weight") | {
+        "g": ("float32", (3,)),
+        "w": ("float32", (12, 3)),
+        "x": ("U4", ()),
+    }
+    text = '"layers.3.gain" = "g"\n"layers.1.weight" = { name = "w", transpose = true }'
+    result = of(kinds, names=maps(tmp_path, text))
+    names = {name: source.name for name, source in result.sources.items()}
+    assert names == dict(zip(OWN, PYTORCH, strict=True)) | {"layers.3.gain": "g", "layers.1.weight": "w"}
+    assert result.left == ["x"]
+    array = np.arange(36.0, dtype="f").reshape(12, 3)
+    by_channel = result.value("layers.1.weight", array).reshape(4, 3, 3)
+    np.testing.assert_array_equal(by_channel, array.reshape(3, 4, 3).swapaxes(0, 1))
+
+
+def test_a_map_may_have_pytorchs_names_of_our_arrays(tmp_path: Path) -> None:
+    kinds = {name.replace("3.", "norm."): kind for name, kind in PYTORCH.items()}
+    for text in ('"layers.3.*" = "norm.*"', '"layers.3.weight" = "norm.weight"\n"layers.3.*" = "norm.*"'):
+        result = of(kinds, names=maps(tmp_path, text))
+        assert result.sources["layers.3.gain"].name == "norm.weight"
+        assert result.sources["layers.3.running_variance"].name == "norm.running_var"
+    with pytest.raises(ConfigError, match=r"n.toml: \"layers.3.weight\" = \"x\": the model has no such array"):
+        of(OWN, names=maps(tmp_path, '"layers.3.weight" = "x"'))
+
+
+def test_a_map_of_a_checkpoint_has_our_axes(tmp_path: Path) -> None:
+    kinds = OWN | {f"mean.{name}": kind for name, kind in OWN.items()}
+    result = of(kinds, names=maps(tmp_path, '"layers.*" = "mean.layers.*"'))
+    assert all(source.name == f"mean.{name}" for name, source in result.sources.items())
+    assert len(result.left) == len(OWN)
+    array = np.arange(36.0, dtype="f").reshape(12, 3)
+    np.testing.assert_array_equal(result.value("layers.1.weight", array), array)
+
+
+def test_an_array_is_taken_once(tmp_path: Path) -> None:
+    names = maps(tmp_path, '"layers.3.bias" = "layers.1.bias"')
+    with pytest.raises(OutputError, match=r"f has no layers.1.bias that no other takes: it is of another model"):
+        of(OWN, names=names)
+    result = of(OWN, partial=True, names=names)
+    assert result.sources["layers.3.bias"].name == "layers.1.bias"
+    assert [*result.absent] == ["layers.1.bias"]
+
+
+def test_only_matrices_are_transposed() -> None:
+    layers = [Conv2d(2, 3)]
+    nn.name(layers)
+    layouts, constants = [Layout(nn.parameters(layers), "float32")], Constants.of(layers)
+    built = dataclasses.replace(MODEL, layouts=layouts, constants=constants, forms=forms(layers, (4, 4, 2)))
+
+    def planned(key: str, name: str, shape: tuple[int, ...]) -> Plan:
+        kinds = {"0.weight": ("float32", shape), "0.bias": ("float32", (3,))}
+        names = NameMap("n.toml", [Entry(key, name, transpose=True)])
+        return plan(built, Header("f", kinds, None), True, names, False)
+
+    with pytest.raises(ConfigError, match=r"layers.0.weight has more than two axes, so there is nothing to transpose"):
+        planned("layers.0.weight", "0.weight", (3, 3, 2, 3))
+    assert len(planned("layers.0.bias", "0.bias", (3, 2, 3, 3)).sources) == 2  # nor what has one axis: it stays
+
+
+@pytest.mark.parametrize(
+    ("text", "partial", "words"),
+    [
+        (
+            '"layers.1.bias" = "b"',
+            True,
+            r'n.toml: "layers.1.bias" = "b": f has no b for the model\'s layers.1.bias: .*1.w',
+        ),
+        (
+            '"layers.1.*" = "a.*"',
+            False,
+            r'n.toml: "layers.1.\*" = "a.\*": f has no a.weight for the model\'s layers.1.w',
+        ),
+        (
+            '"layers.1.bias" = "1.weight"',
+            True,
+            r'"layers.1.bias" = "1.weight": f: 1.weight is float32 \(3, 12\), layers.1',
+        ),
+        (
+            '"layers.2.mask" = "2.count"',
+            False,
+            r"2.count is int64 \(\), layers.2.mask of the model takes float64 \(2,\)",
+        ),
+        (
+            '"layers.1.weight" = {name="1.weight", transpose=true}',
+            True,
+            r"1.weight is float32 \(3, 12\), .* \(12, 3\) in .*order$",
+        ),
+    ],
+)
+def test_a_map_that_does_not_fit(tmp_path: Path, text: str, partial: bool, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        of(PYTORCH, partial=partial, names=maps(tmp_path, text))
+
+
+def test_a_pattern_need_not_fit_everywhere_with_partial(tmp_path: Path) -> None:
+    result = of(PYTORCH, partial=True, names=maps(tmp_path, '"layers.1.*" = "a.*"'))
+    assert [*result.absent] == ["layers.1.weight", "layers.1.bias"]
+
+
+def test_values() -> None:
+    result = of(types("float64", OWN))
+    assert result.value("layers.1.bias", np.array([1.0, 2.0, 0.1])).dtype == np.float32
+    for values, words in (
+        ([1, np.nan, 1], "layers.1.bias is not finite; n"),
+        ([1, 1e300, 1], "layers.1.bias is not finite as float32; n"),
+    ):
+        with pytest.raises(OutputError, match=f"^f: {words}othing of it is taken"):
+            result.value("layers.1.bias", np.array(values))
+    np.testing.assert_array_equal(result.value("layers.2.mask", np.array([np.inf, np.nan])), [np.inf, np.nan])
+
+
+def test_counters_are_averages_and_averages_of_counters_are_rounded() -> None:
+    kinds = PYTORCH | {"3.running_mean": ("int64", (3,))}
+    assert of(kinds).value("layers.3.running_mean", np.array([1, 2, 3])).dtype == np.float32
+    kinds = OWN | {"layers.2.count": ("float32", ())}
+    saved = Header("f", kinds, {"layers.2.mask": "array"})
+    count = plan(MODEL, saved, False, None, False).value("layers.2.count", np.array(6.7, "f"))
+    assert (count, count.dtype) == (7, np.int64)
+
+
+FLAGS: dict[str, Any] = {"hidden": (8,), "batch": 20, "microbatches": 2, "quiet": True, "lr": 0.0, "optimizer": "sgd"}
+LAST = "checkpoints/step-000000002.safetensors"
+
+
+def job(out: str, model: Any = None, **settings: Any) -> dict[str, np.ndarray]:
+    """The model of a job of one rank after its last step, in which weights stay as they were."""
+    train(Config(**FLAGS | {"data": "d.npz", "steps": 1, "out": out} | settings), MPI.COMM_SELF, model)
+    newest = max(Path(out, "checkpoints").iterdir())
+    return {name: array for name, array in load_file(newest).items() if name.startswith("layers.")}
+
+
+def same(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], *names: str) -> bool:
+    return all(one[name].tobytes() == other[name].tobytes() for name in names or one.keys() | other.keys())
+
+
+@pytest.fixture
+def first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, np.ndarray]:
+    """The model of a run that has learned something."""
+    samples.npz(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return job("first", steps=2, lr=0.1, save_every=1, seed=5)
+
+
+BODY, HEAD = ("layers.1.weight", "layers.1.bias"), ("layers.3.weight", "layers.3.bias")
+
+
+def test_another_head_is_drawn_as_without_init(first: dict[str, np.ndarray], capsys: Any) -> None:
+    with pytest.raises(
+        OutputError, match=r"layers.3.weight is float32 \(8, 3\), the model's float32 \(8, 5\); --init-p"
+    ):
+        job("refused", init="first", classes=5)
+    drawn = job("drawn", classes=5)
+    begun = {"classes": 5, "init": f"first/{LAST}", "init_partial": True}
+    unsaved = Config(**FLAGS | begun | {"data": "d.npz", "out": "begun", "steps": 1, "save_every": 0, "quiet": False})
+    train(unsaved, MPI.COMM_SELF)  # as if it had been killed before its first checkpoint
+    said = capsys.readouterr().out
+    assert f"/first/{LAST} (step 2): 2 of 4 arrays\n" in said
+    assert "as drawn: layers.3.weight, layers.3.bias\n" in said
+    for out, settings in (("begun", {"resume": True, "steps": 2, "save_every": 50}), ("whole", {"steps": 2})):
+        head = job(out, **begun, **settings)
+        assert same(head, first, *BODY)
+        assert same(head, drawn, *HEAD)
+
+
+def test_the_directory_of_a_run_means_its_best_checkpoint_else_its_newest_whole_one(
+    first: dict[str, np.ndarray], capsys: Any
+) -> None:
+    assert same(job("newest", init="first"), first)
+    assert f'init = "{Path.cwd()}/first"' in Path("newest/config.toml").read_text()
+    result = json.loads(Path("first/result.json").read_text())
+    best = "checkpoints/step-000000001.safetensors"
+    Path("first/result.json").write_text(json.dumps(result | {"best_checkpoint": best}))
+    assert same(job("best", init="first", quiet=False), load_file(f"first/{best}"), *BODY, *HEAD)
+    assert f"first weights from {Path.cwd()}/first/{best} (step 1)\n" in capsys.readouterr().out
+    content = bytearray(Path("first", best).read_bytes())
+    content[-1] ^= 1
+    Path("first", best).write_bytes(content)
+    assert same(job("next", init="first", quiet=False), first)
+    assert f"warning: skipped {Path.cwd()}/first/{best} is damaged" in capsys.readouterr().out
+    Path("first", best).unlink()  # by the run, which goes on
+    assert same(job("gone", init="first"), first)
+    Path("first", LAST).write_bytes(b"nothing")
+    with pytest.raises(OutputError, match=r"step-000000002.safetensors is damaged"):
+        job("none", init="first")
+
+
+def test_directories_without_a_run(first: dict[str, np.ndarray]) -> None:
+    Path("empty/checkpoints").mkdir(parents=True)
+    Path("files").mkdir()
+    shutil.copy(f"first/{LAST}", "files/model.safetensors")
+    for init, words in (
+        ("empty", "/empty has no checkpoint yet"),
+        ("files", "/files holds no run; name a file in it: model.safetensors$"),
+        ("empty/checkpoints", "/empty/checkpoints holds no run$"),
+    ):
+        with pytest.raises(OutputError, match=words):
+            job("refused", init=init)
+    assert not Path("refused").exists()
+
+
+def test_flags_that_need_init(first: dict[str, np.ndarray]) -> None:
+    for settings in ({"init_partial": True}, {"init_names": "n.toml"}):
+        with pytest.raises(ConfigError, match=r"^--init-(partial|names): is of --init, which says whose weights"):
+            job("refused", **settings)
+
+
+def test_another_precision(first: dict[str, np.ndarray]) -> None:
+    double = job("double", init="first", dtype="float64")
+    assert same(double, {name: array.astype("float64") for name, array in first.items()})
+    assert same(job("single", init="double"), first)
+
+
+def test_a_file_of_pytorch_with_a_map(first: dict[str, np.ndarray]) -> None:
+    body, bias, head, head_bias = (first[name] for name in (*BODY, *HEAD))
+    save_file(
+        {"h.w": body, "h.b": bias, "out.weight": np.ascontiguousarray(head.T), "out.bias": head_bias}, "f.safetensors"
+    )
+    Path("n.toml").write_text('"layers.3.*" = "out.*"\n"layers.1.bias" = "h.b"\n')
+    with pytest.raises(OutputError, match=r"f.safetensors has no 1.weight for the model's layers.1.weight"):
+        job("refused", init="f.safetensors", init_names="n.toml")
+    with open("n.toml", "a") as names:
+        names.write('"layers.1.weight" = { name = "h.w", transpose = true }')
+    assert same(job("begun", init="f.safetensors", init_names="n.toml"), first)
+
+
+def test_a_map_of_a_checkpoint_stays_where_it_was_and_has_no_state_of_the_optimizer(
+    first: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job("adam", optimizer="adam", init="first")
+    Path("n.toml").write_text('"*.bias" = "optimizer.mean.*.bias"')
+    with pytest.raises(ConfigError, match=r"has no optimizer.mean.layers.1.bias for the model's layers.1.bias"):
+        job("refused", init="adam", init_names="n.toml")
+    Path("n.toml").write_text('"layers.*.bias" = "layers.*.bias"')
+    train(
+        Config(
+            **FLAGS | {"data": "d.npz", "out": "run", "steps": 1, "save_every": 0}, init="first", init_names="n.toml"
+        )
+    )
+    run = str(Path.cwd() / "run")
+    monkeypatch.chdir(tmp_path_factory.mktemp("other"))
+    assert same(job(run, resume=True, steps=2, save_every=50, data=f"{run}/../d.npz"), first)
+
+
+def test_a_number_that_is_not_finite_ends_the_job_before_its_first_step(first: dict[str, np.ndarray]) -> None:
+    bad = {name.removeprefix("layers."): np.ascontiguousarray(array.T) for name, array in first.items()}
+    bad["3.bias"][1] = np.inf
+    save_file(bad, "bad.safetensors")
+    with pytest.raises(OutputError, match=r"bad.safetensors: 3.bias is not finite; nothing of it is taken"):
+        job("refused", init="bad.safetensors")
+    assert not list(Path("refused/checkpoints").iterdir())
+
+
+def test_evaluating_and_going_on_need_no_init(first: dict[str, np.ndarray], capsys: Any) -> None:
+    job("run", init="first", init_partial=True)
+    shutil.rmtree("first")
+    job("run", resume=True, steps=2)
+    job("run", resume=True, steps=3, init="elsewhere", quiet=False)
+    assert "--init elsewhere is not read" in capsys.readouterr().out.replace(f"{Path.cwd()}/", "")
