@@ -15,6 +15,7 @@ from mpiml.data.objects import dataset_of
 from mpiml.errors import ConfigError
 from mpiml.nn import optimizers
 from mpiml.parallel.tree import aligned
+from mpiml.training import factors
 from mpiml.training.saved import refusal
 from mpiml.training.task import Task
 from mpiml.usercode import is_name
@@ -106,6 +107,7 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int, befo
     Raises ConfigError for micro-batches that the replicas or the rows cannot share, for settings that do not fit the
     labels, and for a run that would go on with a learning rate that has fallen already.
     """
+    factors.parsed(config.rates)
     default = replicas if config.pipe == 1 else min(2 * config.pipe * replicas, rows)
     microbatches = config.microbatches or default
     if microbatches < replicas:

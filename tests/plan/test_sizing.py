@@ -97,9 +97,9 @@ def test_activations_are_arrays_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     stage, meanwhile = staged([Flatten(), Linear(8, 4)], (2, 4)), []
     forward = activations.nn.forward
 
-    def busy(layers: list[Layer], x: np.ndarray, at: Any) -> Any:
+    def busy(layers: list[Layer], x: np.ndarray, at: Any, learned: bool) -> Any:
         meanwhile.append(["of another thread"] * len(x) * 100)
-        return forward(layers, x, at)
+        return forward(layers, x, at, learned)
 
     monkeypatch.setattr(activations.nn, "forward", busy)
     assert activations.bytes_of_a_row(stage, last=True) == 4 * (8 + 4)
