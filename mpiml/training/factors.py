@@ -53,7 +53,7 @@ def _nothing(pattern: str, everyone: Sequence[Parameter]) -> str:
     within = [re.sub(r"^layers\.\d+\.", "", name) for name in names]
     paths = [name.rpartition(".")[0] for name in (*names, *within)]
     choice = dict.fromkeys([*paths, *names, *within])
-    if close := set(difflib.get_close_matches(pattern, choice)):
+    if close := set(difflib.get_close_matches(pattern, choice, 5)):
         return f"selects no parameter; close to it are {', '.join(name for name in choice if name in close)}"
     return f"selects no parameter; there are {_some(names)}"
 
