@@ -25,13 +25,13 @@ from tests.parallel.picture import draw
 pytestmark = pytest.mark.contract
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "jobs/README.md", *sorted((ROOT / "mpiml").rglob("README.md"))]
+PAGES = [ROOT / "README.md", ROOT / "jobs/README.md", *sorted((ROOT / "mpiml").rglob("*.md"))]
 FILE = re.compile(r"# (\w+\.py)\n")  # begins a piece of Python that other blocks import, or run
 EXTRAS = {"mynet": "torch"}  # a block with this word needs that package, which takes minutes to install
 PATH = re.compile(r"[\w./-]+\.(py|sh|sbatch|def)|(\.?[\w-]+/)+([\w.-]+\.\w+)?")
 OTHERS = {"checkpoints/", "mine.py"}  # on pages: of a run, and of the reader
 
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.parent.relative_to(ROOT)))
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
