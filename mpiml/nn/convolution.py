@@ -55,7 +55,8 @@ class Conv2d(Layer):
                 dweight[...] = dbias[...] = 0
                 for images, patches in _patches(x, frame, padding, 1, kernel, stride):
                     dpixels = dy[images].reshape(-1, outputs)
-                    dweight += patches.T @ dpixels
+                    if not self.weight.frozen:
+                        dweight += patches.T @ dpixels
                     dbias += np.ones(len(dpixels), dy.dtype) @ dpixels
             if not self.needs_dx:
                 return None

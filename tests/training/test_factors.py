@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mpiml.config import Config
 from mpiml.errors import ConfigError
 from mpiml.nn import base as nn
 from mpiml.nn.layers import BatchNorm2d, Conv2d, Flatten, Layer, Linear, ReLU, Residual
+from mpiml.nn.parameters import Gradients, Layout
 from mpiml.training import factors
 from mpiml.training.model import model_for
+from mpiml.training.resolve import resolve
 from mpiml.training.stages import cut
 from mpiml.training.task import Task
 
@@ -68,6 +71,26 @@ def test_bad_rates_are_refused_in_a_line(rates: str, words: str) -> None:
     with pytest.raises(ConfigError, match=f"^--rates .*{words}") as error:
         layers_with(rates)
     assert "\n" not in str(error.value)
+
+
+def test_they_are_looked_at_before_the_data_are() -> None:
+    with pytest.raises(ConfigError, match=r"^--rates layers.0: must be PATTERN=X"):
+        resolve(Config(rates=("layers.0",)), 10, True, 1)
+
+
+def test_a_module_that_is_used_again_begins_anew() -> None:
+    """In a program that trains the same object twice, each time another part."""
+    torch = pytest.importorskip("torch")
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(18, 4), torch.nn.Tanh(), torch.nn.Linear(4, 3))
+    for part in (1, 3):
+        layers = layers_with("*=0", f"layers.{part}=1", model=module)
+        trained = [parameter.name for parameter in nn.parameters(layers) if parameter.optimised]
+        assert trained == [f"layers.{part}.weight", f"layers.{part}.bias"]
+        layout = Layout(nn.parameters(layers), "float32")
+        layout.bind(layout.zeros() + np.float32(0.01))
+        y, backward = nn.forward(layers, np.ones((2, 3, 3, 2), np.float32), nn.At(training=True))
+        backward(np.ones_like(y), grads := Gradients(layout, layout.zeros(updated=True)))
+        assert grads.vector.any()
 
 
 def test_notes_say_which_part_has_another_rate() -> None:

@@ -336,6 +336,7 @@ def test_another_part_is_trained_from_the_same_weights(begun: Path) -> None:
         assert (name in head) is not (frozen and name != weight)
         assert name != weight or np.array_equal(head[name], first[name]) is frozen
         assert name != weight or not np.array_equal(head[name], whole[name])
+    assert job(data="d.npz", out="head", resume=True, steps=3)["step"] == 3
     with pytest.raises(ConfigError, match=r"^--rates layers.1=0: the run in head has \*=0,layers.3=1, and another"):
         job(out="head", resume=True, steps=4, rates=("layers.1=0",))
 
