@@ -19,13 +19,14 @@ class Block:
     """vector[start:stop], at most BLOCK elements of one parameter; the unit of norms and of ownership.
 
     `decay` says whether weight decay applies; `momentum` is that of a running average, None where an optimizer makes
-    the changes.
+    the changes, with `rate` times the learning rate.
     """
 
     start: int
     stop: int
     decay: bool
     momentum: float | None = None
+    rate: float = 1.0
 
 
 def empty(size: int, dtype: DTypeLike) -> Vector:

@@ -106,33 +106,33 @@ def forward(layers: Sequence[Layer], x: Array, at: At, learned: bool = False) ->
     results are the same wherever the model is cut into stages.
 
     Args:
-        learned: whether layers before these have parameters, so that the gradient by x is needed.
+        learned: whether layers before these have parameters that are updated, so that the gradient by x is needed.
 
     Raises ConfigError if a layer returns another shape than its `output_shape` says; so does `backward`, also if a
     layer returns no gradient that is needed.
     """
-    backwards: list[tuple[Backward, Shape]] = []
+    backwards: list[tuple[Layer, Backward, Shape]] = []
     for layer in layers:
         y, backward_of_layer = _checked(layer, layer(x, at), at.training)
         y = np.ascontiguousarray(y, x.dtype)
         check_shape(layer, "outputs", y.shape, (len(x), *layer.output_shape(x.shape[1:])), "its output_shape says")
-        if at.training:
-            backwards.append((backward_of_layer, x.shape))
+        if at.training and (backwards or learned or layer.needs_dx or updated([layer])):
+            backwards.append((layer, backward_of_layer, x.shape))  # else it ends behind the layer, which keeps nothing
         x = y
 
     def backward(dy: Array, grads: Gradients) -> Array | None:
         for index in reversed(range(len(backwards))):
-            backward_of_layer, shape = backwards[index]
+            layer, backward_of_layer, shape = backwards[index]
             dx = backward_of_layer(dy, grads)
             if grads.complete:
-                grads.finished(parameters([layers[index]]))
+                grads.finished(parameters([layer]))
             if dx is None:
-                if not (learned or parameters(layers[:index])):
+                if not (learned or updated([before for before, _, _ in backwards[:index]])):
                     return None
-                if layers[index].needs_dx:
-                    raise ConfigError(f"{_named(layers[index])} gives no gradient to the layers before it")
+                if layer.needs_dx:
+                    raise ConfigError(f"{_named(layer)} gives no gradient to the layers before it")
                 dx = np.zeros(shape, dy.dtype)  # those have running averages alone, which no gradient changes
-            check_shape(layers[index], "gradients", np.shape(dx), shape, "its input has")
+            check_shape(layer, "gradients", np.shape(dx), shape, "its input has")
             dy = np.ascontiguousarray(dx, dy.dtype)
         return dy
 
@@ -189,6 +189,11 @@ def parameters(layers: Sequence[Layer]) -> list[Parameter]:
     return [parameter for layer in everything(layers) for parameter in layer.own_parameters().values()]
 
 
+def updated(layers: Sequence[Layer]) -> bool:
+    """Whether training changes any of the layers' parameters: optimises or averages."""
+    return any(not parameter.frozen for parameter in parameters(layers))
+
+
 def constants(layers: Sequence[Layer]) -> dict[str, Constant]:
     """The constants of all layers, including inner ones, by name, such as "layers.2.mask"."""
     return {f"{layer.path}.{key}": own for layer in everything(layers) for key, own in layer.own_constants().items()}
@@ -205,8 +210,8 @@ def skip_first_dx(layers: Sequence[Layer]) -> None:
 
 
 def is_optimised(layer: Layer) -> bool:
-    """Whether the layer has parameters that are not only averaged."""
-    return any(parameter.momentum is None for parameter in parameters([layer]))
+    """Whether the layer has parameters that an optimizer changes."""
+    return any(parameter.optimised for parameter in parameters([layer]))
 
 
 def _checked(layer: Layer, returned: Any, training: bool) -> tuple[Array, Backward]:

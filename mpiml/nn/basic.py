@@ -32,7 +32,8 @@ class Linear(Layer):
 
         def backward(dy: Array, grads: Gradients) -> Array | None:
             dy = dy.reshape(-1, self.outputs)
-            np.matmul(flat.T, dy, out=grads[self.weight])
+            if not self.weight.frozen:
+                np.matmul(flat.T, dy, out=grads[self.weight])
             np.add.reduce(dy, axis=0, out=grads[self.bias])
             return (dy @ weight.T).reshape(x.shape) if self.needs_dx else None
 

@@ -50,12 +50,14 @@ class Conv2d(Layer):
             lines += bias
 
         def backward(dy: Array, grads: Gradients) -> Array | None:
-            dweight, dbias = grads[self.weight].reshape(-1, outputs), grads[self.bias]
-            dweight[...] = dbias[...] = 0
-            for images, patches in _patches(x, frame, padding, 1, kernel, stride):
-                dpixels = dy[images].reshape(-1, outputs)
-                dweight += patches.T @ dpixels
-                dbias += np.ones(len(dpixels), dy.dtype) @ dpixels
+            if not (self.weight.frozen and self.bias.frozen):
+                dweight, dbias = grads[self.weight].reshape(-1, outputs), grads[self.bias]
+                dweight[...] = dbias[...] = 0
+                for images, patches in _patches(x, frame, padding, 1, kernel, stride):
+                    dpixels = dy[images].reshape(-1, outputs)
+                    if not self.weight.frozen:
+                        dweight += patches.T @ dpixels
+                    dbias += np.ones(len(dpixels), dy.dtype) @ dpixels
             if not self.needs_dx:
                 return None
             # dx is a convolution too: of dy, its pixels spread `stride` apart, with the kernel rotated by 180 degrees.

@@ -26,6 +26,8 @@ class Embedding(Layer):
             raise ValueError(f"token ids are {ids.min()} to {ids.max()}, but Embedding has only 0 to {self.tokens - 1}")
 
         def backward(dy: Array, grads: Gradients) -> None:
+            if self.weight.frozen:
+                return
             grads[self.weight].fill(0)
             order = np.argsort(ids, axis=None, kind="stable")
             ordered = ids.reshape(-1)[order]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,9 +36,11 @@ class Parameter:
         name: such as "layers.3.weight": the layer's path and the attribute.
         value: a view of the flat vector of values; set by `Layout.bind`.
         momentum: of a running average (Statistic); None if the optimizer changes the array.
+        rate: factor of the learning rate; 0: the array is not trained.
     """
 
     momentum: float | None = None
+    rate: float = 1.0
     _compared: int | None = None  # checksum of the first values, as ranks have compared it
 
     def __init__(self, shape: Shape, init: Init, decay: bool | None = None):
@@ -47,6 +50,16 @@ class Parameter:
         self.decay = len(shape) > 1 if decay is None else decay
         self.name = ""
         self.value: NDArray[np.floating]
+
+    @property
+    def optimised(self) -> bool:
+        """Whether an optimizer changes the array."""
+        return self.momentum is None and self.rate > 0
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nothing changes the array; running averages go on."""
+        return self.momentum is None and self.rate == 0
 
     def initialise(self, values: Vector, seed: int) -> None:
         """Write first values, a function of (seed, name) alone. Raises ConfigError if they differ from those that ranks
@@ -62,7 +75,7 @@ class Parameter:
         self._compared = None if isinstance(self.init, NamedInit) else self._draw(seed)
         how = self.init.text if isinstance(self.init, NamedInit) else f"checksum {self._compared:08x}"
         kind = f", momentum {self.momentum}" if self.momentum is not None else ", decays" if self.decay else ""
-        return f"{self.shape}{kind}, {how}"
+        return f"{self.shape}{kind}{'' if self.rate == 1 else f', rate x {self.rate}'}, {how}"
 
     def _draw(self, seed: int, out: Vector | None = None) -> int:
         """Draw first values, and write them to `out` if given. Returns their checksum, or 0 if `init` is NamedInit."""
@@ -123,7 +136,8 @@ def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 class Gradients:
-    """A flat vector for the gradients of one micro-batch: `gradients[parameter]` is the parameter's view of it.
+    """A flat vector for the gradients of one micro-batch: `gradients[parameter]` is the parameter's view of it. For a
+    parameter that is frozen it is memory that nobody reads.
 
     Args:
         complete: complete(offset) is called during the backward pass: from this offset on the vector is final.
@@ -131,12 +145,12 @@ class Gradients:
 
     def __init__(self, layout: Layout, vector: Vector, complete: Callable[[int], None] | None = None):
         self.vector, self.complete = vector, complete
-        self._views = dict(layout.views(vector))
-        self._offsets = layout.offsets
+        self._layout, self._views = layout, dict(layout.views(vector))
+        self._offsets = {parameter: offset for parameter, offset in layout.offsets.items() if not parameter.frozen}
         self.begin()
 
     def __getitem__(self, parameter: Parameter) -> NDArray[np.floating]:
-        return self._views[parameter]
+        return self._layout.unread[parameter] if parameter.frozen else self._views[parameter]
 
     def begin(self) -> None:
         """Begin a backward pass: no gradient counts as written."""
@@ -159,7 +173,11 @@ class Layout:
     Every parameter starts on a 64-byte boundary. The padding is zero in every vector and stays so, since no update
     changes a zero whose gradient is zero. Statistics come first, then parameters without decay, so that updates work
     on long runs of one kind. Parameters with decay, nearly all elements, follow in layer order, so that a backward
-    pass completes the vector from its end.
+    pass completes the vector from its end. Behind all that is updated lie the parameters that are frozen: vectors of
+    gradients and of optimizer state end before them.
+
+    Attributes:
+        size: of the vector of values; updated: of its first part, which is updated.
     """
 
     def __init__(self, parameters: Sequence[Parameter], dtype: DTypeLike):
@@ -167,28 +185,40 @@ class Layout:
         self.dtype = np.dtype(dtype)
         self.offsets: dict[Parameter, int] = {}
         per_line = ALIGNMENT // self.dtype.itemsize
-        self.size = 0
-        for parameter in sorted(self.parameters, key=lambda p: (p.momentum is None, p.decay)):
+        self.size = self.updated = 0
+        for parameter in sorted(self.parameters, key=lambda p: (p.frozen, p.momentum is None, p.decay)):
             self.offsets[parameter] = self.size
             self.size += -(-parameter.size // per_line) * per_line
+            if not parameter.frozen:
+                self.updated = self.size
 
     def blocks(self) -> list[Block]:
-        """All blocks in the order of the vector; each parameter begins a new block."""
+        """All blocks of what is updated, in the order of the vector; each parameter begins a new block."""
         return [
-            Block(offset + a, offset + min(a + BLOCK, parameter.size), parameter.decay, parameter.momentum)
-            for parameter, offset in self.offsets.items()
-            for a in range(0, parameter.size, BLOCK)
+            Block(offset + a, offset + min(a + BLOCK, p.size), p.decay, p.momentum, p.rate)
+            for p, offset in self.offsets.items()
+            if not p.frozen
+            for a in range(0, p.size, BLOCK)
         ]
 
     def views(self, vector: Vector) -> Iterator[tuple[Parameter, NDArray[np.floating]]]:
-        """Each parameter, in layer order, with its view of `vector`."""
+        """Each parameter, in layer order, with its view of `vector`; without those that are frozen if the vector is
+        only as long as what is updated."""
         for parameter in self.parameters:
             offset = self.offsets[parameter]
-            yield parameter, vector[offset : offset + parameter.size].reshape(parameter.shape)
+            if not parameter.frozen or len(vector) == self.size:
+                yield parameter, vector[offset : offset + parameter.size].reshape(parameter.shape)
 
-    def zeros(self) -> Vector:
-        """A vector of zeros in this layout."""
-        return vectors.zeros(self.size, self.dtype)
+    @functools.cached_property
+    def unread(self) -> dict[Parameter, NDArray[np.floating]]:
+        """Where layers write gradients of frozen parameters. It takes memory only where one does."""
+        memory = vectors.empty(self.size - self.updated, self.dtype)
+        frozen = {parameter: offset - self.updated for parameter, offset in self.offsets.items() if parameter.frozen}
+        return {p: memory[start : start + p.size].reshape(p.shape) for p, start in frozen.items()}
+
+    def zeros(self, updated: bool = False) -> Vector:
+        """A vector of zeros in this layout, or of its part that is updated."""
+        return vectors.zeros(self.updated if updated else self.size, self.dtype)
 
     def bind(self, values: Vector) -> None:
         """Make every parameter's value its view of `values`."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mpiml.errors import ConfigError
 from mpiml.nn import torch_state
-from mpiml.nn.base import Array, At, Backward, Layer, check_shape, described
+from mpiml.nn.base import Array, At, Backward, Layer, check_shape, described, is_optimised
 from mpiml.nn.parameters import Constant, Gradients, Parameter, Shape, Statistic
 from mpiml.nn.torch_buffers import Buffers, Flags, address, flags_of, set_flags
 from mpiml.nn.torch_checks import check_parameters, converted, types_besides
@@ -29,6 +29,7 @@ from mpiml.nn.torch_tensors import (
     arrays,
     as_kind_of,
     as_real,
+    constant,
     first_values,
     is_whole,
     parts,
@@ -83,6 +84,7 @@ class TorchLayer(Layer):
         self._first = torch_state.tensors(module)
         self._bound: list[Array] | None = None
         self._mode: bool | None = None  # whether parts are as in training
+        self.frozen: list[Tensor] = []  # parameters that are not trained
         self._trials: dict[Shape, Trial] = {}
         if isinstance(joined := uncompiled(module), Joined):
             self.joined, self.notes = joined.text, [joined.text]
@@ -106,9 +108,10 @@ class TorchLayer(Layer):
             set_flags(self._flags, at.training)
             self._mode = at.training
         self._fill_buffers()
-        if trial.wants_leaf and not x.requires_grad:
+        if trial.wants_leaf and not x.requires_grad and is_optimised(self):
             x = x.detach().requires_grad_(at.training)
-        with keyed(trial.draws, at.seed, *self._purpose(at)), torch.set_grad_enabled(at.training):
+        frozen, draws = self.frozen if at.training else [], keyed(trial.draws, at.seed, *self._purpose(at))
+        with draws, torch.set_grad_enabled(at.training), constant(frozen):
             y = self._run(x, trial)
         self._check_unchanged(at)
         check_shape(self, "outputs", tuple(y.shape), (len(x), *trial.output), "its output_shape says")
@@ -124,8 +127,9 @@ class TorchLayer(Layer):
         """Write the gradients that a backward pass has left, and what has been observed."""
         for name, tensor in self.tensors.items():
             gradient, tensor.grad = tensor.grad, None
-            slot = grads[self.parameters[name]]
-            np.copyto(slot, 0 if gradient is None else as_real(gradient.to_dense()).numpy())
+            if not self.parameters[name].frozen:
+                slot = grads[self.parameters[name]]
+                np.copyto(slot, 0 if gradient is None else as_real(gradient.to_dense()).numpy())
         for name, value in observed.items():
             np.copyto(grads[self._state[name]], value)
 
@@ -169,7 +173,7 @@ class TorchLayer(Layer):
 
     def check_place(self, shape: Shape, tokens: int) -> None:
         trial = self._trial(shape)
-        if self.tensors and not trial.reached & self.tensors.keys():
+        if is_optimised(self) and not any(self.parameters[name].optimised for name in trial.reached):
             raise ConfigError(f"{self._name()} gives no gradient to any of its parameters: its output is detached")
         if self.needs_dx and not trial.reaches_input:
             raise ConfigError(f"{self._name()} gives no gradient to the layers before it: its output is detached")
@@ -196,6 +200,7 @@ class TorchLayer(Layer):
         if self._bound is not None and all(map(operator.is_, values, self._bound)):
             return
         self._bound = values
+        self.frozen = [tensor for name, tensor in self.tensors.items() if self.parameters[name].frozen]
         self._values = {n: torch.from_numpy(value) for n, value in zip(self.parameters, values, strict=True)}
         for name, tensor in self.tensors.items():
             tensor.data = as_kind_of(tensor, self._values[name])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mpiml.nn.base import Array, At, Backward, Layer, stack_shapes
 from mpiml.nn.parameters import Gradients, Shape
-from mpiml.nn.torch_tensors import as_tensor, in_order
+from mpiml.nn.torch_tensors import as_tensor, constant, in_order
 
 if TYPE_CHECKING:
     from mpiml.nn.torch_modules import TorchLayer
@@ -48,7 +48,7 @@ def through(layers: Sequence[TorchLayer], x: Array, at: At) -> tuple[Array, Back
         for layer in layers:
             layer.begin_backward()
         if y.requires_grad:
-            with first.redrawn(x, at):
+            with first.redrawn(x, at), constant([tensor for layer in layers for tensor in layer.frozen]):
                 y.backward(as_tensor(dy))
         for layer, of_layer in zip(layers, observed, strict=True):
             layer.write(of_layer, grads)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import weakref
 import zlib
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -61,6 +61,18 @@ def as_tensor(array: Array) -> Tensor:
         np.copyto(aligned, flat)
         flat = aligned
     return torch.from_numpy(flat).view(array.shape)
+
+
+@contextmanager
+def constant(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Within the block, these parameters require no gradient."""
+    for tensor in tensors:
+        tensor.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for tensor in tensors:
+            tensor.requires_grad_(True)
 
 
 def in_order(tensor: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class OrderedSum:
         self.values, self._memory, self._clock = values, values.memory, clock or Clock()
         self.plan = sum_plan(values.comm.rank, values.nodes, microbatches)
         dtype = values.vector.dtype
-        everyone = self._memory.own(self.plan.depth, values.vector.size, dtype)
+        everyone = self._memory.own(self.plan.depth, values.updated, dtype)
         self.slots = everyone[self._memory.rank]
         depth = max(len(self.plan.contributions), *(len(m.contributions) for m in self.plan.messages), 1)
         scratch = [vectors.empty(PIECE, dtype) for _ in range(min(depth, 2 * microbatches.bit_length()))]
@@ -185,7 +185,7 @@ class LibrarySum:
     def __init__(self, comm: MPI.Intracomm, values: Values, microbatches: int):
         self.comm, self.values = comm, values
         self.plan = sum_plan(comm.rank, [1] * comm.size, microbatches)
-        (self.slots,) = values.memory.own(self.plan.depth, values.vector.size, values.vector.dtype)
+        (self.slots,) = values.memory.own(self.plan.depth, values.updated, values.vector.dtype)
 
     def accumulate(self, index: int) -> None:
         merge(self.plan, self.slots, index)

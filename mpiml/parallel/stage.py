@@ -43,8 +43,8 @@ class Computation:
         objective: (y, labels, weights of the rows or None, measured, at) -> (the micro-batch's row of sums for the step
             record, with those of the metric if `measured`; the gradient with respect to y).
         x_shape, y_shape: of one row of input and of output.
-        learns: whether this stage or one before it has parameters: then it needs a gradient.
-        learned: whether a stage before it has parameters: then it passes a gradient back.
+        learns: whether this stage or one before it has values to update: then it needs a gradient.
+        learned: whether a stage before it has some: then it passes a gradient back.
         gradients: for each micro-batch of this replica, where backward writes; empty where nothing is trained.
     """
 

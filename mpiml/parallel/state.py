@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -18,22 +19,35 @@ AVERAGE = "ema"  # of the values over the steps
 
 @dataclass(frozen=True)
 class _Holding:
-    """The parts of its stage's vectors that a rank holds.
+    """The parts of its stage's vectors that a rank holds, in ranges that each fit into a message.
 
     Attributes:
-        size: of such a vector.
-        ranges: (start, stop) of parts that each fit into a message.
-        collected: whether they are collected from this rank: where all replicas hold everything, only from the first.
+        size: of the stage's values; updated: of the state vectors.
+        held: what the rank updates.
+        fixed: of the values that nobody updates, where the rank is the first of those that share them.
+        collected, first: whether `held` and `fixed` are collected from this rank, as they are once for each stage.
     """
 
     stage: int
     size: int
-    ranges: list[Range]
+    updated: int
+    held: list[Range]
+    fixed: list[Range]
     collected: bool
+    first: bool
 
-    def parts(self, vector: Vector) -> list[Vector]:
-        """The parts of the stage's vector that the rank holds."""
-        return [vector[start:stop] for start, stop in self.ranges]
+    def zeros(self, name: str, dtype: np.dtype[Any]) -> Vector:
+        """A vector of the whole stage."""
+        return np.zeros(self.size if name == VALUES else self.updated, dtype)
+
+    def given(self, name: str) -> list[Range]:
+        """The parts of a vector that the rank needs."""
+        return [*self.held, *(self.fixed if name == VALUES else [])]
+
+    def taken(self, name: str) -> list[Range]:
+        """The parts of a vector that are collected from the rank."""
+        held, fixed = self.held if self.collected else [], self.fixed if self.first and name == VALUES else []
+        return [*held, *fixed]
 
 
 class State:
@@ -45,20 +59,22 @@ class State:
 
     Attributes:
         names: of all vectors.
-        parts: this rank's parts of all vectors, by name, each one message.
     """
 
     def __init__(self, grid: Grid, values: Values, states: Mapping[str, Vector]):
         self.comm, self.clock, self.stages, self.values = grid.comm, grid.team.clock, grid.stages, values
-        self.dtype = values.vector.dtype
+        self.states, self.names, self.dtype = states, (VALUES, *states), values.vector.dtype
+        size, updated = values.vector.size, values.updated
+        fixed = cut([(updated, size)]) if values.memory.rank == 0 else []
         collected = grid.replica in {holder for holder, _, _ in values.holders}
-        holding = _Holding(grid.stage, values.vector.size, cut(values.held), collected)
-        self.parts = {VALUES: holding.parts(values.vector)}
-        self.parts |= {
-            name: [state[place(values.held, *of)] for of in holding.ranges] for name, state in states.items()
-        }
-        self.names = tuple(self.parts)
+        holding = _Holding(grid.stage, size, updated, cut(values.held), fixed, collected, grid.replica == 0)
         self.holdings: list[_Holding] = allgather(self.comm, holding)
+
+    def parts(self, name: str, ranges: Sequence[Range]) -> list[Vector]:
+        """Parts of a vector that this rank has, each one message."""
+        if name == VALUES:
+            return [self.values.vector[start:stop] for start, stop in ranges]
+        return [self.states[name][place(self.values.held, *of)] for of in ranges]
 
     def collect(self, *names: str) -> list[dict[str, Vector]]:
         """Each stage's vectors of these names (default: all), on rank 0; empty dictionaries elsewhere."""
@@ -69,15 +85,18 @@ class State:
             for rank, holding in enumerate(self.holdings):
                 for tag, name in enumerate(wanted):
                     if name not in whole[holding.stage]:
-                        whole[holding.stage][name] = np.zeros(holding.size, self.dtype)
-                    targets = holding.parts(whole[holding.stage][name])
+                        whole[holding.stage][name] = holding.zeros(name, self.dtype)
+                    ranges = holding.taken(name)
+                    targets = [whole[holding.stage][name][start:stop] for start, stop in ranges]
                     if rank == 0:
-                        for target, part in zip(targets, self.parts[name], strict=True):
+                        for target, part in zip(targets, self.parts(name, ranges), strict=True):
                             target[...] = part
-                    elif holding.collected:
+                    else:
                         requests += [self.comm.Irecv(target, rank, tag) for target in targets]
-        elif self.holdings[self.comm.rank].collected:
-            requests = [self.comm.Isend(part, 0, tag) for tag, name in enumerate(wanted) for part in self.parts[name]]
+        else:
+            own = self.holdings[self.comm.rank]
+            for tag, name in enumerate(wanted):
+                requests += [self.comm.Isend(part, 0, tag) for part in self.parts(name, own.taken(name))]
         with self.clock.doing("joining"):
             wait(requests)
         return whole
@@ -86,14 +105,15 @@ class State:
         """The reverse: rank 0 gives every rank its parts of these vectors (default: all) of `whole`."""
         wanted = names or self.names
         requests: list[MPI.Request] = []
+        own = self.holdings[self.comm.rank]
         for tag, name in enumerate(wanted):
             if self.comm.rank:
-                requests += [self.comm.Irecv(part, 0, tag) for part in self.parts[name]]
+                requests += [self.comm.Irecv(part, 0, tag) for part in self.parts(name, own.given(name))]
                 continue
             for rank, holding in enumerate(self.holdings):
-                sources = holding.parts(whole[holding.stage][name])
+                sources = [whole[holding.stage][name][start:stop] for start, stop in holding.given(name)]
                 if rank == 0:
-                    for source, part in zip(sources, self.parts[name], strict=True):
+                    for source, part in zip(sources, self.parts(name, own.given(name)), strict=True):
                         part[...] = source
                 else:
                     requests += [self.comm.Isend(source, rank, tag) for source in sources]

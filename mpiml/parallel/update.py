@@ -98,7 +98,7 @@ class Update:
         for index, (piece, on) in enumerate(zip(self.pieces, self._operands, strict=True)):
             on.total = self.sum.total(index, on.scratch[0]) if norm is None else self._kept[index]
             if piece.momentum is None:
-                self.optimizer.update(on, scale, rate, step)
+                self.optimizer.update(on, scale, rate * piece.rate, step)
                 self._average(on, step)
             else:
                 vectors.average(on, self.rows(step), piece.momentum)

@@ -12,7 +12,7 @@ from mpiml.parallel.memory import Memory
 from mpiml.parallel.slices import Piece, Range, bounds, bucket_size, buckets, owned, pieces
 from mpiml.parallel.tree import links
 from mpiml.team import allgather, wait
-from mpiml.vectors import Block
+from mpiml.vectors import Block, bytes_of
 
 # Of a bucket: the first for values, one for each partial sum that a node may send. A node is left with at most two
 # partial sums of each size, and there are fewer than 2^31 micro-batches.
@@ -43,6 +43,9 @@ class Values:
     Replicas that share memory share one vector; between nodes, new values travel in messages. A Values over
     MPI.COMM_SELF is a copy of which a replica updates everything by itself.
 
+    Blocks cover the first part of the vector, which is updated. The rest is fixed: it has a copy wherever the vector
+    has one, and nobody holds, sums or publishes it.
+
     Args:
         comm: the replicas of the stage, those of a node next to each other.
         memory: of this node's replicas.
@@ -51,9 +54,10 @@ class Values:
 
     Attributes:
         vector: all values of the stage.
+        updated: how many of them are updated, the first ones; vectors of gradients have this size.
         nodes: how many replicas each node has, in order.
         buckets: from the end of the vector to its start, as a backward pass writes gradients.
-        holders: (replica, start, stop) of parts that make up the vector, each element once.
+        holders: (replica, start, stop) of parts that make up what is updated, each element once.
         held: (start, stop) of the parts that this replica updates; pieces: the same, cut to fit a cache.
     """
 
@@ -62,10 +66,12 @@ class Values:
     ):
         self.comm, self.memory = comm, memory
         self.vector = memory.common(size, dtype)
+        itemsize = self.vector.itemsize
+        self.updated = bytes_of(blocks[-1].stop, dtype) // itemsize if blocks else 0  # with the padding after it
         neighbours = allgather(comm, (memory.rank, memory.ranks))
         self.nodes = [ranks for rank, ranks in neighbours if rank == 0]
         highest = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 32767  # which every library has
-        longest = bucket_size(bucket, size, comm.size, (highest + 1) // TAGS)
+        longest = bucket_size(bucket, self.updated, comm.size, (highest + 1) // TAGS)
         runs = buckets(blocks, longest if len(self.nodes) > 1 else 0)
         self.buckets = [self._bucket(run, TAGS * number) for number, run in enumerate(runs)]
         self.holders = [

@@ -34,7 +34,7 @@ def _held(stage: StageDesign, rows: int) -> int:
     try:
         with np.errstate(all="ignore"):
             x = np.zeros((rows, *stage.x_shape), stage.layout.dtype)
-            backward = nn.forward(stage.layers, x, nn.At(training=True, step=1))[1]
+            backward = nn.forward(stage.layers, x, nn.At(training=True, step=1), learned=stage.learned)[1]
         del x
         held = tracemalloc.take_snapshot()
         del backward

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mpiml.nn import base as nn
 from mpiml.nn import optimizers
 from mpiml.parallel.schedules import SCHEDULES
 from mpiml.parallel.simulator import Simulation, simulate
 from mpiml.parallel.slices import bounds, buckets, elements, owned
 from mpiml.parallel.tree import depth, partials, shift_reduce
 from mpiml.training.job import Job
+from mpiml.training.stages import StageDesign
 from mpiml.vectors import bytes_of
 
 Counts = NDArray[np.int64]  # bytes or messages: a number for each replica of a stage, or for each node
@@ -69,7 +71,7 @@ def traffic(job: Job, stage: int) -> Traffic:
     layout, replicas, item = job.stages[stage].layout, job.replicas, job.stages[stage].layout.dtype.itemsize
     if job.config.allreduce == "mpi":
         none, nobody = np.zeros(replicas, np.int64), np.zeros(job.nodes, np.int64)
-        return Traffic(none + layout.size * item, none, none, none, none, none, nobody, nobody)
+        return Traffic(none + layout.updated * item, none, none, none, none, none, nobody, nobody)
     owned_elements = _slices(job, stage)
     slices, parts = owned_elements.sum(axis=0) * item, (owned_elements > 0).sum(axis=0)
     counts = np.array(job.groups(stage))  # replicas of each group that shares a memory
@@ -139,13 +141,13 @@ class StageMemory:
 def stage_memory(job: Job, stage: int, row_bytes: float) -> StageMemory:
     """What a stage holds if it keeps `row_bytes` for each row of a micro-batch in flight."""
     layout, sums = job.stages[stage].layout, traffic(job, stage)
-    vector = bytes_of(layout.size, layout.dtype)
+    values, vector = (bytes_of(size, layout.dtype) for size in (layout.size, layout.updated))
     states = len(optimizers.build(job.config.optimizer, 0.0, 0.0).states) + (job.config.ema > 0)
     passes = map(job.passes, range(job.replicas))
     flights = np.array([in_flight(job.config.schedule, len(job.stages), stage, count) for count in passes])
     return StageMemory(
         in_flight=flights,
-        values=vector,
+        values=values,
         gradients=depths(job.replicas, job.microbatches) * vector,
         state=states * sums.slices,
         activations=(flights * job.microbatch_rows * row_bytes).astype(np.int64),
@@ -182,7 +184,14 @@ def pipeline(job: Job) -> Simulation:
     forward = [float(max(stage.flops, 1)) for stage in job.stages]
     passes = max(job.passes(replica) for replica in range(job.replicas))
     schedule = SCHEDULES[job.config.schedule]
-    return simulate(schedule, len(job.stages), passes, forward, [BACKWARD * one for one in forward])
+    return simulate(schedule, len(job.stages), passes, forward, [max(backward(stage), 1) for stage in job.stages])
+
+
+def backward(stage: StageDesign) -> float:
+    """Operations of a stage's backward pass for a row: none for layers before the first that training changes."""
+    flops = nn.stack_flops(stage.layers, stage.x_shape)
+    changed = (index for index, layer in enumerate(stage.layers) if nn.updated([layer]))
+    return BACKWARD * sum(flops[0 if stage.learned else next(changed, len(flops)) :])
 
 
 @dataclass(frozen=True)

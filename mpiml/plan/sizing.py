@@ -10,11 +10,8 @@ from mpiml.command import count, size, table
 from mpiml.nn import base as nn
 from mpiml.nn.parameters import Shape
 from mpiml.plan import activations, costs
-from mpiml.plan.costs import BACKWARD
 from mpiml.training.job import Job, kind
 from mpiml.training.resolve import grid_text
-
-TRAINING = 1 + BACKWARD  # operations of both passes over those of a forward pass
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ def plan(job: Job, data: str) -> Plan:
         rows=job.rows / job.steps_per_epoch,
         microbatches=job.microbatches,
         microbatch_rows=job.microbatch_rows,
-        flops=TRAINING * flops * job.rows / job.steps_per_epoch,
+        flops=(flops + sum(map(costs.backward, job.stages))) * job.rows / job.steps_per_epoch,
         shared=job.shared,
         layers=_layers(job),
         stages=[_stage(job, number, memory, flops) for number, memory in enumerate(memories)],
@@ -173,7 +170,7 @@ def _library(job: Job) -> Wire:
     """The fewest bytes that MPI_Allreduce can send: every copy but one is sent once, and the sum comes back."""
     between = within = 0
     for number, stage in enumerate(job.stages):
-        vector, nodes = stage.layout.size * stage.layout.dtype.itemsize, len(set(job.homes(number).tolist()))
+        vector, nodes = stage.layout.updated * stage.layout.dtype.itemsize, len(set(job.homes(number).tolist()))
         between += 2 * vector * (nodes - 1)
         within += 2 * vector * (job.replicas - nodes)
     return Wire("gradients (MPI_Allreduce at its best)", between, within)

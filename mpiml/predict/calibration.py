@@ -155,7 +155,7 @@ class Calibration:
         curves = curves_of([measure(repeated(own.step(rows))) for rows in self.rows], len(self.layers))
         one, other, *_ = run.stage.sum.slots
         (add,) = measure(repeated(probes.timed(lambda: np.add(one, other, out=one))))
-        size = max(run.stage.sum.values.vector.size, 1)
+        size = max(run.stage.sum.values.updated, 1)
         run.free()
         step, microbatch, fixed = self._overhead(comm, measure)
         update = max(curves["update"][-1] - fixed, 0.0) / size

@@ -43,7 +43,7 @@ def step_time(job: Job, machine: Machine, network: Link) -> StepTime:
     run = simulate(SCHEDULES[job.config.schedule], len(job.stages), count, forward, backward, sends)
     compute = count * (sum(forward) + sum(backward)) / len(job.stages)
     fewest = min(len(partials(replica, job.replicas, job.microbatches)) for replica in (0, job.replicas - 1))
-    adds = [(count - fewest) * stage.layout.size * speeds.add for stage in job.stages]  # of its own micro-batches
+    adds = [(count - fewest) * stage.layout.updated * speeds.add for stage in job.stages]  # of its own micro-batches
     exchanged, updated = zip(*(_sum(job, stage, speeds, network) for stage in range(len(job.stages))), strict=True)
     record = speeds.step + (_all_nodes(job, network, costs.record_bytes(job)) if job.nodes > 1 else 0.0)
     return StepTime(compute + max(adds), run.makespan - compute, record + max(exchanged), max(updated))
@@ -80,9 +80,9 @@ def _sum(job: Job, stage: int, speeds: Speeds, network: Link) -> tuple[float, fl
     item = layout.dtype.itemsize
     if job.config.allreduce == "mpi":  # at best, a ring of nodes
         nodes = len(set(job.homes(stage).tolist()))
-        sent = 2 * layout.size * item * (nodes - 1) / nodes
+        sent = 2 * layout.updated * item * (nodes - 1) / nodes
         rounds = 2 * (nodes - 1) * network.latency
-        return sent / network.bandwidth + rounds, layout.size * (speeds.update + speeds.add)
+        return sent / network.bandwidth + rounds, layout.updated * (speeds.update + speeds.add)
     own = partials(0, job.replicas, job.microbatches)
     sources = len(own) * groups[0] + len(groups) - 1
     largest = float(traffic.slices.max()) / item

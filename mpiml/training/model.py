@@ -32,6 +32,7 @@ from mpiml.nn.outputs import Outputs
 from mpiml.nn.parameters import Shape
 from mpiml.random import global_generators, keyed
 from mpiml.run.result import FIELDS
+from mpiml.training import factors
 from mpiml.training.task import Task
 from mpiml.usercode import called_with, is_name, named
 
@@ -49,6 +50,7 @@ def model_for(config: Config, task: Task, model: Model | None) -> list[nn.Layer]
         _check_inputs(task, _own_layer(layers[0]))
         nn.name(layers)
         *shapes, final = nn.stack_shapes(layers, task.shape)  # which shows what PyTorch modules change
+        factors.set_rates(layers, config.rates)
         nn.skip_first_dx(layers)
         for layer, before in zip(layers, shapes, strict=True):
             layer.check_place(before, tokens)

@@ -23,6 +23,7 @@ from mpiml.parallel.slices import elements
 from mpiml.parallel.stage import Computation
 from mpiml.parallel.tree import depth
 from mpiml.parallel.values import Values
+from mpiml.training import factors
 from mpiml.training.constants import Constants
 from mpiml.training.model import Model, Scoring, build_scoring, described, integers, model_for, objective
 from mpiml.training.resolve import Resolved
@@ -92,7 +93,7 @@ def build_stage(
         x_shape=stage.x_shape,
         y_shape=stage.y_shape,
         dtype=config.dtype,
-        learns=stage.learned or stage.layout.size > 0,
+        learns=stage.learned or stage.layout.updated > 0,
         learned=stage.learned,
     )
     # Rank 0 writes checkpoints from its own copy of the model, so it keeps the constants of all stages: views, which
@@ -104,7 +105,7 @@ def build_stage(
         scoring=scoring,
         constants=constants,
         least_rows=max((layer.least_rows, layer.path) for layer in layers),
-        notes=[note for layer in layers for note in layer.notes],
+        notes=[*(note for layer in layers for note in layer.notes), *factors.notes(layers)],
         integers=integers(layers),
         forms={} if team.rank or not config.init else forms(layers, task.shape),
     )
@@ -122,8 +123,8 @@ def place(config: Resolved, grid: Grid, layout: Layout, columns: int) -> tuple[G
         copy = Values(MPI.COMM_SELF, PrivateMemory(), *flat)
         return LibrarySum(grid.data, copy, microbatches), private, []
     slots = depth(grid.replica, grid.replicas, microbatches)
-    vector_bytes = bytes_of(layout.size, layout.dtype)
-    memory, problem = share(grid.comm, grid.local, slots * vector_bytes, vector_bytes, config.memory)
+    values_bytes, slot_bytes = (bytes_of(size, layout.dtype) for size in (layout.size, layout.updated))
+    memory, problem = share(grid.comm, grid.local, slots * slot_bytes, values_bytes, config.memory)
     table_bytes = Agreement.bytes_needed(grid.node.size, microbatches, columns)
     of_node, another = share(grid.comm, grid.node, 0, table_bytes, "private" if problem else config.memory)
     notes = [f"warning: {text}" for text in (problem, another) if text]

@@ -17,6 +17,7 @@ from mpiml.flags import flag, text
 from mpiml.nn import optimizers
 from mpiml.nn.rates import DECAYS, Phase, history
 from mpiml.parallel.tree import aligned
+from mpiml.training import factors
 from mpiml.training.saved import refusal
 from mpiml.training.task import Task
 from mpiml.usercode import is_name
@@ -109,6 +110,7 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int, befo
     Raises ConfigError for micro-batches that the replicas or the rows cannot share, for settings that do not fit the
     labels, and for a run that would go on with a learning rate that has fallen already.
     """
+    factors.parsed(config.rates)
     default = replicas if config.pipe == 1 else min(2 * config.pipe * replicas, rows)
     microbatches = config.microbatches or default
     if microbatches < replicas:

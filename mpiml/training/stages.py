@@ -21,7 +21,7 @@ class StageDesign:
         first: the number of its first layer in the model.
         x_shape, y_shape: of a row that comes in and of one that goes out.
         layout: of its parameters.
-        learned: whether a stage before it has parameters, and so needs a gradient from this one.
+        learned: whether a stage before it has parameters that are updated, and so needs a gradient from this one.
         flops: floating-point operations of the forward pass for a row.
     """
 
@@ -49,6 +49,6 @@ def cut(config: Config, layers: Sequence[nn.Layer], shape: Shape) -> list[StageD
     stages: list[StageDesign] = []
     for a, b in itertools.pairwise([0, *cuts, len(layers)]):
         layout = Layout(nn.parameters(layers[a:b]), config.dtype)
-        learned = any(stage.layout.size for stage in stages)
+        learned = any(stage.layout.updated for stage in stages)
         stages.append(StageDesign(a, list(layers[a:b]), shapes[a], shapes[b], layout, learned, sum(flops[a:b])))
     return stages

@@ -105,7 +105,8 @@ class Store:
         self.run, self.hold, self.deadline = run, hold, deadline
         self.team, self.clock = run.grid.team, run.grid.team.clock
         self._saved = 0  # the step of the last checkpoint
-        size = sum(layout.size * layout.dtype.itemsize for layout in run.model.layouts) * len(run.state.names)
+        states, layouts = len(run.state.names) - 1, run.model.layouts
+        size = sum((layout.size + states * layout.updated) * layout.dtype.itemsize for layout in layouts)
         deadline.expect(size + sum(array.nbytes for array in run.model.constants.arrays.values()))
 
     def restore(self) -> Restored:
@@ -273,15 +274,15 @@ def needed_kinds(layouts: Sequence[Layout], names: Sequence[str]) -> dict[str, c
 
 
 def _names(layout: Layout, vector: str) -> dict[Parameter, str]:
-    """What the arrays of a vector are called in a checkpoint. Statistics, which no optimizer changes, have no state and
-    no average of this kind."""
+    """What the arrays of a vector are called in a checkpoint. What no optimizer changes has no state and no average of
+    this kind."""
     prefix = {VALUES: "", AVERAGE: documents.AVERAGE}.get(vector, f"optimizer.{vector}.")
-    return {p: prefix + p.name for p in layout.parameters if vector == VALUES or p.momentum is None}
+    return {p: prefix + p.name for p in layout.parameters if vector == VALUES or p.optimised}
 
 
 def from_arrays(layouts: Sequence[Layout], saved: Checkpoint, names: Sequence[str]) -> list[Mapping[str, Any]]:
     """The reverse of `to_arrays`, for some vectors, of a checkpoint that has been checked."""
-    stages = [{name: layout.zeros() for name in names} for layout in layouts]
+    stages = [{name: layout.zeros(updated=name != VALUES) for name in names} for layout in layouts]
     for name, target in to_arrays(layouts, stages, *names).items():
         target[...] = saved.arrays[name]
     return list(stages)

@@ -334,6 +334,12 @@ FEATURES = {
     "averages-double": Feature(f"{AVERAGES} --dtype float64", write=images),
     # Most micro-batches are empty, and steps whose only row does not count change nothing.
     "averages-of-a-row": Feature(f"{AVERAGES} --batch 1", write=images),
+    # A beginning that is not trained but for its averages, parts in the middle and an end that are not trained.
+    "rates": Feature(
+        f"{AVERAGES} --rates layers.0=0,layers.1=0,layers.3.layers.2=0,layers.4=0,layers.6=10,layers.9=0",
+        (*ALL, "stages"),
+        images,
+    ),
     "averages-cnn": Feature(f"{AVERAGES} --model cnn", write=images),
     "ema": Feature(f"{AVERAGES} --model cnn --batch 1 --ema 0.8", write=images),
     "own": Feature(f"{OWN_FLAGS} --microbatches 6", write=own),
@@ -372,6 +378,11 @@ if importlib.util.find_spec("torch"):
     FLAGS = "--model net:net --batch 100 --lr 0.01 --microbatches 12 --clip 0.3"
     FEATURES["torch"] = Feature(
         f"{FLAGS} {SHORT}", ("grid", "private", "resumed"), lambda here: (here / "net.py").write_text(TORCH)
+    )
+    FEATURES["torch-rates"] = Feature(
+        f"{FLAGS.replace('net', 'rated', 1)} --rates layers.0=0,layers.2=0,layers.6=10 {SHORT}",
+        ("pipe", "grid", "resumed"),
+        lambda here: (here / "rated.py").write_text(TORCH),
     )
     FEATURES["torch-averages"] = Feature(
         f"{FLAGS.replace('net', 'norms', 1)} {SHORT}",

@@ -4,6 +4,7 @@ It trains a multi-layer perceptron on the mean gradient of all rows at every ste
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,14 +108,18 @@ def train(
     decay: float = 0.0,
     clip: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
+    rates: Sequence[float] = (),
 ) -> tuple[Weights, list[float], list[float]]:
-    """The weights after `steps` steps, and of every step the loss and the gradient's norm. Biases do not decay."""
-    rules = [(Rule(optimizer, lr, decay, betas), Rule(optimizer, lr, 0.0, betas)) for _ in weights]
+    """The weights after `steps` steps, and of every step the loss and the gradient's norm. Biases do not decay. `rates`
+    are factors of the learning rate for each layer; layers with 0 are constants."""
+    factors = rates or [1.0] * len(weights)
+    rules = [(Rule(optimizer, lr * rate, decay, betas), Rule(optimizer, lr * rate, 0.0, betas)) for rate in factors]
     losses, norms = [], []
     for _ in range(steps):
         value, gradients = loss_and_gradient(weights, x, labels, activation, loss)
         losses.append(value)
-        norms.append(math.sqrt(sum((g**2).sum() for pair in gradients for g in pair)))
+        trained = [pair for pair, rate in zip(gradients, factors, strict=True) if rate]
+        norms.append(math.sqrt(sum((g**2).sum() for pair in trained for g in pair)))
         factor = clip / norms[-1] if clip and norms[-1] > clip else 1.0
         weights = [
             (rule_w(w, factor * gw), rule_b(b, factor * gb))

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.contract
 
 RAW = "--steps 30 --microbatches 4 --hidden 24,16 --normalize --dropout 0.1 --eval-every 10 --save-every 10"
 RAW += " --eval-rows 50"  # 360 rows: the last chunk is ragged
+RAW += " --rates layers.1=0"  # values that no replica updates
 FLAGS = f"{RAW} --ema 0.9"
 TWO_NODES = {"MPIML_NODES": "2,9"}
 

@@ -27,10 +27,14 @@ def arrays(loss: str) -> dict[str, NDArray[Any]]:
     return {"x_train": x[:ROWS], "y_train": labels[:ROWS], "x_test": x[ROWS:], "y_test": labels[ROWS:]}
 
 
+def checkpoint(job: Job, step: int) -> Path:
+    return job.run / "checkpoints" / f"step-{step:09d}.safetensors"
+
+
 def saved(job: Job, step: int) -> reference.Weights:
     """The linear layers in a checkpoint, in order."""
     assert job.code == 0, job.err
-    found = load_file(job.run / "checkpoints" / f"step-{step:09d}.safetensors")
+    found = load_file(checkpoint(job, step))
     layers = sorted({int(name.split(".")[1]) for name in found if name.startswith("layers.")})
     return [(found[f"layers.{layer}.weight"], found[f"layers.{layer}.bias"]) for layer in layers]
 
@@ -87,11 +91,12 @@ class Case:
     clip: float = 0.0
     activation: str = "relu"
     betas: tuple[float, float] = (0.9, 0.999)
+    rates: tuple[float, ...] = ()
 
     @property
     def settings(self) -> dict[str, Any]:
         """The arguments of the reference."""
-        names = ("loss", "optimizer", "lr", "decay", "clip", "activation", "betas")
+        names = ("loss", "optimizer", "lr", "decay", "clip", "activation", "betas", "rates")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -99,6 +104,8 @@ class Case:
         """The same for the command."""
         rule = f"--optimizer {self.optimizer} --lr {self.lr} --weight-decay {self.decay} --clip {self.clip}"
         rule += f" --betas {self.betas[0]},{self.betas[1]}"
+        rates = ",".join(f"layers.{2 * linear}={rate}" for linear, rate in enumerate(self.rates))
+        rule += f" --rates {rates}" if rates else ""
         return f"{rule} --activation {self.activation} {self.grid} --steps {STEPS} --save-every {STEPS}"
 
 
@@ -124,6 +131,9 @@ RULES = [
     Case(4, SEVEN, decay=0.2, clip=0.25),
     Case(0, "--microbatches 1", "mse", activation="tanh"),
     Case(4, SEVEN, "mse", activation="tanh"),
+    Case(4, SEVEN, decay=0.2, clip=0.25, rates=(0, 10, 0, 0.5)),
+    Case(4, SEVEN, optimizer="adamw", lr=0.02, decay=0.1, rates=(0.5, 1, 10, 0)),
+    Case(4, f"{SEVEN} --cuts 4 --allreduce mpi", optimizer="nesterov", lr=0.05, rates=(0, 0, 1, 0)),
 ]
 CASES = [*GRIDS, *RULES]
 STARTS = list(dict.fromkeys((case.loss, case.activation) for case in CASES))
@@ -157,6 +167,11 @@ def test_training_is_the_references(runs: Callable[[int], dict[Any, Job]], case:
     for got, want in zip(weights, expected, strict=True):
         np.testing.assert_allclose(got[0], want[0], rtol=0, atol=1e-10)
         np.testing.assert_allclose(got[1], want[1], rtol=0, atol=1e-10)
+    for rate, got, first in zip(case.rates, weights, start, strict=False):
+        assert np.array_equal(got[0], first[0]) is np.array_equal(got[1], first[1]) is (rate == 0)
+    states = [name for name in load_file(checkpoint(job, STEPS)) if name.startswith("optimizer.")]
+    frozen = [f".layers.{2 * linear}." for linear, rate in enumerate(case.rates) if not rate]
+    assert not any(layer in name for name in states for layer in frozen)
     lines = [line for line in job.metrics if "evaluation" not in line]
     np.testing.assert_allclose([line["loss"] for line in lines], losses, rtol=1e-10)
     np.testing.assert_allclose([line["gradient_norm"] for line in lines], norms, rtol=1e-10)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 import pytest
@@ -120,13 +120,16 @@ every_case = pytest.mark.parametrize("case", CASES)
 
 
 class Bench:
-    """A case's layers with parameters in one vector, none of them at a special value."""
+    """A case's layers with parameters in one vector, none of them at a special value; those numbered `frozen` are not
+    trained."""
 
-    def __init__(self, case: str, dtype: str = "float64", skip_dx: bool = False):
+    def __init__(self, case: str, dtype: str = "float64", skip_dx: bool = False, frozen: Collection[int] = ()):
         build, self.shape = CASES[case]
         self.tokens = case in TAKE_TOKENS
         self.layers = build()
         nn.name(self.layers)
+        for index in frozen:
+            nn.parameters(self.layers)[index].rate = 0.0
         if skip_dx:
             skip_first_dx(self.layers)
         self.layout = Layout(nn.parameters(self.layers), dtype)

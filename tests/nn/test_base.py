@@ -116,6 +116,27 @@ def test_a_gradient_of_another_shape_than_the_input_is_refused(dx: Callable[[Arr
         backward(y, grads)
 
 
+def test_a_frozen_beginning_is_not_differentiated() -> None:
+    """Its backward passes are not called, nor kept; in the middle they are."""
+    called: list[int] = []
+
+    def layer(number: int) -> Given:
+        return Given(lambda x: 2 * x, lambda dy: called.append(number) or 2 * dy)  # type: ignore[func-returns-value]
+
+    for frozen, expected in ((None, [4, 2]), (3, [4, 2]), (1, [4])):
+        layers = [layer(0), Linear(4, 4), layer(2), Linear(4, 4), layer(4)]
+        for parameter in nn.parameters([layers[frozen]]) if frozen else []:
+            parameter.rate = 0.0
+        stack(*layers)
+        layout = Layout(nn.parameters(layers), "float32")
+        layout.bind(layout.zeros())
+        nn.skip_first_dx(layers)
+        y, backward = nn.forward(layers, X, AT)
+        called.clear()
+        backward(y, Gradients(layout, layout.zeros(updated=True)))
+        assert called == expected
+
+
 def test_public_attributes_tell_layers_apart() -> None:
     class Own(Layer):
         def __init__(self, **values: object):

@@ -17,6 +17,7 @@ from mpiml.nn.layers import (
     BatchNorm2d,
     CausalSelfAttention,
     Conv2d,
+    Embedding,
     Flatten,
     GlobalAvgPool,
     GroupNorm,
@@ -32,7 +33,7 @@ from mpiml.nn.layers import (
     SiLU,
     Tanh,
 )
-from mpiml.nn.parameters import Gradients
+from mpiml.nn.parameters import Gradients, Layout
 from tests.nn.cases import AT, GARBAGE, Bench, every_case, named
 
 
@@ -180,6 +181,41 @@ def test_a_gradient_that_nobody_reads_changes_no_other(case: str) -> None:
     assert partial
     for array, other in zip(partial, expected, strict=True):
         np.testing.assert_array_equal(array, other)
+
+
+@every_case
+def test_frozen_parameters_change_no_gradient_of_others(case: str) -> None:
+    """Each by itself, and all that an optimizer would change; what is written for them goes nowhere else."""
+    bench = Bench(case)
+    x, count = bench.rows(3), len(bench.layout.parameters)
+    dx, *expected = bench.both(x)
+    for frozen in [*({index} for index in range(count)), set(range(count))]:
+        one = Bench(case, frozen=frozen)
+        for parameter, other in zip(one.layout.parameters, bench.layout.parameters, strict=True):
+            parameter.value[...] = other.value
+        before = one.values.copy()
+        y, backward = one.forward(x)
+        grads = Gradients(one.layout, one.layout.zeros(updated=True))
+        got = backward(np.random.default_rng(9).standard_normal(y.shape), grads)
+        if got is not None:
+            np.testing.assert_array_equal(got, dx)
+        for parameter, gradient in zip(one.layout.parameters, expected, strict=True):
+            if not parameter.frozen:
+                np.testing.assert_array_equal(grads[parameter], gradient)
+        assert one.values.tobytes() == before.tobytes()
+
+
+@pytest.mark.parametrize("layer", [Linear(3, 4), Conv2d(2, 3), Embedding(5, 4)])
+def test_no_gradient_of_a_large_parameter_is_computed_for_nothing(layer: Layer) -> None:
+    for parameter in nn.parameters([layer]):
+        parameter.rate, parameter.value = 0.0, np.ones(parameter.shape)
+    layout = Layout(nn.parameters([layer]), "float64")
+    x = np.ones((2, 3)) if not isinstance(layer, Conv2d) else np.ones((2, 4, 4, 2))
+    y, backward = layer(x, AT)
+    grads = Gradients(layout, layout.zeros(updated=True))
+    grads[layer.weight].fill(7.5)  # type: ignore[attr-defined]
+    backward(y, grads)
+    assert (grads[layer.weight] == 7.5).all()  # type: ignore[attr-defined]
 
 
 def test_only_the_first_layer_with_parameters_skips_dx() -> None:

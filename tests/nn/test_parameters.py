@@ -110,6 +110,39 @@ def test_statistics_come_first_and_do_not_decay() -> None:
     assert layout.parameters == made
 
 
+def test_what_is_frozen_lies_behind_all_that_is_updated() -> None:
+    """And nothing but the vector of values is long enough to hold it."""
+    made = [Parameter((3, 3), constant(0.0)), Statistic((3,), constant(0.0), 0.1), Parameter((2,), constant(0.0))]
+    made += [
+        Parameter((BLOCK + 1,), constant(0.0)),
+        Statistic((5,), constant(0.0), 0.2),
+        Parameter((2, 2), constant(0.0)),
+    ]
+    for parameter, rate in zip(made, [0.0, 0.0, 1.0, 0.0, 1.0, 10.0], strict=True):
+        parameter.rate = rate
+    layout = Layout(made, "float64")
+    assert list(layout.offsets) == [made[1], made[4], made[2], made[5], made[3], made[0]]
+    assert layout.updated == layout.offsets[made[3]] == 4 * 8
+    assert layout.size == 4 * 8 + BLOCK + 8 + 16
+    assert [(block.momentum, block.rate) for block in layout.blocks()][2:] == [(None, 1.0), (None, 10.0)]
+    assert [parameter for parameter, _ in layout.views(layout.zeros())] == made
+    assert [parameter for parameter, _ in layout.views(layout.zeros(updated=True))] == [made[1], made[2], *made[4:]]
+    offsets: list[int] = []
+    gradients = Gradients(layout, vector := layout.zeros(updated=True), offsets.append)
+    for parameter in reversed(made):
+        gradients[parameter].fill(3.0)
+        gradients.finished([parameter])
+    assert offsets == [18, 18, 18, 3, 0, 0]
+    assert vector.sum() == 3 * (3 + 5 + 2 + 4)
+
+
+def test_ranks_compare_rates() -> None:
+    one, other = Parameter((2,), constant(0.0)), Parameter((2,), constant(0.0))
+    assert one.described(0) == other.described(0)
+    other.rate = 0.5
+    assert one.described(0) != other.described(0)
+
+
 def test_matrices_decay_unless_said_otherwise() -> None:
     assert Parameter((2, 2), constant(0.0)).decay
     assert not Parameter((2,), constant(0.0)).decay

@@ -23,6 +23,8 @@ def test_each_star_is_a_group_and_nothing_else_is_special() -> None:
         ("layers.1", "layers.1.weight", True),
         ("layers.1", "layers.10.weight", False),
         ("layers.1", "layers.1.layers.0.weight", True),
+        ("layers.0", "layers.1.layers.0.weight", False),
+        ("*.layers.0", "layers.1.layers.0.weight", True),
         ("*", "layers.1.weight", True),
         ("*.bias", "layers.1.bias", True),
         ("bias", "layers.1.bias", True),

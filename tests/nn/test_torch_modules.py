@@ -16,6 +16,7 @@ from mpiml.config import Config
 from mpiml.errors import ConfigError, OutputError
 from mpiml.nn import layers as nn
 from mpiml.nn.base import constants
+from mpiml.nn.base import stacked as stack
 from mpiml.nn.parameters import Gradients, Layout
 from mpiml.training.model import described, model_for
 from mpiml.training.task import Task
@@ -425,3 +426,60 @@ def test_pytorch_is_not_imported_for_other_models() -> None:
 
     code = "import sys, mpiml.train, mpiml.training.model; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def block() -> Any:
+    return Sequential(torch.nn.Linear(6, 6), torch.nn.BatchNorm1d(6), torch.nn.Tanh())
+
+
+def blocks(again: bool = False) -> list[Any]:
+    """Three modules, of which the first may be computed again in its backward pass."""
+    made = [block(), block(), torch.nn.Linear(6, 4)]
+    checkpoint = torch.utils.checkpoint.checkpoint
+    return [Lambda(lambda x: checkpoint(made[0], x, use_reentrant=True), own=made[0]), *made[1:]] if again else made
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("frozen", [{0}, {1}, {2}, {0, 1}, {0, 2}, {1, 2}])
+def test_frozen_modules_are_constants_to_autograd(frozen: set[int], again: bool, stacked: bool) -> None:
+    """Their running averages go on, nothing is worked out for their parameters, and the modules are as they were."""
+    task, x = Task((6,), (), True, 4, 0), np.random.default_rng(0).standard_normal((5, 6))
+    with keyed(["PyTorch"], 0):
+        plain = Sequential(*blocks()).double()
+    with keyed(["PyTorch"], 0):
+        rates = tuple(f"layers.{index}=0" for index in frozen)
+        layers = model_for(Config(rates=rates, dtype="float64"), task, blocks(again))
+    for index in frozen:
+        plain[index].requires_grad_(False)
+    layout = Layout(nn.parameters(layers), "float64")
+    layout.bind(values := layout.zeros())
+    layout.initialise(values, 0)
+    before = values.copy()
+    gradient = layout.zeros(updated=True)
+    y, backward = nn.forward(stack(layers) if stacked else layers, x, AT)
+    backward(np.ones_like(y), grads := Gradients(layout, gradient))
+    plain(torch.from_numpy(x)).sum().backward()
+    named = {name.replace("own.", ""): tensor for name, tensor in plain.named_parameters()}
+    for parameter in layout.parameters:
+        name = parameter.name.removeprefix("layers.").replace("own.", "")
+        if parameter.momentum is not None:
+            buffer = dict(plain.named_buffers())[name].double().numpy()
+            np.testing.assert_allclose(grads[parameter] / 5, buffer, rtol=1e-12)
+        elif not parameter.frozen:
+            np.testing.assert_array_equal(grads[parameter], named[name].grad.numpy())
+    assert "unread" not in vars(layout)
+    assert values.tobytes() == before.tobytes()
+    for layer in layers:
+        assert all(tensor.requires_grad and tensor.grad is None for tensor in layer.tensors.values())
+
+
+def test_nothing_is_kept_of_what_is_frozen_at_the_beginning() -> None:
+    """No graph is made for it, even where parameters are only reached if the rows need a gradient."""
+    for again in (False, True):
+        layers = model_for(Config(rates=("layers.0=0",)), Task((6,), (), True, 4, 0), blocks(again))
+        layout = prepared(layers, "float32")
+        y, observed = layers[0].forward(torch.zeros(5, 6), AT)
+        assert not y.requires_grad
+        assert observed
+        assert layout.updated < layout.size

@@ -43,16 +43,16 @@ def pool(dtype: str) -> Array:
 
 
 def scattered(layout: Layout, *key: int) -> Array:
-    """A vector of numbers from the pool, other ones for every key; the padding is zero."""
-    start = hash(key) % (LENGTH - layout.size)
-    vector: Array = pool(layout.dtype)[start : start + layout.size] * is_real(layout)
+    """A vector of numbers from the pool for all that is updated, other ones for every key; the padding is zero."""
+    start = hash(key) % (LENGTH - layout.updated)
+    vector: Array = pool(layout.dtype)[start : start + layout.updated] * is_real(layout)
     return vector
 
 
 @functools.lru_cache(16)
 def is_real(layout: Layout) -> NDArray[np.bool_]:
-    """Which elements belong to parameters."""
-    mask = np.zeros(layout.size, bool)
+    """Which elements of what is updated belong to parameters."""
+    mask = np.zeros(layout.updated, bool)
     for block in layout.blocks():
         mask[block.start : block.stop] = True
     return mask
@@ -95,9 +95,9 @@ def make(
     if where != "private":
         at_once = comm.size if where == "shared" else 3
         local = comm.Split(comm.rank // at_once, comm.rank)
-        each = bytes_of(layout.size, layout.dtype)
+        slot, values = (bytes_of(size, layout.dtype) for size in (layout.updated, layout.size))
         shared = FencedMemory if where == "fenced" else SharedMemory
-        memory = shared(local, depth(comm.rank, comm.size, microbatches) * each, each)
+        memory = shared(local, depth(comm.rank, comm.size, microbatches) * slot, values)
     if kind is LibrarySum:
         MADE.append(LibrarySum(comm, Values(MPI.COMM_SELF, memory, *flat), microbatches))
     else:
@@ -117,4 +117,4 @@ def has_the_bits_of_the_tree(sum_: OrderedSum, layout: Layout, microbatches: int
         good.append(total.tobytes() == expected[piece.start : piece.stop].tobytes())
         sum_.values.vector[piece.start : piece.stop] = total
     sum_.publish()
-    return all(good) and sum_.values.vector.tobytes() == expected.tobytes()
+    return all(good) and sum_.values.vector[: layout.updated].tobytes() == expected.tobytes()

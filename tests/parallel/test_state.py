@@ -10,11 +10,11 @@ from mpiml.clock import Clock
 from mpiml.nn.parameters import Layout, Parameter, constant
 from mpiml.parallel import grid as grids
 from mpiml.parallel import slices
-from mpiml.parallel.memory import PrivateMemory
+from mpiml.parallel.memory import PrivateMemory, SharedMemory
 from mpiml.parallel.state import VALUES, State
 from mpiml.parallel.values import Values
 from mpiml.team import Team
-from mpiml.vectors import Vector, zeros
+from mpiml.vectors import Vector, bytes_of, zeros
 
 pytestmark = pytest.mark.mpi
 WORLD = MPI.COMM_WORLD
@@ -24,9 +24,16 @@ MADE: list[Values] = []
 
 
 def layouts(stages: int) -> list[Layout]:
-    """Stages of different sizes; the second of three or more has no parameters at all."""
+    """Stages of different sizes, a part of which is fixed; of three or more the second has no parameters at all, and
+    the last only ones that are fixed."""
     shapes = [[] if stage == 1 and stages > 2 else [(100 * stage + 300, 90), (17,)] for stage in range(stages)]
-    return [Layout([Parameter(shape, constant(0.0)) for shape in of_stage], "float64") for of_stage in shapes]
+    made = [[Parameter(shape, constant(0.0)) for shape in of_stage] for of_stage in shapes]
+    for stage, parameters in enumerate(made[::2]):
+        parameters.insert(1, Parameter((31, 20 + stage), constant(0.0)))
+        parameters[1].rate = 0.0
+    for parameter in made[-1] if stages > 2 else []:
+        parameter.rate = 0.0
+    return [Layout(parameters, "float64") for parameters in made]
 
 
 def whole(stages: int, salt: float) -> Whole:
@@ -35,10 +42,10 @@ def whole(stages: int, salt: float) -> Whole:
     for stage, layout in enumerate(layouts(stages)):
         made.append({})
         for number, name in enumerate(NAMES):
-            vector = made[-1][name] = layout.zeros()
-            for block in layout.blocks():
-                place = np.arange(block.start, block.stop)
-                vector[block.start : block.stop] = salt + 1000 * stage + 100 * number + place / 65536
+            vector = made[-1][name] = layout.zeros(updated=name != VALUES)
+            for parameter, view in layout.views(vector):
+                place = layout.offsets[parameter] + np.arange(parameter.size).reshape(parameter.shape)
+                view[...] = salt + 1000 * stage + 100 * number + place / 65536
     return made
 
 
@@ -50,12 +57,15 @@ def _free_values() -> Iterator[None]:
         MADE.pop().free()
 
 
-def build(pipe: int, divided: bool = True, bucket: int = 0) -> tuple[grids.Grid, State]:
-    """Values of which each replica holds a part (`divided`), or a copy of its own."""
+def build(pipe: int, divided: bool = True, bucket: int = 0, of_node: int = 1) -> tuple[grids.Grid, State]:
+    """Values of which each replica holds a part (`divided`), or a copy of its own; `of_node` replicas share memory."""
     grid = grids.build(Team(WORLD, Clock()), pipe)
     layout = layouts(pipe)[grid.stage]
-    comm = grid.data if divided else MPI.COMM_SELF
-    values = Values(comm, PrivateMemory(), layout.size, layout.blocks(), layout.dtype, bucket)
+    comm, memory = grid.data if divided else MPI.COMM_SELF, PrivateMemory()
+    if of_node > 1:
+        node = grid.data.Split(grid.replica // of_node, grid.replica)
+        memory = SharedMemory(node, 0, bytes_of(layout.size, layout.dtype))
+    values = Values(comm, memory, layout.size, layout.blocks(), layout.dtype, bucket)
     MADE.append(values)
     size = sum(stop - start for start, stop in values.held)
     return grid, State(grid, values, {name: zeros(size, layout.dtype) for name in NAMES[1:]})
@@ -67,11 +77,13 @@ def same(left: Whole, right: Whole, names: tuple[str, ...]) -> bool:
 
 
 @pytest.mark.parametrize("pipe", [1, 2, 3, 4, 8, 16])
-@pytest.mark.parametrize(("divided", "bucket"), [(True, 0), (True, 20_000), (False, 0)])
-def test_what_is_distributed_is_collected_again(divided: bool, bucket: int, pipe: int) -> None:
+@pytest.mark.parametrize(
+    ("divided", "bucket", "of_node"), [(True, 0, 1), (True, 20_000, 1), (False, 0, 1), (True, 0, 2), (True, 20_000, 3)]
+)
+def test_what_is_distributed_is_collected_again(divided: bool, bucket: int, of_node: int, pipe: int) -> None:
     if WORLD.size % pipe:
         return
-    grid, state = build(pipe, divided, bucket)
+    grid, state = build(pipe, divided, bucket, of_node)
     root = grid.comm.rank == 0
     good = []
     for salt in (0.5, 7.25):
@@ -80,7 +92,8 @@ def test_what_is_distributed_is_collected_again(divided: bool, bucket: int, pipe
         good.append(state.values.vector.tobytes() == expected[VALUES].tobytes())
         for name in NAMES:
             held = [expected[name][start:stop].tobytes() for start, stop in state.values.held]
-            good.append([part.tobytes() for part in state.parts[name]] == held)
+            good.append([part.tobytes() for part in state.parts(name, state.values.held)] == held)
+        WORLD.Barrier()  # before the next round writes to memory that others still look at
         back = state.collect()
         good.append(same(back, whole(pipe, salt), NAMES) if root else back == [{}] * pipe)
     assert all(good)

@@ -35,9 +35,13 @@ ROWS = {1: 50, 2: 1, 3: 77}.__getitem__  # of a step
 
 
 def with_averages(name: str, dtype: str) -> Layout:
-    """A layout with statistics of two momenta between the parameters."""
+    """A layout with statistics of two momenta between the parameters, of which one has a learning rate of its own, and
+    one is fixed."""
     made = [Parameter(shape, constant(0.0)) for shape in SHAPES[name]]
+    made[-2].rate = 10.0
     made[1:1] = [Statistic((5,), constant(0.0), 0.1), Statistic((3,), constant(0.0), 0.3)]
+    made.insert(0, fixed := Parameter((5, 9), constant(0.0)))
+    fixed.rate = 0.0
     return Layout([*made, Statistic((4, 5), constant(0.0), 0.1)], dtype)
 
 
@@ -63,7 +67,8 @@ class Serial:
                 continue
             grad, states = total[span].copy(), [state[span] for state in self.states.values()]
             scratch = np.empty_like(grad), np.empty_like(grad)
-            self.optimizer.update(Operands(self.values[span], states, scratch, grad, block.decay), scale, rate, step)
+            on = Operands(self.values[span], states, scratch, grad, block.decay)
+            self.optimizer.update(on, scale, block.rate * rate, step)
         return norm
 
 
@@ -71,14 +76,17 @@ class Serial:
 @pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "adam", "adamw"])
 @pytest.mark.parametrize("bucket", [0, 30])
 def test_update_has_the_bits_of_a_serial_one(name: str, clip: float, bucket: int) -> None:
-    """Of parameters and statistics, of which the optimizer, the clipping and the weight know nothing."""
+    """Of parameters and statistics, of which the optimizer, the clipping and the weight know nothing, and with values
+    that are fixed, of which there are no gradients and no state."""
     layout, microbatches, weight = with_averages("small", "float32"), 37, 101.0
     sum_ = make(OrderedSum, layout, microbatches, bucket=bucket)
     optimizer = optimizers.build(name, 0.9, 0.1)
     update = Update(Team(WORLD, Clock()), WORLD.rank, sum_, optimizer, clip, ROWS)
-    serial = Serial(optimizer, layout.blocks(), scattered(layout, 99), clip)
-    sum_.values.vector[...] = serial.values
-    good = []
+    values = layout.zeros()
+    values[: layout.updated], values[layout.updated :] = scattered(layout, 99), 7.5
+    serial = Serial(optimizer, layout.blocks(), values, clip)
+    sum_.values.vector[...] = values
+    good = [all(slot.size == layout.updated < layout.size for slot in sum_.slots)]
     for step, measure in enumerate([True, False, True], start=1):
         parts = [scattered(layout, step, m) for m in range(microbatches)]
         expected = serial.step(serial_sum(parts), 0.1, weight, step)
@@ -237,8 +245,10 @@ def test_a_batch_of_weight_zero_changes_nothing(bucket: int) -> None:
     layout = with_averages("small", "float32")
     sum_ = make(OrderedSum, layout, 16, bucket=bucket)
     update = Update(Team(WORLD, Clock()), WORLD.rank, sum_, optimizers.build("sgd", 0.0, 0.0), 0.0, ROWS)
-    sum_.values.vector[...] = before = scattered(layout, 1)
-    feed(sum_, [layout.zeros()] * 16, 20)
+    before = sum_.values.vector.copy()
+    before[: layout.updated] = scattered(layout, 1)
+    sum_.values.vector[...] = before
+    feed(sum_, [layout.zeros(updated=True)] * 16, 20)
     assert update.step(0.1, 0.0, 1, True) == 0.0
     assert sum_.values.vector.tobytes() == before.tobytes()
     sum_.values.vector.fill(0)

@@ -13,7 +13,9 @@ from mpiml.vectors import bytes_of
 
 pytestmark = pytest.mark.mpi
 WORLD = MPI.COMM_WORLD
-LAYOUT = Layout([Parameter(shape, constant(0.0)) for shape in [(300, 500), (500,), (7, 1001), (3,)]], "float32")
+MADE_OF = [Parameter(shape, constant(0.0)) for shape in [(300, 500), (500,), (70, 90), (7, 1001), (3,)]]
+MADE_OF[2].rate = 0.0
+LAYOUT = Layout(MADE_OF, "float32")
 GRIDS = [(of_node, bucket) for of_node in (1, 2, 3, 16) for bucket in (0, 40_000)]
 MADE: list[Values] = []
 
@@ -35,7 +37,7 @@ def values_of(of_node: int, bucket: int) -> Values:
 
 
 def is_real() -> np.ndarray:
-    """Which elements belong to parameters; the others are padding."""
+    """Which elements belong to parameters that are updated; the others are padding, or fixed."""
     real = np.zeros(LAYOUT.size, bool)
     for block in LAYOUT.blocks():
         real[block.start : block.stop] = True
@@ -50,6 +52,8 @@ def test_each_element_has_one_holder(of_node: int, bucket: int) -> None:
         count[start:stop] += 1
     assert (count[is_real()] == 1).all()
     assert count.max() == 1
+    assert not count[values.updated :].any()
+    assert values.updated == LAYOUT.updated < LAYOUT.size
     assert values.held == [(start, stop) for owner, start, stop in values.holders if owner == WORLD.rank]
     assert len(values.buckets) == (1 if bucket == 0 or of_node >= WORLD.size else 4)
 

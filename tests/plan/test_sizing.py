@@ -68,6 +68,16 @@ def test_memory_by_hand() -> None:
     assert second.messages == first.messages == 0
 
 
+def test_what_is_frozen_is_a_value_and_nothing_else() -> None:
+    """No gradient is worked out, kept or sent before the first layer that is trained, nor activations for it."""
+    made = plan(job(4, pipe=2, hidden=(16,), microbatches=8, rates=("layers.0=0",)), "arrays")
+    first, second = made.stages
+    assert (first.values, first.gradients, first.state, first.activations) == (4 * 144, 0, 0, 0)
+    assert (second.values, second.gradients, second.state) == (4 * 80, 3 * 4 * 80, 2 * 4 * 80)
+    assert made.flops == (400 + 2 * 128) * 40
+    assert [wire.within for wire in made.wires] == [40 * 16 * 4, 0, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("layers", "shape", "numbers"),
     [
@@ -97,9 +107,9 @@ def test_activations_are_arrays_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     stage, meanwhile = staged([Flatten(), Linear(8, 4)], (2, 4)), []
     forward = activations.nn.forward
 
-    def busy(layers: list[Layer], x: np.ndarray, at: Any) -> Any:
+    def busy(layers: list[Layer], x: np.ndarray, at: Any, learned: bool) -> Any:
         meanwhile.append(["of another thread"] * len(x) * 100)
-        return forward(layers, x, at)
+        return forward(layers, x, at, learned)
 
     monkeypatch.setattr(activations.nn, "forward", busy)
     assert activations.bytes_of_a_row(stage, last=True) == 4 * (8 + 4)
@@ -195,6 +205,8 @@ class Recording(MPI.Intracomm):
         {"pipe": 2, "optimizer": "sgd", "ema": 0.9},
         {"microbatches": 19, "bucket": 0.02},
         {"pipe": 4, "memory": "private", "dtype": "float64"},
+        {"pipe": 2, "rates": ("layers.0=0",), "cuts": (1,)},
+        {"microbatches": 19, "bucket": 0.02, "rates": ("layers.2=0",)},
     ],
 )
 @pytest.mark.parametrize("node_ranks", [1, 2, 3, 16])

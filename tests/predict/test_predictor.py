@@ -66,6 +66,14 @@ def test_one_rank_by_hand() -> None:
     assert took.seconds == pytest.approx(took.compute + 7.224)
 
 
+def test_frozen_parameters_are_not_summed_and_updated() -> None:
+    for allreduce, adds in (("ordered", 0), ("mpi", 80 * 1e-4)):
+        frozen = job(microbatches=4, rates=("layers.0=0",), allreduce=allreduce)
+        took = step_time(frozen, machine(), NETWORK)
+        assert took.compute == pytest.approx(4 * (0.48 + 0.5) + 3 * 80 * 1e-4)
+        assert took.update == pytest.approx(80 * 1e-3 + adds)
+
+
 def test_a_pipeline_by_hand() -> None:
     made = job(2, pipe=2, microbatches=2, batch=20)
     took = step_time(made, machine(), NETWORK)

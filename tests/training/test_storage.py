@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from mpi4py import MPI
+from safetensors.numpy import load_file
 
 from mpiml.config import Config, parse
 from mpiml.errors import ConfigError, DataError, DirectoryError, OutputError
@@ -297,6 +298,7 @@ def test_inputs_are_prepared_by_arrays_of_their_shape(changes: dict[str, np.ndar
 
 FLAGS: dict[str, Any] = {"hidden": (8,), "batch": 20, "microbatches": 2, "quiet": True}
 FIRST = "first/checkpoints/step-000000002.safetensors"
+ENDS = ("first", 2), ("head", 2), ("all", 1)
 
 
 def job(**settings: Any) -> dict[str, Any]:
@@ -329,6 +331,23 @@ def test_another_directory_and_a_place_of_its_own_for_each_jobs_data(
         job(out=run, resume=True, steps=8)
     goes_on = job(out=run, resume=True, steps=8, data="d.npz", init="no.safetensors")
     assert goes_on["weights_sha256"] == whole["weights_sha256"]
+
+
+def test_another_part_is_trained_from_the_same_weights(begun: Path) -> None:
+    """A run with other --rates begins with the values of one, and keeps no state of what it does not train."""
+    job(data="d.npz", steps=2, out="head", init=FIRST, rates=("*=0", "layers.3=1"))
+    job(data="d.npz", steps=1, out="all", init="head/checkpoints/step-000000002.safetensors")
+    first, head, whole = (load_file(f"{run}/checkpoints/step-00000000{n}.safetensors") for run, n in ENDS)
+    for name in first:
+        weight = name.removeprefix("optimizer.mean.").removeprefix("optimizer.variance.")
+        frozen = not weight.startswith("layers.3.")
+        assert name in whole
+        assert (name in head) is not (frozen and name != weight)
+        assert name != weight or np.array_equal(head[name], first[name]) is frozen
+        assert name != weight or not np.array_equal(head[name], whole[name])
+    assert job(data="d.npz", out="head", resume=True, steps=3)["step"] == 3
+    with pytest.raises(ConfigError, match=r"^--rates layers.1=0: the run in head has \*=0,layers.3=1, and another"):
+        job(out="head", resume=True, steps=4, rates=("layers.1=0",))
 
 
 def test_other_data_are_refused_wherever_they_lie(begun: Path) -> None:
