@@ -193,7 +193,7 @@ class Config:
     rates: tuple[str, ...] = setting(
         (),
         OPTIMIZER,
-        "factors of the learning rate for parameters by name, * for any text: layers.0=0,head.*=10; 0: not trained",
+        "factors of the learning rate for parameters by name, * for any text: *=0.1,head.*=1; 0: not trained",
         metavar="PATTERN=X,..",
     )
     ema: float = setting(

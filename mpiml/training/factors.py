@@ -19,7 +19,7 @@ def parsed(rates: Sequence[str]) -> list[tuple[str, float]]:
     for item in rates:
         pattern, _, factor = (part.strip() for part in item.rpartition("="))
         if not pattern:
-            raise ConfigError(f"--rates {item}: must be PATTERN=X, such as layers.0=0")
+            raise ConfigError(f"--rates {item}: must be PATTERN=X, such as layers.1=0")
         if not is_finite(factor) or float(factor) < 0:
             raise ConfigError(f"--rates {item}: the factor must be a finite number, at least 0")
         items.append((pattern, float(factor)))

@@ -49,7 +49,7 @@ def test_layers_that_are_used_again_begin_anew() -> None:
 @pytest.mark.parametrize(
     ("rates", "words"),
     [
-        ("layers.0", "layers.0: must be PATTERN=X, such as layers.0=0"),
+        ("layers.0", "layers.0: must be PATTERN=X, such as layers.1=0"),
         ("=1", "=1: must be PATTERN=X"),
         ("layers.0=", "layers.0=: the factor must be a finite number, at least 0"),
         ("layers.0=-1", "layers.0=-1: the factor must be"),
