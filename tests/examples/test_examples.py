@@ -52,7 +52,7 @@ def test_own_program_trains_the_same_model_alone_and_on_ranks(tmp_path: Path, mo
 @pytest.mark.contract
 def test_a_model_of_ten_digits_helps_with_five_classes(train: Callable[..., Job], tmp_path: Path) -> None:
     """As the page on going on differently has it; beside the same without --init."""
-    page = (ROOT / "mpiml/run/GOING_ON.md").read_text().replace("\\\n", "")
+    page = (ROOT / "mpiml/run/GOING_ON.md").read_text().replace("\\\n", "").replace('"', "")
     ten, five = re.findall(r"-m mpiml.train (.*) --out runs/\w+(.*)", page)[:2]
     first = train(0, f"{''.join(ten)} --quiet --microbatches 2", out="runs/ten")
     assert first.result["accuracy"] > 0.9
