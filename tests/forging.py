@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from mpiml.run import checkpoint
+from mpiml.run import checkpoint, verified
 
 TASK = {"shape": [4], "labels": [], "classification": True, "outputs": 3, "tokens": 0}
 ARRAYS = {"layers.0.weight": np.ones((4, 3), np.float32), "layers.0.bias": np.zeros(3, np.float32)}  # of Linear(4, 3)
@@ -27,7 +27,7 @@ def forge(
     """Write a checkpoint to `path`; by default a good one, of a perceptron without hidden layers."""
     text = task if isinstance(task, str) else json.dumps(task)
     said = {"format": checkpoint.FORMAT, "step": "6", "config": config, "task": text} | metadata
-    said["sha256"] = checkpoint._content(said, sorted(arrays.items()))
+    said["sha256"] = verified._content(said, sorted(arrays.items()))
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(dict(arrays), path, said)
     return path

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from mpiml.clock import unwatched
 from mpiml.documents import check_regular
 from mpiml.errors import OutputError
-from mpiml.run import checkpoint
-from mpiml.run.checkpoint import Header, Progress
+from mpiml.run import checkpoint, verified
+from mpiml.run.checkpoint import Header
+from mpiml.run.verified import Progress
 
 OWN = ("config", "task", "sha256")  # in the metadata of checkpoints, damaged ones too
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
@@ -25,7 +26,7 @@ def header(path: Path) -> tuple[Header, bool]:
     """The header of a safetensors file, and whether another program wrote it, so that it is no checkpoint. Complex
     arrays of such a file are real ones, pairs on one more axis. Raises OutputError for all other files."""
     _check_safetensors(path)
-    with checkpoint.opened(path) as opened:
+    with verified.opened(path) as opened:
         foreign = (opened.metadata() or {}).keys().isdisjoint(OWN)
     file = checkpoint.header(path)
     pairs = {name: ("float32", (*kind[1], 2)) for name, kind in file.kinds.items() if kind[0] == "complex64"}
@@ -36,7 +37,7 @@ def arrays(path: Path, names: Iterable[str], progress: Progress = unwatched) -> 
     """The arrays of these names, of the kinds that `header` says, but bfloat16 as float32: one after the other, so that
     no two need memory at once. Raises OutputError if they cannot be read."""
     offsets = _offsets(path)
-    with checkpoint.opened(path) as file:
+    with verified.opened(path) as file:
         for name in names:
             if file.get_slice(name).get_dtype() == "BF16":
                 array = _bfloat16(path, *offsets[name]).reshape(file.get_slice(name).get_shape())

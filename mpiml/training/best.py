@@ -10,8 +10,8 @@ from mpiml.config import Config
 from mpiml.errors import ConfigError
 from mpiml.flags import flag
 from mpiml.nn.losses import Metric
-from mpiml.run.checkpoint import file_name
 from mpiml.run.directory import CHECKPOINTS
+from mpiml.run.step_files import file_name
 
 
 class Best:

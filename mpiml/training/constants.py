@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from mpiml.errors import OutputError
 from mpiml.nn.base import Layer, constants
 from mpiml.nn.parameters import ARRAY, Constant
-from mpiml.run import checkpoint
-from mpiml.run.checkpoint import Header, Kind
+from mpiml.run import checkpoint, verified
+from mpiml.run.checkpoint import Header
+from mpiml.run.verified import Kind
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Constants:
         if saved.constants is not None:
             self._check_entries(saved.origin, entries)
         held = {name: array for name, array in self.arrays.items() if entries.get(name) == ARRAY or name in saved.kinds}
-        checkpoint.check_kinds(saved.origin, saved.kinds, {**weights, **checkpoint.kinds_of(held)})
+        checkpoint.check_kinds(saved.origin, saved.kinds, {**weights, **verified.kinds_of(held)})
 
     def _check_entries(self, origin: str, entries: Mapping[str, str]) -> None:
         what = "(a buffer, or a parameter that requires no gradient)"

@@ -10,12 +10,13 @@ from typing import Any
 from mpiml import documents
 from mpiml.config import Config
 from mpiml.errors import DataError, OutputError
-from mpiml.run import checkpoint, environment, lock
-from mpiml.run.checkpoint import Checkpoint, Progress
+from mpiml.run import checkpoint, environment, lock, step_files
+from mpiml.run.checkpoint import Checkpoint
 from mpiml.run.console import say
 from mpiml.run.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, RunDirectory, holds_run, write_atomically
 from mpiml.run.failure import Guard
 from mpiml.run.result import Result, read_result, write_result
+from mpiml.run.verified import Progress
 from mpiml.team import Team
 from mpiml.training.resolve import absolute
 from mpiml.training.run import Run
@@ -43,7 +44,7 @@ def settings(asked: Config) -> tuple[Config, Config | None]:
         return asked, None
     cfg = resumed(asked, before)
     if before.steps and checkpoints.is_dir():  # which may have done more steps before it was to end sooner
-        before = before.replace(steps=max(before.steps, checkpoint.last_step(checkpoints)))
+        before = before.replace(steps=max(before.steps, step_files.last_step(checkpoints)))
     if absolute(cfg.data) != absolute(before.data) and environment.data(path) is None:
         raise DataError(
             f"--data {cfg.data}: the run in {path} has {before.data}, and without its {ENVIRONMENT} it is "
@@ -172,7 +173,7 @@ class Hold:
             path = self.path
             look = vars(run.data.seen) if run.data.seen else None
             job = environment.of_job(ranks or [], run.data.fingerprint, look)
-            job, changes = environment.going_on(environment.read(path), job, checkpoint.last_step(self.checkpoints))
+            job, changes = environment.going_on(environment.read(path), job, step_files.last_step(self.checkpoints))
             saved = self._before.get("saved", 0)
             of_run = {"ranks": comm.size, "pipe": config.pipe, "microbatches": config.microbatches}
             write_result(path, RUNNING | {"step": saved, "saved": saved} | of_run | run.best.result(path))
@@ -221,7 +222,7 @@ def _notes(before: Mapping[str, Any]) -> list[str]:
 
 def _check_nothing_vanished(path: Path, before: Mapping[str, Any]) -> None:
     """Raise OutputError if the checkpoints are gone: the result of the last job says that there was one."""
-    if before.get("saved") and not checkpoint.listed(path / CHECKPOINTS):
+    if before.get("saved") and not step_files.listed(path / CHECKPOINTS):
         raise OutputError(
             f"the checkpoints in {path / CHECKPOINTS} are gone, of which the last was of step {before['saved']}: put "
             "them back, or begin anew with another --out"

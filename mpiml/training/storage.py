@@ -19,12 +19,13 @@ from mpiml.errors import DataError, OutputError
 from mpiml.flags import flag
 from mpiml.nn.parameters import Layout, Parameter, Shape
 from mpiml.parallel.state import AVERAGE, VALUES
-from mpiml.run import checkpoint, environment
-from mpiml.run.checkpoint import Checkpoint, Progress
+from mpiml.run import checkpoint, environment, step_files, verified
+from mpiml.run.checkpoint import Checkpoint
 from mpiml.run.deadline import Deadline
 from mpiml.run.directory import CHECKPOINTS, CONFIG, sync_file
 from mpiml.run.metrics import cut_after, last_known, missing, scores
 from mpiml.run.result import update_result
+from mpiml.run.verified import Progress
 from mpiml.team import Team
 from mpiml.training import init
 from mpiml.training.constants import Constants
@@ -50,7 +51,7 @@ def check_saved(cfg: Config, model: BuiltModel) -> None:
 
 def _has_checkpoints(cfg: Config) -> bool:
     checkpoints = Path(cfg.out or "") / CHECKPOINTS
-    return checkpoints.is_dir() and bool(checkpoint.listed(checkpoints))
+    return checkpoints.is_dir() and bool(step_files.listed(checkpoints))
 
 
 def known_data(cfg: Config, data: Dataset, hold: Hold, progress: Progress) -> Known:
@@ -210,7 +211,7 @@ class Store:
         self.team.on_rank_0(keep)
 
     def _prune(self) -> None:
-        checkpoint.prune(self.hold.checkpoints, self._saved, self.run.config.keep, self.run.best.steps)
+        step_files.prune(self.hold.checkpoints, self._saved, self.run.config.keep, self.run.best.steps)
 
     def saved(self) -> dict[str, Any]:
         """The fields of result.json on checkpoints: the newest, and the best evaluation's."""
@@ -225,7 +226,7 @@ class Store:
 
             def compute() -> str:
                 self.clock("checkpoint")
-                return checkpoint.digest(to_arrays(run.model.layouts, stages, VALUES).items(), self.clock.progress)
+                return verified.digest(to_arrays(run.model.layouts, stages, VALUES).items(), self.clock.progress)
 
             return self.team.on_rank_0(compute)
 
@@ -263,7 +264,7 @@ def to_arrays(layouts: Sequence[Layout], stages: Sequence[Mapping[str, Any]], *n
     return arrays
 
 
-def needed_kinds(layouts: Sequence[Layout], names: Sequence[str]) -> dict[str, checkpoint.Kind]:
+def needed_kinds(layouts: Sequence[Layout], names: Sequence[str]) -> dict[str, verified.Kind]:
     """Of what kind the arrays of `to_arrays` are."""
     return {
         name: (layout.dtype.name, p.shape)
@@ -309,5 +310,5 @@ def preparations(saved: Checkpoint, config: Config, shape: Shape) -> list[Prepar
         return []
     arrays = {name: array for name, array in saved.arrays.items() if name.startswith("data.")}
     needed = [name for kind in kinds for name in kind.NAMES]
-    checkpoint.check_kinds(saved.origin, checkpoint.kinds_of(arrays), dict.fromkeys(needed, ("float64", shape)))
+    checkpoint.check_kinds(saved.origin, verified.kinds_of(arrays), dict.fromkeys(needed, ("float64", shape)))
     return [kind.of_arrays(arrays) for kind in kinds]

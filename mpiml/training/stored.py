@@ -19,7 +19,7 @@ from mpiml.data.sources import Zeros
 from mpiml.documents import averaged
 from mpiml.errors import ConfigError, DataError, OutputError
 from mpiml.run import checkpoint as checkpoints
-from mpiml.run import environment
+from mpiml.run import environment, step_files
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.run.directory import CHECKPOINTS, CONFIG
 from mpiml.training import resolve, storage
@@ -81,11 +81,11 @@ def stored_model(
 def _newest(directory: Path) -> tuple[Checkpoint, list[str]]:
     """The newest whole checkpoint, and what is wrong with newer ones. The run may remove files meanwhile."""
     while True:
-        files = checkpoints.listed(directory)
+        files = step_files.listed(directory)
         try:
             saved, problems = checkpoints.newest(directory, checkpoints.is_of_model)
         except OutputError:
-            if files == checkpoints.listed(directory):
+            if files == step_files.listed(directory):
                 raise
             continue
         if saved:

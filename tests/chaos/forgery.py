@@ -13,7 +13,7 @@ import numpy as np
 import safetensors.numpy
 
 from mpiml.errors import RunError
-from mpiml.run import checkpoint
+from mpiml.run import verified
 
 CANARY = "CHAOS_CANARY"  # the file that code writes to which should not have run
 MODULE = "tests.chaos.canary"
@@ -29,7 +29,7 @@ def forged(
     meta = {**json.loads(content[8 : 8 + size])["__metadata__"], **metadata, "sha256": ""}
     meta = {name: text for name, text in meta.items() if text is not None}
     changed = arrays(safetensors.numpy.load(content))
-    head = json.dumps(meta, sort_keys=True) + checkpoint.digest(sorted(changed.items()))
+    head = json.dumps(meta, sort_keys=True) + verified.digest(sorted(changed.items()))
     meta["sha256"] = hashlib.sha256(head.encode()).hexdigest()
     return safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in changed.items()}, meta)
 

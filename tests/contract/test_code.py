@@ -16,7 +16,7 @@ from mpiml.config import Config, parse
 from mpiml.errors import ConfigError, OutputError
 from mpiml.evaluate import evaluate
 from mpiml.evaluate import parse as parse_evaluate
-from mpiml.run import checkpoint
+from mpiml.run import step_files
 from mpiml.run.result import update_result
 from mpiml.train import train
 from mpiml.training import export
@@ -63,7 +63,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def forged(here: Path, config: str) -> Path:
     """The only checkpoint of a run whose config.toml is gone."""
-    return forge(here / "run" / "checkpoints" / checkpoint.file_name(6), f"hidden = []\n{config}", TASK, ARRAYS)
+    return forge(here / "run" / "checkpoints" / step_files.file_name(6), f"hidden = []\n{config}", TASK, ARRAYS)
 
 
 def going_on(run: Path, steps: int, flags: str = "") -> dict[str, Any]:
@@ -88,7 +88,7 @@ def test_code_that_a_checkpoint_names_is_not_run(here: Path, command: str) -> No
     with pytest.raises(ConfigError) as error:
         use(forged(here, "".join(f'{name} = "evil:run"\n' for name in CODE)))
     flags = " ".join(f"--{name} evil:run" for name in CODE if name in followed)
-    file = here / "run" / "checkpoints" / checkpoint.file_name(6)
+    file = here / "run" / "checkpoints" / step_files.file_name(6)
     assert str(error.value) == f"{file} names code, which is run only if you name it: repeat {flags}"
     if command != "--resume":
         use(forged(here, "".join(f'{name} = "evil:run"\n' for name in CODE if name not in followed)))
@@ -109,7 +109,7 @@ def test_code_is_named_by_flags_by_arguments_or_by_the_runs_own_config(here: Pat
     assert result["undecided"] is None
     scored = evaluate(str(run))
     assert scored["test_loss"] == result["test_loss"]
-    file = run / "checkpoints" / checkpoint.file_name(2)
+    file = run / "checkpoints" / step_files.file_name(2)
     with pytest.raises(ConfigError, match=f"repeat {NAMED}$"):
         evaluate(checkpoint=str(file))
     with pytest.raises(ConfigError, match=r"repeat --model mine:net$"):
@@ -146,7 +146,7 @@ def little_memory() -> Iterator[None]:
 @pytest.mark.usefixtures("little_memory")
 def test_a_small_file_asks_for_no_memory(here: Path, command: str) -> None:
     config = 'hidden = [100000000]\nmemory = "private"\n'
-    file = forge(here / "run" / "checkpoints" / checkpoint.file_name(6), config, TASK, ARRAYS)
+    file = forge(here / "run" / "checkpoints" / step_files.file_name(6), config, TASK, ARRAYS)
     with pytest.raises(
         OutputError, match=rf"^{file}: layers.1.weight is float32 \(64, 10\), the model's .*100000000\)"
     ):
@@ -161,6 +161,6 @@ def test_a_loss_that_does_not_fit_the_labels_is_refused(here: Path) -> None:
 @pytest.mark.parametrize("command", ["trained", "--checkpoint", "--run", "--resume"])
 def test_a_longer_model_is_another_one(here: Path, command: str) -> None:
     arrays = ARRAYS | {"layers.2.weight": np.ones((10, 10), "f")}
-    file = forge(here / "run" / "checkpoints" / checkpoint.file_name(6), "hidden = []\n", TASK, arrays)
+    file = forge(here / "run" / "checkpoints" / step_files.file_name(6), "hidden = []\n", TASK, arrays)
     with pytest.raises(OutputError, match=rf"^{file} has layers.2.weight, which the model does not have"):
         COMMANDS[command][0](file)

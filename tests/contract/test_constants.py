@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from mpiml.config import Config
 from mpiml.errors import OutputError
 from mpiml.evaluate import evaluate
-from mpiml.run import checkpoint
+from mpiml.run import checkpoint, step_files
 from mpiml.train import train
 from mpiml.training.export import torch_state_dict, trained
 from tests.conftest import launch
@@ -114,7 +114,7 @@ def test_a_trained_model_has_the_constants_of_its_run(
     from mpiml.usercode import named
 
     monkeypatch.setenv("DRAW", "7")
-    result, file = finished(tmp_path / "run")[0], tmp_path / "run/checkpoints" / checkpoint.file_name(4)
+    result, file = finished(tmp_path / "run")[0], tmp_path / "run/checkpoints" / step_files.file_name(4)
     assert evaluate(drawn.out, model="own:net")["test_loss"] == result["test_loss"]
     net = named("own:net", "--model")
     with np.load(DIGITS) as digits:
@@ -141,7 +141,7 @@ def test_constants_that_are_in_no_checkpoint_must_be_those_of_the_run(tmp_path: 
 
     config = Config(steps=2, quiet=True, out=str(tmp_path / "run"))
     train(config, model=net(1))
-    file = tmp_path / "run" / "checkpoints" / checkpoint.file_name(2)
+    file = tmp_path / "run" / "checkpoints" / step_files.file_name(2)
     refused(config, file, net(2), r"^layers\.1\.step: not what the checkpoint was trained with: .*safetensors has the")
     saved = checkpoint.load(file)
     assert saved.constants == {"layers.1.step": saved.constants["layers.1.step"]} if saved.constants else False
@@ -160,7 +160,7 @@ def test_constants_of_older_checkpoints_are_compared(tmp_path: Path) -> None:
 
     config = Config(steps=2, quiet=True, out=str(tmp_path / "run"))
     train(config, model=net(1))
-    file = tmp_path / "run" / "checkpoints" / checkpoint.file_name(2)
+    file = tmp_path / "run" / "checkpoints" / step_files.file_name(2)
     saved = checkpoint.load(file)
     file.unlink()
     told = {"layers.1.bias": "190a55ad", "layers.1.weight": f"{zlib.crc32(np.ones((8, 64), 'f4')):08x}"}
@@ -187,7 +187,7 @@ def test_constants_that_do_not_fit_are_named(tmp_path: Path, change: Any, words:
     net = torch.nn.Sequential(torch.nn.Flatten(), scaled, torch.nn.Linear(8, 10))
     config = Config(steps=2, quiet=True, out=str(tmp_path / "run"))
     train(config, model=net)
-    file = tmp_path / "run" / "checkpoints" / checkpoint.file_name(2)
+    file = tmp_path / "run" / "checkpoints" / step_files.file_name(2)
     saved = checkpoint.load(file)
     file.unlink()
     arrays = saved.arrays | {"layers.1.scale": change(saved.arrays["layers.1.scale"])}
@@ -229,7 +229,7 @@ def test_first_weights_bring_their_constants(drawn: Config, tmp_path: Path, caps
 
     from mpiml.usercode import named
 
-    net, file = named("own:net", "--model"), tmp_path / "run/checkpoints" / checkpoint.file_name(4)
+    net, file = named("own:net", "--model"), tmp_path / "run/checkpoints" / step_files.file_name(4)
     os.environ["DRAW"] = "3"
     config = drawn.replace(out=str(tmp_path / "tuned"), init=str(file), steps=1, lr=1e-30, quiet=False)
     train(config, model=finetuned)

@@ -42,14 +42,14 @@ def test_checkpoint_holds_mean_and_scale_and_a_resumed_run_uses_them(train: Any)
     from safetensors.numpy import load_file
 
     from mpiml.data.dataset import open_dataset
-    from mpiml.run import checkpoint
+    from mpiml.run import checkpoint, step_files
 
     flags = "--normalize --microbatches 4 --hidden 8 --save-every 5"
     whole, cut = train(0, f"{flags} --steps 10", out="whole"), train(0, f"{flags} --steps 5", out="cut")
     digits = open_dataset("digits").train.x
     digits.hold(np.arange(len(digits)))
     x = digits.rows(np.arange(len(digits))).astype(np.float64)
-    name = f"checkpoints/{checkpoint.file_name(5)}"
+    name = f"checkpoints/{step_files.file_name(5)}"
     saved = load_file(cut.run / name)
     np.testing.assert_allclose(saved["data.mean"], x.mean(axis=0), rtol=1e-12)
     deviation = x.std(axis=0)

@@ -17,7 +17,7 @@ from mpiml.config import parse as parse_settings
 from mpiml.data.dataset import Dataset, open_dataset
 from mpiml.errors import ConfigError, DataError, NotFiniteError, OutputError
 from mpiml.evaluate import evaluate, parse, text
-from mpiml.run import checkpoint
+from mpiml.run import step_files
 from mpiml.run.result import FIELDS
 from mpiml.train import train as train_here
 from tests.conftest import Job, launch
@@ -94,7 +94,7 @@ def test_metric_of_ones_own_cannot_take_the_place_of_a_field(run: Job) -> None:
 
 
 def test_checkpoint_by_name_and_a_line_to_read(run: Job) -> None:
-    file = run.run / "checkpoints" / checkpoint.file_name(10)
+    file = run.run / "checkpoints" / step_files.file_name(10)
     found, expected = scored(3, "--checkpoint", file), logged(run, 10)
     assert (found["step"], found["test_loss"], found["accuracy"]) == (10, expected["loss"], expected["accuracy"])
     done = launch(0, "-m", "mpiml.evaluate", "--run", str(run.run))
@@ -307,7 +307,7 @@ def test_run_that_cannot_be_scored(run: Job, tmp_path: Path) -> None:
 
 def test_damaged_newest_checkpoint_is_skipped(run: Job, tmp_path: Path, capfd: Any) -> None:
     shutil.copytree(run.run, tmp_path / "run")
-    newest = tmp_path / "run" / "checkpoints" / checkpoint.file_name(30)
+    newest = tmp_path / "run" / "checkpoints" / step_files.file_name(30)
     newest.write_bytes(newest.read_bytes()[:-1])
     assert evaluate(str(tmp_path / "run"))["step"] == 20
     assert "step-000000030.safetensors is damaged" in capfd.readouterr().err

@@ -15,7 +15,7 @@ from mpiml.data.dataset import Dataset
 from mpiml.errors import ConfigError, DataError
 from mpiml.evaluate import evaluate
 from mpiml.nn.layers import Conv2d, Layer
-from mpiml.run import checkpoint
+from mpiml.run import checkpoint, step_files
 from mpiml.train import train
 
 pytestmark = pytest.mark.contract
@@ -119,7 +119,7 @@ def forget(run: Path) -> None:
     assert saved is not None
     saved.config = line.sub("", saved.config)
     saved.task = json.dumps({key: value for key, value in json.loads(saved.task).items() if key != "ignore"})
-    (run / "checkpoints" / checkpoint.file_name(saved.step)).unlink()
+    (run / "checkpoints" / step_files.file_name(saved.step)).unlink()
     checkpoint.save(run / "checkpoints", saved, 1)
 
 

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mpiml.errors import NotFiniteError, OutputError
-from mpiml.run import checkpoint, directory
+from mpiml.run import checkpoint, directory, step_files, verified
 from mpiml.run.checkpoint import Checkpoint, Header
 from tests.forging import ARRAYS, forge
 
@@ -58,7 +58,7 @@ def test_the_mode_follows_the_umask(tmp_path: Path) -> None:
 
 def test_each_part_of_looking_hashing_writing_and_reading_is_progress(tmp_path: Path, monkeypatch: Any) -> None:
     """Between two fsyncs there is a sign of life, and none has much to do."""
-    for module in (checkpoint, directory):
+    for module in (verified, directory):
         monkeypatch.setattr(module, "PART", 1 << 10)
     moves, at_sync, fsync = [], list[int](), os.fsync
 
@@ -95,18 +95,18 @@ def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
         checkpoint.save(tmp_path, state(step), 3)
     found, problems = checkpoint.newest(tmp_path)
     assert (found.step if found else None, problems) == (steps[-1], [])
-    assert [path.name for path in checkpoint.listed(tmp_path)] == [
-        checkpoint.file_name(step) for step in reversed(steps[1:])
+    assert [path.name for path in step_files.listed(tmp_path)] == [
+        step_files.file_name(step) for step in reversed(steps[1:])
     ]
 
 
 def test_only_files_of_checkpoints_are_listed(tmp_path: Path) -> None:
-    (tmp_path / checkpoint.file_name(5)).mkdir()
+    (tmp_path / step_files.file_name(5)).mkdir()
     for name in ("step-x.safetensors", "step-000000004.damaged", "step-000000004.safetensors.bak", "other"):
         (tmp_path / name).write_text("")
-    assert checkpoint.listed(tmp_path) == []
+    assert step_files.listed(tmp_path) == []
     checkpoint.save(tmp_path, state(1), 1)
-    assert checkpoint.listed(tmp_path) == [tmp_path / checkpoint.file_name(1)]
+    assert step_files.listed(tmp_path) == [tmp_path / step_files.file_name(1)]
 
 
 def test_a_directory_that_cannot_be_read_is_not_empty(tmp_path: Path, monkeypatch: Any) -> None:
@@ -128,12 +128,12 @@ def test_who_tidies_up_at_the_same_time_fails_no_save(tmp_path: Path, monkeypatc
 
     def and_tidied(path: Path) -> list[Path]:
         there = listed(path)
-        (path / checkpoint.file_name(1)).unlink()
+        (path / step_files.file_name(1)).unlink()
         return there
 
     monkeypatch.setattr(checkpoint, "listed", and_tidied)
     checkpoint.save(tmp_path, state(3), 1)
-    assert listed(tmp_path) == [tmp_path / checkpoint.file_name(3)]
+    assert listed(tmp_path) == [tmp_path / step_files.file_name(3)]
 
 
 KINDS = {"layers.0.weight": ("float32", (4, 3)), "layers.0.bias": ("float32", (3,))}
@@ -157,7 +157,7 @@ def test_a_step_that_is_none(tmp_path: Path, step: str) -> None:
     "make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "directory", "device"]
 )
 def test_what_is_no_regular_file_is_not_opened(tmp_path: Path, make: Any) -> None:
-    path = tmp_path / checkpoint.file_name(9)
+    path = tmp_path / step_files.file_name(9)
     make(path)
     for read in (checkpoint.load, checkpoint.header):
         with pytest.raises(OutputError, match="is not a regular file"):
@@ -170,19 +170,19 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path: Path, make: Any) -> Non
 
 
 def test_a_directory_that_is_named_like_a_checkpoint_stays_and_does_not_count(tmp_path: Path) -> None:
-    odd = tmp_path / checkpoint.file_name(1)
+    odd = tmp_path / step_files.file_name(1)
     odd.mkdir()
     for step in range(2, 6):
         checkpoint.save(tmp_path, Checkpoint(step, "", ARRAYS), 2)
     assert odd.is_dir()
-    assert checkpoint.listed(tmp_path) == [tmp_path / checkpoint.file_name(step) for step in (5, 4)]
+    assert step_files.listed(tmp_path) == [tmp_path / step_files.file_name(step) for step in (5, 4)]
 
 
 def test_kinds_of_arrays_are_read_from_the_header_and_compared(tmp_path: Path) -> None:
     path = forge(tmp_path / "a.safetensors", arrays=ARRAYS | {"optimizer.mean.layers.0.bias": np.zeros(3)})
     kinds = checkpoint.header(path).kinds
     assert kinds == KINDS | {"optimizer.mean.layers.0.bias": ("float64", (3,))}
-    assert kinds == checkpoint.kinds_of(checkpoint.load(path).arrays)
+    assert kinds == verified.kinds_of(checkpoint.load(path).arrays)
     checkpoint.check_kinds("a", kinds, KINDS)
     for needed, words in (
         (KINDS | {"layers.2.bias": ("float32", (3,))}, "a has no layers.2.bias: it is of another model"),
@@ -202,12 +202,12 @@ def test_one_header_that_fits_is_enough_and_none_that_does_is_refused(tmp_path: 
         checkpoint.check_kinds(saved.origin, saved.kinds, KINDS)
 
     checkpoint.check_newest(tmp_path, check)
-    (tmp_path / checkpoint.file_name(9)).write_bytes(b"damaged")
+    (tmp_path / step_files.file_name(9)).write_bytes(b"damaged")
     checkpoint.check_newest(tmp_path, check)  # whoever reads it whole will say what is wrong
-    forge(tmp_path / checkpoint.file_name(8), arrays={"layers.0.weight": np.zeros((4, 5), np.float32)})
+    forge(tmp_path / step_files.file_name(8), arrays={"layers.0.weight": np.zeros((4, 5), np.float32)})
     with pytest.raises(OutputError, match=r"step-000000008.safetensors: layers.0.weight is float32 \(4, 5\)"):
         checkpoint.check_newest(tmp_path, check)
-    forge(tmp_path / checkpoint.file_name(7))
+    forge(tmp_path / step_files.file_name(7))
     checkpoint.check_newest(tmp_path, check)
 
 
@@ -247,7 +247,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, bad: float) -
 def test_the_newest_are_kept_and_later_ones_do_not_count(tmp_path: Path) -> None:
     for step in (8, 9, 1, 2, 3):  # as of a run that went on after step 0, its later checkpoints being damaged, say
         checkpoint.save(tmp_path, state(step), 2)
-    assert [checkpoint._step(path) for path in checkpoint.listed(tmp_path)] == [9, 8, 3, 2]
+    assert [step_files.step_of(path) for path in step_files.listed(tmp_path)] == [9, 8, 3, 2]
 
 
 @pytest.mark.parametrize(
@@ -262,26 +262,26 @@ def test_the_newest_are_kept_and_later_ones_do_not_count(tmp_path: Path) -> None
 )
 def test_the_newest_and_the_best_are_kept(tmp_path: Path, keep: int, best: tuple[int, ...], left: list[int]) -> None:
     for step in (1, 2, 3, 4, 8, 9):
-        (tmp_path / checkpoint.file_name(step)).write_text("damaged or not")
-    checkpoint.prune(tmp_path, 5, keep, best)
-    assert [checkpoint._step(path) for path in checkpoint.listed(tmp_path)] == left
+        (tmp_path / step_files.file_name(step)).write_text("damaged or not")
+    step_files.prune(tmp_path, 5, keep, best)
+    assert [step_files.step_of(path) for path in step_files.listed(tmp_path)] == left
 
 
 def test_nothing_is_removed_before_the_new_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.save(tmp_path, state(1), 1)
     checkpoint.save(tmp_path, state(2), 1, best=[1])
-    assert len(checkpoint.listed(tmp_path)) == 2
+    assert len(step_files.listed(tmp_path)) == 2
 
     def failing(*arguments: object) -> None:
         raise OutputError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write", failing)
+        patch.setattr(verified, "_write", failing)
         with pytest.raises(OutputError):
             checkpoint.save(tmp_path, state(3), 1)
-    assert len(checkpoint.listed(tmp_path)) == 2
+    assert len(step_files.listed(tmp_path)) == 2
     checkpoint.save(tmp_path, state(3), 1, best=[2])
-    assert [checkpoint._step(path) for path in checkpoint.listed(tmp_path)] == [3, 2]
+    assert [step_files.step_of(path) for path in step_files.listed(tmp_path)] == [3, 2]
 
 
 def test_a_whole_file_is_left_alone_and_a_damaged_one_kept_aside(tmp_path: Path) -> None:
@@ -305,14 +305,14 @@ def test_the_newest_that_verifies_is_read_and_what_is_wrong_with_newer_ones_is_s
     assert checkpoint.newest(tmp_path) == (None, [])
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, state(step), 9)
-    for path in checkpoint.listed(tmp_path)[:2]:
+    for path in step_files.listed(tmp_path)[:2]:
         path.write_bytes(path.read_bytes()[:-1])
     newest, problems = checkpoint.newest(tmp_path)
     assert newest
-    assert (newest.step, newest.origin) == (1, str(tmp_path / checkpoint.file_name(1)))
+    assert (newest.step, newest.origin) == (1, str(tmp_path / step_files.file_name(1)))
     named = [text.partition(" is damaged: ")[0] for text in problems]
-    assert named == [str(tmp_path / checkpoint.file_name(step)) for step in (3, 2)]
-    checkpoint.listed(tmp_path)[-1].write_bytes(b"")
+    assert named == [str(tmp_path / step_files.file_name(step)) for step in (3, 2)]
+    step_files.listed(tmp_path)[-1].write_bytes(b"")
     with pytest.raises(OutputError) as error:
         checkpoint.newest(tmp_path)
     assert str(error.value).startswith(f"no checkpoint in {tmp_path} can be used: {problems[0]}; {problems[1]}; ")
@@ -330,7 +330,7 @@ def test_a_byte_that_has_changed_is_noticed_wherever_it_is(tmp_path: Path) -> No
 
 
 def test_a_file_of_another_program_is_no_checkpoint(tmp_path: Path) -> None:
-    path = tmp_path / checkpoint.file_name(3)
+    path = tmp_path / step_files.file_name(3)
     for metadata in (None, {"format": "pt"}):
         save_file({"weight": np.ones(3)}, path, metadata)
         with pytest.raises(OutputError, match=r"step-000000003.safetensors is not a checkpoint of mpiml"):
@@ -347,7 +347,7 @@ def test_only_arrays_that_are_wanted_are_kept_and_all_are_verified(tmp_path: Pat
 
 def test_a_digest_is_of_names_shapes_dtypes_and_bytes_in_little_endian() -> None:
     def of(name: str, array: Any) -> str:
-        return checkpoint.digest([(name, array)])
+        return verified.digest([(name, array)])
 
     array = np.arange(6.0)
     expected = hashlib.sha256(b"w [2, 3] float64\n" + array.astype("<f8").tobytes()).hexdigest()
@@ -355,12 +355,12 @@ def test_a_digest_is_of_names_shapes_dtypes_and_bytes_in_little_endian() -> None
     assert of("w", array.reshape(2, 3).astype(">f8")) == expected
     assert of("w", np.asfortranarray(array.reshape(2, 3))) == expected
     others = [of("v", array.reshape(2, 3)), of("w", array), of("w", array.reshape(2, 3).view(np.int64))]
-    others.append(checkpoint.digest([("w", array[:3]), ("w", array[3:])]))
+    others.append(verified.digest([("w", array[:3]), ("w", array[3:])]))
     assert len({expected, *others}) == 5
 
 
 def test_the_last_step_is_that_of_the_newest_file(tmp_path: Path) -> None:
-    assert checkpoint.last_step(tmp_path) == 0
+    assert step_files.last_step(tmp_path) == 0
     for step in (30, 4):
-        (tmp_path / checkpoint.file_name(step)).write_bytes(b"whatever it holds")
-    assert checkpoint.last_step(tmp_path) == 30
+        (tmp_path / step_files.file_name(step)).write_bytes(b"whatever it holds")
+    assert step_files.last_step(tmp_path) == 30

@@ -16,7 +16,7 @@ import pytest
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
 from mpiml.errors import ConfigError, RunError
-from mpiml.run import checkpoint
+from mpiml.run import checkpoint, step_files, verified
 from mpiml.run.log import Log
 from mpiml.run.process import StopRequest
 from mpiml.train import train
@@ -138,7 +138,7 @@ def test_checkpoints_of_the_best_are_kept_besides_the_newest(
     assert best % 5, "is not saved anyhow"
     newest = newest or [max(best, second)]
     assert kept(tmp_path / "run") == sorted({best, second, *newest})
-    file = f"checkpoints/{checkpoint.file_name(best)}"
+    file = f"checkpoints/{step_files.file_name(best)}"
     assert (result["best_step"], result["best_score"], result["best_checkpoint"]) == (best, losses()[best], file)
     saved = checkpoint.load(tmp_path / "run" / file)
     assert saved.step == best
@@ -252,7 +252,13 @@ def killing(monkeypatch: pytest.MonkeyPatch, at: int) -> Callable[[], int]:
 
         return call
 
-    places = (checkpoint, "_write"), (checkpoint, "prune"), (storage, "update_result"), (Log, "evaluation")
+    places = (
+        (verified, "_write"),
+        (checkpoint, "prune"),
+        (step_files, "prune"),
+        (storage, "update_result"),
+        (Log, "evaluation"),
+    )
     for owner, name in (*places, (storage.Store, "save_best"), (storage.Store, "saved")):
         monkeypatch.setattr(owner, name, wrapped(getattr(owner, name)))
     return lambda: moments[0]
@@ -283,7 +289,7 @@ def test_a_best_checkpoint_that_is_gone_or_damaged_changes_nothing_else(tmp_path
     whole = run_of(tmp_path / "whole", keep_best=1)
     run_of(tmp_path / "run", keep_best=1, steps=20)
     (best,) = {whole["best_step"]} & set(kept(tmp_path / "run"))
-    file = tmp_path / "run" / "checkpoints" / checkpoint.file_name(best)
+    file = tmp_path / "run" / "checkpoints" / step_files.file_name(best)
     file.unlink() if gone else file.write_bytes(b"damaged")
     result = run_of(tmp_path / "run", steps=40, resume=True)
     assert outcome(result) == outcome(whole) | ({"best_checkpoint": None} if gone else {})

@@ -11,7 +11,8 @@ import pytest
 from mpiml.errors import OutputError
 from mpiml.nn.layers import Layer, Linear, name
 from mpiml.nn.parameters import Constant
-from mpiml.run.checkpoint import Header, kinds_of
+from mpiml.run.checkpoint import Header
+from mpiml.run.verified import kinds_of
 from mpiml.training.constants import Constants
 
 WEIGHTS = {"layers.0.weight": ("float32", (4, 3)), "layers.0.bias": ("float32", (3,))}

@@ -17,7 +17,7 @@ from mpiml.data.dataset import open_dataset
 from mpiml.errors import OutputError
 from mpiml.nn import layers as nn
 from mpiml.nn.perceptrons import mlp
-from mpiml.run import checkpoint
+from mpiml.run import checkpoint, step_files
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.train import train
 from mpiml.training.export import torch_state_dict, trained
@@ -37,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def file(run: Path) -> Path:
-    return run / "checkpoints" / checkpoint.file_name(4)
+    return run / "checkpoints" / step_files.file_name(4)
 
 
 def images(run: Path) -> np.ndarray:

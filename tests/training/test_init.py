@@ -21,7 +21,8 @@ from mpiml.nn.export import forms
 from mpiml.nn.layers import BatchNorm2d, Conv2d, Flatten, Layer, Linear
 from mpiml.nn.losses import R2, mean_squared_error
 from mpiml.nn.parameters import Constant, Layout
-from mpiml.run.checkpoint import Header, Kind
+from mpiml.run.checkpoint import Header
+from mpiml.run.verified import Kind
 from mpiml.train import train
 from mpiml.training.constants import Constants
 from mpiml.training.init_names import Entry, NameMap

@@ -21,7 +21,7 @@ from mpiml.nn.layers import BatchNorm2d, Linear
 from mpiml.nn.losses import R2, mean_squared_error
 from mpiml.nn.parameters import Layout
 from mpiml.parallel.state import AVERAGE, VALUES, State
-from mpiml.run import checkpoint, lock
+from mpiml.run import checkpoint, lock, step_files, verified
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.train import train
 from mpiml.training import hold
@@ -208,7 +208,7 @@ def test_arrays_come_back_under_their_names() -> None:
     (layout,) = stages = layouts(Linear(4, 3))
     values = [{VALUES: np.arange(layout.size, dtype="f"), "mean": np.ones(layout.size, "f")}]
     arrays = to_arrays(stages, values, VALUES, "mean")
-    assert checkpoint.kinds_of(arrays) == needed_kinds(stages, (VALUES, "mean"))
+    assert verified.kinds_of(arrays) == needed_kinds(stages, (VALUES, "mean"))
     (found,) = from_arrays(stages, Checkpoint(1, "", arrays), (VALUES, "mean"))
     back = to_arrays(stages, [found], VALUES, "mean")
     assert all((back[name] == array).all() for name, array in arrays.items())
@@ -225,7 +225,7 @@ def test_averages_are_of_parameters_alone_and_have_names_of_their_own() -> None:
 def test_shapes_are_compared_before_memory_is_asked_for(tmp_path: Path) -> None:
     huge = layouts(Linear(4, 10**12), Linear(10**12, 3))
     file = forge(tmp_path / "small.safetensors")
-    for config in (Config(init=str(file)), resumed(forge(tmp_path / "run" / "checkpoints" / checkpoint.file_name(6)))):
+    for config in (Config(init=str(file)), resumed(forge(tmp_path / "run" / "checkpoints" / step_files.file_name(6)))):
         with pytest.raises(OutputError, match=r"layers.0.weight is float32 \(4, 3\), the model's float32 \(4, 10+\)"):
             check_saved(config, built(huge))
 
@@ -233,7 +233,7 @@ def test_shapes_are_compared_before_memory_is_asked_for(tmp_path: Path) -> None:
 def test_a_longer_model_is_another_one(tmp_path: Path) -> None:
     more = {"layers.1.weight": np.ones((3, 3), "f")}
     first = forge(tmp_path / "longer.safetensors", arrays=ARRAYS | more | {"optimizer.mean.layers.0.bias": np.ones(3)})
-    newest = forge(tmp_path / "run" / "checkpoints" / checkpoint.file_name(6), arrays=ARRAYS | more)
+    newest = forge(tmp_path / "run" / "checkpoints" / step_files.file_name(6), arrays=ARRAYS | more)
     for config in (Config(init=str(first)), resumed(newest)):
         with pytest.raises(OutputError, match=r"safetensors has layers.1.weight, which the model does not have"):
             check_saved(config, built(layouts(Linear(4, 3))))
@@ -248,7 +248,7 @@ def resumed(file: Path) -> Config:
 
 def test_a_run_without_config_toml_takes_settings_from_its_checkpoint_and_code_from_flags(tmp_path: Path) -> None:
     config = 'model = "my:net"\nloss = "my:loss"\nbatch = 7\nhidden = []\n'
-    asked = resumed(forge(tmp_path / "checkpoints" / checkpoint.file_name(6), config))
+    asked = resumed(forge(tmp_path / "checkpoints" / step_files.file_name(6), config))
     with pytest.raises(ConfigError, match=r"names code, .*: repeat --model my:net --loss my:loss$"):
         hold.settings(asked)
     named = parse(["--resume", "--out", str(tmp_path), "--model", "my:net", "--loss", "my:loss"])
