@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -13,23 +13,24 @@ import numpy as np
 from mpi4py import MPI
 
 from mpiml.clock import Clock
-from mpiml.errors import SAVED, ConfigError, RunError, known_to_all
+from mpiml.errors import SAVED, ConfigError, DirectoryError, known_to_all
 from mpiml.flags import seconds
 from mpiml.run import alarm, failure, one_job
 from mpiml.run.deadline import Deadline
-from mpiml.run.directory import RunDirectory
+from mpiml.run.directory import CONFIG, RunDirectory
 from mpiml.run.process import StopRequest
 from mpiml.run.result import Result, read_result, update_result, write_result
 from mpiml.run.watch import Watch
-from mpiml.team import Team, wait
+from mpiml.team import Team
 
-PROGRAM = Path(sys.argv[0]).name or "python"
-_clocks = [Clock()]  # of the guards that this process is in, the innermost last; the first is of none
+PROGRAM = Path(sys.argv[0]).name.removeprefix("-c") or "python"
+_guards: list[guard] = []  # that this process is in, the innermost last
+_unguarded = Clock()
 
 
 def clock() -> Clock:
     """The clock of the guard that this process is in: what a rank does with it is progress."""
-    return _clocks[-1]
+    return _guards[-1].clock if _guards else _unguarded
 
 
 class guard:
@@ -40,19 +41,27 @@ class guard:
                 ...
                 if job.stop:
                     break
+        sys.exit(job.exit_code)
 
     An error of one rank, sys.exit included, ends the whole job; so does a rank that makes no progress for
-    `stall_timeout` seconds, that is stopped or killed, and a launcher that is gone. The reason, which names the rank,
-    is printed and written to result.json in `out`. Progress is what this package's parts do, and reading and writing
-    files; for long work of one's own there is `alive`.
+    `stall_timeout` seconds, that is stopped or killed, or that leaves the block while all others wait; and a launcher
+    that is gone. The reason, which names the rank, is printed and written to result.json in `out`. Progress is what
+    this package's parts do, and reading and writing files; for long work of one's own there is `alive`.
 
     Errors of this package that all ranks raise alike leave the block as SystemExit with their exit code, printed once.
+    In a job of one rank any error does.
 
     Args:
         comm: the ranks (default: all).
-        out: a directory for result.json, which one job at a time holds (default: none).
+        out: a directory for result.json, which one job at a time holds (default: none). That of rank 0 counts.
         stall_timeout: in seconds; 0: no rank is judged by its progress.
         time_limit: as of mpiml.train: `stop` is true before the time is up. SLURM's limit always counts.
+
+    Attributes:
+        exit_code: 0, or 75 once `stop` has been true: what a job script expects of a job that can go on.
+
+    Raises, as SystemExit, ConfigError for settings that do not work or that ranks give differently, DirectoryError if
+    another job holds `out` or it holds a run of mpiml.train, OutputError if it cannot be written.
     """
 
     def __init__(
@@ -62,93 +71,127 @@ class guard:
         stall_timeout: float = 600.0,
         time_limit: str | None = None,
     ):
-        if not (0 <= stall_timeout < float("inf")):
-            raise ConfigError(f"stall_timeout {stall_timeout}: must be a number of seconds, at least 0")
-        self.out, self.stall_timeout = None if out is None else Path(out), stall_timeout
-        self.clock = Clock()
+        self.out, self.stall_timeout, self.time_limit = out, stall_timeout, time_limit
+        self.clock, self.exit_code = Clock(), 0
         self.team = Team(MPI.COMM_WORLD if comm is None else comm, self.clock)
         self._failure = failure.Guard(self.team, PROGRAM)
-        self._stop = StopRequest(Deadline(seconds(time_limit, "time_limit"), os.environ))
         self._directory: RunDirectory | None = None  # on rank 0
-        self.stopped = False
+        self._stop: StopRequest | None = None
+        self._answers = self._entered = False
 
     def __enter__(self) -> guard:
-        _clocks.append(self.clock)
+        if self._entered:
+            raise ConfigError("this guard has been entered before: make another one")
+        self._entered = True
         alarm.start(PROGRAM, [alarm.FLAG, str(self.stall_timeout)])
-        alarm.during("starting")
+        alarm.during("waiting for all ranks to enter the guard")
+        outer = _guards[-1]._failure if _guards else None
+        _guards.append(self)
         self._failure.__enter__()
         try:
+            own, request = self.team.comm.Idup()  # the program's messages and these do not meet
+            self.team.wait([request])
+            self.team = Team(MPI.Intracomm(own), self.clock)
             one_job.check_size(MPI.COMM_WORLD.size)
-            self.team.check_alike(one_job.software())
-            self.team.on_rank_0(self._open)
+            self._stop = self.team.together(self._checked)
+            self.team.check_alike(one_job.software() | {"stall_timeout": str(self.stall_timeout)})
+            self.team.on_rank_0(lambda: self._open(outer))
             self._failure.run, self._failure.token = self.team.broadcast((self._failure.run, self._failure.token))
             self._watch = Watch(self.team.comm.Dup(), self.clock, self.stall_timeout, self._failure.fail)
+            self._watch.__enter__()
         except BaseException as error:
             self._leave(error)
             raise
-        self._watch.__enter__()
-        self._stop.__enter__()
         self.clock("compute")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop.__exit__()
-        self._watch.__exit__(kind, error, trace)
+        try:
+            if self._answers and self._stop:
+                self._stop.__exit__()
+            self._watch.__exit__(kind, error, trace)
+            if error is None:
+                self.team.on_rank_0(self._ended)
+        except BaseException as failed:
+            error = failed
         self._leave(error)
 
     @property
     def stop(self) -> bool:
         """Whether any rank is asked to stop: by SIGUSR1, SIGTERM, Ctrl-C, or because its time is nearly up. To be asked
-        once in each step; collective, so that all ranks leave off after the same step."""
+        once in each step; collective, so that all ranks leave off after the same step.
+
+        From the first time on, these signals are such requests; before, they end the process as always.
+        """
+        assert self._stop, "the guard has not been entered"
+        if not self._answers:
+            self._answers = True
+            self._stop.__enter__()
         asked = np.array([self._stop.now()], np.int32)
-        with self.clock.doing("joining"):
-            wait([self.team.comm.Iallreduce(MPI.IN_PLACE, asked, MPI.MAX)])
-        self.stopped = self.stopped or bool(asked[0])
-        return self.stopped
+        self.team.wait([self.team.comm.Iallreduce(MPI.IN_PLACE, asked, MPI.MAX)])
+        self.exit_code = SAVED if asked[0] else self.exit_code
+        return bool(self.exit_code)
+
+    def alive(self, what: str) -> AbstractContextManager[None]:
+        """A sign of life: this rank has got on with work of its own. As a block, `with job.alive("evaluation"):`, for
+        work that is no stall however long it takes."""
+        self.clock.progress()
+        return self._patient(what)
 
     @contextmanager
-    def alive(self, what: str) -> Iterator[None]:
-        """A block of long work of one's own, which is no stall however long it takes; `what` is for messages."""
-        self.clock.patient = what
+    def _patient(self, what: str) -> Iterator[None]:
+        before, self.clock.patient = self.clock.patient, what
         try:
             yield
         finally:
-            self.clock.patient = ""
+            self.clock.patient = before
             self.clock.progress()
 
-    def _open(self) -> None:
-        """Rank 0: hold the directory."""
+    def _checked(self) -> StopRequest:
+        """Check the settings."""
+        if not isinstance(self.stall_timeout, (int, float)) or not 0 <= self.stall_timeout < float("inf"):
+            raise ConfigError(f"stall_timeout {self.stall_timeout!r}: must be a number of seconds, 0 or more")
+        return StopRequest(Deadline(seconds(self.time_limit, "time_limit"), os.environ))
+
+    def _open(self, outer: failure.Guard | None) -> None:
+        """Rank 0: hold the directory. A guard without one inside another reports to the outer one's."""
         if self.out is None:
+            if outer:
+                self._failure.run, self._failure.token = outer.run, outer.token
             return
-        self._directory = RunDirectory(str(self.out))
-        self._failure.run, self._failure.token = self._directory.path, self._directory.token
-        self._directory.prepare(resume=True)
-        before = {key: value for key, value in read_result(self._directory.path).items() if key != "traceback"}
+        self._directory = RunDirectory(os.fspath(self.out))
+        path = self._directory.path
+        if (path / CONFIG).exists():
+            raise DirectoryError(f"{path} holds a run of mpiml.train: choose another directory")
+        self._directory.tidy()
+        self._failure.run, self._failure.token = path, self._directory.token
+        before = {key: value for key, value in read_result(path).items() if key != "traceback"}
         running: Result = {"status": "running", "exit_code": None, "reason": None, "rank": None}
-        write_result(self._directory.path, before | running | {"ranks": self.team.size})
+        write_result(path, before | running | {"ranks": self.team.size})
 
     def _ended(self) -> None:
         """Rank 0: write how the block has ended, without an error."""
-        if self._directory:
-            outcome: Result = {"status": "done", "exit_code": 0}
-            if self.stopped:
-                outcome = {"status": "stopped", "exit_code": SAVED, "reason": self._stop.reason()}
+        if self._directory and self._stop:
+            outcome: Result = {"status": "done", "exit_code": self.exit_code}
+            if self.exit_code:
+                outcome = {"status": "stopped", "exit_code": self.exit_code, "reason": self._stop.reason()}
+            if self.clock.step:
+                outcome["step"] = self.clock.step
             update_result(self._directory.path, outcome)
 
     def _leave(self, error: BaseException | None) -> None:
         """Undo `__enter__`; report an error."""
         try:
-            if error is None:
-                self.team.on_rank_0(self._ended)
-        except RunError as failed:
-            error = failed
-        try:
             self._failure.__exit__(type(error) if error else None, error, None)
         finally:
-            _clocks.remove(self.clock)
+            alarm.off()
+            _guards.remove(self)
             if self._directory:
                 self._directory.close()
-        if error is not None and known_to_all(error, self.team.size):
-            sys.exit(failure.exit_code(error))  # reported already, by one line
+        if known_to_all(error, self.team.size):
+            if self.team.comm != self._failure.comm:
+                self.team.comm.Free()
+            if error is not None:
+                sys.exit(failure.exit_code(error))  # reported already

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from operator import index
+from typing import Any
+
 from mpi4py import MPI
 
 from mpiml.data.order import RowOrder
 from mpiml.data.order import Rows as Numbers
 from mpiml.errors import ConfigError
+from mpiml.loop.guard import clock
 from mpiml.parallel import grid
 from mpiml.partition import part
+from mpiml.team import Team
+
+SHUFFLES = ("rows", "none", "blocks")
 
 
 class Rows(RowOrder):
     """The rows of each micro-batch of each step; making it is collective.
+
+        data = Rows(len(x), batch=64, microbatches=8)
+        for step in range(1, 5 * data.steps_per_epoch + 1):
+            for m, rows in data.mine(step):
+                ... x[rows] ...
 
     Rows 0..count-1 are cut into `microbatches` shards. In an epoch each row is used once, in an order that follows from
     the seed, the epoch and the shard alone: whatever the number of ranks, micro-batch m of a step has the same rows.
@@ -31,7 +43,8 @@ class Rows(RowOrder):
         own: the micro-batches of this rank, a range.
         steps_per_epoch, rows_per_step: of an epoch; rows of a step on average.
 
-    Raises ConfigError, on all ranks alike, if there are fewer micro-batches than ranks, or fewer rows than these.
+    Raises ConfigError, on all ranks alike, for numbers that do not work or that ranks give differently, for fewer
+    micro-batches than ranks, and for fewer rows than micro-batches.
     """
 
     def __init__(
@@ -46,25 +59,48 @@ class Rows(RowOrder):
         block_rows: int = 256,
         strided: bool = False,
     ):
-        comm = MPI.COMM_WORLD if comm is None else comm
-        microbatches = comm.size if microbatches is None else microbatches
-        check_microbatches(microbatches, comm.size)
-        if count < microbatches or batch < 1:
-            raise ConfigError(f"{count} rows, batch {batch}, {microbatches} micro-batches: each needs one row at least")
-        if shuffle not in ("rows", "none", "blocks"):
-            raise ConfigError(f"shuffle {shuffle!r}: choose from rows, none, blocks")
-        super().__init__(count, microbatches, batch, seed, shuffle, block_rows, strided)
-        self.own = block(comm, microbatches)
+        team = Team(MPI.COMM_WORLD if comm is None else comm, clock())
+        microbatches = team.size if microbatches is None else microbatches
+        numbers = {"count": count, "batch": batch, "microbatches": microbatches, "block_rows": block_rows}
+
+        def checked() -> list[int]:
+            whole = [check_whole(name, number, 1) for name, number in numbers.items()]
+            check_microbatches(whole[2], team.size)
+            if whole[0] < whole[2]:
+                raise ConfigError(f"{count} rows, {microbatches} micro-batches: each needs one row at least")
+            if shuffle not in SHUFFLES:
+                raise ConfigError(f"shuffle {shuffle!r}: choose from {', '.join(SHUFFLES)}")
+            return [*whole, check_whole("seed", seed, 0)]
+
+        rows, shards, size, seed = (whole := team.together(checked))[0], whole[2], whole[1], whole[4]
+        others = {"seed": seed, "shuffle": shuffle, "strided": bool(strided)}
+        team.check_alike(
+            {name: str(value) for name, value in (numbers | others).items()}, "all ranks make the same Rows"
+        )
+        super().__init__(rows, shards, size, seed, shuffle, whole[3], strided)
+        self.own = block(team.comm, shards)
 
     def mine(self, step: int) -> list[tuple[int, Numbers]]:
-        """This rank's micro-batches of step 1, 2, ..., each with the numbers of its rows; some may be empty."""
+        """This rank's micro-batches of step 1, 2, ..., each with the numbers of its rows; some may be empty. Messages
+        name this step from now on."""
+        clock().step = check_whole("step", step, 1)
         return [(m, self.at(step, m)) for m in self.own]
+
+
+def check_whole(name: str, number: Any, least: int) -> int:
+    """A number as an int. Raises ConfigError unless it is a whole one, at least `least`."""
+    try:
+        if index(number) >= least:
+            return index(number)
+    except TypeError:
+        pass
+    raise ConfigError(f"{name} {number!r}: must be a whole number, {least} or more")
 
 
 def check_microbatches(microbatches: int, ranks: int) -> None:
     """Raise ConfigError if there are too few micro-batches for so many ranks."""
     if microbatches < ranks:
-        raise ConfigError(f"{microbatches} micro-batches: {ranks} ranks need at least one each")
+        raise ConfigError(f"microbatches {microbatches}: {ranks} ranks need at least one each")
 
 
 def block(comm: MPI.Intracomm, microbatches: int) -> range:

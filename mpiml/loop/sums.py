@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 from mpi4py import MPI
@@ -12,49 +13,27 @@ from numpy.typing import NDArray
 from mpiml import vectors
 from mpiml.errors import ConfigError, NotFiniteError, known_to_all
 from mpiml.loop import trees
+from mpiml.loop.flat import Flat
 from mpiml.loop.guard import clock
-from mpiml.loop.rows import check_microbatches
+from mpiml.loop.rows import check_microbatches, check_whole
 from mpiml.parallel import grid as grids
 from mpiml.parallel.gradient_sum import OrderedSum
-from mpiml.parallel.memory import SharedMemory, share
+from mpiml.parallel.memory import Memory, SharedMemory, share
 from mpiml.parallel.record import Agreement, agree
 from mpiml.parallel.tree import depth
 from mpiml.parallel.values import Values
 from mpiml.partition import part
 from mpiml.run.process import reuse_memory
 from mpiml.team import Team
-from mpiml.vectors import ALIGNMENT, BLOCK, Block, Vector, bytes_of
+from mpiml.vectors import Vector, bytes_of
 
-
-class Flat:
-    """All leaves of one dtype in one vector, each from a 64-byte boundary on."""
-
-    def __init__(self, dtype: np.dtype[Any], shapes: Sequence[tuple[int, ...]]):
-        self.dtype, self.shapes, self.size = dtype, shapes, 0
-        self.places: list[slice] = []
-        per_line = ALIGNMENT // dtype.itemsize
-        for shape in shapes:
-            length = int(np.prod(shape, dtype=np.int64))
-            self.places.append(slice(self.size, self.size + length))
-            self.size += -(-length // per_line) * per_line
-
-    def blocks(self) -> list[Block]:
-        """The blocks of the vector."""
-        return [
-            Block(a, min(a + BLOCK, place.stop), decay=False)
-            for place in self.places
-            for a in range(place.start, place.stop, BLOCK)
-        ]
-
-    def views(self, vector: Vector) -> list[NDArray[Any]]:
-        """The leaves in a vector."""
-        return [vector[place].reshape(shape) for place, shape in zip(self.places, self.shapes, strict=True)]
+MEMORIES = ("auto", "shared", "private")
 
 
 class Sum:
     """The sum, or the mean, of arrays over all micro-batches of a step; collective to make and to close.
 
-        sum = Sum(comm, like=gradients, microbatches=8)
+        sum = Sum(like=gradients, microbatches=8)
         for m, rows in data.mine(step):
             sum.put(m, gradients_of(rows), weight=len(rows))
         gradients = sum.mean()
@@ -72,9 +51,13 @@ class Sum:
 
     Attributes:
         own: the micro-batches of this rank, a range, as those of `Rows`.
+        slots: for each of them, in order, arrays in the form of `like`. What is written there before `put(m)` need not
+            be copied. A slot is the micro-batch's from the `put` of the one before it on, or from the last sum on.
         weight: of the last sum, over all micro-batches.
+        problem: why memory could not be shared, or None.
 
-    Raises ConfigError, on all ranks alike, if ranks have other forms, or too few micro-batches.
+    Raises ConfigError, on all ranks alike, if ranks have other forms or settings, if the arrays cannot be summed, and
+    for fewer micro-batches than ranks.
     """
 
     def __init__(
@@ -87,120 +70,138 @@ class Sum:
     ):
         reuse_memory()  # for the arrays that are returned
         team = Team(MPI.COMM_WORLD if comm is None else comm, clock())
-        self.microbatches = team.size if microbatches is None else microbatches
-        check_microbatches(self.microbatches, team.size)
-        self._like, self._finite, self.weight = like, finite, 0.0
-        named = team.together(lambda: [(name, trees.array(value, name)) for name, value in trees.leaves(like)])
-        self._names = [name for name, _ in named]
-        self._kinds = [(array.dtype, array.shape) for _, array in named]
-        team.check_alike({name: f"{a.dtype} {a.shape}" for name, a in named}, "all ranks must sum the same arrays")
+        asked = team.size if microbatches is None else microbatches
+        kinds = team.together(lambda: _kinds(like, asked, memory, team.size))
+        settings = {"microbatches": str(asked), "memory": memory, "finite": str(bool(finite))}
+        forms = {f"`like`, {name}": f"{dtype} {shape}" for name, (dtype, shape) in kinds.items()}
+        team.check_alike(settings | forms, "all ranks make the same Sum")
+        self.microbatches, self._finite, self.weight = int(asked), finite, 0.0
+        self._names, self._numbers = list(kinds), [trees.is_number(value) for value in trees.values(like)]
+        self._form = trees.rebuilt(like, range(len(kinds)))
         self._grid = grids.build(team, 1)
-        self._flats = [
-            Flat(dtype, [shape for kind, shape in self._kinds if kind == dtype])
-            for dtype in trees.KINDS
-            if any(kind == dtype for kind, _ in self._kinds)
-        ]
-        kinds = [flat.dtype for flat in self._flats]
-        self._where = [kinds.index(dtype) for dtype, _ in self._kinds]  # the vector of each leaf
         self.own = range(*part(self._grid.replica, team.size, self.microbatches))
-        self._place(memory)
-        self._done = 0  # micro-batches of this step that are here
-
-    def _place(self, kind: str) -> None:
-        """Allocate the vectors; collective."""
-        grid, table = self._grid, Agreement.bytes_needed(self._grid.node.size, self.microbatches, 2)
-        slots = depth(grid.replica, grid.replicas, self.microbatches)
-        each = sum(bytes_of(flat.size, flat.dtype) for flat in self._flats)
-        memory, self.problem = share(grid.comm, grid.node, slots * each, each + table, kind)
-        self._sums = [
-            OrderedSum(Values(grid.data, memory, flat.size, flat.blocks(), flat.dtype), self.microbatches, clock())
-            for flat in self._flats
-        ]
-        self._agree: Any = lambda table, *flags: agree(grid.comm, table, *flags)
-        if isinstance(memory, SharedMemory):
-            self._agree = Agreement(grid, memory, self.microbatches, 2)
         self._table = np.zeros((self.microbatches, 2))
-        self._totals = [flat.views(sum_.values.vector) for flat, sum_ in zip(self._flats, self._sums, strict=True)]
-        for views in self._totals:
-            for view in views:
-                view.flags.writeable = False
+        self._done = 0  # micro-batches of this step that are here
+        self._open = True
+        by_kind = {kind: {i: s for i, (k, s) in enumerate(kinds.values()) if k == kind} for kind in trees.KINDS}
+        self._place([Flat(dtype, shapes) for dtype, shapes in by_kind.items() if shapes], memory)
 
-    @property
-    def slots(self) -> list[Any]:
-        """For each of this rank's micro-batches, in order, the arrays of its slot: what is written there before
-        `put(m)` need not be copied. A slot is the micro-batch's from the `put` of the one before it on."""
+    def _place(self, flats: Sequence[Flat], kind: str) -> None:
+        """Allocate the vectors; collective. Sums of two dtypes share no messages, and no counters in shared memory."""
+        grid, self._sums, memories = self._grid, list[OrderedSum](), list[Memory]()
+        table = Agreement.bytes_needed(grid.node.size, self.microbatches, 2) + bytes_of(grid.node.size, np.float64)
+        count = depth(grid.replica, grid.replicas, self.microbatches)
+        for flat in flats:
+            each = bytes_of(flat.size, flat.dtype)
+            memory, self.problem = share(grid.comm, grid.node, count * each, each + table, kind)
+            comm = grid.data.Dup() if memories else grid.data
+            grid.made += [comm] if memories else []
+            values = Values(comm, memory, flat.size, flat.blocks(), flat.dtype)
+            self._sums.append(OrderedSum(values, self.microbatches, clock()))
+            memories.append(memory)
+        first, self._alone = memories[0], len(self._sums[0].values.nodes) == 1
+        bad = first.common(first.ranks, np.float64)
+        self._bad, self._own_bad = bad, bad[first.rank : first.rank + 1]
+        self._agree: Any = lambda table, *flags: agree(grid.comm, table, *flags)
+        if isinstance(first, SharedMemory):
+            self._agree = Agreement(grid, first, self.microbatches, 2)
         plan = self._sums[0].plan
-        return [self._slot(number) for number in plan.slots]
+        self._leaves = [self._ordered(flats, [sum_.slots[number] for sum_ in self._sums]) for number in range(count)]
+        self.slots = [trees.rebuilt(self._form, self._leaves[number]) for number in plan.slots]
+        self._totals = self._ordered(flats, [sum_.values.vector for sum_ in self._sums])
+        for view in self._totals:
+            view.flags.writeable = False
 
-    def _slot(self, number: int) -> Any:
-        return self._tree([f.views(s.slots[number]) for f, s in zip(self._flats, self._sums, strict=True)])
+    def _ordered(self, flats: Sequence[Flat], flat_vectors: Sequence[Vector]) -> list[NDArray[Any]]:
+        """The leaves in vectors, in the order of `like`."""
+        views = dict[int, NDArray[Any]]()
+        for flat, vector in zip(flats, flat_vectors, strict=True):
+            views |= flat.views(vector)
+        return [views[number] for number in range(len(self._names))]
 
     def put(self, m: int, arrays: Any = None, weight: float = 1.0) -> None:
-        """Add `weight` times the arrays of micro-batch m, one of this rank's, in their order; without `arrays`, what
-        has been written to its slot.
+        """Add `weight` times the arrays of micro-batch m, one of this rank's, in their order; without `arrays`, what is
+        in its slot. With weight 0 the arrays count for nothing, even if they are not finite.
 
-        Raises ConfigError for another micro-batch than the next, or for arrays of another form than `like`.
+        Raises ConfigError for another micro-batch than the next, for arrays of another form than `like`, and for a
+        weight that is not a number, 0 or more.
         """
         clock()("compute")
-        if self._done == len(self.own) or m != self.own[self._done]:
-            raise ConfigError(f"put(m={m}): {self._expected()}")
-        number = self._sums[0].plan.slots[self._done]
-        views = [f.views(s.slots[number]) for f, s in zip(self._flats, self._sums, strict=True)]
-        if arrays is not None:
-            self._write(arrays, weight, list(self._in_order(views)))
-        elif weight != 1:
+        index = self._done
+        if not self._open or index == len(self.own) or m != self.own[index]:
+            raise ConfigError(f"put(m={m!r}): {self._expected()}")
+        weight, number = _checked_weight(m, weight), self._sums[0].plan.slots[index]
+        given = list(trees.values(self.slots[index]) if arrays is None else self._in_form(arrays))
+        if len(given) != len(self._names):
+            raise ConfigError(f"put(m={m}): the slot has {len(given)} arrays, but `like` had {len(self._names)}")
+        with np.errstate(all="ignore"):  # the sum is looked at
+            for name, value, view in zip(self._names, given, self._leaves[number], strict=True):
+                if value is not view or weight != 1:
+                    _write(value, view, weight, f"put(m={m}): {name}")
             for sum_ in self._sums:
-                np.multiply(sum_.slots[number], weight, out=sum_.slots[number])
-        for sum_ in self._sums:
-            sum_.accumulate(self._done)
+                sum_.accumulate(index)
         self._table[m, 1] = weight
         self._done += 1
 
-    def _write(self, arrays: Any, weight: float, views: Sequence[NDArray[Any]]) -> None:
+    def _in_form(self, arrays: Any) -> list[Any]:
+        """The leaves of arrays of the form of `like`."""
         given = list(trees.leaves(arrays))
         if [name for name, _ in given] != self._names:
-            raise ConfigError(
-                f"put: the arrays are {_some([n for n, _ in given])}, but `like` had {_some(self._names)}"
-            )
-        for (name, value), (dtype, shape), view in zip(given, self._kinds, views, strict=True):
-            array = trees.array(value, name)
-            if (array.dtype, array.shape) != (dtype, shape):
-                raise ConfigError(f"put: {name} is {array.dtype} {array.shape}, but was {dtype} {shape} in `like`")
-            np.multiply(array, array.dtype.type(weight), out=view) if weight != 1 else np.copyto(view, array)
+            here, there = ([name for name, _ in given], self._names)
+            odd = [f"{name} is not in `like`" for name in here if name not in there]
+            odd += [f"{name} is missing" for name in there if name not in here]
+            raise ConfigError(f"put: the arrays have another form than `like`: {_some(odd)}")
+        return [value for _, value in given]
 
     def mean(self, copy: bool = True) -> Any:
-        """The sum over all micro-batches, divided by their weights; collective. As `sum`."""
+        """The sum over all micro-batches, divided by the sum of their weights, if that is not 0; else as `sum`."""
         return self._total(copy, divided=True)
 
     def sum(self, copy: bool = True) -> Any:
         """The sum over all micro-batches; collective, when each rank has put all of its own.
 
-        Returns arrays in the form of `like`; without `copy` they cannot be written to, and hold until the next `put`.
+        Returns arrays in the form of `like`, with Python's own numbers in the place of such; without `copy` they are
+        arrays that cannot be written to, and that hold until the next `sum` or `mean`.
 
-        Raises ConfigError if a micro-batch has not been put, NotFiniteError, on all ranks alike, if the sum is not
-        finite.
+        Raises ConfigError if a micro-batch has not been put; NotFiniteError, on all ranks alike, if the sum is not
+        finite: the next step may be put then.
         """
         return self._total(copy, divided=False)
 
     def _total(self, copy: bool, divided: bool) -> Any:
-        if self._done < len(self.own):
-            raise ConfigError(f"the sum is asked for, but {self._expected()}")
+        if not self._open or self._done < len(self.own):
+            raise ConfigError(f"{'mean()' if divided else 'sum()'} is asked for: {self._expected()}")
         clock()("communication")
-        record = self._agree(self._table, False, False)
+        record = self._agree(self._table, divided, not divided)
+        if record.broken and record.stop:
+            raise ConfigError("some ranks ask for mean(), and others for sum()").on_all_ranks()
         self.weight = record.weight
-        scale = 1.0 / record.weight if divided and record.weight else 1.0
-        finite = [self._add_up(sum_, scale) for sum_ in self._sums]
-        if self._finite:
-            bad = self._agree(self._table[:0], not all(finite), False).broken
-            if bad:
-                raise self._not_finite()
-        self._done = 0
         self._table[:] = 0
+        self._done = 0
+        bad = self._add_up(1.0 / record.weight if divided and record.weight else 1.0)
+        if bad and self._finite:
+            raise self._not_finite()
         clock()("compute")
-        return self._tree(self._totals, copy)
+        if not copy:
+            return trees.rebuilt(self._form, self._totals)
+        pairs = zip(self._totals, self._numbers, strict=True)
+        return trees.rebuilt(self._form, [float(view) if number else view.copy() for view, number in pairs])
 
-    def _add_up(self, sum_: OrderedSum, scale: float) -> bool:
-        """Make the total in the values of a sum. Returns whether this rank's part of it is finite."""
+    def _add_up(self, scale: float) -> bool:
+        """Make `scale` times the total in the values of the sums. Returns whether it is not finite anywhere."""
+        finite = True
+        with np.errstate(all="ignore"):
+            for sum_ in self._sums:
+                finite = self._add_up_one(sum_, scale) and finite
+        self._own_bad[:] = not finite  # the others of the node read it after the barrier of publish
+        for sum_ in self._sums:
+            sum_.publish()
+        if self._alone:
+            return bool(self._bad.any())
+        return bool(self._finite and self._agree(self._table[:0], not finite, False).broken)
+
+    def _add_up_one(self, sum_: OrderedSum, scale: float) -> bool:
+        """The part of this rank in one sum. Returns whether it is finite."""
         sum_.start()
         finite, vector = True, sum_.values.vector
         for index, piece in enumerate(sum_.values.pieces):
@@ -211,37 +212,49 @@ class Sum:
             elif total is not out:
                 np.copyto(out, total)
             finite = finite and (not self._finite or vectors.is_finite(out))
-        sum_.publish()
         return finite
-
-    def _in_order(self, of_flats: Sequence[Sequence[NDArray[Any]]]) -> Iterator[NDArray[Any]]:
-        """The leaves of all vectors in the order of `like`."""
-        left = [iter(views) for views in of_flats]
-        return (next(left[flat]) for flat in self._where)
-
-    def _tree(self, of_flats: Sequence[Sequence[NDArray[Any]]], copy: bool = False) -> Any:
-        """The leaves of all vectors in the form of `like`."""
-        return trees.rebuilt(self._like, [view.copy() if copy else view for view in self._in_order(of_flats)])
 
     def _expected(self) -> str:
         """What this rank has to put next, for a message."""
-        rank, own = self._grid.team.name, f"micro-batches {self.own.start} to {self.own.stop - 1}"
+        if not self._open:
+            return "the sum is closed"
         if self._done == len(self.own):
-            return f"rank {rank} has put all of its {own}; mean() or sum() come next"
-        return f"rank {rank} has {own}, and {self.own[self._done]} comes next"
+            return f"rank {self._grid.team.name} has put all of its {self._own_text()}; mean() or sum() come next"
+        return f"rank {self._grid.team.name} has {self._own_text()}, and {self.own[self._done]} comes next"
+
+    def _own_text(self) -> str:
+        """This rank's micro-batches, for a message."""
+        first, last = self.own.start, self.own.stop - 1
+        return f"micro-batch {first}" if first == last else f"micro-batches {first} to {last}"
 
     def _not_finite(self) -> NotFiniteError:
         """The error of a sum that is not finite, the same on all ranks; collective."""
-        bad = [
+        team, step = self._grid.team, clock().step
+        bad = [name for name, total in zip(self._names, self._totals, strict=True) if not np.isfinite(total).all()]
+        left = sum(1 - count for count in self._sums[0].plan.counts)  # the partial sums of this rank's own
+        blame = {
             name
-            for name, total in zip(self._names, self._in_order(self._totals), strict=True)
-            if not np.isfinite(total).all()
-        ]
-        return NotFiniteError(f"the sum of {_some(bad)} is not finite").on_all_ranks()
+            for leaves in self._leaves[:left]
+            for name, leaf in zip(self._names, leaves, strict=True)
+            if not np.isfinite(leaf).all()
+        }
+        everyone = team.allgather((team.name, self._own_text(), [name for name in bad if name in blame]))
+        what = f"the sum of {_some(bad)} is not finite" + (f" in step {step}" if step else "")
+        for rank, own, names in everyone:
+            if names:
+                what += f": rank {rank} has put such numbers into {_some(names)}, in {own}"
+                return NotFiniteError(what).on_all_ranks(rank)
+        return NotFiniteError(f"{what}: all that was put is, but it is too large to be added up").on_all_ranks()
 
     def close(self) -> None:
-        """Give back what the MPI library holds for the sum; collective."""
+        """Give back what the MPI library holds for the sum; collective. What was returned without `copy` stays."""
+        if not self._open:
+            return
+        self._open = False
+        begun = self._grid.team.allgather(self._done > 0)
         for sum_ in self._sums:
+            if any(begun) and not self._done:
+                sum_.start()  # others have begun a step: their messages have to be met
             sum_.free()
             sum_.values.free()
         self._grid.free()
@@ -252,6 +265,43 @@ class Sum:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if known_to_all(error, self._grid.team.size):
             self.close()
+
+
+def _kinds(like: Any, microbatches: Any, memory: str, ranks: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+    """The dtype and shape of each leaf of `like`, by name. Raises ConfigError for what a Sum refuses."""
+    check_microbatches(check_whole("microbatches", microbatches, 1), ranks)
+    if memory not in MEMORIES:
+        raise ConfigError(f"memory {memory!r}: choose from {', '.join(MEMORIES)}")
+    named = list(trees.leaves(like))
+    kinds = {name: trees.summed(value, name) for name, value in named}
+    if not named or len(kinds) < len(named):
+        raise ConfigError(f"like: has {len(named)} arrays with {len(kinds)} names; each needs one of its own")
+    return kinds
+
+
+def _checked_weight(m: int, weight: Any) -> float:
+    """The weight of a micro-batch. Raises ConfigError unless it is a finite number, 0 or more."""
+    try:
+        number = float(weight)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ConfigError(f"put(m={m}): weight {weight!r}: must be a number, 0 or more")
+    return number
+
+
+def _write(value: Any, view: NDArray[Any], weight: float, name: str) -> None:
+    """Write `weight` times a leaf to its place in a slot."""
+    array = trees.array(value, name)
+    casting: Literal["safe", "same_kind"] = "safe" if array.ndim else "same_kind"  # of numbers of Python's own, any
+    if array.shape != view.shape or not np.can_cast(array.dtype, view.dtype, casting):
+        raise ConfigError(f"{name} is {array.dtype} {array.shape}, but {view.dtype} {view.shape} in `like`")
+    if weight == 0:
+        view.fill(0)  # 0 times what is not finite would not be 0
+    elif weight == 1:
+        np.copyto(view, array, casting)
+    else:
+        np.multiply(array, view.dtype.type(weight), out=view)
 
 
 def _some(names: Sequence[str]) -> str:

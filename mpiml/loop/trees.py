@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from mpiml.errors import ConfigError
 
-Leaf = NDArray[Any]
 KINDS = (np.dtype(np.float32), np.dtype(np.float64))
 
 
@@ -25,6 +24,18 @@ def leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(item, f"{name}.{index}".lstrip("."))
     else:
         yield name or "the array", tree
+
+
+def values(tree: Any) -> Iterator[Any]:
+    """The same without names, which takes less time."""
+    if isinstance(tree, Mapping):
+        for key in sorted(tree, key=str):
+            yield from values(tree[key])
+    elif isinstance(tree, (list, tuple)):
+        for item in tree:
+            yield from values(item)
+    else:
+        yield tree
 
 
 def rebuilt(tree: Any, new: Sequence[Any]) -> Any:
@@ -43,21 +54,36 @@ def _rebuilt(tree: Any, new: Iterator[Any]) -> Any:
     return next(new)
 
 
-def array(value: Any, name: str) -> Leaf:
-    """A leaf as a NumPy array of float32 or float64, without a copy where that is possible; numbers become float64.
+def is_number(value: Any) -> bool:
+    """Whether a leaf is a number of Python's own: it is summed in float64, and its sum is such a number."""
+    return isinstance(value, (int, float))
 
-    Raises ConfigError for anything else.
+
+def array(value: Any, name: str) -> NDArray[Any]:
+    """A leaf as a NumPy array, without a copy where that is possible.
+
+    Raises ConfigError for what NumPy makes no array of.
     """
-    if isinstance(value, (int, float, np.integer)):
-        return np.asarray(value, np.float64)
+    if type(value) is np.ndarray:
+        return value
     try:
-        if not isinstance(value, np.ndarray) and hasattr(value, "detach"):
+        if hasattr(value, "detach"):
             value = value.detach()  # PyTorch gives no array of what autograd follows
-        found = np.asarray(value)
+        elif hasattr(value, "__dlpack__") and not hasattr(value, "__array__"):
+            return np.from_dlpack(value)
+        return np.asarray(value, np.float64 if is_number(value) else None)
     except Exception as error:  # each library has its own for memory of a device
+        kind = type(value).__name__
         raise ConfigError(
-            f"{name}: {type(value).__name__} gives no NumPy array ({error}); move it to the CPU"
-        ) from None
-    if found.dtype not in KINDS:
-        raise ConfigError(f"{name}: is {found.dtype}, but only float32 and float64 are summed")
-    return found
+            f"{name}: no NumPy array can be made of a {kind} ({error}); .cpu() or .float() may help"
+        ) from error
+
+
+def summed(value: Any, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
+    """The dtype in which a leaf is summed, and its shape. Raises ConfigError unless it is float32 or float64."""
+    leaf = array(value, name)
+    kind = leaf.dtype.newbyteorder("=")
+    if kind not in KINDS:
+        what = type(value).__name__ if kind.hasobject else str(kind)
+        raise ConfigError(f"{name}: is {what}, but only float32 and float64 are summed, and Python's own numbers")
+    return kind, leaf.shape

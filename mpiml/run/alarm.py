@@ -42,12 +42,16 @@ class Alarm:
     """
 
     def __init__(self, program: str, seconds: float):
-        self.program, self.seconds = program, max(seconds, LEAST) if seconds else math.inf
+        self.set(program, seconds)
         self.fail: Callable[[RunError], None] = self._end
         self.waits: Callable[[], bool] = lambda: False
         self._doing, self._due, self._moved = "", math.inf, 0
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
+
+    def set(self, program: str, seconds: float) -> None:
+        """Set the name for messages, and the seconds from the next call of `during` on; 0 means never."""
+        self.program, self.seconds = program, max(seconds, LEAST) if seconds else math.inf
 
     def during(self, doing: str) -> None:
         """Say what this process does next; the time starts again."""
@@ -57,26 +61,30 @@ class Alarm:
             self._doing, self._moved = doing, bytes_moved()
             self._put_off()
             self._changed.notify()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._wait, name="mpiml-alarm", daemon=True)
-            self._thread.start()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._wait, name="mpiml-alarm", daemon=True)
+                self._thread.start()
 
     def _put_off(self) -> None:
         self._due = time.monotonic() + self.seconds
         end_in(self.seconds + TURN * TURNS + GRACE)
 
-    def off(self) -> None:
-        """Stop the alarm until `during` is called."""
+    def off(self) -> bool:
+        """Stop the alarm until `during` is called. Returns whether it was on."""
         with self._changed:
-            self._due = math.inf
+            on, self._due = not math.isinf(self._due), math.inf
             faulthandler.cancel_dump_traceback_later()
             self._changed.notify()
+        return on
 
     def _wait(self) -> None:
         rank = rank_by_launcher()
         with self._changed:
             while self._due > time.monotonic():
                 self._sleep_until_due()
+                if math.isinf(self._due):
+                    self._thread = None
+                    return
                 pause = TURN * min(rank, TURNS) + (self.seconds / LOOKS + TURN if self.waits() else 0.0)
                 end_in(pause + GRACE)
                 self._changed.wait(pause)
@@ -88,8 +96,9 @@ class Alarm:
         self.fail(error)
 
     def _sleep_until_due(self) -> None:
-        while (left := self._due - time.monotonic()) > 0:
-            self._changed.wait(None if math.isinf(left) else min(left, self.seconds / LOOKS))
+        """Return when time is up, or the alarm is off."""
+        while 0 < (left := self._due - time.monotonic()) < math.inf:
+            self._changed.wait(min(left, self.seconds / LOOKS))
             before, self._moved = self._moved, bytes_moved()
             if self._moved - before > QUIET and not math.isinf(self._due):
                 self._put_off()
@@ -104,9 +113,15 @@ _alarm: Alarm | None = None  # there is one timer in a process
 
 
 def start(program: str, arguments: Sequence[str]) -> None:
-    """Give this process an alarm, whose time is that of --stall-timeout on the command line."""
+    """Give this process an alarm, whose time is that of --stall-timeout on the command line. If it has one,
+    that is set."""
     global _alarm  # noqa: PLW0603
-    _alarm = Alarm(program, timeout_in(arguments))
+    seconds = timeout_in(arguments)
+    if _alarm:
+        _alarm.off()
+        _alarm.set(program, seconds)
+    else:
+        _alarm = Alarm(program, seconds)
 
 
 def during(doing: str) -> None:
@@ -115,16 +130,21 @@ def during(doing: str) -> None:
         _alarm.during(doing)
 
 
-def off() -> None:
-    """Alarm.off of this process' alarm, if it has one: a watch runs from here on, or long work is expected."""
-    if _alarm:
-        _alarm.off()
+def off() -> bool:
+    """Alarm.off of this process' alarm, if it has one: a watch runs from here on, or long work is expected. Returns
+    whether it was on."""
+    return _alarm.off() if _alarm else False
 
 
-def report_to(fail: Callable[[RunError], None] | None = None, waits: Callable[[], bool] = lambda: False) -> None:
-    """Set `fail` and `waits` of this process' alarm, if it has one; without arguments, back to the defaults."""
-    if _alarm:
-        _alarm.fail, _alarm.waits = fail or _alarm._end, waits
+def report_to(
+    fail: Callable[[RunError], None] | None, waits: Callable[[], bool]
+) -> tuple[Callable[[RunError], None] | None, Callable[[], bool]]:
+    """Set `fail` and `waits` of this process' alarm, if it has one; None: its own. Returns what they were."""
+    if not _alarm:
+        return None, lambda: False
+    before = _alarm.fail, _alarm.waits
+    _alarm.fail, _alarm.waits = fail or _alarm._end, waits
+    return before
 
 
 def end_for_certain(seconds: float) -> None:

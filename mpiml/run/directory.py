@@ -156,8 +156,12 @@ class RunDirectory:
         with named_errors("create the run directory", self.path):
             checkpoints.mkdir(exist_ok=True)
             sync(self.path)
-        _sweep(self.path, LEFT)
+        self.tidy()
         _sweep(checkpoints, LEFT_OF_CHECKPOINTS)
+
+    def tidy(self) -> None:
+        """Remove what killed jobs have left beside checkpoints/."""
+        _sweep(self.path, LEFT)
 
     def close(self) -> None:
         """Give the directory up."""

@@ -53,14 +53,14 @@ class Guard:
     def __enter__(self) -> Guard:
         self._thread_hook = threading.excepthook
         threading.excepthook = self._thread_failed
-        alarm.report_to(self.fail, lambda: self.clock.activity in BLOCKED_ON_OTHERS)
+        self._alarm = alarm.report_to(self.fail, lambda: self.clock.activity in BLOCKED_ON_OTHERS)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         threading.excepthook = self._thread_hook
-        alarm.report_to()
+        alarm.report_to(*self._alarm)
         if error is None:
             return
         if not known_to_all(error, self.comm.size):

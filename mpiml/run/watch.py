@@ -26,6 +26,7 @@ GOODBYE = -1.0  # in place of moves, in a rank's last message
 LOOK, LOOKS = 1.0, 5
 QUIET_EACH = 1 << 10  # bytes between two looks that do not count as progress, per rank that this one watches
 PLACES = 4  # places that a message lists
+LEFT = 3  # intervals for which all others have to wait if a rank has left: signs that are on their way have come then
 PROBES = 100  # failing in a row mean that no message is there: a probe may fail because it first moves messages along
 
 
@@ -61,7 +62,8 @@ class Watch(threading.Thread):
     Every few seconds each rank checks itself: has it made progress, unless it waits for others? It sends a sign of life
     to rank 0 and to the next rank, which detect the silence of a stopped process; rank 0 also detects that all ranks
     wait. Every second it checks that two processes exist: its neighbour's, because a launcher may miss that one has
-    ended, and the launcher's, without which nobody can stop the job. Meanwhile the alarm (mpiml.run.alarm) is off.
+    ended, and the launcher's, without which nobody can stop the job. Meanwhile the alarm (mpiml.run.alarm) is off. Of
+    watches within each other only the innermost judges the rank's progress.
 
     Args:
         comm: a communicator for the watch alone.
@@ -78,6 +80,7 @@ class Watch(threading.Thread):
         self.comm, self.clock, self.timeout, self.fail = comm, clock, timeout, fail
         self.interval = min(timeout / 5, 30.0)
         self._ending = threading.Event()
+        self._alarm_was_on = False
         self._sent: list[MPI.Request] = []
         now = time.monotonic()
         watched = range(1, comm.size) if comm.rank == 0 else [comm.rank - 1]
@@ -99,7 +102,8 @@ class Watch(threading.Thread):
     def __enter__(self) -> Watch:
         if self.timeout:
             self.start()
-        alarm.off()
+        _watches.append(self)
+        self._alarm_was_on = alarm.off()
         return self
 
     def __exit__(
@@ -113,6 +117,7 @@ class Watch(threading.Thread):
         if self.timeout:
             self._ending.set()
             self.join()
+        self._own = Sign(0.0, time.monotonic(), step=self.clock.step, gone=True)
         for _, process in self._processes.values():
             process.close()
         if self.timeout and self._threads:
@@ -124,7 +129,10 @@ class Watch(threading.Thread):
                 time.sleep(0.001)
             wait(self._sent)
         self.comm.Free()
-        alarm.during("ending")
+        if self in _watches:
+            _watches.remove(self)
+        if self._alarm_was_on:  # else another watch goes on
+            alarm.during("ending")
 
     def run(self) -> None:
         before = time.monotonic()
@@ -152,7 +160,8 @@ class Watch(threading.Thread):
     def _look_at_own(self, now: float) -> None:
         own, clock, total = self._own, self.clock, bytes_moved()
         own.step, own.activity = clock.step, clock.activity
-        if clock.patient or clock.moves != self._moves or total - self._bytes > self._quiet:
+        inner = _watches[-1:] not in ([], [self])
+        if inner or clock.patient or clock.moves != self._moves or total - self._bytes > self._quiet:
             own.moves, own.moved = own.moves + 1, now
         elif now - own.moved > self.timeout and own.activity not in BLOCKED_ON_OTHERS:
             what = f"rank {self.comm.rank} has made no progress for {self.timeout:g} s, {own.place}"
@@ -185,14 +194,30 @@ class Watch(threading.Thread):
             if now - sign.heard > self.timeout and not sign.gone:
                 what = f"rank {rank} has given no sign of life for {self.timeout:g} s, {sign.place}"
                 self._stalled(what, rank)
+        if self.comm.rank == 0:
+            self._look_at_all(now)
+
+    def _look_at_all(self, now: float) -> None:
+        """Rank 0: end the job if no rank has moved for so long that all must be waiting for each other, or for one that
+        has left the block."""
         everyone = {0: self._own} | self._signs
-        if self.comm.rank == 0 and all(now - sign.moved > 2 * self.timeout for sign in everyone.values()):
+        still = min(now - sign.moved for sign in everyone.values())
+        if still > 2 * self.timeout:
             self._stalled(f"all ranks wait for each other for {2 * self.timeout:g} s: {_places(everyone)}", None)
+        gone = [rank for rank, sign in everyone.items() if sign.gone]
+        inside = {rank: sign for rank, sign in everyone.items() if not sign.gone}
+        waits = all(sign.activity in BLOCKED_ON_OTHERS for sign in inside.values())
+        if gone and inside and waits and still > LEFT * self.interval:
+            left = f"rank {gone[0]} has left the block in step {everyone[gone[0]].step}, and the others wait for it"
+            self._stalled(f"{left}: {_places(inside)}", gone[0])
 
     def _stalled(self, what: str, rank: int | None) -> None:
         error = StallError(what)
         error.rank = rank
         self.fail(error)
+
+
+_watches: list[Watch] = []  # that this process is in, the innermost last
 
 
 def _places(signs: Mapping[int, Sign]) -> str:

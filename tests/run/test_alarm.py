@@ -77,6 +77,26 @@ def test_process_that_reads_is_not_stuck() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_process_has_one_alarm_however_often_it_is_started() -> None:
+    lines = ["first = alarm._alarm", "alarm.start('another', ['--stall-timeout', '0'])", "alarm.during('waiting')"]
+    done = ended("\n".join([*lines, "print(alarm._alarm is first, alarm.off())", "time.sleep(0.5)"]))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True False\n", "")
+
+
+def test_it_waits_in_a_thread_only_while_it_is_on() -> None:
+    lines = [
+        "import threading",
+        "for _ in range(3):",
+        "    alarm.during('one thing')",
+        "    alarm.off()",
+        "time.sleep(0.1)",
+    ]
+    done = ended(
+        "\n".join([*lines, "print(threading.active_count(), end='')", "alarm.during('another')", "time.sleep(9)"])
+    )
+    assert (done.returncode, done.stdout) == (70, "1")
+
+
 def test_it_is_off_while_others_watch() -> None:
     done = ended("alarm.during('starting'); alarm.off(); time.sleep(0.3)")
     assert (done.returncode, done.stderr) == (0, "")

@@ -19,7 +19,7 @@ from mpiml.errors import DataError, RunError, StallError
 from mpiml.run import alarm
 from mpiml.run import watch as module
 from mpiml.run.node import Process
-from mpiml.run.watch import LOOKS, Sign, Watch, _places, neighbour
+from mpiml.run.watch import LEFT, LOOKS, Sign, Watch, _places, neighbour
 
 TIMEOUT = 5.0
 
@@ -216,11 +216,61 @@ def test_without_a_timeout_nothing_watches() -> None:
 
 def test_while_it_watches_the_alarm_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr(alarm, "off", lambda: said.append("off"))
+    on = iter([True, False])
+
+    def off() -> bool:
+        said.append("off")
+        return next(on)
+
+    monkeypatch.setattr(alarm, "off", off)
     monkeypatch.setattr(alarm, "during", said.append)
     with Watch(MPI.COMM_SELF.Dup(), Clock(), 600.0, lambda error: None):
         assert said == ["off"]
-    assert said == ["off", "ending"]
+        with Watch(MPI.COMM_SELF.Dup(), Clock(), 600.0, lambda error: None):
+            assert said == ["off", "off"]
+        assert said == ["off", "off"]  # the outer watch goes on
+    assert said == ["off", "off", "ending"]
+
+
+def test_of_watches_within_each_other_the_innermost_judges(watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = SimpleNamespace()
+    watch.clock("data")
+    monkeypatch.setattr(module, "_watches", [watch, inner])
+    assert not look(watch, TIMEOUT + 1)
+    monkeypatch.setattr(module, "_watches", [watch])
+    assert not look(watch, 2 * TIMEOUT)
+    assert look(watch, 2 * TIMEOUT + 2)
+
+
+def test_a_rank_that_leaves_while_the_others_wait_is_named(watch: Watch) -> None:
+    """Soon: without it, all others wait for ever; but not before signs that are on their way have come."""
+    watch._signs = {1: Sign(0, 0, step=4, gone=True), 2: Sign(0, 0, activity="communication")}
+    watch.clock("joining")
+    now = time.monotonic()
+    watch._look_at_own(now)
+    for sign in watch._signs.values():
+        sign.moved = now
+    watch._look_at_all(now + LEFT * watch.interval - 0.5)
+    assert not watch.errors  # type: ignore[attr-defined]
+    watch._look_at_all(now + LEFT * watch.interval + 0.5)
+    (error,) = watch.errors  # type: ignore[attr-defined]
+    left = "rank 1 has left the block in step 4, and the others wait for it"
+    assert (str(error), error.rank) == (
+        f"{left}: 1 in step 0 (joining), as rank 0; 1 in step 0 (communication), as rank 2",
+        1,
+    )
+
+
+@pytest.mark.parametrize("busy", ["own", "other"])
+def test_a_rank_may_leave_while_another_works(watch: Watch, busy: str) -> None:
+    watch._signs = {1: Sign(0, 0, gone=True), 2: Sign(0, 0, activity="data" if busy == "other" else "joining")}
+    watch.clock("data" if busy == "own" else "joining")
+    now = time.monotonic()
+    watch._look_at_own(now)
+    for sign in watch._signs.values():
+        sign.moved = now
+    watch._look_at_all(now + 2 * TIMEOUT - 1)
+    assert not watch.errors  # type: ignore[attr-defined]
 
 
 WORLD = MPI.COMM_WORLD
