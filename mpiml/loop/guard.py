@@ -108,6 +108,7 @@ class guard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        ending = error
         try:
             if self._answers and self._stop:
                 self._stop.__exit__()
@@ -115,8 +116,10 @@ class guard:
             if error is None:
                 self.team.on_rank_0(self._ended)
         except BaseException as failed:
-            error = failed
-        self._leave(error)
+            ending = failed
+        self._leave(ending)
+        if ending is not None and ending is not error:
+            raise ending
 
     @property
     def stop(self) -> bool:
@@ -193,5 +196,5 @@ class guard:
         if known_to_all(error, self.team.size):
             if self.team.comm != self._failure.comm:
                 self.team.comm.Free()
-            if error is not None:
+            if error is not None and not _guards:  # else the outer one sees it, too
                 sys.exit(failure.exit_code(error))  # reported already

@@ -104,8 +104,10 @@ class Guard:
             text += f"\n{self.program}: and result.json could not be written: {problem}"
         if problem is None:
             time.sleep(SAYING)  # another rank reports its failure and ends the job
-        else:
+        elif not getattr(error, "said", False):
             within(SAYING, lambda: say(text, sys.stderr), None)
+        with contextlib.suppress(AttributeError):
+            error.said = True  # type: ignore[attr-defined] # for a guard around this one
 
     def _write(self, outcome: Result, alone: bool) -> str | None:
         """Write result.json. Returns "", or why it could not be written, or None if another rank has written it, which

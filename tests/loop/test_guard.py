@@ -1,0 +1,247 @@
+"""The guard around a program of one's own: what it writes, how it ends, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mpi4py import MPI
+
+from mpiml.config import Config
+from mpiml.errors import ConfigError, NotFiniteError, OutputError
+from mpiml.loop.guard import clock, guard
+from mpiml.loop.rows import Rows
+from mpiml.run import alarm
+from mpiml.run.directory import RunDirectory
+from mpiml.run.result import read_result
+from mpiml.train import train
+
+WORLD = MPI.COMM_WORLD
+FAST = 5.0  # seconds of stall_timeout: the alarm is on for moments only
+
+
+def leave(error: BaseException, **settings: Any) -> int:
+    """The exit code of a guard whose block raises an error on all ranks alike."""
+    with pytest.raises(SystemExit) as left, guard(**settings):
+        raise error
+    return left.value.code  # type: ignore[return-value]
+
+
+def refused(capsys: pytest.CaptureFixture[str], **settings: Any) -> str:
+    """The line that a guard prints which cannot be entered."""
+    with pytest.raises(SystemExit) as left, guard(**settings):
+        raise AssertionError("it has been entered")
+    (line,) = capsys.readouterr().err.splitlines()
+    return f"{left.value.code} {line.partition(': ')[2]}"
+
+
+def test_a_block_that_ends_well_is_done(tmp_path: Path) -> None:
+    threads = threading.active_count()
+    with guard(out=tmp_path / "new" / "one", stall_timeout=FAST) as job:
+        assert read_result(tmp_path / "new" / "one")["status"] == "running"
+        assert clock() is job.clock
+        Rows(8, 4, 2).mine(3)
+    assert clock() is not job.clock
+    done = {"status": "done", "exit_code": 0, "reason": None, "rank": None, "ranks": 1, "step": 3}
+    assert read_result(tmp_path / "new" / "one") == done
+    time.sleep(0.05)
+    assert threading.active_count() == threads
+
+
+def test_of_an_error_there_is_a_line_a_traceback_and_a_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert leave(KeyError("weight"), out=tmp_path) == 70
+    result = read_result(tmp_path)
+    assert (result["status"], result["exit_code"], result["rank"]) == ("failed", 70, 0)
+    assert result["reason"] == "KeyError: 'weight'"
+    assert capsys.readouterr().err.count("Traceback") == 1
+    with guard(out=tmp_path):  # the next job of the same program
+        pass
+    assert "traceback" not in read_result(tmp_path)
+    assert read_result(tmp_path)["reason"] is None
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("x"), 78),
+        (OutputError("x"), 74),
+        (NotFiniteError("x"), 70),
+        (SystemExit(0), 70),
+        (KeyboardInterrupt(), 70),
+    ],
+)
+def test_every_error_has_its_exit_code(error: BaseException, code: int) -> None:
+    assert leave(error) == code
+
+
+def test_what_is_caught_inside_does_not_leave(tmp_path: Path) -> None:
+    with guard(out=tmp_path), pytest.raises(NotFiniteError):
+        raise NotFiniteError("caught")
+    assert read_result(tmp_path)["status"] == "done"
+
+
+@pytest.mark.parametrize("stall_timeout", [-1, float("nan"), float("inf"), "long", None])
+def test_a_time_that_is_none_is_refused(capsys: pytest.CaptureFixture[str], stall_timeout: Any) -> None:
+    said = refused(capsys, stall_timeout=stall_timeout)
+    assert said == f"78 stall_timeout {stall_timeout!r}: must be a number of seconds, 0 or more"
+
+
+def test_other_settings_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, time_limit="soon").startswith("78 time_limit soon")
+    (tmp_path / "file").touch()
+    assert refused(capsys, out=tmp_path / "file").startswith(f"74 cannot create the run directory {tmp_path}/file")
+    (tmp_path / "config.toml").touch()
+    assert refused(capsys, out=tmp_path) == f"73 {tmp_path} holds a run of mpiml.train: choose another directory"
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_a_directory_that_another_job_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held = RunDirectory(str(tmp_path))
+    assert refused(capsys, out=tmp_path) == f"73 {tmp_path} is in use by another job that is still running"
+    held.close()
+    with guard(out=tmp_path):
+        pass
+
+
+def test_a_guard_is_entered_once() -> None:
+    job = guard()
+    with job, pytest.raises(ConfigError, match="make another one"), job:
+        pass
+    with pytest.raises(ConfigError, match="make another one"), job:
+        pass
+
+
+def test_guards_one_after_the_other() -> None:
+    for _ in range(300):  # communicators are given back: an MPI library has only some thousands
+        with guard(stall_timeout=0):
+            pass
+
+
+def test_a_guard_within_another_reports_to_the_same_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), guard(out=tmp_path) as outer:  # noqa: PT012
+        with guard() as inner:
+            assert clock() is inner.clock
+        assert clock() is outer.clock
+        with guard():
+            raise KeyError("inside")
+    assert read_result(tmp_path)["reason"] == "KeyError: 'inside'"
+    assert capsys.readouterr().err.count("Traceback") == 1
+
+
+def test_train_within_a_guard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its watch judges then, and afterwards no alarm is left that would end a program which goes on."""
+    with guard(out=tmp_path / "mine", stall_timeout=FAST):
+        train(Config(steps=2, quiet=True, out=str(tmp_path / "run")))
+        assert not alarm.off()
+    with pytest.raises(SystemExit), guard(out=tmp_path / "mine"):
+        train(Config(steps=2, quiet=True, optimizer="none", out=str(tmp_path / "other")))
+    assert "optimizer" in read_result(tmp_path / "mine")["reason"]
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not alarm.off()
+    assert [read_result(tmp_path / name)["status"] for name in ("mine", "run")] == ["failed", "done"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+def test_signals_are_requests_from_the_first_time_on_that_stop_is_asked(tmp_path: Path, number: int) -> None:
+    before = signal.getsignal(number)
+    with guard(out=tmp_path) as job:
+        assert signal.getsignal(number) is before
+        assert not job.stop
+        assert job.exit_code == 0
+        os.kill(os.getpid(), number)
+        assert job.stop
+        assert job.stop
+    assert signal.getsignal(number) is before
+    assert job.exit_code == 75
+    result = read_result(tmp_path)
+    assert (result["status"], result["exit_code"]) == ("stopped", 75)
+    assert result["reason"] == "asked to stop by a signal"
+
+
+def test_time_that_is_nearly_up_is_a_request() -> None:
+    with guard(time_limit="1") as job:
+        job.stop  # noqa: B018 (the first step begins)
+        job._stop.deadline.end = time.monotonic()  # type: ignore[union-attr]
+        assert job.stop
+
+
+def test_alive_is_a_sign_of_life_or_a_block_of_them() -> None:
+    with guard() as job:
+        moves = job.clock.moves
+        job.alive("a file")
+        assert job.clock.moves > moves
+        assert not job.clock.patient
+        with job.alive("evaluation"):
+            with job.alive("its first part"):
+                assert job.clock.patient == "its first part"
+            assert job.clock.patient == "evaluation"
+        with pytest.raises(KeyError), job.alive("a block that fails"):
+            raise KeyError
+        assert not job.clock.patient
+
+
+def stalled(work: Callable[[guard], object]) -> bool:
+    """Whether the watch of a guard takes this for a stall of 0.2 s."""
+    job = guard(stall_timeout=0.2)
+    reports: list[BaseException] = []
+    job._failure.fail = reports.append  # type: ignore[method-assign, assignment]
+    with job:
+        work(job)
+    return bool(reports)
+
+
+def test_work_of_ones_own_is_no_stall_if_it_is_said_to_be_alive() -> None:
+    assert stalled(lambda job: time.sleep(0.6))
+
+    def patient(job: guard) -> None:
+        with job.alive("sleeping"):
+            time.sleep(0.6)
+
+    assert not stalled(patient)
+    assert not stalled(lambda job: [(job.alive("a nap"), time.sleep(0.05)) for _ in range(12)])
+
+
+@pytest.mark.mpi
+def test_any_rank_may_be_asked_to_stop() -> None:
+    with guard() as job:
+        assert not job.stop
+        if WORLD.rank == WORLD.size - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert job.stop
+    assert WORLD.allgather(job.exit_code) == [75] * WORLD.size
+
+
+@pytest.mark.mpi
+def test_an_error_of_all_ranks_leaves_all_with_its_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = WORLD.bcast(tmp_path)
+    out = path if WORLD.rank == 0 else tmp_path / "of-no-account"
+    assert leave(ConfigError("all alike").on_all_ranks(), out=out) == 78
+    WORLD.Barrier()
+    assert read_result(path)["reason"] == "all alike"
+    assert len(capsys.readouterr().err.splitlines()) == (WORLD.rank == 0)
+    WORLD.Barrier()
+
+
+@pytest.mark.mpi
+def test_ranks_that_differ_in_a_setting_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    if WORLD.size > 1:
+        with pytest.raises(SystemExit), guard(stall_timeout=FAST + WORLD.rank):
+            raise AssertionError("it has been entered")
+        said = capsys.readouterr().err
+        assert ("ranks differ in stall_timeout: 6.0 (rank 1 on" in said) == (WORLD.rank == 0)
+
+
+@pytest.mark.mpi
+def test_on_a_part_of_the_ranks() -> None:
+    comm = WORLD.Split(WORLD.rank % 2, WORLD.rank)
+    with guard(comm) as job:
+        assert (job.team.size, job.stop) == (comm.size, False)
+        with guard(WORLD) as both:
+            assert both.team.size == WORLD.size
+    comm.Free()

@@ -1,0 +1,380 @@
+"""The sum of arrays over micro-batches: its bits, what it takes and gives, and what it refuses."""
+
+from __future__ import annotations
+
+import re
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from mpiml.errors import ConfigError, NotFiniteError
+from mpiml.loop.guard import guard
+from mpiml.loop.rows import Rows
+from mpiml.loop.sums import Sum
+from tests.parallel.sums import serial_sum
+
+WORLD = MPI.COMM_WORLD
+SELF = MPI.COMM_SELF
+LAST = WORLD.size - 1
+Pair = namedtuple("Pair", "left right")
+
+
+@pytest.fixture
+def made() -> Iterator[Callable[..., Sum]]:
+    """Makes sums, and closes them."""
+    sums: list[Sum] = []
+
+    def make(*arguments: Any, **settings: Any) -> Sum:
+        sums.append(Sum(*arguments, **settings))
+        return sums[-1]
+
+    yield make
+    for one in sums:
+        one.close()
+
+
+def gradients(m: int, step: int = 1) -> dict[str, Any]:
+    """Arrays of all kinds whose sum depends on the order, in a nested tree."""
+    random = np.random.default_rng((m, step))
+    scattered = lambda *shape: random.standard_normal(shape) * 2.0 ** random.integers(-12, 12, shape)  # noqa: E731
+    return {
+        "w": scattered(300, 170).astype(np.float32),
+        "layers": [{"b": scattered(7)}, Pair(scattered(3, 0), (scattered().astype(np.float32)[()],))],
+        "loss": float(scattered()),
+    }
+
+
+def flat(tree: dict[str, Any]) -> list[Any]:
+    """Its arrays."""
+    pair = tree["layers"][1]
+    return [tree["w"], tree["layers"][0]["b"], pair.left, pair.right[0], tree["loss"]]
+
+
+def serial(microbatches: int, weights: list[int], step: int) -> list[Any]:
+    """The sum of `gradients`, by the definition of the tree."""
+    parts = [flat(gradients(m, step)) for m in range(microbatches)]
+    weighted = [[np.asarray(a) * np.asarray(a).dtype.type(w) for a in p] for p, w in zip(parts, weights, strict=True)]
+    return [serial_sum(leaves) for leaves in zip(*weighted, strict=True)]
+
+
+def assert_same(ours: Any, theirs: list[Any]) -> None:
+    for one, other in zip(flat(ours), theirs, strict=True):
+        np.testing.assert_array_equal(one, other, strict=isinstance(one, np.ndarray))
+
+
+def feed(one: Sum, weights: list[int], step: int) -> None:
+    for m in one.own:
+        one.put(m, gradients(m, step), weight=weights[m])
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("where", ["private", "auto", "nodes", "nodes private"])
+@pytest.mark.parametrize("microbatches", [4, 11])
+def test_sums_have_the_bits_of_the_tree(
+    made: Callable[..., Sum], monkeypatch: pytest.MonkeyPatch, where: str, microbatches: int
+) -> None:
+    """Of two dtypes, on one node or two, several steps."""
+    if "nodes" in where and WORLD.size > 1:
+        monkeypatch.setenv("MPIML_NODES", f"{WORLD.size - WORLD.size // 2},{WORLD.size // 2}")
+    weights = [m % 4 for m in range(microbatches)]
+    one = made(like=gradients(0), microbatches=microbatches, memory="private" if "private" in where else "auto")
+    assert one.own == Rows(99, 20, microbatches).own
+    for step in range(4):
+        feed(one, weights, step)
+        total = one.sum() if step % 2 else one.mean()
+        expected = serial(microbatches, weights, step)
+        scale = 1.0 if step % 2 else 1.0 / sum(weights)
+        assert_same(total, [leaf * scale for leaf in expected])
+        assert one.weight == sum(weights)
+        assert type(total["loss"]) is float
+        assert isinstance(total["layers"][1], Pair)
+
+
+@pytest.mark.mpi
+def test_without_copies(made: Callable[..., Sum]) -> None:
+    """Slots to write into, and a total that holds until the next sum, also while slots are written."""
+    one = made(like=gradients(0), microbatches=2 * WORLD.size + 1)
+    ones = [1] * one.microbatches
+    kept: list[Any] = []
+    for step in range(3):
+        for m, slot in zip(one.own, one.slots, strict=True):
+            for place, array in zip(flat(slot), flat(gradients(m, step)), strict=True):
+                place[...] = array
+            one.put(m)
+        total = one.sum(copy=False)
+        assert_same(total, serial(one.microbatches, ones, step))
+        with pytest.raises(ValueError, match="read-only"):
+            total["w"][0] = 1
+        kept.append(one.sum)
+        WORLD.Barrier()
+        for slot in one.slots:
+            slot["w"][...] = np.nan
+        WORLD.Barrier()
+        assert_same(total, serial(one.microbatches, ones, step))
+
+
+def test_what_is_put_into_the_tree_of_a_slot_is_taken(made: Callable[..., Sum]) -> None:
+    """`slots[0]["w"] = array` is as good as `slots[0]["w"][...] = array`."""
+    one = made(SELF, like={"w": np.zeros(3), "b": 0.0})
+    one.slots[0]["w"], one.slots[0]["b"] = np.array([1.0, 2.0, 3.0]), 4
+    one.put(0, weight=2)
+    total = one.sum()
+    assert (total["w"].tolist(), total["b"]) == ([2.0, 4.0, 6.0], 8.0)
+    one.slots[0]["c"] = 1.0
+    with pytest.raises(ConfigError, match=re.escape("put(m=0): the slot has 3 arrays, but `like` had 2")):
+        one.put(0)
+
+
+def test_arrays_of_every_kind(made: Callable[..., Sum]) -> None:
+    like = np.zeros((3, 4))
+    a = np.arange(12.0).reshape(3, 4)
+    read_only = a.copy()
+    read_only.flags.writeable = False
+
+    class Converted:
+        def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+            return a
+
+    class Exchanged:
+        def __dlpack__(self, **_: Any) -> Any:
+            return a.__dlpack__()
+
+        def __dlpack_device__(self) -> Any:
+            return a.__dlpack_device__()
+
+    kinds = [
+        np.asfortranarray(a),
+        np.repeat(a, 2, axis=1)[:, ::2],
+        a[::-1][::-1],
+        a.astype(">f8"),
+        a.astype(np.float32),
+        a.astype(np.int32),
+        read_only,
+        Converted(),
+        Exchanged(),
+    ]
+    one = made(SELF, like=like.astype(">f8"))
+    for kind in kinds:
+        one.put(0, kind, weight=3)
+        total = one.mean()
+        np.testing.assert_array_equal(total, a, strict=True)
+        total += 1  # an array of one's own
+        assert total.flags.owndata
+
+
+def test_tensors_that_autograd_follows(made: Callable[..., Sum]) -> None:
+    torch = pytest.importorskip("torch")
+    one = made(SELF, like=[torch.ones(2, 3, requires_grad=True)])
+    one.put(0, [torch.full((2, 3), 2.0, requires_grad=True)])
+    (total,) = one.mean()
+    assert (total.dtype, total.tolist()) == (np.float32, [[2.0] * 3] * 2)
+    with pytest.raises(ConfigError, match="no NumPy array can be made of a Tensor"):
+        one.put(0, [torch.ones(2, 3, device="meta")])
+    with pytest.raises(ConfigError, match=re.escape(".float() may help")):
+        one.put(0, [torch.ones(2, 3, dtype=torch.bfloat16)])
+
+
+def test_what_is_put_may_be_a_total_or_a_slot(made: Callable[..., Sum]) -> None:
+    one = made(SELF, like=np.zeros(3), microbatches=2)
+    one.put(0, np.ones(3))
+    one.put(1, np.ones(3))
+    total = one.sum(copy=False)
+    one.put(0, total)
+    one.put(1, total, weight=0.5)
+    np.testing.assert_array_equal(one.sum(), [3.0] * 3)
+    one.slots[0][:] = 1
+    one.put(0, one.slots[0])
+    one.put(1, one.slots[0])
+    np.testing.assert_array_equal(one.sum(), [2.0] * 3)
+
+
+def test_weight_0_counts_for_nothing(made: Callable[..., Sum]) -> None:
+    """Not even the mean of no rows, which is not a number; and a mean of nothing is 0."""
+    one = made(SELF, like=np.zeros(3), microbatches=2)
+    one.put(0, np.full(3, np.nan), weight=0)
+    one.put(1, np.ones(3), weight=4)
+    np.testing.assert_array_equal(one.mean(), np.ones(3))
+    for m in (0, 1):
+        one.slots[m][:] = np.inf
+        one.put(m, weight=0)
+    np.testing.assert_array_equal(one.mean(), np.zeros(3))
+    assert one.weight == 0
+
+
+@pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), "heavy", None, np.ones(2)])
+def test_weights_that_are_refused(made: Callable[..., Sum], weight: Any) -> None:
+    one = made(SELF, like=np.zeros(3))
+    with pytest.raises(ConfigError, match=r"put\(m=0\): weight .*: must be a number, 0 or more"):
+        one.put(0, np.ones(3), weight=weight)
+    one.put(0, np.ones(3), weight=np.float32(2))
+    np.testing.assert_array_equal(one.sum(), [2.0] * 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"w": np.zeros(4), "b": 0.0}, "put(m=0): w is float64 (4,), but float64 (3,) in `like`"),
+        ({"w": np.zeros(3, complex), "b": 0.0}, "put(m=0): w is complex128 (3,), but float64 (3,) in `like`"),
+        ({"w": np.zeros(3), "b": np.zeros(1)}, "put(m=0): b is float64 (1,), but float64 () in `like`"),
+        ({"w": np.zeros(3), "b": None}, "put(m=0): b is object (), but float64 () in `like`"),
+        ({"w": np.zeros(3)}, "put: the arrays have another form than `like`: b is missing"),
+        (
+            {"w": np.zeros(3), "b": 0.0, "c": 0.0},
+            "put: the arrays have another form than `like`: c is not in `like`",
+        ),
+        (
+            np.zeros(3),
+            "put: the arrays have another form than `like`: the array is not in `like`, b is missing, w is missing",
+        ),
+    ],
+)
+def test_arrays_of_another_form(made: Callable[..., Sum], given: Any, message: str) -> None:
+    one = made(SELF, like={"w": np.zeros(3), "b": 0.0})
+    with pytest.raises(ConfigError) as error:
+        one.put(0, given)
+    assert str(error.value) == message
+    one.put(0, {"b": 1, "w": np.ones(3)})  # in any order
+    assert one.sum()["b"] == 1
+
+
+def test_numbers_of_ones_own_go_where_one_number_is_summed(made: Callable[..., Sum]) -> None:
+    one = made(SELF, like=[np.float32(0), np.zeros((), np.float64), 0])
+    one.put(0, [1.5, np.float32(2.5), True])
+    total = one.sum()
+    assert [type(value) for value in total] == [np.ndarray, np.ndarray, float]
+    assert [float(value) for value in total] == [1.5, 2.5, 1.0]
+
+
+@pytest.mark.mpi
+def test_micro_batches_come_once_each_and_in_order(made: Callable[..., Sum]) -> None:
+    one = made(like=0.0, microbatches=2 * WORLD.size)
+    first, second = one.own
+    own = f"rank {WORLD.rank} has micro-batches {first} to {second}"
+    for wrong in (second, first - 1, "first", None):
+        with pytest.raises(ConfigError, match=re.escape(f"put(m={wrong!r}): {own}, and {first} comes next")):
+            one.put(wrong, 1.0)  # type: ignore[arg-type]
+    one.put(first, 1.0)
+    with pytest.raises(ConfigError, match=re.escape(f"put(m={first}): {own}, and {second} comes next")):
+        one.put(first, 1.0)
+    with pytest.raises(ConfigError, match=re.escape(f"mean() is asked for: {own}, and {second} comes next")):
+        one.mean()
+    one.put(second, 1.0)
+    done = f"rank {WORLD.rank} has put all of its micro-batches {first} to {second}; mean() or sum() come next"
+    with pytest.raises(ConfigError, match=re.escape(f"put(m={second}): {done}")):
+        one.put(second, 1.0)
+    assert one.sum() == 2 * WORLD.size
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("nodes", [False, True])
+@pytest.mark.parametrize("kind", [np.nan, np.inf])
+def test_who_has_put_what_is_not_finite(
+    made: Callable[..., Sum], monkeypatch: pytest.MonkeyPatch, nodes: bool, kind: float
+) -> None:
+    """All ranks raise it alike, and may go on."""
+    if nodes:
+        monkeypatch.setenv("MPIML_NODES", ",".join("1" * WORLD.size))
+    with guard(stall_timeout=0):
+        rows = Rows(99, 20, WORLD.size + 1)
+        one = made(like={"a": np.zeros(40_000, np.float32), "b": 0.0}, microbatches=WORLD.size + 1)
+        for m, _ in rows.mine(7):
+            one.put(m, {"a": np.ones(40_000, np.float32), "b": kind if m == WORLD.size else 0.0} if m else one.slots[0])
+        first, last = (WORLD.allgather(one.own))[-1][0], WORLD.size
+        own = f"micro-batches {first} to {last}" if first < last else f"micro-batch {last}"
+        said = f"the sum of b is not finite in step 7: rank {LAST} has put such numbers into b, in {own}"
+        with pytest.raises(NotFiniteError, match=f"^{said}$") as error:
+            one.mean()
+        assert (error.value.everywhere, error.value.rank) == (True, LAST)
+        for m in one.own:
+            one.put(m, {"a": np.ones(40_000, np.float32), "b": 1})
+        assert one.sum()["b"] == WORLD.size + 1
+
+
+@pytest.mark.mpi
+def test_a_sum_that_is_too_large(made: Callable[..., Sum]) -> None:
+    one = made(like=[np.zeros(3, np.float32)], microbatches=2 * WORLD.size)
+    for m in one.own:
+        one.put(m, [np.full(3, 3e38 if m in (0, one.microbatches - 1) else 0, np.float32)])
+    what = "the sum of 0 is not finite"
+    with pytest.raises(NotFiniteError, match=what) as error:
+        one.sum()
+    if WORLD.size > 1:
+        assert str(error.value) == f"{what}: all that was put is, but it is too large to be added up"
+    infinite = made(like=0.0, finite=False)
+    infinite.put(WORLD.rank, np.inf)
+    assert infinite.sum() == np.inf
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"like": []}, "like: has 0 arrays"),
+        ({}, "the array: is NoneType, but only float32 and float64 are summed"),
+        ({"like": np.zeros(3, int)}, "the array: is int64, but"),
+        ({"like": {"w": [np.zeros(3, np.float16)]}}, "w.0: is float16, but"),
+        ({"like": {"w": (x for x in "ab")}}, "w: is generator, but"),
+        ({"like": {"1": 0.0, 1: 0.0}}, "like: has 2 arrays with 1 names; each needs one of its own"),
+        ({"like": 0.0, "microbatches": 0}, "microbatches 0: must be a whole number, 1 or more"),
+        ({"like": 0.0, "microbatches": "four"}, "microbatches 'four': must be"),
+        ({"like": 0.0, "memory": "some"}, "memory 'some': choose from auto, shared, private"),
+    ],
+    ids=str,
+)
+def test_what_is_refused_when_it_is_made(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        Sum(SELF, **settings)
+    assert str(error.value).startswith(message)
+    assert error.value.everywhere
+
+
+@pytest.mark.mpi
+def test_what_ranks_ask_for_differently() -> None:
+    if WORLD.size == 1:
+        return
+    last = WORLD.rank == LAST
+    where = rf"\(rank {LAST} on .*\)"
+    with pytest.raises(ConfigError, match=rf"ranks differ in `like`, w: float32 \(4,\) {where}, float32 \(3,\) "):
+        Sum(like={"w": np.zeros(3 + last, np.float32)})
+    with pytest.raises(ConfigError, match=rf"ranks differ in `like`, v: none {where}"):
+        Sum(like={"w" if last else "v": 0.0})
+    with pytest.raises(ConfigError, match=f"ranks differ in microbatches: 9 {where}, 8"):
+        Sum(like=0.0, microbatches=8 + last)
+    with pytest.raises(ConfigError, match=f"microbatches 1: {WORLD.size} ranks need at least one each"):
+        Sum(like=0.0, microbatches=1)
+    with pytest.raises(ConfigError, match="w: is int64"):
+        Sum(like={"w": np.zeros(3, int) if last else np.zeros(3)})
+    with Sum(like=dict([("w", 0.0), ("v", 0.0)][:: -1 if last else 1])) as one:  # keys in another order
+        one.put(WORLD.rank, {"v": 1, "w": 2})
+        assert one.sum() == {"v": WORLD.size, "w": 2 * WORLD.size}
+        one.put(WORLD.rank, {"v": 1, "w": 2})
+        with pytest.raises(ConfigError, match=r"some ranks ask for mean\(\), and others for sum\(\)") as error:
+            one.mean() if last else one.sum()
+        assert error.value.everywhere
+
+
+@pytest.mark.mpi
+def test_many_sums_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the MPI library holds is given back: it has only some thousands of communicators."""
+    monkeypatch.setenv("MPIML_NODES", ",".join("1" * WORLD.size))
+    for _ in range(700 // WORLD.size):
+        with Sum(like=[np.zeros(3), np.zeros(3, np.float32)]) as one:
+            one.put(WORLD.rank, [np.ones(3), np.ones(3, np.float32)])
+            total = one.sum(copy=False)
+        assert total[0].tolist() == [WORLD.size] * 3
+    one.close()
+    for call in (lambda: one.put(WORLD.rank, 1.0), one.mean):
+        with pytest.raises(ConfigError, match="the sum is closed"):
+            call()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("who", ["all", "one", "most"])
+def test_a_sum_is_closed_in_the_middle_of_a_step(monkeypatch: pytest.MonkeyPatch, who: str) -> None:
+    monkeypatch.setenv("MPIML_NODES", ",".join("1" * WORLD.size))
+    with Sum(like=np.zeros(3), microbatches=2 * WORLD.size) as one:
+        if who == "all" or (WORLD.rank == LAST) == (who == "one"):
+            one.put(one.own[0], np.ones(3))
