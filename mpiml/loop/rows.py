@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from operator import index
-from typing import Any
-
 from mpi4py import MPI
 
 from mpiml.data.order import RowOrder
 from mpiml.data.order import Rows as Numbers
 from mpiml.errors import ConfigError
+from mpiml.loop.checks import check_microbatches, check_whole
 from mpiml.loop.guard import clock
 from mpiml.parallel import grid
 from mpiml.partition import part
@@ -85,22 +83,6 @@ class Rows(RowOrder):
         name this step from now on."""
         clock().step = check_whole("step", step, 1)
         return [(m, self.at(step, m)) for m in self.own]
-
-
-def check_whole(name: str, number: Any, least: int) -> int:
-    """A number as an int. Raises ConfigError unless it is a whole one, at least `least`."""
-    try:
-        if index(number) >= least:
-            return index(number)
-    except TypeError:
-        pass
-    raise ConfigError(f"{name} {number!r}: must be a whole number, {least} or more")
-
-
-def check_microbatches(microbatches: int, ranks: int) -> None:
-    """Raise ConfigError if there are too few micro-batches for so many ranks."""
-    if microbatches < ranks:
-        raise ConfigError(f"microbatches {microbatches}: {ranks} ranks need at least one each")
 
 
 def block(comm: MPI.Intracomm, microbatches: int) -> range:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -13,13 +12,13 @@ from numpy.typing import NDArray
 from mpiml import vectors
 from mpiml.errors import ConfigError, NotFiniteError, known_to_all
 from mpiml.loop import trees
+from mpiml.loop.checks import apart, check_weight, kinds_of, some, write
 from mpiml.loop.flat import Flat
 from mpiml.loop.guard import clock
-from mpiml.loop.rows import check_microbatches, check_whole
 from mpiml.parallel import grid as grids
 from mpiml.parallel.gradient_sum import OrderedSum
 from mpiml.parallel.memory import Memory, SharedMemory, share
-from mpiml.parallel.record import Agreement, agree
+from mpiml.parallel.record import Agreement, Record, agree
 from mpiml.parallel.tree import depth
 from mpiml.parallel.values import Values
 from mpiml.partition import part
@@ -27,7 +26,7 @@ from mpiml.run.process import reuse_memory
 from mpiml.team import Team
 from mpiml.vectors import Vector, bytes_of
 
-MEMORIES = ("auto", "shared", "private")
+COLUMNS = 4  # of the step record's table: no loss, weight, and of each rank once whether it is at mean(), at close()
 
 
 class Sum:
@@ -71,7 +70,7 @@ class Sum:
         reuse_memory()  # for the arrays that are returned
         team = Team(MPI.COMM_WORLD if comm is None else comm, clock())
         asked = team.size if microbatches is None else microbatches
-        kinds = team.together(lambda: _kinds(like, asked, memory, team.size))
+        kinds = team.together(lambda: kinds_of(like, asked, memory, team.size))
         settings = {"microbatches": str(asked), "memory": memory, "finite": str(bool(finite))}
         forms = {f"`like`, {name}": f"{dtype} {shape}" for name, (dtype, shape) in kinds.items()}
         team.check_alike(settings | forms, "all ranks make the same Sum")
@@ -80,7 +79,7 @@ class Sum:
         self._form = trees.rebuilt(like, range(len(kinds)))
         self._grid = grids.build(team, 1)
         self.own = range(*part(self._grid.replica, team.size, self.microbatches))
-        self._table = np.zeros((self.microbatches, 2))
+        self._table = np.zeros((self.microbatches, COLUMNS))
         self._done = 0  # micro-batches of this step that are here
         self._open = True
         by_kind = {kind: {i: s for i, (k, s) in enumerate(kinds.values()) if k == kind} for kind in trees.KINDS}
@@ -89,7 +88,9 @@ class Sum:
     def _place(self, flats: Sequence[Flat], kind: str) -> None:
         """Allocate the vectors; collective. Sums of two dtypes share no messages, and no counters in shared memory."""
         grid, self._sums, memories = self._grid, list[OrderedSum](), list[Memory]()
-        table = Agreement.bytes_needed(grid.node.size, self.microbatches, 2) + bytes_of(grid.node.size, np.float64)
+        table = Agreement.bytes_needed(grid.node.size, self.microbatches, COLUMNS) + bytes_of(
+            grid.node.size, np.float64
+        )
         count = depth(grid.replica, grid.replicas, self.microbatches)
         for flat in flats:
             each = bytes_of(flat.size, flat.dtype)
@@ -104,7 +105,7 @@ class Sum:
         self._bad, self._own_bad = bad, bad[first.rank : first.rank + 1]
         self._agree: Any = lambda table, *flags: agree(grid.comm, table, *flags)
         if isinstance(first, SharedMemory):
-            self._agree = Agreement(grid, first, self.microbatches, 2)
+            self._agree = Agreement(grid, first, self.microbatches, COLUMNS)
         plan = self._sums[0].plan
         self._leaves = [self._ordered(flats, [sum_.slots[number] for sum_ in self._sums]) for number in range(count)]
         self.slots = [trees.rebuilt(self._form, self._leaves[number]) for number in plan.slots]
@@ -130,14 +131,14 @@ class Sum:
         index = self._done
         if not self._open or index == len(self.own) or m != self.own[index]:
             raise ConfigError(f"put(m={m!r}): {self._expected()}")
-        weight, number = _checked_weight(m, weight), self._sums[0].plan.slots[index]
+        weight, number = check_weight(m, weight), self._sums[0].plan.slots[index]
         given = list(trees.values(self.slots[index]) if arrays is None else self._in_form(arrays))
         if len(given) != len(self._names):
             raise ConfigError(f"put(m={m}): the slot has {len(given)} arrays, but `like` had {len(self._names)}")
         with np.errstate(all="ignore"):  # the sum is looked at
             for name, value, view in zip(self._names, given, self._leaves[number], strict=True):
                 if value is not view or weight != 1:
-                    _write(value, view, weight, f"put(m={m}): {name}")
+                    write(value, view, weight, f"put(m={m}): {name}")
             for sum_ in self._sums:
                 sum_.accumulate(index)
         self._table[m, 1] = weight
@@ -150,7 +151,7 @@ class Sum:
             here, there = ([name for name, _ in given], self._names)
             odd = [f"{name} is not in `like`" for name in here if name not in there]
             odd += [f"{name} is missing" for name in there if name not in here]
-            raise ConfigError(f"put: the arrays have another form than `like`: {_some(odd)}")
+            raise ConfigError(f"put: the arrays have another form than `like`: {some(odd)}")
         return [value for _, value in given]
 
     def mean(self, copy: bool = True) -> Any:
@@ -163,22 +164,17 @@ class Sum:
         Returns arrays in the form of `like`, with Python's own numbers in the place of such; without `copy` they are
         arrays that cannot be written to, and that hold until the next `sum` or `mean`.
 
-        Raises ConfigError if a micro-batch has not been put; NotFiniteError, on all ranks alike, if the sum is not
-        finite: the next step may be put then.
+        Raises ConfigError if a micro-batch has not been put. On all ranks alike: NotFiniteError if the sum is not
+        finite, and the next step may be put then; RunError if other ranks are at mean(), or close the sum.
         """
         return self._total(copy, divided=False)
 
     def _total(self, copy: bool, divided: bool) -> Any:
         if not self._open or self._done < len(self.own):
             raise ConfigError(f"{'mean()' if divided else 'sum()'} is asked for: {self._expected()}")
-        clock()("communication")
-        record = self._agree(self._table, divided, not divided)
-        if record.broken and record.stop:
-            raise ConfigError("some ranks ask for mean(), and others for sum()").on_all_ranks()
-        self.weight = record.weight
-        self._table[:] = 0
+        self.weight = self._meet("mean" if divided else "sum")
         self._done = 0
-        bad = self._add_up(1.0 / record.weight if divided and record.weight else 1.0)
+        bad = self._add_up(1.0 / self.weight if divided and self.weight else 1.0)
         if bad and self._finite:
             raise self._not_finite()
         clock()("compute")
@@ -186,6 +182,22 @@ class Sum:
             return trees.rebuilt(self._form, self._totals)
         pairs = zip(self._totals, self._numbers, strict=True)
         return trees.rebuilt(self._form, [float(view) if number else view.copy() for view, number in pairs])
+
+    def _meet(self, call: str) -> float:
+        """Wait until all ranks are at the same call. Returns the weight of all micro-batches; collective.
+
+        Raises RunError, on all ranks alike, if they are at different ones.
+        """
+        clock()("communication")
+        team = self._grid.team
+        self._table[self.own.start, 2:] = call == "mean", call == "close"
+        record: Record = self._agree(self._table, False, False)
+        self._table[:] = 0
+        if not {*record.metric} <= {0, team.size}:
+            calls = team.allgather((call, clock().step, team.name))
+            self._free()
+            raise apart(calls)
+        return record.weight
 
     def _add_up(self, scale: float) -> bool:
         """Make `scale` times the total in the values of the sums. Returns whether it is not finite anywhere."""
@@ -239,17 +251,24 @@ class Sum:
             if not np.isfinite(leaf).all()
         }
         everyone = team.allgather((team.name, self._own_text(), [name for name in bad if name in blame]))
-        what = f"the sum of {_some(bad)} is not finite" + (f" in step {step}" if step else "")
+        what = f"the sum of {some(bad)} is not finite" + (f" in step {step}" if step else "")
         for rank, own, names in everyone:
             if names:
-                what += f": rank {rank} has put such numbers into {_some(names)}, in {own}"
+                what += f": rank {rank} has put such numbers into {some(names)}, in {own}"
                 return NotFiniteError(what).on_all_ranks(rank)
         return NotFiniteError(f"{what}: all that was put is, but it is too large to be added up").on_all_ranks()
 
     def close(self) -> None:
-        """Give back what the MPI library holds for the sum; collective. What was returned without `copy` stays."""
-        if not self._open:
-            return
+        """Give back what the MPI library holds for the sum; collective. What was returned without `copy` stays.
+
+        Raises RunError, on all ranks alike, if other ranks still sum.
+        """
+        if self._open:
+            self._meet("close")
+            self._free()
+            clock()("compute")
+
+    def _free(self) -> None:
         self._open = False
         begun = self._grid.team.allgather(self._done > 0)
         for sum_ in self._sums:
@@ -263,47 +282,5 @@ class Sum:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if known_to_all(error, self._grid.team.size):
+        if self._open and known_to_all(error, self._grid.team.size):
             self.close()
-
-
-def _kinds(like: Any, microbatches: Any, memory: str, ranks: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-    """The dtype and shape of each leaf of `like`, by name. Raises ConfigError for what a Sum refuses."""
-    check_microbatches(check_whole("microbatches", microbatches, 1), ranks)
-    if memory not in MEMORIES:
-        raise ConfigError(f"memory {memory!r}: choose from {', '.join(MEMORIES)}")
-    named = list(trees.leaves(like))
-    kinds = {name: trees.summed(value, name) for name, value in named}
-    if not named or len(kinds) < len(named):
-        raise ConfigError(f"like: has {len(named)} arrays with {len(kinds)} names; each needs one of its own")
-    return kinds
-
-
-def _checked_weight(m: int, weight: Any) -> float:
-    """The weight of a micro-batch. Raises ConfigError unless it is a finite number, 0 or more."""
-    try:
-        number = float(weight)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not 0 <= number < math.inf:
-        raise ConfigError(f"put(m={m}): weight {weight!r}: must be a number, 0 or more")
-    return number
-
-
-def _write(value: Any, view: NDArray[Any], weight: float, name: str) -> None:
-    """Write `weight` times a leaf to its place in a slot."""
-    array = trees.array(value, name)
-    casting: Literal["safe", "same_kind"] = "safe" if array.ndim else "same_kind"  # of numbers of Python's own, any
-    if array.shape != view.shape or not np.can_cast(array.dtype, view.dtype, casting):
-        raise ConfigError(f"{name} is {array.dtype} {array.shape}, but {view.dtype} {view.shape} in `like`")
-    if weight == 0:
-        view.fill(0)  # 0 times what is not finite would not be 0
-    elif weight == 1:
-        np.copyto(view, array, casting)
-    else:
-        np.multiply(array, view.dtype.type(weight), out=view)
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first of these names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from mpiml.errors import ConfigError, NotFiniteError
-from mpiml.loop.guard import guard
+from mpiml.errors import ConfigError, NotFiniteError, RunError
+from mpiml.loop.guard import clock, guard
 from mpiml.loop.rows import Rows
 from mpiml.loop.sums import Sum
 from tests.parallel.sums import serial_sum
@@ -296,6 +296,7 @@ def test_who_has_put_what_is_not_finite(
 
 @pytest.mark.mpi
 def test_a_sum_that_is_too_large(made: Callable[..., Sum]) -> None:
+    clock().step = 0
     one = made(like=[np.zeros(3, np.float32)], microbatches=2 * WORLD.size)
     for m in one.own:
         one.put(m, [np.full(3, 3e38 if m in (0, one.microbatches - 1) else 0, np.float32)])
@@ -351,9 +352,29 @@ def test_what_ranks_ask_for_differently() -> None:
         one.put(WORLD.rank, {"v": 1, "w": 2})
         assert one.sum() == {"v": WORLD.size, "w": 2 * WORLD.size}
         one.put(WORLD.rank, {"v": 1, "w": 2})
-        with pytest.raises(ConfigError, match=r"some ranks ask for mean\(\), and others for sum\(\)") as error:
-            one.mean() if last else one.sum()
-        assert error.value.everywhere
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("nodes", [False, True])
+@pytest.mark.parametrize("first", ["mean", "close"])
+def test_a_rank_at_another_call_is_named_at_once(monkeypatch: pytest.MonkeyPatch, nodes: bool, first: str) -> None:
+    """As one that leaves the loop early, in the middle of a step or not."""
+    if nodes:
+        monkeypatch.setenv("MPIML_NODES", ",".join("1" * WORLD.size))
+    if WORLD.size == 1:
+        return
+    with guard(stall_timeout=0):
+        one = Sum(like=0.0, microbatches=2 * WORLD.size)
+        Rows(99, 20, WORLD.size).mine(5 if WORLD.rank == LAST else 6)
+        for m in one.own[: 1 if first == "close" and WORLD.rank == LAST else 2]:
+            one.put(m, 1)
+        with pytest.raises(RunError) as error, one:
+            getattr(one, first if WORLD.rank == LAST else "sum")()
+        odd, other = (LAST, 0) if WORLD.size > 2 else (0, 1)
+        place = lambda rank: f"rank {rank} is at " + (f"{first}() in step 5" if rank == LAST else "sum() in step 6")  # noqa: E731
+        assert str(error.value) == f"{place(odd)}, but {place(other)}: all ranks sum the same steps"
+        assert (error.value.everywhere, error.value.rank) == (True, odd)
+        one.close()
 
 
 @pytest.mark.mpi

@@ -1,0 +1,86 @@
+"""What the parts refuse, and the line that says why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from operator import index
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpiml.errors import ConfigError, RunError
+from mpiml.loop import trees
+
+MEMORIES = ("auto", "shared", "private")
+
+
+def check_whole(name: str, number: Any, least: int) -> int:
+    """A number as an int. Raises ConfigError unless it is a whole one, at least `least`."""
+    try:
+        if index(number) >= least:
+            return index(number)
+    except TypeError:
+        pass
+    raise ConfigError(f"{name} {number!r}: must be a whole number, {least} or more")
+
+
+def check_microbatches(microbatches: int, ranks: int) -> None:
+    """Raise ConfigError if there are too few micro-batches for so many ranks."""
+    if microbatches < ranks:
+        raise ConfigError(f"microbatches {microbatches}: {ranks} ranks need at least one each")
+
+
+def kinds_of(like: Any, microbatches: Any, memory: str, ranks: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+    """The dtype and shape of each leaf of `like`, by name. Raises ConfigError for what a Sum refuses."""
+    check_microbatches(check_whole("microbatches", microbatches, 1), ranks)
+    if memory not in MEMORIES:
+        raise ConfigError(f"memory {memory!r}: choose from {', '.join(MEMORIES)}")
+    named = list(trees.leaves(like))
+    kinds = {name: trees.summed(value, name) for name, value in named}
+    if not named or len(kinds) < len(named):
+        raise ConfigError(f"like: has {len(named)} arrays with {len(kinds)} names; each needs one of its own")
+    return kinds
+
+
+def apart(calls: Sequence[tuple[str, int, int]]) -> RunError:
+    """The error of ranks that are at different calls; of each its call, its step, 0 if unknown, and its number."""
+
+    def place(call: str, step: int, rank: int) -> str:
+        return f"rank {rank} is at {call}()" + (f" in step {step}" if step else "")
+
+    names = [call for call, _, _ in calls]
+    odd = min(calls, key=lambda one: names.count(one[0]))
+    other = next(one for one in calls if one[0] != odd[0])
+    return RunError(f"{place(*odd)}, but {place(*other)}: all ranks sum the same steps").on_all_ranks(odd[2])
+
+
+def check_weight(m: int, weight: Any) -> float:
+    """The weight of a micro-batch. Raises ConfigError unless it is a finite number, 0 or more."""
+    try:
+        number = float(weight)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ConfigError(f"put(m={m}): weight {weight!r}: must be a number, 0 or more")
+    return number
+
+
+def write(value: Any, view: NDArray[Any], weight: float, name: str) -> None:
+    """Write `weight` times a leaf to its place in a slot."""
+    array = trees.array(value, name)
+    casting: Literal["safe", "same_kind"] = "safe" if array.ndim else "same_kind"  # of numbers of Python's own, any
+    if array.shape != view.shape or not np.can_cast(array.dtype, view.dtype, casting):
+        raise ConfigError(f"{name} is {array.dtype} {array.shape}, but {view.dtype} {view.shape} in `like`")
+    if weight == 0:
+        view.fill(0)  # 0 times what is not finite would not be 0
+    elif weight == 1:
+        np.copyto(view, array, casting)
+    else:
+        np.multiply(array, view.dtype.type(weight), out=view)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of these names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
