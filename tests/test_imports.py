@@ -44,6 +44,7 @@ TORCH = [  # need an extra, PyTorch: loaded only where it is
     ),
     "mpiml.examples.torch_resnet",
 ]
+JAX = "mpiml.examples.own_loop_jax"  # needs that extra
 MEASURING = ("mpiml.plan", "mpiml.scaling", "mpiml.predict", "mpiml.bench")  # may load more than a rank that trains
 
 
@@ -167,7 +168,14 @@ def at_start(path: Path) -> set[str]:
 @pytest.mark.parametrize("name", [name for name in FILES if not inside(name, *MEASURING)])
 def test_a_thousand_ranks_load_little(name: str) -> None:
     """NumPy and mpi4py at the start; everything else where it is used."""
-    allowed = {*sys.stdlib_module_names, "numpy", "mpi4py", "mpiml", *(["torch"] if name in TORCH else [])}
+    allowed = {
+        *sys.stdlib_module_names,
+        "numpy",
+        "mpi4py",
+        "mpiml",
+        *(["torch"] if name in TORCH else []),
+        *(["jax"] * (name == JAX)),
+    }
     loaded = at_start(FILES[name])
     assert {module.split(".")[0] for module in loaded} <= allowed
     assert name in TORCH or loaded.isdisjoint(TORCH)

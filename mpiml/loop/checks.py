@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mpiml.errors import ConfigError, RunError
+from mpiml.errors import ConfigError, NotFiniteError, RunError
 from mpiml.loop import trees
 
 MEMORIES = ("auto", "shared", "private")
@@ -42,6 +42,18 @@ def kinds_of(like: Any, microbatches: Any, memory: str, ranks: int) -> dict[str,
     if not named or len(kinds) < len(named):
         raise ConfigError(f"like: has {len(named)} arrays with {len(kinds)} names; each needs one of its own")
     return kinds
+
+
+def not_finite(names: Sequence[str], put: Sequence[tuple[int, str, Sequence[str]]], step: int) -> NotFiniteError:
+    """The error of sums that are not finite. Of each rank `put` has its number, its micro-batches, and those of the
+    `names` where what it has put is not finite; `step` is 0 if unknown."""
+    what = f"the sum of {some(names)} is not finite" + (f" in step {step}" if step else "")
+    for rank, own, there in put:
+        if there:
+            return NotFiniteError(
+                f"{what}: rank {rank} has put such numbers into {some(there)}, in {own}"
+            ).on_all_ranks(rank)
+    return NotFiniteError(f"{what}: all that was put is, but it is too large to be added up").on_all_ranks()
 
 
 def apart(calls: Sequence[tuple[str, int, int]]) -> RunError:

@@ -72,7 +72,7 @@ class guard:
         time_limit: str | None = None,
     ):
         self.out, self.stall_timeout, self.time_limit = out, stall_timeout, time_limit
-        self.clock, self.exit_code = Clock(), 0
+        self.clock, self.exit_code = clock() if _guards else Clock(), 0
         self.team = Team(MPI.COMM_WORLD if comm is None else comm, self.clock)
         self._failure = failure.Guard(self.team, PROGRAM)
         self._directory: RunDirectory | None = None  # on rank 0

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mpiml import vectors
 from mpiml.errors import ConfigError, NotFiniteError, known_to_all
 from mpiml.loop import trees
-from mpiml.loop.checks import apart, check_weight, kinds_of, some, write
+from mpiml.loop.checks import apart, check_weight, kinds_of, not_finite, some, write
 from mpiml.loop.flat import Flat
 from mpiml.loop.guard import clock
 from mpiml.parallel import grid as grids
@@ -26,7 +26,7 @@ from mpiml.run.process import reuse_memory
 from mpiml.team import Team
 from mpiml.vectors import Vector, bytes_of
 
-COLUMNS = 4  # of the step record's table: no loss, weight, and of each rank once whether it is at mean(), at close()
+CALLS = ("sum", "mean", "meet", "close")  # at which ranks meet
 
 
 class Sum:
@@ -47,13 +47,16 @@ class Sum:
         microbatches: of a step, over all ranks (default: one each).
         memory: "shared", "private", or "auto": shared where that is possible.
         finite: whether a sum that is not finite is an error.
+        numbers: how many numbers of each rank `meet` adds up beside the arrays.
 
     Attributes:
         own: the micro-batches of this rank, a range, as those of `Rows`.
         slots: for each of them, in order, arrays in the form of `like`. What is written there before `put(m)` need not
             be copied. A slot is the micro-batch's from the `put` of the one before it on, or from the last sum on.
-        weight: of the last sum, over all micro-batches.
+        weight, loss: of the last sum, over all micro-batches.
+        bad_loss: the first micro-batch whose loss was not finite, or None.
         problem: why memory could not be shared, or None.
+        neighbours, cores: how many ranks this node has, and how many cores these may use.
 
     Raises ConfigError, on all ranks alike, if ranks have other forms or settings, if the arrays cannot be summed, and
     for fewer micro-batches than ranks.
@@ -66,6 +69,7 @@ class Sum:
         microbatches: int | None = None,
         memory: str = "auto",
         finite: bool = True,
+        numbers: int = 0,
     ):
         reuse_memory()  # for the arrays that are returned
         team = Team(MPI.COMM_WORLD if comm is None else comm, clock())
@@ -74,13 +78,21 @@ class Sum:
         settings = {"microbatches": str(asked), "memory": memory, "finite": str(bool(finite))}
         forms = {f"`like`, {name}": f"{dtype} {shape}" for name, (dtype, shape) in kinds.items()}
         team.check_alike(settings | forms, "all ranks make the same Sum")
-        self.microbatches, self._finite, self.weight = int(asked), finite, 0.0
+        self.microbatches, self._finite = int(asked), finite
+        self.weight = self.loss = 0.0
+        self.bad_loss: int | None = None
         self._names, self._numbers = list(kinds), [trees.is_number(value) for value in trees.values(like)]
         self._form = trees.rebuilt(like, range(len(kinds)))
         self._grid = grids.build(team, 1)
         self.own = range(*part(self._grid.replica, team.size, self.microbatches))
-        self._table = np.zeros((self.microbatches, COLUMNS))
-        self._done = 0  # micro-batches of this step that are here
+        self.neighbours, self.cores = self._grid.node.size, self._grid.cores
+        self._table = np.zeros(
+            (self.microbatches, 2 + len(CALLS) + numbers)
+        )  # loss, weight, and once for each rank the rest
+        self._done, self._met = (
+            0,
+            False,
+        )  # micro-batches of this step that are here; whether their weights are agreed on
         self._open = True
         by_kind = {kind: {i: s for i, (k, s) in enumerate(kinds.values()) if k == kind} for kind in trees.KINDS}
         self._place([Flat(dtype, shapes) for dtype, shapes in by_kind.items() if shapes], memory)
@@ -88,9 +100,7 @@ class Sum:
     def _place(self, flats: Sequence[Flat], kind: str) -> None:
         """Allocate the vectors; collective. Sums of two dtypes share no messages, and no counters in shared memory."""
         grid, self._sums, memories = self._grid, list[OrderedSum](), list[Memory]()
-        table = Agreement.bytes_needed(grid.node.size, self.microbatches, COLUMNS) + bytes_of(
-            grid.node.size, np.float64
-        )
+        table = Agreement.bytes_needed(grid.node.size, *self._table.shape) + bytes_of(grid.node.size, np.float64)
         count = depth(grid.replica, grid.replicas, self.microbatches)
         for flat in flats:
             each = bytes_of(flat.size, flat.dtype)
@@ -105,7 +115,7 @@ class Sum:
         self._bad, self._own_bad = bad, bad[first.rank : first.rank + 1]
         self._agree: Any = lambda table, *flags: agree(grid.comm, table, *flags)
         if isinstance(first, SharedMemory):
-            self._agree = Agreement(grid, first, self.microbatches, COLUMNS)
+            self._agree = Agreement(grid, first, *self._table.shape)
         plan = self._sums[0].plan
         self._leaves = [self._ordered(flats, [sum_.slots[number] for sum_ in self._sums]) for number in range(count)]
         self.slots = [trees.rebuilt(self._form, self._leaves[number]) for number in plan.slots]
@@ -120,9 +130,10 @@ class Sum:
             views |= flat.views(vector)
         return [views[number] for number in range(len(self._names))]
 
-    def put(self, m: int, arrays: Any = None, weight: float = 1.0) -> None:
+    def put(self, m: int, arrays: Any = None, weight: float = 1.0, loss: float = 0.0) -> None:
         """Add `weight` times the arrays of micro-batch m, one of this rank's, in their order; without `arrays`, what is
-        in its slot. With weight 0 the arrays count for nothing, even if they are not finite.
+        in its slot. With weight 0 the arrays count for nothing, even if they are not finite. A loss is
+        added up beside them, as it is.
 
         Raises ConfigError for another micro-batch than the next, for arrays of another form than `like`, and for a
         weight that is not a number, 0 or more.
@@ -141,7 +152,7 @@ class Sum:
                     write(value, view, weight, f"put(m={m}): {name}")
             for sum_ in self._sums:
                 sum_.accumulate(index)
-        self._table[m, 1] = weight
+        self._table[m, :2] = loss, weight
         self._done += 1
 
     def _in_form(self, arrays: Any) -> list[Any]:
@@ -172,8 +183,9 @@ class Sum:
     def _total(self, copy: bool, divided: bool) -> Any:
         if not self._open or self._done < len(self.own):
             raise ConfigError(f"{'mean()' if divided else 'sum()'} is asked for: {self._expected()}")
-        self.weight = self._meet("mean" if divided else "sum")
-        self._done = 0
+        if not self._met:
+            self._meet("mean" if divided else "sum")
+        self._done, self._met = 0, False
         bad = self._add_up(1.0 / self.weight if divided and self.weight else 1.0)
         if bad and self._finite:
             raise self._not_finite()
@@ -183,21 +195,42 @@ class Sum:
         pairs = zip(self._totals, self._numbers, strict=True)
         return trees.rebuilt(self._form, [float(view) if number else view.copy() for view, number in pairs])
 
-    def _meet(self, call: str) -> float:
-        """Wait until all ranks are at the same call. Returns the weight of all micro-batches; collective.
+    def meet(self, numbers: Sequence[float] = ()) -> list[float]:
+        """Agree on weights and losses, and add up these numbers of all ranks; collective. `sum` and `mean` do it where
+        it has not been done. What the numbers show may be a reason to `drop` the sum, on all ranks alike.
+
+        Returns the sums of the numbers, in the order of the ranks. Raises as `sum`.
+        """
+        sums = self._meet("meet", numbers)
+        self._met = True
+        clock()("compute")
+        return sums
+
+    def drop(self) -> None:
+        """Do without the sum of what has been put; collective."""
+        clock()("communication")
+        for sum_ in self._sums:
+            sum_.drop()
+        self._done, self._met = 0, False
+        clock()("compute")
+
+    def _meet(self, call: str, numbers: Sequence[float] = ()) -> list[float]:
+        """Wait until all ranks are at the same call. Returns the sums of their numbers; collective.
 
         Raises RunError, on all ranks alike, if they are at different ones.
         """
         clock()("communication")
         team = self._grid.team
-        self._table[self.own.start, 2:] = call == "mean", call == "close"
+        self._table[self.own.start, 2 : 2 + len(CALLS)] = [call == one for one in CALLS]
+        self._table[self.own.start, 2 + len(CALLS) :][: len(numbers)] = numbers
         record: Record = self._agree(self._table, False, False)
         self._table[:] = 0
-        if not {*record.metric} <= {0, team.size}:
+        if record.metric[CALLS.index(call)] < team.size:
             calls = team.allgather((call, clock().step, team.name))
             self._free()
             raise apart(calls)
-        return record.weight
+        self.weight, self.loss, self.bad_loss = record.weight, record.loss, record.bad_entry
+        return record.metric[len(CALLS) :]
 
     def _add_up(self, scale: float) -> bool:
         """Make `scale` times the total in the values of the sums. Returns whether it is not finite anywhere."""
@@ -241,22 +274,13 @@ class Sum:
 
     def _not_finite(self) -> NotFiniteError:
         """The error of a sum that is not finite, the same on all ranks; collective."""
-        team, step = self._grid.team, clock().step
         bad = [name for name, total in zip(self._names, self._totals, strict=True) if not np.isfinite(total).all()]
         left = sum(1 - count for count in self._sums[0].plan.counts)  # the partial sums of this rank's own
-        blame = {
-            name
-            for leaves in self._leaves[:left]
-            for name, leaf in zip(self._names, leaves, strict=True)
-            if not np.isfinite(leaf).all()
-        }
-        everyone = team.allgather((team.name, self._own_text(), [name for name in bad if name in blame]))
-        what = f"the sum of {some(bad)} is not finite" + (f" in step {step}" if step else "")
-        for rank, own, names in everyone:
-            if names:
-                what += f": rank {rank} has put such numbers into {some(names)}, in {own}"
-                return NotFiniteError(what).on_all_ranks(rank)
-        return NotFiniteError(f"{what}: all that was put is, but it is too large to be added up").on_all_ranks()
+        put = [(name, leaf) for leaves in self._leaves[:left] for name, leaf in zip(self._names, leaves, strict=True)]
+        to_blame = {name for name, leaf in put if not np.isfinite(leaf).all()}
+        team = self._grid.team
+        own = team.name, self._own_text(), [name for name in bad if name in to_blame]
+        return not_finite(bad, team.allgather(own), clock().step)
 
     def close(self) -> None:
         """Give back what the MPI library holds for the sum; collective. What was returned without `copy` stays.

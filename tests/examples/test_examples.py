@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -60,6 +61,23 @@ def test_a_model_of_ten_digits_helps_with_five_classes(train: Callable[..., Job]
     begun = train(0, flags, out="five")
     fresh = train(0, re.sub(r"--init \S+ --init-partial", "", flags), out="fresh")
     assert begun.result["accuracy"] > fresh.result["accuracy"] + 0.02, (begun.err, fresh.err)
+
+
+@pytest.mark.contract
+@pytest.mark.parametrize(("example", "needs"), [("own_loop_numpy", "numpy"), ("own_loop_jax", "jax")])
+def test_loops_of_ones_own_have_the_same_bits_on_any_ranks(example: str, needs: str) -> None:
+    if not importlib.util.find_spec(needs):
+        pytest.skip(f"needs {needs}")
+    said = []
+    for ranks in (1, 2, 4):
+        done = launch(ranks, "-m", f"mpiml.examples.{example}")
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert len(set(said)) == 1
+    loss, digest = said[0].splitlines()
+    assert float(loss.split()[-1]) < 0.3
+    assert re.fullmatch("weights_sha256 [0-9a-f]{64}", digest)
+    assert len((ROOT / "mpiml/examples" / f"{example}.py").read_text().splitlines()) <= 42
 
 
 def gpt(ranks: int, text: str, out: Path, *flags: str) -> tuple[int, str, dict[str, float]]:

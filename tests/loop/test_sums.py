@@ -378,6 +378,23 @@ def test_a_rank_at_another_call_is_named_at_once(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.mpi
+def test_ranks_that_meet_agree_on_losses_weights_and_numbers(made: Callable[..., Sum]) -> None:
+    one = made(like=0.0, microbatches=2 * WORLD.size, numbers=2)
+    for step in range(2):
+        for m in one.own:
+            one.put(m, 1.0, weight=2, loss=0.5 if step else np.nan)
+        assert one.meet((WORLD.rank, 1)) == [sum(range(WORLD.size)), WORLD.size]
+        assert (one.weight, one.bad_loss) == (4 * WORLD.size, None if step else 0)
+        if step:
+            assert one.loss == WORLD.size
+            assert one.mean() == 1
+        else:
+            one.drop()
+    assert one.neighbours <= WORLD.size
+    assert one.cores >= 1
+
+
+@pytest.mark.mpi
 def test_many_sums_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the MPI library holds is given back: it has only some thousands of communicators."""
     monkeypatch.setenv("MPIML_NODES", ",".join("1" * WORLD.size))
