@@ -1,7 +1,5 @@
-"""A loop of your own with the parts of mpiml: softmax regression of the digits, from scratch.
-
-`mpirun -n 4 python -m mpiml.examples.own_loop_numpy`: the weights have the same bits on any number of ranks.
-"""
+"""A NumPy loop of your own with the parts of mpiml, with the same weights on any number of ranks: softmax regression.
+`mpirun -n 4 python -m mpiml.examples.own_loop_numpy`."""
 
 import hashlib
 import sys
