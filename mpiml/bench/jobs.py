@@ -34,7 +34,7 @@ def measure_row(row: Row) -> dict[str, Any]:
 
 def measure_once(row: Row) -> dict[str, Any]:
     """The result of one job of a row."""
-    done = run(row.ranks, ["-m", "mpiml.bench.measurements", *row.call], row.nodes)
+    done = run(row.sides * row.ranks, ["-m", "mpiml.bench.measurements", *row.call], row.nodes)
     if done.returncode:
         return error_of(done)
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -27,7 +27,7 @@ if __name__ == "__main__":
 
 FUNCTIONS: list[Callable[..., Ratio]] = [
     *(steps.by_hand, steps.page_faults, steps.traced, steps.torch_ddp, steps.torch_pipeline, steps.pipeline),
-    *(steps.weak_scaling, steps.oversubscribed, sums.allreduce, sums.bandwidth),
+    *(steps.weak_scaling, steps.oversubscribed, sums.allreduce, sums.bandwidth, sums.own_sum),
     *(
         layers.torch_step,
         layers.torch_memory,
@@ -38,12 +38,14 @@ FUNCTIONS: list[Callable[..., Ratio]] = [
         processes.small_product,
     ),
 ]
+AS_USERS_HAVE_THEM = {"own_sum"}  # in processes that are not prepared as those of a run are
 MEASUREMENTS = {function.__name__: function for function in FUNCTIONS}
 
 
 def measure(team: Team, name: str, *arguments: str) -> None:
     """Make a measurement and print it; collective."""
-    prepare_process(1)
+    if name not in AS_USERS_HAVE_THEM:
+        prepare_process(1)
     result = MEASUREMENTS[name](*arguments)
     quiet_barrier(team.comm)
     if team.rank == 0:

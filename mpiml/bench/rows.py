@@ -36,6 +36,7 @@ class Row:
         at_most, at_least: the ratio to reach.
         nodes: ranks of each pretended node, as in MPIML_NODES.
         jobs: how many jobs; of several, each gives one figure instead of one for each pair.
+        sides: 2 if each side of the comparison has so many ranks for itself, as its processes differ.
     """
 
     group: str
@@ -46,6 +47,7 @@ class Row:
     at_least: float | None = None
     nodes: str = ""
     jobs: int = 1
+    sides: int = 1
 
     @property
     def needs(self) -> str | None:
@@ -104,6 +106,16 @@ ROWS = [
     *(
         Row(SUM, f"{size} with SGD, two nodes", 4, ("allreduce", mb, "update", "shared"), at_most=limit, nodes="2,2")
         for size, mb, limit in (("64 MB", "64", None), ("256 kB", "0.25", 1.5))
+    ),
+    *(
+        Row(SUM, f"mpiml.api.Sum of {size}, {how}", ranks, ("own_sum", mb, how), at_most=limit, sides=2)
+        for size, mb, how, limits in (
+            ("64 MB", "64", "without copies", (0.42, 0.30)),
+            ("64 MB", "64", "with copies", (0.70, 0.70)),
+            ("256 kB", "0.25", "without copies", (0.60, 0.60)),
+            ("256 kB", "0.25", "with copies", (None, None)),
+        )
+        for ranks, limit in zip((2, 4), limits, strict=True)
     ),
     *(
         Row(SUM, f"{text}: bytes/s / of all ranks copying", ranks, ("bandwidth", "64", what), at_least=least)

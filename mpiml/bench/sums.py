@@ -9,6 +9,7 @@ from mpiml.bench.pairs import Action, ratio
 from mpiml.bench.rows import Ratio
 from mpiml.clock import Clock
 from mpiml.errors import ConfigError
+from mpiml.loop.sums import Sum
 from mpiml.nn.optimizers import SGD, Optimizer
 from mpiml.nn.parameters import Layout, Parameter, constant
 from mpiml.parallel import grid as grids
@@ -72,6 +73,26 @@ def allreduce(megabytes: str, what: str, memory_kind: str) -> Ratio:
     sum_, update = ordered(size, memory_kind, SGD() if what == "update" else Copy())
     other = library_step(size, SGD() if what == "update" else None)
     return ratio(WORLD, lambda: ordered_step(sum_, update), other, max(4, min(200, int(64 / float(megabytes)))))
+
+
+def own_sum(megabytes: str, how: str) -> Ratio:
+    """Time of a Sum over that of MPI_Allreduce in place, of one array on as many ranks; the first half of the ranks has
+    the Sum, because it changes how its process allocates memory. `how`: "with copies" into the sum and out of it, or
+    "without copies"."""
+    half, size = WORLD.size // 2, int(float(megabytes) * 2**20 / 4)
+    first = WORLD.rank < half
+    comm, gradient = MPI.Intracomm(WORLD.Split(int(first), WORLD.rank)), np.zeros(size, np.float32)
+    repeats = max(4, min(200, int(64 / float(megabytes))))
+    if not first:
+        return ratio(WORLD, None, lambda: comm.Allreduce(MPI.IN_PLACE, gradient), repeats)
+    with Sum(comm, like=gradient, memory="shared") as total:
+        copies, (m,) = how == "with copies", total.own
+
+        def step() -> None:
+            total.put(m, gradient if copies else None)
+            total.sum(copy=copies)
+
+        return ratio(WORLD, step, None, repeats)
 
 
 def bandwidth(megabytes: str, what: str) -> Ratio:

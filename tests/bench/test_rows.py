@@ -34,5 +34,7 @@ def test_of_several_jobs_the_median_counts(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_job_gives_figures_or_the_line_that_names_the_fault() -> None:
     made = jobs.measure_once(Row(OTHER, "a row", 2, ("allreduce", "0.01", "bare", "private")))
     assert 0 < made["low"] <= made["median"] <= made["high"]
+    half = jobs.measure_once(Row(OTHER, "a row", 2, ("own_sum", "0.01", "with copies"), sides=2))
+    assert 0 < half["low"] <= half["median"] <= half["high"]
     failed = jobs.measure_once(Row(OTHER, "a row", 1, ("small_product", "x", "1", "1")))
     assert failed["error"].startswith("exit code 70: mpiml.bench.measurements: ValueError: invalid literal")
