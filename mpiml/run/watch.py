@@ -206,8 +206,11 @@ class Watch(threading.Thread):
             self._stalled(f"all ranks wait for each other for {2 * self.timeout:g} s: {_places(everyone)}", None)
         gone = [rank for rank, sign in everyone.items() if sign.gone]
         inside = {rank: sign for rank, sign in everyone.items() if not sign.gone}
-        waits = all(sign.activity in BLOCKED_ON_OTHERS for sign in inside.values())
-        if gone and inside and waits and still > LEFT * self.interval:
+        waiting = all(sign.activity in BLOCKED_ON_OTHERS for sign in inside.values())
+        living = all(
+            now - sign.heard < 2 * self.interval for rank, sign in inside.items() if rank
+        )  # and are not stopped
+        if gone and inside and waiting and living and still > LEFT * self.interval:
             left = f"rank {gone[0]} has left the block in step {everyone[gone[0]].step}, and the others wait for it"
             self._stalled(f"{left}: {_places(inside)}", gone[0])
 

@@ -250,6 +250,11 @@ def test_a_rank_that_leaves_while_the_others_wait_is_named(watch: Watch) -> None
     watch._look_at_own(now)
     for sign in watch._signs.values():
         sign.moved = now
+    late = now + LEFT * watch.interval + 0.5
+    watch._signs[2].heard = late - 2 * watch.interval - 0.1
+    watch._look_at_all(late)
+    assert not watch.errors  # type: ignore[attr-defined] # rank 2 may have been stopped
+    watch._signs[2].heard = late - watch.interval
     watch._look_at_all(now + LEFT * watch.interval - 0.5)
     assert not watch.errors  # type: ignore[attr-defined]
     watch._look_at_all(now + LEFT * watch.interval + 0.5)
@@ -268,7 +273,7 @@ def test_a_rank_may_leave_while_another_works(watch: Watch, busy: str) -> None:
     now = time.monotonic()
     watch._look_at_own(now)
     for sign in watch._signs.values():
-        sign.moved = now
+        sign.moved, sign.heard = now, now + 2 * TIMEOUT - 1
     watch._look_at_all(now + 2 * TIMEOUT - 1)
     assert not watch.errors  # type: ignore[attr-defined]
 
