@@ -410,7 +410,7 @@ def test_many_sums_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("who", ["all", "one", "most"])
+@pytest.mark.parametrize("who", ["most", "all", "one"])  # in this order: what "one" would leave behind helps "most"
 def test_a_sum_is_closed_in_the_middle_of_a_step(monkeypatch: pytest.MonkeyPatch, who: str) -> None:
     monkeypatch.setenv("MPIML_NODES", ",".join("1" * WORLD.size))
     with Sum(like=np.zeros(3), microbatches=2 * WORLD.size) as one:
