@@ -157,11 +157,11 @@ class RunDirectory:
             checkpoints.mkdir(exist_ok=True)
             sync(self.path)
         self.tidy()
-        _sweep(checkpoints, LEFT_OF_CHECKPOINTS)
+        sweep(checkpoints, LEFT_OF_CHECKPOINTS)
 
     def tidy(self) -> None:
         """Remove what killed jobs have left beside checkpoints/."""
-        _sweep(self.path, LEFT)
+        sweep(self.path, LEFT)
 
     def close(self) -> None:
         """Give the directory up."""
@@ -182,7 +182,7 @@ def names(directory: Path) -> set[str]:
         return set(os.listdir(directory))
 
 
-def _sweep(directory: Path, left: re.Pattern[str]) -> None:
+def sweep(directory: Path, left: re.Pattern[str]) -> None:
     """Remove the files in a directory whose names match."""
     with named_errors("read", directory), os.scandir(directory) as entries:
         for entry in entries:

@@ -1,0 +1,162 @@
+"""Checkpoints of a loop of one's own: arrays, and what belongs to them, in files that are whole or are not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+from numpy.typing import NDArray
+
+from mpiml.documents import from_json, shown
+from mpiml.errors import ConfigError, OutputError
+from mpiml.loop import trees
+from mpiml.loop.guard import clock
+from mpiml.run import step_files, verified
+from mpiml.run.directory import LEFT_OF_CHECKPOINTS, named_errors, sweep, sync
+from mpiml.run.step_files import DIGITS
+from mpiml.team import Team, wait
+
+FORMAT = "mpiml-arrays-1"
+PART = 1 << 26  # bytes that are sent at once
+
+
+class Saved(NamedTuple):
+    """A checkpoint.
+
+    Attributes:
+        arrays: by name; of lists, tuples and dicts within each other, "layers.0.weight".
+        meta: what has been saved with them.
+    """
+
+    step: int
+    arrays: dict[str, NDArray[Any]]
+    meta: dict[str, Any]
+
+    def into(self, like: Any) -> Any:
+        """The arrays in the form of `like`. Raises ConfigError unless names, shapes and dtypes are the same."""
+        wanted = dict(trees.leaves(like))
+        if wanted.keys() != self.arrays.keys():
+            other = min(wanted.keys() ^ self.arrays.keys())
+            which = "is not in the checkpoint" if other in wanted else "is in the checkpoint alone"
+            raise ConfigError(f"the checkpoint of step {self.step}: {other} {which}")
+        for name, value in wanted.items():
+            array, saved = _array(value, name), self.arrays[name]
+            if (array.dtype, array.shape) != (saved.dtype, saved.shape):
+                has = f"{saved.dtype} {saved.shape}"
+                raise ConfigError(
+                    f"the checkpoint of step {self.step}: {name} is {has}, not {array.dtype} {array.shape}"
+                )
+        leaves = ((self.arrays[name], value) for name, value in wanted.items())
+        return trees.rebuilt(like, [type(value)(a) if trees.is_number(value) else a for a, value in leaves])
+
+
+class Checkpoints:
+    """A directory of checkpoints, one safetensors file each; every method is collective.
+
+        checkpoints = Checkpoints("runs/mine/checkpoints")
+        saved = checkpoints.newest()
+        first = saved.step + 1 if saved else 1
+        ...
+        checkpoints.save(step, {"weights": weights, "velocity": velocity}, {"lr": 0.1})
+
+    A file gets its name when it is whole and on disk, and its content is verified by a SHA-256 when it is read: after a
+    crash at any moment the state before is there, or the new one.
+
+    Args:
+        directory: is made if it does not exist.
+        comm: the ranks (default: all). Rank 0 reads and writes.
+        keep: how many checkpoints are kept, the newest.
+
+    Raises, on all ranks alike, OutputError if the directory cannot be made.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], comm: MPI.Intracomm | None = None, keep: int = 3):
+        self.directory, self.keep = Path(directory), keep
+        self._team = Team(MPI.COMM_WORLD if comm is None else comm, clock())
+        if keep < 1:
+            raise ConfigError(f"keep={keep}: one checkpoint has to be kept at least").on_all_ranks()
+        self._team.on_rank_0(self._make)
+
+    def save(self, step: int, arrays: Any, meta: Mapping[str, Any] | None = None) -> None:
+        """Write the checkpoint of a step, and remove all but the newest.
+
+        Args:
+            arrays: an array or number, or lists, tuples and dicts of such, of any dtype; those of rank 0 are written.
+            meta: what JSON can say; that of rank 0.
+
+        Raises, on all ranks alike, ConfigError for what cannot be saved, OutputError if it cannot be written.
+        """
+        with clock().doing("checkpoint"):
+            self._team.on_rank_0(lambda: self._write(step, arrays, dict(meta or {})))
+
+    def newest(self) -> Saved | None:
+        """The newest checkpoint that is whole, the same on all ranks; None if there is none yet.
+
+        Raises, on all ranks alike, OutputError if there are some but none can be used.
+        """
+        arrays: dict[str, NDArray[Any]] = {}  # on rank 0
+
+        def read() -> tuple[int, dict[str, Any], list[tuple[str, np.dtype[Any], tuple[int, ...]]]] | None:
+            newest, _ = step_files.newest(self.directory, self._load)
+            if newest is None:
+                return None
+            arrays.update(newest.arrays)
+            return newest.step, newest.meta, [(name, a.dtype, a.shape) for name, a in arrays.items()]
+
+        with clock().doing("checkpoint"):
+            header = self._team.on_rank_0(read)
+            if header is None:
+                return None
+            step, meta, kinds = header
+            for name, dtype, shape in kinds:
+                if name not in arrays:
+                    arrays[name] = np.empty(shape, dtype)
+                self._send(arrays[name])
+        return Saved(step, arrays, meta)
+
+    def _make(self) -> None:
+        with named_errors("create", self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            sync(self.directory.parent)
+        sweep(self.directory, LEFT_OF_CHECKPOINTS)
+
+    def _write(self, step: int, arrays: Any, meta: Mapping[str, Any]) -> None:
+        if not (isinstance(step, int) and 0 <= step < 10**DIGITS):
+            raise ConfigError(f"save(step={step!r}): must be a whole number, at least 0")
+        try:
+            text = json.dumps(meta, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"save: meta is not what JSON can say: {error}") from None
+        named = {name: _array(value, name) for name, value in trees.leaves(arrays)}
+        for name, array in named.items():
+            if array.dtype.name not in verified.DTYPES.values():
+                raise ConfigError(f"save: {name} is {array.dtype}, which safetensors files have not")
+        texts = {"format": FORMAT, "step": str(step), "meta": text}
+        verified.write(self.directory / step_files.file_name(step), named, texts, clock().progress)
+        step_files.prune(self.directory, step, self.keep)
+
+    def _load(self, path: Path) -> Saved:
+        if verified.head(path)[1].get("format") != FORMAT:
+            raise OutputError(f"{path} is not a checkpoint of a loop of one's own")
+        arrays, texts = verified.read(path, lambda name: True, clock().progress)
+        step, meta = texts.get("step", ""), from_json(texts.get("meta", ""), f"{path}: meta")
+        if not (step.isascii() and step.isdecimal() and len(step) <= DIGITS and isinstance(meta, dict)):
+            raise OutputError(f"{path} is damaged: step is {shown(step)}, meta {shown(meta)}")
+        return Saved(int(step), arrays, meta)
+
+    def _send(self, array: NDArray[Any]) -> None:
+        """Give all ranks what rank 0 has in an array."""
+        content = array.reshape(-1).view(np.uint8)
+        for first in range(0, content.size, PART):
+            wait([self._team.comm.Ibcast(content[first : first + PART])])
+            clock().progress()
+
+
+def _array(value: Any, name: str) -> NDArray[Any]:
+    """A leaf as an array, of which Python's own whole numbers and truth values stay such."""
+    return np.asarray(value) if trees.is_number(value) else trees.array(value, name)

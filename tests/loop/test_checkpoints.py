@@ -1,0 +1,137 @@
+"""Checkpoints of a loop of one's own: what was saved comes back on all ranks, and what is damaged is passed over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from mpiml.errors import ConfigError, OutputError
+from mpiml.loop.checkpoints import Checkpoints
+from mpiml.run import verified
+
+COMM = MPI.COMM_WORLD
+
+
+class Pair(NamedTuple):
+    mean: Any
+    count: Any
+
+
+STATE = {
+    "layers": [np.arange(6, dtype=np.float32).reshape(2, 3), np.zeros((0, 4)), np.array(np.inf)],
+    "moments": Pair(np.arange(3)[::-1], 7),
+    "mask": np.array([True, False]),
+    "rate": 0.1,
+    "swapped": np.arange(3, dtype=">f8"),
+}
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """One for all ranks."""
+    shared: Path = COMM.bcast(tmp_path / "runs" / "checkpoints")
+    return shared
+
+
+@pytest.mark.mpi
+def test_what_was_saved_comes_back_on_all_ranks(directory: Path) -> None:
+    checkpoints = Checkpoints(directory)
+    assert checkpoints.newest() is None
+    checkpoints.save(5, STATE if COMM.rank == 0 else None, {"note": "five", "list": [1, None]})
+    saved = checkpoints.newest()
+    assert saved
+    assert (saved.step, saved.meta) == (5, {"note": "five", "list": [1, None]})
+    assert sorted(saved.arrays) == sorted(
+        ["layers.0", "layers.1", "layers.2", "moments.0", "moments.1", "mask", "rate", "swapped"]
+    )
+    back = saved.into({**STATE, "swapped": np.zeros(3)})
+    for got, was in ((back["layers"], STATE["layers"]), (back["moments"], STATE["moments"])):
+        assert all(
+            np.array_equal(a, b) and np.asarray(a).dtype == np.asarray(b).dtype for a, b in zip(got, was, strict=True)
+        )
+    assert isinstance(back["moments"], Pair)
+    assert (back["rate"], type(back["rate"]), back["moments"].count) == (0.1, float, 7)
+    assert back["mask"].tolist() == [True, False]
+    back["layers"][0][:] = 1  # it is one's own
+
+
+@pytest.mark.mpi
+def test_the_newest_are_kept_and_a_damaged_one_is_passed_over(directory: Path) -> None:
+    checkpoints = Checkpoints(directory, keep=2)
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"w": np.full(4, step)})
+    if COMM.rank == 0:
+        assert sorted(path.name for path in directory.iterdir()) == [
+            "step-000000002.safetensors",
+            "step-000000003.safetensors",
+        ]
+        newest = directory / "step-000000003.safetensors"
+        content = bytearray(newest.read_bytes())
+        content[-1] ^= 1
+        newest.write_bytes(content)
+        (directory / ".step-000000004.safetensors.ab.partial").touch()
+    again = Checkpoints(directory)
+    saved = again.newest()
+    assert saved
+    assert (saved.step, saved.arrays["w"].tolist()) == (2, [2] * 4)
+    again.save(3, {"w": np.full(4, 3)})
+    saved = again.newest()
+    assert saved
+    assert saved.step == 3
+    if COMM.rank == 0:
+        names = sorted(path.name for path in directory.iterdir())
+        assert names[-1] == "step-000000003.safetensors"
+        assert not any(name.endswith(".partial") for name in names)
+
+
+@pytest.mark.mpi
+def test_ranks_fail_together_where_nothing_can_be_used(directory: Path) -> None:
+    checkpoints = Checkpoints(directory)
+    if COMM.rank == 0:
+        (directory / "step-000000001.safetensors").write_bytes(b"nothing")
+        verified.write(directory / "step-000000002.safetensors", {"w": np.zeros(1)}, {"format": "mpiml-1"})
+    with pytest.raises(
+        OutputError, match=r"no checkpoint in .*step-000000002.* is not a checkpoint of a loop"
+    ) as error:
+        checkpoints.newest()
+    assert error.value.everywhere
+
+
+@pytest.mark.parametrize(
+    ("step", "arrays", "meta", "words"),
+    [
+        (-1, {}, {}, r"save\(step=-1\): must be a whole number"),
+        (1.5, {}, {}, r"save\(step=1.5\)"),
+        (1, {"w": np.zeros(1)}, {"a": float("nan")}, "meta is not what JSON can say"),
+        (1, {"w": np.zeros(1)}, {"a": np.zeros(1)}, "meta is not what JSON can say"),
+        (1, {"w": np.zeros(1, complex)}, {}, "w is complex128"),
+        (1, {"w": [object()]}, {}, r"w\.0"),
+    ],
+)
+def test_what_cannot_be_saved_is_one_line(tmp_path: Path, step: Any, arrays: Any, meta: Any, words: str) -> None:
+    checkpoints = Checkpoints(tmp_path, COMM.Split(COMM.rank))
+    with pytest.raises(ConfigError, match=words):
+        checkpoints.save(step, arrays, meta)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_forms_are_refused(tmp_path: Path) -> None:
+    alone = COMM.Split(COMM.rank)
+    with pytest.raises(ConfigError, match="keep=0"):
+        Checkpoints(tmp_path, alone, keep=0)
+    checkpoints = Checkpoints(tmp_path, alone)
+    checkpoints.save(1, {"w": np.zeros(3), "b": 1})
+    saved = checkpoints.newest()
+    assert saved
+    for like, words in (
+        ({"w": np.zeros(3)}, "b is in the checkpoint alone"),
+        ({"w": np.zeros(3), "b": 1, "c": 1}, "c is not in the checkpoint"),
+        ({"w": np.zeros(4), "b": 1}, r"w is float64 \(3,\), not float64 \(4,\)"),
+        ({"w": np.zeros(3, np.float32), "b": 1}, "w is float64"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            saved.into(like)
