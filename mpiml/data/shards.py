@@ -1,7 +1,8 @@
-"""The rows of each step: a pure function of the step's number, so that a restart needs nothing else."""
+"""The training rows in shards, of which each step takes a part, and the rows of an evaluation in chunks."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,26 +12,17 @@ from numpy.typing import DTypeLike, NDArray
 from mpiml.clock import unwatched
 from mpiml.data.batch import Batch
 from mpiml.data.dataset import Split
-from mpiml.partition import part
+from mpiml.data.order import RowOrder, Rows
 from mpiml.random import generator, keyed
 
-Rows = NDArray[np.int64]
 SCAN = 1 << 20  # labels that are counted at once
 FEW = 8  # rows of a chunk in a file, which it is no matter to read again
-Order = Callable[[int, int], Rows]  # (a, b) -> which rows of a shard, from 0, come a-th to (b-1)-th in an epoch
 
 
-class Shards:
-    """Shards first..last-1 of a split that is cut into `microbatches` shards, and their rows at every step.
-
-    An epoch has `steps_per_epoch` steps of `rows_per_step` rows on average. It uses every row of a shard once, in an
-    order drawn from (seed, epoch, shard). If a shard has fewer rows than steps, only some steps get a row from it;
-    shards are offset against each other so that these are not the same steps for all.
+class Shards(RowOrder):
+    """Shards first..last-1 of a split, and their rows at every step; other arguments as of RowOrder.
 
     Args:
-        batch: rows per step that are asked for; `rows_per_step` is at most this.
-        shuffle: what is shuffled within a shard in every epoch: "none", "rows", or "blocks" of `block_rows` rows.
-        strided: whether shard m is every M-th row from row m on, instead of the m-th of M consecutive parts.
         transform: (x, y, generator of this step and micro-batch) -> x and y to train on.
 
     Attributes:
@@ -51,95 +43,28 @@ class Shards:
         strided: bool = False,
         transform: Callable[..., Any] | None = None,
     ):
-        self.split, self.microbatches, self.seed, self.dtype = split, microbatches, seed, dtype
-        self.first, self.last = first, last
-        self.shuffle, self.block_rows, self.strided, self.transform = shuffle, block_rows, strided, transform
+        super().__init__(len(split), microbatches, batch, seed, shuffle, block_rows, strided)
+        self.split, self.dtype, self.first, self.last, self.transform = split, dtype, first, last, transform
         self.draws: frozenset[str] = frozenset()
-        self.steps_per_epoch = -(-len(split) // batch)
-        self.rows_per_step = len(split) / self.steps_per_epoch
-        self._epoch, self._orders = -1, dict[int, Order]()
 
     def rows(self) -> Rows:
         """The numbers of all rows of these shards, in rising order."""
         return np.sort(np.concatenate([np.arange(0), *map(self.numbers, range(self.first, self.last))]))
 
-    def shard(self, m: int) -> range:
-        """The numbers of the rows of shard m."""
-        if self.strided:
-            return range(m, len(self.split), self.microbatches)
-        return range(*part(m, self.microbatches, len(self.split)))
-
-    def numbers(self, m: int) -> Rows:
-        """The numbers of the rows of shard m, as an array."""
-        rows = self.shard(m)
-        return np.arange(rows.start, rows.stop, rows.step)
-
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of step 1, 2, ..., including empty ones."""
-        epoch, t = divmod(step - 1, self.steps_per_epoch)
-        return [self._batch(epoch, t, m) for m in range(self.first, self.last)]
+        return [self._batch(step, m) for m in range(self.first, self.last)]
 
-    def rows_of(self, step: int) -> int:
-        """The number of rows of step 1, 2, ... over all micro-batches, including other ranks'."""
-        ends = (self._span((step - 1) % self.steps_per_epoch, m) for m in range(self.microbatches))
-        return sum(b - a for a, b in ends)
-
-    def smallest(self) -> int:
-        """The rows of the smallest micro-batch of an epoch, over all shards; empty ones do not count."""
-        return min(max(len(self.shard(m)) // self.steps_per_epoch, 1) for m in range(self.microbatches))
-
-    def _span(self, t: int, m: int) -> tuple[int, int]:
-        """(a, b): step t = 0, 1, ... of an epoch uses the a-th to (b-1)-th row in shard m's order for this epoch."""
-        rows, steps = len(self.shard(m)), self.steps_per_epoch
-        offset = steps * m // self.microbatches
-        return (rows * t + offset) // steps, (rows * (t + 1) + offset) // steps
-
-    def _batch(self, epoch: int, t: int, m: int) -> Batch:
-        rows = self.shard(m)
-        a, b = self._span(t, m)
-
-        def select() -> Rows:
-            return rows.start + rows.step * self._order(epoch, m, len(rows))(a, b)
-
-        purpose, function = (self.seed, "transform", epoch * self.steps_per_epoch + t + 1, m), self.transform
+    def _batch(self, step: int, m: int) -> Batch:
+        purpose, function = (self.seed, "transform", step, m), self.transform
 
         def transform(x: Any, y: Any) -> Any:
             assert function, "there is none"
             with keyed(self.draws, *purpose):
                 return function(x, y, generator(*purpose))
 
-        return Batch(m, b - a, self.split, select, self.dtype, transform if function else None)
-
-    def _order(self, epoch: int, m: int, length: int) -> Order:
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._orders.clear()
-        if m not in self._orders:
-            self._orders[m] = self._draw(epoch, m, length)
-        return self._orders[m]
-
-    def _draw(self, epoch: int, m: int, length: int) -> Order:
-        if self.shuffle == "none":
-            return np.arange
-        if self.shuffle == "blocks":
-            return block_order(length, self.block_rows, generator(self.seed, "blocks", epoch, m))
-        permutation = generator(self.seed, "order", epoch, m).permutation(length)
-        return lambda a, b: permutation[a:b]
-
-
-def block_order(length: int, block_rows: int, random: np.random.Generator) -> Order:
-    """The order of 0..length-1 in blocks of `block_rows` consecutive numbers (the last may be shorter), shuffled."""
-    starts = block_rows * random.permutation(-(-length // block_rows))
-    sizes = np.minimum(length - starts, block_rows)
-    ends = np.cumsum(sizes)
-    shifts = starts - (ends - sizes)  # from the position in the order to the row of the shard
-
-    def order(a: int, b: int) -> Rows:
-        positions = np.arange(a, b)
-        rows: Rows = positions + shifts[np.searchsorted(ends, positions, side="right")]
-        return rows
-
-    return order
+        select = functools.partial(self.at, step, m)
+        return Batch(m, self.size(step, m), self.split, select, self.dtype, transform if function else None)
 
 
 def rereads(shards: Shards) -> list[str]:

@@ -10,7 +10,8 @@ import pytest
 
 from mpiml.data import shards as module
 from mpiml.data.dataset import Split
-from mpiml.data.shards import Shards, block_order, chunks, classes_seen, starved
+from mpiml.data.order import block_order
+from mpiml.data.shards import Shards, chunks, classes_seen, starved
 from mpiml.data.sources import ArraySource
 from mpiml.partition import part
 
