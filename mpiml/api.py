@@ -27,6 +27,9 @@ if TYPE_CHECKING:  # the names and their modules, stated once: for type checkers
     from mpiml.errors import RunError as RunError
     from mpiml.errors import StallError as StallError
     from mpiml.evaluate import evaluate as evaluate
+    from mpiml.loop.guard import guard as guard
+    from mpiml.loop.rows import Rows as Rows
+    from mpiml.loop.sums import Sum as Sum
     from mpiml.nn.convnets import cnn as cnn
     from mpiml.nn.convnets import resnet as resnet
     from mpiml.nn.layers import GELU as GELU

@@ -38,6 +38,7 @@ class Clock:
         self.activity: Activity = "start"
         self.within: Activity | None = None  # if set, time is booked under this activity
         self.step = 0
+        self.patient = ""  # long work of a user's own, which is progress however long it takes
         self.moves = 0  # grows with every call and by progress(); a rank whose moves do not change is stuck
         self.seconds: dict[Activity, float] = {}
         self._since = perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mpi4py import MPI
@@ -57,7 +58,7 @@ def build(team: Team, stages: int) -> Grid:
     """Make a grid of a team's ranks, whose number is a multiple of `stages`; collective."""
     comm = team.comm
     homes = nodes_of_ranks(comm)
-    order = sorted(range(comm.size), key=lambda rank: (homes[rank], rank))
+    order = by_node(homes)
     ordered = MPI.Intracomm(comm.Create(comm.Get_group().Incl(order)))
     stage, replica = divmod(ordered.rank, ordered.size // stages)
     pipe, data = (MPI.Intracomm(ordered.Split(other)) for other in (replica, stage))
@@ -81,6 +82,11 @@ def build(team: Team, stages: int) -> Grid:
         cores=len(set[int]().union(*allgather(node, os.sched_getaffinity(0)))),
         made=made,
     )
+
+
+def by_node(homes: Sequence[int]) -> list[int]:
+    """The ranks in the order in which they become replicas: those of a node next to each other."""
+    return sorted(range(len(homes)), key=lambda rank: (homes[rank], rank))
 
 
 def nodes_of_ranks(comm: MPI.Intracomm) -> list[int]:

@@ -73,7 +73,7 @@ class Agreement:
     def __call__(self, table: NDArray[np.float64], broken: bool, stop: bool) -> Record:
         """As `agree`, for a step."""
         self._own_flags[:] = broken, stop
-        shared = self._table[: table.size].reshape(len(table), -1)
+        shared = self._table[: table.size].reshape(table.shape)
         shared[self._own_rows] = table[self._own_rows]
         self.memory.barrier(lambda: self._combine(shared))
         loss, weight, *metric = self._result[3 : 3 + table.shape[1]].tolist()

@@ -29,6 +29,11 @@ def prepare_process(threads: int) -> None:
     faults."""
     thread_pools().limit(limits=threads)
     touch_work_area(threads)
+    reuse_memory()
+
+
+def reuse_memory() -> None:
+    """Let new arrays reuse freed memory, without page faults."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):

@@ -152,7 +152,7 @@ class Watch(threading.Thread):
     def _look_at_own(self, now: float) -> None:
         own, clock, total = self._own, self.clock, bytes_moved()
         own.step, own.activity = clock.step, clock.activity
-        if clock.moves != self._moves or total - self._bytes > self._quiet:
+        if clock.patient or clock.moves != self._moves or total - self._bytes > self._quiet:
             own.moves, own.moved = own.moves + 1, now
         elif now - own.moved > self.timeout and own.activity not in BLOCKED_ON_OTHERS:
             what = f"rank {self.comm.rank} has made no progress for {self.timeout:g} s, {own.place}"

@@ -1,0 +1,154 @@
+"""A guard around a program of one's own: whatever one rank does, no other waits for ever, and the reason is said."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from mpi4py import MPI
+
+from mpiml.clock import Clock
+from mpiml.errors import SAVED, ConfigError, RunError, known_to_all
+from mpiml.flags import seconds
+from mpiml.run import alarm, failure, one_job
+from mpiml.run.deadline import Deadline
+from mpiml.run.directory import RunDirectory
+from mpiml.run.process import StopRequest
+from mpiml.run.result import Result, read_result, update_result, write_result
+from mpiml.run.watch import Watch
+from mpiml.team import Team, wait
+
+PROGRAM = Path(sys.argv[0]).name or "python"
+_clocks = [Clock()]  # of the guards that this process is in, the innermost last; the first is of none
+
+
+def clock() -> Clock:
+    """The clock of the guard that this process is in: what a rank does with it is progress."""
+    return _clocks[-1]
+
+
+class guard:
+    """A block that all ranks enter, and in which no rank waits for ever; collective to enter and to leave.
+
+        with guard(out="runs/mine") as job:
+            for step in range(first, last + 1):
+                ...
+                if job.stop:
+                    break
+
+    An error of one rank, sys.exit included, ends the whole job; so does a rank that makes no progress for
+    `stall_timeout` seconds, that is stopped or killed, and a launcher that is gone. The reason, which names the rank,
+    is printed and written to result.json in `out`. Progress is what this package's parts do, and reading and writing
+    files; for long work of one's own there is `alive`.
+
+    Errors of this package that all ranks raise alike leave the block as SystemExit with their exit code, printed once.
+
+    Args:
+        comm: the ranks (default: all).
+        out: a directory for result.json, which one job at a time holds (default: none).
+        stall_timeout: in seconds; 0: no rank is judged by its progress.
+        time_limit: as of mpiml.train: `stop` is true before the time is up. SLURM's limit always counts.
+    """
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm | None = None,
+        out: str | os.PathLike[str] | None = None,
+        stall_timeout: float = 600.0,
+        time_limit: str | None = None,
+    ):
+        if not (0 <= stall_timeout < float("inf")):
+            raise ConfigError(f"stall_timeout {stall_timeout}: must be a number of seconds, at least 0")
+        self.out, self.stall_timeout = None if out is None else Path(out), stall_timeout
+        self.clock = Clock()
+        self.team = Team(MPI.COMM_WORLD if comm is None else comm, self.clock)
+        self._failure = failure.Guard(self.team, PROGRAM)
+        self._stop = StopRequest(Deadline(seconds(time_limit, "time_limit"), os.environ))
+        self._directory: RunDirectory | None = None  # on rank 0
+        self.stopped = False
+
+    def __enter__(self) -> guard:
+        _clocks.append(self.clock)
+        alarm.start(PROGRAM, [alarm.FLAG, str(self.stall_timeout)])
+        alarm.during("starting")
+        self._failure.__enter__()
+        try:
+            one_job.check_size(MPI.COMM_WORLD.size)
+            self.team.check_alike(one_job.software())
+            self.team.on_rank_0(self._open)
+            self._failure.run, self._failure.token = self.team.broadcast((self._failure.run, self._failure.token))
+            self._watch = Watch(self.team.comm.Dup(), self.clock, self.stall_timeout, self._failure.fail)
+        except BaseException as error:
+            self._leave(error)
+            raise
+        self._watch.__enter__()
+        self._stop.__enter__()
+        self.clock("compute")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.__exit__()
+        self._watch.__exit__(kind, error, trace)
+        self._leave(error)
+
+    @property
+    def stop(self) -> bool:
+        """Whether any rank is asked to stop: by SIGUSR1, SIGTERM, Ctrl-C, or because its time is nearly up. To be asked
+        once in each step; collective, so that all ranks leave off after the same step."""
+        asked = np.array([self._stop.now()], np.int32)
+        with self.clock.doing("joining"):
+            wait([self.team.comm.Iallreduce(MPI.IN_PLACE, asked, MPI.MAX)])
+        self.stopped = self.stopped or bool(asked[0])
+        return self.stopped
+
+    @contextmanager
+    def alive(self, what: str) -> Iterator[None]:
+        """A block of long work of one's own, which is no stall however long it takes; `what` is for messages."""
+        self.clock.patient = what
+        try:
+            yield
+        finally:
+            self.clock.patient = ""
+            self.clock.progress()
+
+    def _open(self) -> None:
+        """Rank 0: hold the directory."""
+        if self.out is None:
+            return
+        self._directory = RunDirectory(str(self.out))
+        self._failure.run, self._failure.token = self._directory.path, self._directory.token
+        self._directory.prepare(resume=True)
+        before = {key: value for key, value in read_result(self._directory.path).items() if key != "traceback"}
+        running: Result = {"status": "running", "exit_code": None, "reason": None, "rank": None}
+        write_result(self._directory.path, before | running | {"ranks": self.team.size})
+
+    def _ended(self) -> None:
+        """Rank 0: write how the block has ended, without an error."""
+        if self._directory:
+            outcome: Result = {"status": "done", "exit_code": 0}
+            if self.stopped:
+                outcome = {"status": "stopped", "exit_code": SAVED, "reason": self._stop.reason()}
+            update_result(self._directory.path, outcome)
+
+    def _leave(self, error: BaseException | None) -> None:
+        """Undo `__enter__`; report an error."""
+        try:
+            if error is None:
+                self.team.on_rank_0(self._ended)
+        except RunError as failed:
+            error = failed
+        try:
+            self._failure.__exit__(type(error) if error else None, error, None)
+        finally:
+            _clocks.remove(self.clock)
+            if self._directory:
+                self._directory.close()
+        if error is not None and known_to_all(error, self.team.size):
+            sys.exit(failure.exit_code(error))  # reported already, by one line
