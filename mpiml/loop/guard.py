@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -24,12 +25,49 @@ from mpiml.run.watch import Watch
 from mpiml.team import Team, wait
 
 PROGRAM = Path(sys.argv[0]).name or "python"
-_clocks = [Clock()]  # of the guards that this process is in, the innermost last; the first is of none
+_guards: list[guard] = []  # that this process is in, the innermost last
+_unguarded = Clock()
 
 
 def clock() -> Clock:
     """The clock of the guard that this process is in: what a rank does with it is progress."""
-    return _clocks[-1]
+    return _guards[-1].clock if _guards else _unguarded
+
+
+def for_the_rest(comm: MPI.Intracomm, stall_timeout: float) -> guard:
+    """The guard that this process is in; outside of any, a new one until the program ends. Collective.
+
+    The new one leaves signals alone, and is not entered by a rank that is alone.
+    """
+    if _guards:
+        return _guards[-1]
+    one = guard(comm, stall_timeout=stall_timeout)
+    if comm.size == 1:
+        return one
+    one.takes_signals = False
+    one.__enter__()
+    shown = sys.excepthook
+
+    def uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if one not in _guards:
+            shown(kind, error, trace)
+        elif known_to_all(error, comm.size):
+            one.__exit__(kind, error, trace)
+        else:
+            one.fail(error)
+
+    def leave() -> None:
+        try:
+            if one in _guards:
+                one.__exit__(None, None, None)
+        except SystemExit as ended:  # of all ranks; Python would print it, and end with the code it has
+            sys.stdout.flush()
+            MPI.Finalize()
+            os._exit(int(ended.code or 0))
+
+    sys.excepthook = uncaught
+    atexit.register(leave)
+    return one
 
 
 class guard:
@@ -65,15 +103,17 @@ class guard:
         if not (0 <= stall_timeout < float("inf")):
             raise ConfigError(f"stall_timeout {stall_timeout}: must be a number of seconds, at least 0")
         self.out, self.stall_timeout = None if out is None else Path(out), stall_timeout
-        self.clock = Clock()
+        self.clock = clock() if _guards else Clock()
         self.team = Team(MPI.COMM_WORLD if comm is None else comm, self.clock)
         self._failure = failure.Guard(self.team, PROGRAM)
         self._stop = StopRequest(Deadline(seconds(time_limit, "time_limit"), os.environ))
         self._directory: RunDirectory | None = None  # on rank 0
         self.stopped = False
+        self.takes_signals = True
+        self.at_end: list[Callable[[], None]] = []  # called, in this order, when ranks leave without an error
 
     def __enter__(self) -> guard:
-        _clocks.append(self.clock)
+        _guards.append(self)
         alarm.start(PROGRAM, [alarm.FLAG, str(self.stall_timeout)])
         alarm.during("starting")
         self._failure.__enter__()
@@ -87,7 +127,8 @@ class guard:
             self._leave(error)
             raise
         self._watch.__enter__()
-        self._stop.__enter__()
+        if self.takes_signals:
+            self._stop.__enter__()
         self.clock("compute")
         return self
 
@@ -95,8 +136,14 @@ class guard:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.__exit__()
-        self._watch.__exit__(kind, error, trace)
+        if error is None:
+            error = self._end()
+        self._watch.__exit__(type(error) if error else None, error, trace)
         self._leave(error)
+
+    def fail(self, error: BaseException) -> None:
+        """Report an error of this rank alone, and end the job; does not return."""
+        self._failure.fail(error)
 
     @property
     def stop(self) -> bool:
@@ -129,6 +176,15 @@ class guard:
         running: Result = {"status": "running", "exit_code": None, "reason": None, "rank": None}
         write_result(self._directory.path, before | running | {"ranks": self.team.size})
 
+    def _end(self) -> BaseException | None:
+        """Make the calls `at_end`. Returns the error of one."""
+        try:
+            while self.at_end:
+                self.at_end.pop(0)()
+        except BaseException as error:
+            return error
+        return None
+
     def _ended(self) -> None:
         """Rank 0: write how the block has ended, without an error."""
         if self._directory:
@@ -147,7 +203,7 @@ class guard:
         try:
             self._failure.__exit__(type(error) if error else None, error, None)
         finally:
-            _clocks.remove(self.clock)
+            _guards.remove(self)
             if self._directory:
                 self._directory.close()
         if error is not None and known_to_all(error, self.team.size):

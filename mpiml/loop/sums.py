@@ -69,10 +69,13 @@ class Sum:
         microbatches: of a step, over all ranks (default: one each).
         memory: "shared", "private", or "auto": shared where that is possible.
         finite: whether a sum that is not finite is an error.
+        numbers: how many numbers of each rank `meet` adds up beside the arrays.
 
     Attributes:
         own: the micro-batches of this rank, a range, as those of `Rows`.
-        weight: of the last sum, over all micro-batches.
+        weight, loss: of the last sum, over all micro-batches.
+        bad_loss: the first micro-batch whose loss was not finite, or None.
+        cores, neighbours: how many cores the ranks of this node may use, and how many ranks these are.
 
     Raises ConfigError, on all ranks alike, if ranks have other forms, or too few micro-batches.
     """
@@ -84,17 +87,21 @@ class Sum:
         microbatches: int | None = None,
         memory: str = "auto",
         finite: bool = True,
+        numbers: int = 0,
     ):
         reuse_memory()  # for the arrays that are returned
         team = Team(MPI.COMM_WORLD if comm is None else comm, clock())
         self.microbatches = team.size if microbatches is None else microbatches
         check_microbatches(self.microbatches, team.size)
-        self._like, self._finite, self.weight = like, finite, 0.0
+        self._like, self._finite, self._columns = like, finite, 2 + numbers
+        self.weight = self.loss = 0.0
+        self.bad_loss: int | None = None
         named = team.together(lambda: [(name, trees.array(value, name)) for name, value in trees.leaves(like)])
         self._names = [name for name, _ in named]
         self._kinds = [(array.dtype, array.shape) for _, array in named]
         team.check_alike({name: f"{a.dtype} {a.shape}" for name, a in named}, "all ranks must sum the same arrays")
         self._grid = grids.build(team, 1)
+        self.cores, self.neighbours = self._grid.cores, self._grid.node.size
         self._flats = [
             Flat(dtype, [shape for kind, shape in self._kinds if kind == dtype])
             for dtype in trees.KINDS
@@ -105,10 +112,11 @@ class Sum:
         self.own = range(*part(self._grid.replica, team.size, self.microbatches))
         self._place(memory)
         self._done = 0  # micro-batches of this step that are here
+        self._met = False  # whether the weights of this step are agreed on
 
     def _place(self, kind: str) -> None:
         """Allocate the vectors; collective."""
-        grid, table = self._grid, Agreement.bytes_needed(self._grid.node.size, self.microbatches, 2)
+        grid, table = self._grid, Agreement.bytes_needed(self._grid.node.size, self.microbatches, self._columns)
         slots = depth(grid.replica, grid.replicas, self.microbatches)
         each = sum(bytes_of(flat.size, flat.dtype) for flat in self._flats)
         memory, self.problem = share(grid.comm, grid.node, slots * each, each + table, kind)
@@ -118,8 +126,8 @@ class Sum:
         ]
         self._agree: Any = lambda table, *flags: agree(grid.comm, table, *flags)
         if isinstance(memory, SharedMemory):
-            self._agree = Agreement(grid, memory, self.microbatches, 2)
-        self._table = np.zeros((self.microbatches, 2))
+            self._agree = Agreement(grid, memory, self.microbatches, self._columns)
+        self._table = np.zeros((self.microbatches, self._columns))
         self._totals = [flat.views(sum_.values.vector) for flat, sum_ in zip(self._flats, self._sums, strict=True)]
         for views in self._totals:
             for view in views:
@@ -135,9 +143,9 @@ class Sum:
     def _slot(self, number: int) -> Any:
         return self._tree([f.views(s.slots[number]) for f, s in zip(self._flats, self._sums, strict=True)])
 
-    def put(self, m: int, arrays: Any = None, weight: float = 1.0) -> None:
+    def put(self, m: int, arrays: Any = None, weight: float = 1.0, loss: float = 0.0) -> None:
         """Add `weight` times the arrays of micro-batch m, one of this rank's, in their order; without `arrays`, what
-        has been written to its slot.
+        has been written to its slot. A loss is added up beside them, as it is.
 
         Raises ConfigError for another micro-batch than the next, or for arrays of another form than `like`.
         """
@@ -153,7 +161,7 @@ class Sum:
                 np.multiply(sum_.slots[number], weight, out=sum_.slots[number])
         for sum_ in self._sums:
             sum_.accumulate(self._done)
-        self._table[m, 1] = weight
+        self._table[m, :2] = loss, weight
         self._done += 1
 
     def _write(self, arrays: Any, weight: float, views: Sequence[NDArray[Any]]) -> None:
@@ -182,20 +190,42 @@ class Sum:
         """
         return self._total(copy, divided=False)
 
+    def meet(self, numbers: Sequence[float] = ()) -> list[float]:
+        """Agree on weights and losses, and add up these numbers of all ranks; collective. `sum` and `mean` do it where
+        it has not been done. What the numbers show may be a reason not to ask for the sum, on all ranks alike.
+
+        Returns the sums of the numbers, in the order of the ranks.
+        """
+        clock()("communication")
+        self._table[self.own.start, 2 : 2 + len(numbers)] = numbers
+        record = self._agree(self._table, False, False)
+        self.loss, self.weight, self.bad_loss = record.loss, record.weight, record.bad_entry
+        self._table[:] = 0
+        self._met = True
+        clock()("compute")
+        return list(record.metric)
+
+    def drop(self) -> None:
+        """Do without the sum of what has been put; collective."""
+        clock()("communication")
+        for sum_ in self._sums:
+            sum_.drop()
+        self._done, self._met = 0, False
+        clock()("compute")
+
     def _total(self, copy: bool, divided: bool) -> Any:
         if self._done < len(self.own):
             raise ConfigError(f"the sum is asked for, but {self._expected()}")
+        if not self._met:
+            self.meet()
         clock()("communication")
-        record = self._agree(self._table, False, False)
-        self.weight = record.weight
-        scale = 1.0 / record.weight if divided and record.weight else 1.0
+        scale = 1.0 / self.weight if divided and self.weight else 1.0
         finite = [self._add_up(sum_, scale) for sum_ in self._sums]
         if self._finite:
             bad = self._agree(self._table[:0], not all(finite), False).broken
             if bad:
                 raise self._not_finite()
-        self._done = 0
-        self._table[:] = 0
+        self._done, self._met = 0, False
         clock()("compute")
         return self._tree(self._totals, copy)
 
