@@ -232,9 +232,6 @@ class DataParallel(Module):  # type: ignore[misc]
         self._average.collect()
 
 
-DataParallel.forward = torch.compiler.disable(DataParallel.forward, recursive=False)  # the module may be compiled
-
-
 def _share(average: Average) -> None:
     """Share a node's cores among its ranks: torchrun does the same by OMP_NUM_THREADS=1."""
     ranks, cores = average.sum.neighbours, average.sum.cores

@@ -24,6 +24,7 @@ class Meetings:
 
     def __init__(self, team: Team):
         self.team, self.number = team, 0
+        self._broken = False  # whether ranks have been at different ones: then there are no more
 
     def meet(self, kind: str) -> None:
         """Agree that all ranks are at this kind of meeting; collective. Ranks that have joined come along to a
@@ -39,8 +40,9 @@ class Meetings:
 
     def end(self) -> None:
         """Agree that there are no more meetings; collective."""
-        self.meet("end")
-        self.sum.close()
+        if not self._broken:
+            self.meet("end")
+            self.sum.close()
 
     def _meet(self, kind: str) -> int:
         """Returns how many ranks have not joined."""
@@ -55,10 +57,11 @@ class Meetings:
 
     def _apart(self, kind: str) -> RunError:
         """The error of ranks that are at different meetings; collective."""
+        self._broken = True
         ranks: dict[tuple[str, int], list[int]] = {}
         for rank, place in enumerate(self.team.allgather((kind, self.number))):
             ranks.setdefault(place, []).append(self.team.launched[rank])
-        places = sorted(ranks.items(), key=lambda item: len(item[1]))
+        places = sorted(ranks.items(), key=lambda item: (len(item[1]), item[0][0] != "end"))
         texts = "; ".join(f"{_some(members)} {_at(*place)}" for place, members in places)
         error = RunError(
             f"the ranks of a DataParallel are at different calls: {texts}. All must make the same ones, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import pytest
 from mpi4py import MPI
 
 from mpiml.errors import ConfigError, RunError
+from mpiml.loop.rows import Rows
 from mpiml.torch import keywords
 
 torch = pytest.importorskip("torch")
@@ -407,20 +409,23 @@ def test_join_may_divide_by_all_ranks() -> None:
 
 
 @alone
-def test_ranks_at_different_calls_are_named() -> None:
-    with contextlib.suppress(RunError):
-        net = DataParallel(perceptron())
-        net(rows()).sum().backward()
-        with pytest.raises(RunError) as caught:
-            if rank() == LAST:
-                net.close()
-            else:
-                net(rows()).sum().backward()
-        assert f"rank {LAST} left after call 1; rank 0" in str(caught.value)
-        assert "came to backward(), call 2" in str(caught.value)
-        assert caught.value.everywhere
-        assert caught.value.rank == (LAST if WORLD.size > 2 else caught.value.rank)
-    net.closed = True
+@pytest.mark.parametrize("leaves", [True, False])
+def test_ranks_at_different_calls_are_named(leaves: bool) -> None:
+    net = DataParallel(perceptron())
+    net(rows()).sum().backward()
+    order = Rows(64, 8, 2 * WORLD.size)
+    with pytest.raises(RunError) as caught:
+        if rank() != LAST:
+            net(rows()).sum().backward()
+        elif leaves:
+            net.close()
+        else:
+            next(net.steps(order))
+    place = "left after call 1" if leaves else "began steps() in call 2"
+    assert f"rank {LAST} {place}" in str(caught.value)
+    assert re.search(r"rank 0( and \d+ more)? came to backward\(\), call 2", str(caught.value))
+    assert caught.value.everywhere
+    assert caught.value.rank == LAST or (WORLD.size == 2 and not leaves)
 
 
 @alone
