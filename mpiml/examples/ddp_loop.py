@@ -1,4 +1,5 @@
-"""A script for DistributedDataParallel, with mpiml.torch in its place: `mpirun -n 4 python -m mpiml.examples.ddp_loop`."""
+"""A script for DistributedDataParallel, with mpiml.torch in its place:
+`mpirun -n 4 python -m mpiml.examples.ddp_loop`."""
 
 import hashlib
 

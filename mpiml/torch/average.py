@@ -45,6 +45,7 @@ class Average:
         self._frozen = {name: parameter for name, parameter in named.items() if not parameter.requires_grad}
         self.buffers = Changes(module, buffers)
         self.team, self.meetings, self._memory, self.by_ranks = team, Meetings(team), memory, False
+        self._total: Slot | None = None  # views of the total, once there is one
         self._make(team.size)
 
     def use(self, kind: str, microbatches: int) -> None:
@@ -179,7 +180,7 @@ class Average:
             self.team.comm, self._places.like, microbatches, self._memory, finite=False, numbers=COLUMNS
         )
         self.slots = [self._places.slot(arrays) for arrays in self.sum.slots]
-        self._total: Slot | None = None
+        self._total = None
 
 
 def _readable(places: Places, arrays: Arrays) -> Slot:

@@ -35,7 +35,7 @@ class Places:
     """
 
     def __init__(self, tensors: Iterable[Tensor], flags: int):
-        self._sizes = {np.dtype(np.float32): 0, np.dtype(np.float64): 0}
+        self._sizes: dict[np.dtype[Any], int] = {np.dtype(np.float32): 0, np.dtype(np.float64): 0}
         shapes = [(_kind(tensor), real_shape(tensor)) for tensor in tensors]
         self._places = [self._place(kind, shape) for kind, shape in [*shapes, (np.dtype(np.float32), (flags,))]]
         self._kinds = [kind for kind, size in self._sizes.items() if size]

@@ -85,5 +85,3 @@ def _at(kind: str, number: int) -> str:
         JOINED: f"joined before call {number}",
         "steps": f"began steps() in call {number}",
     }.get(kind, f"came to {kind}(), call {number}")
-
-

@@ -414,13 +414,9 @@ def test_ranks_at_different_calls_are_named(leaves: bool) -> None:
     net = DataParallel(perceptron())
     net(rows()).sum().backward()
     order = Rows(64, 8, 2 * WORLD.size)
+    backward, steps = net(rows()).sum().backward, net.steps(order)
     with pytest.raises(RunError) as caught:
-        if rank() != LAST:
-            net(rows()).sum().backward()
-        elif leaves:
-            net.close()
-        else:
-            next(net.steps(order))
+        (backward if rank() != LAST else net.close if leaves else steps.__next__)()
     place = "left after call 1" if leaves else "began steps() in call 2"
     assert f"rank {LAST} {place}" in str(caught.value)
     assert re.search(r"rank 0( and \d+ more)? came to backward\(\), call 2", str(caught.value))
@@ -433,7 +429,10 @@ def test_ranks_at_different_calls_are_named(leaves: bool) -> None:
     ("module", "said"),
     [
         (lambda r: nn.Linear(5 + r, 3), rf"ranks differ in weight: float32 \(3, {5 + LAST}\), trained|{5 + 1}"),
-        (lambda r: nn.Linear(5, 3).to(torch.float64 if r else torch.float32), r"weight: float64 \(3, 5\), trained \(ra"),
+        (
+            lambda r: nn.Linear(5, 3).to(torch.float64 if r else torch.float32),
+            r"weight: float64 \(3, 5\), trained \(ra",
+        ),
         (lambda r: nn.Sequential(nn.Linear(5, 3), *([nn.Linear(3, 3)] if r else [])), r"1\.weight: .*none \(rank 0\)"),
         (lambda r: nn.Linear(5, 3).requires_grad_(r == 0), r"weight.*trained \(rank 0\)|no parameter"),
     ],
@@ -448,7 +447,7 @@ def test_other_modules_on_other_ranks(module: Callable[[int], Any], said: str) -
     ("module", "said"),
     [
         (lambda: [1], "takes a torch.nn.Module, and not a list"),
-        (lambda: nn.Flatten(), "no parameter that requires a gradient"),
+        (nn.Flatten, "no parameter that requires a gradient"),
         (lambda: nn.LazyLinear(3), "has no shape yet"),
         (lambda: nn.Linear(3, 3, device="meta"), "weight is on meta"),
     ],

@@ -143,33 +143,33 @@ def test_ddp_and_exact_steps_take_turns() -> None:
 def test_what_is_not_finite_is_named(value: str, said: str) -> None:
     net, optimizer, rows = made()
     before = net.module.inner.weight.clone()
+    step = next(steps := net.steps(rows))
+    for m in step:
+        loss = net(X[m.rows]).sum()
+        if m.m == 1 and value == "loss":
+            loss = loss * float("nan")
+        elif m.m == 1:
+            loss = loss + 0 * torch.sqrt(0 * net.module.inner.weight.sum())
+        net.backward(loss, m)
     with pytest.raises(NotFiniteError, match=said) as caught:
-        for step in net.steps(rows):
-            for m in step:
-                loss = net(X[m.rows]).sum()
-                if m.m == 1 and value == "loss":
-                    loss = loss * float("nan")
-                elif m.m == 1:
-                    loss = loss + 0 * torch.sqrt(0 * net.module.inner.weight.sum())
-                net.backward(loss, m)
-            net.step(optimizer)
+        net.step(optimizer)
+    steps.close()
     assert caught.value.everywhere
     assert torch.equal(net.module.inner.weight, before)
 
 
 def test_calls_out_of_order() -> None:
     net, optimizer, rows = made()
-    with pytest.raises(ConfigError, match="only within `for step in net.steps"):
+    with pytest.raises(ConfigError, match=r"only within `for step in net\.steps"):
         net.step(optimizer)
     with pytest.raises(ConfigError, match=r"step 1, micro-batch \d+: net.backward\(loss, m\) is missing"):
-        for step in net.steps(rows):
-            for _ in step:
-                pass
+        list(next(net.steps(rows)))
     with pytest.raises(ConfigError, match="counted from 1"):
         next(net.steps(rows, start=0))
     net, optimizer, rows = made()
+    steps = net.steps(rows)
+    for m in next(steps):
+        net.backward(net(X[m.rows]).sum(), m)
     with pytest.raises(ConfigError, match=r"step 1: net.step\(optimizer\) is missing"):
-        for step in net.steps(rows):
-            for m in step:
-                net.backward(net(X[m.rows]).sum(), m)
+        next(steps)
     net._average.sum.drop()
