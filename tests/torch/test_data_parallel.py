@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import pickle
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,11 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mpi4py import MPI
 
-from mpiml.errors import ConfigError, RunError
-from mpiml.loop.rows import Rows
-from mpiml.torch import keywords
+from mpiml.errors import ConfigError
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -25,47 +20,20 @@ checkpoint = torch.utils.checkpoint.checkpoint
 
 from mpiml.torch import DataParallel, rank, size  # noqa: E402
 from mpiml.torch.outputs import tensors_in  # noqa: E402
+from tests.torch.modules import (  # noqa: E402
+    LAST,
+    WORLD,
+    Branches,
+    alone,
+    check,
+    close,
+    gradients,
+    mean,
+    perceptron,
+    rows,
+)
 
 pytestmark = pytest.mark.mpi
-WORLD = MPI.COMM_WORLD
-LAST = WORLD.size - 1
-alone = pytest.mark.skipif(WORLD.size == 1, reason="ranks must differ")
-
-
-def rows(count: int = 6, features: int = 5, seed: int = 0) -> Any:
-    """Inputs of this rank."""
-    return torch.randn(count, features, generator=torch.Generator().manual_seed(100 * seed + rank()))
-
-
-def perceptron() -> Any:
-    """With values of its own on each rank."""
-    torch.manual_seed(rank())
-    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
-
-
-def mean(gradients: Any, weight: float = 1.0, total: float = WORLD.size) -> list[Any]:
-    """The mean of each over the ranks, where None counts as zero."""
-    return [WORLD.allreduce(0.0 if g is None else weight * g.detach().to_dense().double()) / total for g in gradients]
-
-
-def gradients(module: Any) -> list[Any]:
-    return [parameter.grad for parameter in module.parameters()]
-
-
-def close(ours: list[Any], theirs: list[Any], rtol: float = 1e-5) -> None:
-    assert len(ours) == len(theirs)
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one.double(), torch.as_tensor(other).double(), rtol=rtol, atol=1e-6)
-
-
-def check(module: Any, act: Callable[[Any], None], rtol: float = 1e-5) -> Any:
-    """What `act` does with the module leaves the mean of what it does with a copy on each rank. Returns the wrapper."""
-    net = DataParallel(module)
-    local = copy.deepcopy(net.module)
-    act(net)
-    act(local)
-    close(gradients(net), mean(gradients(local)), rtol)
-    return net
 
 
 def test_gradients_are_means_and_values_start_equal() -> None:
@@ -205,18 +173,6 @@ def test_checkpoints_within(reentrant: bool) -> None:
     check(Again(reentrant), lambda net: net(rows()).square().sum().backward())
 
 
-class Branches(nn.Module):
-    """Each rank uses another branch; one is used by nobody, one is frozen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.branches = nn.ModuleList(nn.Linear(5, 2) for _ in range(4))
-        self.frozen = nn.Linear(5, 2).requires_grad_(False)
-
-    def forward(self, x: Any, which: int) -> Any:
-        return (self.branches[which] if which < 4 else self.frozen)(x)
-
-
 def test_parameters_used_on_some_ranks_only() -> None:
     def act(net: Any) -> None:
         net(rows(), rank() % 3).square().sum().backward()
@@ -319,168 +275,6 @@ def test_a_backward_pass_after_one_that_failed() -> None:
     net.zero_grad()
     net(rows()).sum().backward()
     close(gradients(net)[-1:], [torch.full((3,), 6.0)])
-
-
-class Averages(nn.Module):
-    """Buffers of all kinds: of a normalisation, of its own, replaced, frozen, constant."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.fixed = nn.BatchNorm1d(5), nn.BatchNorm1d(5).eval()
-        self.register_buffer("seen", torch.zeros(5, dtype=torch.float64))
-        self.register_buffer("count", torch.tensor(0))
-        self.register_buffer("table", torch.full((2, 2), 1 / 3))
-        self.copied = nn.Parameter(torch.zeros(5), requires_grad=False)
-
-    def forward(self, x: Any) -> Any:
-        if self.training:
-            with torch.no_grad():
-                self.seen = 0.5 * self.seen + x.double().mean(0)
-                self.count += len(x)
-                self.copied.lerp_(x.mean(0), 0.5)
-        return self.norm(x) + self.fixed(x)
-
-
-def test_buffers_are_averaged() -> None:
-    torch.manual_seed(0)
-    net = DataParallel(Averages())
-    net.module.fixed.eval()
-    local = copy.deepcopy(net.module)
-    for seed in range(3):
-        for module in (net, local):
-            module(rows(seed=seed)).sum().backward()
-        close(list(net.buffers()), expected := mean(local.buffers()))
-        close([net.module.copied], mean([local.copied]))
-        local.load_state_dict({k.removeprefix("module."): v for k, v in net.state_dict().items()})
-    assert len(expected) == 9
-    assert net.module.norm.num_batches_tracked == 3
-    assert torch.equal(net.module.table, torch.full((2, 2), 1 / 3))
-    assert net.module.seen.abs().sum() > 0
-
-
-def test_buffers_may_stay_apart() -> None:
-    net = DataParallel(nn.BatchNorm1d(5), broadcast_buffers=False)
-    local = copy.deepcopy(net.module)
-    for module in (net, local):
-        module(rows()).sum().backward()
-    close(list(net.buffers()), list(local.buffers()), rtol=0)
-
-
-def test_evaluation_is_a_ranks_own() -> None:
-    net = DataParallel(Averages())
-    if rank() == LAST:
-        with torch.no_grad():
-            net.eval()(rows())
-    net.train()(rows()).sum().backward()
-
-
-def test_join() -> None:
-    """The last ranks have more batches; means are those of ranks that still have any."""
-    net = DataParallel(nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)))
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    with net.join():
-        for batch in range(1 + rank()):
-            optimizer.zero_grad()
-            net(rows(seed=batch))[:, 0].square().sum().backward()
-            if batch == rank() == LAST:  # alone with data by now
-                local = copy.deepcopy(net.module)
-                local.zero_grad()
-                # in the state before this batch its gradient would be the same, as statistics are the batch's
-                local(rows(seed=batch))[:, 0].square().sum().backward()
-                close(gradients(net), gradients(local))
-            optimizer.step()
-    for value in net.state_dict().values():
-        assert len({v.numpy().tobytes() for v in WORLD.allgather(value)}) == 1
-    last = WORLD.bcast(net.state_dict(), LAST)
-    assert last["module.1.num_batches_tracked"] == WORLD.size
-
-
-def test_join_may_divide_by_all_ranks() -> None:
-    net = DataParallel(nn.Linear(5, 1, bias=False))
-    with net.join(divide_by_initial_world_size=True):
-        if rank() == 0:
-            net(torch.ones(1, 5)).sum().backward()
-            close(gradients(net), [torch.full((1, 5), 1 / WORLD.size)])
-    with pytest.raises(ConfigError, match="leave join"), net.join(throw_on_early_termination=True):
-        pass
-
-
-@alone
-@pytest.mark.parametrize("leaves", [True, False])
-def test_ranks_at_different_calls_are_named(leaves: bool) -> None:
-    net = DataParallel(perceptron())
-    net(rows()).sum().backward()
-    order = Rows(64, 8, 2 * WORLD.size)
-    backward, steps = net(rows()).sum().backward, net.steps(order)
-    with pytest.raises(RunError) as caught:
-        (backward if rank() != LAST else net.close if leaves else steps.__next__)()
-    place = "left after call 1" if leaves else "began steps() in call 2"
-    assert f"rank {LAST} {place}" in str(caught.value)
-    assert re.search(r"rank 0( and \d+ more)? came to backward\(\), call 2", str(caught.value))
-    assert caught.value.everywhere
-    assert caught.value.rank == LAST or (WORLD.size == 2 and not leaves)
-
-
-@alone
-@pytest.mark.parametrize(
-    ("module", "said"),
-    [
-        (lambda r: nn.Linear(5 + r, 3), rf"ranks differ in weight: float32 \(3, {5 + LAST}\), trained|{5 + 1}"),
-        (
-            lambda r: nn.Linear(5, 3).to(torch.float64 if r else torch.float32),
-            r"weight: float64 \(3, 5\), trained \(ra",
-        ),
-        (lambda r: nn.Sequential(nn.Linear(5, 3), *([nn.Linear(3, 3)] if r else [])), r"1\.weight: .*none \(rank 0\)"),
-        (lambda r: nn.Linear(5, 3).requires_grad_(r == 0), r"weight.*trained \(rank 0\)|no parameter"),
-    ],
-)
-def test_other_modules_on_other_ranks(module: Callable[[int], Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said) as caught:
-        DataParallel(module(rank()))
-    assert caught.value.everywhere
-
-
-@pytest.mark.parametrize(
-    ("module", "said"),
-    [
-        (lambda: [1], "takes a torch.nn.Module, and not a list"),
-        (nn.Flatten, "no parameter that requires a gradient"),
-        (lambda: nn.LazyLinear(3), "has no shape yet"),
-        (lambda: nn.Linear(3, 3, device="meta"), "weight is on meta"),
-    ],
-)
-def test_modules_that_cannot_be_averaged(module: Callable[[], Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        DataParallel(module())
-
-
-def test_keywords_of_ddp() -> None:
-    """Each of the installed PyTorch's has a meaning, or needs none, or is refused."""
-    own = {"device_ids", "output_device", "broadcast_buffers", "init_sync"}
-    assert keywords.of_torch() <= own | keywords.NEEDLESS.keys() | keywords.REFUSED.keys()
-    DataParallel(nn.Linear(1, 1), None, find_unused_parameters=True, static_graph=True, process_group=None)
-    for wrong, said in (
-        ({"process_group": 1}, "pass an MPI communicator as comm="),
-        ({"device_ids": [0]}, "leave it out"),
-        ({"static_grph": True}, "did you mean static_graph"),
-    ):
-        with pytest.raises(ConfigError, match=said):
-            DataParallel(nn.Linear(1, 1), **wrong)
-    with pytest.warns(UserWarning, match="bucket_cap_mb") if rank() == 0 else contextlib.nullcontext():
-        net = DataParallel(nn.Linear(1, 1), bucket_cap_mb=25)
-    with pytest.raises(ConfigError, match="no communication hooks"):
-        net.register_comm_hook(None, None)
-    with pytest.raises(ConfigError, match=r"copy its \.module"):
-        pickle.dumps(net)
-    with pytest.raises(ConfigError, match=r"copy its \.module"):
-        copy.deepcopy(net)
-
-
-def test_a_parameter_that_is_unfrozen_later() -> None:
-    net = DataParallel(Branches())
-    net.module.frozen.requires_grad_(True)
-    with pytest.raises(ConfigError, match=r"frozen.weight, frozen.bias requires a gradient now"):
-        net(rows(), 0).sum().backward()
 
 
 def test_ranks_may_be_some_of_all() -> None:
