@@ -85,7 +85,6 @@ class DataParallel(Module):  # type: ignore[misc]
         self._hooked = False
         guard.at_end.append(self.close)
         self.closed = False
-        self._guard = guard
         _share(self._average)
         for name, value in others.items():
             if name.startswith("bucket_cap") and value is not None and comm.rank == 0:
