@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +32,41 @@ _unguarded = Clock()
 def clock() -> Clock:
     """The clock of the guard that this process is in: what a rank does with it is progress."""
     return _guards[-1].clock if _guards else _unguarded
+
+
+def for_the_rest(comm: MPI.Intracomm, stall_timeout: float) -> guard:
+    """The guard that this process is in; outside of any, a new one until the program ends. Collective.
+
+    A rank that is alone does not enter the new one.
+    """
+    if _guards:
+        return _guards[-1]
+    one = guard(comm, stall_timeout=stall_timeout)
+    if comm.size == 1:
+        return one
+    one.__enter__()
+    shown = sys.excepthook
+
+    def uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if one not in _guards:
+            shown(kind, error, trace)
+        elif known_to_all(error, comm.size):
+            one.__exit__(kind, error, trace)
+        else:
+            one.fail(error)
+
+    def leave() -> None:
+        try:
+            if one in _guards:
+                one.__exit__(None, None, None)
+        except SystemExit as ended:  # of all ranks; Python would print it, and end with the code it has
+            sys.stdout.flush()
+            MPI.Finalize()
+            os._exit(int(ended.code or 0))
+
+    sys.excepthook = uncaught
+    atexit.register(leave)
+    return one
 
 
 class guard:
@@ -78,6 +114,7 @@ class guard:
         self._directory: RunDirectory | None = None  # on rank 0
         self._stop: StopRequest | None = None
         self._answers = self._entered = False
+        self.at_end: list[Callable[[], None]] = []  # called, in this order, when ranks leave without an error
 
     def __enter__(self) -> guard:
         if self._entered:
@@ -112,14 +149,29 @@ class guard:
         try:
             if self._answers and self._stop:
                 self._stop.__exit__()
-            self._watch.__exit__(kind, error, trace)
             if error is None:
+                ending = self._finished()
+            self._watch.__exit__(type(ending) if ending else None, ending, trace)
+            if ending is None:
                 self.team.on_rank_0(self._ended)
         except BaseException as failed:
             ending = failed
         self._leave(ending)
         if ending is not None and ending is not error:
             raise ending
+
+    def fail(self, error: BaseException) -> None:
+        """Report an error of this rank alone, and end the job; does not return."""
+        self._failure.fail(error)
+
+    def _finished(self) -> BaseException | None:
+        """Make the calls `at_end`. Returns the error of one."""
+        try:
+            while self.at_end:
+                self.at_end.pop(0)()
+        except BaseException as error:
+            return error
+        return None
 
     @property
     def stop(self) -> bool:

@@ -27,7 +27,8 @@ pytestmark = pytest.mark.contract
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "jobs/README.md", *sorted((ROOT / "mpiml").rglob("*.md"))]
 FILE = re.compile(r"# (\w+\.py)\n")  # begins a piece of Python that other blocks import, or run
-EXTRAS = {"mynet": "torch"}  # a block with this word needs that package, which takes minutes to install
+# A block with this word needs that package, which takes minutes to install.
+EXTRAS = {"mynet": "torch", "mpiml.torch": "torch", "_loop": "torch"}
 PATH = re.compile(r"[\w./-]+\.(py|sh|sbatch|def)|(\.?[\w-]+/)+([\w.-]+\.\w+)?")
 OTHERS = {"checkpoints/", "mine.py"}  # on pages: of a run, and of the reader
 

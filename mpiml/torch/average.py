@@ -1,0 +1,190 @@
+"""The mean over ranks, or over micro-batches, of a module's gradients and of the buffers that its forward changes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from mpiml import vectors
+from mpiml.errors import ConfigError
+from mpiml.loop.guard import clock
+from mpiml.loop.sums import Sum
+from mpiml.nn.torch_names import plain_name, some
+from mpiml.team import Team
+from mpiml.torch import flat
+from mpiml.torch.buffers import Changes
+from mpiml.torch.flat import Arrays, Places, Slot
+from mpiml.torch.meetings import COLUMNS, Meetings
+
+Observed = Mapping[int, tuple[float, Mapping[str, Tensor]]]  # of micro-batches: weights, and buffers by name
+
+
+class Average:
+    """The mean of gradients and buffers; collective to make.
+
+    Flags ride along: of each parameter, whether a rank has a gradient of it; of each buffer, whether it has changed.
+
+    Args:
+        memory: as of `Sum`.
+        buffers: whether buffers are averaged.
+
+    Attributes:
+        trained: the parameters that required a gradient at first.
+        slots: for each of this rank's micro-batches, the place of what it contributes.
+        by_ranks: whether sums of gradients are divided by the number of all ranks, those that have joined included.
+    """
+
+    def __init__(self, team: Team, module: Module, memory: str, buffers: bool):
+        named = {plain_name(name): parameter for name, parameter in module.named_parameters()}
+        self.names = [name for name, parameter in named.items() if parameter.requires_grad]
+        self.trained = [named[name] for name in self.names]
+        self._frozen = {name: parameter for name, parameter in named.items() if not parameter.requires_grad}
+        self.buffers = Changes(module, buffers)
+        self.team, self.meetings, self._memory, self.by_ranks = team, Meetings(team), memory, False
+        self._total: Slot | None = None  # views of the total, once there is one
+        self._make(team.size)
+
+    def use(self, kind: str, microbatches: int) -> None:
+        """Have a sum of so many micro-batches; collective, in a meeting of this kind if it has to be made."""
+        if self.sum.microbatches != microbatches:
+            self.meetings.meet(kind)
+            self.sum.close()
+            self._make(microbatches)
+
+    def collect(self) -> None:
+        """Make each gradient the mean of all ranks' gradients, and changed buffers that of their buffers; collective,
+        but for ranks that have joined."""
+        self.use("backward", self.team.size)
+        if freed := [name for name, parameter in self._frozen.items() if parameter.requires_grad]:
+            raise ConfigError(f"{some(freed)} requires a gradient now, and did not when DataParallel was made")
+        self.write(self.slots[0])
+        self.sum.put(self.sum.own.start)
+        clock().step = 1 + self.meetings.number
+        self.meetings.meet("backward")
+        total = self.mean()
+        self.take_gradients(total)
+        self.take_buffers(total, {self.sum.own.start: (1.0, {})})
+
+    def answer(self) -> bool:
+        """Contribute nothing to what the other ranks do, as one that has joined; collective. Returns whether there are
+        others."""
+        self.use("backward", self.team.size)
+        self.put_nothing(self.sum.own.start)
+        if not self.meetings.answer():
+            self.sum.drop()
+            return False
+        self.take_buffers(self.mean(), {self.sum.own.start: (0.0, {})})
+        return True
+
+    def put_nothing(self, m: int) -> None:
+        """Add zeros with weight 0 for a micro-batch."""
+        slot = self.slots[m - self.sum.own.start]
+        for view in (*slot.tensors, slot.flags):
+            view.zero_()
+        self.sum.put(m, weight=0.0)
+
+    def write(self, slot: Slot) -> None:
+        """Write this rank's gradients, buffers and flags into a slot."""
+        flags, views, gradients = [True] * len(self.trained), [], []
+        for index, (parameter, view) in enumerate(zip(self.trained, slot.tensors, strict=False)):
+            gradient = parameter.grad
+            if gradient is None:
+                flags[index] = False
+                view.zero_()
+                continue
+            if gradient.layout != torch.strided:
+                gradient = parameter.grad = gradient.to_dense()
+            views.append(view)
+            gradients.append(gradient)
+        with torch.no_grad():
+            flat.copy(views, gradients)
+            flat.copy(slot.tensors[len(flags) :], self.buffers.values())
+        flags += [name in self.buffers.changed for name in [*self.buffers.riding, *self.buffers.quiet]]
+        slot.flags.copy_(torch.tensor(flags))
+
+    def mean(self) -> Slot:
+        """The mean; collective. It holds until something is put again."""
+        self._arrays = self.sum.mean(copy=False)
+        if self._total is None:
+            self._total = _readable(self._places, self._arrays)
+        return self._total
+
+    def not_finite(self, total: Slot) -> list[str]:
+        """The names of the gradients and buffers whose mean is not finite."""
+        if all(map(vectors.is_finite, self._arrays)):
+            return []
+        names = [*self.names, *self.buffers.riding]
+        return [name for name, view in zip(names, total.tensors, strict=True) if not view.isfinite().all()]
+
+    def take_gradients(self, total: Slot) -> None:
+        """Make the mean the gradient of each parameter that any rank has used."""
+        used, views = [], []
+        flags = total.flags[: len(self.trained)].tolist()
+        for parameter, view, flag in zip(self.trained, total.tensors, flags, strict=False):
+            if flag:
+                if parameter.grad is None:
+                    parameter.grad = torch.empty_like(parameter, requires_grad=False)
+                used.append(parameter.grad)
+                views.append(view)
+        with torch.no_grad():
+            flat.take(used, views)
+            if self.by_ranks:
+                torch._foreach_mul_(used, self.sum.weight / self.team.size)
+
+    def take_buffers(self, total: Slot, observed: Observed) -> None:
+        """Give buffers that any rank has changed their mean; collective. Those that have changed for the first time
+        are averaged by themselves, from what has been `observed`, or what they are now."""
+        first, riding = len(self.trained), self.buffers.riding
+        flags = total.flags[first:].tolist()
+        self.buffers.changed.clear()
+        for name, view, flag in zip(riding, total.tensors[first:], flags, strict=False):
+            if flag:
+                self._give(name, view)
+        new = [name for name, flag in zip(self.buffers.quiet, flags[len(riding) :], strict=True) if flag]
+        if new:
+            self._take_new(new, observed)
+
+    def _take_new(self, names: list[str], observed: Observed) -> None:
+        places = Places([self.buffers[name] for name in names], 1)
+        with Sum(self.team.comm, places.like, self.sum.microbatches, self._memory, finite=False) as once:
+            for m, arrays in zip(once.own, once.slots, strict=True):
+                weight, values = observed[m]
+                slot = places.slot(arrays)
+                slot.flags.zero_()
+                flat.copy(slot.tensors, [values.get(name, self.buffers[name]) for name in names])
+                once.put(m, weight=weight)
+            for name, view in zip(names, _readable(places, once.mean()).tensors, strict=True):
+                self._give(name, view)
+        self.buffers.ride(names)
+        self.sum.close()
+        self._make(self.sum.microbatches)
+
+    def _give(self, name: str, value: Tensor) -> None:
+        now = self.buffers[name].clone()
+        flat.take([now], [value])
+        self.buffers.put(name, now)
+
+    def end(self) -> None:
+        """Agree with all ranks that nothing more is averaged; collective."""
+        self.meetings.end()
+
+    def _make(self, microbatches: int) -> None:
+        buffers = self.buffers
+        flags = len(self.trained) + len(buffers.riding) + len(buffers.quiet)
+        self._places = Places([*self.trained, *buffers.values()], flags)
+        self.sum = self.meetings.sum = Sum(
+            self.team.comm, self._places.like, microbatches, self._memory, finite=False, numbers=COLUMNS
+        )
+        self.slots = [self._places.slot(arrays) for arrays in self.sum.slots]
+        self._total = None
+
+
+def _readable(places: Places, arrays: Arrays) -> Slot:
+    """Views of a total, which nothing writes to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that torch does not know of read-only memory
+        return places.slot(arrays)

@@ -1,0 +1,239 @@
+"""DataParallel: a module whose gradients are averaged over the ranks of an MPI job, as a backward pass ends."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from mpi4py import MPI
+from torch import Tensor
+from torch.autograd import Variable
+from torch.nn import Module
+
+from mpiml.errors import ConfigError
+from mpiml.loop.guard import clock, for_the_rest
+from mpiml.loop.rows import Rows
+from mpiml.nn.torch_tensors import prepare_torch
+from mpiml.team import Team, share_cores
+from mpiml.torch import exact, keywords, start
+from mpiml.torch.average import Average
+from mpiml.torch.exact import MicroBatch, Step
+from mpiml.torch.outputs import tensors_in
+
+STALL_TIMEOUT = 1800.0  # seconds, as long as gloo waits
+
+
+class DataParallel(Module):  # type: ignore[misc]
+    """A module in the place of DistributedDataParallel(module), in programs that mpirun starts; collective to make.
+
+        net = mpiml.torch.DataParallel(net)
+
+    When `loss.backward()` returns, for a loss of the module's outputs, each parameter's `.grad` is the mean over all
+    ranks of what it would be there, and buffers that the forward pass has changed are the mean of what they are there;
+    of integers, the nearest to it. A rank that has no gradient of a parameter counts as zero; if no rank has one,
+    `.grad` stays None. Parameters and buffers start with the values of rank 0.
+
+    Outside of `mpiml.api.guard`, ranks are watched as in a guard from here on until the program ends.
+
+    Args:
+        module: the same on all ranks, on the CPU.
+        broadcast_buffers: whether buffers are averaged.
+        init_sync: whether parameters and buffers start equal; if not, that is the caller's concern.
+        comm: the ranks (default: all).
+        memory: as of `mpiml.api.Sum`.
+        stall_timeout: of the watch, in seconds, outside of a guard.
+        device_ids, output_device, others: keywords of DistributedDataParallel, of which some are refused.
+
+    Attributes:
+        module: the module; in `state_dict` its names begin with "module.".
+
+    Raises ConfigError, on all ranks alike, for modules that differ between ranks, naming what, and for a module that
+    cannot be averaged; RunError, on all ranks alike, if ranks are at different calls, naming these.
+    """
+
+    def __init__(
+        self,
+        module: Module,
+        device_ids: Any = None,
+        output_device: Any = None,
+        *,
+        broadcast_buffers: bool | None = True,
+        init_sync: bool = True,
+        comm: MPI.Intracomm | None = None,
+        memory: str = "auto",
+        stall_timeout: float = STALL_TIMEOUT,
+        **others: Any,
+    ):
+        super().__init__()
+        keywords.check({"device_ids": device_ids, "output_device": output_device, **others})
+        comm = MPI.COMM_WORLD if comm is None else comm
+        guard = for_the_rest(comm, stall_timeout)
+        team = Team(comm, clock())
+        start.compare(team, module)
+        if init_sync:
+            start.broadcast(team, module)
+        self.module = module
+        self.require_backward_grad_sync = True  # False within no_sync
+        self._average = Average(team, module, memory, broadcast_buffers is not False)
+        self._step: Step | None = None
+        self._task = -1  # the backward pass that averages at its end
+        self._opaque = False  # whether no tensor was seen in an output that is to be averaged
+        self._hooked = False
+        guard.at_end.append(self.close)
+        self.closed = False
+        _share(self._average)
+        for name, value in others.items():
+            if name.startswith("bucket_cap") and value is not None and comm.rank == 0:
+                warnings.warn(f"DataParallel({name}=...) changes nothing: {keywords.NEEDLESS[name]}", stacklevel=2)
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """The module's outputs."""
+        clock().progress()
+        if self._step or not torch.is_grad_enabled():
+            return self.module(*inputs, **named)
+        marks = self._average.buffers.marks()
+        outputs = self.module(*inputs, **named)
+        if self.training:
+            self._average.buffers.look(marks)
+        if self.require_backward_grad_sync:
+            self._follow(outputs)
+        return outputs
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Within the block, backward passes of what is computed here leave each rank's own sum of gradients, which the
+        next one after it averages with its own."""
+        before, self.require_backward_grad_sync = self.require_backward_grad_sync, False
+        try:
+            yield
+        finally:
+            self.require_backward_grad_sync = before
+
+    @contextmanager
+    def join(
+        self, divide_by_initial_world_size: bool = False, enable: bool = True, throw_on_early_termination: bool = False
+    ) -> Iterator[None]:
+        """A block for training on ranks that have different numbers of batches: one that is done with its own waits at
+        the end, and means are those of the ranks that still have any. At last all get the parameters and buffers of a
+        rank that had most; optimizers' states stay as they are. Collective to leave, unless by an error.
+
+        Args:
+            divide_by_initial_world_size: whether gradients are sums divided by the number of all ranks, as
+                DistributedDataParallel's are by default.
+            enable: whether to do anything.
+        """
+        if throw_on_early_termination:
+            raise ConfigError("join(throw_on_early_termination=True): leave join() out, and uneven ranks are an error")
+        if not enable:
+            yield
+            return
+        average = self._average
+        average.by_ranks = divide_by_initial_world_size
+        yield
+        rounds = 0
+        while average.answer():
+            rounds += 1
+        average.by_ranks = False
+        answered = average.team.allgather(rounds)
+        start.broadcast(average.team, self.module, answered.index(min(answered)))
+
+    def steps(self, rows: Rows, start: int = 1, last: int | None = None, threads: int = 1) -> Iterator[Step]:
+        """Steps whose results have the same bits on any number of ranks and nodes; collective.
+
+            for step in net.steps(rows):
+                for m in step:
+                    net.backward(loss_function(net(x[m.rows]), y[m.rows]), m)
+                loss = net.step(optimizer)
+
+        `m.rows` are the numbers of its rows, `len(m)` how many they are. What is drawn from PyTorch's, NumPy's and
+        Python's generators for m is a function of the seed, the step and m alone. Each buffer that the forward pass
+        changes becomes the mean over the rows of what their micro-batches make of the value before the step.
+
+        Args:
+            rows: the same number of micro-batches gives the same bits.
+            start: the first step: of a run that goes on, the one after the last.
+            last: the last step (default: that of the epoch in which `start` is).
+            threads: of PyTorch on each rank, which the bits depend on.
+        """
+        prepare_torch(threads)
+        try:
+            for step in exact.steps(self._average, rows, start, last):
+                clock().step = step.number
+                self._step = step
+                yield step
+        finally:
+            self._step = None
+
+    def backward(self, loss: Tensor, m: MicroBatch) -> None:
+        """The backward pass of `loss`, one number, the mean over the rows of micro-batch m of a step."""
+        self._within("backward(loss, m)").backward(loss, m)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> float:
+        """Make the mean over all rows of the step the gradients, call `optimizer.step()`, and drop them; collective.
+        Returns the mean loss of the step.
+
+        Raises NotFiniteError, on all ranks alike, for losses or gradients that are not finite; nothing is changed then.
+        """
+        return self._within("step(optimizer)").update(optimizer)
+
+    def close(self) -> None:
+        """Agree with all ranks that nothing more is averaged, and give back what is held for it; collective. Otherwise
+        the guard does so as it is left, or the program as it ends."""
+        if not self.closed:
+            self.closed = True
+            self._average.end()
+
+    def register_comm_hook(self, state: object, hook: object) -> None:
+        """Refused: gradients travel as they are."""
+        raise ConfigError("DataParallel has no communication hooks: gradients travel as they are")
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise ConfigError("a DataParallel cannot be copied or pickled: copy its .module, or save its state_dict()")
+
+    def _within(self, what: str) -> Step:
+        if self._step is None:
+            raise ConfigError(f"net.{what}: only within `for step in net.steps(rows):`")
+        return self._step
+
+    def _follow(self, outputs: Any) -> None:
+        """Average at the end of the backward passes that these outputs come to, whatever parameters they reach."""
+        found = list(tensors_in(outputs))
+        followed = [tensor for tensor in found if tensor.requires_grad]
+        if not followed and self.training:  # no parameter that has a gradient is used on this rank, perhaps on others
+            kept = {id(tensor) for tensor in (*self.module.parameters(), *self.module.buffers())}
+            followed = [t.requires_grad_() for t in found if t.is_floating_point() and id(t) not in kept]
+        for tensor in followed:
+            tensor.register_hook(self._reached)
+        self._opaque = not found
+        if not found and not self._hooked:
+            self._hooked = True
+            for parameter in self._average.trained:
+                parameter.register_post_accumulate_grad_hook(self._accumulated)
+
+    def _accumulated(self, parameter: Tensor) -> None:
+        if self._opaque and self._step is None and self.require_backward_grad_sync:
+            self._reached(parameter)
+
+    def _reached(self, gradient: Tensor) -> None:
+        """A backward pass has come to an output: average at its end."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task = task
+            Variable._execution_engine.queue_callback(self._collect)
+
+    def _collect(self) -> None:
+        if self.closed:
+            raise ConfigError("a backward pass of a DataParallel that is closed")
+        self._average.collect()
+
+
+def _share(average: Average) -> None:
+    """Share a node's cores among its ranks: torchrun does the same by OMP_NUM_THREADS=1."""
+    ranks, cores = average.sum.neighbours, average.sum.cores
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores // ranks)))
+    share_cores(torch.get_num_threads() * ranks, cores)

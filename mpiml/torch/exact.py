@@ -1,0 +1,122 @@
+"""Steps with the same bits on any number of ranks: their micro-batches, what these contribute, and the update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpiml.errors import ConfigError, NotFiniteError
+from mpiml.loop.rows import Rows
+from mpiml.nn.torch_names import some
+from mpiml.random import global_generators, keyed
+from mpiml.torch.average import Average
+
+
+@dataclass(eq=False)
+class MicroBatch:
+    """Micro-batch number `m` of a step: the numbers of its rows, integers (rows,) to index tensors with."""
+
+    step: int
+    m: int
+    rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class Step:
+    """A step: iterate over it for this rank's micro-batches that have rows.
+
+    Attributes:
+        number: of the step, from 1 on.
+        done: whether the update has been made.
+    """
+
+    def __init__(self, average: Average, rows: Rows, number: int, first: dict[str, Tensor]):
+        self.number, self.done = number, False
+        self._average, self._rows, self._first = average, rows, first
+        self._open: MicroBatch | None = None
+        self._before = {name: average.buffers[name].clone() for name in average.buffers.riding} | first
+        self._observed: dict[int, tuple[float, dict[str, Tensor]]] = {}
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        """Within a micro-batch, the process's generators are keyed by the seed, the step and its number."""
+        for m, rows in self._rows.mine(self.number):
+            if not len(rows):
+                self._average.put_nothing(m)
+                self._observed[m] = 0.0, {}
+                continue
+            self._open = MicroBatch(self.number, m, torch.from_numpy(rows))
+            self._marks = self._average.buffers.marks()
+            with keyed(global_generators(), self._rows.seed, "loop", self.number, m):
+                yield self._open
+            if self._open:
+                raise ConfigError(f"step {self.number}, micro-batch {m}: net.backward(loss, m) is missing")
+
+    def backward(self, loss: Tensor, m: MicroBatch) -> None:
+        """As DataParallel.backward."""
+        if m is not self._open:
+            raise ConfigError(f"step {self.number}: backward({m!r}) is not of the micro-batch that the step has given")
+        average, buffers = self._average, self._average.buffers
+        loss.backward()
+        buffers.look(self._marks)
+        if new := sorted(buffers.changed - self._before.keys()):
+            raise ConfigError(
+                f"the forward pass changes {some(new)} in step {self.number}, and did not in the first: for a buffer "
+                "to be averaged, every step must write to it"
+            )
+        average.write(average.slots[m.m - average.sum.own.start])
+        average.sum.put(m.m, weight=len(m), loss=loss.item() * len(m))
+        self._observed[m.m] = float(len(m)), {name: buffers[name].clone() for name in self._first}
+        for name, value in self._before.items():
+            buffers.put(name, value)
+        buffers.changed.clear()
+        forget(average)
+        self._open = None
+
+    def update(self, optimizer: torch.optim.Optimizer) -> float:
+        """As DataParallel.step."""
+        average = self._average
+        average.meetings.meet("step")
+        if average.sum.bad_loss is not None:
+            text = f"step {self.number}: the loss of micro-batch {average.sum.bad_loss} is not finite"
+            raise NotFiniteError(text).on_all_ranks()
+        total = average.mean()
+        if bad := average.not_finite(total):
+            raise NotFiniteError(f"step {self.number}: the gradient of {some(bad)} is not finite").on_all_ranks()
+        loss, weight = average.sum.loss, average.sum.weight
+        average.take_gradients(total)
+        average.take_buffers(total, self._observed)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        forget(average)
+        self.done = True
+        return loss / (weight or 1.0)
+
+
+def steps(average: Average, rows: Rows, start: int, last: int | None) -> Iterator[Step]:
+    """The steps from `start` to `last`, by default the last of an epoch."""
+    if start < 1:
+        raise ConfigError(f"steps(start={start}): steps are counted from 1")
+    if last is None:
+        last = -(-start // rows.steps_per_epoch) * rows.steps_per_epoch
+    average.use("steps", rows.microbatches)
+    if rows.own != average.sum.own:
+        raise ConfigError("steps(rows): the rows are those of another communicator than the DataParallel's")
+    forget(average)
+    first = {name: average.buffers[name].clone() for name in average.buffers.quiet}
+    for number in range(start, last + 1):
+        step = Step(average, rows, number, first)
+        yield step
+        if not step.done:
+            raise ConfigError(f"step {number}: net.step(optimizer) is missing")
+        first = {}
+
+
+def forget(average: Average) -> None:
+    """Drop all gradients."""
+    for parameter in average.trained:
+        parameter.grad = None

@@ -1,0 +1,74 @@
+"""Tensors in flat vectors, of float32 and of float64, as a sum takes them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpiml.nn.torch_tensors import as_kind_of, as_real, is_whole, real_shape
+from mpiml.vectors import ALIGNMENT
+
+Arrays = list[NDArray[Any]]
+DOUBLE = (torch.float64, torch.complex128)
+
+
+class Slot:
+    """Views of the flat vectors of one slot, or of the total: of each tensor, and of a flag for each."""
+
+    def __init__(self, tensors: list[Tensor], flags: Tensor):
+        self.tensors, self.flags = tensors, flags
+
+
+class Places:
+    """Where each of these tensors lies in the flat vectors, from a 64-byte boundary on; and behind them the flags.
+
+    float64 and integers lie in the one of float64, all others in that of float32: lower precisions are summed in it.
+
+    Attributes:
+        like: the vectors' form, as `Sum` takes it.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], flags: int):
+        self._sizes: dict[np.dtype[Any], int] = {np.dtype(np.float32): 0, np.dtype(np.float64): 0}
+        shapes = [(_kind(tensor), real_shape(tensor)) for tensor in tensors]
+        self._places = [self._place(kind, shape) for kind, shape in [*shapes, (np.dtype(np.float32), (flags,))]]
+        self._kinds = [kind for kind, size in self._sizes.items() if size]
+
+    @property
+    def like(self) -> Arrays:
+        return [np.broadcast_to(np.zeros((), kind), self._sizes[kind]) for kind in self._kinds]
+
+    def slot(self, arrays: Sequence[NDArray[Any]]) -> Slot:
+        """Views of such vectors."""
+        vectors = {kind: torch.from_numpy(array) for kind, array in zip(self._kinds, arrays, strict=True)}
+        *tensors, flags = (
+            vectors[kind][start : start + math.prod(shape)].view(shape) for kind, start, shape in self._places
+        )
+        return Slot(tensors, flags)
+
+    def _place(self, kind: np.dtype[Any], shape: tuple[int, ...]) -> tuple[np.dtype[Any], int, tuple[int, ...]]:
+        start, line = self._sizes[kind], ALIGNMENT // kind.itemsize
+        self._sizes[kind] += -(-math.prod(shape) // line) * line
+        return kind, start, shape
+
+
+def copy(into: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Copy tensors into views of flat vectors."""
+    if into:
+        torch._foreach_copy_(into, [as_real(t) if t.is_complex() else t for t in tensors])
+
+
+def take(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """The reverse: give tensors values of flat vectors; integers get the nearest."""
+    if tensors:
+        torch._foreach_copy_(tensors, [as_kind_of(t, v) for t, v in zip(tensors, values, strict=True)])
+
+
+def _kind(tensor: Tensor) -> np.dtype[Any]:
+    return np.dtype(np.float64 if tensor.dtype in DOUBLE or is_whole(tensor) else np.float32)

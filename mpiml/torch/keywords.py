@@ -1,0 +1,49 @@
+"""The keywords of DistributedDataParallel: which have a meaning here, which need none, and which are refused."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from mpiml.errors import ConfigError
+from mpiml.flags import guess
+
+# Whatever their value, gradients, weights and messages are right.
+NEEDLESS = {
+    "bucket_cap_mb": "all gradients are one bucket",
+    "bucket_cap_mb_list": "all gradients are one bucket",
+    "batched_grad_copy": "gradients are copied at once",
+    "find_unused_parameters": "they are always noticed",
+    "check_reduction": "it is always checked",
+    "gradient_as_bucket_view": "gradients are tensors of their own",
+    "static_graph": "the graph may change",
+    "skip_all_reduce_unused_params": "they are always noticed",
+    "forward_sync_buffers": "buffers are averaged after the backward pass",
+    "dim": "it is of devices",
+}
+REFUSED = {
+    "device_ids": "ranks compute on the CPU: leave it out",
+    "output_device": "ranks compute on the CPU: leave it out",
+    "process_group": "pass an MPI communicator as comm=",
+    "device_mesh": "pass an MPI communicator as comm=",
+    "mixed_precision": "use torch.autocast",
+    "delay_all_reduce_named_params": "all gradients are averaged at once",
+    "param_to_hook_all_reduce": "all gradients are averaged at once",
+}
+
+
+def check(keywords: dict[str, Any]) -> None:
+    """Raise ConfigError for a keyword that is refused or unknown."""
+    for name, value in keywords.items():
+        if name in REFUSED and value not in (None, []):
+            raise ConfigError(f"DataParallel({name}=...): {REFUSED[name]}")
+        if name not in REFUSED | NEEDLESS:
+            hint = guess(name, [*NEEDLESS, *REFUSED, "broadcast_buffers", "init_sync", "comm", "memory"])
+            raise ConfigError(f"DataParallel({name}=...): there is no such keyword{hint}")
+
+
+def of_torch() -> set[str]:
+    """The keywords of the DistributedDataParallel that is installed."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    return set(inspect.signature(DistributedDataParallel.__init__).parameters) - {"self", "module"}

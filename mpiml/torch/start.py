@@ -1,0 +1,52 @@
+"""How a DataParallel begins: the same module on all ranks, with rank 0's values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from mpiml.errors import ConfigError
+from mpiml.nn.torch_names import some
+from mpiml.nn.torch_state import tensors
+from mpiml.nn.torch_tensors import parts
+from mpiml.team import Team
+
+CHUNK = 1 << 30  # bytes of a message: MPI libraries count them in 32 bits
+
+
+def compare(team: Team, module: Module) -> None:
+    """Raise ConfigError, on all ranks alike, for a module that cannot be averaged, or another one on other ranks."""
+    team.together(lambda: _check(module))
+    kinds = {name: f"{str(t.dtype).removeprefix('torch.')} {_kind(t)}" for name, t in tensors(module).items()}
+    team.check_alike(kinds, "all ranks must make the same module")
+
+
+def _check(module: Module) -> None:
+    if not isinstance(module, Module):
+        raise ConfigError(f"DataParallel takes a torch.nn.Module, and not a {type(module).__name__}")
+    lazy = [n for n, t in [*module.named_parameters(), *module.named_buffers()] if torch.nn.parameter.is_lazy(t)]
+    if lazy:
+        raise ConfigError(f"{some(lazy)} has no shape yet: call the module once, with inputs like its own, before")
+    for name, tensor in tensors(module).items():
+        if tensor.device.type != "cpu":
+            raise ConfigError(f"{name} is on {tensor.device}, but ranks average on the CPU: module.to('cpu') first")
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ConfigError(f"{type(module).__name__} has no parameter that requires a gradient: nothing to average")
+
+
+def _kind(tensor: Tensor) -> str:
+    trained = ", trained" if tensor.requires_grad else ""
+    return f"{tuple(tensor.shape)}{trained}"
+
+
+def broadcast(team: Team, module: Module, root: int = 0) -> None:
+    """Give all ranks the parameters and buffers of rank `root`; collective."""
+    for tensor in tensors(module).values():
+        for part in parts(tensor).values():
+            whole = part.contiguous()
+            raw = whole.reshape(-1).view(torch.uint8).numpy()
+            for start in range(0, raw.size, CHUNK):
+                team.wait([team.comm.Ibcast(raw[start : start + CHUNK], root)])
+            if whole is not part and not torch.equal(part, whole):
+                part.copy_(whole)

@@ -1,0 +1,109 @@
+"""Buffers that a forward pass changes, and ranks with different numbers of batches."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from mpiml.errors import ConfigError
+
+torch = pytest.importorskip("torch")
+nn = torch.nn
+
+from mpiml.torch import DataParallel, rank  # noqa: E402
+from tests.torch.modules import (  # noqa: E402
+    LAST,
+    WORLD,
+    close,
+    gradients,
+    mean,
+    rows,
+)
+
+pytestmark = pytest.mark.mpi
+
+
+class Averages(nn.Module):
+    """Buffers of all kinds: of a normalisation, of its own, replaced, frozen, constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.fixed = nn.BatchNorm1d(5), nn.BatchNorm1d(5).eval()
+        self.register_buffer("seen", torch.zeros(5, dtype=torch.float64))
+        self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("table", torch.full((2, 2), 1 / 3))
+        self.copied = nn.Parameter(torch.zeros(5), requires_grad=False)
+
+    def forward(self, x: Any) -> Any:
+        if self.training:
+            with torch.no_grad():
+                self.seen = 0.5 * self.seen + x.double().mean(0)
+                self.count += len(x)
+                self.copied.lerp_(x.mean(0), 0.5)
+        return self.norm(x) + self.fixed(x)
+
+
+def test_buffers_are_averaged() -> None:
+    torch.manual_seed(0)
+    net = DataParallel(Averages())
+    net.module.fixed.eval()
+    local = copy.deepcopy(net.module)
+    for seed in range(3):
+        for module in (net, local):
+            module(rows(seed=seed)).sum().backward()
+        close(list(net.buffers()), expected := mean(local.buffers()))
+        close([net.module.copied], mean([local.copied]))
+        local.load_state_dict({k.removeprefix("module."): v for k, v in net.state_dict().items()})
+    assert len(expected) == 9
+    assert net.module.norm.num_batches_tracked == 3
+    assert torch.equal(net.module.table, torch.full((2, 2), 1 / 3))
+    assert net.module.seen.abs().sum() > 0
+
+
+def test_buffers_may_stay_apart() -> None:
+    net = DataParallel(nn.BatchNorm1d(5), broadcast_buffers=False)
+    local = copy.deepcopy(net.module)
+    for module in (net, local):
+        module(rows()).sum().backward()
+    close(list(net.buffers()), list(local.buffers()), rtol=0)
+
+
+def test_evaluation_is_a_ranks_own() -> None:
+    net = DataParallel(Averages())
+    if rank() == LAST:
+        with torch.no_grad():
+            net.eval()(rows())
+    net.train()(rows()).sum().backward()
+
+
+def test_join() -> None:
+    """The last ranks have more batches; means are those of ranks that still have any."""
+    net = DataParallel(nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with net.join():
+        for batch in range(1 + rank()):
+            optimizer.zero_grad()
+            net(rows(seed=batch))[:, 0].square().sum().backward()
+            if batch == rank() == LAST:  # alone with data by now
+                local = copy.deepcopy(net.module)
+                local.zero_grad()
+                # in the state before this batch its gradient would be the same, as statistics are the batch's
+                local(rows(seed=batch))[:, 0].square().sum().backward()
+                close(gradients(net), gradients(local))
+            optimizer.step()
+    for value in net.state_dict().values():
+        assert len({v.numpy().tobytes() for v in WORLD.allgather(value)}) == 1
+    last = WORLD.bcast(net.state_dict(), LAST)
+    assert last["module.1.num_batches_tracked"] == WORLD.size
+
+
+def test_join_may_divide_by_all_ranks() -> None:
+    net = DataParallel(nn.Linear(5, 1, bias=False))
+    with net.join(divide_by_initial_world_size=True):
+        if rank() == 0:
+            net(torch.ones(1, 5)).sum().backward()
+            close(gradients(net), [torch.full((1, 5), 1 / WORLD.size)])
+    with pytest.raises(ConfigError, match="leave join"), net.join(throw_on_early_termination=True):
+        pass

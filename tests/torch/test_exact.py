@@ -1,0 +1,176 @@
+"""Exact steps on one rank, against plain PyTorch; that other ranks have the same bits is tested with the example."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from mpiml.errors import ConfigError, NotFiniteError
+from mpiml.loop.rows import Rows
+
+torch = pytest.importorskip("torch")
+nn = torch.nn
+
+from mpiml.torch import DataParallel  # noqa: E402
+
+pytestmark = pytest.mark.mpi
+WORLD = MPI.COMM_WORLD
+M = 2 * WORLD.size
+X = torch.randn(50, 5, generator=torch.Generator().manual_seed(0))
+Y = X.square().sum(1, keepdim=True)
+
+
+class Net(nn.Module):
+    """With an average of its own, and one branch that is never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.unused, self.norm = nn.Linear(5, 4), nn.Linear(5, 4), nn.BatchNorm1d(4)
+        self.register_buffer("seen", torch.zeros(5))
+        self.drop, self.last = nn.Dropout(0.2), nn.Linear(4, 1)
+
+    def forward(self, x: Any) -> Any:
+        if self.training:
+            self.seen.lerp_(x.mean(0), 0.5)
+        return self.last(self.drop(self.norm(torch.tanh(self.inner(x)))))
+
+
+def made(batch: int = 20) -> tuple[Any, Any, Rows]:
+    torch.manual_seed(0)
+    net = DataParallel(Net())
+    return net, torch.optim.AdamW(net.parameters(), lr=0.05), Rows(len(X), batch, M, seed=3)
+
+
+def trained(net: Any, optimizer: Any, rows: Rows, start: int = 1, last: int = 5) -> list[float]:
+    losses = []
+    for step in net.steps(rows, start, last):
+        for m in step:
+            net.backward((net(X[m.rows]) - Y[m.rows]).square().mean(), m)
+        losses.append(net.step(optimizer))
+    return losses
+
+
+def state(net: Any) -> dict[str, bytes]:
+    return {name: value.numpy().tobytes() for name, value in net.state_dict().items()}
+
+
+def test_steps_that_go_on_are_those_that_never_stopped() -> None:
+    net, optimizer, rows = made()
+    losses = trained(net, optimizer, rows)
+    again, of_again, rows = made()
+    first = trained(again, of_again, rows, last=2)
+    resumed, of_resumed, rows = made()
+    resumed.load_state_dict(again.state_dict())
+    of_resumed.load_state_dict(of_again.state_dict())
+    assert first + trained(resumed, of_resumed, rows, start=3) == losses
+    assert state(resumed) == state(net)
+    assert len({repr(losses) for losses in WORLD.allgather(losses)}) == 1
+    assert len({repr(state) for state in WORLD.allgather(state(net))}) == 1
+
+
+@pytest.mark.parametrize("batch", [2, 3 * M // 2])
+def test_gradients_and_loss_are_means_over_rows(batch: int) -> None:
+    """Empty micro-batches, and ragged ones, against all rows at once."""
+    torch.manual_seed(0)
+    net, plain = DataParallel(nn.Linear(5, 1)), nn.Linear(5, 1)
+    rows = Rows(len(X), batch, M, seed=3)
+    sizes = {rows.size(t, m) for t in range(1, 6) for m in range(M)}
+    assert sizes == ({1, 2} if batch > 2 else {0, 1} if M > 2 else {1})
+    plain.load_state_dict(net.module.state_dict())
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (net, plain)]
+    for step in net.steps(rows, last=5):
+        everything = np.concatenate([rows.at(step.number, m) for m in range(M)])
+        for m in step:
+            assert len(m) == len(m.rows) == rows.size(step.number, m.m) > 0
+            net.backward((net(X[m.rows]) - Y[m.rows]).square().mean(), m)
+        loss = net.step(optimizers[0])
+        expected = (plain(X[everything]) - Y[everything]).square().mean()
+        optimizers[1].zero_grad()
+        expected.backward()
+        optimizers[1].step()
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for one, other in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+        assert one.grad is None
+
+
+def test_buffers_are_means_over_rows_of_one_forward_each() -> None:
+    net, optimizer, rows = made(batch=7 * M)
+    before = net.module.seen.clone()
+    for step in net.steps(rows, last=2):
+        parts = [X[rows.at(step.number, m)] for m in range(M)]
+        expected = sum(len(p) * (0.5 * before + 0.5 * p.mean(0)) for p in parts) / sum(map(len, parts))
+        for m in step:
+            assert torch.equal(net.module.seen, before)
+            net.backward(net(X[m.rows]).sum(), m)
+        net.step(optimizer)
+        torch.testing.assert_close(net.module.seen, expected)
+        before = net.module.seen.clone()
+    assert net.module.norm.num_batches_tracked == 2
+    assert net.module.unused.weight.grad is None
+
+
+def test_generators_are_keyed_by_step_and_micro_batch() -> None:
+    net, optimizer, rows = made()
+    drawn = {}
+    torch.manual_seed(WORLD.rank)
+    before = torch.get_rng_state()
+    for step in net.steps(rows, last=2):
+        for m in step:
+            drawn[step.number, m.m] = torch.rand(1).item(), random.random(), np.random.rand()
+            net.backward(net(X[m.rows]).sum(), m)
+        net.step(optimizer)
+    everything = {key: value for part in WORLD.allgather(drawn) for key, value in part.items()}
+    assert len(set(everything.values())) == len(everything) == 2 * M
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_ddp_and_exact_steps_take_turns() -> None:
+    net, optimizer, rows = made()
+    trained(net, optimizer, rows, last=1)
+    net(X).sum().backward()
+    assert net.module.last.weight.grad is not None
+    trained(net, optimizer, rows, start=2, last=2)
+    assert net.module.last.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [("loss", "step 1: the loss of micro-batch 1 is not finite"), ("gradient", "inner.weight")]
+)
+def test_what_is_not_finite_is_named(value: str, said: str) -> None:
+    net, optimizer, rows = made()
+    before = net.module.inner.weight.clone()
+    step = next(steps := net.steps(rows))
+    for m in step:
+        loss = net(X[m.rows]).sum()
+        if m.m == 1 and value == "loss":
+            loss = loss * float("nan")
+        elif m.m == 1:
+            loss = loss + 0 * torch.sqrt(0 * net.module.inner.weight.sum())
+        net.backward(loss, m)
+    with pytest.raises(NotFiniteError, match=said) as caught:
+        net.step(optimizer)
+    steps.close()
+    assert caught.value.everywhere
+    assert torch.equal(net.module.inner.weight, before)
+
+
+def test_calls_out_of_order() -> None:
+    net, optimizer, rows = made()
+    with pytest.raises(ConfigError, match=r"only within `for step in net\.steps"):
+        net.step(optimizer)
+    with pytest.raises(ConfigError, match=r"step 1, micro-batch \d+: net.backward\(loss, m\) is missing"):
+        list(next(net.steps(rows)))
+    with pytest.raises(ConfigError, match="counted from 1"):
+        next(net.steps(rows, start=0))
+    net, optimizer, rows = made()
+    steps = net.steps(rows)
+    for m in next(steps):
+        net.backward(net(X[m.rows]).sum(), m)
+    with pytest.raises(ConfigError, match=r"step 1: net.step\(optimizer\) is missing"):
+        next(steps)
+    net._average.sum.drop()

@@ -1,0 +1,108 @@
+"""What a DataParallel refuses: modules, keywords, calls; each by a line that names it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import pickle
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from mpiml.errors import ConfigError, RunError
+from mpiml.loop.rows import Rows
+
+torch = pytest.importorskip("torch")
+nn = torch.nn
+
+from mpiml.torch import DataParallel, keywords, rank  # noqa: E402
+from tests.torch.modules import (  # noqa: E402
+    LAST,
+    WORLD,
+    Branches,
+    alone,
+    perceptron,
+    rows,
+)
+
+pytestmark = pytest.mark.mpi
+
+
+@alone
+@pytest.mark.parametrize("leaves", [True, False])
+def test_ranks_at_different_calls_are_named(leaves: bool) -> None:
+    net = DataParallel(perceptron())
+    net(rows()).sum().backward()
+    order = Rows(64, 8, 2 * WORLD.size)
+    backward, steps = net(rows()).sum().backward, net.steps(order)
+    with pytest.raises(RunError) as caught:
+        (backward if rank() != LAST else net.close if leaves else steps.__next__)()
+    place = "left after call 1" if leaves else "began steps() in call 2"
+    assert f"rank {LAST} {place}" in str(caught.value)
+    assert re.search(r"rank 0( and \d+ more)? came to backward\(\), call 2", str(caught.value))
+    assert caught.value.everywhere
+    assert caught.value.rank == LAST or (WORLD.size == 2 and not leaves)
+
+
+@alone
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (lambda r: nn.Linear(5 + r, 3), rf"ranks differ in weight: float32 \(3, {5 + LAST}\), trained|{5 + 1}"),
+        (
+            lambda r: nn.Linear(5, 3).to(torch.float64 if r else torch.float32),
+            r"weight: float64 \(3, 5\), trained \(ra",
+        ),
+        (lambda r: nn.Sequential(nn.Linear(5, 3), *([nn.Linear(3, 3)] if r else [])), r"1\.weight: .*none \(rank 0\)"),
+        (lambda r: nn.Linear(5, 3).requires_grad_(r == 0), r"weight.*trained \(rank 0\)|no parameter"),
+    ],
+)
+def test_other_modules_on_other_ranks(module: Callable[[int], Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        DataParallel(module(rank()))
+    assert caught.value.everywhere
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (lambda: [1], "takes a torch.nn.Module, and not a list"),
+        (nn.Flatten, "no parameter that requires a gradient"),
+        (lambda: nn.LazyLinear(3), "has no shape yet"),
+        (lambda: nn.Linear(3, 3, device="meta"), "weight is on meta"),
+    ],
+)
+def test_modules_that_cannot_be_averaged(module: Callable[[], Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        DataParallel(module())
+
+
+def test_keywords_of_ddp() -> None:
+    """Each of the installed PyTorch's has a meaning, or needs none, or is refused."""
+    own = {"device_ids", "output_device", "broadcast_buffers", "init_sync"}
+    assert keywords.of_torch() <= own | keywords.NEEDLESS.keys() | keywords.REFUSED.keys()
+    DataParallel(nn.Linear(1, 1), None, find_unused_parameters=True, static_graph=True, process_group=None)
+    for wrong, said in (
+        ({"process_group": 1}, "pass an MPI communicator as comm="),
+        ({"device_ids": [0]}, "leave it out"),
+        ({"static_grph": True}, "did you mean static_graph"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            DataParallel(nn.Linear(1, 1), **wrong)
+    with pytest.warns(UserWarning, match="bucket_cap_mb") if rank() == 0 else contextlib.nullcontext():
+        net = DataParallel(nn.Linear(1, 1), bucket_cap_mb=25)
+    with pytest.raises(ConfigError, match="no communication hooks"):
+        net.register_comm_hook(None, None)
+    with pytest.raises(ConfigError, match=r"copy its \.module"):
+        pickle.dumps(net)
+    with pytest.raises(ConfigError, match=r"copy its \.module"):
+        copy.deepcopy(net)
+
+
+def test_a_parameter_that_is_unfrozen_later() -> None:
+    net = DataParallel(Branches())
+    net.module.frozen.requires_grad_(True)
+    with pytest.raises(ConfigError, match=r"frozen.weight, frozen.bias requires a gradient now"):
+        net(rows(), 0).sum().backward()
