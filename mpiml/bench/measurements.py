@@ -32,13 +32,14 @@ FUNCTIONS: list[Callable[..., Ratio]] = [
         layers.torch_step,
         layers.torch_memory,
         modules.torch_module,
+        modules.torch_own_loop,
         modules.torch_flat,
         formats.from_file,
         processes.memory,
         processes.small_product,
     ),
 ]
-AS_USERS_HAVE_THEM = {"own_sum"}  # in processes that are not prepared as those of a run are
+AS_USERS_HAVE_THEM = {"own_sum", "torch_own_loop"}  # in processes that are not prepared as those of a run are
 MEASUREMENTS = {function.__name__: function for function in FUNCTIONS}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +14,13 @@ from numpy.typing import NDArray
 from mpiml import vectors
 from mpiml.bench.layers import PLACES, TOKENS
 from mpiml.bench.models import MOMENTUM, RATE, ROWS, Trainer, images, on_arrays
-from mpiml.bench.pairs import ratio
+from mpiml.bench.pairs import ratio, seconds
 from mpiml.bench.rows import Ratio
 from mpiml.nn import optimizers
 from mpiml.vectors import PIECE, Operands
 
 WORLD = MPI.COMM_WORLD
+SPAN = 0.17  # seconds of steps that are timed together
 Step = Callable[[], None]
 
 
@@ -49,21 +51,31 @@ class Case:
 
         return Eager(self.module(), self.x, self.y, self.rows, self.optimizer, fused=False)
 
-    def distributed(self) -> Any:
-        """That loop on all ranks, with DistributedDataParallel over gloo."""
+    def distributed(self, comm: MPI.Intracomm = WORLD) -> Any:
+        """That loop on all ranks of `comm`, with DistributedDataParallel over gloo."""
         from mpiml.bench.torch_distributed import data_parallel
 
-        return data_parallel(WORLD, self.module(), self.x, self.y, self.rows, self.optimizer)
+        return data_parallel(comm, self.module(), self.x, self.y, self.rows, self.optimizer)
+
+    def own_loop(self, comm: MPI.Intracomm) -> Any:
+        """That loop on all ranks of `comm`, with mpiml.torch.DataParallel."""
+        from mpiml.bench.torch_eager import Eager
+        from mpiml.torch import DataParallel
+
+        net = DataParallel(self.module(), comm=comm)
+        return Eager(net, self.x, self.y, self.rows, self.optimizer, fused=False)
 
 
 def case(model: str) -> Case:
-    """The case called mlp (784-1024-1024-10), resnet (GroupNorm, images of 3 x 32 x 32) or gpt (4 blocks of width 256,
-    128 tokens)."""
+    """The case called mlp (784-1024-1024-10), small (200 small parameters), resnet (GroupNorm, images of 3 x 32 x 32)
+    or gpt (4 blocks of width 256, 128 tokens)."""
     from mpiml.bench import torch_eager
 
     rng = np.random.default_rng(0)
     if model == "mlp":
         return Case(lambda: torch_eager.mlp([1024, 1024]), *images(), 64, "momentum")
+    if model == "small":
+        return Case(lambda: torch_eager.mlp([16] * 99), *images(), 64, "momentum")
     if model == "resnet":
         x, y = rng.random((ROWS // 16, 3, 32, 32), np.float32), rng.integers(0, 10, ROWS // 16)
         return Case(lambda: torch_eager.resnet(32), x, y, 32, "momentum")
@@ -78,6 +90,21 @@ def torch_module(model: str, against: str) -> Ratio:
     ours = measured.ours(WORLD)
     theirs = measured.distributed() if against == "distributed" else measured.plain()
     return ratio(WORLD, theirs.step, ours.step, ours.repeats)
+
+
+def torch_own_loop(model: str, rows: str, against: str) -> Ratio:
+    """Samples/s of PyTorch's loop with mpiml.torch.DataParallel, on the first half of the ranks, over those of it with
+    DistributedDataParallel over gloo ("distributed"), or without either ("apart"), on the other half; `rows` of each
+    rank's step."""
+    measured, half = dataclasses.replace(case(model), rows=int(rows)), WORLD.rank < WORLD.size // 2
+    comm = MPI.Intracomm(WORLD.Split(int(half), WORLD.rank))
+    if half:
+        trainer = measured.own_loop(comm)
+    else:
+        trainer = measured.distributed(comm) if against == "distributed" else measured.plain()
+    trainer.step()
+    repeats = WORLD.allreduce(max(1, int(SPAN / seconds(trainer.step, 3))), MPI.MIN)
+    return ratio(WORLD, None if half else trainer.step, trainer.step if half else None, repeats)
 
 
 def torch_flat(model: str) -> Ratio:

@@ -69,6 +69,7 @@ LAYERS = "forward, backward and update on one core: samples/s / PyTorch's"
 SUM = "all-reduce of the gradient: time / time of MPI_Allreduce"
 DATA = "data-parallel training"
 MODULES = "a PyTorch module: samples/s / PyTorch's"
+LOOP = "PyTorch's loop with mpiml.torch.DataParallel: samples/s / with DistributedDataParallel over gloo"
 PIPE = "pipeline"
 FILES = "training on shuffled rows of a file of 200 MB: samples/s / on the same rows in memory"
 OTHER = "start and memory"
@@ -159,6 +160,20 @@ ROWS = [
         "that mlp, PyTorch's loop with a flat vector and NumPy's update, in one process",
         1,
         ("torch_flat", "mlp"),
+    ),
+    *(
+        Row(LOOP, f"{text}{how}", ranks, ("torch_own_loop", model, rows, against), at_least=least, sides=2)
+        for text, model, rows, ahead in (
+            ("mlp 784-1024-1024-10, 64 rows a rank", "mlp", "64", 1.3),
+            ("resnet with GroupNorm, 16 images of 32 x 32 a rank", "resnet", "16", 1.1),
+            ("gpt, 4 blocks of width 256, 4 rows of 128 tokens a rank", "gpt", "4", 1.1),
+            ("200 small parameters, 64 rows a rank", "small", "64", 1.3),
+        )
+        for how, ranks, against, least in (
+            ("", 2, "distributed", ahead),
+            (": / ranks that never communicate", 2, "apart", None),
+            (": one process / plain PyTorch", 1, "apart", 0.98),
+        )
     ),
     *(
         Row(PIPE, f"8 x Linear({h}) + ReLU, batch {b}: samples/s / PyTorch's", 2, ("torch_pipeline", h, b), at_least=x)
