@@ -14,14 +14,14 @@ import torch
 from numpy.typing import DTypeLike
 from torch import Tensor
 
-from mpiml.errors import ConfigError
+from mpiml.errors import ConfigError, first_few
 from mpiml.nn import torch_state
 from mpiml.nn.base import Array, At, Backward, Layer, check_shape, described, is_optimised
 from mpiml.nn.parameters import Constant, Gradients, Parameter, Shape, Statistic
 from mpiml.nn.torch_buffers import Buffers, Fixed, Flags, flags_of, set_flags
 from mpiml.nn.torch_checks import check_parameters, converted, types_besides
 from mpiml.nn.torch_inputs import INTEGERS, Inputs, split_inputs
-from mpiml.nn.torch_names import plain_name, some, uncompiled
+from mpiml.nn.torch_names import plain_name, uncompiled
 from mpiml.nn.torch_parts import Joined, is_module, parts_of
 from mpiml.nn.torch_stack import TorchStack, through
 from mpiml.nn.torch_tensors import (
@@ -260,7 +260,7 @@ class TorchLayer(Layer):
         parts = [
             plain_name(n) for n, part in self.module.named_modules() if not self._flags.get(part, (False, True))[1]
         ]
-        what = "" if "" in parts else f" in its parts {some(parts)}"
+        what = "" if "" in parts else f" in its parts {first_few(parts)}"
         return [f"{self._name()} stays in evaluation mode{what}, as the model function left it"] if parts else []
 
     def _name(self) -> str:

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 
-from mpiml.errors import ConfigError
+from mpiml.errors import ConfigError, first_few
 from mpiml.flags import is_finite
 from mpiml.nn.base import Layer, parameters
 from mpiml.nn.parameters import Parameter
@@ -48,14 +48,14 @@ def set_rates(layers: Sequence[Layer], rates: Sequence[str]) -> None:
 def _nothing(pattern: str, everyone: Sequence[Parameter]) -> str:
     """Why a pattern selects nothing that has a rate, and names that would."""
     if averages := [parameter.name for parameter in everyone if selects(pattern, parameter.name)]:
-        return f"selects running averages alone ({_some(averages)}), which have no learning rate"
+        return f"selects running averages alone ({first_few(averages)}), which have no learning rate"
     names = [parameter.name for parameter in everyone if parameter.momentum is None]
     within = [re.sub(r"^layers\.\d+\.", "", name) for name in names]
     paths = [name.rpartition(".")[0] for name in (*names, *within)]
     choice = dict.fromkeys([*paths, *names, *within])
     if close := set(difflib.get_close_matches(pattern, choice, 5)):
         return f"selects no parameter; close to it are {', '.join(name for name in choice if name in close)}"
-    return f"selects no parameter; there are {_some(names)}"
+    return f"selects no parameter; there are {first_few(names)}"
 
 
 def notes(layers: Sequence[Layer]) -> list[str]:
@@ -68,7 +68,3 @@ def notes(layers: Sequence[Layer]) -> list[str]:
         what, size = f"learning rate times {rate:g}" if rate else "not trained", sum(p.size for p in own)
         lines.append(f"{what}, by --rates: {len(own)} of {len(trained)} parameters, {size:,} of {total:,} values")
     return lines
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
