@@ -181,7 +181,7 @@ class _Tried:
         if changed:
             raise ConfigError(
                 f"{self.name} changes {first_few(changed)} in its forward pass, which only the optimizer may do; "
-                "compute with a copy, or make it a buffer (nn.Embedding: without max_norm, scale what it returns)"
+                "compute with a changed copy, or make it a buffer (nn.Embedding: without max_norm, scale its output)"
             )
 
     def all(self, first: _Call, more: _Call) -> Trial:

@@ -110,7 +110,6 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int, befo
     Raises ConfigError for micro-batches that the replicas or the rows cannot share, for settings that do not fit the
     labels, and for a run that would go on with a learning rate that has fallen already.
     """
-    factors.parsed(config.rates)
     default = replicas if config.pipe == 1 else min(2 * config.pipe * replicas, rows)
     microbatches = config.microbatches or default
     if microbatches < replicas:
@@ -122,9 +121,6 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int, befo
         )
     if microbatches > rows:
         raise ConfigError(f"--microbatches {microbatches}: the data set has only {rows} rows to share out")
-    if not config.init and (config.init_partial or config.init_names):
-        name = "init_partial" if config.init_partial else "init_names"
-        raise ConfigError(f"{flag(name)}: is of --init, which says whose weights; give that too")
     if before:
         config = extended(config, before, rows)
     elif config.classes is not None and (not classification or of_values(config)):
@@ -140,7 +136,7 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int, befo
         **last_and_rate(config, rows),
     )
     resolved = Resolved(**vars(decided))
-    check_optimizer(resolved)
+    check_together(resolved)
     return resolved
 
 
@@ -157,8 +153,15 @@ def phases(config: Resolved) -> list[Phase]:
     return [*history(config.lr_history), now]
 
 
-def check_optimizer(config: Resolved) -> None:
-    """Raise ConfigError for settings of the optimizer and its learning rate that do not go together."""
+def check_together(config: Resolved) -> None:
+    """Raise ConfigError for settings that do not go together, and for text in them that cannot be read."""
+    factors.parsed(config.rates)
+    if not config.init and (config.init_partial or config.init_names):
+        name = "init_partial" if config.init_partial else "init_names"
+        raise ConfigError(f"{flag(name)}: is of --init, which says whose weights; give that too")
+    for name in ("keep_best", "patience"):
+        if (value := getattr(config, name)) and not config.eval_every:
+            raise ConfigError(f"{flag(name)} {value} --eval-every 0: there are no evaluations; leave one of them out")
     if len(config.betas) != 2:
         raise ConfigError(f"--betas {text(config.betas)}: must be two numbers, as 0.9,0.999")
     if config.betas != Config.betas and config.optimizer not in ("adam", "adamw"):
