@@ -47,8 +47,8 @@ class Layer:
         least_rows: of a micro-batch that it can be trained on.
         notes: what a person should know before it is trained, a line each.
         joined: what parts of a user's model are this layer, if they could be several; as a sentence.
-        torch_names: of its arrays, if PyTorch's module has several for one: they are shared.
-        torch_own_names: of its arrays in the user's PyTorch module that it is a part of.
+        torch_names: for each array, all names that its PyTorch module has for it: several if parts share it.
+        torch_own_names: for each array, all names in the user's whole module, of which this layer is a part.
     """
 
     path = ""

@@ -147,7 +147,7 @@ def last_and_rate(config: Config, rows: int) -> dict[str, Any]:
     return {"steps": steps, "lr": lr, "decay_steps": config.decay_steps or steps}
 
 
-def phases(config: Resolved) -> list[Phase]:
+def phases_of(config: Resolved) -> list[Phase]:
     """How the learning rate of a run falls: before it was extended, each time, and now."""
     now = Phase(config.steps, config.lr, config.lr_floor, config.decay_steps)
     return [*history(config.lr_history), now]
@@ -171,7 +171,7 @@ def check_together(config: Resolved) -> None:
         raise ConfigError(f"--{name} {value}: with --decay none the learning rate does not fall; choose a decay")
     if config.lr_floor > config.lr:
         raise ConfigError(f"--lr-floor {config.lr_floor}: is above --lr {config.lr}, from which the rate falls to it")
-    *before, now = phases(config)
+    *before, now = phases_of(config)
     if before and now.decay_steps <= before[-1].until:
         raise ConfigError(
             f"--decay-steps {now.decay_steps}: up to step {before[-1].until} the learning rate falls as it was to "
@@ -244,7 +244,7 @@ def extended(config: Config, before: Config, rows: int) -> Config:
             f"{flag(name)} {getattr(config, name)}: by --decay-steps {was.decay_steps} the learning rate stays as it "
             f"is then; to let it fall anew, give a later step, --decay-steps {steps}"
         )
-    past = phases(was)
+    past = phases_of(was)
     kept = [phase for phase in past[:-1] if phase.until < was.steps]
     ended = past[len(kept)]._replace(until=was.steps)
     return config.replace(lr_history=tuple(map(str, [*kept, ended])))
@@ -254,7 +254,7 @@ def _low(config: Resolved) -> str:
     """Where the learning rate of a run is after its decay."""
     if config.decay not in DECAYS:
         return f"as {config.decay} says"
-    _, lr, floor, last = phases(config)[-1]
+    _, lr, floor, last = phases_of(config)[-1]
     return f"to {floor + (lr - floor) * DECAYS[config.decay](last, last):g}"
 
 

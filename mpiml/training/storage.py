@@ -106,31 +106,31 @@ class Store:
         """Put the state of the newest good checkpoint, or weights and constants of --init, in place."""
         run, progress = self.run, self.clock.progress
         layouts, constants = run.model.layouts, run.model.constants
-        found: list[tuple[Checkpoint | None, list[str]]] = []  # on rank 0, the newest checkpoint and problems
+        newest: list[tuple[Checkpoint | None, list[str]]] = []  # on rank 0, the one that is whole; problems of others
         stages: list[Mapping[str, Any]] = []  # on rank 0, of each stage its vectors
         changed: dict[str, Any] = {}  # on rank 0, the constants that are others than the model's
 
         def begins() -> bool:
-            found.append(self.hold.newest(progress))
-            return bool(run.config.init) and not found[0][0]
+            newest.append(self.hold.newest(progress))
+            return bool(run.config.init) and not newest[0][0]
 
         def read() -> tuple[Restored, tuple[str, ...]]:
-            newest, problems = found.pop()
+            saved, problems = newest.pop()
             names: tuple[str, ...] = ()
             given: Mapping[str, Any] = {}
             notes = [f"warning: skipped {problem}" for problem in problems]
-            if newest:
-                _check_same_run(run.config, newest)
-                names, given = run.state.names, newest.arrays
-                constants.check(newest.header, needed_kinds(layouts, names))
-                stages.extend(from_arrays(layouts, newest, names))
+            if saved:
+                _check_same_run(run.config, saved)
+                names, given = run.state.names, saved.arrays
+                constants.check(saved.header, needed_kinds(layouts, names))
+                stages.extend(from_arrays(layouts, saved, names))
             elif run.config.init:
                 values, names = to_arrays(layouts, stages, VALUES), (VALUES,)
                 given, of_init = init.take(run.config, run.model, values, progress)
                 notes += of_init
             changed.update((name, given[name]) for name in constants.changed(given))
             # Nothing can be refused any more, so now the log may change.
-            return self._cut_log(newest, notes), names
+            return self._cut_log(saved, notes), names
 
         self.clock("checkpoint")
         if self.team.on_rank_0(begins):
