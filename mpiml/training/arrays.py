@@ -12,7 +12,7 @@ from mpiml.data.normalize import Normalization
 from mpiml.data.preparation import Preparation
 from mpiml.nn.parameters import Layout, Parameter, Shape
 from mpiml.parallel.grid import Grid
-from mpiml.parallel.state import AVERAGE, VALUES, State
+from mpiml.parallel.state import EMA, VALUES, State
 from mpiml.parallel.values import Values
 from mpiml.run import checkpoint, verified
 from mpiml.run.checkpoint import Checkpoint
@@ -47,7 +47,7 @@ def needed_kinds(layouts: Sequence[Layout], names: Sequence[str]) -> dict[str, K
 def _names(layout: Layout, vector: str) -> dict[Parameter, str]:
     """What the arrays of a vector are called in a checkpoint. What no optimizer changes has no state and no average of
     this kind."""
-    prefix = {VALUES: "", AVERAGE: documents.AVERAGE}.get(vector, f"optimizer.{vector}.")
+    prefix = {VALUES: "", EMA: documents.AVERAGE}.get(vector, f"optimizer.{vector}.")
     return {p: prefix + p.name for p in layout.parameters if vector == VALUES or p.optimised}
 
 

@@ -10,7 +10,7 @@ from mpiml.errors import OutputError
 from mpiml.nn import base as nn
 from mpiml.nn.layers import BatchNorm2d, Linear
 from mpiml.nn.parameters import Layout
-from mpiml.parallel.state import AVERAGE, VALUES
+from mpiml.parallel.state import EMA, VALUES
 from mpiml.run import verified
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.training.arrays import from_arrays, needed_kinds, preparations, to_arrays
@@ -34,7 +34,7 @@ def test_averages_are_of_parameters_alone_and_have_names_of_their_own() -> None:
     nn.name(layers)
     stages = [Layout(nn.parameters(layers), "float32")]
     names = [f"ema.layers.{name}" for name in ("0.weight", "0.bias", "1.gain", "1.bias")]
-    assert set(needed_kinds(stages, (AVERAGE,))) == set(names)
+    assert set(needed_kinds(stages, (EMA,))) == set(names)
 
 
 @pytest.mark.parametrize(
