@@ -116,8 +116,9 @@ def forward(layers: Sequence[Layer], x: Array, at: At, learned: bool = False) ->
         y, backward_of_layer = _checked(layer, layer(x, at), at.training)
         y = np.ascontiguousarray(y, x.dtype)
         check_shape(layer, "outputs", y.shape, (len(x), *layer.output_shape(x.shape[1:])), "its output_shape says")
+        # The backward pass ends at the first layer that needs it; those before that keep nothing of their call.
         if at.training and (backwards or learned or layer.needs_dx or updated([layer])):
-            backwards.append((layer, backward_of_layer, x.shape))  # else it ends behind the layer, which keeps nothing
+            backwards.append((layer, backward_of_layer, x.shape))
         x = y
 
     def backward(dy: Array, grads: Gradients) -> Array | None:
