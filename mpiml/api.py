@@ -80,7 +80,7 @@ if TYPE_CHECKING:  # the names and their modules, stated once: for type checkers
     from mpiml.nn.parameters import normal as normal
     from mpiml.nn.parameters import uniform as uniform
     from mpiml.nn.perceptrons import mlp as mlp
-    from mpiml.nn.torch_modules import load_into as load_into
+    from mpiml.nn.torch_state import load_into as load_into
     from mpiml.nn.transformers import gpt as gpt
     from mpiml.random import generator as generator
     from mpiml.train import train as train

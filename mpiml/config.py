@@ -284,6 +284,7 @@ class Config:
         if self.fill not in (None, "mean") and not flags.is_finite(self.fill or ""):
             raise ConfigError(f"--fill {self.fill}: must be mean or a finite number")
         flags.seconds(self.time_limit, "--time-limit")
+        # What can only be said of settings that are all decided is checked by `check_together` (training/resolve.py).
         if self.epochs and self.steps and {"epochs", "steps"} <= (self.given or frozenset()):
             raise ConfigError(f"--epochs {self.epochs} --steps {self.steps}: give one of the two")
         if self.shuffle == "blocks" and self.shards == "strided":

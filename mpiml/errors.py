@@ -1,6 +1,6 @@
 """The errors that end a run, each with the exit code that a job script sees."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
@@ -63,6 +63,12 @@ class ConfigError(RunError, ValueError):
     """A setting, or the way the job was launched, does not work."""
 
     exit_code = 78
+
+
+def first_few(names: Iterable[str], most: int = 4) -> str:
+    """The first of some names, for a message, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def known_to_all(error: BaseException | None, ranks: int) -> bool:

@@ -76,17 +76,13 @@ from mpi4py import MPI
 
 from mpiml import documents
 from mpiml.clock import Clock
-from mpiml.config import Config
 from mpiml.data.dataset import Dataset
 from mpiml.data.preparation import prepared
 from mpiml.errors import ConfigError, freed
-from mpiml.nn.parameters import Layout
 from mpiml.parallel import grid as grids
 from mpiml.parallel.grid import Grid
-from mpiml.parallel.memory import share
 from mpiml.parallel.stage import Stage
-from mpiml.parallel.state import VALUES, State
-from mpiml.parallel.values import Values
+from mpiml.parallel.state import VALUES
 from mpiml.partition import check_ranks
 from mpiml.run import one_job
 from mpiml.run.checkpoint import Checkpoint
@@ -95,14 +91,14 @@ from mpiml.run.failure import Guard, exit_code
 from mpiml.run.process import prepare_process
 from mpiml.run.watch import Watch
 from mpiml.team import Team, share_cores
+from mpiml.training.arrays import needed_kinds, restore_constants, restore_values
 from mpiml.training.data import hold, open_data
 from mpiml.training.evaluation import Evaluation
 from mpiml.training.look import look_at
 from mpiml.training.model import Model
-from mpiml.training.place import build_stage
+from mpiml.training.place import build_stage, place_values
 from mpiml.training.predictions import Predicted, Predictions, check_path
 from mpiml.training.resolve import binary
-from mpiml.training.storage import from_arrays, needed_kinds, restore_constants
 from mpiml.training.stored import (
     StoredModel,
     check_data,
@@ -112,7 +108,6 @@ from mpiml.training.stored import (
     stored_model,
     with_zeros,
 )
-from mpiml.vectors import bytes_of
 
 if __name__ == "__main__":
     start.begun()
@@ -241,9 +236,9 @@ def _scored(
     # Before memory that only a forged checkpoint asks for is.
     team.on_rank_0(lambda: built.constants.check(weights[0].header, needed_kinds(layouts, (VALUES,))))
     restore_constants(built.constants, team, weights[0].arrays if weights else {})
-    values, problem = _placed(config, grid, layouts[grid.stage])
+    values, problem = place_values(config, grid, layouts[grid.stage])
     with freed(values, grid.comm.size):
-        _fill(values, grid, layouts, weights)
+        restore_values(values, grid, layouts, weights)
         for note in [*stored.notes, *data.notes, *seen.notes, *([f"warning: {problem}"] if problem else [])]:
             if grid.comm.rank == 0:
                 say(note, sys.stderr)
@@ -259,22 +254,6 @@ def _scored(
     if not tests.split.labelled:
         return {"rows": len(tests.split)}
     return {"rows": len(tests.split), f"{config.evaluated}_loss": record.mean_loss, metric.name: score}
-
-
-def _placed(config: Config, grid: Grid, layout: Layout) -> tuple[Values, str | None]:
-    """Memory for the values of this rank's stage, and if it is not shared although it should be, why; collective."""
-    memory, problem = share(grid.comm, grid.local, 0, bytes_of(layout.size, layout.dtype), config.memory)
-    values = Values(grid.data, memory, layout.size, layout.blocks(), layout.dtype)
-    layout.bind(values.vector)
-    return values, problem
-
-
-def _fill(values: Values, grid: Grid, layouts: Sequence[Layout], weights: list[Checkpoint]) -> None:
-    """Give every rank the values that it holds, from the checkpoint on rank 0; collective."""
-    stages: list[Mapping[str, Any]] = []
-    grid.team.clock("checkpoint")
-    grid.team.on_rank_0(lambda: stages.extend(from_arrays(layouts, weights.pop(), (VALUES,))))
-    State(grid, values, {}).distribute(stages, VALUES)
 
 
 def text(result: Mapping[str, Any]) -> str:

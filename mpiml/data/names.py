@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mpiml.errors import ConfigError, DataError
+from mpiml.errors import ConfigError, DataError, first_few
 
 COLUMNS = ("x_train", "y_train", "w_train", "x_test", "y_test", "w_test")
 SHORT = ("x", "y", "w")  # for rows of one kind alone
@@ -75,6 +75,5 @@ def _same(names: Sequence[str], column: str, where: object) -> str | None:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names as text for a message."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(sorted(names)[:SHOWN]) + more if names else "nothing"
+    """Names in order, for a message."""
+    return first_few(sorted(names), SHOWN) or "nothing"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mpiml.errors import ConfigError, NotFiniteError, RunError
+from mpiml.errors import ConfigError, NotFiniteError, RunError, first_few
 from mpiml.loop import trees
 
 MEMORIES = ("auto", "shared", "private")
@@ -47,11 +47,11 @@ def kinds_of(like: Any, microbatches: Any, memory: str, ranks: int) -> dict[str,
 def not_finite(names: Sequence[str], put: Sequence[tuple[int, str, Sequence[str]]], step: int) -> NotFiniteError:
     """The error of sums that are not finite. Of each rank `put` has its number, its micro-batches, and those of the
     `names` where what it has put is not finite; `step` is 0 if unknown."""
-    what = f"the sum of {some(names)} is not finite" + (f" in step {step}" if step else "")
+    what = f"the sum of {first_few(names)} is not finite" + (f" in step {step}" if step else "")
     for rank, own, there in put:
         if there:
             return NotFiniteError(
-                f"{what}: rank {rank} has put such numbers into {some(there)}, in {own}"
+                f"{what}: rank {rank} has put such numbers into {first_few(there)}, in {own}"
             ).on_all_ranks(rank)
     return NotFiniteError(f"{what}: all that was put is, but it is too large to be added up").on_all_ranks()
 
@@ -91,8 +91,3 @@ def write(value: Any, view: NDArray[Any], weight: float, name: str) -> None:
         np.copyto(view, array, casting)
     else:
         np.multiply(array, view.dtype.type(weight), out=view)
-
-
-def some(names: Sequence[str]) -> str:
-    """The first of these names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

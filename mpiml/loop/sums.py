@@ -10,9 +10,9 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from mpiml import vectors
-from mpiml.errors import ConfigError, NotFiniteError, known_to_all
+from mpiml.errors import ConfigError, NotFiniteError, first_few, known_to_all
 from mpiml.loop import trees
-from mpiml.loop.checks import apart, check_weight, kinds_of, not_finite, some, write
+from mpiml.loop.checks import apart, check_weight, kinds_of, not_finite, write
 from mpiml.loop.flat import Flat
 from mpiml.loop.guard import clock
 from mpiml.parallel import grid as grids
@@ -86,13 +86,10 @@ class Sum:
         self._grid = grids.build(team, 1)
         self.own = range(*part(self._grid.replica, team.size, self.microbatches))
         self.neighbours, self.cores = self._grid.node.size, self._grid.cores
-        self._table = np.zeros(
-            (self.microbatches, 2 + len(CALLS) + numbers)
-        )  # loss, weight, and once for each rank the rest
-        self._done, self._met = (
-            0,
-            False,
-        )  # micro-batches of this step that are here; whether their weights are agreed on
+        # Of each micro-batch loss and weight; of each rank, in the row of its first, at which call it is, and numbers.
+        self._table = np.zeros((self.microbatches, 2 + len(CALLS) + numbers))
+        self._done = 0  # micro-batches of this step that are here
+        self._met = False  # whether their weights are agreed on
         self._open = True
         by_kind = {kind: {i: s for i, (k, s) in enumerate(kinds.values()) if k == kind} for kind in trees.KINDS}
         self._place([Flat(dtype, shapes) for dtype, shapes in by_kind.items() if shapes], memory)
@@ -132,8 +129,8 @@ class Sum:
 
     def put(self, m: int, arrays: Any = None, weight: float = 1.0, loss: float = 0.0) -> None:
         """Add `weight` times the arrays of micro-batch m, one of this rank's, in their order; without `arrays`, what is
-        in its slot. With weight 0 the arrays count for nothing, even if they are not finite. A loss is
-        added up beside them, as it is.
+        in its slot. With weight 0 the arrays count for nothing, even if they are not finite. A loss is added up beside
+        them, as it is.
 
         Raises ConfigError for another micro-batch than the next, for arrays of another form than `like`, and for a
         weight that is not a number, 0 or more.
@@ -162,7 +159,7 @@ class Sum:
             here, there = ([name for name, _ in given], self._names)
             odd = [f"{name} is not in `like`" for name in here if name not in there]
             odd += [f"{name} is missing" for name in there if name not in here]
-            raise ConfigError(f"put: the arrays have another form than `like`: {some(odd)}")
+            raise ConfigError(f"put: the arrays have another form than `like`: {first_few(odd)}")
         return [value for _, value in given]
 
     def mean(self, copy: bool = True) -> Any:

@@ -47,8 +47,8 @@ class Layer:
         least_rows: of a micro-batch that it can be trained on.
         notes: what a person should know before it is trained, a line each.
         joined: what parts of a user's model are this layer, if they could be several; as a sentence.
-        torch_names: of its arrays, if PyTorch's module has several for one: they are shared.
-        torch_own_names: of its arrays in the user's PyTorch module that it is a part of.
+        torch_names: for each array, all names that its PyTorch module has for it: several if parts share it.
+        torch_own_names: for each array, all names in the user's whole module, of which this layer is a part.
     """
 
     path = ""
@@ -116,8 +116,9 @@ def forward(layers: Sequence[Layer], x: Array, at: At, learned: bool = False) ->
         y, backward_of_layer = _checked(layer, layer(x, at), at.training)
         y = np.ascontiguousarray(y, x.dtype)
         check_shape(layer, "outputs", y.shape, (len(x), *layer.output_shape(x.shape[1:])), "its output_shape says")
+        # The backward pass ends at the first layer that needs it; those before that keep nothing of their call.
         if at.training and (backwards or learned or layer.needs_dx or updated([layer])):
-            backwards.append((layer, backward_of_layer, x.shape))  # else it ends behind the layer, which keeps nothing
+            backwards.append((layer, backward_of_layer, x.shape))
         x = y
 
     def backward(dy: Array, grads: Gradients) -> Array | None:

@@ -8,10 +8,15 @@ def compiled(pattern: str) -> re.Pattern[str]:
     return re.compile("(.*)".join(map(re.escape, pattern.split("*"))))
 
 
+def within_layer(name: str) -> str:
+    """The name that an array has within its layer: head.weight for layers.1.head.weight."""
+    return re.sub(r"^layers\.\d+\.", "", name)
+
+
 def texts(pattern: str, name: str) -> list[tuple[str, ...]]:
     """What each * of a pattern stands for in an array's name; and in the name that it has within its layer, unless the
     pattern begins with a layer of the model."""
-    within = name if pattern.startswith("layers.") else re.sub(r"^layers\.\d+\.", "", name)
+    within = name if pattern.startswith("layers.") else within_layer(name)
     matches = (compiled(pattern).fullmatch(n) for n in dict.fromkeys((name, within)))
     return [match.groups() for match in matches if match]
 

@@ -84,6 +84,26 @@ class Buffers:
                 self[name] = tensor
 
 
+class Fixed:
+    """The parameters and buffers of a module that its calls must not change: all but those at the places `changing`."""
+
+    def __init__(self, module: Module, changing: set[tuple[Module, str]]):
+        self._seen = [
+            (plain_name(f"{prefix}.{key}".lstrip(".")), held, key, tensor, tensor._version, address(tensor))
+            for prefix, part in module.named_modules()
+            for held in (part._parameters, part._buffers)
+            for key, tensor in held.items()
+            if tensor is not None and (part, key) not in changing
+        ]
+
+    def changed(self) -> str | None:
+        """The name of the first that a call has written to or replaced, if there is one."""
+        for name, held, key, tensor, version, place in self._seen:
+            if held[key] is not tensor or tensor._version != version or address(tensor) != place:
+                return name
+        return None
+
+
 def averaged_by_torch(buffers: Buffers, flags: Flags) -> set[str]:
     """The names of the buffers that torch's own normalisations change in training."""
     norms = {

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpiml.errors import ConfigError
+from mpiml.errors import ConfigError, first_few
 from mpiml.nn.parameters import Shape
-from mpiml.nn.torch_names import plain_name, some, uncompiled
+from mpiml.nn.torch_names import plain_name, uncompiled
 from mpiml.nn.torch_tensors import WRONG, one_line, plain
 
 GENERATORS = np.random.Generator, np.random.RandomState, random.Random, torch.Generator
@@ -81,7 +81,7 @@ def not_repeated(name: str, changed: Mapping[str, Any]) -> str:
         return f"{what}; they must follow from rows, parameters, buffers and draws: {draw}"
     of_generators = any(isinstance(value, GENERATORS) for value in changed.values())
     how = draw if of_generators else "make it a buffer (register_buffer), which is averaged and saved"
-    return f"{what}, because it changes its {some([*changed])}; {how}"
+    return f"{what}, because it changes its {first_few([*changed])}; {how}"
 
 
 def _described(value: Any) -> str:

@@ -6,23 +6,22 @@ import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import DTypeLike
 from torch import Tensor
 
-from mpiml.errors import ConfigError
+from mpiml.errors import ConfigError, first_few
 from mpiml.nn import torch_state
 from mpiml.nn.base import Array, At, Backward, Layer, check_shape, described, is_optimised
 from mpiml.nn.parameters import Constant, Gradients, Parameter, Shape, Statistic
-from mpiml.nn.torch_buffers import Buffers, Flags, address, flags_of, set_flags
+from mpiml.nn.torch_buffers import Buffers, Fixed, Flags, flags_of, set_flags
 from mpiml.nn.torch_checks import check_parameters, converted, types_besides
 from mpiml.nn.torch_inputs import INTEGERS, Inputs, split_inputs
-from mpiml.nn.torch_names import plain_name, some, uncompiled
+from mpiml.nn.torch_names import plain_name, uncompiled
 from mpiml.nn.torch_parts import Joined, is_module, parts_of
 from mpiml.nn.torch_stack import TorchStack, through
 from mpiml.nn.torch_tensors import (
@@ -38,8 +37,6 @@ from mpiml.nn.torch_tensors import (
 )
 from mpiml.nn.torch_trial import ROWS, Trial, attempt
 from mpiml.random import global_generators, keyed
-
-T = TypeVar("T")
 
 
 class TorchLayer(Layer):
@@ -206,13 +203,7 @@ class TorchLayer(Layer):
             tensor.data = as_kind_of(tensor, self._values[name])
         self._buffers = Buffers(self.module)
         changing = {place for name in self._state for place in self._buffers.places[name]}
-        self._unchanged = [
-            (plain_name(f"{prefix}.{key}".lstrip(".")), held, key, tensor, tensor._version, address(tensor))
-            for prefix, part in self.module.named_modules()
-            for held in (part._parameters, part._buffers)
-            for key, tensor in held.items()
-            if tensor is not None and (part, key) not in changing
-        ]
+        self._fixed = Fixed(self.module, changing)
 
     def _fill_buffers(self) -> None:
         """Give the module new buffers, with the values before the step, for a call that may change them. Those of
@@ -226,14 +217,13 @@ class TorchLayer(Layer):
 
     def _check_unchanged(self, at: At) -> None:
         """Raise ConfigError if a call has changed what no trial has seen it change."""
-        for name, held, key, tensor, version, place in self._unchanged:
-            if held[key] is not tensor or tensor._version != version or address(tensor) != place:
-                when = f"in step {at.step}" if at.training else "in evaluation"
-                raise ConfigError(
-                    f"{self._name()} changes its {name} {when}, though it did not when it was tried before step 1; "
-                    "for a buffer to be averaged and saved, every call in training must write to it, if only the value "
-                    "that it has"
-                )
+        if name := self._fixed.changed():
+            when = f"in step {at.step}" if at.training else "in evaluation"
+            raise ConfigError(
+                f"{self._name()} changes its {name} {when}, though it did not when it was tried before step 1; for a "
+                "buffer to be averaged and saved, every call in training must write to it, if only the value that it "
+                "has"
+            )
 
     def _trial(self, shape: Shape) -> Trial:
         """How the module treats rows of this shape. Raises as `attempt`."""
@@ -270,7 +260,7 @@ class TorchLayer(Layer):
         parts = [
             plain_name(n) for n, part in self.module.named_modules() if not self._flags.get(part, (False, True))[1]
         ]
-        what = "" if "" in parts else f" in its parts {some(parts)}"
+        what = "" if "" in parts else f" in its parts {first_few(parts)}"
         return [f"{self._name()} stays in evaluation mode{what}, as the model function left it"] if parts else []
 
     def _name(self) -> str:
@@ -294,27 +284,6 @@ def as_layers(
     if inputs and is_module(parts[0]):
         split_inputs(parts[0], inputs, bounds)
     return [TorchLayer(part, dtype, flags, names) if is_module(part) else part for part in parts]
-
-
-def load_into(model: T, path: str | Path, average: bool = False) -> T:
-    """Copies a checkpoint into the model's torch modules: weights or, if `average`, the average of them that a run with
-    --ema keeps; parameters that require no gradient, and persistent buffers. Returns the model.
-
-    `model` is what the function returns that the run's --model names. Buffers that are not persistent are in no
-    checkpoint; they are compared with those of the run.
-
-    Raises ValueError for another model's checkpoint, naming what is missing, has another shape or other values; the
-    model is then unchanged. OutputError if it is not a file, or has no average.
-    """
-    saved, parts, pairs = torch_state.read(path, average), parts_of(model), list[torch_state.Pair]()
-    for index, part in enumerate(parts):
-        if is_module(part):
-            pairs += saved.pairs(part, f"layers.{index}.")
-    others = tuple(f"layers.{index}." for index, part in enumerate(parts) if not is_module(part))
-    if more := [name for name in saved.arrays if not name.startswith(others)]:
-        raise ValueError(f"{path} is of another model: {min(more)} is in it, and not here")
-    torch_state.copy(pairs)
-    return model
 
 
 def integers(layers: Sequence[Layer]) -> list[slice]:

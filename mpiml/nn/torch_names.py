@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch.nn import Module
 
 WRAPPERS = {"_orig_mod"}  # attributes by which modules hold the user's own: no part of names
@@ -12,11 +10,6 @@ WRAPPERS = {"_orig_mod"}  # attributes by which modules hold the user's own: no 
 def plain_name(name: str) -> str:
     """The name of a part, parameter or buffer as it is in the user's module, without torch.compile."""
     return ".".join(word for word in name.split(".") if word not in WRAPPERS)
-
-
-def some(names: Sequence[str]) -> str:
-    """The first of these names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def uncompiled(module: Module) -> Module:

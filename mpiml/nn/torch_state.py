@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,8 +16,10 @@ from torch import Tensor
 from mpiml.documents import AVERAGE, averaged, check_regular, texts
 from mpiml.nn.parameters import ARRAY, Constant
 from mpiml.nn.torch_names import plain_name
+from mpiml.nn.torch_parts import is_module, parts_of
 from mpiml.nn.torch_tensors import arrays, parts, plain
 
+T = TypeVar("T")
 Array = NDArray[Any]
 Pair = tuple[Tensor, Array]  # memory of a module, and the values that belong there
 
@@ -130,3 +132,24 @@ def copy(pairs: Iterable[Pair]) -> None:
             given = torch.from_numpy(values)
             whole = given.is_floating_point() and not memory.is_floating_point()
             memory.copy_(given.round() if whole else given)
+
+
+def load_into(model: T, path: str | Path, average: bool = False) -> T:
+    """Copies a checkpoint into the model's torch modules: weights or, if `average`, the average of them that a run with
+    --ema keeps; parameters that require no gradient, and persistent buffers. Returns the model.
+
+    `model` is what the function returns that the run's --model names. Buffers that are not persistent are in no
+    checkpoint; they are compared with those of the run.
+
+    Raises ValueError for another model's checkpoint, naming what is missing, has another shape or other values; the
+    model is then unchanged. OutputError if it is not a file, or has no average.
+    """
+    saved, of_model, pairs = read(path, average), parts_of(model), list[Pair]()
+    for index, part in enumerate(of_model):
+        if is_module(part):
+            pairs += saved.pairs(part, f"layers.{index}.")
+    others = tuple(f"layers.{index}." for index, part in enumerate(of_model) if not is_module(part))
+    if more := [name for name in saved.arrays if not name.startswith(others)]:
+        raise ValueError(f"{path} is of another model: {min(more)} is in it, and not here")
+    copy(pairs)
+    return model

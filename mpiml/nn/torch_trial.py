@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils.flop_counter import FlopCounterMode
 
-from mpiml.errors import ConfigError
+from mpiml.errors import ConfigError, first_few
 from mpiml.nn.parameters import Shape
 from mpiml.nn.torch_buffers import (
     Buffers,
@@ -30,7 +30,7 @@ from mpiml.nn.torch_buffers import (
     set_flags,
 )
 from mpiml.nn.torch_checks import not_repeated, output_shape, refuse_rows
-from mpiml.nn.torch_names import plain_name, some, uncompiled
+from mpiml.nn.torch_names import plain_name, uncompiled
 from mpiml.nn.torch_tensors import checksum, drawn, is_whole, naming
 from mpiml.random import Draws
 
@@ -176,12 +176,12 @@ class _Tried:
         for (name, tensor), first in zip(tensors.items(), own, strict=True):
             changed += [] if torch.equal(tensor.data, first * 10 + 100) or name in changed else [name]
             tensor.data = first
-        if new := sorted(tensors.keys() - self.parameters.keys()):
-            raise ConfigError(f"{self.name} makes its {some(new)} when it is called; make all parameters in __init__")
+        if new := first_few(sorted(tensors.keys() - self.parameters.keys())):
+            raise ConfigError(f"{self.name} makes its {new} when it is called; make all parameters in __init__")
         if changed:
             raise ConfigError(
-                f"{self.name} changes {some(changed)} in its forward pass, which only the optimizer may do; compute "
-                "with a changed copy, or make it a buffer (nn.Embedding: without max_norm, scale what it returns)"
+                f"{self.name} changes {first_few(changed)} in its forward pass, which only the optimizer may do; "
+                "compute with a changed copy, or make it a buffer (nn.Embedding: without max_norm, scale its output)"
             )
 
     def all(self, first: _Call, more: _Call) -> Trial:
@@ -262,7 +262,7 @@ class _Tried:
         """A note on attributes that calls change or make, though the outputs do not depend on them. Tensors may be what
         a call computes from parameters anew, as spectral_norm does."""
         what = "from call to call; checkpoints do not hold that, and outputs must never depend on it"
-        return [f"{self.name} keeps {some(kept)} {what}"] if (kept := self._kept_names()) else []
+        return [f"{self.name} keeps {first_few(kept)} {what}"] if (kept := self._kept_names()) else []
 
     def _kept_names(self) -> list[str]:
         now = marks(self.module)
@@ -286,7 +286,7 @@ class _Tried:
                     f"{what}, of integers, by what the rows are or how many; micro-batches have no common value then: "
                     "make it a floating-point buffer, which is averaged over them, or count calls"
                 )
-        what = f"{self.name} changes {some(averaged)} by what the rows are"
+        what = f"{self.name} changes {first_few(averaged)} by what the rows are"
         trial.notes += [f"{what}: a step takes the average over its micro-batches"] if averaged else []
 
     def _flops(self) -> int:

@@ -14,7 +14,7 @@ from mpiml.team import allgather, wait
 from mpiml.vectors import Vector
 
 VALUES = "values"
-AVERAGE = "ema"  # of the values over the steps
+EMA = "ema"  # the average of the values over the steps
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class State:
 
     Args:
         values: of this rank's stage.
-        states: the optimizer's state vectors of this rank by name, for the parts that it holds of the values.
+        states: the state vectors of this rank, the average too, by name, for the parts that it holds of the values.
 
     Attributes:
         names: of all vectors.

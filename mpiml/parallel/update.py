@@ -10,7 +10,7 @@ from mpiml import vectors
 from mpiml.errors import known_to_all
 from mpiml.parallel.gradient_sum import GradientSum
 from mpiml.parallel.slices import Piece, place
-from mpiml.parallel.state import AVERAGE
+from mpiml.parallel.state import EMA
 from mpiml.team import Team, allgather, wait
 from mpiml.vectors import Operands, Vector
 
@@ -61,7 +61,7 @@ class Update:
         self.rows, self.ema, self.finite, self.pieces = rows, ema, True, sum_.values.pieces
         dtype = sum_.values.vector.dtype
         size = sum(stop - start for start, stop in sum_.values.held)
-        names = (*optimizer.states, AVERAGE) if ema else optimizer.states
+        names = (*optimizer.states, EMA) if ema else optimizer.states
         self.states = {name: vectors.zeros(size, dtype) for name in names}
         self._kept = [sum_.slots[0][piece.start : piece.stop] for piece in self.pieces]
         longest = max((piece.stop - piece.start for piece in self.pieces), default=0)
@@ -147,7 +147,7 @@ class Update:
     def _operands_of(self, piece: Piece, grad: Vector, spare: Vector) -> Operands:
         length, where = piece.stop - piece.start, place(self.sum.values.held, piece.start, piece.stop)
         states = {name: state[where] for name, state in self.states.items()}
-        average = states.pop(AVERAGE, None)
+        average = states.pop(EMA, None)
         value, scratch = self.sum.values.vector[piece.start : piece.stop], (grad[:length], spare[:length])
         operands = Operands(value, list(states.values()), scratch, scratch[0], piece.decay)
         if piece.momentum is None:

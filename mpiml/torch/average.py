@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import Module
 
 from mpiml import vectors
-from mpiml.errors import ConfigError
+from mpiml.errors import ConfigError, first_few
 from mpiml.loop.guard import clock
 from mpiml.loop.sums import Sum
-from mpiml.nn.torch_names import plain_name, some
+from mpiml.nn.torch_names import plain_name
 from mpiml.team import Team
 from mpiml.torch import flat
 from mpiml.torch.buffers import Changes
@@ -60,7 +60,7 @@ class Average:
         but for ranks that have joined."""
         self.use("backward", self.team.size)
         if freed := [name for name, parameter in self._frozen.items() if parameter.requires_grad]:
-            raise ConfigError(f"{some(freed)} requires a gradient now, and did not when DataParallel was made")
+            raise ConfigError(f"{first_few(freed)} requires a gradient now, and did not when DataParallel was made")
         self.write(self.slots[0])
         self.sum.put(self.sum.own.start)
         clock().step = 1 + self.meetings.number

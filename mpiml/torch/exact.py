@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpiml.errors import ConfigError, NotFiniteError
+from mpiml.errors import ConfigError, NotFiniteError, first_few
 from mpiml.loop.rows import Rows
-from mpiml.nn.torch_names import some
 from mpiml.random import global_generators, keyed
 from mpiml.torch.average import Average
 
@@ -65,8 +64,8 @@ class Step:
         buffers.look(self._marks)
         if new := sorted(buffers.changed - self._before.keys()):
             raise ConfigError(
-                f"the forward pass changes {some(new)} in step {self.number}, and did not in the first: for a buffer "
-                "to be averaged, every step must write to it"
+                f"the forward pass changes {first_few(new)} in step {self.number}, and did not in the first: for a "
+                "buffer to be averaged, every step must write to it"
             )
         average.write(average.slots[m.m - average.sum.own.start])
         average.sum.put(m.m, weight=len(m), loss=loss.item() * len(m))
@@ -86,7 +85,7 @@ class Step:
             raise NotFiniteError(text).on_all_ranks()
         total = average.mean()
         if bad := average.not_finite(total):
-            raise NotFiniteError(f"step {self.number}: the gradient of {some(bad)} is not finite").on_all_ranks()
+            raise NotFiniteError(f"step {self.number}: the gradient of {first_few(bad)} is not finite").on_all_ranks()
         loss, weight = average.sum.loss, average.sum.weight
         average.take_gradients(total)
         average.take_buffers(total, self._observed)

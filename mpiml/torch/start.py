@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from mpiml.errors import ConfigError
-from mpiml.nn.torch_names import some
+from mpiml.errors import ConfigError, first_few
 from mpiml.nn.torch_state import tensors
 from mpiml.nn.torch_tensors import parts
 from mpiml.team import Team
@@ -27,7 +26,7 @@ def _check(module: Module) -> None:
         raise ConfigError(f"DataParallel takes a torch.nn.Module, and not a {type(module).__name__}")
     lazy = [n for n, t in [*module.named_parameters(), *module.named_buffers()] if torch.nn.parameter.is_lazy(t)]
     if lazy:
-        raise ConfigError(f"{some(lazy)} has no shape yet: call the module once, with inputs like its own, before")
+        raise ConfigError(f"{first_few(lazy)} has no shape yet: call the module once, with inputs like its own, before")
     for name, tensor in tensors(module).items():
         if tensor.device.type != "cpu":
             raise ConfigError(f"{name} is on {tensor.device}, but ranks average on the CPU: module.to('cpu') first")

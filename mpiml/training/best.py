@@ -8,7 +8,6 @@ from typing import Any
 
 from mpiml.config import Config
 from mpiml.errors import ConfigError
-from mpiml.flags import flag
 from mpiml.nn.losses import Metric
 from mpiml.run.directory import CHECKPOINTS
 from mpiml.run.step_files import file_name
@@ -85,9 +84,4 @@ def best_of(config: Config, metric: Metric) -> Best:
             f"--best {name}: --metric {config.metric} must say which scores are better, by an attribute "
             f"higher_is_better, True or False{'' if higher is None else f'; it is {higher!r:.40}'}"
         )
-    for setting in ("keep_best", "patience"):
-        if (value := getattr(config, setting)) and not config.eval_every:
-            raise ConfigError(
-                f"{flag(setting)} {value} --eval-every 0: there are no evaluations; leave one of them out"
-            )
     return Best(name, f"{config.evaluated} {name}", name != "loss" and bool(higher), config.keep_best, config.patience)

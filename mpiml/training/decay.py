@@ -12,7 +12,7 @@ from mpiml.errors import ConfigError
 from mpiml.nn.rates import DECAYS, Phase, learning_rate, starts
 from mpiml.random import Draws, keyed
 from mpiml.team import Team
-from mpiml.training.resolve import Resolved, phases
+from mpiml.training.resolve import Resolved, phases_of
 from mpiml.usercode import called_with, named
 
 TRIED = 100  # steps of a decay for which a function is tried
@@ -46,7 +46,7 @@ class OwnDecay:
             if factors.setdefault(point, factor) != factor:
                 where = f"{self.flag}: returns {factors[point]} for step {point[0]} of {point[1]}"
                 raise ConfigError(f"{where}, and {factor} when it is called again; {PURE}")
-        return {f"{self.flag} for step {step} of {steps}": repr(it) for (step, steps), it in factors.items()}
+        return {f"{self.flag} for step {step} of {steps}": repr(factor) for (step, steps), factor in factors.items()}
 
     def _checked(self, step: int, steps: int) -> float:
         try:
@@ -66,18 +66,18 @@ def rate_of(config: Resolved, team: Team) -> Callable[[int], float]:
 
     Raises, on all ranks alike, ConfigError for a function of the user's that cannot be used.
     """
-    falls, factor = phases(config), DECAYS.get(config.decay)
+    phases, factor = phases_of(config), DECAYS.get(config.decay)
     if factor:
-        return learning_rate(falls, config.warmup_steps, factor)
+        return learning_rate(phases, config.warmup_steps, factor)
     own = team.together(lambda: OwnDecay(config.decay, config.seed))
-    points = spread(falls, config.warmup_steps)
+    points = spread(phases, config.warmup_steps)
     team.check_alike(team.together(lambda: own.tried(points)), PURE)
-    return learning_rate(falls, config.warmup_steps, own)
+    return learning_rate(phases, config.warmup_steps, own)
 
 
-def spread(falls: list[Phase], warmup: int) -> list[tuple[int, int]]:
+def spread(phases: list[Phase], warmup: int) -> list[tuple[int, int]]:
     """(step, steps) at up to TRIED steps of the decay of each phase, from the first to the last."""
-    lengths = [max(fall.decay_steps - start, 1) for fall, start in zip(falls, starts(falls, warmup), strict=True)]
+    lengths = [max(phase.decay_steps - start, 1) for phase, start in zip(phases, starts(phases, warmup), strict=True)]
     return [point for steps in lengths for point in dict.fromkeys(_steps(steps))]
 
 
@@ -88,14 +88,14 @@ def _steps(steps: int) -> Iterable[tuple[int, int]]:
 def remarks(config: Resolved, rate: Callable[[int], float]) -> list[str]:
     """What a person should know: how the learning rate of a run that was extended falls, and that it is 0 before the
     last step."""
-    falls, said = phases(config), []
+    phases, notes = phases_of(config), []
     if config.lr_history:
-        texts = [f"from {fall.lr:g} towards {fall.lr_floor:g} until step {fall.decay_steps}" for fall in falls]
-        ends = ["", *(f"; after step {fall.until} " for fall in falls)]
+        texts = [f"from {phase.lr:g} towards {phase.lr_floor:g} until step {phase.decay_steps}" for phase in phases]
+        ends = ["", *(f"; after step {phase.until} " for phase in phases)]
         falling = "".join(end + text for end, text in zip(ends, texts, strict=False))
-        said.append(f"the learning rate falls by --decay {config.decay} {falling}")
+        notes.append(f"the learning rate falls by --decay {config.decay} {falling}")
     steps, last = config.steps, config.decay_steps
     if steps > last and rate(steps) == 0:
         why = "by --decay-steps: nothing is learned"
-        said.append(f"warning: the learning rate is 0 from step {last} of {steps} on, {why}")
-    return said
+        notes.append(f"warning: the learning rate is 0 from step {last} of {steps} on, {why}")
+    return notes

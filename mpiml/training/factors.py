@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 
-from mpiml.errors import ConfigError
+from mpiml.errors import ConfigError, first_few
 from mpiml.flags import is_finite
 from mpiml.nn.base import Layer, parameters
 from mpiml.nn.parameters import Parameter
-from mpiml.nn.patterns import selects
+from mpiml.nn.patterns import selects, within_layer
 
 
 def parsed(rates: Sequence[str]) -> list[tuple[str, float]]:
@@ -31,31 +30,31 @@ def set_rates(layers: Sequence[Layer], rates: Sequence[str]) -> None:
 
     Raises ConfigError for a pattern that selects nothing that has a rate, and if nothing is left to train.
     """
-    everyone = parameters(layers)
-    trained = [parameter for parameter in everyone if parameter.momentum is None]
+    named = parameters(layers)
+    trained = [parameter for parameter in named if parameter.momentum is None]
     for parameter in trained:
         parameter.rate = 1.0
     for pattern, factor in parsed(rates):
         selected = [parameter for parameter in trained if selects(pattern, parameter.name)]
         if not selected:
-            raise ConfigError(f"--rates {pattern}={factor:g}: {_nothing(pattern, everyone)}")
+            raise ConfigError(f"--rates {pattern}={factor:g}: {_why_nothing(pattern, named)}")
         for parameter in selected:
             parameter.rate = factor
     if rates and not any(parameter.size and parameter.optimised for parameter in trained):
         raise ConfigError(f"--rates {','.join(rates)}: no parameter is left to train")
 
 
-def _nothing(pattern: str, everyone: Sequence[Parameter]) -> str:
+def _why_nothing(pattern: str, named: Sequence[Parameter]) -> str:
     """Why a pattern selects nothing that has a rate, and names that would."""
-    if averages := [parameter.name for parameter in everyone if selects(pattern, parameter.name)]:
-        return f"selects running averages alone ({_some(averages)}), which have no learning rate"
-    names = [parameter.name for parameter in everyone if parameter.momentum is None]
-    within = [re.sub(r"^layers\.\d+\.", "", name) for name in names]
+    if averages := [parameter.name for parameter in named if selects(pattern, parameter.name)]:
+        return f"selects running averages alone ({first_few(averages)}), which have no learning rate"
+    names = [parameter.name for parameter in named if parameter.momentum is None]
+    within = [within_layer(name) for name in names]
     paths = [name.rpartition(".")[0] for name in (*names, *within)]
     choice = dict.fromkeys([*paths, *names, *within])
     if close := set(difflib.get_close_matches(pattern, choice, 5)):
         return f"selects no parameter; close to it are {', '.join(name for name in choice if name in close)}"
-    return f"selects no parameter; there are {_some(names)}"
+    return f"selects no parameter; there are {first_few(names)}"
 
 
 def notes(layers: Sequence[Layer]) -> list[str]:
@@ -64,11 +63,7 @@ def notes(layers: Sequence[Layer]) -> list[str]:
     total = sum(parameter.size for parameter in trained)
     lines = []
     for rate in sorted({parameter.rate for parameter in trained} - {1.0}):
-        own = [parameter for parameter in trained if parameter.rate == rate]
-        what, size = f"learning rate times {rate:g}" if rate else "not trained", sum(p.size for p in own)
-        lines.append(f"{what}, by --rates: {len(own)} of {len(trained)} parameters, {size:,} of {total:,} values")
+        those = [parameter for parameter in trained if parameter.rate == rate]
+        what, size = f"learning rate times {rate:g}" if rate else "not trained", sum(p.size for p in those)
+        lines.append(f"{what}, by --rates: {len(those)} of {len(trained)} parameters, {size:,} of {total:,} values")
     return lines
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

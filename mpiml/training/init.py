@@ -9,13 +9,13 @@ from typing import Any
 from numpy.typing import NDArray
 
 from mpiml.config import Config
-from mpiml.errors import OutputError
+from mpiml.errors import OutputError, first_few
 from mpiml.run import checkpoint, step_files, tensors
 from mpiml.run.checkpoint import Header
 from mpiml.run.directory import CHECKPOINTS
 from mpiml.run.result import read_result
 from mpiml.run.verified import Progress
-from mpiml.training.init_names import NameMap, listed
+from mpiml.training.init_names import NameMap
 from mpiml.training.init_plan import Plan, plan
 from mpiml.training.place import BuiltModel
 
@@ -84,7 +84,7 @@ def _files(config: Config) -> list[Path]:
         return [path]
     if not (path / CHECKPOINTS).is_dir():
         there = sorted(file.name for file in path.glob("*.safetensors"))
-        raise OutputError(f"{path} holds no run" + (f"; name a file in it: {listed(there)}" if there else ""))
+        raise OutputError(f"{path} holds no run" + (f"; name a file in it: {first_few(there)}" if there else ""))
     files = step_files.listed(path / CHECKPOINTS)
     if not files:
         raise OutputError(f"{path} has no checkpoint yet")

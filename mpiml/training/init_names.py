@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mpiml import documents
 from mpiml.documents import shown
-from mpiml.errors import ConfigError, OutputError
+from mpiml.errors import ConfigError, OutputError, first_few
 from mpiml.nn.patterns import texts
 
 FLAG = "--init-names"
@@ -87,7 +86,7 @@ class NameMap:
                 mapped[name] = Mapped(next((source for source in filled if source in file), filled[0]), entry)
         for entry in self.entries:
             if entry not in used:
-                raise self.error(entry, f"the model has no such array; it has {listed(names)}")
+                raise self.error(entry, f"the model has no such array; it has {first_few(names)}")
         self._check_once(mapped)
         return mapped
 
@@ -119,10 +118,3 @@ def _entry(key: str, value: Any, path: str) -> Entry:
     if table["name"].count("*") > key.count("*"):
         raise ConfigError(f"{where}: has more * than {key}, which they stand for")
     return Entry(key, table["name"], table.get("transpose", False))
-
-
-def listed(names: Iterable[str], most: int = 4) -> str:
-    """The first few of some names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(itertools.islice(names, most)) + more

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from mpiml.errors import OutputError
+from mpiml.errors import OutputError, first_few
 from mpiml.nn.export import Form
 from mpiml.nn.parameters import ARRAY, Shape
 from mpiml.run.checkpoint import BESIDE, Header
-from mpiml.training.init_names import Entry, NameMap, listed
+from mpiml.training.init_names import Entry, NameMap
 from mpiml.training.place import BuiltModel
 
 Array = NDArray[Any]
@@ -83,10 +83,10 @@ class Plan:
         drawn, made = ([n for n in kept if self.wanted[n].constant is constant] for constant in (False, True))
         return [
             *(f"{text} in {origin}: converted to the model's type" for text in sorted(types & set(FLOATS))),
-            *([f"not taken, because of another shape or type: {listed(others, MOST)}"] if others else []),
-            *([f"not taken, because the model does not have it: {listed(self.left, MOST)}"] if self.left else []),
-            *([f"as drawn: {listed(drawn, MOST)}"] if drawn else []),
-            *([f"constants as the model makes them: {listed(made, MOST)}"] if made else []),
+            *([f"not taken, because of another shape or type: {first_few(others, MOST)}"] if others else []),
+            *([f"not taken, because the model does not have it: {first_few(self.left, MOST)}"] if self.left else []),
+            *([f"as drawn: {first_few(drawn, MOST)}"] if drawn else []),
+            *([f"constants as the model makes them: {first_few(made, MOST)}"] if made else []),
         ]
 
     def value(self, name: str, array: Array) -> Array:
@@ -153,11 +153,11 @@ class Plan:
         return integer or (self.file.constants or {}).get(name) == ARRAY
 
     def _there(self) -> str:
-        return listed([f"{name} {kind[1]}" for name, kind in self.file.kinds.items() if not name.startswith(BESIDE)], 4)
+        return first_few([f"{name} {kind[1]}" for name, kind in self.file.kinds.items() if not name.startswith(BESIDE)])
 
     def _here(self) -> str:
         sources = {**self.absent, **self.other, **self.sources}
-        return listed([f"{sources[n].name} {sources[n].shape}" for n in self.wanted if not self.wanted[n].constant], 4)
+        return first_few([f"{sources[n].name} {sources[n].shape}" for n in self.wanted if not self.wanted[n].constant])
 
 
 def plan(model: BuiltModel, file: Header, foreign: bool, names: NameMap | None, partial: bool) -> Plan:

@@ -112,6 +112,14 @@ def build_stage(
     return built, computation
 
 
+def place_values(config: Config, grid: Grid, layout: Layout) -> tuple[Values, str | None]:
+    """Memory for the values of this rank's stage, and if it is not shared although it should be, why; collective."""
+    memory, problem = share(grid.comm, grid.local, 0, bytes_of(layout.size, layout.dtype), config.memory)
+    values = Values(grid.data, memory, layout.size, layout.blocks(), layout.dtype)
+    layout.bind(values.vector)
+    return values, problem
+
+
 def place(config: Resolved, grid: Grid, layout: Layout, columns: int) -> tuple[GradientSum, Agree, list[str]]:
     """Make the gradient sum of a stage with its values, and the agreement on the step record, whose table has so many
     `columns` with the metric's, in the memory that `config` asks for; collective. Returns these two and notes to print.

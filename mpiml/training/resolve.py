@@ -110,7 +110,6 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int, befo
     Raises ConfigError for micro-batches that the replicas or the rows cannot share, for settings that do not fit the
     labels, and for a run that would go on with a learning rate that has fallen already.
     """
-    factors.parsed(config.rates)
     default = replicas if config.pipe == 1 else min(2 * config.pipe * replicas, rows)
     microbatches = config.microbatches or default
     if microbatches < replicas:
@@ -122,9 +121,6 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int, befo
         )
     if microbatches > rows:
         raise ConfigError(f"--microbatches {microbatches}: the data set has only {rows} rows to share out")
-    if not config.init and (config.init_partial or config.init_names):
-        name = "init_partial" if config.init_partial else "init_names"
-        raise ConfigError(f"{flag(name)}: is of --init, which says whose weights; give that too")
     if before:
         config = extended(config, before, rows)
     elif config.classes is not None and (not classification or of_values(config)):
@@ -140,7 +136,7 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int, befo
         **last_and_rate(config, rows),
     )
     resolved = Resolved(**vars(decided))
-    check_optimizer(resolved)
+    check_together(resolved)
     return resolved
 
 
@@ -151,14 +147,21 @@ def last_and_rate(config: Config, rows: int) -> dict[str, Any]:
     return {"steps": steps, "lr": lr, "decay_steps": config.decay_steps or steps}
 
 
-def phases(config: Resolved) -> list[Phase]:
+def phases_of(config: Resolved) -> list[Phase]:
     """How the learning rate of a run falls: before it was extended, each time, and now."""
     now = Phase(config.steps, config.lr, config.lr_floor, config.decay_steps)
     return [*history(config.lr_history), now]
 
 
-def check_optimizer(config: Resolved) -> None:
-    """Raise ConfigError for settings of the optimizer and its learning rate that do not go together."""
+def check_together(config: Resolved) -> None:
+    """Raise ConfigError for settings that do not go together, and for text in them that cannot be read."""
+    factors.parsed(config.rates)
+    if not config.init and (config.init_partial or config.init_names):
+        name = "init_partial" if config.init_partial else "init_names"
+        raise ConfigError(f"{flag(name)}: is of --init, which says whose weights; give that too")
+    for name in ("keep_best", "patience"):
+        if (value := getattr(config, name)) and not config.eval_every:
+            raise ConfigError(f"{flag(name)} {value} --eval-every 0: there are no evaluations; leave one of them out")
     if len(config.betas) != 2:
         raise ConfigError(f"--betas {text(config.betas)}: must be two numbers, as 0.9,0.999")
     if config.betas != Config.betas and config.optimizer not in ("adam", "adamw"):
@@ -168,7 +171,7 @@ def check_optimizer(config: Resolved) -> None:
         raise ConfigError(f"--{name} {value}: with --decay none the learning rate does not fall; choose a decay")
     if config.lr_floor > config.lr:
         raise ConfigError(f"--lr-floor {config.lr_floor}: is above --lr {config.lr}, from which the rate falls to it")
-    *before, now = phases(config)
+    *before, now = phases_of(config)
     if before and now.decay_steps <= before[-1].until:
         raise ConfigError(
             f"--decay-steps {now.decay_steps}: up to step {before[-1].until} the learning rate falls as it was to "
@@ -241,7 +244,7 @@ def extended(config: Config, before: Config, rows: int) -> Config:
             f"{flag(name)} {getattr(config, name)}: by --decay-steps {was.decay_steps} the learning rate stays as it "
             f"is then; to let it fall anew, give a later step, --decay-steps {steps}"
         )
-    past = phases(was)
+    past = phases_of(was)
     kept = [phase for phase in past[:-1] if phase.until < was.steps]
     ended = past[len(kept)]._replace(until=was.steps)
     return config.replace(lr_history=tuple(map(str, [*kept, ended])))
@@ -251,7 +254,7 @@ def _low(config: Resolved) -> str:
     """Where the learning rate of a run is after its decay."""
     if config.decay not in DECAYS:
         return f"as {config.decay} says"
-    _, lr, floor, last = phases(config)[-1]
+    _, lr, floor, last = phases_of(config)[-1]
     return f"to {floor + (lr - floor) * DECAYS[config.decay](last, last):g}"
 
 

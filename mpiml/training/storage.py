@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mpiml import documents
 from mpiml.config import Config
 from mpiml.config import settings as all_settings
 from mpiml.data.dataset import Dataset
-from mpiml.data.fill import Filling
 from mpiml.data.fingerprint import difference
-from mpiml.data.normalize import Normalization
-from mpiml.data.preparation import Preparation
 from mpiml.errors import DataError, OutputError
 from mpiml.flags import flag
-from mpiml.nn.parameters import Layout, Parameter, Shape
-from mpiml.parallel.state import AVERAGE, VALUES
+from mpiml.parallel.state import VALUES
 from mpiml.run import checkpoint, environment, step_files, verified
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.run.deadline import Deadline
@@ -26,17 +21,14 @@ from mpiml.run.directory import CHECKPOINTS, CONFIG, sync_file
 from mpiml.run.metrics import cut_after, last_known, missing, scores
 from mpiml.run.result import update_result
 from mpiml.run.verified import Progress
-from mpiml.team import Team
 from mpiml.training import init
-from mpiml.training.constants import Constants
+from mpiml.training.arrays import from_arrays, needed_kinds, preparations, restore_constants, to_arrays
 from mpiml.training.hold import Hold
 from mpiml.training.look import Known
 from mpiml.training.place import BuiltModel
 from mpiml.training.run import Run
 from mpiml.training.saved import may_become, settings_of
 from mpiml.training.task import Seen
-
-PART = 1 << 22  # elements of a constant that are sent at once
 
 
 def check_saved(cfg: Config, model: BuiltModel) -> None:
@@ -114,31 +106,31 @@ class Store:
         """Put the state of the newest good checkpoint, or weights and constants of --init, in place."""
         run, progress = self.run, self.clock.progress
         layouts, constants = run.model.layouts, run.model.constants
-        found: list[tuple[Checkpoint | None, list[str]]] = []  # on rank 0, the newest checkpoint and problems
+        newest: list[tuple[Checkpoint | None, list[str]]] = []  # on rank 0, the one that is whole; problems of others
         stages: list[Mapping[str, Any]] = []  # on rank 0, of each stage its vectors
         changed: dict[str, Any] = {}  # on rank 0, the constants that are others than the model's
 
         def begins() -> bool:
-            found.append(self.hold.newest(progress))
-            return bool(run.config.init) and not found[0][0]
+            newest.append(self.hold.newest(progress))
+            return bool(run.config.init) and not newest[0][0]
 
         def read() -> tuple[Restored, tuple[str, ...]]:
-            newest, problems = found.pop()
+            saved, problems = newest.pop()
             names: tuple[str, ...] = ()
             given: Mapping[str, Any] = {}
             notes = [f"warning: skipped {problem}" for problem in problems]
-            if newest:
-                _check_same_run(run.config, newest)
-                names, given = run.state.names, newest.arrays
-                constants.check(newest.header, needed_kinds(layouts, names))
-                stages.extend(from_arrays(layouts, newest, names))
+            if saved:
+                _check_same_run(run.config, saved)
+                names, given = run.state.names, saved.arrays
+                constants.check(saved.header, needed_kinds(layouts, names))
+                stages.extend(from_arrays(layouts, saved, names))
             elif run.config.init:
                 values, names = to_arrays(layouts, stages, VALUES), (VALUES,)
                 given, of_init = init.take(run.config, run.model, values, progress)
                 notes += of_init
             changed.update((name, given[name]) for name in constants.changed(given))
             # Nothing can be refused any more, so now the log may change.
-            return self._cut_log(newest, notes), names
+            return self._cut_log(saved, notes), names
 
         self.clock("checkpoint")
         if self.team.on_rank_0(begins):
@@ -251,64 +243,3 @@ def _check_same_run(cfg: Config, saved: Checkpoint) -> None:
                 f"{saved.origin} has {flag(field.name)} {was}, but {CONFIG} {now}: they are of different runs, or "
                 f"{CONFIG} is damaged; if you remove it, --resume takes the checkpoint's settings"
             )
-
-
-def to_arrays(layouts: Sequence[Layout], stages: Sequence[Mapping[str, Any]], *names: str) -> dict[str, Any]:
-    """All stages' vectors as arrays: weights under their names, their average as ema.(weight's name), state NAME as
-    optimizer.NAME.(weight's name)."""
-    arrays: dict[str, Any] = {}
-    for vector in names:
-        for layout, vectors_of_stage in zip(layouts, stages, strict=True):
-            name_of = _names(layout, vector)
-            arrays |= {name_of[p]: view for p, view in layout.views(vectors_of_stage[vector]) if p in name_of}
-    return arrays
-
-
-def needed_kinds(layouts: Sequence[Layout], names: Sequence[str]) -> dict[str, verified.Kind]:
-    """Of what kind the arrays of `to_arrays` are."""
-    return {
-        name: (layout.dtype.name, p.shape)
-        for vector in names
-        for layout in layouts
-        for p, name in _names(layout, vector).items()
-    }
-
-
-def _names(layout: Layout, vector: str) -> dict[Parameter, str]:
-    """What the arrays of a vector are called in a checkpoint. What no optimizer changes has no state and no average of
-    this kind."""
-    prefix = {VALUES: "", AVERAGE: documents.AVERAGE}.get(vector, f"optimizer.{vector}.")
-    return {p: prefix + p.name for p in layout.parameters if vector == VALUES or p.optimised}
-
-
-def from_arrays(layouts: Sequence[Layout], saved: Checkpoint, names: Sequence[str]) -> list[Mapping[str, Any]]:
-    """The reverse of `to_arrays`, for some vectors, of a checkpoint that has been checked."""
-    stages = [{name: layout.zeros(updated=name != VALUES) for name in names} for layout in layouts]
-    for name, target in to_arrays(layouts, stages, *names).items():
-        target[...] = saved.arrays[name]
-    return list(stages)
-
-
-def restore_constants(constants: Constants, team: Team, saved: Mapping[str, Any]) -> None:
-    """Give every rank the constants that it holds, from `saved`, a checkpoint's arrays on rank 0; collective.
-
-    Ranks have compared their constants, so only those are sent that differ in the checkpoint; mostly there are none.
-    """
-    for name, size in team.on_rank_0(lambda: [(other, saved[other].size) for other in constants.changed(saved)]):
-        for start in range(0, size, PART):
-            part = team.broadcast(saved[name].reshape(-1)[start : start + PART] if saved else None)
-            if name in constants.arrays:
-                constants.arrays[name].flat[start : start + PART] = part
-
-
-def preparations(saved: Checkpoint, config: Config, shape: Shape) -> list[Preparation]:
-    """What is done to a model's inputs, of which a row has `shape`, by the values in its checkpoint. Raises OutputError
-    if these are missing or of other inputs."""
-    kinds: list[type[Preparation]] = [Filling] if config.fill is not None else []
-    kinds += [Normalization] if config.normalize else []
-    if not kinds:
-        return []
-    arrays = {name: array for name, array in saved.arrays.items() if name.startswith("data.")}
-    needed = [name for kind in kinds for name in kind.NAMES]
-    checkpoint.check_kinds(saved.origin, verified.kinds_of(arrays), dict.fromkeys(needed, ("float64", shape)))
-    return [kind.of_arrays(arrays) for kind in kinds]

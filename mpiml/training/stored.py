@@ -22,7 +22,8 @@ from mpiml.run import checkpoint as checkpoints
 from mpiml.run import environment, step_files
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.run.directory import CHECKPOINTS, CONFIG
-from mpiml.training import resolve, storage
+from mpiml.training import resolve
+from mpiml.training.arrays import preparations
 from mpiml.training.saved import code_of, settings_in, settings_of
 from mpiml.training.task import Task
 
@@ -70,12 +71,12 @@ def stored_model(
     config = resolve.scored(config, task.classification).replace(
         cuts=cuts, **{name: value for name, value in asked.items() if value is not None}
     )
-    preparations = storage.preparations(saved, config, task.shape)
+    prepared = preparations(saved, config, task.shape)
     notes = [f"warning: skipped {problem}" for problem in problems]
     if config.ema and not raw:
         saved.arrays = averaged(saved.arrays, saved.origin)
         notes.append(f"the average of the weights is scored, as in the run (--ema {config.ema}; see --raw-weights)")
-    return StoredModel(config, saved.step, task, preparations, path, notes), saved
+    return StoredModel(config, saved.step, task, prepared, path, notes), saved
 
 
 def _newest(directory: Path) -> tuple[Checkpoint, list[str]]:

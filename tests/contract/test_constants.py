@@ -110,7 +110,7 @@ def test_a_trained_model_has_the_constants_of_its_run(
 ) -> None:
     from mpiml.data.dataset import DIGITS
     from mpiml.nn.base import At, forward
-    from mpiml.nn.torch_modules import load_into
+    from mpiml.nn.torch_state import load_into
     from mpiml.usercode import named
 
     monkeypatch.setenv("DRAW", "7")

@@ -47,7 +47,7 @@ def test_weights_taken_to_pytorch_score_as_in_the_run(
     table: Table, alone: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mpiml.data.dataset import DIGITS
-    from mpiml.nn.torch_modules import load_into
+    from mpiml.nn.torch_state import load_into
     from mpiml.usercode import named
 
     monkeypatch.syspath_prepend(table.here("torch"))
@@ -95,7 +95,7 @@ def test_averages_are_those_of_plain_pytorch(kind: str, tmp_path: Path) -> None:
 
     from mpiml.config import Config
     from mpiml.data.dataset import Dataset
-    from mpiml.nn.torch_modules import load_into
+    from mpiml.nn.torch_state import load_into
     from mpiml.train import train
 
     def net() -> object:

@@ -24,7 +24,8 @@ from mpiml.training.task import Task
 torch = pytest.importorskip("torch")
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
-from mpiml.nn.torch_modules import TorchLayer, as_layers, load_into  # noqa: E402
+from mpiml.nn.torch_modules import TorchLayer, as_layers  # noqa: E402
+from mpiml.nn.torch_state import load_into  # noqa: E402
 
 Module, Sequential, Linear = torch.nn.Module, torch.nn.Sequential, torch.nn.Linear
 OWN: Any = {"loss": "my:loss", "metric": "my:metric"}  # which take outputs of any shape

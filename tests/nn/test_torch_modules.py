@@ -22,7 +22,8 @@ from mpiml.training.model import described, model_for
 from mpiml.training.task import Task
 
 torch = pytest.importorskip("torch")
-from mpiml.nn.torch_modules import TorchLayer, as_layers, load_into  # noqa: E402
+from mpiml.nn.torch_modules import TorchLayer, as_layers  # noqa: E402
+from mpiml.nn.torch_state import load_into  # noqa: E402
 from mpiml.nn.torch_tensors import as_tensor  # noqa: E402
 from mpiml.random import keyed  # noqa: E402
 

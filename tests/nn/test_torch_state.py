@@ -20,7 +20,8 @@ from mpiml.training.constants import Constants
 from tests.forging import forge
 
 torch = pytest.importorskip("torch")
-from mpiml.nn.torch_modules import TorchLayer, as_layers, load_into  # noqa: E402
+from mpiml.nn.torch_modules import TorchLayer, as_layers  # noqa: E402
+from mpiml.nn.torch_state import load_into  # noqa: E402
 
 AT = nn.At(training=True)
 pytestmark = pytest.mark.filterwarnings(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +93,12 @@ def noisy() -> Dataset:
     x = random.normal(size=(120, 12)).astype(np.float32)
     y = (x[:, 0] > 0) ^ (random.random(120) < 0.3)
     return Dataset.from_arrays(x[:40], y[:40].astype(int), x[40:], y[40:].astype(int))
+
+
+@pytest.fixture(autouse=True)
+def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing waits for the disk: no power fails here."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 def run_of(path: Path, **settings: Any) -> dict[str, Any]:
@@ -264,7 +271,7 @@ def killing(monkeypatch: pytest.MonkeyPatch, at: int) -> Callable[[], int]:
     return lambda: moments[0]
 
 
-SHORT = {"steps": 20, "keep_best": 2, "patience": 4, "save_every": 3, "keep": 2}
+SHORT = {"steps": 20, "keep_best": 2, "patience": 2, "save_every": 3, "keep": 2}
 
 
 def test_killed_at_any_moment_a_run_decides_as_one_that_was_not(tmp_path: Path, monkeypatch: Any) -> None:

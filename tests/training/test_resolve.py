@@ -16,7 +16,7 @@ from mpiml.data.shards import Shards
 from mpiml.data.sources import ArraySource
 from mpiml.errors import ConfigError, DataError
 from mpiml.nn.rates import Phase
-from mpiml.training.resolve import absolute, check_rows, phases, resolve, with_labels
+from mpiml.training.resolve import absolute, check_rows, phases_of, resolve, with_labels
 from mpiml.training.saved import resumed
 
 BEFORE = Config(decay="cosine", steps=20, decay_steps=20, lr=0.1, out="a", microbatches=1)
@@ -51,10 +51,6 @@ def test_more_steps_than_it_falls_over_are_refused_with_what_would_work(settings
             gone_on(before, **more, **other, decay_steps=20)
     stays = gone_on(before, **more, decay_steps=20)  # said, so that it is meant
     assert (stays.decay_steps, stays.lr_history) == (20, ())
-
-
-def phases_of(config: Config) -> list[tuple[int, float, float, int]]:
-    return [tuple(phase) for phase in phases(config)]  # type: ignore[arg-type]
 
 
 def test_what_was_asked_for_before_goes_on_as_it_was_and_the_rate_falls_anew_after_it() -> None:

@@ -17,11 +17,11 @@ from safetensors.numpy import load_file
 from mpiml.config import Config, parse
 from mpiml.errors import ConfigError, DataError, DirectoryError, OutputError
 from mpiml.nn import base as nn
-from mpiml.nn.layers import BatchNorm2d, Linear
+from mpiml.nn.layers import Linear
 from mpiml.nn.losses import R2, mean_squared_error
 from mpiml.nn.parameters import Layout
-from mpiml.parallel.state import AVERAGE, VALUES, State
-from mpiml.run import checkpoint, lock, step_files, verified
+from mpiml.parallel.state import State
+from mpiml.run import checkpoint, lock, step_files
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.train import train
 from mpiml.training import hold
@@ -29,7 +29,7 @@ from mpiml.training.constants import Constants
 from mpiml.training.hold import _check_nothing_vanished, _finished
 from mpiml.training.model import Scoring
 from mpiml.training.place import BuiltModel
-from mpiml.training.storage import Store, check_saved, from_arrays, needed_kinds, preparations, to_arrays
+from mpiml.training.storage import Store, check_saved
 from mpiml.training.task import Task
 from tests.data import samples
 from tests.forging import ARRAYS, forge
@@ -204,24 +204,6 @@ def built(stages: list[Layout]) -> BuiltModel:
     return BuiltModel(TASK, stages, Scoring(mean_squared_error, R2(3), None), Constants(), (1, ""), [])
 
 
-def test_arrays_come_back_under_their_names() -> None:
-    (layout,) = stages = layouts(Linear(4, 3))
-    values = [{VALUES: np.arange(layout.size, dtype="f"), "mean": np.ones(layout.size, "f")}]
-    arrays = to_arrays(stages, values, VALUES, "mean")
-    assert verified.kinds_of(arrays) == needed_kinds(stages, (VALUES, "mean"))
-    (found,) = from_arrays(stages, Checkpoint(1, "", arrays), (VALUES, "mean"))
-    back = to_arrays(stages, [found], VALUES, "mean")
-    assert all((back[name] == array).all() for name, array in arrays.items())
-
-
-def test_averages_are_of_parameters_alone_and_have_names_of_their_own() -> None:
-    layers = [Linear(4, 3), BatchNorm2d(3)]
-    nn.name(layers)
-    stages = [Layout(nn.parameters(layers), "float32")]
-    names = [f"ema.layers.{name}" for name in ("0.weight", "0.bias", "1.gain", "1.bias")]
-    assert set(needed_kinds(stages, (AVERAGE,))) == set(names)
-
-
 def test_shapes_are_compared_before_memory_is_asked_for(tmp_path: Path) -> None:
     huge = layouts(Linear(4, 10**12), Linear(10**12, 3))
     file = forge(tmp_path / "small.safetensors")
@@ -277,23 +259,6 @@ def test_a_done_result_needs_no_more(tmp_path: Path) -> None:
     for text, done in (('{"status": "done", "step": 8}', True), ('{"status": "done"}', False)):
         assert bool(_finished(config, json.loads(text))) is done
     assert (_finished(config, {"status": "done", "step": 9, "exit_code": None}) or {})["exit_code"] == 0
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"data.mean": np.zeros(3)}, {"data.scale": np.zeros(4, "f")}, {"data.fill": np.zeros((4, 1))}],
-    ids=["length", "dtype", "axes"],
-)
-def test_inputs_are_prepared_by_arrays_of_their_shape(changes: dict[str, np.ndarray]) -> None:
-    good = {"data.mean": np.zeros(4), "data.scale": np.ones(4), "data.fill": np.arange(4.0)}
-    config = Config(fill="mean", normalize=True)
-    filling, normalization = preparations(Checkpoint(1, "", ARRAYS | good), config, TASK.shape)
-    assert filling.arrays()["data.fill"].sum() == 6
-    assert normalization.arrays()["data.scale"].sum() == 4
-    assert preparations(Checkpoint(1, "", ARRAYS), Config(), TASK.shape) == []
-    for arrays in (ARRAYS | good | changes, ARRAYS):
-        with pytest.raises(OutputError, match=r"data\.(mean|scale|fill)"):
-            preparations(Checkpoint(1, "", arrays), config, TASK.shape)
 
 
 FLAGS: dict[str, Any] = {"hidden": (8,), "batch": 20, "microbatches": 2, "quiet": True}

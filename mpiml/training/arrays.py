@@ -1,0 +1,93 @@
+"""The arrays of a checkpoint: what they are called, and how the ranks get them back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mpiml import documents
+from mpiml.config import Config
+from mpiml.data.fill import Filling
+from mpiml.data.normalize import Normalization
+from mpiml.data.preparation import Preparation
+from mpiml.nn.parameters import Layout, Parameter, Shape
+from mpiml.parallel.grid import Grid
+from mpiml.parallel.state import EMA, VALUES, State
+from mpiml.parallel.values import Values
+from mpiml.run import checkpoint, verified
+from mpiml.run.checkpoint import Checkpoint
+from mpiml.run.verified import Kind
+from mpiml.team import Team
+from mpiml.training.constants import Constants
+
+PART = 1 << 22  # elements of a constant that are sent at once
+
+
+def to_arrays(layouts: Sequence[Layout], stages: Sequence[Mapping[str, Any]], *names: str) -> dict[str, Any]:
+    """All stages' vectors as arrays: weights under their names, their average as ema.(weight's name), state NAME as
+    optimizer.NAME.(weight's name)."""
+    arrays: dict[str, Any] = {}
+    for vector in names:
+        for layout, vectors_of_stage in zip(layouts, stages, strict=True):
+            name_of = _names(layout, vector)
+            arrays |= {name_of[p]: view for p, view in layout.views(vectors_of_stage[vector]) if p in name_of}
+    return arrays
+
+
+def needed_kinds(layouts: Sequence[Layout], names: Sequence[str]) -> dict[str, Kind]:
+    """Of what kind the arrays of `to_arrays` are."""
+    return {
+        name: (layout.dtype.name, p.shape)
+        for vector in names
+        for layout in layouts
+        for p, name in _names(layout, vector).items()
+    }
+
+
+def _names(layout: Layout, vector: str) -> dict[Parameter, str]:
+    """What the arrays of a vector are called in a checkpoint. What no optimizer changes has no state and no average of
+    this kind."""
+    prefix = {VALUES: "", EMA: documents.AVERAGE}.get(vector, f"optimizer.{vector}.")
+    return {p: prefix + p.name for p in layout.parameters if vector == VALUES or p.optimised}
+
+
+def from_arrays(layouts: Sequence[Layout], saved: Checkpoint, names: Sequence[str]) -> list[Mapping[str, Any]]:
+    """The reverse of `to_arrays`, for some vectors, of a checkpoint that has been checked."""
+    stages = [{name: layout.zeros(updated=name != VALUES) for name in names} for layout in layouts]
+    for name, target in to_arrays(layouts, stages, *names).items():
+        target[...] = saved.arrays[name]
+    return list(stages)
+
+
+def restore_values(values: Values, grid: Grid, layouts: Sequence[Layout], weights: list[Checkpoint]) -> None:
+    """Give every rank the values that it holds, from a checkpoint, the only one of `weights` on rank 0, which is taken
+    out to free its memory; collective."""
+    stages: list[Mapping[str, Any]] = []
+    grid.team.clock("checkpoint")
+    grid.team.on_rank_0(lambda: stages.extend(from_arrays(layouts, weights.pop(), (VALUES,))))
+    State(grid, values, {}).distribute(stages, VALUES)
+
+
+def restore_constants(constants: Constants, team: Team, saved: Mapping[str, Any]) -> None:
+    """Give every rank the constants that it holds, from `saved`, a checkpoint's arrays on rank 0; collective.
+
+    Ranks have compared their constants, so only those are sent that differ in the checkpoint; mostly there are none.
+    """
+    for name, size in team.on_rank_0(lambda: [(other, saved[other].size) for other in constants.changed(saved)]):
+        for start in range(0, size, PART):
+            part = team.broadcast(saved[name].reshape(-1)[start : start + PART] if saved else None)
+            if name in constants.arrays:
+                constants.arrays[name].flat[start : start + PART] = part
+
+
+def preparations(saved: Checkpoint, config: Config, shape: Shape) -> list[Preparation]:
+    """What is done to a model's inputs, of which a row has `shape`, by the values in its checkpoint. Raises OutputError
+    if these are missing or of other inputs."""
+    kinds: list[type[Preparation]] = [Filling] if config.fill is not None else []
+    kinds += [Normalization] if config.normalize else []
+    if not kinds:
+        return []
+    arrays = {name: array for name, array in saved.arrays.items() if name.startswith("data.")}
+    needed = [name for kind in kinds for name in kind.NAMES]
+    checkpoint.check_kinds(saved.origin, verified.kinds_of(arrays), dict.fromkeys(needed, ("float64", shape)))
+    return [kind.of_arrays(arrays) for kind in kinds]
