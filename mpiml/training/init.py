@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from mpiml.config import Config
@@ -55,6 +56,7 @@ def take(
         names, constants = [source.name for source in planned.sources.values()], dict[str, Array]()
         arrays = [saved.arrays[name] for name in names] if saved else tensors.arrays(path, names, progress)
         for name, array in zip(planned.sources, arrays, strict=True):
+            planned.check_shared(source := planned.sources[name], _differing(path, source.others, array, progress))
             value = planned.value(name, array)
             if name in values:
                 values[name][...] = value
@@ -67,6 +69,12 @@ def take(
     if len(skipped) == 1:
         raise skipped[0]
     raise OutputError(f"no checkpoint in {config.init} can be used: {'; '.join(map(str, skipped))}")
+
+
+def _differing(path: Path, names: Sequence[str], array: Array, progress: Progress) -> list[str]:
+    """Those of a file's arrays that are not equal to another one of it."""
+    others = zip(names, tensors.arrays(path, names, progress) if names else (), strict=True)
+    return [name for name, other in others if not np.array_equal(other, array)]
 
 
 def _plan(config: Config, model: BuiltModel, file: Header, foreign: bool) -> Plan:

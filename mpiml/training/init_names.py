@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import difflib
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +87,7 @@ class NameMap:
                 mapped[name] = Mapped(next((source for source in filled if source in file), filled[0]), entry)
         for entry in self.entries:
             if entry not in used:
-                raise self.error(entry, f"the model has no such array; it has {listed(names)}")
+                raise self.error(entry, f"the model has no such array; it has {listed(names, like=entry.key)}")
         self._check_once(mapped)
         return mapped
 
@@ -121,8 +121,10 @@ def _entry(key: str, value: Any, path: str) -> Entry:
     return Entry(key, table["name"], table.get("transpose", False))
 
 
-def listed(names: Iterable[str], most: int = 4) -> str:
-    """The first few of some names, and how many more there are."""
+def listed(names: Iterable[str], most: int = 4, like: str = "") -> str:
+    """The first few of some names, or those that are most `like` a text, and how many more there are."""
     names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(itertools.islice(names, most)) + more
+    if len(names) <= most:
+        return ", ".join(names)
+    first = difflib.get_close_matches(like, names, most, cutoff=0) if like else names[:most]
+    return f"{', '.join(first)} and {len(names) - most} more"

@@ -32,12 +32,13 @@ class Wanted(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where an array of the model comes from: its name in the file, how it gets our axes, and the entry of a map that
-    says so, if there is one."""
+    """Where an array of the model comes from: its name in the file, how it gets our axes, the entry of a map that says
+    so, if there is one, and what else the file may call it, if the model shares it."""
 
     name: str
     form: Form
     entry: Entry | None = None
+    others: Sequence[str] = ()
 
     @property
     def transposed(self) -> bool:
@@ -123,12 +124,21 @@ class Plan:
         if not mapped and (more := [name for name in self.left if not self._idle(name)]):
             raise OutputError(f"{origin} has {min(more)}, which the model does not have: it is of another model{ways}")
 
+    def check_shared(self, source: Source, differing: Sequence[str]) -> None:
+        """Raise OutputError if there are `differing` arrays in the file of what the model shares."""
+        if differing:
+            raise OutputError(
+                f"{self.file.origin}: {source.name} and {differing[0]} are not equal, but one array in the model; "
+                "--init-names can say which it takes"
+            )
+
     def lack(self, name: str, source: Source) -> str:
         """That the file does not have what an array of the model is to come from."""
         of_ours = f" for the model's {name}" if name != source.name else ""
-        there = f"; it has {self._there()}" if self.foreign or of_ours else ""
+        there = f"it has {self._there(f'{source.name} {source.shape}')}"
         taken = " that no other takes" if source.name in self.file.kinds else ""
-        return f"{self.file.origin} has no {source.name}{taken}{of_ours}: it is of another model{there}"
+        why = there if source.entry else f"it is of another model{f'; {there}' if self.foreign or of_ours else ''}"
+        return f"{self.file.origin} has no {source.name}{taken}{of_ours}: {why}"
 
     def difference(self, name: str, source: Source) -> str:
         """How an array of the file is of another kind than the model's."""
@@ -152,8 +162,9 @@ class Plan:
         integer = self.foreign and self.file.kinds[name][0].startswith(("int", "uint", "bool"))
         return integer or (self.file.constants or {}).get(name) == ARRAY
 
-    def _there(self) -> str:
-        return listed([f"{name} {kind[1]}" for name, kind in self.file.kinds.items() if not name.startswith(BESIDE)], 4)
+    def _there(self, like: str = "") -> str:
+        names = [f"{name} {kind[1]}" for name, kind in self.file.kinds.items() if not name.startswith(BESIDE)]
+        return listed(names, like=like) or "no arrays"
 
     def _here(self) -> str:
         sources = {**self.absent, **self.other, **self.sources}
@@ -171,9 +182,9 @@ def plan(model: BuiltModel, file: Header, foreign: bool, names: NameMap | None, 
     in_map = {name: [name, *(f"layers.{one}" for one in forms[name].names if foreign)] for name in wanted}
     mapped = names.of(in_map, file.kinds) if names else {}
     elsewhere = {source.name for source in mapped.values()}
+    there = {name: [one for one in known[name] if one in file.kinds and one not in elsewhere] for name in wanted}
     sources = {
-        name: Source(next((one for one in known[name] if one in file.kinds), known[name][0]), forms[name])
-        for name in wanted
+        name: Source(next(iter(there[name]), known[name][0]), forms[name], None, there[name][1:]) for name in wanted
     }
     sources |= {name: Source(source, forms[name], entry) for name, (source, entry) in mapped.items()}
 
@@ -187,9 +198,11 @@ def plan(model: BuiltModel, file: Header, foreign: bool, names: NameMap | None, 
     lots = {name: lot(name) for name in wanted}
     taken, absent, other = ({n: sources[n] for n in wanted if lots[n] == one} for one in ("taken", "absent", "other"))
     used = {source.name for source in (*taken.values(), *other.values())}
-    used |= {other_name for name in taken if not taken[name].entry for other_name in known[name]}  # of a shared tensor
+    used |= {one for source in taken.values() for one in source.others}
     left = [name for name in file.kinds if name not in used and (foreign or not name.startswith(BESIDE))]
     result = Plan(file, foreign, wanted, taken, absent, other, left)
+    for source in taken.values():
+        result.check_shared(source, [one for one in source.others if file.kinds[one][1] != source.shape])
     if names:
         _check_mapped(result, names, partial)
     result.check(partial, names is not None)

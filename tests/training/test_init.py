@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from mpiml.config import Config
 from mpiml.errors import ConfigError, OutputError
 from mpiml.nn import base as nn
 from mpiml.nn.export import forms
-from mpiml.nn.layers import BatchNorm2d, Conv2d, Flatten, Layer, Linear
+from mpiml.nn.layers import BatchNorm2d, Conv2d, Flatten, Layer, Linear, ReLU
 from mpiml.nn.losses import R2, mean_squared_error
 from mpiml.nn.parameters import Constant, Layout
 from mpiml.run.checkpoint import Header
@@ -144,7 +144,7 @@ def test_a_checkpoint_may_lack_constants_and_have_others_and_ones_that_are_weigh
         (
             without(PYTORCH, "3.weight"),
             r"^f has no 3.weight for the model's layers.3.gain: it is of another model; it has 1.weight \(3, 12\), "
-            r"1.bias \(3,\), 3.bias \(3,\), 3.running_mean \(3,\) and 3 more; --init-partial .*; --init-names says w",
+            r"3.bias \(3,\), 1.bias \(3,\), .* and 3 more; --init-partial .*; --init-names says w",
         ),
         (without(PYTORCH, "2.mask"), r"^f has no 2.mask for the model's layers.2.mask"),
         (
@@ -201,7 +201,7 @@ def test_partial_takes_what_fits_and_says_what_does_not() -> None:
         ),
         ({"a.b": ("float32", (1,))}, r"nothing in f fits the model: it has a.b \(1,\), the model 1.weight \(3, 12\), "),
         ({"2.count": ("int64", ())}, "nothing in f fits"),  # a constant alone
-        ({}, "nothing in f fits"),
+        ({}, "nothing in f fits the model: it has no arrays, "),
     ],
 )
 def test_something_must_fit(kinds: Mapping[str, Kind], words: str) -> None:
@@ -258,6 +258,24 @@ def test_an_array_is_taken_once(tmp_path: Path) -> None:
     assert [*result.absent] == ["layers.1.bias"]
 
 
+def test_what_the_model_shares_must_be_equal_in_the_file(tmp_path: Path) -> None:
+    """Each of the names of a shared tensor may be in it, or several."""
+    forms = {
+        **MODEL.forms,
+        "layers.1.bias": dataclasses.replace(MODEL.forms["layers.1.bias"], names=["1.bias", "tied"]),
+    }
+    shares = dataclasses.replace(MODEL, forms=forms)
+
+    def planned(shape: tuple[int, ...], names: NameMap | None = None) -> Plan:
+        return plan(shares, Header("f", PYTORCH | {"tied": ("float32", shape)}, None), True, names, True)
+
+    assert planned((3,)).sources["layers.1.bias"].others == ["tied"]
+    with pytest.raises(OutputError, match=r"^f: 1.bias and tied are not equal, but one array in the model; --init-nam"):
+        planned((4,))
+    mapped = planned((4,), maps(tmp_path, '"layers.1.bias" = "1.bias"'))
+    assert (mapped.sources["layers.1.bias"].others, mapped.left) == ((), ["tied"])
+
+
 def test_only_matrices_are_transposed() -> None:
     layers = [Conv2d(2, 3)]
     nn.name(layers)
@@ -280,7 +298,7 @@ def test_only_matrices_are_transposed() -> None:
         (
             '"layers.1.bias" = "b"',
             True,
-            r'n.toml: "layers.1.bias" = "b": f has no b for the model\'s layers.1.bias: .*1.w',
+            r'n.toml: "layers.1.bias" = "b": f has no b for the model\'s layers.1.bias: it has .*1.b',
         ),
         (
             '"layers.1.*" = "a.*"',
@@ -438,6 +456,23 @@ def test_a_file_of_pytorch_with_a_map(first: dict[str, np.ndarray]) -> None:
     with open("n.toml", "a") as names:
         names.write('"layers.1.weight" = { name = "h.w", transpose = true }')
     assert same(job("begun", init="f.safetensors", init_names="n.toml"), first)
+
+
+class Tied(Linear):
+    """Its bias has two names in PyTorch."""
+
+    torch_names: ClassVar = {"bias": ["bias", "tied"]}
+
+
+def test_a_file_of_pytorch_that_has_a_shared_array_twice(first: dict[str, np.ndarray]) -> None:
+    body, bias, head, head_bias = (np.ascontiguousarray(first[name].T) for name in (*BODY, *HEAD))
+    model = [Flatten(), Linear(*first[BODY[0]].shape), ReLU(), Tied(*first[HEAD[0]].shape)]
+    arrays = {"1.weight": body, "1.bias": bias, "3.weight": head, "3.bias": head_bias, "3.tied": head_bias}
+    save_file(arrays, "f.safetensors")
+    assert same(job("begun", model, init="f.safetensors"), first)
+    save_file(arrays | {"3.tied": head_bias + 1}, "f.safetensors")
+    with pytest.raises(OutputError, match=r"f.safetensors: 3.bias and 3.tied are not equal, but one array in the mod"):
+        job("refused", model, init="f.safetensors")
 
 
 def test_a_map_of_a_checkpoint_stays_where_it_was_and_has_no_state_of_the_optimizer(

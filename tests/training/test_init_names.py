@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mpiml.errors import ConfigError
-from mpiml.training.init_names import NameMap
+from mpiml.training.init_names import NameMap, listed
 
 MODEL = {n: [n] for n in ("layers.0.weight", "layers.0.bias", "layers.1.head.weight", "layers.1.head.bias")}
 
@@ -87,3 +87,12 @@ def test_a_map_that_cannot_be_read(tmp_path: Path) -> None:
         NameMap.read(str(tmp_path / "none.toml"))
     with pytest.raises(ConfigError, match="is not a regular file"):
         NameMap.read(str(tmp_path))
+
+
+def test_names_are_listed_from_the_first_or_from_the_most_similar() -> None:
+    names = [f"layers.{number}.weight" for number in range(9)]
+    assert listed(names) == "layers.0.weight, layers.1.weight, layers.2.weight, layers.3.weight and 5 more"
+    assert listed([*names, "head.weight", "head.bias"], most=2, like="haed.weight") == (
+        "head.weight, layers.8.weight and 9 more"
+    )
+    assert listed([], like="a") == ""
