@@ -96,5 +96,5 @@ def _files(config: Config) -> list[Path]:
     files = step_files.listed(path / CHECKPOINTS)
     if not files:
         raise OutputError(f"{path} has no checkpoint yet")
-    best = read_result(path).get("best_checkpoint")
-    return [file for file in files if file == path / str(best)] + files
+    best = path / str(read_result(path).get("best_checkpoint"))
+    return sorted(files, key=lambda file: file != best)  # the others stay in their order

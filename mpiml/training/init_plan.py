@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mpiml.documents import AVERAGE
 from mpiml.errors import OutputError
 from mpiml.nn.export import Form
 from mpiml.nn.parameters import ARRAY, Shape
@@ -85,7 +86,7 @@ class Plan:
         return [
             *(f"{text} in {origin}: converted to the model's type" for text in sorted(types & set(FLOATS))),
             *([f"not taken, because of another shape or type: {listed(others, MOST)}"] if others else []),
-            *([f"not taken, because the model does not have it: {listed(self.left, MOST)}"] if self.left else []),
+            *([f"taken by no array of the model: {listed(self.left, MOST)}"] if self.left else []),
             *([f"as drawn: {listed(drawn, MOST)}"] if drawn else []),
             *([f"constants as the model makes them: {listed(made, MOST)}"] if made else []),
         ]
@@ -180,7 +181,7 @@ def plan(model: BuiltModel, file: Header, foreign: bool, names: NameMap | None, 
     forms = model.forms if foreign else {name: Form.same(array.shape, [name]) for name, array in wanted.items()}
     known = _names(forms, file) if foreign else {name: [name] for name in wanted}
     in_map = {name: [name, *(f"layers.{one}" for one in forms[name].names if foreign)] for name in wanted}
-    mapped = names.of(in_map, file.kinds) if names else {}
+    mapped = names.of(in_map, _named(file, foreign)) if names else {}
     elsewhere = {source.name for source in mapped.values()}
     there = {name: [one for one in known[name] if one in file.kinds and one not in elsewhere] for name in wanted}
     sources = {
@@ -220,6 +221,13 @@ def _check_mapped(plan: Plan, names: NameMap, partial: bool) -> None:
             other = name in plan.other
             text = f"{plan.file.origin}: {plan.difference(name, source)}" if other else plan.lack(name, source)
             raise names.error(entry, text)
+
+
+def _named(file: Header, foreign: bool) -> dict[str, str]:
+    """The names that a map may ask a file for, and the array that each means. In a checkpoint with averages of weights,
+    those of what is not averaged, such as frozen parameters and running averages, are the arrays themselves."""
+    averages = not foreign and any(name.startswith(AVERAGE) for name in file.kinds)
+    return {f"{AVERAGE}{name}": name for name in file.kinds if averages} | {name: name for name in file.kinds}
 
 
 def _wanted(model: BuiltModel) -> dict[str, Wanted]:

@@ -117,7 +117,7 @@ def test_a_checkpoint_may_lack_constants_and_have_others_and_ones_that_are_weigh
     }
     result = of(kinds, **{"layers.2.gone": "array", "layers.1.weight": "array"})
     assert result.notes() == [
-        "not taken, because the model does not have it: layers.2.gone",
+        "taken by no array of the model: layers.2.gone",
         "constants as the model makes them: layers.2.mask",
     ]
     assert of(PYTORCH | {"3.num_batches_tracked": ("int64", ())}).left == ["3.num_batches_tracked"]
@@ -185,7 +185,7 @@ def test_partial_takes_what_fits_and_says_what_does_not() -> None:
     assert result.notes() == [
         "not taken, because of another shape or type: layers.1.weight ((12, 4) there, (12, 3) here), layers.1.bias "
         "(int64 there, float32 here)",
-        "not taken, because the model does not have it: layers.9.x0, layers.9.x1, layers.9.x2, layers.9.x3, "
+        "taken by no array of the model: layers.9.x0, layers.9.x1, layers.9.x2, layers.9.x3, "
         "layers.9.x4, layers.9.x5, layers.9.x6, layers.9.x7 and 2 more",
         "as drawn: layers.1.weight, layers.1.bias, layers.3.gain",
         "constants as the model makes them: layers.2.mask",
@@ -247,6 +247,22 @@ def test_a_map_of_a_checkpoint_has_our_axes(tmp_path: Path) -> None:
     assert len(result.left) == len(OWN)
     array = np.arange(36.0, dtype="f").reshape(12, 3)
     np.testing.assert_array_equal(result.value("layers.1.weight", array), array)
+
+
+def test_the_average_of_what_is_not_averaged_is_the_array_itself(tmp_path: Path) -> None:
+    """Frozen parameters, running averages and constants."""
+    names = maps(tmp_path, '"layers.*" = "ema.layers.*"')
+    sources = of(OWN | {"ema.layers.1.bias": ("float32", (3,))}, names=names).sources
+    assert {name: source.name for name, source in sources.items()} == {
+        name: "ema.layers.1.bias" if name == "layers.1.bias" else name for name in OWN
+    }
+    with pytest.raises(
+        ConfigError, match=r"f has no ema.layers.1.weight for the model's layers.1.weight: it has layer"
+    ):
+        of(OWN, names=names)  # no run with --ema
+    twice = maps(tmp_path, '"layers.1.*" = "ema.layers.1.*"\n"layers.3.bias" = "layers.1.bias"')
+    with pytest.raises(ConfigError, match=r"would both take layers\.1\.bias"):
+        of(OWN | {"ema.layers.1.weight": ("float32", (12, 3))}, names=twice)
 
 
 def test_an_array_is_taken_once(tmp_path: Path) -> None:
@@ -412,6 +428,12 @@ def test_the_directory_of_a_run_means_its_best_checkpoint_else_its_newest_whole_
     Path("first", best).write_bytes(content)
     assert same(job("next", init="first", quiet=False), first)
     assert f"warning: skipped {Path.cwd()}/first/{best} is damaged" in capsys.readouterr().out
+    Path("first/result.json").write_text(json.dumps(result | {"best_checkpoint": LAST}))
+    whole = Path("first", LAST).read_bytes()
+    Path("first", LAST).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(OutputError, match=r"^no checkpoint in .*/first can be used: [^;]* is damaged[^;]*; [^;]*$"):
+        job("both", init="first")
+    Path("first", LAST).write_bytes(whole)
     Path("first", best).unlink()  # by the run, which goes on
     assert same(job("gone", init="first"), first)
     Path("first", LAST).write_bytes(b"nothing")

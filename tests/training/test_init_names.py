@@ -18,7 +18,7 @@ def read(path: Path, text: str) -> NameMap:
 
 
 def mapped(path: Path, text: str, *file: str) -> dict[str, str]:
-    return {name: one.name for name, one in read(path, text).of(MODEL, file).items()}
+    return {name: one.name for name, one in read(path, text).of(MODEL, dict(zip(file, file, strict=True))).items()}
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_a_pattern_stands_for_what_the_file_has(tmp_path: Path) -> None:
 
 
 def test_a_matrix_may_be_transposed(tmp_path: Path) -> None:
-    (one,) = read(tmp_path, '"layers.0.weight" = { name = "a", transpose = true }').of(MODEL, ()).values()
+    (one,) = read(tmp_path, '"layers.0.weight" = { name = "a", transpose = true }').of(MODEL, {}).values()
     assert (one.name, one.entry.transpose) == ("a", True)
 
 
@@ -78,7 +78,7 @@ def test_a_matrix_may_be_transposed(tmp_path: Path) -> None:
 )
 def test_what_is_wrong_with_a_map(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as error:
-        read(tmp_path, text).of(MODEL, ())
+        read(tmp_path, text).of(MODEL, {})
     assert str(error.value).startswith(f"--init-names {tmp_path}/n.toml")
 
 
