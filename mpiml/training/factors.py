@@ -55,7 +55,8 @@ def _nothing(pattern: str, everyone: Sequence[Parameter]) -> str:
     choice = dict.fromkeys([*paths, *names, *within])
     if close := set(difflib.get_close_matches(pattern, choice, 5)):
         return f"selects no parameter; close to it are {', '.join(name for name in choice if name in close)}"
-    return f"selects no parameter; there are {_some(names)}"
+    parts = (".".join(name.split(".")[:-1][:3]).removesuffix(".layers") for name in names)  # of a module, or the layer
+    return f"selects no parameter; there are {_some([*dict.fromkeys(parts)])}"
 
 
 def notes(layers: Sequence[Layer]) -> list[str]:
