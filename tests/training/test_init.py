@@ -21,6 +21,7 @@ from mpiml.nn.export import forms
 from mpiml.nn.layers import BatchNorm2d, Conv2d, Flatten, Layer, Linear, ReLU
 from mpiml.nn.losses import R2, mean_squared_error
 from mpiml.nn.parameters import Constant, Layout
+from mpiml.run import tensors
 from mpiml.run.checkpoint import Header
 from mpiml.run.verified import Kind
 from mpiml.train import train
@@ -439,6 +440,24 @@ def test_the_directory_of_a_run_means_its_best_checkpoint_else_its_newest_whole_
     Path("first", LAST).write_bytes(b"nothing")
     with pytest.raises(OutputError, match=r"step-000000002.safetensors is damaged"):
         job("none", init="first")
+
+
+def test_a_run_that_goes_on_removes_files_meanwhile(
+    first: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    header, checkpoints = tensors.header, Path("first/checkpoints")
+
+    def removed(path: Path) -> tuple[Header, bool]:
+        if path.name in ("step-000000002.safetensors", "step-000000003.safetensors"):  # to be checked, and to be taken
+            number = int(path.stem[-1]) + 1
+            path.rename(path.with_stem(f"step-{number:09d}"))
+        return header(path)
+
+    (checkpoints / "step-000000001.safetensors").unlink()
+    monkeypatch.setattr(tensors, "header", removed)
+    assert same(job("begun", init="first", quiet=False), first)
+    assert [file.name for file in checkpoints.iterdir()] == ["step-000000004.safetensors"]
+    assert "skipped" not in capsys.readouterr().out
 
 
 def test_directories_without_a_run(first: dict[str, np.ndarray]) -> None:
