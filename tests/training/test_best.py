@@ -28,7 +28,7 @@ NAN = math.nan
 
 def of(*scores: float | None, higher: bool = False, keep: int = 2, patience: int = 2) -> Best:
     """After evaluations at steps 10, 20 and so on."""
-    best = Best("loss", "test loss", higher, keep, patience)
+    best = Best("loss", "test loss", higher, keep, patience, every=10)
     for number, score in enumerate(scores, 1):
         best.add(10 * number, score)
     return best
@@ -62,6 +62,20 @@ def test_an_evaluation_is_among_the_best_or_not() -> None:
     assert [best.add(step, score) for step, score in enumerate([5.0, 6.0, 6.0, 4.0, 5.5, 5.0, NAN])] == [
         *(True, True, False, True, False, False, False)
     ]
+
+
+def test_an_evaluation_at_the_end_alone_takes_no_place_from_others() -> None:
+    best = of(3.0, 2.0, 1.0)
+    assert best.add(35, 0.5)
+    assert best.steps == [35, 30, 20]
+    assert best.result(Path("none"))["best_step"] == 35
+    best.add(40, 1.5)  # another number of steps between evaluations, now
+    assert best.steps == [35, 30]
+    assert (of(3.0, 2.0).add(35, 4.0), of(keep=0).add(5, 1.0)) == (False, False)
+    once = of(3.0, keep=1)
+    once.add(15, 2.0)
+    once.add(20, NAN)
+    assert once.steps == [15]
 
 
 @pytest.mark.parametrize(
@@ -302,6 +316,14 @@ def test_an_evaluation_at_the_end_alone_does_not_count_in_a_longer_run(tmp_path:
     result = run_of(tmp_path / "run", steps=40, resume=True)
     whole = run_of(tmp_path / "whole", eval_every=4, keep_best=3)
     assert outcome(result) == outcome(whole)
+
+
+def test_the_best_is_still_there_when_a_run_that_ended_with_a_better_one_goes_on(tmp_path: Path) -> None:
+    end = run_of(tmp_path / "run", steps=8, eval_every=6, keep_best=1)
+    assert (end["best_step"], kept(tmp_path / "run")) == (8, [6, 8])
+    result = run_of(tmp_path / "run", steps=40, eval_every=6, resume=True)
+    assert outcome(result) == outcome(run_of(tmp_path / "whole", eval_every=6, keep_best=1))
+    assert (result["best_step"], kept(tmp_path / "run")) == (6, [6, 40])
 
 
 OWN = """
