@@ -68,8 +68,10 @@ class Best:
         """Why training is to end; None if it is not."""
         if not self.enough:
             return None
-        last = f" since step {self._ranked[0][1]}" if self._ranked else ""
-        return f"no better {self.what} in {self.since} evaluation{'s' if self.since > 1 else ''}{last}"
+        evaluations = f"{self.since} evaluation{'s' if self.since > 1 else ''}"
+        if not self._ranked:
+            return f"no {self.what} was a number in {evaluations}"
+        return f"no better {self.what} in {evaluations} since step {self._ranked[0][1]}"
 
     def result(self, run: Path) -> dict[str, Any]:
         """The fields of result.json, which name the checkpoint of the best step if the run directory holds it; rank 0
@@ -95,7 +97,8 @@ def best_of(config: Config, metric: Metric) -> Best:
     for setting in ("keep_best", "patience"):
         if (value := getattr(config, setting)) and not config.eval_every:
             raise ConfigError(
-                f"{flag(setting)} {value} --eval-every 0: there are no evaluations; leave one of them out"
+                f"{flag(setting)} {value} --eval-every 0: there are no evaluations; "
+                f"give {flag(setting)} 0, or --eval-every the steps between them"
             )
     numbers = config.keep_best, config.patience, config.eval_every
     return Best(name, f"{config.evaluated} {name}", name != "loss" and bool(higher), *numbers)

@@ -86,7 +86,7 @@ def test_an_evaluation_at_the_end_alone_takes_no_place_from_others() -> None:
         ((1.0, 2.0, 1.0), 2, "no better test loss in 2 evaluations since step 10"),
         ((1.0, 2.0, 1.5, NAN), 3, "no better test loss in 3 evaluations since step 10"),
         ((1.0, 2.0, 0.5), 0, None),
-        ((None, NAN), 2, "no better test loss in 2 evaluations"),
+        ((None, NAN), 2, "no test loss was a number in 2 evaluations"),
     ],
 )
 def test_enough_are_so_many_in_a_row_without_a_better_one(scores: Any, since: int, reason: str | None) -> None:
@@ -371,11 +371,13 @@ def test_which_scores_of_a_metric_of_ones_own_are_better(tmp_path: Path, monkeyp
         ({"best": "test_loss"}, "--best test_loss: must be loss or accuracy, which the evaluations of this run have"),
         (
             {"patience": 3, "eval_every": 0},
-            "--patience 3 --eval-every 0: there are no evaluations; leave one of them out",
+            "--patience 3 --eval-every 0: there are no evaluations; give --patience 0, or --eval-every the steps "
+            "between them",
         ),
         (
             {"keep_best": 1, "eval_every": 0},
-            "--keep-best 1 --eval-every 0: there are no evaluations; leave one of them out",
+            "--keep-best 1 --eval-every 0: there are no evaluations; give --keep-best 0, or --eval-every the steps "
+            "between them",
         ),
     ],
 )
