@@ -32,6 +32,10 @@ FALLING = ("lr", "decay_steps", "lr_floor")
 class Config:
     """The settings of a run; each is a flag, with dashes for underscores. None means: chosen when the run starts.
 
+    Attributes:
+        given: names of the settings that were asked for, which alone change what a run that is resumed has; unless it
+            is given, those that are not at their default. So patience=0 needs given={"resume", "out", "patience"}.
+
     Raises ConfigError for a value that a setting cannot have.
     """
 

@@ -65,10 +65,17 @@ class ConfigError(RunError, ValueError):
     exit_code = 78
 
 
-def first_few(names: Iterable[str], most: int = 4) -> str:
-    """The first of some names, for a message, and how many more there are."""
+def first_few(names: Iterable[str], most: int = 4, like: str = "") -> str:
+    """The first of some names, or those that are most `like` a text, for a message, and how many more there are."""
     names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    if len(names) <= most:
+        return ", ".join(names)
+    few = names[:most]
+    if like:
+        import difflib  # only for an error
+
+        few = difflib.get_close_matches(like, names, most, cutoff=0)
+    return f"{', '.join(few)} and {len(names) - most} more"
 
 
 def known_to_all(error: BaseException | None, ranks: int) -> bool:

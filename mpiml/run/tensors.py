@@ -17,7 +17,7 @@ from mpiml.run import checkpoint, verified
 from mpiml.run.checkpoint import Header
 from mpiml.run.verified import Progress
 
-OWN = ("config", "task", "sha256")  # in the metadata of checkpoints, damaged ones too
+OWN = ("task", "sha256")  # in the metadata of checkpoints, damaged ones too; others may have a "config"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 SAVE = "in Python, safetensors.torch.save_file(model.state_dict(), 'model.safetensors') writes one"
 
@@ -80,3 +80,5 @@ def _check_safetensors(path: Path) -> None:
         raise OutputError(f"{path} is JSON, as an index of several files is; give one safetensors file: {SAVE}")
     if path.suffix in PICKLES or (first.startswith((b"PK", b"\x80")) and path.suffix != ".npz"):
         raise OutputError(f"{path} is a pickle, which may run code, so it is not read; give a safetensors file: {SAVE}")
+    if len(first) == 9:  # the length of a header, and its first character
+        raise OutputError(f"{path} is damaged, or not a safetensors file: its header does not begin with {{")

@@ -23,32 +23,39 @@ class Best:
         higher: whether higher ones are better.
         keep: how many of the best `steps` has.
         patience: evaluations in a row without a better one that are enough; 0: never.
+        every: steps between evaluations. One at another step is made because the run ends, and does not count if it
+            goes on longer after all, so that until then the checkpoint whose place it took is kept.
 
     Attributes:
         since: how many evaluations there were after the best one.
     """
 
-    def __init__(self, name: str, what: str, higher: bool, keep: int, patience: int):
+    def __init__(self, name: str, what: str, higher: bool, keep: int, patience: int, every: int):
         self.name, self.what, self.higher, self.keep, self.patience = name, what, higher, keep, patience
-        self.since = 0
+        self.since, self.every = 0, every
         self._ranked: list[tuple[float, int]] = []  # (score, step), the best first
+        self._displaced: list[tuple[float, int]] = []  # one that was in `_ranked`, at most
 
     def add(self, step: int, score: float | None) -> bool:
         """Add the next evaluation. Returns whether it is among the best `keep`; a score that is not finite never is."""
         self.since += 1
+        self._displaced = []
         if score is None or not math.isfinite(score):
             return False
         entry = (score, step)
-        self._ranked = sorted([*self._ranked, entry], key=lambda one: -one[0] if self.higher else one[0])
-        self._ranked = self._ranked[: max(self.keep, 1)]
+        ranked = sorted([*self._ranked, entry], key=lambda one: -one[0] if self.higher else one[0])
+        places = max(self.keep, 1)
+        self._ranked = ranked[:places]
+        if self.keep and step % self.every:
+            self._displaced = [one for one in ranked[places:] if one is not entry]
         if self._ranked[0] is entry:
             self.since = 0
         return step in self.steps
 
     @property
     def steps(self) -> list[int]:
-        """Of the best `keep` evaluations, the best first."""
-        return [step for _, step in self._ranked[: self.keep]]
+        """Whose checkpoints are kept: of the best `keep` evaluations, the best first."""
+        return [step for _, step in self._ranked[: self.keep] + self._displaced]
 
     @property
     def enough(self) -> bool:
@@ -60,8 +67,10 @@ class Best:
         """Why training is to end; None if it is not."""
         if not self.enough:
             return None
-        last = f" since step {self._ranked[0][1]}" if self._ranked else ""
-        return f"no better {self.what} in {self.since} evaluation{'s' if self.since > 1 else ''}{last}"
+        evaluations = f"{self.since} evaluation{'s' if self.since > 1 else ''}"
+        if not self._ranked:
+            return f"no {self.what} was a number in {evaluations}"
+        return f"no better {self.what} in {evaluations} since step {self._ranked[0][1]}"
 
     def result(self, run: Path) -> dict[str, Any]:
         """The fields of result.json, which name the checkpoint of the best step if the run directory holds it; rank 0
@@ -84,4 +93,5 @@ def best_of(config: Config, metric: Metric) -> Best:
             f"--best {name}: --metric {config.metric} must say which scores are better, by an attribute "
             f"higher_is_better, True or False{'' if higher is None else f'; it is {higher!r:.40}'}"
         )
-    return Best(name, f"{config.evaluated} {name}", name != "loss" and bool(higher), config.keep_best, config.patience)
+    numbers = config.keep_best, config.patience, config.eval_every
+    return Best(name, f"{config.evaluated} {name}", name != "loss" and bool(higher), *numbers)

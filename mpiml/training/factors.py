@@ -11,6 +11,8 @@ from mpiml.nn.base import Layer, parameters
 from mpiml.nn.parameters import Parameter
 from mpiml.nn.patterns import selects, within_layer
 
+MOST = 4  # factors that have a line each
+
 
 def parsed(rates: Sequence[str]) -> list[tuple[str, float]]:
     """The pattern and the factor of each item, PATTERN=X. Raises ConfigError for what is none."""
@@ -54,16 +56,22 @@ def _why_nothing(pattern: str, named: Sequence[Parameter]) -> str:
     choice = dict.fromkeys([*paths, *names, *within])
     if close := set(difflib.get_close_matches(pattern, choice, 5)):
         return f"selects no parameter; close to it are {', '.join(name for name in choice if name in close)}"
-    return f"selects no parameter; there are {first_few(names)}"
+    parts = (".".join(name.split(".")[:-1][:3]).removesuffix(".layers") for name in names)  # of a module, or the layer
+    return f"selects no parameter; there are {first_few(dict.fromkeys(parts))}"
 
 
 def notes(layers: Sequence[Layer]) -> list[str]:
-    """For each factor but 1: which part of the parameters has it."""
+    """For each factor but 1: which part of the parameters has it. Many factors, as layers of a deep model may have, are
+    one line."""
     trained = [parameter for parameter in parameters(layers) if parameter.momentum is None]
     total = sum(parameter.size for parameter in trained)
+    others = sorted({parameter.rate for parameter in trained} - {0.0, 1.0})
+    lots = [others] if len(others) > MOST else [[rate] for rate in others]
     lines = []
-    for rate in sorted({parameter.rate for parameter in trained} - {1.0}):
-        those = [parameter for parameter in trained if parameter.rate == rate]
-        what, size = f"learning rate times {rate:g}" if rate else "not trained", sum(p.size for p in those)
-        lines.append(f"{what}, by --rates: {len(those)} of {len(trained)} parameters, {size:,} of {total:,} values")
+    for rates in [[0.0], *lots]:
+        own = [parameter for parameter in trained if parameter.rate in rates]
+        span = " to ".join(f"{rate:g}" for rate in dict.fromkeys((rates[0], rates[-1])))
+        what, size = f"learning rate times {span}" if rates[0] else "not trained", sum(p.size for p in own)
+        if own:
+            lines.append(f"{what}, by --rates: {len(own)} of {len(trained)} parameters, {size:,} of {total:,} values")
     return lines

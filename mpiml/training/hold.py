@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mpiml import documents
-from mpiml.config import Config
+from mpiml.config import FALLING, Config
 from mpiml.errors import DataError, OutputError
 from mpiml.run import checkpoint, environment, lock, step_files
 from mpiml.run.checkpoint import Checkpoint
@@ -115,7 +115,8 @@ class Hold:
             path, done = Path(asked.out or ""), None
             try:
                 cfg, stored = settings(asked)
-                done = _finished(cfg, read_result(path), stored)
+                same = not stored or all(getattr(cfg, name) == getattr(stored, name) for name in FALLING)
+                done = _finished(cfg, read_result(path), stored) if same else None  # a rate for more steps
             finally:
                 if not done and path.is_dir() and holds_run(path):
                     self._take(RunDirectory(asked.out), resume=True)

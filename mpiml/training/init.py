@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from mpiml.config import Config
@@ -24,15 +25,16 @@ Array = NDArray[Any]
 
 def check(config: Config, model: BuiltModel) -> None:
     """Raise OutputError or ConfigError if --init cannot give the model its first values; only headers are read."""
-    *files, last = _files(config)
-    for path in files:
+    problems: list[OutputError] = []
+    for path in _to_try(config):
         try:
             file = tensors.header(path)
-        except OutputError:
+        except OutputError as error:
+            problems.append(error)
             continue  # `take` says what is wrong with it
         _plan(config, model, *file)
         return
-    _plan(config, model, *tensors.header(last))
+    raise problems[-1]
 
 
 def take(
@@ -43,18 +45,19 @@ def take(
     Returns the constants that it gives, by name, and what a person should know. Raises as `check`, and OutputError for
     a damaged file; of a run's, the first that is whole is taken.
     """
-    skipped: list[OutputError] = []
-    for path in _files(config):
+    skipped: dict[Path, OutputError] = {}
+    for path in _to_try(config):
         try:
             file, foreign = tensors.header(path)
             saved = None if foreign else checkpoint.load(path, checkpoint.is_of_model, progress)
         except OutputError as error:
-            skipped.append(error)
+            skipped[path] = error
             continue
         planned = _plan(config, model, file, foreign)
         names, constants = [source.name for source in planned.sources.values()], dict[str, Array]()
         arrays = [saved.arrays[name] for name in names] if saved else tensors.arrays(path, names, progress)
         for name, array in zip(planned.sources, arrays, strict=True):
+            planned.check_shared(source := planned.sources[name], _differing(path, source.others, array, progress))
             value = planned.value(name, array)
             if name in values:
                 values[name][...] = value
@@ -62,11 +65,17 @@ def take(
                 constants[name] = value
         step = f" (step {saved.step})" if saved else ""
         some = f": {planned.count()}" if len(planned.sources) < len(planned.wanted) else ""
-        notes = [f"warning: skipped {problem}" for problem in skipped]
+        notes = [f"warning: skipped {problem}" for file, problem in skipped.items() if file.exists()]
         return constants, [*notes, f"first weights from {path}{step}{some}", *planned.notes()]
     if len(skipped) == 1:
-        raise skipped[0]
-    raise OutputError(f"no checkpoint in {config.init} can be used: {'; '.join(map(str, skipped))}")
+        raise skipped.popitem()[1]
+    raise OutputError(f"no checkpoint in {config.init} can be used: {'; '.join(map(str, skipped.values()))}")
+
+
+def _differing(path: Path, names: Sequence[str], array: Array, progress: Progress) -> list[str]:
+    """Those of a file's arrays that are not equal to another one of it."""
+    others = zip(names, tensors.arrays(path, names, progress) if names else (), strict=True)
+    return [name for name, other in others if not np.array_equal(other, array)]
 
 
 def _plan(config: Config, model: BuiltModel, file: Header, foreign: bool) -> Plan:
@@ -74,6 +83,14 @@ def _plan(config: Config, model: BuiltModel, file: Header, foreign: bool) -> Pla
     kinds = {name: kind for name, kind in file.kinds.items() if foreign or checkpoint.is_of_model(name)}
     names = NameMap.read(config.init_names) if config.init_names else None
     return plan(model, file._replace(kinds=kinds), foreign, names, config.init_partial)
+
+
+def _to_try(config: Config) -> Iterator[Path]:
+    """`_files`, and then those that have come since: a run that goes on removes files and writes others."""
+    tried = set[Path]()
+    while files := [file for file in _files(config) if file not in tried]:
+        yield from files
+        tried.update(files)
 
 
 def _files(config: Config) -> list[Path]:
@@ -88,5 +105,5 @@ def _files(config: Config) -> list[Path]:
     files = step_files.listed(path / CHECKPOINTS)
     if not files:
         raise OutputError(f"{path} has no checkpoint yet")
-    best = read_result(path).get("best_checkpoint")
-    return [file for file in files if file == path / str(best)] + files
+    best = path / str(read_result(path).get("best_checkpoint"))
+    return sorted(files, key=lambda file: file != best)  # the others stay in their order

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,13 +64,13 @@ class NameMap:
         """What is wrong with an entry."""
         return ConfigError(f'{FLAG} {self.path}: "{entry.key}" = "{entry.name}": {problem}')
 
-    def of(self, names: Mapping[str, Sequence[str]], file: Container[str]) -> dict[str, Mapped]:
+    def of(self, names: Mapping[str, Sequence[str]], file: Mapping[str, str]) -> dict[str, Mapped]:
         """What arrays of the model take, by their names; those without an entry are left out.
 
         Args:
             names: what each array of the model may be called in the map. If a pattern is of several of these, or of a
                 whole name and of what follows the layer in it, that is taken which the file has.
-            file: the names in it.
+            file: the names that it may be asked for, and which of its arrays each means.
         """
         mapped: dict[str, Mapped] = {}
         used = set[Entry]()
@@ -83,10 +83,10 @@ class NameMap:
                 raise self.error(best[0], f'and "{best[1].key}" are both of {name}; let one of them name it alone')
             for entry in best:
                 filled = [entry.filled(stars) for stars in found[entry]]
-                mapped[name] = Mapped(next((source for source in filled if source in file), filled[0]), entry)
+                mapped[name] = Mapped(next((file[source] for source in filled if source in file), filled[0]), entry)
         for entry in self.entries:
             if entry not in used:
-                raise self.error(entry, f"the model has no such array; it has {first_few(names)}")
+                raise self.error(entry, f"the model has no such array; it has {first_few(names, like=entry.key)}")
         self._check_once(mapped)
         return mapped
 

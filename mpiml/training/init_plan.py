@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mpiml.documents import AVERAGE
 from mpiml.errors import OutputError, first_few
 from mpiml.nn.export import Form
 from mpiml.nn.parameters import ARRAY, Shape
@@ -32,12 +33,13 @@ class Wanted(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where an array of the model comes from: its name in the file, how it gets our axes, and the entry of a map that
-    says so, if there is one."""
+    """Where an array of the model comes from: its name in the file, how it gets our axes, the entry of a map that says
+    so, if there is one, and what else the file may call it, if the model shares it."""
 
     name: str
     form: Form
     entry: Entry | None = None
+    others: Sequence[str] = ()
 
     @property
     def transposed(self) -> bool:
@@ -84,7 +86,7 @@ class Plan:
         return [
             *(f"{text} in {origin}: converted to the model's type" for text in sorted(types & set(FLOATS))),
             *([f"not taken, because of another shape or type: {first_few(others, MOST)}"] if others else []),
-            *([f"not taken, because the model does not have it: {first_few(self.left, MOST)}"] if self.left else []),
+            *([f"taken by no array of the model: {first_few(self.left, MOST)}"] if self.left else []),
             *([f"as drawn: {first_few(drawn, MOST)}"] if drawn else []),
             *([f"constants as the model makes them: {first_few(made, MOST)}"] if made else []),
         ]
@@ -123,12 +125,21 @@ class Plan:
         if not mapped and (more := [name for name in self.left if not self._idle(name)]):
             raise OutputError(f"{origin} has {min(more)}, which the model does not have: it is of another model{ways}")
 
+    def check_shared(self, source: Source, differing: Sequence[str]) -> None:
+        """Raise OutputError if there are `differing` arrays in the file of what the model shares."""
+        if differing:
+            raise OutputError(
+                f"{self.file.origin}: {source.name} and {differing[0]} are not equal, but one array in the model; "
+                "--init-names can say which it takes"
+            )
+
     def lack(self, name: str, source: Source) -> str:
         """That the file does not have what an array of the model is to come from."""
         of_ours = f" for the model's {name}" if name != source.name else ""
-        there = f"; it has {self._there()}" if self.foreign or of_ours else ""
+        there = f"it has {self._there(f'{source.name} {source.shape}')}"
         taken = " that no other takes" if source.name in self.file.kinds else ""
-        return f"{self.file.origin} has no {source.name}{taken}{of_ours}: it is of another model{there}"
+        why = there if source.entry else f"it is of another model{f'; {there}' if self.foreign or of_ours else ''}"
+        return f"{self.file.origin} has no {source.name}{taken}{of_ours}: {why}"
 
     def difference(self, name: str, source: Source) -> str:
         """How an array of the file is of another kind than the model's."""
@@ -152,8 +163,9 @@ class Plan:
         integer = self.foreign and self.file.kinds[name][0].startswith(("int", "uint", "bool"))
         return integer or (self.file.constants or {}).get(name) == ARRAY
 
-    def _there(self) -> str:
-        return first_few([f"{name} {kind[1]}" for name, kind in self.file.kinds.items() if not name.startswith(BESIDE)])
+    def _there(self, like: str = "") -> str:
+        names = [f"{name} {kind[1]}" for name, kind in self.file.kinds.items() if not name.startswith(BESIDE)]
+        return first_few(names, like=like) or "no arrays"
 
     def _here(self) -> str:
         sources = {**self.absent, **self.other, **self.sources}
@@ -169,11 +181,11 @@ def plan(model: BuiltModel, file: Header, foreign: bool, names: NameMap | None, 
     forms = model.forms if foreign else {name: Form.same(array.shape, [name]) for name, array in wanted.items()}
     known = _names(forms, file) if foreign else {name: [name] for name in wanted}
     in_map = {name: [name, *(f"layers.{one}" for one in forms[name].names if foreign)] for name in wanted}
-    mapped = names.of(in_map, file.kinds) if names else {}
+    mapped = names.of(in_map, _named(file, foreign)) if names else {}
     elsewhere = {source.name for source in mapped.values()}
+    there = {name: [one for one in known[name] if one in file.kinds and one not in elsewhere] for name in wanted}
     sources = {
-        name: Source(next((one for one in known[name] if one in file.kinds), known[name][0]), forms[name])
-        for name in wanted
+        name: Source(next(iter(there[name]), known[name][0]), forms[name], None, there[name][1:]) for name in wanted
     }
     sources |= {name: Source(source, forms[name], entry) for name, (source, entry) in mapped.items()}
 
@@ -187,9 +199,11 @@ def plan(model: BuiltModel, file: Header, foreign: bool, names: NameMap | None, 
     lots = {name: lot(name) for name in wanted}
     taken, absent, other = ({n: sources[n] for n in wanted if lots[n] == one} for one in ("taken", "absent", "other"))
     used = {source.name for source in (*taken.values(), *other.values())}
-    used |= {other_name for name in taken if not taken[name].entry for other_name in known[name]}  # of a shared tensor
+    used |= {one for source in taken.values() for one in source.others}
     left = [name for name in file.kinds if name not in used and (foreign or not name.startswith(BESIDE))]
     result = Plan(file, foreign, wanted, taken, absent, other, left)
+    for source in taken.values():
+        result.check_shared(source, [one for one in source.others if file.kinds[one][1] != source.shape])
     if names:
         _check_mapped(result, names, partial)
     result.check(partial, names is not None)
@@ -207,6 +221,13 @@ def _check_mapped(plan: Plan, names: NameMap, partial: bool) -> None:
             other = name in plan.other
             text = f"{plan.file.origin}: {plan.difference(name, source)}" if other else plan.lack(name, source)
             raise names.error(entry, text)
+
+
+def _named(file: Header, foreign: bool) -> dict[str, str]:
+    """The names that a map may ask a file for, and the array that each means. In a checkpoint with averages of weights,
+    those of what is not averaged, such as frozen parameters and running averages, are the arrays themselves."""
+    averages = not foreign and any(name.startswith(AVERAGE) for name in file.kinds)
+    return {f"{AVERAGE}{name}": name for name in file.kinds if averages} | {name: name for name in file.kinds}
 
 
 def _wanted(model: BuiltModel) -> dict[str, Wanted]:

@@ -161,7 +161,10 @@ def check_together(config: Resolved) -> None:
         raise ConfigError(f"{flag(name)}: is of --init, which says whose weights; give that too")
     for name in ("keep_best", "patience"):
         if (value := getattr(config, name)) and not config.eval_every:
-            raise ConfigError(f"{flag(name)} {value} --eval-every 0: there are no evaluations; leave one of them out")
+            raise ConfigError(
+                f"{flag(name)} {value} --eval-every 0: there are no evaluations; "
+                f"give {flag(name)} 0, or --eval-every the steps between them"
+            )
     if len(config.betas) != 2:
         raise ConfigError(f"--betas {text(config.betas)}: must be two numbers, as 0.9,0.999")
     if config.betas != Config.betas and config.optimizer not in ("adam", "adamw"):

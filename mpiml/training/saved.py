@@ -100,6 +100,6 @@ def may_become(stored: Config, field: dataclasses.Field[Any], value: Any) -> boo
 def refusal(asked: Config, name: str, was: Any) -> ConfigError:
     """The error for a setting of a resumed run that must stay what it `was`."""
     return ConfigError(
-        f"{flag(name)} {text(getattr(asked, name))}: the run in {asked.out} has {text(was)}, and another value would "
-        "change its results; leave the flag out, or start a new run with --init"
+        f"{flag(name)} {text(getattr(asked, name))}: the run in {asked.out} has {text(was) or 'none'}, and another "
+        "value would change its results; leave the flag out, or start a new run with --init"
     )

@@ -55,6 +55,7 @@ def test_the_best_is_worth_comparing(table: Table) -> None:
     assert (job.result["step"], job.result["best_step"]) == (14, 8)
     assert "no better validation loss in 3 evaluations" in job.result["reason"]
     assert len(list((job.run / "checkpoints").iterdir())) == 3
+    assert (table.alone("going-on").result["step"], table.alone("going-on").result["best_step"]) == (24, 12)
 
 
 def test_running_averages_are_worth_comparing(table: Table) -> None:

@@ -29,7 +29,7 @@ def written(path: Path, arrays: dict[str, tuple[str, list[int], bytes]]) -> Path
 
 
 def test_arrays_of_another_program(tmp_path: Path) -> None:
-    save_file(VALUES, tmp_path / "f.safetensors", {"format": "pt"})
+    save_file(VALUES, tmp_path / "f.safetensors", {"format": "pt", "config": "{}"})
     header, foreign = tensors.header(tmp_path / "f.safetensors")
     assert foreign
     assert header.kinds == {"a": ("float32", (2, 3)), "z": ("float32", (1, 2)), "n": ("int64", ())}
@@ -71,6 +71,7 @@ def test_a_checkpoint_is_none_of_another_program(tmp_path: Path) -> None:
             "is JSON, as an index of several files is; give one safetensors file: in Python, ",
         ),
         ("arrays.npz", b"PK\3\4arrays", "arrays.npz is damaged"),
+        ("notes.txt", b"What I did", "is damaged, or not a safetensors file: its header does not begin with {$"),
         ("short.safetensors", b"\1\0", "short.safetensors is damaged"),
     ],
 )

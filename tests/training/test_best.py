@@ -29,7 +29,7 @@ NAN = math.nan
 
 def of(*scores: float | None, higher: bool = False, keep: int = 2, patience: int = 2) -> Best:
     """After evaluations at steps 10, 20 and so on."""
-    best = Best("loss", "test loss", higher, keep, patience)
+    best = Best("loss", "test loss", higher, keep, patience, every=10)
     for number, score in enumerate(scores, 1):
         best.add(10 * number, score)
     return best
@@ -65,6 +65,20 @@ def test_an_evaluation_is_among_the_best_or_not() -> None:
     ]
 
 
+def test_an_evaluation_at_the_end_alone_takes_no_place_from_others() -> None:
+    best = of(3.0, 2.0, 1.0)
+    assert best.add(35, 0.5)
+    assert best.steps == [35, 30, 20]
+    assert best.result(Path("none"))["best_step"] == 35
+    best.add(40, 1.5)  # another number of steps between evaluations, now
+    assert best.steps == [35, 30]
+    assert (of(3.0, 2.0).add(35, 4.0), of(keep=0).add(5, 1.0)) == (False, False)
+    once = of(3.0, keep=1)
+    once.add(15, 2.0)
+    once.add(20, NAN)
+    assert once.steps == [15]
+
+
 @pytest.mark.parametrize(
     ("scores", "since", "reason"),
     [
@@ -73,7 +87,7 @@ def test_an_evaluation_is_among_the_best_or_not() -> None:
         ((1.0, 2.0, 1.0), 2, "no better test loss in 2 evaluations since step 10"),
         ((1.0, 2.0, 1.5, NAN), 3, "no better test loss in 3 evaluations since step 10"),
         ((1.0, 2.0, 0.5), 0, None),
-        ((None, NAN), 2, "no better test loss in 2 evaluations"),
+        ((None, NAN), 2, "no test loss was a number in 2 evaluations"),
     ],
 )
 def test_enough_are_so_many_in_a_row_without_a_better_one(scores: Any, since: int, reason: str | None) -> None:
@@ -311,6 +325,14 @@ def test_an_evaluation_at_the_end_alone_does_not_count_in_a_longer_run(tmp_path:
     assert outcome(result) == outcome(whole)
 
 
+def test_the_best_is_still_there_when_a_run_that_ended_with_a_better_one_goes_on(tmp_path: Path) -> None:
+    end = run_of(tmp_path / "run", steps=8, eval_every=6, keep_best=1)
+    assert (end["best_step"], kept(tmp_path / "run")) == (8, [6, 8])
+    result = run_of(tmp_path / "run", steps=40, eval_every=6, resume=True)
+    assert outcome(result) == outcome(run_of(tmp_path / "whole", eval_every=6, keep_best=1))
+    assert (result["best_step"], kept(tmp_path / "run")) == (6, [6, 40])
+
+
 OWN = """
 class Errors:
     name, columns = "errors", 1
@@ -356,11 +378,13 @@ def test_which_scores_of_a_metric_of_ones_own_are_better(tmp_path: Path, monkeyp
         ({"best": "test_loss"}, "--best test_loss: must be loss or accuracy, which the evaluations of this run have"),
         (
             {"patience": 3, "eval_every": 0},
-            "--patience 3 --eval-every 0: there are no evaluations; leave one of them out",
+            "--patience 3 --eval-every 0: there are no evaluations; give --patience 0, or --eval-every the steps "
+            "between them",
         ),
         (
             {"keep_best": 1, "eval_every": 0},
-            "--keep-best 1 --eval-every 0: there are no evaluations; leave one of them out",
+            "--keep-best 1 --eval-every 0: there are no evaluations; give --keep-best 0, or --eval-every the steps "
+            "between them",
         ),
     ],
 )

@@ -59,7 +59,7 @@ def test_layers_that_are_used_again_begin_anew() -> None:
         ("layer.3=0", "layer.3=0: selects no parameter; close to it are layers.0, layers.1, layers.5"),
         ("layers.0.wieght=2", "layers.0.wieght=2: selects no parameter; close to it are .*layers.0.weight"),
         ("gian=2", "gian=2: selects no parameter; close to it are gain$"),
-        ("x*y=2", "selects no parameter; there are layers.0.weight, layers.0.bias, layers.1.gain, layers.1.bias and 4"),
+        ("x*y=2", "selects no parameter; there are layers.0, layers.1, layers.3, layers.5$"),
         (
             "*.running_*=0",
             r"selects running averages alone \(layers.1.running_mean, layers.1.running_variance\), which",
@@ -114,3 +114,14 @@ def test_what_is_frozen_at_the_beginning_needs_no_gradient() -> None:
     assert second == (False, 2 * 16, [False, False])
     assert last == (True, 16 + 112, [False, False, False])
     assert stages_of("layers.0=0", cuts=(2,))[1] == (True, 16 + 144 + 16 + 112, [True] * 4)
+
+
+def test_many_factors_are_one_line() -> None:
+    rates = ("layers.0.weight=0.2", "layers.0.bias=0.3", "layers.1.gain=0.4", "layers.1.bias=0.5", "layers.3=0")
+    four = factors.notes(layers_with(*rates))
+    assert len(four) == 5
+    assert four[0].startswith("not trained, by --rates: 2 of 8 parameters, ")
+    assert four[1].startswith("learning rate times 0.2, by --rates: 1 of 8 parameters, ")
+    none, some = factors.notes(layers_with(*rates, "layers.5=0.6"))
+    assert none == four[0]
+    assert some.startswith("learning rate times 0.2 to 0.6, by --rates: 6 of 8 parameters, ")

@@ -102,6 +102,15 @@ def test_run_that_is_done_keeps_its_result(done: Path, flags: str) -> None:
     assert (done / "result.json").read_text() == before
 
 
+@pytest.mark.parametrize("flags", ["--lr 0.5", "--decay-steps 9", "--lr-floor 0.0001 --epochs 1"])
+def test_another_learning_rate_of_a_run_that_is_done_is_refused(tmp_path: Path, flags: str) -> None:
+    """It is not left out without a word."""
+    run(tmp_path / "run", "--decay linear")
+    with pytest.raises(ConfigError, match=rf"^{flags.split()[0]} .*: the run in {tmp_path}/run has "):
+        run(tmp_path / "run", f"--resume {flags}")
+    assert run(tmp_path / "run", "--resume --lr 0.001 --decay-steps 2")["status"] == "done"  # as it has been
+
+
 def test_directory_in_use_is_refused_before_the_data_are_read(done: Path) -> None:
     held = directory.RunDirectory(str(done))
     try:

@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,9 +18,10 @@ from mpiml.config import Config
 from mpiml.errors import ConfigError, OutputError
 from mpiml.nn import base as nn
 from mpiml.nn.export import forms
-from mpiml.nn.layers import BatchNorm2d, Conv2d, Flatten, Layer, Linear
+from mpiml.nn.layers import BatchNorm2d, Conv2d, Flatten, Layer, Linear, ReLU
 from mpiml.nn.losses import R2, mean_squared_error
 from mpiml.nn.parameters import Constant, Layout
+from mpiml.run import tensors
 from mpiml.run.checkpoint import Header
 from mpiml.run.verified import Kind
 from mpiml.train import train
@@ -117,7 +118,7 @@ def test_a_checkpoint_may_lack_constants_and_have_others_and_ones_that_are_weigh
     }
     result = of(kinds, **{"layers.2.gone": "array", "layers.1.weight": "array"})
     assert result.notes() == [
-        "not taken, because the model does not have it: layers.2.gone",
+        "taken by no array of the model: layers.2.gone",
         "constants as the model makes them: layers.2.mask",
     ]
     assert of(PYTORCH | {"3.num_batches_tracked": ("int64", ())}).left == ["3.num_batches_tracked"]
@@ -144,7 +145,7 @@ def test_a_checkpoint_may_lack_constants_and_have_others_and_ones_that_are_weigh
         (
             without(PYTORCH, "3.weight"),
             r"^f has no 3.weight for the model's layers.3.gain: it is of another model; it has 1.weight \(3, 12\), "
-            r"1.bias \(3,\), 3.bias \(3,\), 3.running_mean \(3,\) and 3 more; --init-partial .*; --init-names says w",
+            r"3.bias \(3,\), 1.bias \(3,\), .* and 3 more; --init-partial .*; --init-names says w",
         ),
         (without(PYTORCH, "2.mask"), r"^f has no 2.mask for the model's layers.2.mask"),
         (
@@ -185,7 +186,7 @@ def test_partial_takes_what_fits_and_says_what_does_not() -> None:
     assert result.notes() == [
         "not taken, because of another shape or type: layers.1.weight ((12, 4) there, (12, 3) here), layers.1.bias "
         "(int64 there, float32 here)",
-        "not taken, because the model does not have it: layers.9.x0, layers.9.x1, layers.9.x2, layers.9.x3, "
+        "taken by no array of the model: layers.9.x0, layers.9.x1, layers.9.x2, layers.9.x3, "
         "layers.9.x4, layers.9.x5, layers.9.x6, layers.9.x7 and 2 more",
         "as drawn: layers.1.weight, layers.1.bias, layers.3.gain",
         "constants as the model makes them: layers.2.mask",
@@ -201,7 +202,7 @@ def test_partial_takes_what_fits_and_says_what_does_not() -> None:
         ),
         ({"a.b": ("float32", (1,))}, r"nothing in f fits the model: it has a.b \(1,\), the model 1.weight \(3, 12\), "),
         ({"2.count": ("int64", ())}, "nothing in f fits"),  # a constant alone
-        ({}, "nothing in f fits"),
+        ({}, "nothing in f fits the model: it has no arrays, "),
     ],
 )
 def test_something_must_fit(kinds: Mapping[str, Kind], words: str) -> None:
@@ -249,6 +250,22 @@ def test_a_map_of_a_checkpoint_has_our_axes(tmp_path: Path) -> None:
     np.testing.assert_array_equal(result.value("layers.1.weight", array), array)
 
 
+def test_the_average_of_what_is_not_averaged_is_the_array_itself(tmp_path: Path) -> None:
+    """Frozen parameters, running averages and constants."""
+    names = maps(tmp_path, '"layers.*" = "ema.layers.*"')
+    sources = of(OWN | {"ema.layers.1.bias": ("float32", (3,))}, names=names).sources
+    assert {name: source.name for name, source in sources.items()} == {
+        name: "ema.layers.1.bias" if name == "layers.1.bias" else name for name in OWN
+    }
+    with pytest.raises(
+        ConfigError, match=r"f has no ema.layers.1.weight for the model's layers.1.weight: it has layer"
+    ):
+        of(OWN, names=names)  # no run with --ema
+    twice = maps(tmp_path, '"layers.1.*" = "ema.layers.1.*"\n"layers.3.bias" = "layers.1.bias"')
+    with pytest.raises(ConfigError, match=r"would both take layers\.1\.bias"):
+        of(OWN | {"ema.layers.1.weight": ("float32", (12, 3))}, names=twice)
+
+
 def test_an_array_is_taken_once(tmp_path: Path) -> None:
     names = maps(tmp_path, '"layers.3.bias" = "layers.1.bias"')
     with pytest.raises(OutputError, match=r"f has no layers.1.bias that no other takes: it is of another model"):
@@ -256,6 +273,24 @@ def test_an_array_is_taken_once(tmp_path: Path) -> None:
     result = of(OWN, partial=True, names=names)
     assert result.sources["layers.3.bias"].name == "layers.1.bias"
     assert [*result.absent] == ["layers.1.bias"]
+
+
+def test_what_the_model_shares_must_be_equal_in_the_file(tmp_path: Path) -> None:
+    """Each of the names of a shared tensor may be in it, or several."""
+    forms = {
+        **MODEL.forms,
+        "layers.1.bias": dataclasses.replace(MODEL.forms["layers.1.bias"], names=["1.bias", "tied"]),
+    }
+    shares = dataclasses.replace(MODEL, forms=forms)
+
+    def planned(shape: tuple[int, ...], names: NameMap | None = None) -> Plan:
+        return plan(shares, Header("f", PYTORCH | {"tied": ("float32", shape)}, None), True, names, True)
+
+    assert planned((3,)).sources["layers.1.bias"].others == ["tied"]
+    with pytest.raises(OutputError, match=r"^f: 1.bias and tied are not equal, but one array in the model; --init-nam"):
+        planned((4,))
+    mapped = planned((4,), maps(tmp_path, '"layers.1.bias" = "1.bias"'))
+    assert (mapped.sources["layers.1.bias"].others, mapped.left) == ((), ["tied"])
 
 
 def test_only_matrices_are_transposed() -> None:
@@ -280,7 +315,7 @@ def test_only_matrices_are_transposed() -> None:
         (
             '"layers.1.bias" = "b"',
             True,
-            r'n.toml: "layers.1.bias" = "b": f has no b for the model\'s layers.1.bias: .*1.w',
+            r'n.toml: "layers.1.bias" = "b": f has no b for the model\'s layers.1.bias: it has .*1.b',
         ),
         (
             '"layers.1.*" = "a.*"',
@@ -394,11 +429,35 @@ def test_the_directory_of_a_run_means_its_best_checkpoint_else_its_newest_whole_
     Path("first", best).write_bytes(content)
     assert same(job("next", init="first", quiet=False), first)
     assert f"warning: skipped {Path.cwd()}/first/{best} is damaged" in capsys.readouterr().out
+    Path("first/result.json").write_text(json.dumps(result | {"best_checkpoint": LAST}))
+    whole = Path("first", LAST).read_bytes()
+    Path("first", LAST).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(OutputError, match=r"^no checkpoint in .*/first can be used: [^;]* is damaged[^;]*; [^;]*$"):
+        job("both", init="first")
+    Path("first", LAST).write_bytes(whole)
     Path("first", best).unlink()  # by the run, which goes on
     assert same(job("gone", init="first"), first)
     Path("first", LAST).write_bytes(b"nothing")
     with pytest.raises(OutputError, match=r"step-000000002.safetensors is damaged"):
         job("none", init="first")
+
+
+def test_a_run_that_goes_on_removes_files_meanwhile(
+    first: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    header, checkpoints = tensors.header, Path("first/checkpoints")
+
+    def removed(path: Path) -> tuple[Header, bool]:
+        if path.name in ("step-000000002.safetensors", "step-000000003.safetensors"):  # to be checked, and to be taken
+            number = int(path.stem[-1]) + 1
+            path.rename(path.with_stem(f"step-{number:09d}"))
+        return header(path)
+
+    (checkpoints / "step-000000001.safetensors").unlink()
+    monkeypatch.setattr(tensors, "header", removed)
+    assert same(job("begun", init="first", quiet=False), first)
+    assert [file.name for file in checkpoints.iterdir()] == ["step-000000004.safetensors"]
+    assert "skipped" not in capsys.readouterr().out
 
 
 def test_directories_without_a_run(first: dict[str, np.ndarray]) -> None:
@@ -438,6 +497,23 @@ def test_a_file_of_pytorch_with_a_map(first: dict[str, np.ndarray]) -> None:
     with open("n.toml", "a") as names:
         names.write('"layers.1.weight" = { name = "h.w", transpose = true }')
     assert same(job("begun", init="f.safetensors", init_names="n.toml"), first)
+
+
+class Tied(Linear):
+    """Its bias has two names in PyTorch."""
+
+    torch_names: ClassVar = {"bias": ["bias", "tied"]}
+
+
+def test_a_file_of_pytorch_that_has_a_shared_array_twice(first: dict[str, np.ndarray]) -> None:
+    body, bias, head, head_bias = (np.ascontiguousarray(first[name].T) for name in (*BODY, *HEAD))
+    model = [Flatten(), Linear(*first[BODY[0]].shape), ReLU(), Tied(*first[HEAD[0]].shape)]
+    arrays = {"1.weight": body, "1.bias": bias, "3.weight": head, "3.bias": head_bias, "3.tied": head_bias}
+    save_file(arrays, "f.safetensors")
+    assert same(job("begun", model, init="f.safetensors"), first)
+    save_file(arrays | {"3.tied": head_bias + 1}, "f.safetensors")
+    with pytest.raises(OutputError, match=r"f.safetensors: 3.bias and 3.tied are not equal, but one array in the mod"):
+        job("refused", model, init="f.safetensors")
 
 
 def test_a_map_of_a_checkpoint_stays_where_it_was_and_has_no_state_of_the_optimizer(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mpiml.errors import ConfigError
+from mpiml.errors import ConfigError, first_few
 from mpiml.training.init_names import NameMap
 
 MODEL = {n: [n] for n in ("layers.0.weight", "layers.0.bias", "layers.1.head.weight", "layers.1.head.bias")}
@@ -18,7 +18,7 @@ def read(path: Path, text: str) -> NameMap:
 
 
 def mapped(path: Path, text: str, *file: str) -> dict[str, str]:
-    return {name: one.name for name, one in read(path, text).of(MODEL, file).items()}
+    return {name: one.name for name, one in read(path, text).of(MODEL, dict(zip(file, file, strict=True))).items()}
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_a_pattern_stands_for_what_the_file_has(tmp_path: Path) -> None:
 
 
 def test_a_matrix_may_be_transposed(tmp_path: Path) -> None:
-    (one,) = read(tmp_path, '"layers.0.weight" = { name = "a", transpose = true }').of(MODEL, ()).values()
+    (one,) = read(tmp_path, '"layers.0.weight" = { name = "a", transpose = true }').of(MODEL, {}).values()
     assert (one.name, one.entry.transpose) == ("a", True)
 
 
@@ -78,7 +78,7 @@ def test_a_matrix_may_be_transposed(tmp_path: Path) -> None:
 )
 def test_what_is_wrong_with_a_map(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as error:
-        read(tmp_path, text).of(MODEL, ())
+        read(tmp_path, text).of(MODEL, {})
     assert str(error.value).startswith(f"--init-names {tmp_path}/n.toml")
 
 
@@ -87,3 +87,12 @@ def test_a_map_that_cannot_be_read(tmp_path: Path) -> None:
         NameMap.read(str(tmp_path / "none.toml"))
     with pytest.raises(ConfigError, match="is not a regular file"):
         NameMap.read(str(tmp_path))
+
+
+def test_names_are_listed_from_the_first_or_from_the_most_similar() -> None:
+    names = [f"layers.{number}.weight" for number in range(9)]
+    assert first_few(names) == "layers.0.weight, layers.1.weight, layers.2.weight, layers.3.weight and 5 more"
+    assert first_few([*names, "head.weight", "head.bias"], most=2, like="haed.weight") == (
+        "head.weight, layers.8.weight and 9 more"
+    )
+    assert first_few([], like="a") == ""
