@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Mapping
 
@@ -46,6 +47,7 @@ class Average:
         self.buffers = Changes(module, buffers)
         self.team, self.meetings, self._memory, self.by_ranks = team, Meetings(team), memory, False
         self._total: Slot | None = None  # views of the total, once there is one
+        self._flags, self._flag_tensor = list[bool](), torch.zeros(0)  # that were written last
         self._make(team.size)
 
     def use(self, kind: str, microbatches: int) -> None:
@@ -61,6 +63,8 @@ class Average:
         self.use("backward", self.team.size)
         if freed := [name for name, parameter in self._frozen.items() if parameter.requires_grad]:
             raise ConfigError(f"{first_few(freed)} requires a gradient now, and did not when DataParallel was made")
+        if self.team.size == 1:
+            return  # gradients and buffers are their own means
         self.write(self.slots[0])
         self.sum.put(self.sum.own.start)
         clock().step = 1 + self.meetings.number
@@ -89,22 +93,20 @@ class Average:
 
     def write(self, slot: Slot) -> None:
         """Write this rank's gradients, buffers and flags into a slot."""
-        flags, views, gradients = [True] * len(self.trained), [], []
-        for index, (parameter, view) in enumerate(zip(self.trained, slot.tensors, strict=False)):
-            gradient = parameter.grad
-            if gradient is None:
-                flags[index] = False
-                view.zero_()
-                continue
-            if gradient.layout != torch.strided:
-                gradient = parameter.grad = gradient.to_dense()
-            views.append(view)
-            gradients.append(gradient)
+        views, gradients = slot.tensors[: len(self.trained)], [parameter.grad for parameter in self.trained]
+        flags = [gradient is not None for gradient in gradients]
+        if not all(flags):
+            for view, gradient in zip(views, gradients, strict=True):
+                if gradient is None:
+                    view.zero_()
+            views, gradients = (list(itertools.compress(those, flags)) for those in (views, gradients))
         with torch.no_grad():
-            flat.copy(views, gradients)
+            flat.copy(views, [g if g.layout == torch.strided else g.to_dense() for g in gradients])
             flat.copy(slot.tensors[len(flags) :], self.buffers.values())
         flags += [name in self.buffers.changed for name in [*self.buffers.riding, *self.buffers.quiet]]
-        slot.flags.copy_(torch.tensor(flags))
+        if flags != self._flags:
+            self._flags, self._flag_tensor = flags, torch.tensor(flags, dtype=slot.flags.dtype)
+        slot.flags.copy_(self._flag_tensor)
 
     def mean(self) -> Slot:
         """The mean; collective. It holds until something is put again."""
@@ -122,18 +124,18 @@ class Average:
 
     def take_gradients(self, total: Slot) -> None:
         """Make the mean the gradient of each parameter that any rank has used."""
-        used, views = [], []
-        flags = total.flags[: len(self.trained)].tolist()
-        for parameter, view, flag in zip(self.trained, total.tensors, flags, strict=False):
-            if flag:
-                if parameter.grad is None:
-                    parameter.grad = torch.empty_like(parameter, requires_grad=False)
-                used.append(parameter.grad)
-                views.append(view)
+        used, views = self.trained, total.tensors[: len(self.trained)]
+        flags = total.flags[: len(used)].tolist()
+        if not all(flags):
+            used, views = (list(itertools.compress(those, flags)) for those in (used, views))
+        for parameter in used:
+            if parameter.grad is None or parameter.grad.layout != torch.strided:
+                parameter.grad = torch.empty_like(parameter, requires_grad=False)
+        gradients = [parameter.grad for parameter in used]
         with torch.no_grad():
-            flat.take(used, views)
+            flat.take(gradients, views)
             if self.by_ranks:
-                torch._foreach_mul_(used, self.sum.weight / self.team.size)
+                torch._foreach_mul_(gradients, self.sum.weight / self.team.size)
 
     def take_buffers(self, total: Slot, observed: Observed) -> None:
         """Give buffers that any rank has changed their mean; collective. Those that have changed for the first time

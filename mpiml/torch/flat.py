@@ -67,7 +67,8 @@ def copy(into: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
 def take(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """The reverse: give tensors values of flat vectors; integers get the nearest."""
     if tensors:
-        torch._foreach_copy_(tensors, [as_kind_of(t, v) for t, v in zip(tensors, values, strict=True)])
+        alike = all(t.dtype == v.dtype for t, v in zip(tensors, values, strict=True))
+        torch._foreach_copy_(tensors, values if alike else list(map(as_kind_of, tensors, values)))
 
 
 def _kind(tensor: Tensor) -> np.dtype[Any]:
