@@ -101,7 +101,7 @@ class Checkpoints:
 
 def _parts(optimizer: Any, scheduler: Any) -> dict[str, Any]:
     """Optimizers and schedulers by name."""
-    parts = {}
+    parts: dict[str, Any] = {}
     for name, given in (("optimizer", optimizer), ("scheduler", scheduler)):
         if isinstance(given, Sequence):
             parts |= {f"{name}.{index}": each for index, each in enumerate(given)}

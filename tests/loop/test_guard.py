@@ -86,9 +86,9 @@ def test_what_is_to_be_done_at_the_end_is_not_done_after_an_error() -> None:
         job.at_end += [lambda: calls.append(1), lambda: calls.append(2)]
         assert calls == []
     assert calls == [1, 2]
-    with pytest.raises(SystemExit), guard() as job:
-        job.at_end.append(lambda: calls.append(3))
-        raise NotFiniteError("x").on_all_ranks()
+    job = guard()
+    with pytest.raises(SystemExit), job:
+        raise NotFiniteError(str(job.at_end.append(lambda: calls.append(3)))).on_all_ranks()
     assert calls == [1, 2]
 
 
