@@ -21,6 +21,7 @@ from mpiml.nn.torch_tensors import prepare_torch
 from mpiml.team import Team, share_cores
 from mpiml.torch import exact, keywords, start
 from mpiml.torch.average import Average
+from mpiml.torch.checkpoints import Checkpoints
 from mpiml.torch.exact import MicroBatch, Step
 from mpiml.torch.outputs import tensors_in
 
@@ -179,6 +180,10 @@ class DataParallel(Module):  # type: ignore[misc]
         Raises NotFiniteError, on all ranks alike, for losses or gradients that are not finite; nothing is changed then.
         """
         return self._within("step(optimizer)").update(optimizer)
+
+    def checkpoints(self, directory: str | os.PathLike[str], keep: int = 3) -> Checkpoints:
+        """Checkpoints of the module and what trains it, the newest `keep` in a directory; collective."""
+        return Checkpoints(self.module, directory, self._average.team.comm, keep)
 
     def close(self) -> None:
         """Agree with all ranks that nothing more is averaged, and give back what is held for it; collective. Otherwise

@@ -80,6 +80,18 @@ def test_every_error_has_its_exit_code(error: BaseException, code: int) -> None:
     assert leave(error) == code
 
 
+def test_what_is_to_be_done_at_the_end_is_not_done_after_an_error() -> None:
+    calls: list[int] = []
+    with guard() as job:
+        job.at_end += [lambda: calls.append(1), lambda: calls.append(2)]
+        assert calls == []
+    assert calls == [1, 2]
+    job = guard()
+    with pytest.raises(SystemExit), job:
+        raise NotFiniteError(str(job.at_end.append(lambda: calls.append(3)))).on_all_ranks()
+    assert calls == [1, 2]
+
+
 def test_what_is_caught_inside_does_not_leave(tmp_path: Path) -> None:
     with guard(out=tmp_path), pytest.raises(NotFiniteError):
         raise NotFiniteError("caught")

@@ -1,0 +1,145 @@
+"""Checkpoints of a PyTorch loop: stopped and resumed is never stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpiml.errors import ConfigError
+from tests.conftest import launch
+from tests.torch.modules import WORLD, DataParallel, nn, rows, torch
+
+SGD, ADAMW, LBFGS = torch.optim.SGD, torch.optim.AdamW, torch.optim.LBFGS
+rates = torch.optim.lr_scheduler
+OPTIMIZERS = {
+    "SGD": lambda p: SGD(p, lr=0.1, momentum=0.9),
+    "groups": lambda p: ADAMW([{"params": p[:1]}, {"params": p[1:], "lr": 0.3}], lr=0.01, amsgrad=True),
+    "LBFGS": lambda p: LBFGS(p, lr=0.1, max_iter=2),
+}
+SCHEDULERS = {
+    "step": lambda o: rates.StepLR(o, 2),
+    "milestones": lambda o: rates.MultiStepLR(o, [2, 4]),
+    "cosine": lambda o: rates.CosineAnnealingLR(o, 5),
+    "cycle": lambda o: rates.OneCycleLR(o, 0.1, total_steps=9),
+    "sequence": lambda o: rates.SequentialLR(o, [rates.ConstantLR(o), rates.StepLR(o, 1)], [2]),
+    "lambda": lambda o: rates.LambdaLR(o, lambda step: 1 / (1 + step)),
+    "plateau": lambda o: rates.ReduceLROnPlateau(o, patience=0),
+}
+
+
+class Loop:
+    """A module with all kinds of state, and a loop that draws random numbers."""
+
+    def __init__(self, optimizer: str, scheduler: str):
+        torch.manual_seed(WORLD.rank)
+        first, tied = nn.Linear(5, 5), nn.Linear(5, 5)
+        tied.weight = first.weight
+        frozen = nn.Linear(5, 5).requires_grad_(False)
+        module = nn.Sequential(first, tied, nn.BatchNorm1d(5), nn.Dropout(0.3), frozen)
+        module.register_buffer("short", torch.full((), 1.5 + WORLD.rank, dtype=torch.bfloat16))
+        self.net = DataParallel(module)
+        self.optimizer = OPTIMIZERS[optimizer]([p for p in self.net.parameters() if p.requires_grad])
+        self.scheduler = SCHEDULERS[scheduler](self.optimizer)
+        self.parts = {"optimizer": self.optimizer, "scheduler": self.scheduler}
+
+    def step(self, number: int) -> None:
+        def closure() -> Any:
+            self.optimizer.zero_grad()
+            loss = self.net(rows(seed=number)).square().mean()
+            loss.backward()
+            return loss
+
+        self.optimizer.step(closure)
+        self.scheduler.step(*[1.0] if isinstance(self.scheduler, rates.ReduceLROnPlateau) else [])
+
+    def state(self) -> str:
+        torch.set_printoptions(precision=20)
+        states = self.net.state_dict(), self.optimizer.state_dict(), self.scheduler.state_dict()
+        return repr(states) + repr(torch.rand(3))
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    ("optimizer", "scheduler"), [*(("SGD", s) for s in SCHEDULERS), ("groups", "cosine"), ("LBFGS", "step")]
+)
+def test_resumed_is_never_stopped(tmp_path: Path, optimizer: str, scheduler: str) -> None:
+    directory = WORLD.bcast(tmp_path)
+    one = Loop(optimizer, scheduler)
+    saved = one.net.checkpoints(directory)
+    assert saved.restore(**one.parts) == 0
+    for number in range(1, 7):
+        one.step(number)
+        if number == 3:
+            saved.save(3, meta={"note": "here"}, **one.parts)
+    whole = one.state()
+    other = Loop(optimizer, scheduler)
+    torch.rand(WORLD.rank)
+    again = other.net.checkpoints(directory)
+    assert again.restore(**other.parts) == 3
+    assert again.meta == {"note": "here"}
+    for number in range(4, 7):
+        other.step(number)
+    assert other.state() == whole
+
+
+@pytest.mark.mpi
+def test_another_module_or_optimizer_is_named(tmp_path: Path) -> None:
+    directory = WORLD.bcast(tmp_path)
+    net = DataParallel(nn.Linear(5, 3))
+    net.checkpoints(directory).save(1, optimizer=SGD(net.parameters(), lr=0.1))
+    for module, kind, words in (
+        (nn.Linear(5, 4), SGD, r"module.bias is float32 \(3,\), and float32 \(4,\) here"),
+        (nn.Linear(5, 3, bias=False), SGD, r"module.bias is float32 \(3,\), and not here"),
+        (nn.Linear(5, 3), ADAMW, "optimizer is SGD, and AdamW here"),
+        (nn.Linear(5, 3), None, "optimizer is SGD, and not here"),
+    ):
+        other = DataParallel(module)
+        with pytest.raises(ConfigError, match=words):
+            other.checkpoints(directory).restore(optimizer=kind and kind(other.parameters(), lr=0.1))
+
+
+@pytest.mark.mpi
+def test_what_is_no_tensor_or_number_is_refused(tmp_path: Path) -> None:
+    class Odd(nn.Linear):  # type: ignore[misc]
+        def get_extra_state(self) -> Any:
+            return object()
+
+    with pytest.raises(ConfigError, match=r"module\._extra_state is a object"):
+        DataParallel(Odd(2, 2)).checkpoints(WORLD.bcast(tmp_path)).save(1)
+
+
+LOOP = """
+import hashlib, os, signal, sys
+import torch
+from mpiml.api import Rows, guard
+from mpiml.torch import DataParallel, rank
+
+x = torch.randn(100, 6, generator=torch.Generator().manual_seed(0))
+with guard():
+    torch.manual_seed(0)
+    net = DataParallel(torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.BatchNorm1d(6), torch.nn.Dropout(0.2)))
+    optimizer = torch.optim.AdamW(net.parameters())
+    saved = net.checkpoints(sys.argv[1])
+    first = saved.restore(optimizer=optimizer) + 1
+    for step in net.steps(Rows(100, batch=20, microbatches=4), first, 10):
+        if step.number == int(sys.argv[2]) and rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        for m in step:
+            net.backward(net(x[m.rows]).square().mean(), m)
+        net.step(optimizer)
+        saved.save(step.number, optimizer=optimizer)
+    if rank() == 0:
+        weights = b"".join(t.numpy().tobytes() for t in net.state_dict().values())
+        print(first, hashlib.sha256(weights).hexdigest())
+"""
+
+
+@pytest.mark.contract
+def test_killed_on_4_ranks_and_resumed_on_2_has_the_same_bits(tmp_path: Path) -> None:
+    whole = launch(1, "-c", LOOP, str(tmp_path / "whole"), "0").stdout.split()
+    assert launch(4, "-c", LOOP, str(tmp_path / "killed"), "6").returncode
+    resumed = launch(2, "-c", LOOP, str(tmp_path / "killed"), "0").stdout.split()
+    assert (whole[0], resumed[0]) == ("1", "6")
+    assert whole[1] == resumed[1]
