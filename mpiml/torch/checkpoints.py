@@ -78,7 +78,7 @@ class Checkpoints:
 
         def check() -> dict[str, Any]:
             where = f"the checkpoint of step {saved.step}"
-            if saved.meta.get("form") != FORM:
+            if saved.meta.get("form") != FORM or not saved.meta.keys() >= {"kinds", "state", "meta"}:
                 raise ConfigError(f"{where} is not of a PyTorch loop: choose another directory")
             _same(where, saved.meta["kinds"], {n: type(p).__name__ for n, p in parts.items()})
             state = {name: unpack(value, saved.arrays) for name, value in saved.meta["state"].items()}
@@ -109,7 +109,7 @@ def _parts(optimizer: Any, scheduler: Any) -> dict[str, Any]:
             parts[name] = given
     for name, part in parts.items():
         if not (hasattr(part, "state_dict") and hasattr(part, "load_state_dict")):
-            raise ConfigError(f"{name} is a {type(part).__name__}, which has no state_dict")
+            raise ConfigError(f"{name} is {type(part).__name__}, which has no state_dict")
     return parts
 
 
@@ -132,4 +132,5 @@ def _same(where: str, saved: Mapping[str, str], here: Mapping[str, str]) -> None
     """Raise ConfigError, naming the first thing that differs."""
     for name in sorted({*saved, *here}):
         if saved.get(name) != here.get(name):
-            raise ConfigError(f"{where}: {name} is {saved.get(name, 'not in it')}, and {here.get(name, 'not')} here")
+            there, now = saved.get(name, "nothing"), here.get(name, "nothing")
+            raise ConfigError(f"{where}: {name} is {there} in it, and {now} here")

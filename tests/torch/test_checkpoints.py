@@ -91,9 +91,9 @@ def test_another_module_or_optimizer_is_named(tmp_path: Path) -> None:
     net.checkpoints(directory).save(1, optimizer=SGD(net.parameters(), lr=0.1))
     for module, kind, words in (
         (nn.Linear(5, 4), SGD, r"module.bias is float32 \(3,\), and float32 \(4,\) here"),
-        (nn.Linear(5, 3, bias=False), SGD, r"module.bias is float32 \(3,\), and not here"),
-        (nn.Linear(5, 3), ADAMW, "optimizer is SGD, and AdamW here"),
-        (nn.Linear(5, 3), None, "optimizer is SGD, and not here"),
+        (nn.Linear(5, 3, bias=False), SGD, r"module.bias is float32 \(3,\) in it, and nothing here"),
+        (nn.Linear(5, 3), ADAMW, "optimizer is SGD in it, and AdamW here"),
+        (nn.Linear(5, 3), None, "optimizer is SGD in it, and nothing here"),
     ):
         other = DataParallel(module)
         with pytest.raises(ConfigError, match=words):
