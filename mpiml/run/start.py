@@ -8,11 +8,15 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import NoReturn
 
 from mpiml.errors import ConfigError
 from mpiml.run import alarm
 from mpiml.run.launcher import environment
+
+GRACE = 10.0  # seconds for the launcher to end the job
+CODE = 70  # exit code of a job that a rank's error ends
 
 
 def begin(program: str) -> None:
@@ -39,13 +43,16 @@ def start_mpi() -> None:
     import numpy  # noqa: F401 (loaded first, because it is slow and the other ranks wait in MPI_Init)
 
     alarm.during("starting MPI")
-    from mpi4py import MPI  # noqa: F401 (starts MPI)
+    from mpi4py import MPI
 
+    if MPI.COMM_WORLD.size > 1:
+        sys.excepthook = _end_all
     alarm.during("importing")
 
 
 def begun() -> None:
     """To be called when all is imported."""
+    sys.excepthook = sys.__excepthook__
     gc.freeze()
     gc.enable()
     alarm.during("reading its settings")
@@ -71,6 +78,16 @@ def _last() -> None:
             getattr(sys, name).flush()
         except (OSError, ValueError, AttributeError):  # full, or without a reader; closed; None
             setattr(sys, name, None)  # else Python fails too, and ends with another exit code
+
+
+def _end_all(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """End the job when a rank cannot import what it needs: else the others would wait for it."""
+    from mpi4py import MPI
+
+    alarm.end_for_certain(GRACE)
+    sys.__excepthook__(kind, error, trace)
+    sys.stderr.flush()
+    MPI.COMM_WORLD.Abort(CODE)
 
 
 @alarm.shown_as("MPI_Finalize, which waits for all ranks: one of them has not come")

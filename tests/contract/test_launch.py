@@ -183,6 +183,17 @@ def test_rank_that_stops_before_mpi_is_up_ends_the_job(tmp_path: Path) -> None:
     assert "starting MPI for 1 s" in job.stderr or "MPI_Init, which waits for all ranks" in job.stderr
 
 
+def test_rank_that_cannot_import_what_it_needs_ends_the_job(tmp_path: Path) -> None:
+    """The others wait for it, and it for them as it ends MPI."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\nif os.environ.get('PMI_RANK') == '1':\n    sys.modules['mpiml.run.crew'] = None\n"
+    )
+    flags = f"--steps 3 --out {tmp_path}/run"
+    job = launch(2, "-m", "mpiml.train", *flags.split(), limit=30, PYTHONPATH=str(tmp_path))
+    assert job.returncode != 0
+    assert "import of mpiml.run.crew halted" in job.stderr
+
+
 def test_library_that_cannot_watch_is_said(train: Any) -> None:
     job = train(2, "--steps 1 --hidden 8", MPI4PY_RC_THREAD_LEVEL="serialized")
     assert job.code == 0, job.err
