@@ -90,7 +90,7 @@ def test_another_module_or_optimizer_is_named(tmp_path: Path) -> None:
     net = DataParallel(nn.Linear(5, 3))
     net.checkpoints(directory).save(1, optimizer=SGD(net.parameters(), lr=0.1))
     for module, kind, words in (
-        (nn.Linear(5, 4), SGD, r"module.bias is float32 \(3,\), and float32 \(4,\) here"),
+        (nn.Linear(5, 4), SGD, r"module.bias is float32 \(3,\) in it, and float32 \(4,\) here"),
         (nn.Linear(5, 3, bias=False), SGD, r"module.bias is float32 \(3,\) in it, and nothing here"),
         (nn.Linear(5, 3), ADAMW, "optimizer is SGD in it, and AdamW here"),
         (nn.Linear(5, 3), None, "optimizer is SGD in it, and nothing here"),
@@ -106,7 +106,7 @@ def test_what_is_no_tensor_or_number_is_refused(tmp_path: Path) -> None:
         def get_extra_state(self) -> Any:
             return object()
 
-    with pytest.raises(ConfigError, match=r"module\._extra_state is a object"):
+    with pytest.raises(ConfigError, match=r"module\._extra_state: object"):
         DataParallel(Odd(2, 2)).checkpoints(WORLD.bcast(tmp_path)).save(1)
 
 
