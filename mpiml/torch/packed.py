@@ -38,7 +38,8 @@ def pack(tree: Any, name: str, arrays: Arrays) -> Any:
         kind = "array" if isinstance(tree, np.ndarray) else "number"
         return {kind: _add(np.array(tree), name, arrays)}
     raise ConfigError(
-        f"{name}: {type(tree).__name__} cannot be saved: checkpoints hold tensors, arrays, numbers, texts, lists, tuples and dicts"
+        f"{name}: {type(tree).__name__} cannot be saved: checkpoints hold tensors, arrays, numbers, texts, lists, "
+        "tuples and dicts"
     )
 
 
