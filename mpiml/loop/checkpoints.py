@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from mpiml.documents import from_json, shown
 from mpiml.errors import ConfigError, OutputError
 from mpiml.loop import trees
+from mpiml.loop.checks import check_comm, check_path, check_whole
 from mpiml.loop.guard import clock
 from mpiml.run import step_files, verified
 from mpiml.run.directory import LEFT_OF_CHECKPOINTS, named_errors, sweep, sync
@@ -72,18 +73,17 @@ class Checkpoints:
         comm: the ranks (default: all). Rank 0 reads and writes.
         keep: how many checkpoints are kept, the newest.
 
-    Raises, on all ranks alike, OutputError if the directory cannot be made.
+    Raises, on all ranks alike, ConfigError for settings that do not work, OutputError if the directory cannot be made.
     """
 
     def __init__(self, directory: str | os.PathLike[str], comm: MPI.Intracomm | None = None, keep: int = 3):
-        self.directory, self.keep = Path(directory), keep
-        self._team = Team(MPI.COMM_WORLD if comm is None else comm, clock())
-        if keep < 1:
-            raise ConfigError(f"keep={keep}: one checkpoint has to be kept at least").on_all_ranks()
+        self._team = Team(check_comm(comm), clock())
+        checked = self._team.together(lambda: (check_path("directory", directory), check_whole("keep", keep, 1)))
+        self.directory, self.keep = checked
         self._team.on_rank_0(self._make)
 
     def save(self, step: int, arrays: Any, meta: Mapping[str, Any] | None = None) -> None:
-        """Write the checkpoint of a step, and remove all but the newest.
+        """Write the checkpoint of a step, in the place of one of the same step, and remove all but the newest.
 
         Args:
             arrays: an array or number, or lists, tuples and dicts of such, of any dtype; those of rank 0 are written.
@@ -92,7 +92,7 @@ class Checkpoints:
         Raises, on all ranks alike, ConfigError for what cannot be saved, OutputError if it cannot be written.
         """
         with clock().doing("checkpoint"):
-            self._team.on_rank_0(lambda: self._write(step, arrays, dict(meta or {})))
+            self._team.on_rank_0(lambda: self._write(step, arrays, {} if meta is None else meta))
 
     def newest(self) -> Saved | None:
         """The newest checkpoint that is whole, the same on all ranks; None if there is none yet.
@@ -126,18 +126,21 @@ class Checkpoints:
         sweep(self.directory, LEFT_OF_CHECKPOINTS)
 
     def _write(self, step: int, arrays: Any, meta: Mapping[str, Any]) -> None:
-        if not (isinstance(step, int) and 0 <= step < 10**DIGITS):
-            raise ConfigError(f"save(step={step!r}): must be a whole number, at least 0")
+        step = check_whole("save: step", step, 0)
+        if step >= 10**DIGITS:
+            raise ConfigError(f"save: step {step}: must have at most {DIGITS} digits")
+        if not isinstance(meta, Mapping):
+            raise ConfigError(f"save: meta is a {type(meta).__name__}: must be a dict")
         try:
-            text = json.dumps(meta, allow_nan=False)
+            text = json.dumps(dict(meta), allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"save: meta is not what JSON can say: {error}") from None
-        named = {name: _array(value, name) for name, value in trees.leaves(arrays)}
+        named = _named(arrays)
         for name, array in named.items():
             if array.dtype.name not in verified.DTYPES.values():
                 raise ConfigError(f"save: {name} is {array.dtype}, which safetensors files have not")
         texts = {"format": FORMAT, "step": str(step), "meta": text}
-        verified.write(self.directory / step_files.file_name(step), named, texts, clock().progress)
+        verified.write(self.directory / step_files.file_name(step), named, texts, clock().progress, replace=True)
         step_files.prune(self.directory, step, self.keep)
 
     def _load(self, path: Path) -> Saved:
@@ -155,6 +158,17 @@ class Checkpoints:
         for first in range(0, content.size, PART):
             wait([self._team.comm.Ibcast(content[first : first + PART])])
             clock().progress()
+
+
+def _named(arrays: Any) -> dict[str, NDArray[Any]]:
+    """The leaves as arrays, by name. Raises ConfigError if two would have one name, or one that files cannot have."""
+    named: dict[str, NDArray[Any]] = {}
+    for name, value in trees.leaves(arrays):
+        if name in named or name == "__metadata__" or not name.isprintable():
+            why = "two arrays have it" if name in named else "files cannot have it"
+            raise ConfigError(f"save: the name {name!r}: {why}; choose another key")
+        named[name] = _array(value, name)
+    return named
 
 
 def _array(value: Any, name: str) -> NDArray[Any]:

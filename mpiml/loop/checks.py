@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from operator import index
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from mpi4py import MPI
 from numpy.typing import NDArray
 
 from mpiml.errors import ConfigError, NotFiniteError, RunError, first_few
@@ -24,6 +27,23 @@ def check_whole(name: str, number: Any, least: int) -> int:
     except TypeError:
         pass
     raise ConfigError(f"{name} {number!r}: must be a whole number, {least} or more")
+
+
+def check_comm(comm: Any) -> MPI.Intracomm:
+    """The ranks that `comm` names, all by default. Raises ConfigError for what is no communicator."""
+    if comm is None:
+        return MPI.COMM_WORLD
+    if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
+        what = "MPI.COMM_NULL" if isinstance(comm, MPI.Comm) else f"a {type(comm).__name__}"
+        raise ConfigError(f"comm is {what}: must be a communicator of mpi4py, such as MPI.COMM_WORLD")
+    return comm
+
+
+def check_path(name: str, path: Any) -> Path:
+    """A setting as a path. Raises ConfigError for what is none."""
+    if not isinstance(path, (str, os.PathLike)) or not str(path) or "\0" in str(path):
+        raise ConfigError(f"{name} {path!r}: must be a path")
+    return Path(path)
 
 
 def check_microbatches(microbatches: int, ranks: int) -> None:
@@ -66,6 +86,14 @@ def apart(calls: Sequence[tuple[str, int, int]]) -> RunError:
     odd = min(calls, key=lambda one: names.count(one[0]))
     other = next(one for one in calls if one[0] != odd[0])
     return RunError(f"{place(*odd)}, but {place(*other)}: all ranks sum the same steps").on_all_ranks(odd[2])
+
+
+def check_loss(m: int, loss: Any) -> float:
+    """The loss of a micro-batch. Raises ConfigError unless it is a number."""
+    try:
+        return float(loss)
+    except (TypeError, ValueError):
+        raise ConfigError(f"put(m={m}): loss {loss!r}: must be a number") from None
 
 
 def check_weight(m: int, weight: Any) -> float:

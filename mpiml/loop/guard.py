@@ -16,6 +16,7 @@ from mpi4py import MPI
 from mpiml.clock import Clock
 from mpiml.errors import SAVED, ConfigError, DirectoryError, known_to_all
 from mpiml.flags import seconds
+from mpiml.loop.checks import check_comm, check_path
 from mpiml.run import alarm, failure, one_job
 from mpiml.run.deadline import Deadline
 from mpiml.run.directory import CONFIG, RunDirectory
@@ -109,7 +110,7 @@ class guard:
     ):
         self.out, self.stall_timeout, self.time_limit = out, stall_timeout, time_limit
         self.clock, self.exit_code = clock() if _guards else Clock(), 0
-        self.team = Team(MPI.COMM_WORLD if comm is None else comm, self.clock)
+        self.team = Team(check_comm(comm), self.clock)
         self._failure = failure.Guard(self.team, PROGRAM)
         self._directory: RunDirectory | None = None  # on rank 0
         self._stop: StopRequest | None = None
@@ -208,6 +209,8 @@ class guard:
         """Check the settings."""
         if not isinstance(self.stall_timeout, (int, float)) or not 0 <= self.stall_timeout < float("inf"):
             raise ConfigError(f"stall_timeout {self.stall_timeout!r}: must be a number of seconds, 0 or more")
+        if not isinstance(self.time_limit, (str, type(None))):
+            raise ConfigError(f"time_limit {self.time_limit!r}: must be a text, such as '90:00', minutes:seconds")
         return StopRequest(Deadline(seconds(self.time_limit, "time_limit"), os.environ))
 
     def _open(self, outer: failure.Guard | None) -> None:
@@ -216,7 +219,7 @@ class guard:
             if outer:
                 self._failure.run, self._failure.token = outer.run, outer.token
             return
-        self._directory = RunDirectory(os.fspath(self.out))
+        self._directory = RunDirectory(str(check_path("out", self.out)))
         path = self._directory.path
         if (path / CONFIG).exists():
             raise DirectoryError(f"{path} holds a run of mpiml.train: choose another directory")

@@ -7,7 +7,7 @@ from mpi4py import MPI
 from mpiml.data.order import RowOrder
 from mpiml.data.order import Rows as Numbers
 from mpiml.errors import ConfigError
-from mpiml.loop.checks import check_microbatches, check_whole
+from mpiml.loop.checks import check_comm, check_microbatches, check_whole
 from mpiml.loop.guard import clock
 from mpiml.parallel import grid
 from mpiml.partition import part
@@ -57,7 +57,7 @@ class Rows(RowOrder):
         block_rows: int = 256,
         strided: bool = False,
     ):
-        team = Team(MPI.COMM_WORLD if comm is None else comm, clock())
+        team = Team(check_comm(comm), clock())
         microbatches = team.size if microbatches is None else microbatches
         numbers = {"count": count, "batch": batch, "microbatches": microbatches, "block_rows": block_rows}
 

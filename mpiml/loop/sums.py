@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mpiml import vectors
 from mpiml.errors import ConfigError, NotFiniteError, first_few, known_to_all
 from mpiml.loop import trees
-from mpiml.loop.checks import apart, check_weight, kinds_of, not_finite, write
+from mpiml.loop.checks import apart, check_comm, check_loss, check_weight, kinds_of, not_finite, write
 from mpiml.loop.flat import Flat
 from mpiml.loop.guard import clock
 from mpiml.parallel import grid as grids
@@ -72,7 +72,7 @@ class Sum:
         numbers: int = 0,
     ):
         reuse_memory()  # for the arrays that are returned
-        team = Team(MPI.COMM_WORLD if comm is None else comm, clock())
+        team = Team(check_comm(comm), clock())
         asked = team.size if microbatches is None else microbatches
         kinds = team.together(lambda: kinds_of(like, asked, memory, team.size))
         settings = {"microbatches": str(asked), "memory": memory, "finite": str(bool(finite))}
@@ -139,7 +139,8 @@ class Sum:
         index = self._done
         if not self._open or index == len(self.own) or m != self.own[index]:
             raise ConfigError(f"put(m={m!r}): {self._expected()}")
-        weight, number = check_weight(m, weight), self._sums[0].plan.slots[index]
+        loss, weight = check_loss(m, loss), check_weight(m, weight)
+        number = self._sums[0].plan.slots[index]
         given = list(trees.values(self.slots[index]) if arrays is None else self._in_form(arrays))
         if len(given) != len(self._names):
             raise ConfigError(f"put(m={m}): the slot has {len(given)} arrays, but `like` had {len(self._names)}")

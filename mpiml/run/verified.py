@@ -43,15 +43,16 @@ def digest(arrays: Iterable[tuple[str, Array]], progress: Progress = unwatched) 
     return sha.hexdigest()
 
 
-def write(path: Path, arrays: Arrays, texts: Texts, progress: Progress = unwatched) -> None:
+def write(path: Path, arrays: Arrays, texts: Texts, progress: Progress = unwatched, replace: bool = False) -> None:
     """Write a file that `read` verifies; it gets its name only when it is whole and on disk.
 
-    An existing file of that name is never changed: it stays if it is whole, else it is renamed to .damaged.
+    An existing file of that name is never changed: it stays if it is whole, else it is renamed to .damaged. With
+    `replace` the new one takes the place of either, at once.
 
     Raises OutputError if it cannot be written.
     """
     with named_errors("write the checkpoint", path):
-        if path.exists():
+        if path.exists() and not replace:
             with contextlib.suppress(OutputError):
                 read(path, lambda name: False, progress)
                 return  # it is whole

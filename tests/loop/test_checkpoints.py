@@ -104,8 +104,13 @@ def test_ranks_fail_together_where_nothing_can_be_used(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("step", "arrays", "meta", "words"),
     [
-        (-1, {}, {}, r"save\(step=-1\): must be a whole number"),
-        (1.5, {}, {}, r"save\(step=1.5\)"),
+        (-1, {}, {}, "save: step -1: must be a whole number"),
+        (1.5, {}, {}, "save: step 1.5"),
+        (10**18, {}, {}, "at most 18 digits"),
+        (1, {}, [1], "meta is a list: must be a dict"),
+        (1, {"a": {"b": 1}, "a.b": 2}, {}, "the name 'a.b': two arrays have it"),
+        (1, {"__metadata__": np.zeros(1)}, {}, "the name '__metadata__': files cannot have it"),
+        (1, {"\ud800": 1}, {}, "files cannot have it"),
         (1, {"w": np.zeros(1)}, {"a": float("nan")}, "meta is not what JSON can say"),
         (1, {"w": np.zeros(1)}, {"a": np.zeros(1)}, "meta is not what JSON can say"),
         (1, {"w": np.zeros(1, complex)}, {}, "w is complex128"),
@@ -121,8 +126,16 @@ def test_what_cannot_be_saved_is_one_line(tmp_path: Path, step: Any, arrays: Any
 
 def test_other_forms_are_refused(tmp_path: Path) -> None:
     alone = COMM.Split(COMM.rank)
-    with pytest.raises(ConfigError, match="keep=0"):
-        Checkpoints(tmp_path, alone, keep=0)
+    for settings, words in (
+        ({"keep": 0}, "keep 0: must be a whole number, 1 or more"),
+        ({"keep": "3"}, "keep '3'"),
+        ({"directory": None}, "directory None: must be a path"),
+        ({"directory": "a\0b"}, "must be a path"),
+        ({"comm": "world"}, "comm is a str: must be a communicator"),
+        ({"comm": MPI.COMM_NULL}, "comm is MPI.COMM_NULL"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            Checkpoints(**{"directory": tmp_path, "comm": alone, **settings})
     checkpoints = Checkpoints(tmp_path, alone)
     checkpoints.save(1, {"w": np.zeros(3), "b": 1})
     saved = checkpoints.newest()
@@ -135,3 +148,12 @@ def test_other_forms_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             saved.into(like)
+
+
+def test_saved_again_a_step_has_the_new_arrays(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, COMM.Split(COMM.rank))
+    for value in (1.0, 2.0):
+        checkpoints.save(np.int64(4), {"w": value}, {"value": value})
+    saved = checkpoints.newest()
+    assert saved
+    assert (saved.step, saved.meta, saved.arrays["w"].tolist()) == (4, {"value": 2.0}, 2.0)

@@ -17,6 +17,7 @@ from mpiml.config import Config
 from mpiml.errors import ConfigError, NotFiniteError, OutputError
 from mpiml.loop.guard import clock, guard
 from mpiml.loop.rows import Rows
+from mpiml.loop.sums import Sum
 from mpiml.run import alarm
 from mpiml.run.directory import RunDirectory
 from mpiml.run.result import read_result
@@ -106,6 +107,12 @@ def test_a_time_that_is_none_is_refused(capsys: pytest.CaptureFixture[str], stal
 
 def test_other_settings_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(capsys, time_limit="soon").startswith("78 time_limit soon")
+    assert refused(capsys, time_limit=60).startswith("78 time_limit 60: must be a text")
+    for out in (3, "a\0b", ""):
+        assert refused(capsys, out=out) == f"78 out {out!r}: must be a path"
+    for one in (guard, Rows, Sum):
+        with pytest.raises(ConfigError, match="comm is a str: must be a communicator"):
+            one(comm="world", **({"count": 9, "batch": 3} if one is Rows else {}))
     (tmp_path / "file").touch()
     assert refused(capsys, out=tmp_path / "file").startswith(f"74 cannot create the run directory {tmp_path}/file")
     (tmp_path / "config.toml").touch()
