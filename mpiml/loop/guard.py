@@ -179,7 +179,7 @@ class guard:
         """Whether any rank is asked to stop: by SIGUSR1, SIGTERM, Ctrl-C, or because its time is nearly up. To be asked
         once in each step; collective, so that all ranks leave off after the same step.
 
-        From the first time on, these signals are such requests; before, they end the process as always.
+        From the first time on, these signals are such requests; before, they do what they do without a guard.
         """
         assert self._stop, "the guard has not been entered"
         if not self._answers:

@@ -165,7 +165,9 @@ class Watch(threading.Thread):
             own.moves, own.moved = own.moves + 1, now
         elif now - own.moved > self.timeout and own.activity not in BLOCKED_ON_OTHERS:
             what = f"rank {self.comm.rank} has made no progress for {self.timeout:g} s, {own.place}"
-            self._stalled(what, self.comm.rank)
+            gone = [rank for rank, sign in self._signs.items() if sign.gone]
+            left = f"; rank {gone[0]}, which it may wait for, has left the block" if gone else ""
+            self._stalled(what + left, self.comm.rank)
         self._moves, self._bytes = clock.moves, total
 
     def _send(self, moves: float) -> None:

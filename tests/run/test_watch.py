@@ -266,6 +266,17 @@ def test_a_rank_that_leaves_while_the_others_wait_is_named(watch: Watch) -> None
     )
 
 
+def test_a_rank_that_may_wait_in_a_call_of_its_own_says_who_has_left(watch: Watch) -> None:
+    watch._signs = {1: Sign(0, 0, gone=True), 2: Sign(0, 0)}
+    watch.clock("compute")
+    now = time.monotonic()
+    watch._look_at_own(now)
+    watch._look_at_own(now + TIMEOUT + 1)
+    (error,) = watch.errors  # type: ignore[attr-defined]
+    said = "rank 0 has made no progress for 5 s, in step 0 (compute)"
+    assert str(error) == f"{said}; rank 1, which it may wait for, has left the block"
+
+
 @pytest.mark.parametrize("busy", ["own", "other"])
 def test_a_rank_may_leave_while_another_works(watch: Watch, busy: str) -> None:
     watch._signs = {1: Sign(0, 0, gone=True), 2: Sign(0, 0, activity="data" if busy == "other" else "joining")}
