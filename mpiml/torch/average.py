@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.modules import module as modules
 
 from mpiml import vectors
 from mpiml.errors import ConfigError, first_few
@@ -19,6 +20,17 @@ from mpiml.torch import flat
 from mpiml.torch.buffers import Changes
 from mpiml.torch.flat import Arrays, Places, Slot
 from mpiml.torch.meetings import COLUMNS, Meetings
+
+WHEN_MADE = "when DataParallel was made"
+_registered = [0]  # how often any module has been given a parameter or a part; a list, for the hooks to write to
+
+
+def _note(*_: object) -> None:
+    _registered[0] += 1
+
+
+modules.register_module_parameter_registration_hook(_note)
+modules.register_module_module_registration_hook(_note)
 
 Observed = Mapping[int, tuple[float, Mapping[str, Tensor]]]  # of micro-batches: weights, and buffers by name
 
@@ -43,6 +55,8 @@ class Average:
         self.names = [name for name, parameter in named.items() if parameter.requires_grad]
         self.trained = [named[name] for name in self.names]
         self._frozen = {name: parameter for name, parameter in named.items() if not parameter.requires_grad}
+        self._module, self._looked = module, _registered[0]
+        self._dtypes = [parameter.dtype for parameter in self.trained]
         self.buffers = Changes(module, buffers)
         self.team, self.meetings, self._memory, self.by_ranks = team, Meetings(team), memory, False
         self._total: Slot | None = None  # views of the total, once there is one
@@ -59,8 +73,6 @@ class Average:
         """Make each gradient the mean of all ranks' gradients, and changed buffers that of their buffers; collective,
         but for ranks that have joined."""
         self.use("backward", self.team.size)
-        if freed := [name for name, parameter in self._frozen.items() if parameter.requires_grad]:
-            raise ConfigError(f"{first_few(freed)} requires a gradient now, and did not when DataParallel was made")
         self.write(self.slots[0])
         self.sum.put(self.sum.own.start)
         clock().step = 1 + self.meetings.number
@@ -89,8 +101,9 @@ class Average:
 
     def write(self, slot: Slot) -> None:
         """Write this rank's gradients, buffers and flags into a slot."""
+        self._check()
         flags, views, gradients = [True] * len(self.trained), [], []
-        for index, (parameter, view) in enumerate(zip(self.trained, slot.tensors, strict=False)):
+        for index, (parameter, view, dtype) in enumerate(zip(self.trained, slot.tensors, self._dtypes, strict=False)):
             gradient = parameter.grad
             if gradient is None:
                 flags[index] = False
@@ -98,6 +111,8 @@ class Average:
                 continue
             if gradient.layout != torch.strided:
                 gradient = parameter.grad = gradient.to_dense()
+            if gradient.dtype != dtype:
+                raise ConfigError(f"{self.names[index]} is {gradient.dtype} now, and was {dtype} {WHEN_MADE}")
             views.append(view)
             gradients.append(gradient)
         with torch.no_grad():
@@ -105,6 +120,17 @@ class Average:
             flat.copy(slot.tensors[len(flags) :], self.buffers.values())
         flags += [name in self.buffers.changed for name in [*self.buffers.riding, *self.buffers.quiet]]
         slot.flags.copy_(torch.tensor(flags))
+
+    def _check(self) -> None:
+        """Raise ConfigError if other parameters are trained than those that are averaged."""
+        if freed := [name for name, parameter in self._frozen.items() if parameter.requires_grad]:
+            raise ConfigError(f"{first_few(freed)} requires a gradient now, and did not {WHEN_MADE}")
+        if self._looked == _registered[0]:
+            return
+        self._looked, known = _registered[0], {id(p) for p in (*self.trained, *self._frozen.values())}
+        now = self._module.named_parameters()
+        if new := [plain_name(name) for name, p in now if p.requires_grad and id(p) not in known]:
+            raise ConfigError(f"{first_few(new)}: another parameter than {WHEN_MADE}, and not averaged: wrap later")
 
     def mean(self) -> Slot:
         """The mean; collective. It holds until something is put again."""
