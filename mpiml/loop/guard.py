@@ -44,6 +44,7 @@ def for_the_rest(comm: MPI.Intracomm, stall_timeout: float) -> guard:
         return _guards[-1]
     one = guard(comm, stall_timeout=stall_timeout)
     if comm.size == 1:
+        one_job.check_size(MPI.COMM_WORLD.size)
         return one
     one.__enter__()
     shown = sys.excepthook

@@ -24,6 +24,8 @@ def expected_size(environment: Mapping[str, str]) -> int:
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if name in environment:
             return int(environment[name])
+    if "TORCHELASTIC_RUN_ID" in environment:  # torchrun, which MPI knows nothing of
+        return int(environment.get("WORLD_SIZE", 1))
     if environment.get("PMIX_NAMESPACE", "slurm.").startswith("slurm."):
         return int(environment.get("SLURM_STEP_NUM_TASKS", 1))
     return 1

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import warnings
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.modules import module as modules
 
 from mpiml import vectors
 from mpiml.errors import ConfigError, first_few
@@ -20,6 +22,17 @@ from mpiml.torch import flat
 from mpiml.torch.buffers import Changes
 from mpiml.torch.flat import Arrays, Places, Slot
 from mpiml.torch.meetings import COLUMNS, Meetings
+
+WHEN_MADE = "when DataParallel was made"
+_registered = [0]  # how often any module has been given a parameter or a part; a list, for the hooks to write to
+
+
+def _note(*_: object) -> None:
+    _registered[0] += 1
+
+
+modules.register_module_parameter_registration_hook(_note)
+modules.register_module_module_registration_hook(_note)
 
 Observed = Mapping[int, tuple[float, Mapping[str, Tensor]]]  # of micro-batches: weights, and buffers by name
 
@@ -44,6 +57,8 @@ class Average:
         self.names = [name for name, parameter in named.items() if parameter.requires_grad]
         self.trained = [named[name] for name in self.names]
         self._frozen = {name: parameter for name, parameter in named.items() if not parameter.requires_grad}
+        self._module, self._looked = module, _registered[0]
+        self._dtypes = [parameter.dtype for parameter in self.trained]
         self.buffers = Changes(module, buffers)
         self.team, self.meetings, self._memory, self.by_ranks = team, Meetings(team), memory, False
         self._total: Slot | None = None  # views of the total, once there is one
@@ -61,9 +76,8 @@ class Average:
         """Make each gradient the mean of all ranks' gradients, and changed buffers that of their buffers; collective,
         but for ranks that have joined."""
         self.use("backward", self.team.size)
-        if freed := [name for name, parameter in self._frozen.items() if parameter.requires_grad]:
-            raise ConfigError(f"{first_few(freed)} requires a gradient now, and did not when DataParallel was made")
         if self.team.size == 1:
+            self._check()
             return  # gradients and buffers are their own means
         self.write(self.slots[0])
         self.sum.put(self.sum.own.start)
@@ -93,6 +107,7 @@ class Average:
 
     def write(self, slot: Slot) -> None:
         """Write this rank's gradients, buffers and flags into a slot."""
+        self._check()
         views, gradients = slot.tensors[: len(self.trained)], [parameter.grad for parameter in self.trained]
         flags = [gradient is not None for gradient in gradients]
         if not all(flags):
@@ -100,6 +115,9 @@ class Average:
                 if gradient is None:
                     view.zero_()
             views, gradients = (list(itertools.compress(those, flags)) for those in (views, gradients))
+        dtypes = list(itertools.compress(self._dtypes, flags))
+        if any(map(operator.ne, map(operator.attrgetter("dtype"), gradients), dtypes)):
+            self._name_other_dtype()
         with torch.no_grad():
             flat.copy(views, [g if g.layout == torch.strided else g.to_dense() for g in gradients])
             flat.copy(slot.tensors[len(flags) :], self.buffers.values())
@@ -107,6 +125,22 @@ class Average:
         if flags != self._flags:
             self._flags, self._flag_tensor = flags, torch.tensor(flags, dtype=slot.flags.dtype)
         slot.flags.copy_(self._flag_tensor)
+
+    def _check(self) -> None:
+        """Raise ConfigError if other parameters are trained than those that are averaged."""
+        if freed := [name for name, parameter in self._frozen.items() if parameter.requires_grad]:
+            raise ConfigError(f"{first_few(freed)} requires a gradient now, and did not {WHEN_MADE}")
+        if self._looked == _registered[0]:
+            return
+        self._looked, known = _registered[0], {id(p) for p in (*self.trained, *self._frozen.values())}
+        now = self._module.named_parameters()
+        if new := [plain_name(name) for name, p in now if p.requires_grad and id(p) not in known]:
+            raise ConfigError(f"{first_few(new)}: another parameter than {WHEN_MADE}, and not averaged: wrap later")
+
+    def _name_other_dtype(self) -> None:
+        for name, parameter, dtype in zip(self.names, self.trained, self._dtypes, strict=True):
+            if parameter.grad is not None and parameter.grad.dtype != dtype:
+                raise ConfigError(f"{name} is {parameter.grad.dtype} now, and was {dtype} {WHEN_MADE}")
 
     def mean(self) -> Slot:
         """The mean; collective. It holds until something is put again."""

@@ -70,10 +70,10 @@ class DataParallel(Module):  # type: ignore[misc]
         **others: Any,
     ):
         super().__init__()
-        keywords.check({"device_ids": device_ids, "output_device": output_device, **others})
         comm = MPI.COMM_WORLD if comm is None else comm
         guard = for_the_rest(comm, stall_timeout)
         team = Team(comm, clock())
+        team.together(lambda: keywords.check({"device_ids": device_ids, "output_device": output_device, **others}))
         start.compare(team, module)
         if init_sync:
             start.broadcast(team, module)

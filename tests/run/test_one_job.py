@@ -25,6 +25,7 @@ STEP = {"SLURM_NTASKS": "16", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}
         (STEP, 4),  # srun --mpi=none
         ({**STEP, "PMI_SIZE": "16"}, 16),  # MPICH's mpirun, whose proxies are a step
         ({**STEP, "PMIX_NAMESPACE": "prterun-host-1@1"}, 1),
+        ({"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2"}, 2),
     ],
 )
 def test_expected_size(found: dict[str, str], size: int) -> None:

@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 nn = torch.nn
 
 from mpiml.torch import DataParallel  # noqa: E402
+from tests.torch.modules import perceptron  # noqa: E402
 
 pytestmark = pytest.mark.mpi
 WORLD = MPI.COMM_WORLD
@@ -174,3 +175,20 @@ def test_calls_out_of_order() -> None:
     with pytest.raises(ConfigError, match=r"step 1: net.step\(optimizer\) is missing"):
         next(steps)
     net._average.sum.drop()
+
+
+def test_a_hook_of_the_optimizer_may_clip_the_mean() -> None:
+    net = DataParallel(perceptron())
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+
+    def clip(*_: Any) -> None:
+        nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+
+    optimizer.register_step_pre_hook(clip)
+    before = [p.detach().clone() for p in net.parameters()]
+    for step in net.steps(Rows(64, 16, 2 * WORLD.size), last=1):
+        for m in step:
+            net.backward(net(torch.ones(len(m), 5)).square().mean(), m)
+        net.step(optimizer)
+    moved = sum(float((p.detach() - q).square().sum()) for p, q in zip(net.parameters(), before, strict=True))
+    assert moved**0.5 == pytest.approx(1e-3, rel=1e-2)

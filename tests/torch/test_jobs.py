@@ -60,3 +60,10 @@ def test_a_rank_that_comes_no_more_is_named(does: str, said: str, tmp_path: Path
     done = launch(2, str(tmp_path / "loop.py"), limit=50)
     assert done.returncode
     assert f"loop.py: {said}" in done.stderr.replace("the ranks of a DataParallel are at different calls: ", "")
+
+
+def test_torchrun_makes_no_ranks(tmp_path: Path) -> None:
+    (tmp_path / "loop.py").write_text(LOOP.format(does="pass"))
+    done = launch(0, str(tmp_path / "loop.py"), TORCHELASTIC_RUN_ID="none", WORLD_SIZE="2")
+    assert done.returncode
+    assert "ConfigError: 2 processes were started, but" in done.stderr.splitlines()[-1]

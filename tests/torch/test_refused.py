@@ -106,3 +106,26 @@ def test_a_parameter_that_is_unfrozen_later() -> None:
     net.module.frozen.requires_grad_(True)
     with pytest.raises(ConfigError, match=r"frozen.weight, frozen.bias requires a gradient now"):
         net(rows(), 0).sum().backward()
+
+
+def added(net: Any) -> None:
+    net.module.more = nn.Linear(5, 2)
+
+
+def replaced(net: Any) -> None:
+    net.module.branches[0] = nn.Linear(5, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (added, r"more\.weight, more\.bias: another parameter than when"),
+        (replaced, r"branches\.0\.weight, branches\.0\.bias: another parameter than when"),
+        (lambda net: net.double(), r"branches\.0\.weight is torch\.float64 now, and was torch\.float32 when"),
+    ],
+)
+def test_a_module_that_is_changed_later(change: Callable[[Any], None], said: str) -> None:
+    net = DataParallel(Branches())
+    change(net)
+    with pytest.raises(ConfigError, match=said):
+        net(rows().to(net.module.branches[1].weight.dtype), 0).sum().backward()
