@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import operator
 import warnings
 from collections.abc import Mapping
 
@@ -115,9 +114,6 @@ class Average:
                 if gradient is None:
                     view.zero_()
             views, gradients = (list(itertools.compress(those, flags)) for those in (views, gradients))
-        dtypes = list(itertools.compress(self._dtypes, flags))
-        if any(map(operator.ne, map(operator.attrgetter("dtype"), gradients), dtypes)):
-            self._name_other_dtype()
         with torch.no_grad():
             flat.copy(views, [g if g.layout == torch.strided else g.to_dense() for g in gradients])
             flat.copy(slot.tensors[len(flags) :], self.buffers.values())
@@ -130,17 +126,15 @@ class Average:
         """Raise ConfigError if other parameters are trained than those that are averaged."""
         if freed := [name for name, parameter in self._frozen.items() if parameter.requires_grad]:
             raise ConfigError(f"{first_few(freed)} requires a gradient now, and did not {WHEN_MADE}")
+        for name, parameter, dtype in zip(self.names, self.trained, self._dtypes, strict=True):
+            if parameter.dtype != dtype:
+                raise ConfigError(f"{name} is {parameter.dtype} now, and was {dtype} {WHEN_MADE}")
         if self._looked == _registered[0]:
             return
         self._looked, known = _registered[0], {id(p) for p in (*self.trained, *self._frozen.values())}
         now = self._module.named_parameters()
         if new := [plain_name(name) for name, p in now if p.requires_grad and id(p) not in known]:
             raise ConfigError(f"{first_few(new)}: another parameter than {WHEN_MADE}, and not averaged: wrap later")
-
-    def _name_other_dtype(self) -> None:
-        for name, parameter, dtype in zip(self.names, self.trained, self._dtypes, strict=True):
-            if parameter.grad is not None and parameter.grad.dtype != dtype:
-                raise ConfigError(f"{name} is {parameter.grad.dtype} now, and was {dtype} {WHEN_MADE}")
 
     def mean(self) -> Slot:
         """The mean; collective. It holds until something is put again."""
