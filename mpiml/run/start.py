@@ -7,6 +7,7 @@ import contextlib
 import gc
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import NoReturn
@@ -16,6 +17,7 @@ from mpiml.run import alarm
 from mpiml.run.launcher import environment
 
 GRACE = 10.0  # seconds for the launcher to end the job
+FORWARDING = 0.3  # seconds that the launcher needs to forward what has been said
 CODE = 70  # exit code of a job that a rank's error ends
 
 
@@ -87,6 +89,7 @@ def _end_all(kind: type[BaseException], error: BaseException, trace: TracebackTy
     alarm.end_for_certain(GRACE)
     sys.__excepthook__(kind, error, trace)
     sys.stderr.flush()
+    time.sleep(FORWARDING)
     MPI.COMM_WORLD.Abort(CODE)
 
 
