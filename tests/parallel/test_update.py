@@ -113,14 +113,15 @@ def averaging(kind: type, where: str, dtype: str = "float32") -> tuple[Update, l
     optimizer = optimizers.build("momentum", 0.9, 0.1)
     update = Update(Team(WORLD, Clock()), WORLD.rank, sum_, optimizer, 0.0, ROWS, EMA)
     if sum_.values.memory.rank == 0:
-        sum_.values.vector[...] = scattered(layout, 99) + 0.0  # no padding of -0.0
+        values, updated = sum_.values.vector, layout.updated
+        values[:updated], values[updated:] = scattered(layout, 99) + 0.0, 7.5  # no padding of -0.0
     sum_.values.memory.barrier()
-    values = []
+    after = []
     for step, weight in enumerate(WEIGHTS, start=1):
-        feed(sum_, [scattered(layout, step, m) if weight else layout.zeros() for m in range(16)])
+        feed(sum_, [scattered(layout, step, m) if weight else layout.zeros(updated=True) for m in range(16)])
         update.step(0.1, weight, step, False)
-        values.append(sum_.values.vector.copy())
-    return update, values
+        after.append(sum_.values.vector.copy())
+    return update, after
 
 
 def whole_average(update: Update) -> Array:
