@@ -167,6 +167,25 @@ def at_start(path: Path) -> set[str]:
     return set(imported(tree))
 
 
+def loaded_with(name: str) -> set[str]:
+    """The modules of the package that are loaded with one."""
+    loaded, todo = set(), [name]
+    while todo:
+        module = todo.pop()
+        if module in FILES and module not in loaded:
+            loaded.add(module)
+            todo += at_start(FILES[module])
+    return loaded
+
+
+def test_a_thousand_ranks_load_no_part_that_few_runs_use() -> None:
+    """PyTorch's adapter, what --init needs, formats of files, and models other than the one that is trained."""
+    rare = ["mpiml.nn.torch_modules", "mpiml.nn.export", "mpiml.nn.attention", "mpiml.nn.convolution"]
+    rare += ["mpiml.training.init", "mpiml.training.init_plan", "mpiml.run.tensors", "mpiml.data.parquet"]
+    assert all(name in FILES for name in rare)
+    assert loaded_with("mpiml.train") & set(rare) == set()
+
+
 @pytest.mark.parametrize("name", [name for name in FILES if not inside(name, *MEASURING)])
 def test_a_thousand_ranks_load_little(name: str) -> None:
     """NumPy and mpi4py at the start; everything else where it is used."""

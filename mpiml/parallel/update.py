@@ -28,8 +28,8 @@ class Update:
     """Updates the values of a stage by the summed gradient; collective over all ranks of the run.
 
     With `ema` it keeps an exponential moving average of what the optimizer changes: after step t, the sum over all
-    steps s up to t of ema^(t - s) times the values after s, divided by the sum of these factors. So after
-    the first step it is the values themselves: those before it do not count.
+    steps s up to t of ema^(t - s) times the values after s, divided by the sum of these factors. So after the first
+    step it is the values themselves: those before it do not count.
     Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", SIAM J. Control Optim. 30, 1992; the
     division as in Adam (Kingma and Ba, ICLR 2015).
 

@@ -25,6 +25,7 @@ DEFAULT = 600.0  # seconds
 LEAST = 8.0  # seconds: a slow start may take as long
 LOOKS = 5  # in the alarm's time: whether bytes have been read or written
 QUIET = 64 << 10  # bytes between two looks that do not count as progress
+ABORT_GRACE = 10.0  # seconds for a report and the end of the job, before a timer in C ends the process
 GRACE = 2.0  # seconds from the thread's report to the end by the timer in C
 STDERR = 2
 TURN = 0.3  # seconds between ranks' reports: the first ends the job, and so the others

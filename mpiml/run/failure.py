@@ -17,19 +17,18 @@ from mpi4py import MPI
 from mpiml.clock import BLOCKED_ON_OTHERS, Clock
 from mpiml.errors import DirectoryError, OutputError, RunError, StallError, known_to_all
 from mpiml.run import alarm, lock
-from mpiml.run.alarm import within
+from mpiml.run.alarm import ABORT_GRACE, within
 from mpiml.run.console import say
 from mpiml.run.directory import FAILED
 from mpiml.run.one_job import check_size
 from mpiml.run.result import Result, read_result, update_result
+from mpiml.run.start import FORWARDING, end_job
 from mpiml.team import Team
 
 # Seconds that a failing process allows ...
 WRITING = 5.0  # for writing result.json,
 OTHERS = 3.0  # of these for waiting until another rank has written it,
-SAYING = 1.0  # for printing,
-ABORT_GRACE = 10.0  # and for all of this and the end of the job, before a timer in C ends the process.
-FORWARDING = 0.1  # the launcher needs to forward output: what it has not forwarded when it kills ranks is lost
+SAYING = 1.0  # and for printing.
 
 
 class Guard:
@@ -164,14 +163,6 @@ def describe(error: BaseException) -> str:
 def exit_code(error: BaseException) -> int:
     """The exit code of a process after an error; never 0."""
     return error.exit_code if isinstance(error, RunError) else 70
-
-
-def end_job(code: int) -> None:
-    """End all processes of the job."""
-    within(SAYING, lambda: sys.stdout.flush(), None)  # noqa: PLW0108 (stdout may be None)
-    time.sleep(FORWARDING)  # the launcher loses what it has not forwarded when it kills
-    MPI.COMM_WORLD.Abort(code)
-    os._exit(code)
 
 
 def run_job(program: str, act: Callable[[Team], object]) -> int:

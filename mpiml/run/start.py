@@ -16,8 +16,8 @@ from mpiml.errors import ConfigError
 from mpiml.run import alarm
 from mpiml.run.launcher import environment
 
-GRACE = 10.0  # seconds for the launcher to end the job
-FORWARDING = 0.3  # seconds that the launcher needs to forward what has been said
+FLUSHING = 1.0  # seconds for standard output, before the job is ended
+FORWARDING = 0.1  # seconds in which the launcher forwards output: what it has not when it kills ranks is lost
 CODE = 70  # exit code of a job that a rank's error ends
 
 
@@ -84,13 +84,19 @@ def _last() -> None:
 
 def _end_all(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """End the job when a rank cannot import what it needs: else the others would wait for it."""
+    alarm.end_for_certain(alarm.ABORT_GRACE)
+    sys.__excepthook__(kind, error, trace)
+    end_job(CODE)
+
+
+def end_job(code: int) -> None:
+    """End all processes of the job, in which MPI runs."""
     from mpi4py import MPI
 
-    alarm.end_for_certain(GRACE)
-    sys.__excepthook__(kind, error, trace)
-    sys.stderr.flush()
+    alarm.within(FLUSHING, lambda: sys.stdout.flush(), None)  # noqa: PLW0108 (stdout may be None)
     time.sleep(FORWARDING)
-    MPI.COMM_WORLD.Abort(CODE)
+    MPI.COMM_WORLD.Abort(code)
+    os._exit(code)
 
 
 @alarm.shown_as("MPI_Finalize, which waits for all ranks: one of them has not come")

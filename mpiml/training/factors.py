@@ -66,12 +66,13 @@ def notes(layers: Sequence[Layer]) -> list[str]:
     trained = [parameter for parameter in parameters(layers) if parameter.momentum is None]
     total = sum(parameter.size for parameter in trained)
     others = sorted({parameter.rate for parameter in trained} - {0.0, 1.0})
-    lots = [others] if len(others) > MOST else [[rate] for rate in others]
+    groups = [others] if len(others) > MOST else [[rate] for rate in others]
     lines = []
-    for rates in [[0.0], *lots]:
-        own = [parameter for parameter in trained if parameter.rate in rates]
+    for rates in [[0.0], *groups]:
+        having = [parameter for parameter in trained if parameter.rate in rates]
         span = " to ".join(f"{rate:g}" for rate in dict.fromkeys((rates[0], rates[-1])))
-        what, size = f"learning rate times {span}" if rates[0] else "not trained", sum(p.size for p in own)
-        if own:
-            lines.append(f"{what}, by --rates: {len(own)} of {len(trained)} parameters, {size:,} of {total:,} values")
+        what, size = f"learning rate times {span}" if rates[0] else "not trained", sum(p.size for p in having)
+        if having:
+            count = f"{len(having)} of {len(trained)} parameters"
+            lines.append(f"{what}, by --rates: {count}, {size:,} of {total:,} values")
     return lines

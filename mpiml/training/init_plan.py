@@ -15,7 +15,7 @@ from mpiml.errors import OutputError, first_few
 from mpiml.nn.export import Form
 from mpiml.nn.parameters import ARRAY, Shape
 from mpiml.run.checkpoint import BESIDE, Header
-from mpiml.training.init_names import Entry, NameMap
+from mpiml.training.init_names import Entry, Mapped, NameMap
 from mpiml.training.place import BuiltModel
 
 Array = NDArray[Any]
@@ -179,25 +179,24 @@ def plan(model: BuiltModel, file: Header, foreign: bool, names: NameMap | None, 
     """
     wanted = _wanted(model)
     forms = model.forms if foreign else {name: Form.same(array.shape, [name]) for name, array in wanted.items()}
-    known = _names(forms, file) if foreign else {name: [name] for name in wanted}
-    in_map = {name: [name, *(f"layers.{one}" for one in forms[name].names if foreign)] for name in wanted}
-    mapped = names.of(in_map, _named(file, foreign)) if names else {}
-    elsewhere = {source.name for source in mapped.values()}
-    there = {name: [one for one in known[name] if one in file.kinds and one not in elsewhere] for name in wanted}
-    sources = {
-        name: Source(next(iter(there[name]), known[name][0]), forms[name], None, there[name][1:]) for name in wanted
-    }
-    sources |= {name: Source(source, forms[name], entry) for name, (source, entry) in mapped.items()}
+    mapped: Mapping[str, Mapped] = {}
+    if names:
+        aliases = {name: [name, *(f"layers.{one}" for one in forms[name].names if foreign)] for name in wanted}
+        mapped = names.of(aliases, _named(file, foreign))
+    sources = _sources(forms, file, foreign, mapped)
+    given_away = {source.name for source in mapped.values()}  # by the map, so that no default name takes them
 
-    def lot(name: str) -> str:
+    def outcome(name: str) -> str:
         source = sources[name]
-        if source.name not in file.kinds or (not source.entry and source.name in elsewhere):
+        if source.name not in file.kinds or (not source.entry and source.name in given_away):
             return "absent"
         fits = file.kinds[source.name][1] == source.shape and _becomes(file, source.name, wanted[name], foreign)
         return "taken" if fits else "other"
 
-    lots = {name: lot(name) for name in wanted}
-    taken, absent, other = ({n: sources[n] for n in wanted if lots[n] == one} for one in ("taken", "absent", "other"))
+    outcomes = {name: outcome(name) for name in wanted}
+    taken, absent, other = (
+        {name: sources[name] for name in wanted if outcomes[name] == one} for one in ("taken", "absent", "other")
+    )
     used = {source.name for source in (*taken.values(), *other.values())}
     used |= {one for source in taken.values() for one in source.others}
     left = [name for name in file.kinds if name not in used and (foreign or not name.startswith(BESIDE))]
@@ -208,6 +207,17 @@ def plan(model: BuiltModel, file: Header, foreign: bool, names: NameMap | None, 
         _check_mapped(result, names, partial)
     result.check(partial, names is not None)
     return result
+
+
+def _sources(forms: Mapping[str, Form], file: Header, foreign: bool, mapped: Mapping[str, Mapped]) -> dict[str, Source]:
+    """Where each array of the model comes from: as a map says, or else under the name that the file has for it."""
+    default = _names(forms, file) if foreign else {name: [name] for name in forms}
+    given_away = {source.name for source in mapped.values()}
+    sources: dict[str, Source] = {}
+    for name, form in forms.items():
+        there = [one for one in default[name] if one in file.kinds and one not in given_away]
+        sources[name] = Source((there or default[name])[0], form, None, there[1:])
+    return sources | {name: Source(source, forms[name], entry) for name, (source, entry) in mapped.items()}
 
 
 def _check_mapped(plan: Plan, names: NameMap, partial: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from mpi4py import MPI
@@ -12,7 +13,6 @@ from numpy.typing import NDArray
 
 from mpiml.config import Config
 from mpiml.nn import base as nn
-from mpiml.nn.export import Form, forms
 from mpiml.nn.losses import Metric
 from mpiml.nn.parameters import Gradients, Layout
 from mpiml.parallel.gradient_sum import GradientSum, LibrarySum, OrderedSum
@@ -30,6 +30,9 @@ from mpiml.training.resolve import Resolved
 from mpiml.training.stages import StageDesign, cut
 from mpiml.training.task import Task
 from mpiml.vectors import bytes_of
+
+if TYPE_CHECKING:
+    from mpiml.nn.export import Form
 
 ONE_MODEL = "all ranks must build the same model: what it draws must follow from --seed, and no order from a set"
 Agree = Callable[[NDArray[np.float64], bool, bool], Record]
@@ -107,9 +110,15 @@ def build_stage(
         least_rows=max((layer.least_rows, layer.path) for layer in layers),
         notes=[*(note for layer in layers for note in layer.notes), *factors.notes(layers)],
         integers=integers(layers),
-        forms={} if team.rank or not config.init else forms(layers, task.shape),
+        forms={} if team.rank or not config.init else _forms(layers, task),
     )
     return built, computation
+
+
+def _forms(layers: list[nn.Layer], task: Task) -> dict[str, Form]:
+    from mpiml.nn.export import forms  # which needs the modules of all kinds of layers
+
+    return forms(layers, task.shape)
 
 
 def place_values(config: Config, grid: Grid, layout: Layout) -> tuple[Values, str | None]:

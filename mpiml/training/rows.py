@@ -51,11 +51,9 @@ def build_data(config: Resolved, data: Dataset, grid: Grid, known: Known = Known
     Raises, on all ranks alike, DataError or ConfigError for rows that cannot be used.
     """
     cut, ignore = _cutter(config, data, grid), data.ignored(config.ignore)
-    how = config.eval_rows, grid, config.dtype, config.evaluated
-
-    def deal(split: Split) -> Evaluation:
-        return Evaluation(split, *how)
-
+    deal = functools.partial(
+        Evaluation, chunk_rows=config.eval_rows, grid=grid, dtype=config.dtype, evaluated=config.evaluated
+    )
     rows, test_rows = cut(data.train).rows(), deal(data.test).rows()
     hold(data, grid, rows, test_rows, both=bool(config.transform))
     seen, splits = _looked_at(config, data, grid, cut, (rows, test_rows), known)

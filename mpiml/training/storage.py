@@ -21,7 +21,6 @@ from mpiml.run.directory import CHECKPOINTS, CONFIG, sync_file
 from mpiml.run.metrics import cut_after, last_known, missing, scores
 from mpiml.run.result import update_result
 from mpiml.run.verified import Progress
-from mpiml.training import init
 from mpiml.training.arrays import from_arrays, needed_kinds, preparations, restore_constants, to_arrays
 from mpiml.training.hold import Hold
 from mpiml.training.look import Known
@@ -38,6 +37,8 @@ def check_saved(cfg: Config, model: BuiltModel) -> None:
         needed = needed_kinds(model.layouts, (VALUES,))
         checkpoint.check_newest(Path(cfg.out or "") / CHECKPOINTS, lambda saved: model.constants.check(saved, needed))
     elif cfg.init:
+        from mpiml.training import init  # on one rank, of a few runs
+
         init.check(cfg, model)
 
 
@@ -125,6 +126,8 @@ class Store:
                 constants.check(saved.header, needed_kinds(layouts, names))
                 stages.extend(from_arrays(layouts, saved, names))
             elif run.config.init:
+                from mpiml.training import init
+
                 values, names = to_arrays(layouts, stages, VALUES), (VALUES,)
                 given, of_init = init.take(run.config, run.model, values, progress)
                 notes += of_init

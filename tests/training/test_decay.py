@@ -38,7 +38,7 @@ def trained(out: Path | None, function: Any, comm: Any = MPI.COMM_SELF, **settin
     x, y = np.arange(64.0).reshape(16, 4) / 64, np.arange(16) % 2
     asked: dict[str, Any] = {
         "batch": 8,
-        "microbatches": 4,
+        "microbatches": max(4, comm.size),
         "hidden": (3,),
         "steps": 12,
         "eval_every": 0,

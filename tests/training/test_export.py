@@ -11,7 +11,6 @@ import pytest
 from mpi4py import MPI
 from safetensors.numpy import load_file
 
-from mpiml.api import load_into
 from mpiml.config import Config
 from mpiml.data.dataset import open_dataset
 from mpiml.errors import OutputError
@@ -158,6 +157,8 @@ def test_what_pytorch_has_saved_is_begun_with_as_the_checkpoint_is(
 ) -> None:
     torch: Any = pytest.importorskip("torch")
     from safetensors.torch import save_file
+
+    from mpiml.api import load_into
 
     monkeypatch.chdir(tmp_path)
     rows = np.random.default_rng(0).integers(0, 9, (40, 7), np.uint8)
