@@ -23,7 +23,7 @@ from mpiml.parallel.tree import depth
 from mpiml.parallel.values import Values
 from mpiml.partition import part
 from mpiml.run.process import reuse_memory
-from mpiml.team import Team
+from mpiml.team import Team, share_cores
 from mpiml.vectors import Vector, bytes_of
 
 CALLS = ("sum", "mean", "meet", "close")  # at which ranks meet
@@ -86,6 +86,7 @@ class Sum:
         self._grid = grids.build(team, 1)
         self.own = range(*part(self._grid.replica, team.size, self.microbatches))
         self.neighbours, self.cores = self._grid.node.size, self._grid.cores
+        share_cores(self.neighbours, self.cores)  # the threads of a rank that sums have nothing to do
         # Of each micro-batch loss and weight; of each rank, in the row of its first, at which call it is, and numbers.
         self._table = np.zeros((self.microbatches, 2 + len(CALLS) + numbers))
         self._done = 0  # micro-batches of this step that are here

@@ -18,7 +18,7 @@ from mpiml.errors import ConfigError
 from mpiml.loop.guard import clock, for_the_rest
 from mpiml.loop.rows import Rows
 from mpiml.nn.torch_tensors import prepare_torch
-from mpiml.team import Team, share_cores
+from mpiml.team import Team
 from mpiml.torch import exact, keywords, start
 from mpiml.torch.average import Average
 from mpiml.torch.checkpoints import Checkpoints
@@ -241,4 +241,3 @@ def _share(average: Average) -> None:
     ranks, cores = average.sum.neighbours, average.sum.cores
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), cores // ranks)))
-    share_cores(torch.get_num_threads() * ranks, cores)
