@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: Sequence[str] | None) -> int:
-    about = "Compare the package with NumPy, MPI and PyTorch: each row times both sides in turn on the same ranks."
+    about = "Compare the package with NumPy, MPI and PyTorch: each row times both sides in turn, in one job."
     parser = Parser(prog="python -m mpiml.bench", description=about, allow_abbrev=False)
     parser.add_argument("--json", metavar="FILE", help="write all figures to this file")
     parser.add_argument("--only", metavar="TEXT", default="", help="measure only rows whose text contains this")

@@ -69,7 +69,7 @@ LAYERS = "forward, backward and update on one core: samples/s / PyTorch's"
 SUM = "all-reduce of the gradient: time / time of MPI_Allreduce"
 DATA = "data-parallel training"
 MODULES = "a PyTorch module: samples/s / PyTorch's"
-LOOP = "PyTorch's loop with mpiml.torch.DataParallel: samples/s / with DistributedDataParallel over gloo"
+LOOP = "PyTorch's loop with mpiml.torch.DataParallel: samples/s / of another loop"
 PIPE = "pipeline"
 FILES = "training on shuffled rows of a file of 200 MB: samples/s / on the same rows in memory"
 OTHER = "start and memory"
@@ -170,9 +170,9 @@ ROWS = [
             ("200 small parameters, 64 rows a rank", "small", "64", 1.3),
         )
         for how, ranks, against, least in (
-            ("", 2, "distributed", ahead),
-            (": / ranks that never communicate", 2, "apart", None),
-            (": one process / plain PyTorch", 1, "apart", 0.98),
+            (" / with DistributedDataParallel over gloo", 2, "distributed", ahead),
+            (" / of ranks that never communicate", 2, "apart", None),
+            (", one process / plain PyTorch", 1, "apart", 0.98),
         )
     ),
     *(

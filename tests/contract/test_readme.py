@@ -132,17 +132,26 @@ def test_make_targets_exist(page: Path) -> None:
 
 @each_page
 def test_links_lead_somewhere(page: Path) -> None:
-    for path in linked(page):
+    for path, heading in links(page):
         assert path.is_relative_to(ROOT), path
         assert path.exists(), path
+        assert not heading or heading in headings(path), f"{path}#{heading}"
 
 
-def linked(page: Path) -> set[Path]:
-    return {(page.parent / target).resolve() for target in re.findall(r"\]\(([^)]+)\)", prose(page))}
+def links(page: Path) -> set[tuple[Path, str]]:
+    """The files that a page links, and the heading in each, if any."""
+    targets = (target.partition("#") for target in re.findall(r"\]\(([^)]+)\)", prose(page)))
+    return {((page.parent / path).resolve() if path else page, heading) for path, _, heading in targets}
+
+
+def headings(page: Path) -> set[str]:
+    """The headings of a page, as links name them."""
+    texts = re.findall(r"^#+ (.+)$", prose(page), re.M)
+    return {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in texts}
 
 
 def test_every_page_is_linked_from_the_first() -> None:
-    assert set(PAGES) - {ROOT / "README.md"} <= linked(ROOT / "README.md")
+    assert set(PAGES) - {ROOT / "README.md"} <= {path for path, _ in links(ROOT / "README.md")}
 
 
 @each_page
