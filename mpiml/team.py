@@ -5,10 +5,11 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from mpi4py import MPI
+from numpy.typing import NDArray
 
 from mpiml.clock import BLOCKED_ON_OTHERS, Clock
 from mpiml.errors import ConfigError, OutputError, RunError
@@ -22,6 +23,7 @@ LONGEST = 2e-3
 PART = 1 / 16  # a nap lasts at most this fraction of the time waited so far
 # If every thread has a core, this many times as many yields, about a millisecond: a nap lasts longer than asked for.
 PATIENCE = 40
+MESSAGE = 1 << 26  # bytes of an array that are sent at once: MPI libraries count them in 32 bits
 ENVELOPE = 4096  # bytes of a broadcast's first message
 _yields = YIELDS
 
@@ -61,6 +63,15 @@ def wait(requests: Sequence[MPI.Request]) -> None:
         until(lambda: MPI.Request.Testall(pending))
 
 
+def launched_ranks(comm: MPI.Intracomm) -> list[int]:
+    """The rank that the launcher gave each rank of `comm`; those in `comm` if it has ranks of another launch."""
+    group, everyone = comm.Get_group(), MPI.COMM_WORLD.Get_group()
+    ranks = MPI.Group.Translate_ranks(group, range(comm.size), everyone)
+    group.Free()
+    everyone.Free()
+    return list(range(comm.size)) if MPI.UNDEFINED in ranks else ranks
+
+
 def quiet_barrier(comm: MPI.Intracomm) -> None:
     """A barrier in which waiting ranks sleep, so that they do not slow down those that are measured."""
     request = comm.Ibarrier()
@@ -98,12 +109,11 @@ class Team:
 
     While a rank waits here for the others its activity is "joining"; while it acts it is another one. So the watch does
     not take a waiting rank for a stuck one, and names the one that is stuck. Messages name ranks as in `launched`: the
-    rank that the launcher gave each rank of `comm`.
+    rank that the launcher gave each rank of `comm`, whatever part of the job that is.
     """
 
-    def __init__(self, comm: MPI.Intracomm, clock: Clock, launched: Sequence[int] | None = None):
-        self.comm, self.clock = comm, clock
-        self.launched = list(range(comm.size) if launched is None else launched)
+    def __init__(self, comm: MPI.Intracomm, clock: Clock):
+        self.comm, self.clock, self.launched = comm, clock, launched_ranks(comm)
 
     @property
     def rank(self) -> int:
@@ -134,6 +144,12 @@ class Team:
         """The values of all ranks, on all ranks; collective."""
         with self.clock.doing("joining"):
             return allgather(self.comm, value)
+
+    def broadcast_array(self, array: NDArray[Any], root: int = 0) -> None:
+        """Give all ranks what rank `root` has in an array, whose bytes are contiguous on each; collective."""
+        content = array.reshape(-1).view(np.uint8)
+        for first in range(0, content.size, MESSAGE):
+            self.wait([self.comm.Ibcast(content[first : first + MESSAGE], root)])
 
     def together(self, action: Callable[[], T]) -> T:
         """Call `action` on every rank; it must not communicate. Collective.

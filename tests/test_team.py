@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 
+import numpy as np
 import pytest
 from mpi4py import MPI
 
@@ -153,7 +154,7 @@ def test_exit_codes_survive() -> None:
 def test_ranks_are_named_as_the_launcher_numbers_them() -> None:
     """A grid numbers its ranks by node, so that its rank 0 may be another than the user's."""
     turned = MPI.Intracomm(WORLD.Split(0, -WORLD.rank))
-    team = Team(turned, Clock(), turned.allgather(WORLD.rank))
+    team = Team(turned, Clock())
     assert team.name == WORLD.rank
     with pytest.raises(RunError) as caught:
         team.together(lambda: fail_on(0))
@@ -163,6 +164,18 @@ def test_ranks_are_named_as_the_launcher_numbers_them() -> None:
         with pytest.raises(ConfigError, match=rf"ranks differ in cards: one \(rank 0 on .*\), none \(rank {LAST}\)"):
             team.check_alike(values)
     turned.Free()
+    part = MPI.Intracomm(WORLD.Split(WORLD.rank % 2, WORLD.rank))
+    assert Team(part, Clock()).launched == list(range(WORLD.rank % 2, WORLD.size, 2))
+    part.Free()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize("shape", [(), (0, 3), (2, 50)])
+def test_broadcast_of_an_array_in_parts(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(team, "MESSAGE", 64)
+    array = np.arange(np.prod(shape, dtype=int), dtype=np.float32).reshape(shape) * (WORLD.rank + 1)
+    of_all().broadcast_array(array, LAST)
+    np.testing.assert_array_equal(array, np.arange(array.size, dtype=np.float32).reshape(shape) * WORLD.size)
 
 
 @pytest.mark.mpi

@@ -69,7 +69,7 @@ def build(team: Team, stages: int) -> Grid:
         leaders = None if first == MPI.COMM_NULL else MPI.Intracomm(first)
         made += [comm for comm in (node, local, leaders) if comm]
     return Grid(
-        team=Team(ordered, team.clock, [team.launched[rank] for rank in order]),
+        team=Team(ordered, team.clock),
         pipe=pipe,
         data=data,
         stage=stage,

@@ -86,12 +86,12 @@ class Guard:
         # Its message needs no rank, step and activity: it is not about this rank, or names them itself.
         complete = known and (known.everywhere or known.rank is not None or isinstance(known, StallError))
         outcome: Result = {"status": "failed", "exit_code": exit_code(error), "reason": describe(error)}
-        outcome["rank"] = known.rank if known and complete else self.comm.rank
+        outcome["rank"] = known.rank if known and complete else self.team.name
         if self.clock.step:  # else the step of the last job stays
             outcome["step"] = self.clock.step
         text = f"{self.program}: {outcome['reason']}"
         if not complete and self.comm.size > 1:
-            text += f" (rank {self.comm.rank}, step {self.clock.step}, {self.clock.activity})"
+            text += f" (rank {self.team.name}, step {self.clock.step}, {self.clock.activity})"
         if not known and not isinstance(error, KeyboardInterrupt):
             outcome["traceback"] = within(SAYING, lambda: "".join(traceback.format_exception(error)), "")
             text += f"\n{outcome['traceback']}".rstrip()

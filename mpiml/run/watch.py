@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -18,7 +19,7 @@ from mpiml.errors import RunError, StallError, known_to_all
 from mpiml.run import alarm
 from mpiml.run.alarm import QUIET, bytes_moved
 from mpiml.run.node import Process, kernel, own_launcher
-from mpiml.team import allgather, wait
+from mpiml.team import allgather, launched_ranks, wait
 
 GOODBYE = -1.0  # in place of moves, in a rank's last message
 # Seconds between looks at the processes of the neighbour and the launcher, and how many looks may miss one before the
@@ -68,7 +69,8 @@ class Watch(threading.Thread):
     Args:
         comm: a communicator for the watch alone.
         clock: of this rank.
-        timeout: seconds without progress; 0: the thread does not start.
+        timeout: seconds without progress; 0: no rank is judged by its progress, and processes that have ended and ranks
+            that have left are still noticed.
         fail: called with a StallError that names rank, activity and step.
 
     Attributes:
@@ -77,8 +79,9 @@ class Watch(threading.Thread):
 
     def __init__(self, comm: MPI.Intracomm, clock: Clock, timeout: float, fail: Callable[[RunError], None]):
         super().__init__(name="mpiml-watch", daemon=True)
-        self.comm, self.clock, self.timeout, self.fail = comm, clock, timeout, fail
-        self.interval = min(timeout / 5, 30.0)
+        self.comm, self.clock, self.timeout, self.fail = comm, clock, timeout or math.inf, fail
+        self.interval = min(self.timeout / 5, 30.0)
+        self._launched = launched_ranks(comm)
         self._ending = threading.Event()
         self._alarm_was_on = False
         self._sent: list[MPI.Request] = []
@@ -90,7 +93,7 @@ class Watch(threading.Thread):
         self._moves, self._bytes, self._quiet = clock.moves, bytes_moved(), QUIET + QUIET_EACH * len(self._signs)
         rank, process = neighbour(comm)
         self._processes: dict[str, tuple[int | None, Process]] = {
-            f"rank {rank} has ended without a word: killed, or by os._exit": (rank, process),
+            f"{self._text(rank)} has ended without a word: killed, or by os._exit": (rank, process),
             "the launcher is gone: nobody can stop this job any more": (None, own_launcher()),
         }
         self._ended = dict.fromkeys(self._processes, 0)
@@ -100,8 +103,7 @@ class Watch(threading.Thread):
             self.notes = ["warning: this MPI library has no MPI_THREAD_MULTIPLE: a rank that is stopped is not noticed"]
 
     def __enter__(self) -> Watch:
-        if self.timeout:
-            self.start()
+        self.start()
         _watches.append(self)
         self._alarm_was_on = alarm.off()
         return self
@@ -114,13 +116,13 @@ class Watch(threading.Thread):
 
     def _end(self) -> None:
         """Stop watching. All ranks do so together: they leave the block at its end or by the same error."""
-        if self.timeout:
+        if self.ident:
             self._ending.set()
             self.join()
         self._own = Sign(0.0, time.monotonic(), step=self.clock.step, gone=True)
         for _, process in self._processes.values():
             process.close()
-        if self.timeout and self._threads:
+        if self._threads:
             self._send(GOODBYE)
             while not all(sign.gone for sign in self._signs.values()):
                 now = time.monotonic()
@@ -164,9 +166,9 @@ class Watch(threading.Thread):
         if inner or clock.patient or clock.moves != self._moves or total - self._bytes > self._quiet:
             own.moves, own.moved = own.moves + 1, now
         elif now - own.moved > self.timeout and own.activity not in BLOCKED_ON_OTHERS:
-            what = f"rank {self.comm.rank} has made no progress for {self.timeout:g} s, {own.place}"
+            what = f"{self._text(self.comm.rank)} has made no progress for {self.timeout:g} s, {own.place}"
             gone = [rank for rank, sign in self._signs.items() if sign.gone]
-            left = f"; rank {gone[0]}, which it may wait for, has left the block" if gone else ""
+            left = f"; {self._text(gone[0])}, which it may wait for, has left the block" if gone else ""
             self._stalled(what + left, self.comm.rank)
         self._moves, self._bytes = clock.moves, total
 
@@ -194,7 +196,7 @@ class Watch(threading.Thread):
     def _look_at_others(self, now: float) -> None:
         for rank, sign in self._signs.items():
             if now - sign.heard > self.timeout and not sign.gone:
-                what = f"rank {rank} has given no sign of life for {self.timeout:g} s, {sign.place}"
+                what = f"{self._text(rank)} has given no sign of life for {self.timeout:g} s, {sign.place}"
                 self._stalled(what, rank)
         if self.comm.rank == 0:
             self._look_at_all(now)
@@ -205,7 +207,7 @@ class Watch(threading.Thread):
         everyone = {0: self._own} | self._signs
         still = min(now - sign.moved for sign in everyone.values())
         if still > 2 * self.timeout:
-            self._stalled(f"all ranks wait for each other for {2 * self.timeout:g} s: {_places(everyone)}", None)
+            self._stalled(f"all ranks wait for each other for {2 * self.timeout:g} s: {self._places(everyone)}", None)
         gone = [rank for rank, sign in everyone.items() if sign.gone]
         inside = {rank: sign for rank, sign in everyone.items() if not sign.gone}
         waiting = all(sign.activity in BLOCKED_ON_OTHERS for sign in inside.values())
@@ -213,12 +215,19 @@ class Watch(threading.Thread):
             now - sign.heard < 2 * self.interval for rank, sign in inside.items() if rank
         )  # and are not stopped
         if gone and inside and waiting and living and still > LEFT * self.interval:
-            left = f"rank {gone[0]} has left the block in step {everyone[gone[0]].step}, and the others wait for it"
-            self._stalled(f"{left}: {_places(inside)}", gone[0])
+            left = f"{self._text(gone[0])} has left the block in step {everyone[gone[0]].step}"
+            self._stalled(f"{left}, and the others wait for it: {self._places(inside)}", gone[0])
+
+    def _text(self, rank: int) -> str:
+        """A rank as the launcher numbers it, for a message."""
+        return f"rank {self._launched[rank]}"
+
+    def _places(self, signs: Mapping[int, Sign]) -> str:
+        return _places({self._launched[rank]: sign for rank, sign in signs.items()})
 
     def _stalled(self, what: str, rank: int | None) -> None:
         error = StallError(what)
-        error.rank = rank
+        error.rank = None if rank is None else self._launched[rank]
         self.fail(error)
 
 

@@ -11,8 +11,6 @@ from mpiml.nn.torch_state import tensors
 from mpiml.nn.torch_tensors import parts
 from mpiml.team import Team
 
-CHUNK = 1 << 30  # bytes of a message: MPI libraries count them in 32 bits
-
 
 def compare(team: Team, module: Module) -> None:
     """Raise ConfigError, on all ranks alike, for a module that cannot be averaged, or another one on other ranks."""
@@ -44,8 +42,6 @@ def broadcast(team: Team, module: Module, root: int = 0) -> None:
     for tensor in tensors(module).values():
         for part in parts(tensor).values():
             whole = part.contiguous()
-            raw = whole.reshape(-1).view(torch.uint8).numpy()
-            for start in range(0, raw.size, CHUNK):
-                team.wait([team.comm.Ibcast(raw[start : start + CHUNK], root)])
+            team.broadcast_array(whole.reshape(-1).view(torch.uint8).numpy(), root)
             if whole is not part and not torch.equal(part, whole):
                 part.copy_(whole)

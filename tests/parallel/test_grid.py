@@ -47,7 +47,7 @@ def test_ranks_and_nodes_add_up() -> None:
 def test_a_part_of_the_job_has_a_grid_of_its_own() -> None:
     part = WORLD.Split(WORLD.rank % 2, -WORLD.rank)
     grid = grids.build(Team(part, Clock()), part.size)
-    launched, stages = grid.comm.allgather(part.rank), grid.pipe.allgather(grid.stage)
+    launched, stages = grid.comm.allgather(WORLD.rank), grid.pipe.allgather(grid.stage)
     assert launched == grid.team.launched
     assert stages == list(range(part.size))
 

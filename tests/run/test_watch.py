@@ -31,8 +31,8 @@ def watch() -> Iterator[Watch]:
     errors: list[RunError] = []
     made.fail = errors.append
     made.errors = errors  # type: ignore[attr-defined]
+    made._launched = [0, 1, 2, 3]  # there are more, in these tests
     yield made
-    made.timeout = 0  # it has not been started
     made._end()
 
 
@@ -136,9 +136,8 @@ def test_it_looks_a_few_times_before_the_time_is_up() -> None:
     for timeout in (0.0, 5.0, 60.0, 600.0):
         made = Watch(MPI.COMM_SELF.Dup(), Clock(), timeout, lambda error: None)
         intervals.append(made.interval)
-        made.timeout = 0
         made._end()
-    assert intervals == [0.0, 1.0, 12.0, 30.0]
+    assert intervals == [30.0, 1.0, 12.0, 30.0]
 
 
 @pytest.mark.parametrize("gone", [False, True])
@@ -208,10 +207,36 @@ def test_it_runs_for_the_length_of_a_block_also_if_that_ends_by_an_error() -> No
     assert not threads()
 
 
-def test_without_a_timeout_nothing_watches() -> None:
+def test_without_a_timeout_only_ends_are_noticed(watch: Watch) -> None:
     with Watch(MPI.COMM_SELF.Dup(), Clock(), 0.0, lambda error: None) as made:
-        assert not threads()
+        assert threads() == ["mpiml-watch"]
         assert made.notes == []
+    watch.timeout = made.timeout
+    watch.clock("data")
+    look(watch, 0)
+    assert not look(watch, 1e6)
+    watch.clock("joining")
+    assert not look(watch, 1e6)
+    watch._signs = {1: Sign(1e6, 0, gone=True)}
+    watch._look_at_all(2e6)
+    assert "rank 1 has left the block" in str(watch.errors)  # type: ignore[attr-defined]
+
+
+def test_ranks_are_named_as_they_were_launched(watch: Watch) -> None:
+    watch._launched, late = [4, 6, 8], time.monotonic() + 1e3
+    watch.clock("data")
+    look(watch, 0)
+    watch._signs = {1: Sign(0, 0, step=3), 2: Sign(late, 0, activity="joining")}
+    errors = look(watch, TIMEOUT + 1)
+    watch._signs[1].gone = True
+    watch._own.activity = "joining"
+    watch._look_at_all(late)
+    assert [(error.rank, str(error)[:40]) for error in errors] == [
+        (4, "rank 4 has made no progress for 5 s, in "),
+        (6, "rank 6 has given no sign of life for 5 s"),
+        (None, "all ranks wait for each other for 10 s: "),
+        (6, "rank 6 has left the block in step 3, and"),
+    ]
 
 
 def test_while_it_watches_the_alarm_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
