@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,14 +18,14 @@ from mpiml.documents import from_json, shown
 from mpiml.errors import ConfigError, OutputError
 from mpiml.loop import trees
 from mpiml.loop.checks import check_comm, check_path, check_whole
-from mpiml.loop.guard import clock
+from mpiml.loop.guard import PROGRAM, clock, deadlines
 from mpiml.run import step_files, verified
+from mpiml.run.console import say
 from mpiml.run.directory import LEFT_OF_CHECKPOINTS, named_errors, sweep, sync
 from mpiml.run.step_files import DIGITS
-from mpiml.team import Team, wait
+from mpiml.team import Team
 
 FORMAT = "mpiml-arrays-1"
-PART = 1 << 26  # bytes that are sent at once
 
 
 class Saved(NamedTuple):
@@ -91,18 +93,24 @@ class Checkpoints:
 
         Raises, on all ranks alike, ConfigError for what cannot be saved, OutputError if it cannot be written.
         """
+        began = time.monotonic()
         with clock().doing("checkpoint"):
             self._team.on_rank_0(lambda: self._write(step, arrays, {} if meta is None else meta))
+        for deadline in deadlines():
+            deadline.saved(time.monotonic() - began)
 
     def newest(self) -> Saved | None:
-        """The newest checkpoint that is whole, the same on all ranks; None if there is none yet.
+        """The newest checkpoint that is whole, the same on all ranks; None if there is none yet. Rank 0 says on stderr
+        which ones it has skipped, and what is wrong with them.
 
         Raises, on all ranks alike, OutputError if there are some but none can be used.
         """
         arrays: dict[str, NDArray[Any]] = {}  # on rank 0
 
         def read() -> tuple[int, dict[str, Any], list[tuple[str, np.dtype[Any], tuple[int, ...]]]] | None:
-            newest, _ = step_files.newest(self.directory, self._load)
+            newest, problems = step_files.newest(self.directory, self._load)
+            for problem in problems:
+                say(f"{PROGRAM}: warning: skipped {problem}", sys.stderr)
             if newest is None:
                 return None
             arrays.update(newest.arrays)
@@ -116,7 +124,9 @@ class Checkpoints:
             for name, dtype, shape in kinds:
                 if name not in arrays:
                     arrays[name] = np.empty(shape, dtype)
-                self._send(arrays[name])
+                self._team.broadcast_array(arrays[name])
+        for deadline in deadlines():
+            deadline.expect(sum(array.nbytes for array in arrays.values()))
         return Saved(step, arrays, meta)
 
     def _make(self) -> None:
@@ -147,17 +157,10 @@ class Checkpoints:
         if verified.head(path)[1].get("format") != FORMAT:
             raise OutputError(f"{path} is not a checkpoint of a loop of one's own")
         arrays, texts = verified.read(path, lambda name: True, clock().progress)
-        step, meta = texts.get("step", ""), from_json(texts.get("meta", ""), f"{path}: meta")
-        if not (step.isascii() and step.isdecimal() and len(step) <= DIGITS and isinstance(meta, dict)):
-            raise OutputError(f"{path} is damaged: step is {shown(step)}, meta {shown(meta)}")
-        return Saved(int(step), arrays, meta)
-
-    def _send(self, array: NDArray[Any]) -> None:
-        """Give all ranks what rank 0 has in an array."""
-        content = array.reshape(-1).view(np.uint8)
-        for first in range(0, content.size, PART):
-            wait([self._team.comm.Ibcast(content[first : first + PART])])
-            clock().progress()
+        meta = from_json(texts.get("meta", ""), f"{path}: meta")
+        if not isinstance(meta, dict):
+            raise OutputError(f"{path} is damaged: meta is {shown(meta)}, but must be an object")
+        return Saved(step_files.step_in(texts, path), arrays, meta)
 
 
 def _named(arrays: Any) -> dict[str, NDArray[Any]]:

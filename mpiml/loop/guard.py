@@ -35,7 +35,12 @@ def clock() -> Clock:
     return _guards[-1].clock if _guards else _unguarded
 
 
-def for_the_rest(comm: MPI.Intracomm, stall_timeout: float) -> guard:
+def deadlines() -> list[Deadline]:
+    """Those of all guards that this process is in, which have to know how long saving takes."""
+    return [one._stop.deadline for one in _guards if one._stop]
+
+
+def guard_until_exit(comm: MPI.Intracomm, stall_timeout: float) -> guard:
     """The guard that this process is in; outside of any, a new one until the program ends. Collective.
 
     A rank that is alone does not enter the new one.
@@ -92,14 +97,18 @@ class guard:
     Args:
         comm: the ranks (default: all).
         out: a directory for result.json, which one job at a time holds (default: none). That of rank 0 counts.
-        stall_timeout: in seconds; 0: no rank is judged by its progress.
-        time_limit: as of mpiml.train: `stop` is true before the time is up. SLURM's limit always counts.
+        stall_timeout: in seconds; 0: no rank is judged by its progress, and the rest is as without.
+        time_limit: from now on, as "90" (minutes), "90:00" or "1:30:00": before it is up `stop` becomes true, with the
+            time left for one more step and a save by `Checkpoints`. SLURM's limit always counts.
 
     Attributes:
         exit_code: 0, or 75 once `stop` has been true: what a job script expects of a job that can go on.
+        team: the ranks of the guard, by a communicator of its own.
+        at_end: functions that are called, in this order, when all ranks leave without an error.
 
-    Raises, as SystemExit, ConfigError for settings that do not work or that ranks give differently, DirectoryError if
-    another job holds `out` or it holds a run of mpiml.train, OutputError if it cannot be written.
+    Raises, as SystemExit, ConfigError for settings that do not work or that ranks give differently, and if it is
+    entered twice; DirectoryError if another job holds `out` or it holds a run of mpiml.train; OutputError if it cannot
+    be written.
     """
 
     def __init__(
@@ -115,12 +124,13 @@ class guard:
         self._failure = failure.Guard(self.team, PROGRAM)
         self._directory: RunDirectory | None = None  # on rank 0
         self._stop: StopRequest | None = None
-        self._answers = self._entered = False
-        self.at_end: list[Callable[[], None]] = []  # called, in this order, when ranks leave without an error
+        self._takes_signals = self._entered = False
+        self.at_end: list[Callable[[], None]] = []
 
     def __enter__(self) -> guard:
         if self._entered:
-            raise ConfigError("this guard has been entered before: make another one")
+            with guard(self._failure.comm, stall_timeout=self.stall_timeout):  # which reports it
+                raise ConfigError("this guard has been entered before: make another one").on_all_ranks()
         self._entered = True
         alarm.start(PROGRAM, [alarm.FLAG, str(self.stall_timeout)])
         alarm.during("waiting for all ranks to enter the guard")
@@ -133,7 +143,8 @@ class guard:
             self.team = Team(MPI.Intracomm(own), self.clock)
             one_job.check_size(MPI.COMM_WORLD.size)
             self._stop = self.team.together(self._checked)
-            self.team.check_alike(one_job.software() | {"stall_timeout": str(self.stall_timeout)})
+            settings = {"stall_timeout": str(float(self.stall_timeout)), "time_limit": str(self.time_limit)}
+            self.team.check_alike(one_job.software() | settings)
             self.team.on_rank_0(lambda: self._open(outer))
             self._failure.run, self._failure.token = self.team.broadcast((self._failure.run, self._failure.token))
             self._watch = Watch(self.team.comm.Dup(), self.clock, self.stall_timeout, self._failure.fail)
@@ -149,7 +160,7 @@ class guard:
     ) -> None:
         ending = error
         try:
-            if self._answers and self._stop:
+            if self._takes_signals and self._stop:
                 self._stop.__exit__()
             if error is None:
                 ending = self._finished()
@@ -183,8 +194,8 @@ class guard:
         From the first time on, these signals are such requests; before, they do what they do without a guard.
         """
         assert self._stop, "the guard has not been entered"
-        if not self._answers:
-            self._answers = True
+        if not self._takes_signals:
+            self._takes_signals = True
             self._stop.__enter__()
         asked = np.array([self._stop.now()], np.int32)
         self.team.wait([self.team.comm.Iallreduce(MPI.IN_PLACE, asked, MPI.MAX)])

@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from mpiml.clock import unwatched
-from mpiml.documents import AVERAGE, shown, texts
+from mpiml.documents import AVERAGE, texts
 from mpiml.errors import NotFiniteError, OutputError
 from mpiml.run import step_files, verified
-from mpiml.run.step_files import DIGITS, file_name, listed, prune
+from mpiml.run.step_files import file_name, listed, prune
 from mpiml.run.verified import Arrays, Kind, Progress, kinds_of
 
 FORMAT = "mpiml-1"
@@ -91,10 +91,9 @@ def load(path: Path, wanted: Callable[[str], bool] = lambda name: True, progress
     if verified.head(path)[1].get("format") != FORMAT:
         raise OutputError(f"{path} is not a checkpoint of mpiml")
     kept, metadata = verified.read(path, wanted, progress)
-    step, config, task = (metadata.get(name, "") for name in ("step", "config", "task"))
-    if not (step.isascii() and step.isdecimal() and len(step) <= DIGITS):
-        raise OutputError(f"{path} is damaged: step is {shown(step)}, but must be a whole number")
-    return Checkpoint(int(step), config, kept, task, _constants(metadata, path), str(path))
+    step = step_files.step_in(metadata, path)
+    config, task = metadata.get("config", ""), metadata.get("task", "")
+    return Checkpoint(step, config, kept, task, _constants(metadata, path), str(path))
 
 
 def header(path: Path) -> Header:

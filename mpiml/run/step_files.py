@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from mpiml.documents import shown
 from mpiml.errors import OutputError
 from mpiml.run.directory import named_errors
 
@@ -60,6 +61,14 @@ def listed(directory: Path) -> list[Path]:
 def last_step(directory: Path) -> int:
     """The step of the newest file, from its name; 0 if there is none."""
     return max(map(step_of, listed(directory)), default=0)
+
+
+def step_in(texts: Mapping[str, str], path: Path) -> int:
+    """The step that the texts of a file say. Raises OutputError if it is no whole number."""
+    step = texts.get("step", "")
+    if not (step.isascii() and step.isdecimal() and len(step) <= DIGITS):
+        raise OutputError(f"{path} is damaged: step is {shown(step)}, but must be a whole number")
+    return int(step)
 
 
 def step_of(file: Path) -> int:

@@ -15,7 +15,7 @@ from torch.autograd import Variable
 from torch.nn import Module
 
 from mpiml.errors import ConfigError
-from mpiml.loop.guard import clock, for_the_rest
+from mpiml.loop.guard import clock, guard_until_exit
 from mpiml.loop.rows import Rows
 from mpiml.nn.torch_tensors import prepare_torch
 from mpiml.team import Team
@@ -71,7 +71,7 @@ class DataParallel(Module):  # type: ignore[misc]
     ):
         super().__init__()
         comm = MPI.COMM_WORLD if comm is None else comm
-        guard = for_the_rest(comm, stall_timeout)
+        guard = guard_until_exit(comm, stall_timeout)
         team = Team(comm, clock())
         team.together(lambda: keywords.check({"device_ids": device_ids, "output_device": output_device, **others}))
         start.compare(team, module)

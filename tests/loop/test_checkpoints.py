@@ -1,4 +1,4 @@
-"""Checkpoints of a loop of one's own: what was saved comes back on all ranks, and what is damaged is passed over."""
+"""Checkpoints of a loop of one's own: what was saved comes back on all ranks, and what is damaged is skipped."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_what_was_saved_comes_back_on_all_ranks(directory: Path) -> None:
 
 
 @pytest.mark.mpi
-def test_the_newest_are_kept_and_a_damaged_one_is_passed_over(directory: Path) -> None:
+def test_the_newest_are_kept_and_a_damaged_one_is_skipped(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoints = Checkpoints(directory, keep=2)
     for step in (1, 2, 3):
         checkpoints.save(step, {"w": np.full(4, step)})
@@ -78,6 +78,10 @@ def test_the_newest_are_kept_and_a_damaged_one_is_passed_over(directory: Path) -
     saved = again.newest()
     assert saved
     assert (saved.step, saved.arrays["w"].tolist()) == (2, [2] * 4)
+    said = capsys.readouterr().err
+    assert (f"warning: skipped {directory}/step-000000003.safetensors is damaged: its content" in said) == (
+        COMM.rank == 0
+    )
     again.save(3, {"w": np.full(4, 3)})
     saved = again.newest()
     assert saved
@@ -98,6 +102,20 @@ def test_ranks_fail_together_where_nothing_can_be_used(directory: Path) -> None:
         OutputError, match=r"no checkpoint in .*step-000000002.* is not a checkpoint of a loop"
     ) as error:
         checkpoints.newest()
+    assert error.value.everywhere
+
+
+@pytest.mark.mpi
+def test_ranks_fail_together_where_nothing_can_be_written(directory: Path) -> None:
+    checkpoints = Checkpoints(directory)
+    if COMM.rank == 0:
+        directory.rmdir()
+        directory.write_text("a file")
+    with pytest.raises(OutputError, match=r"cannot write the checkpoint .*/step-000000001.safetensors: Not a") as error:
+        checkpoints.save(1, {"w": np.zeros(1)})
+    assert (error.value.everywhere, error.value.rank) == (True, 0)
+    with pytest.raises(OutputError, match=r"cannot create .*/checkpoints: File exists") as error:
+        Checkpoints(directory)
     assert error.value.everywhere
 
 

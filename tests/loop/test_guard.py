@@ -10,15 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from mpi4py import MPI
 
 from mpiml.config import Config
 from mpiml.errors import ConfigError, NotFiniteError, OutputError
+from mpiml.loop.checkpoints import Checkpoints
 from mpiml.loop.guard import clock, guard
 from mpiml.loop.rows import Rows
 from mpiml.loop.sums import Sum
 from mpiml.run import alarm
+from mpiml.run.deadline import SLOWEST_DISK
 from mpiml.run.directory import RunDirectory
 from mpiml.run.result import read_result
 from mpiml.train import train
@@ -128,16 +131,22 @@ def test_a_directory_that_another_job_holds(tmp_path: Path, capsys: pytest.Captu
         pass
 
 
-def test_a_guard_is_entered_once() -> None:
+@pytest.mark.mpi
+def test_a_guard_is_entered_once(capsys: pytest.CaptureFixture[str]) -> None:
     job = guard()
     with job, pytest.raises(ConfigError, match="make another one"), job:
-        pass
-    with pytest.raises(ConfigError, match="make another one"), job:
-        pass
+        raise AssertionError("it has been entered")
+    assert len(capsys.readouterr().err.splitlines()) == (WORLD.rank == 0)
+    with pytest.raises(SystemExit) as left, job:
+        raise AssertionError("it has been entered")
+    assert left.value.code == 78
+    said = capsys.readouterr().err
+    assert said.partition(": ")[2] == "this guard has been entered before: make another one\n" * (WORLD.rank == 0)
+    WORLD.Barrier()
 
 
 def test_guards_one_after_the_other() -> None:
-    for _ in range(300):  # communicators are given back: an MPI library has only some thousands
+    for _ in range(2200):  # communicators are given back: MPICH has 2,048
         with guard(stall_timeout=0):
             pass
 
@@ -190,6 +199,27 @@ def test_time_that_is_nearly_up_is_a_request() -> None:
         assert job.stop
 
 
+def test_before_the_time_is_up_enough_is_left_for_a_save_as_long_as_the_longest(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, MPI.COMM_SELF)
+    with guard(MPI.COMM_SELF, time_limit="10") as outer, guard(MPI.COMM_SELF, time_limit="10") as inner:
+        assert not outer.stop
+        checkpoints.save(1, {"w": SlowArray()})
+        for job in (outer, inner):
+            assert job._stop
+            job._stop.deadline.end = time.monotonic() + 1.5 * SlowArray.SECONDS
+            assert job.stop
+    with guard(MPI.COMM_SELF, time_limit="10") as job:
+        assert not job.stop
+        assert job._stop
+        job._stop.deadline.end = time.monotonic() + 60
+        assert not job.stop
+        checkpoints.save(2, {"w": np.zeros(1 << 20)})
+        checkpoints.newest()
+        job._stop.deadline._save = 0.0  # as in a job that has read a checkpoint and has not saved one yet
+        job._stop.deadline.end = time.monotonic() + (1 << 20) * 8 / SLOWEST_DISK
+        assert job.stop
+
+
 def test_alive_is_a_sign_of_life_or_a_block_of_them() -> None:
     with guard() as job:
         moves = job.clock.moves
@@ -203,6 +233,16 @@ def test_alive_is_a_sign_of_life_or_a_block_of_them() -> None:
         with pytest.raises(KeyError), job.alive("a block that fails"):
             raise KeyError
         assert not job.clock.patient
+
+
+class SlowArray:
+    """Takes a while to be written."""
+
+    SECONDS = 0.2
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+        time.sleep(self.SECONDS)
+        return np.zeros(3)
 
 
 def stalled(work: Callable[[guard], object]) -> bool:
@@ -248,19 +288,22 @@ def test_an_error_of_all_ranks_leaves_all_with_its_code(tmp_path: Path, capsys: 
 
 
 @pytest.mark.mpi
+@pytest.mark.skipif(WORLD.size == 1, reason="ranks must differ")
 def test_ranks_that_differ_in_a_setting_are_named(capsys: pytest.CaptureFixture[str]) -> None:
-    if WORLD.size > 1:
-        with pytest.raises(SystemExit), guard(stall_timeout=FAST + WORLD.rank):
+    for settings, words in (
+        ({"stall_timeout": FAST + WORLD.rank}, "stall_timeout: 6.0 (rank 1 on"),
+        ({"time_limit": None if WORLD.rank == 0 else "90:00"}, "time_limit: 90:00 (rank 1 on"),
+    ):
+        with pytest.raises(SystemExit), guard(**settings):  # type: ignore[arg-type]
             raise AssertionError("it has been entered")
-        said = capsys.readouterr().err
-        assert ("ranks differ in stall_timeout: 6.0 (rank 1 on" in said) == (WORLD.rank == 0)
+        assert (f"ranks differ in {words}" in capsys.readouterr().err) == (WORLD.rank == 0)
 
 
 @pytest.mark.mpi
 def test_on_a_part_of_the_ranks() -> None:
     comm = WORLD.Split(WORLD.rank % 2, WORLD.rank)
     with guard(comm) as job:
-        assert (job.team.size, job.stop) == (comm.size, False)
+        assert (job.team.size, job.team.name, job.stop) == (comm.size, WORLD.rank, False)
         with guard(WORLD) as both:
             assert both.team.size == WORLD.size
     comm.Free()
