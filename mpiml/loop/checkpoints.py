@@ -170,7 +170,7 @@ def _named(arrays: Any) -> dict[str, NDArray[Any]]:
         if name in named or name == "__metadata__" or not name.isprintable():
             why = "two arrays have it" if name in named else "files cannot have it"
             raise ConfigError(f"save: the name {name!r}: {why}; choose another key")
-        named[name] = _array(value, name)
+        named[name] = _array(value, f"save: {name}")
     return named
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from mpiml.run import verified
 from tests.chaos.campaign import Case, Verdict
 from tests.chaos.jobs import Ended, Job
-from tests.chaos.runs import Lab, result
+from tests.chaos.runs import Lab, checkpoints, result
 
 PHASES = (
     *("import", "data", "model", "transform", "forward", "loss", "backward", "metric", "evaluation", "checkpoint"),
@@ -20,6 +21,9 @@ SEEN = ("raise", "sys.exit(0)", "sys.exit(3)", "endless loop", "SIGSTOP")  # som
 UNSEEN = ("os._exit(0)", "os._exit(5)", "SIGKILL", "SIGSEGV")
 LATE = ("endless loop", "SIGSTOP", "SIGKILL", "SIGSEGV")  # make a job fail also when the run is done
 RANKS, LIMIT = 3, 15.0
+OWN_PHASES = ("before", "first", "loop", "put", "alive", "save", "write", "last")  # of a loop of one's own
+BY_ONE = ("write", "save")  # what only the rank does that writes: rank 0 in a run, the last one in the loop
+OWN_SAVED = {"before": 0, "first": 0, "last": 7}  # the last step that has been saved then, in others at least 2
 USER = "tests.chaos.trouble"
 SETTINGS = (
     f"--model {USER}:model --data {USER}:load --transform {USER}:transform --loss {USER}:loss --metric {USER}:metric "
@@ -34,12 +38,41 @@ def cases(lab: Lab, rng: Random) -> Iterator[Case]:
     matrix = [
         (phase, way, rank)
         for phase, way, rank in itertools.product(PHASES, SEEN + UNSEEN, (0, RANKS - 1))
-        if not (phase == "write" and rank)  # rank 0 alone writes
+        if not (phase in BY_ONE and rank)
     ]
     rng.shuffle(matrix)
     for phase, way, rank in matrix:
         name = f"{way} in phase {phase} of rank {rank} of {RANKS}"
         yield Case(name, lambda path, cell=(phase, way, rank): trial(path, *cell))
+
+
+def own_cases(lab: Lab, rng: Random) -> Iterator[Case]:
+    """The whole matrix of a loop of one's own, in which a block that is `alive` may take for ever."""
+    matrix = [
+        (phase, way, rank)
+        for phase, way, rank in itertools.product(OWN_PHASES, SEEN + UNSEEN, (0, RANKS - 1))
+        if not (phase in BY_ONE and rank == 0) and (phase, way) != ("alive", "endless loop")
+    ]
+    rng.shuffle(matrix)
+    for phase, way, rank in matrix:
+        name = f"{way} in phase {phase} of rank {rank} of {RANKS}"
+        yield Case(name, lambda path, cell=(phase, way, rank): own_trial(path, *cell))
+
+
+def own_trial(path: Path, phase: str, way: str, rank: int) -> Iterator[Verdict]:
+    """A loop of one's own in which one rank leaves."""
+    run = path / "run"
+    with Job(RANKS, run, rank, phase, way, module="tests.contract.own_loop") as job:
+        ended = job.wait(LIMIT)
+    why = lasting(ended, phase, way)
+    if not why and way in SEEN and phase != "before":
+        why = unsaid(ended, result(run), way, rank)
+    yield f"own loop, phase {phase}: gone in {LIMIT:.0f} s, not with code 0, reason and rank in writing", why
+    files = checkpoints(run)
+    for file in files.values():
+        verified.read(file, lambda name: False)
+    least, saved = OWN_SAVED.get(phase, 2), max(files, default=0)
+    yield "own loop: what has been saved stays, and is whole", "" if saved >= least else f"step {saved}, not {least}"
 
 
 def trial(path: Path, phase: str, way: str, rank: int) -> Iterator[Verdict]:

@@ -24,4 +24,5 @@ PARTS = {
     "mutants": Part(mutants.cases, 1.5, 330, "checkpoints with a bit flipped, cut short, damaged, forged"),
     "pairs": Part(pairs.cases, 1.0, 3, "two and three jobs on one directory at once"),
     "exits": Part(exits.cases, 2.5, 6, "every way out, in every phase, on the first and on the last rank"),
+    "loop": Part(exits.own_cases, 1.5, 6, "every way out of a loop of one's own, in every phase"),
 }

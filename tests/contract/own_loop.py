@@ -1,12 +1,12 @@
-"""A loop of one's own in which ranks get into trouble: `python own_loop.py OUT RANK PHASE KIND`.
+"""A loop of one's own in which a rank gets into trouble: `python -m tests.contract.own_loop OUT RANK PHASE WAY`.
 
-Without trouble (`python own_loop.py OUT 0 never -`) rank 0 prints the digest of what it has summed.
+Without trouble (`... OUT 0 never -`) rank 0 prints the digest of what it has summed. Its communicator has the ranks of
+the job backwards: RANK, and what messages say, is as mpirun numbers them. The last rank saves.
 """
 
 import contextlib
 import hashlib
 import os
-import signal
 import sys
 import threading
 import time
@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from mpiml.api import Rows, Sum, guard
+from mpiml.api import Checkpoints, Rows, Sum, guard
+from mpiml.loop.guard import clock
 from mpiml.run import alarm
+from tests.chaos.trouble import WAYS, fail
 
 alarm.LEAST = 2.0
-RANK, PHASE, KIND = int(sys.argv[2]), sys.argv[3], sys.argv[4]
-
-
-def fail() -> None:
-    raise RuntimeError("this rank is in trouble")
+STEP = 3  # in which the trouble comes
+OUT, RANK, PHASE, WAY = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+COMM = MPI.Intracomm(MPI.COMM_WORLD.Split(0, -MPI.COMM_WORLD.rank))
 
 
 def in_thread() -> None:
@@ -41,33 +41,22 @@ def leave() -> None:
     raise LeftError
 
 
-KINDS: dict[str, Any] = {
-    "raise": fail,
-    "exit0": lambda: sys.exit(0),
-    "exit3": lambda: sys.exit(3),
-    "thread": in_thread,
-    "os-exit0": lambda: os._exit(0),
-    "os-exit3": lambda: os._exit(3),
-    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
-    "sleep": lambda: time.sleep(60),
-    "leave": leave,
-}
+OWN_WAYS = {"thread": in_thread, "leave": leave}
 
 
-def trouble(phase: str, step: int = 3) -> None:
-    if (phase, MPI.COMM_WORLD.rank, step) == (PHASE, RANK, 3):
-        KINDS[KIND]()
+def trouble(phase: str, step: int = STEP) -> None:
+    if (phase, MPI.COMM_WORLD.rank, step) == (PHASE, RANK, STEP):
+        (WAYS | OWN_WAYS)[WAY]()
 
 
 class Troubled:
-    """An array that gets into trouble when it is put."""
+    """An array that gets into trouble when it is read."""
 
-    def __init__(self, array: Any, step: int):
-        self.array, self.step = array, step
+    def __init__(self, array: Any, phase: str, step: int):
+        self.array, self.phase, self.step = array, phase, step
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
-        trouble("put", self.step)
+        trouble(self.phase, self.step)
         return self.array
 
 
@@ -77,29 +66,41 @@ def gradient(m: int, rows: Any) -> Any:
     return (random.standard_normal((70, 300)) * 2.0 ** random.integers(-12, 12, (70, 300))).astype(np.float32)
 
 
+def sync(descriptor: int) -> None:
+    """In place of os.fsync: the trouble comes in the main thread, as a checkpoint is written."""
+    if clock().activity == "checkpoint" and threading.current_thread() is threading.main_thread():
+        trouble("write", clock().step)
+    real_sync(descriptor)
+
+
 def loop(job: guard) -> str:
     trouble("first")
-    data, digest = Rows(200, 40, 5, seed=1), hashlib.sha256()
-    with Sum(like={"w": np.zeros((70, 300), np.float32), "loss": 0.0}, microbatches=5) as total:
+    data, digest = Rows(200, 40, 5, seed=1, comm=COMM), hashlib.sha256()
+    checkpoints = Checkpoints(f"{OUT}/checkpoints", COMM)
+    with Sum(COMM, {"w": np.zeros((70, 300), np.float32), "loss": 0.0}, microbatches=5) as total:
         for step in range(1, 8):
             trouble("loop", step)
-            if (PHASE, MPI.COMM_WORLD.rank, step) == ("break", RANK, 4):
+            if (PHASE, MPI.COMM_WORLD.rank, step) == ("break", RANK, STEP + 1):
                 break
             for m, rows in data.mine(step):
-                total.put(m, {"w": Troubled(gradient(m, rows), step), "loss": rows.mean()}, weight=len(rows))
+                total.put(m, {"w": Troubled(gradient(m, rows), "put", step), "loss": rows.mean()}, weight=len(rows))
             mean = total.mean()
             digest.update(mean["w"].tobytes() + repr(mean["loss"]).encode())
+            with job.alive("evaluation"):
+                trouble("alive", step)
+            checkpoints.save(step, Troubled(mean["w"], "save", step))
             if job.stop:
                 break
     return digest.hexdigest()
 
 
+real_sync, os.fsync = os.fsync, sync
 trouble("before")
 digest = ""
-with guard(out=sys.argv[1], stall_timeout=2) as job:
+with guard(COMM, OUT, stall_timeout=2) as job:
     with contextlib.suppress(LeftError):
         digest = loop(job)
     trouble("last")
-if MPI.COMM_WORLD.rank == 0:
+if COMM.rank == 0:
     print(digest)
 sys.exit(job.exit_code)

@@ -12,6 +12,8 @@ from mpi4py import MPI
 from mpiml.errors import ConfigError, OutputError
 from mpiml.loop.checkpoints import Checkpoints
 from mpiml.run import verified
+from tests.chaos.disk import Disk, Tree, build, recorded
+from tests.conftest import launch
 
 COMM = MPI.COMM_WORLD
 
@@ -166,6 +168,42 @@ def test_other_forms_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=words):
             saved.into(like)
+
+
+SAVES = (1, 2, 2, 3, 3)  # the steps of a program that goes on after each second one
+RECORDED = f"""
+import os
+import sys
+import numpy as np
+from mpiml.api import Checkpoints
+from tests.chaos import shim
+shim.SHIM = shim.Shim(sys.argv[1], sys.argv[2], "")
+shim.SHIM.install()
+for number, step in enumerate({SAVES}, 1):
+    if number % 2:
+        checkpoints = Checkpoints(f"{{sys.argv[1]}}/checkpoints", keep=2)
+    checkpoints.save(step, np.full(2, number))
+    os.mkdir(f"{{sys.argv[1]}}/returned-{{number}}")
+"""
+
+
+@pytest.mark.contract
+def test_after_a_crash_at_any_moment_the_state_before_or_the_new_one_is_there(tmp_path: Path) -> None:
+    done = launch(0, "-c", RECORDED, str(tmp_path / "run"), str(tmp_path / "calls"))
+    assert done.returncode == 0, done.stderr
+    disk, returned, states = Disk(), 0, dict[object, tuple[int, Tree]]()
+    for call in recorded(tmp_path / "calls"):
+        trees = list(disk.within(call))
+        disk.follow(call)
+        trees += [disk.now(), *disk.after_power_failure(journal=True), *disk.after_power_failure(journal=False)]
+        returned = max(returned, int(call["path"].partition("returned-")[2] or 0))
+        states |= {(returned, frozenset(tree.items())): (returned, tree) for tree in trees}
+    assert len(states) > 50
+    assert returned == len(SAVES)
+    for number, (returned, tree) in enumerate(states.values()):
+        build(tree, tmp_path / f"{number}")
+        saved = Checkpoints(tmp_path / f"{number}" / "checkpoints", MPI.COMM_SELF).newest()
+        assert (saved.arrays["the array"][0] if saved else 0) in (returned, returned + 1)
 
 
 def test_saved_again_a_step_has_the_new_arrays(tmp_path: Path) -> None:
