@@ -61,7 +61,8 @@ def test_ways_out_that_somebody_is_left_to_write_down(
     assert result["reason"].startswith(reason.format(rank=rank))
     assert (result["status"], result["rank"], result["exit_code"]) == ("failed", rank, done.returncode)
     assert done.returncode in (70, 78)
-    assert f"own_loop.py: {reason.format(rank=rank)}" in done.stderr
+    where = f" (rank {rank}, step " if reason == RAISED else ""
+    assert f"own_loop.py: {reason.format(rank=rank)}{where}" in done.stderr
     assert done.stderr.count("Traceback") <= 1
 
 

@@ -102,7 +102,8 @@ def test_it_is_off_while_others_watch() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_program_without_one_is_left_alone() -> None:
+def test_a_program_without_one_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alarm, "_alarm", None)  # whatever other tests have given this process
     alarm.during("nothing")
     alarm.off()
     assert not [thread for thread in threading.enumerate() if thread.name == "mpiml-alarm"]
