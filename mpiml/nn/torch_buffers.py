@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from mpiml.errors import ConfigError
 from mpiml.nn.torch_names import plain_name, uncompiled
 from mpiml.nn.torch_tensors import checksum
 
@@ -63,9 +62,8 @@ class Buffers:
 
     def __getitem__(self, name: str) -> Tensor:
         _, held, key = self.place(name)
-        tensor = held[key]
-        if tensor is None:
-            raise ConfigError(f"the module makes its buffer {name} None; keep what comes and goes in a plain attribute")
+        if (tensor := held.get(key)) is None:
+            raise ValueError(f"its buffer {name} is None now; keep what comes and goes in a plain attribute")
         return tensor
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
@@ -113,7 +111,7 @@ class Snapshot:
         self._seen = [
             (name, held, key, tensor, tensor._version, address(tensor), checksums.get(name))
             for name, held, key in places
-            if (tensor := held[key]) is not None
+            if (tensor := held.get(key)) is not None
         ]
 
     def changed(self) -> Iterator[tuple[str, bool]]:

@@ -57,7 +57,7 @@ class Average:
         self._frozen = {name: parameter for name, parameter in named.items() if not parameter.requires_grad}
         self._module, self._looked = module, _registered[0]
         self._dtypes = [parameter.dtype for parameter in self.trained]
-        self.buffers = Changes(module, buffers)
+        self.buffers = Changes(module, buffers, warns=team.rank == 0)
         self.team, self.meetings, self._memory, self.by_ranks = team, Meetings(team), memory, False
         self._total: Slot | None = None  # views of the total, once there is one
         self._flags, self._flag_tensor = list[bool](), torch.zeros(0)  # that were written last

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from mpiml.errors import ConfigError
+from mpiml.errors import ConfigError, first_few
 from mpiml.nn.torch_buffers import Buffers, Snapshot
 from mpiml.nn.torch_tensors import checksum
 
@@ -24,6 +25,7 @@ class Changes:
 
     Args:
         wanted: whether any are of interest.
+        warns: whether this rank warns of buffers that are not averaged.
 
     Attributes:
         averaged: names of buffers that are averaged, because they have changed once, or will.
@@ -31,7 +33,8 @@ class Changes:
         changed: names of those that have since the last average.
     """
 
-    def __init__(self, module: Module, wanted: bool):
+    def __init__(self, module: Module, wanted: bool, warns: bool):
+        self._module, self._warns = module, wanted and warns
         self._buffers = Buffers(module)
         self._known = self._buffers.tensors() if wanted else {}  # the tensors that are the module's own
         self._shapes = {name: tensor.shape for name, tensor in self._known.items()}
@@ -43,15 +46,17 @@ class Changes:
         self._count = 0  # of forward passes
 
     def __getitem__(self, name: str) -> Tensor:
-        """A buffer that is averaged. Raises ConfigError if it has lost its shape."""
-        tensor, shape = self._buffers[name].detach(), self._shapes[name]
-        if tensor.shape != shape:
+        """A buffer that is averaged. Raises ConfigError if it is None, or has another shape than it had."""
+        _, held, key = self._buffers.place(name)
+        tensor, shape = held.get(key), self._shapes[name]
+        if tensor is None or tensor.shape != shape:
+            now = "None" if tensor is None else f"of shape {tuple(tensor.shape)}"
             raise ConfigError(
-                f"the buffer {name} has shape {tuple(tensor.shape)} now, and had {tuple(shape)} {WHEN_MADE}: buffers "
-                "that the forward pass changes are averaged; make it as long as it will be, or a plain attribute, or "
-                "pass broadcast_buffers=False"
+                f"the buffer {name} is {now} now, and was of shape {tuple(shape)} {WHEN_MADE}: buffers that the "
+                "forward pass changes are averaged; make it as long as it will be, or a plain attribute, or pass "
+                "broadcast_buffers=False"
             )
-        return tensor
+        return tensor.detach()
 
     def values(self) -> list[Tensor]:
         """The buffers that are averaged."""
@@ -60,13 +65,28 @@ class Changes:
     def copies(self, unchanged: bool) -> dict[str, Tensor]:
         """Copies of the buffers that are averaged, and, if asked for, of those that are not yet."""
         names = [*self.averaged, *(self.unchanged if unchanged else ())]
-        return {name: self._buffers[name].detach().clone() for name in names}
+        return {name: tensor.detach().clone() for name, tensor in self._present(names)}
 
     def checksums(self, count: int) -> dict[str, int]:
         """Of the buffers that are to be compared by value in the forward pass, or step, of this number."""
+        if compares_all(count):
+            self._warn_of_new()
         names = self.averaged + self.unchanged if compares_all(count) else self.averaged
         uncounted = [n for n in names if n not in self._norms and (compares_all(count) or not self._counted.get(n))]
-        return {name: checksum(self._buffers[name]) for name in uncounted}
+        return {name: checksum(tensor) for name, tensor in self._present(uncounted)}
+
+    def _present(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Those of these that are not None: a cache may come and go in evaluation."""
+        for name, held, key in map(self._buffers.place, names):
+            if (tensor := held.get(key)) is not None:
+                yield name, tensor
+
+    def _warn_of_new(self) -> None:
+        new = sorted(Buffers(self._module).places.keys() - self._buffers.places.keys()) if self._warns else []
+        if new:
+            self._warns = False
+            text = f"{first_few(new)}: no buffer {WHEN_MADE}, and not averaged: call the module once before, or keep a "
+            warnings.warn(text + "cache in a plain attribute", stacklevel=4)
 
     def snapshot(self, checksums: Mapping[str, int] | None = None) -> Snapshot:
         """How buffers are now, before a forward pass, for `note_changes`; without `checksums` the next of all."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -184,7 +185,7 @@ class Cache(nn.Module):
 
 @pytest.mark.parametrize(
     ("comes", "said"),
-    [(True, r"the buffer table has shape \(6,\) now, and had \(2,\) when"), (False, "its buffer table None")],
+    [(True, r"buffer table is of shape \(6,\) now, and was of shape \(2,\) when"), (False, "buffer table is None now")],
 )
 def test_buffers_that_grow_or_go_are_named(comes: bool, said: str) -> None:
     net = DataParallel(Cache(comes))
@@ -199,3 +200,25 @@ def test_buffers_that_grow_or_go_are_named(comes: bool, said: str) -> None:
     net = DataParallel(Cache(True), broadcast_buffers=False)
     net(rows()).sum().backward()
     assert len(net.module.table) == 6
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_warning_names_buffers_that_are_made_later(exact: bool) -> None:
+    net = DataParallel(nn.Linear(5, 5))
+    net.module.register_buffer("none", None)
+
+    def act(m: Any = None) -> None:
+        loss = net(rows()).sum()
+        net.module.none = torch.ones(len(rows()))
+        net.module.register_buffer("new", torch.ones(1), persistent=False)
+        net.backward(loss, m) if exact else loss.backward()
+
+    with pytest.warns(UserWarning, match="new, none: no buffer") if rank() == 0 else contextlib.nullcontext():
+        if exact:
+            for step in net.steps(Rows(64, 8, 2 * WORLD.size), last=2):
+                for m in step:
+                    act(m)
+                net.step(torch.optim.SGD(net.parameters(), lr=0.1))
+        else:
+            act()
+            act()
