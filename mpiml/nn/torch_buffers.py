@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pickle
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from mpiml.nn.torch_names import plain_name, uncompiled
 from mpiml.nn.torch_tensors import checksum
 
 Flags = Mapping[Module, tuple[bool, bool]]  # of each part, in evaluation and in training
+Place = tuple[str, dict[str, Tensor | None], str]  # a tensor's name, and where a part holds it, under which key
 KEPT_BY_TORCH = frozenset(vars(Module()))  # parameters, buffers, hooks and the like
 
 
@@ -53,10 +55,15 @@ class Buffers:
                     name = names.setdefault(id(tensor), plain_name(f"{prefix}.{key}".lstrip(".")))
                     self.places.setdefault(name, []).append((part, key))
 
-    def __getitem__(self, name: str) -> Tensor:
+    def place(self, name: str) -> Place:
+        """Where a part holds the buffer; the first of several."""
         part, key = self.places[name][0]
-        tensor = part._buffers[key] if key in part._buffers else part._parameters[key]
-        assert tensor is not None
+        return name, part._buffers if key in part._buffers else part._parameters, key
+
+    def __getitem__(self, name: str) -> Tensor:
+        _, held, key = self.place(name)
+        if (tensor := held.get(key)) is None:
+            raise ValueError(f"its buffer {name} is None now; keep what comes and goes in a plain attribute")
         return tensor
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
@@ -71,6 +78,14 @@ class Buffers:
     def tensors(self) -> dict[str, Tensor]:
         return {name: self[name] for name in self.places}
 
+    def norms(self) -> dict[str, list[Module]]:
+        """Of each buffer that torch's own normalisations change in training: these."""
+        places = self.places.items()
+        norms = {
+            name: [part for part, key in all_of if key in part._buffers and _tracks(part)] for name, all_of in places
+        }
+        return {name: parts for name, parts in norms.items() if parts}
+
     @contextmanager
     def copied(self) -> Iterator[dict[str, Tensor]]:
         """Within the block the module has copies; the buffers themselves, which the block gets, come back after it."""
@@ -84,35 +99,38 @@ class Buffers:
                 self[name] = tensor
 
 
-class Fixed:
-    """The parameters and buffers of a module that its calls must not change: all but those at the places `changing`."""
+class Snapshot:
+    """How tensors of a module are now, to see later which of them have been written to or replaced.
 
-    def __init__(self, module: Module, changing: set[tuple[Module, str]]):
+    Args:
+        checksums: of some of them, by name. These are compared by their values, too: what torch's normalisations do,
+            and writes to `tensor.data`, shows in nothing else.
+    """
+
+    def __init__(self, places: Iterable[Place], checksums: Mapping[str, int] = MappingProxyType({})):
         self._seen = [
-            (plain_name(f"{prefix}.{key}".lstrip(".")), held, key, tensor, tensor._version, address(tensor))
-            for prefix, part in module.named_modules()
-            for held in (part._parameters, part._buffers)
-            for key, tensor in held.items()
-            if tensor is not None and (part, key) not in changing
+            (name, held, key, tensor, tensor._version, address(tensor), checksums.get(name))
+            for name, held, key in places
+            if (tensor := held.get(key)) is not None
         ]
 
-    def changed(self) -> str | None:
-        """The name of the first that a call has written to or replaced, if there is one."""
-        for name, held, key, tensor, version, place in self._seen:
-            if held[key] is not tensor or tensor._version != version or address(tensor) != place:
-                return name
-        return None
+    def changed(self) -> Iterator[tuple[str, bool]]:
+        """The name of each that has changed, and whether only its values show that."""
+        for name, held, key, tensor, version, place, values in self._seen:
+            now = held.get(key)
+            if now is not tensor or now._version != version or address(now) != place:
+                yield name, False
+            elif values is not None and checksum(now) != values:
+                yield name, True
 
 
-def averaged_by_torch(buffers: Buffers, flags: Flags) -> set[str]:
-    """The names of the buffers that torch's own normalisations change in training."""
-    norms = {
-        part
-        for part, (_, training) in flags.items()
-        if isinstance(part, torch.nn.modules.batchnorm._NormBase) and training and part.track_running_stats
-    }
-    places = buffers.places.items()
-    return {name for name, all_of in places if any(part in norms and key in part._buffers for part, key in all_of)}
+def fixed(module: Module, changing: set[tuple[Module, str]]) -> Iterator[Place]:
+    """The parameters and buffers of a module that its calls must not change: all but those of `changing`."""
+    for prefix, part in module.named_modules():
+        for held in (part._parameters, part._buffers):
+            for key in held:
+                if (part, key) not in changing:
+                    yield plain_name(f"{prefix}.{key}".lstrip(".")), held, key
 
 
 def marks(module: Module) -> dict[str, int]:
@@ -138,15 +156,6 @@ def address(tensor: Tensor) -> int:
     """Where the values lie in memory, if they lie in one piece. Code that sets `tensor.data` changes it, and nothing
     else that tensors show."""
     return int(tensor.data_ptr()) if tensor.layout == torch.strided else 0
-
-
-def is_changed(first: Tensor, copy: Tensor, place: int, now: Tensor) -> bool:
-    """Whether a call has written to a buffer, a copy of the `first` values at a `place` in memory, or put another
-    there. Torch's normalisations, and writes to `tensor.data`, show in nothing but the values."""
-    if now is not copy or now._version > 0 or address(now) != place:
-        return True
-    same = now.layout == torch.strided and torch.equal(first, now)  # never if there is a nan
-    return not same and checksum(now) != checksum(first)
 
 
 def differing(one: Mapping[str, int], other: Mapping[str, int]) -> list[str]:
@@ -187,6 +196,10 @@ def _place(module: Module, name: str) -> tuple[dict[str, Any], str]:
     parts = {plain_name(prefix): part for prefix, part in module.named_modules()}
     prefix, _, key = name.rpartition(".")
     return vars(parts[prefix]), key
+
+
+def _tracks(part: Module) -> bool:
+    return isinstance(part, torch.nn.modules.batchnorm._NormBase) and bool(part.track_running_stats)
 
 
 def _is_trained(tensor: Tensor | None) -> bool:

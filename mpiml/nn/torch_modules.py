@@ -18,7 +18,7 @@ from mpiml.errors import ConfigError, first_few
 from mpiml.nn import torch_state
 from mpiml.nn.base import Array, At, Backward, Layer, check_shape, described, is_optimised
 from mpiml.nn.parameters import Constant, Gradients, Parameter, Shape, Statistic
-from mpiml.nn.torch_buffers import Buffers, Fixed, Flags, flags_of, set_flags
+from mpiml.nn.torch_buffers import Buffers, Flags, Snapshot, fixed, flags_of, set_flags
 from mpiml.nn.torch_checks import check_parameters, converted, types_besides
 from mpiml.nn.torch_inputs import INTEGERS, Inputs, split_inputs
 from mpiml.nn.torch_names import plain_name, uncompiled
@@ -203,7 +203,7 @@ class TorchLayer(Layer):
             tensor.data = as_kind_of(tensor, self._values[name])
         self._buffers = Buffers(self.module)
         changing = {place for name in self._state for place in self._buffers.places[name]}
-        self._fixed = Fixed(self.module, changing)
+        self._fixed = Snapshot(fixed(self.module, changing))
 
     def _fill_buffers(self) -> None:
         """Give the module new buffers, with the values before the step, for a call that may change them. Those of
@@ -217,7 +217,7 @@ class TorchLayer(Layer):
 
     def _check_unchanged(self, at: At) -> None:
         """Raise ConfigError if a call has changed what no trial has seen it change."""
-        if name := self._fixed.changed():
+        for name, _ in self._fixed.changed():
             when = f"in step {at.step}" if at.training else "in evaluation"
             raise ConfigError(
                 f"{self._name()} changes its {name} {when}, though it did not when it was tried before step 1; for a "

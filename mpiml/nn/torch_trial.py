@@ -19,12 +19,10 @@ from mpiml.nn.parameters import Shape
 from mpiml.nn.torch_buffers import (
     Buffers,
     Flags,
-    address,
+    Snapshot,
     attribute,
-    averaged_by_torch,
     checksums,
     differing,
-    is_changed,
     marks,
     raised,
     set_flags,
@@ -117,7 +115,7 @@ class _Tried:
         self.before, self.parameters = marks(module), checksums(module)
         self.memory = [tensor.detach() for tensor in module.parameters()]  # which is not used for others meanwhile
         self.buffers, self.changed = Buffers(module), set[str]()
-        self.checksums: dict[str, int] = {}  # of buffers that a call has not changed
+        self.checksums: dict[str, int] = {}  # of buffers
         self.draws, self.redraws, self.kept = set[str](), set[str](), set[str]()
         self.output: Shape | None = None  # of a row, as the first call has it
         self.writes_input = False
@@ -135,13 +133,12 @@ class _Tried:
         source = source.clone().requires_grad_(leaf and training and self.dtype.is_floating_point)
         x = source.clone()  # the module may write to it, which a leaf that requires a gradient does not allow
         with self.buffers.copied() as own:
-            copies = {name: (tensor, address(tensor)) for name, tensor in self.buffers.tensors().items()}
+            for name in own.keys() - self.checksums.keys():
+                self.checksums[name] = checksum(own[name])
+            before = Snapshot(map(self.buffers.place, own), self.checksums)
             with Draws(key, "trial") as draws, torch.set_grad_enabled(training):
                 y = self.module(x)
-            after = self.buffers.tensors()
-            changed = {name for name, tensor in after.items() if is_changed(own[name], *copies[name], tensor)}
-            for name in after.keys() - self.checksums.keys() - changed:
-                self.checksums[name] = checksum(after[name])
+            after, changed = self.buffers.tensors(), {name for name, _ in before.changed()}
             sums = self.checksums | {name: checksum(after[name]) for name in changed}
             state = {name: (sums[name], tensor.shape, tensor.dtype) for name, tensor in after.items()}
         self.output = output_shape(y, len(x), self.output)
@@ -271,7 +268,9 @@ class _Tried:
 
     def _find_state(self, trial: Trial, calls: Sequence[_Call]) -> None:
         """Which buffers are state, and a note on those whose averages torch itself does not define."""
-        torchs, averaged = averaged_by_torch(self.buffers, self.flags), list[str]()
+        trained = {part for part, (_, training) in self.flags.items() if training}
+        torchs = {name for name, norms in self.buffers.norms().items() if not trained.isdisjoint(norms)}
+        averaged = list[str]()
         trial.state = [name for name in self.buffers.places if name in self.changed | torchs]
         for name in trial.state:
             contents = {call.state[name] for call in calls if name in call.state}

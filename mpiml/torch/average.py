@@ -18,11 +18,10 @@ from mpiml.loop.sums import Sum
 from mpiml.nn.torch_names import plain_name
 from mpiml.team import Team
 from mpiml.torch import flat
-from mpiml.torch.buffers import Changes
+from mpiml.torch.buffers import WHEN_MADE, Changes
 from mpiml.torch.flat import Arrays, Places, Slot
 from mpiml.torch.meetings import COLUMNS, Meetings
 
-WHEN_MADE = "when DataParallel was made"
 _registered = [0]  # how often any module has been given a parameter or a part; a list, for the hooks to write to
 
 
@@ -58,7 +57,7 @@ class Average:
         self._frozen = {name: parameter for name, parameter in named.items() if not parameter.requires_grad}
         self._module, self._looked = module, _registered[0]
         self._dtypes = [parameter.dtype for parameter in self.trained]
-        self.buffers = Changes(module, buffers)
+        self.buffers = Changes(module, buffers, warns=team.rank == 0)
         self.team, self.meetings, self._memory, self.by_ranks = team, Meetings(team), memory, False
         self._total: Slot | None = None  # views of the total, once there is one
         self._flags, self._flag_tensor = list[bool](), torch.zeros(0)  # that were written last
@@ -117,7 +116,7 @@ class Average:
         with torch.no_grad():
             flat.copy(views, [g if g.layout == torch.strided else g.to_dense() for g in gradients])
             flat.copy(slot.tensors[len(flags) :], self.buffers.values())
-        flags += [name in self.buffers.changed for name in [*self.buffers.riding, *self.buffers.quiet]]
+        flags += [name in self.buffers.changed for name in [*self.buffers.averaged, *self.buffers.unchanged]]
         if flags != self._flags:
             self._flags, self._flag_tensor = flags, torch.tensor(flags, dtype=slot.flags.dtype)
         slot.flags.copy_(self._flag_tensor)
@@ -147,7 +146,7 @@ class Average:
         """The names of the gradients and buffers whose mean is not finite."""
         if all(map(vectors.is_finite, self._arrays)):
             return []
-        names = [*self.names, *self.buffers.riding]
+        names = [*self.names, *self.buffers.averaged]
         return [name for name, view in zip(names, total.tensors, strict=True) if not view.isfinite().all()]
 
     def take_gradients(self, total: Slot) -> None:
@@ -168,13 +167,13 @@ class Average:
     def take_buffers(self, total: Slot, observed: Observed) -> None:
         """Give buffers that any rank has changed their mean; collective. Those that have changed for the first time
         are averaged by themselves, from what has been `observed`, or what they are now."""
-        first, riding = len(self.trained), self.buffers.riding
+        first, averaged = len(self.trained), self.buffers.averaged
         flags = total.flags[first:].tolist()
         self.buffers.changed.clear()
-        for name, view, flag in zip(riding, total.tensors[first:], flags, strict=False):
+        for name, view, flag in zip(averaged, total.tensors[first:], flags, strict=False):
             if flag:
                 self._give(name, view)
-        new = [name for name, flag in zip(self.buffers.quiet, flags[len(riding) :], strict=True) if flag]
+        new = [name for name, flag in zip(self.buffers.unchanged, flags[len(averaged) :], strict=True) if flag]
         if new:
             self._take_new(new, observed)
 
@@ -189,7 +188,7 @@ class Average:
                 once.put(m, weight=weight)
             for name, view in zip(names, _readable(places, once.mean()).tensors, strict=True):
                 self._give(name, view)
-        self.buffers.ride(names)
+        self.buffers.average_also(names)
         self.sum.close()
         self._make(self.sum.microbatches)
 
@@ -204,7 +203,7 @@ class Average:
 
     def _make(self, microbatches: int) -> None:
         buffers = self.buffers
-        flags = len(self.trained) + len(buffers.riding) + len(buffers.quiet)
+        flags = len(self.trained) + len(buffers.averaged) + len(buffers.unchanged)
         self._places = Places([*self.trained, *buffers.values()], flags)
         self.sum = self.meetings.sum = Sum(
             self.team.comm, self._places.like, microbatches, self._memory, finite=False, numbers=COLUMNS

@@ -2,78 +2,126 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from mpiml.nn.torch_buffers import Buffers, address
+from mpiml.errors import ConfigError, first_few
+from mpiml.nn.torch_buffers import Buffers, Snapshot
+from mpiml.nn.torch_tensors import checksum
 
-Mark = tuple[str, Tensor, int, int]  # a buffer's name, the tensor, its version and place in memory
+WHEN_MADE = "when DataParallel was made"
 
 
 class Changes:
     """Which buffers of a module its forward changes; among them, parameters that require no gradient.
 
-    Those of torch's normalisations are known, and change when these are in training mode; with others it shows.
+    Those of torch's normalisations are known, and change when these are in training mode. With others PyTorch counts
+    the writes, but not those to `tensor.data` and by functions such as batch_norm. Checksums of the values show these:
+    of all buffers in some forward passes (`compares_all`), of buffers that have changed so in every one.
 
     Args:
         wanted: whether any are of interest.
+        warns: whether this rank warns of buffers that are not averaged.
 
     Attributes:
-        riding: names of buffers that are averaged, because they have changed once, or will.
-        quiet: names of those that have never changed.
+        averaged: names of buffers that are averaged, because they have changed once, or will.
+        unchanged: names of those that have never changed.
         changed: names of those that have since the last average.
     """
 
-    def __init__(self, module: Module, wanted: bool):
+    def __init__(self, module: Module, wanted: bool, warns: bool):
+        self._module, self._warns = module, wanted and warns
         self._buffers = Buffers(module)
-        self._norms: dict[str, list[Module]] = {}
-        self.riding: list[str] = []
-        self.quiet: list[str] = []
+        self._known = self._buffers.tensors() if wanted else {}  # the tensors that are the module's own
+        self._shapes = {name: tensor.shape for name, tensor in self._known.items()}
+        self._norms = {name: norms for name, norms in self._buffers.norms().items() if wanted}
+        self._counted: dict[str, bool] = {}  # of others that have changed: whether PyTorch has counted it every time
+        self.averaged = list(self._norms)
+        self.unchanged = [name for name in self._known if name not in self._norms]
         self.changed: set[str] = set()
-        for name, places in self._buffers.places.items() if wanted else ():
-            norms = [part for part, key in places if key in part._buffers and _averages(part)]
-            if norms:
-                self._norms[name] = norms
-            (self.riding if norms else self.quiet).append(name)
+        self._count = 0  # of forward passes
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._buffers[name].detach()
+        """A buffer that is averaged. Raises ConfigError if it is None, or has another shape than it had."""
+        _, held, key = self._buffers.place(name)
+        tensor, shape = held.get(key), self._shapes[name]
+        if tensor is None or tensor.shape != shape:
+            now = "None" if tensor is None else f"of shape {tuple(tensor.shape)}"
+            raise ConfigError(
+                f"the buffer {name} is {now} now, and was of shape {tuple(shape)} {WHEN_MADE}: buffers that the "
+                "forward pass changes are averaged; make it as long as it will be, or a plain attribute, or pass "
+                "broadcast_buffers=False"
+            )
+        return tensor.detach()
 
     def values(self) -> list[Tensor]:
         """The buffers that are averaged."""
-        return [self[name] for name in self.riding]
+        return [self[name] for name in self.averaged]
 
-    def marks(self) -> list[Mark]:
-        """How buffers are now, for `look` to compare."""
-        return [
-            (name, tensor := self._buffers[name], tensor._version, address(tensor))
-            for name in [*self.riding, *self.quiet]
-            if name not in self._norms
-        ]
+    def copies(self, unchanged: bool) -> dict[str, Tensor]:
+        """Copies of the buffers that are averaged, and, if asked for, of those that are not yet."""
+        names = [*self.averaged, *(self.unchanged if unchanged else ())]
+        return {name: tensor.detach().clone() for name, tensor in self._present(names)}
 
-    def look(self, marks: list[Mark]) -> None:
-        """Note what has changed since then."""
+    def checksums(self, count: int) -> dict[str, int]:
+        """Of the buffers that are to be compared by value in the forward pass, or step, of this number."""
+        if compares_all(count):
+            self._warn_of_new()
+        names = self.averaged + self.unchanged if compares_all(count) else self.averaged
+        uncounted = [n for n in names if n not in self._norms and (compares_all(count) or not self._counted.get(n))]
+        return {name: checksum(tensor) for name, tensor in self._present(uncounted)}
+
+    def _present(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Those of these that are not None: a cache may come and go in evaluation."""
+        for name, held, key in map(self._buffers.place, names):
+            if (tensor := held.get(key)) is not None:
+                yield name, tensor
+
+    def _warn_of_new(self) -> None:
+        new = sorted(Buffers(self._module).places.keys() - self._buffers.places.keys()) if self._warns else []
+        if new:
+            self._warns = False
+            text = f"{first_few(new)}: no buffer {WHEN_MADE}, and not averaged: call the module once before, or keep a "
+            warnings.warn(text + "cache in a plain attribute", stacklevel=4)
+
+    def snapshot(self, checksums: Mapping[str, int] | None = None) -> Snapshot:
+        """How buffers are now, before a forward pass, for `note_changes`; without `checksums` the next of all."""
+        if checksums is None:
+            self._count += 1
+            checksums = self.checksums(self._count)
+        names = (name for name in self._known if name not in self._norms)
+        return Snapshot(map(self._buffers.place, names), checksums)
+
+    def note_changes(self, before: Snapshot) -> None:
+        """Note what has changed since then. Raises ConfigError for buffers that cannot be averaged any more."""
         self.changed |= {name for name, norms in self._norms.items() if any(norm.training for norm in norms)}
-        for name, before, version, place in marks:
-            now = self._buffers[name]
-            if now is not before or now._version != version or address(now) != place:
-                self.changed.add(name)
+        for name, only_values in before.changed():
+            self[name]  # which raises
+            self.changed.add(name)
+            self._counted[name] = self._counted.get(name, True) and not only_values
 
-    def ride(self, names: list[str]) -> None:
+    def average_also(self, names: Iterable[str]) -> None:
         """Average these as well from now on."""
-        self.riding += names
-        self.quiet = [name for name in self.quiet if name not in names]
+        self.averaged += names
+        self.unchanged = [name for name in self.unchanged if name not in self.averaged]
 
     def put(self, name: str, value: Tensor) -> None:
         """Give a buffer a value."""
         now = self._buffers[name]
-        if now.shape == value.shape:
+        if now is not self._known[name]:  # the forward pass has put it there: a tensor that others may hold, too
+            self._buffers[name] = value.clone()
+            self._known[name] = self._buffers[name]
+        elif self._counted.get(name):
             with torch.no_grad():
                 now.copy_(value)
-        else:
-            self._buffers[name] = value.clone()
+        else:  # nor is this counted, as a write to what further backward passes have saved
+            now.data.copy_(value)
 
 
-def _averages(part: Module) -> bool:
-    return isinstance(part, torch.nn.modules.batchnorm._NormBase) and bool(part.track_running_stats)
+def compares_all(count: int) -> bool:
+    """Whether all buffers are compared by value in the forward pass, or step, of this number: 1, 2, 4, 8, and so on."""
+    return count & (count - 1) == 0

@@ -96,10 +96,10 @@ class DataParallel(Module):  # type: ignore[misc]
         clock().progress()
         if self._step or not torch.is_grad_enabled():
             return self.module(*inputs, **named)
-        marks = self._average.buffers.marks()
+        before = self._average.buffers.snapshot() if self.training else None
         outputs = self.module(*inputs, **named)
-        if self.training:
-            self._average.buffers.look(marks)
+        if before:
+            self._average.buffers.note_changes(before)
         if self.require_backward_grad_sync:
             self._follow(outputs)
         return outputs

@@ -34,22 +34,24 @@ class Step:
         done: whether the update has been made.
     """
 
-    def __init__(self, average: Average, rows: Rows, number: int, first: dict[str, Tensor]):
+    def __init__(self, average: Average, rows: Rows, number: int, count: int):
         self.number, self.done = number, False
-        self._average, self._rows, self._first = average, rows, first
+        self._average, self._rows, self._count = average, rows, count
         self._open: MicroBatch | None = None
-        self._before = {name: average.buffers[name].clone() for name in average.buffers.riding} | first
         self._observed: dict[int, tuple[float, dict[str, Tensor]]] = {}
 
     def __iter__(self) -> Iterator[MicroBatch]:
         """Within a micro-batch, the process's generators are keyed by the seed, the step and its number."""
+        buffers = self._average.buffers
+        self._before = buffers.copies(unchanged=self._count == 1)
+        checksums = buffers.checksums(self._count)
         for m, rows in self._rows.mine(self.number):
             if not len(rows):
                 self._average.put_nothing(m)
                 self._observed[m] = 0.0, {}
                 continue
             self._open = MicroBatch(self.number, m, torch.from_numpy(rows))
-            self._marks = self._average.buffers.marks()
+            self._snapshot = buffers.snapshot(checksums)
             with keyed(global_generators(), self._rows.seed, "loop", self.number, m):
                 yield self._open
             if self._open:
@@ -61,7 +63,7 @@ class Step:
             raise ConfigError(f"step {self.number}: backward({m!r}) is not of the micro-batch that the step has given")
         average, buffers = self._average, self._average.buffers
         loss.backward()
-        buffers.look(self._marks)
+        buffers.note_changes(self._snapshot)
         if new := sorted(buffers.changed - self._before.keys()):
             raise ConfigError(
                 f"the forward pass changes {first_few(new)} in step {self.number}, and did not in the first: for a "
@@ -69,9 +71,9 @@ class Step:
             )
         average.write(average.slots[m.m - average.sum.own.start])
         average.sum.put(m.m, weight=len(m), loss=loss.item() * len(m))
-        self._observed[m.m] = float(len(m)), {name: buffers[name].clone() for name in self._first}
-        for name, value in self._before.items():
-            buffers.put(name, value)
+        self._observed[m.m] = float(len(m)), {n: buffers[n].clone() for n in buffers.changed - set(buffers.averaged)}
+        for name in buffers.changed:
+            buffers.put(name, self._before[name])
         buffers.changed.clear()
         forget(average)
         self._open = None
@@ -106,13 +108,11 @@ def steps(average: Average, rows: Rows, start: int, last: int | None) -> Iterato
     if rows.own != average.sum.own:
         raise ConfigError("steps(rows): the rows are those of another communicator than the DataParallel's")
     forget(average)
-    first = {name: average.buffers[name].clone() for name in average.buffers.quiet}
-    for number in range(start, last + 1):
-        step = Step(average, rows, number, first)
+    for count, number in enumerate(range(start, last + 1), start=1):
+        step = Step(average, rows, number, count)
         yield step
         if not step.done:
             raise ConfigError(f"step {number}: net.step(optimizer) is missing")
-        first = {}
 
 
 def forget(average: Average) -> None:

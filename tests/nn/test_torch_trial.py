@@ -148,6 +148,10 @@ def table(self: Any, x: Any) -> Any:
             lambda: Calls(lambda self, x: setattr(self, "b", self.b.repeat(2)) or self.linear(x), b=torch.ones(2)),
             "shape",
         ),
+        (
+            lambda: Calls(lambda self, x: setattr(self, "b", None) or self.linear(x), b=torch.ones(2)),
+            "its buffer b is None now; keep",
+        ),
         (lambda: Calls(lambda self, x: self.linear(x) + self.k.add_(1) * 0, k=torch.tensor(2**53 + 1)), "such large"),
         (lambda: Calls(lambda self, x: Two.apply(self.linear(x))), "cannot take rows .* first line second line"),
     ],

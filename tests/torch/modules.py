@@ -36,7 +36,7 @@ def mean(gradients: Any, weight: float = 1.0, total: float = WORLD.size) -> list
 
 
 def gradients(module: Any) -> list[Any]:
-    return [parameter.grad for parameter in module.parameters()]
+    return [parameter.grad for parameter in module.parameters() if parameter.requires_grad]
 
 
 def close(ours: list[Any], theirs: list[Any], rtol: float = 1e-5) -> None:
@@ -65,3 +65,25 @@ class Branches(nn.Module):
 
     def forward(self, x: Any, which: int) -> Any:
         return (self.branches[which] if which < 4 else self.frozen)(x)
+
+
+class Uncounted(nn.Module):
+    """Buffers that change in ways that PyTorch does not count: a codebook, as many write it, a frozen copy that follows
+    a weight, and statistics of its own. `late`: from the fourth forward pass on."""
+
+    def __init__(self, late: bool = False) -> None:
+        super().__init__()
+        self.linear, self.copied = nn.Linear(5, 5), nn.Linear(5, 5).requires_grad_(False)
+        self.begins, self.calls = 4 if late else 1, 0
+        for name in ("mean", "size", "constant"):
+            self.register_buffer(name, torch.full((5,), 1 / 3))
+        self.register_buffer("var", torch.ones(5))
+
+    def forward(self, x: Any) -> Any:
+        self.calls += 1
+        y = self.linear(x)
+        if self.training and self.calls >= self.begins:
+            self.size.data.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+            self.copied.weight.data.mul_(0.5).add_(0.5 * self.linear.weight.data * x.mean())
+            y = nn.functional.batch_norm(y, self.mean, self.var, training=True)
+        return y * self.constant

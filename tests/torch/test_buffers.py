@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,10 +14,13 @@ from mpiml.errors import ConfigError
 torch = pytest.importorskip("torch")
 nn = torch.nn
 
+from mpiml.loop.rows import Rows  # noqa: E402
 from mpiml.torch import DataParallel, rank  # noqa: E402
 from tests.torch.modules import (  # noqa: E402
     LAST,
     WORLD,
+    Uncounted,
+    check,
     close,
     gradients,
     mean,
@@ -107,3 +112,113 @@ def test_join_may_divide_by_all_ranks() -> None:
             close(gradients(net), [torch.full((1, 5), 1 / WORLD.size)])
     with pytest.raises(ConfigError, match="leave join"), net.join(throw_on_early_termination=True):
         pass
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_buffers_whose_changes_are_not_counted_are_averaged(late: bool) -> None:
+    torch.manual_seed(0)
+    net = DataParallel(Uncounted(late))
+    local = copy.deepcopy(net.module)
+    for seed in range(6):
+        for module in (net, local):
+            module(rows(seed=seed)).sum().backward()
+        close(list(net.buffers()), mean(local.buffers()))
+        close([net.module.copied.weight], mean([local.copied.weight]))
+        local.load_state_dict(net.module.state_dict())
+    assert not torch.allclose(net.module.size, torch.tensor(1 / 3), atol=1e-3)
+    assert torch.equal(net.module.constant, torch.full((5,), 1 / 3))
+
+
+def two_losses(net: Any) -> None:
+    a, b = (net(rows(seed=seed)).square().mean() for seed in range(2))
+    a.backward()
+    b.backward()
+
+
+def two_passes(net: Any) -> None:
+    y = net(rows())
+    y.square().mean().backward(retain_graph=True)
+    y.sum().backward()
+
+
+class Replaced(nn.Module):
+    """A buffer that is divided by, and becomes another tensor; one that is an input of the forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 5)
+        self.register_buffer("scale", torch.ones(5))
+        self.register_buffer("last", torch.zeros(6, 5))
+
+    def forward(self, x: Any) -> Any:
+        self.scale, self.last = 0.9 * self.scale + 0.1 * x.detach().abs().mean(0), x
+        return self.linear(x) / self.scale
+
+
+@pytest.mark.parametrize("act", [two_losses, two_passes])
+@pytest.mark.parametrize("module", [lambda: nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)), Replaced, Uncounted])
+def test_several_backward_passes_after_forward(module: Callable[[], Any], act: Callable[[Any], None]) -> None:
+    """The second finds what the forward pass has saved, though buffers have become means meanwhile."""
+    check(module(), act)
+
+
+def test_an_input_that_becomes_a_buffer_is_left_alone() -> None:
+    net, x = DataParallel(Replaced()), rows()
+    net(x).sum().backward()
+    assert torch.equal(x, rows())
+    close([net.module.last], mean([x]))
+
+
+class Cache(nn.Module):
+    """With a table as long as the longest input so far, or none."""
+
+    def __init__(self, comes: bool) -> None:
+        super().__init__()
+        self.linear, self.comes = nn.Linear(5, 5), comes
+        self.register_buffer("table", torch.ones(2))
+
+    def forward(self, x: Any) -> Any:
+        y = self.linear(x) * self.table.sum()
+        self.table = torch.ones(len(x)) if self.comes else None
+        return y
+
+
+@pytest.mark.parametrize(
+    ("comes", "said"),
+    [(True, r"buffer table is of shape \(6,\) now, and was of shape \(2,\) when"), (False, "buffer table is None now")],
+)
+def test_buffers_that_grow_or_go_are_named(comes: bool, said: str) -> None:
+    net = DataParallel(Cache(comes))
+    with pytest.raises(ConfigError, match=f"{said}.* plain attribute"):
+        net(rows())
+    order = Rows(60, 6 * 2 * WORLD.size, 2 * WORLD.size)
+    step = next(steps := (net := DataParallel(Cache(comes))).steps(order))
+    m = next(iter(step))
+    with pytest.raises(ConfigError, match=f"{said}.* plain attribute"):
+        net.backward(net(rows()).sum(), m)
+    steps.close()
+    net = DataParallel(Cache(True), broadcast_buffers=False)
+    net(rows()).sum().backward()
+    assert len(net.module.table) == 6
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_warning_names_buffers_that_are_made_later(exact: bool) -> None:
+    net = DataParallel(nn.Linear(5, 5))
+    net.module.register_buffer("none", None)
+
+    def act(m: Any = None) -> None:
+        loss = net(rows()).sum()
+        net.module.none = torch.ones(len(rows()))
+        net.module.register_buffer("new", torch.ones(1), persistent=False)
+        net.backward(loss, m) if exact else loss.backward()
+
+    with pytest.warns(UserWarning, match="new, none: no buffer") if rank() == 0 else contextlib.nullcontext():
+        if exact:
+            for step in net.steps(Rows(64, 8, 2 * WORLD.size), last=2):
+                for m in step:
+                    act(m)
+                net.step(torch.optim.SGD(net.parameters(), lr=0.1))
+        else:
+            act()
+            act()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ torch = pytest.importorskip("torch")
 nn = torch.nn
 
 from mpiml.torch import DataParallel  # noqa: E402
-from tests.torch.modules import perceptron  # noqa: E402
+from tests.torch.modules import Uncounted, alone, perceptron  # noqa: E402
 
 pytestmark = pytest.mark.mpi
 WORLD = MPI.COMM_WORLD
@@ -32,6 +33,7 @@ class Net(nn.Module):
         super().__init__()
         self.inner, self.unused, self.norm = nn.Linear(5, 4), nn.Linear(5, 4), nn.BatchNorm1d(4)
         self.register_buffer("seen", torch.zeros(5))
+        self.register_buffer("temperature", torch.tensor(0.0))
         self.drop, self.last = nn.Dropout(0.2), nn.Linear(4, 1)
 
     def forward(self, x: Any) -> Any:
@@ -113,6 +115,73 @@ def test_buffers_are_means_over_rows_of_one_forward_each() -> None:
         before = net.module.seen.clone()
     assert net.module.norm.num_batches_tracked == 2
     assert net.module.unused.weight.grad is None
+
+
+@alone
+@pytest.mark.parametrize("module", [Net, Uncounted])
+def test_buffers_have_the_same_bits_on_one_rank(module: Callable[[], Any]) -> None:
+    """Those whose changes PyTorch does not count, too."""
+    states = []
+    for comm in (WORLD, MPI.COMM_SELF):
+        torch.manual_seed(0)
+        net = DataParallel(module(), comm=comm)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.05)
+        losses = trained(net, optimizer, Rows(len(X), 7 * M, M, seed=3, comm=comm))
+        states.append(state(net) | {"losses": repr(losses)})
+    assert states[0] == states[1]
+
+
+class Sometimes(nn.Module):
+    """With a buffer that the forward pass changes as it is asked to, counted by PyTorch or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 5)
+        self.register_buffer("size", torch.ones(5))
+
+    def forward(self, x: Any, how: str) -> Any:
+        if how:
+            (self.size.data if how == "uncounted" else self.size).add_(x.mean(0))
+        return self.linear(x) * self.size
+
+
+@alone
+@pytest.mark.parametrize("last_only", [True, False])
+def test_buffers_that_change_otherwise_in_the_first_steps(last_only: bool) -> None:
+    """On one rank only, or counted by PyTorch; later in each micro-batch, uncounted."""
+    states = []
+    for comm in (WORLD, MPI.COMM_SELF):
+        torch.manual_seed(0)
+        net, rows = DataParallel(Sometimes(), comm=comm), Rows(len(X), 7 * M, M, seed=3, comm=comm)
+        for step in net.steps(rows, last=6):
+            for m in step:
+                how = "uncounted"
+                if last_only and step.number <= 2 and m.m < M - 1:
+                    how = ""
+                elif not last_only and step.number == 1:
+                    how = "counted"
+                net.backward(net(X[m.rows], how).square().mean(), m)
+            net.step(torch.optim.SGD(net.parameters(), lr=0.01))
+        states.append(state(net))
+    assert states[0] == states[1]
+
+
+def test_uncounted_changes_that_begin_after_the_first_step_are_refused() -> None:
+    net = DataParallel(Uncounted())
+    net.module.begins = 5  # calls of the first step: one or two on each rank
+    with pytest.raises(ConfigError, match=r"changes .*size.* in step [24], and did not in the first"):
+        trained(net, torch.optim.SGD(net.parameters(), lr=0.1), Rows(len(X), 20, M, seed=3))
+
+
+def test_a_buffer_that_the_loop_sets_keeps_its_value() -> None:
+    net, optimizer, rows = made(batch=7 * M)
+    for step in net.steps(rows, last=3):
+        net.module.temperature.fill_(step.number)
+        for m in step:
+            assert net.module.temperature == step.number
+            net.backward(net(X[m.rows]).sum(), m)
+        net.step(optimizer)
+        assert net.module.temperature == step.number
 
 
 def test_generators_are_keyed_by_step_and_micro_batch() -> None:
