@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,3 +87,17 @@ def summed(value: Any, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
         what = type(value).__name__ if kind.hasobject else str(kind)
         raise ConfigError(f"{name}: is {what}, but only float32 and float64 are summed, and Python's own numbers")
     return kind, leaf.shape
+
+
+def write(value: Any, view: NDArray[Any], weight: float, name: str) -> None:
+    """Write `weight` times a leaf to its place in a slot."""
+    given = array(value, name)
+    casting: Literal["safe", "same_kind"] = "safe" if given.ndim else "same_kind"  # of numbers of Python's own, any
+    if given.shape != view.shape or not np.can_cast(given.dtype, view.dtype, casting):
+        raise ConfigError(f"{name} is {given.dtype} {given.shape}, but {view.dtype} {view.shape} in `like`")
+    if weight == 0:
+        view.fill(0)  # 0 times what is not finite would not be 0
+    elif weight == 1:
+        np.copyto(view, given, casting)
+    else:
+        np.multiply(given, view.dtype.type(weight), out=view)

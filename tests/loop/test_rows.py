@@ -68,7 +68,7 @@ def test_each_rank_has_a_micro_batch_if_nothing_else_is_said() -> None:
         ({"microbatches": 0}, "microbatches 0: must be a whole number, 1 or more"),
         ({"seed": -1}, "seed -1: must be a whole number, 0 or more"),
         ({"seed": None}, "seed None: must be a whole number, 0 or more"),
-        ({"shuffle": "often"}, "shuffle 'often': choose from rows, none, blocks"),
+        ({"shuffle": "often"}, "shuffle 'often': choose from none, rows, blocks"),
         ({"block_rows": 0}, "block_rows 0: must be a whole number, 1 or more"),
     ],
     ids=str,
