@@ -109,3 +109,14 @@ def check_weight(m: int, weight: Any) -> float:
     if not 0 <= number < math.inf:
         raise ConfigError(f"put(m={m}): weight {weight!r}: must be a number, 0 or more")
     return number
+
+
+def check_numbers(numbers: Any, count: int) -> list[float]:
+    """What is added up beside the arrays of a Sum. Raises ConfigError unless these are so many numbers."""
+    try:
+        given = [float(number) for number in numbers]
+    except (TypeError, ValueError):
+        given = None
+    if given is None or len(given) != count:
+        raise ConfigError(f"meet({numbers!r}): must be {count} numbers, as this Sum was made with numbers={count}")
+    return given

@@ -10,7 +10,7 @@ from mpi4py import MPI
 
 from mpiml.errors import ConfigError, NotFiniteError, first_few, known_to_all
 from mpiml.loop import trees
-from mpiml.loop.checks import apart, check_comm, check_loss, check_weight, kinds_of, not_finite
+from mpiml.loop.checks import apart, check_comm, check_loss, check_numbers, check_weight, kinds_of, not_finite
 from mpiml.loop.flat import Flat, FlatSums
 from mpiml.loop.guard import clock
 from mpiml.parallel import grid as grids
@@ -147,7 +147,7 @@ class Sum:
         return self._total(copy, divided=False)
 
     def _total(self, copy: bool, divided: bool) -> Any:
-        if not self._open or self._done < len(self.own):
+        if self._done < len(self.own):
             raise ConfigError(f"{'mean()' if divided else 'sum()'} is asked for: {self._expected()}")
         if not self._met:
             self._meet("mean" if divided else "sum")
@@ -168,11 +168,7 @@ class Sum:
         Returns the sums, in the order of `numbers`. Raises as `sum`; ConfigError for more or fewer numbers than the Sum
         was made for.
         """
-        given = [float(number) for number in numbers]
-        if not self._open or len(given) != self._numbers:
-            text = f"this Sum was made with numbers={self._numbers}" if self._open else self._expected()
-            raise ConfigError(f"meet() of {len(given)} numbers: {text}")
-        complete, *sums = self._meet("meet", given)
+        complete, *sums = self._meet("meet", check_numbers(numbers, self._numbers))
         self._met = complete == self._grid.team.size
         clock()("compute")
         return sums
@@ -192,6 +188,8 @@ class Sum:
 
         Raises RunError, on all ranks alike, if they are at different ones.
         """
+        if not self._open:
+            raise ConfigError(f"{call}() is asked for: {self._expected()}")
         clock()("communication")
         team, row = self._grid.team, self._table[self.own.start]
         row[2 : 2 + len(CALLS)] = AT[call]
@@ -241,7 +239,7 @@ class Sum:
             clock()("compute")
 
     def _free(self) -> None:
-        self._open = False
+        self._open = self._met = False
         self._flat.drop()
         self._flat.free()
         self._grid.free()

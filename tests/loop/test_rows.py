@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import pytest
 from mpi4py import MPI
 
+from mpiml.config import Config
 from mpiml.data.dataset import Dataset
+from mpiml.data.order import SHUFFLES
 from mpiml.data.shards import Shards
 from mpiml.errors import ConfigError
 from mpiml.loop.guard import clock
 from mpiml.loop.rows import Rows
+from mpiml.parallel.memory import MEMORIES
 
 WORLD = MPI.COMM_WORLD
 ORDERS: list[dict[str, Any]] = [
@@ -93,3 +97,8 @@ def test_fewer_micro_batches_than_ranks_and_rows_that_ranks_count_differently() 
 def test_steps_are_counted_from_1(step: Any) -> None:
     with pytest.raises(ConfigError, match="must be a whole number, 1 or more"):
         Rows(20, 5, 5, comm=MPI.COMM_SELF).mine(step)
+
+
+def test_choices_are_those_of_a_run() -> None:
+    choices = {field.name: tuple(field.metadata.get("choices", ())) for field in fields(Config)}
+    assert (choices["shuffle"], choices["memory"]) == (SHUFFLES, MEMORIES)

@@ -116,6 +116,27 @@ def test_without_copies(made: Callable[..., Sum]) -> None:
         assert_same(total, serial(one.microbatches, ones, step))
 
 
+def test_a_slot_can_be_had_when_its_micro_batch_comes_next(made: Callable[..., Sum]) -> None:
+    """Slots share memory: what is written into a later one too early would be summed as part of another."""
+    one = made(SELF, like=0.0, microbatches=4)
+    assert len(one.slots) == 4
+    for index in (1, 3, -1):
+        text = f"slots[{index}] is for micro-batch {index % 4}: rank 0 has micro-batches 0 to 3, and 0 comes next"
+        with pytest.raises(ConfigError, match=f"^{re.escape(text)}$"):
+            one.slots[index]
+    for outside in (4, -5, "w"):
+        with pytest.raises(ConfigError, match=re.escape(f"slots[{outside!r}]: there are 4, one for each micro-batch")):
+            one.slots[outside]  # type: ignore[index]
+    with pytest.raises(ConfigError, match=r"slots\[1\]"):
+        list(one.slots)
+    for m, slot in zip(one.own, one.slots, strict=True):
+        slot[...] = 10.0**m
+        one.put(m)
+    with pytest.raises(ConfigError, match=r"slots\[0\] .* has put all"):
+        one.slots[0]
+    assert one.sum() == 1111
+
+
 def test_what_is_put_into_the_tree_of_a_slot_is_taken(made: Callable[..., Sum]) -> None:
     """`slots[0]["w"] = array` is as good as `slots[0]["w"][...] = array`."""
     one = made(SELF, like={"w": np.zeros(3), "b": 0.0})
@@ -189,6 +210,24 @@ def test_what_is_put_may_be_a_total_or_a_slot(made: Callable[..., Sum]) -> None:
     one.put(0, one.slots[0])
     one.put(1, one.slots.trees[0])
     np.testing.assert_array_equal(one.sum(), [2.0] * 3)
+
+
+def test_arrays_on_a_device(made: Callable[..., Sum]) -> None:
+    """Though NumPy can read them: JAX copies them from there."""
+
+    class OnDevice:
+        def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+            return np.zeros(3)
+
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return 2, 0
+
+    one = made(SELF, like=np.zeros(3))
+    said = "no NumPy array can be made of a OnDevice (it lies in the memory of a device, such as a GPU)"
+    with pytest.raises(ConfigError, match=re.escape(f"put(m=0): the array: {said}")):
+        one.put(0, OnDevice())
+    with pytest.raises(ConfigError, match=re.escape(f"the array: {said}")):
+        Sum(SELF, like=OnDevice())
 
 
 def test_weight_0_counts_for_nothing(made: Callable[..., Sum]) -> None:
@@ -324,6 +363,8 @@ def test_a_sum_that_is_too_large(made: Callable[..., Sum]) -> None:
         ({"like": 0.0, "microbatches": 0}, "microbatches 0: must be a whole number, 1 or more"),
         ({"like": 0.0, "microbatches": "four"}, "microbatches 'four': must be"),
         ({"like": 0.0, "memory": "some"}, "memory 'some': choose from auto, shared, private"),
+        ({"like": 0.0, "numbers": -1}, "numbers -1: must be a whole number, 0 or more"),
+        ({"like": 0.0, "numbers": "two"}, "numbers 'two': must be"),
     ],
     ids=str,
 )
@@ -332,6 +373,18 @@ def test_what_is_refused_when_it_is_made(settings: dict[str, Any], message: str)
         Sum(SELF, **settings)
     assert str(error.value).startswith(message)
     assert error.value.everywhere
+
+
+def test_what_is_summed_is_no_communicator() -> None:
+    with pytest.raises(ConfigError, match=r"comm is a dict: must be .*COMM_WORLD; what is summed is given as like="):
+        Sum({"w": np.zeros(3)})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("numbers", [(), (1, 2, 3), ("a", 2), 5])
+def test_numbers_that_are_refused(made: Callable[..., Sum], numbers: Any) -> None:
+    text = f"meet({numbers!r}): must be 2 numbers, as this Sum was made with numbers=2"
+    with pytest.raises(ConfigError, match=f"^{re.escape(text)}$"):
+        made(SELF, like=0.0, numbers=2).meet(numbers)
 
 
 @pytest.mark.mpi
@@ -346,6 +399,8 @@ def test_what_ranks_ask_for_differently() -> None:
         Sum(like={"w" if last else "v": 0.0})
     with pytest.raises(ConfigError, match=f"ranks differ in microbatches: 9 {where}, 8"):
         Sum(like=0.0, microbatches=8 + last)
+    with pytest.raises(ConfigError, match=f"ranks differ in numbers: 1 {where}, 0"):
+        Sum(like=0.0, numbers=int(last))
     with pytest.raises(ConfigError, match=f"microbatches 1: {WORLD.size} ranks need at least one each"):
         Sum(like=0.0, microbatches=1)
     with pytest.raises(ConfigError, match="w: is int64"):
@@ -358,7 +413,7 @@ def test_what_ranks_ask_for_differently() -> None:
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("nodes", [False, True])
-@pytest.mark.parametrize("first", ["mean", "close"])
+@pytest.mark.parametrize("first", ["mean", "close", "drop"])
 def test_a_rank_at_another_call_is_named_at_once(monkeypatch: pytest.MonkeyPatch, nodes: bool, first: str) -> None:
     """As one that leaves the loop early, in the middle of a step or not."""
     if nodes:
@@ -368,7 +423,7 @@ def test_a_rank_at_another_call_is_named_at_once(monkeypatch: pytest.MonkeyPatch
     with guard(stall_timeout=0):
         one = Sum(like=0.0, microbatches=2 * WORLD.size)
         Rows(99, 20, WORLD.size).mine(5 if WORLD.rank == LAST else 6)
-        for m in one.own[: 1 if first == "close" and WORLD.rank == LAST else 2]:
+        for m in one.own[: 1 if first != "mean" and WORLD.rank == LAST else 2]:
             one.put(m, 1)
         with pytest.raises(RunError) as error, one:
             getattr(one, first if WORLD.rank == LAST else "sum")()
@@ -397,6 +452,29 @@ def test_ranks_that_meet_agree_on_losses_weights_and_numbers(made: Callable[...,
 
 
 @pytest.mark.mpi
+@pytest.mark.parametrize("nodes", [False, True])
+def test_ranks_that_meet_before_all_is_put(
+    made: Callable[..., Sum], monkeypatch: pytest.MonkeyPatch, nodes: bool
+) -> None:
+    """What only some have put can be dropped, or the rest be put: then all of it counts."""
+    if nodes:
+        monkeypatch.setenv("MPIML_NODES", ",".join("1" * WORLD.size))
+    one = made(like=np.zeros(3), microbatches=2 * WORLD.size, numbers=1)
+    for step in range(4):
+        early = len(one.own) if WORLD.rank == LAST and step else 0
+        for m in one.own[:early]:
+            one.put(m, np.full(3, np.nan if step == 1 else 1.0), weight=step)
+        assert one.meet([step]) == [step * WORLD.size]
+        if step == 1:
+            one.drop()
+            early = 0
+        for m in one.own[early:]:
+            one.put(m, np.ones(3), weight=step, loss=0.5)
+        np.testing.assert_array_equal(one.mean(), np.full(3, step > 0, float))
+        assert one.weight == 2 * WORLD.size * step
+
+
+@pytest.mark.mpi
 def test_many_sums_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the MPI library holds is given back: it has only some thousands of communicators."""
     monkeypatch.setenv("MPIML_NODES", ",".join("1" * WORLD.size))
@@ -405,8 +483,9 @@ def test_many_sums_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
             one.put(WORLD.rank, [np.ones(3), np.ones(3, np.float32)])
             total = one.sum(copy=False)
         assert total[0].tolist() == [WORLD.size] * 3
+        assert one.weight == WORLD.size
     one.close()
-    for call in (lambda: one.put(WORLD.rank, 1.0), one.mean):
+    for call in (lambda: one.put(WORLD.rank, 1.0), one.mean, one.meet, one.drop):
         with pytest.raises(ConfigError, match="the sum is closed"):
             call()
 
