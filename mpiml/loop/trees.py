@@ -105,7 +105,8 @@ def write(value: Any, view: NDArray[Any], weight: float, name: str) -> None:
     given = array(value, name)
     casting: Literal["safe", "same_kind"] = "safe" if given.ndim else "same_kind"  # of numbers of Python's own, any
     if given.shape != view.shape or not np.can_cast(given.dtype, view.dtype, casting):
-        raise ConfigError(f"{name} is {given.dtype} {given.shape}, but {view.dtype} {view.shape} in `like`")
+        what = type(value).__name__ if given.dtype.hasobject else f"{given.dtype} {given.shape}"
+        raise ConfigError(f"{name} is {what}, but {view.dtype} {view.shape} in `like`")
     if weight == 0:
         view.fill(0)  # 0 times what is not finite would not be 0
     elif weight == 1:

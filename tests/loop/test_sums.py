@@ -260,7 +260,7 @@ def test_weights_that_are_refused(made: Callable[..., Sum], weight: Any) -> None
         ({"w": np.zeros(4), "b": 0.0}, "put(m=0): w is float64 (4,), but float64 (3,) in `like`"),
         ({"w": np.zeros(3, complex), "b": 0.0}, "put(m=0): w is complex128 (3,), but float64 (3,) in `like`"),
         ({"w": np.zeros(3), "b": np.zeros(1)}, "put(m=0): b is float64 (1,), but float64 () in `like`"),
-        ({"w": np.zeros(3), "b": None}, "put(m=0): b is object (), but float64 () in `like`"),
+        ({"w": np.zeros(3), "b": None}, "put(m=0): b is NoneType, but float64 () in `like`"),
         ({"w": np.zeros(3)}, "put(m=0): the arrays have another form than `like`: b is missing"),
         (
             {"w": np.zeros(3), "b": 0.0, "c": 0.0},
@@ -428,7 +428,10 @@ def test_a_rank_at_another_call_is_named_at_once(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(RunError) as error, one:
             getattr(one, first if WORLD.rank == LAST else "sum")()
         odd, other = (LAST, 0) if WORLD.size > 2 else (0, 1)
-        place = lambda rank: f"rank {rank} is at " + (f"{first}() in step 5" if rank == LAST else "sum() in step 6")  # noqa: E731
+
+        def place(rank: int) -> str:
+            return f"rank {rank} is at " + (f"{first}() in step 5" if rank == LAST else "sum() in step 6")
+
         assert str(error.value) == f"{place(odd)}, but {place(other)}: all ranks sum the same steps"
         assert (error.value.everywhere, error.value.rank) == (True, odd)
         one.close()
