@@ -118,7 +118,7 @@ class Sum:
                     trees.write(value, view, weight, f"put(m={m}): {name}")
             for one in self._flat.sums:
                 one.accumulate(index)
-        self._table[m, :2] = loss, weight
+        self._table[self.own.start + index, :2] = loss, weight
         self._done += 1
 
     def _in_form(self, m: int, arrays: Any) -> list[Any]:

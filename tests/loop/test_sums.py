@@ -304,7 +304,7 @@ def test_micro_batches_come_once_each_and_in_order(made: Callable[..., Sum]) -> 
         one.put(first, 1.0)
     with pytest.raises(ConfigError, match=re.escape(f"mean() is asked for: {own}, and {second} comes next")):
         one.mean()
-    one.put(second, 1.0)
+    one.put(float(second), 1.0)  # type: ignore[arg-type]
     done = f"rank {WORLD.rank} has put all of its micro-batches {first} to {second}; mean() or sum() come next"
     with pytest.raises(ConfigError, match=re.escape(f"put(m={second}): {done}")):
         one.put(second, 1.0)
