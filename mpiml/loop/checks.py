@@ -27,6 +27,12 @@ def check_whole(name: str, number: Any, least: int) -> int:
     raise ConfigError(f"{name} {number!r}: must be a whole number, {least} or more")
 
 
+def check_switch(name: str, value: Any) -> None:
+    """Raise ConfigError unless a setting is True or False: "no" would be taken for True."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ConfigError(f"{name} {value!r}: must be True or False")
+
+
 def check_comm(comm: Any, hint: str = "") -> MPI.Intracomm:
     """The ranks that `comm` names, all by default. Raises ConfigError, which ends with the hint, for what is no
     communicator."""
@@ -52,11 +58,12 @@ def check_microbatches(microbatches: int, ranks: int) -> None:
 
 
 def kinds_of(
-    like: Any, microbatches: Any, memory: str, numbers: Any, ranks: int
+    like: Any, microbatches: Any, memory: str, finite: Any, numbers: Any, ranks: int
 ) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
     """The dtype and shape of each leaf of `like`, by name. Raises ConfigError for what a Sum refuses."""
     check_microbatches(check_whole("microbatches", microbatches, 1), ranks)
     check_whole("numbers", numbers, 0)
+    check_switch("finite", finite)
     if memory not in MEMORIES:
         raise ConfigError(f"memory {memory!r}: choose from {', '.join(MEMORIES)}")
     if like is None:

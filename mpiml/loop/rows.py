@@ -6,7 +6,7 @@ from mpi4py import MPI
 
 from mpiml.data.order import SHUFFLES, RowNumbers, RowOrder
 from mpiml.errors import ConfigError
-from mpiml.loop.checks import check_comm, check_microbatches, check_whole
+from mpiml.loop.checks import check_comm, check_microbatches, check_switch, check_whole
 from mpiml.loop.guard import clock
 from mpiml.parallel import grid
 from mpiml.partition import part
@@ -65,10 +65,11 @@ class Rows(RowOrder):
                 raise ConfigError(f"{count} rows, {microbatches} micro-batches: each needs one row at least")
             if shuffle not in SHUFFLES:
                 raise ConfigError(f"shuffle {shuffle!r}: choose from {', '.join(SHUFFLES)}")
+            check_switch("strided", strided)
             return [*whole, check_whole("seed", seed, 0)]
 
         rows, shards, size, seed = (whole := team.together(checked))[0], whole[2], whole[1], whole[4]
-        others = {"seed": seed, "shuffle": shuffle, "strided": bool(strided)}
+        others = {"seed": seed, "shuffle": shuffle, "strided": strided}
         team.check_alike(
             {name: str(value) for name, value in (numbers | others).items()}, "all ranks make the same Rows"
         )

@@ -64,8 +64,8 @@ class Sum:
         reuse_memory()  # for the arrays that are returned
         team = Team(check_comm(comm, "; what is summed is given as like=..."), clock())
         asked = team.size if microbatches is None else microbatches
-        kinds = team.together(lambda: kinds_of(like, asked, memory, numbers, team.size))
-        settings = {"microbatches": asked, "memory": memory, "finite": bool(finite), "numbers": numbers}
+        kinds = team.together(lambda: kinds_of(like, asked, memory, finite, numbers, team.size))
+        settings = {"microbatches": asked, "memory": memory, "finite": finite, "numbers": numbers}
         forms = {f"`like`, {name}": f"{dtype} {shape}" for name, (dtype, shape) in kinds.items()}
         team.check_alike(
             {name: str(value) for name, value in (settings | forms).items()}, "all ranks make the same Sum"

@@ -95,7 +95,7 @@ def summed(value: Any, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
     leaf = array(value, name)
     kind = leaf.dtype.newbyteorder("=")
     if kind not in KINDS:
-        what = type(value).__name__ if kind.hasobject else str(kind)
+        what = type(value).__name__ if kind.hasobject and not leaf.shape else str(kind)
         raise ConfigError(f"{name}: is {what}, but only float32 and float64 are summed, and Python's own numbers")
     return kind, leaf.shape
 

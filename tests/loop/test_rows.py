@@ -73,6 +73,7 @@ def test_each_rank_has_a_micro_batch_if_nothing_else_is_said() -> None:
         ({"seed": -1}, "seed -1: must be a whole number, 0 or more"),
         ({"seed": None}, "seed None: must be a whole number, 0 or more"),
         ({"shuffle": "often"}, "shuffle 'often': choose from none, rows, blocks"),
+        ({"strided": "no"}, "strided 'no': must be True or False"),
         ({"block_rows": 0}, "block_rows 0: must be a whole number, 1 or more"),
     ],
     ids=str,

@@ -366,6 +366,8 @@ def test_a_sum_that_is_too_large(made: Callable[..., Sum]) -> None:
         ({"like": 0.0, "memory": "some"}, "memory 'some': choose from auto, shared, private"),
         ({"like": 0.0, "numbers": -1}, "numbers -1: must be a whole number, 0 or more"),
         ({"like": 0.0, "numbers": "two"}, "numbers 'two': must be"),
+        ({"like": 0.0, "finite": "no"}, "finite 'no': must be True or False"),
+        ({"like": np.array([1.0, None])}, "the array: is object, but only float32"),
     ],
     ids=str,
 )
