@@ -49,6 +49,16 @@ def bytes_of(size: int, dtype: DTypeLike) -> int:
     return -(-size * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT
 
 
+def padded(size: int, dtype: DTypeLike) -> int:
+    """The elements that an array of `size` takes in a vector where the next one starts on a 64-byte boundary."""
+    return bytes_of(size, dtype) // np.dtype(dtype).itemsize
+
+
+def blocks(start: int, stop: int, decay: bool = False, momentum: float | None = None, rate: float = 1.0) -> list[Block]:
+    """vector[start:stop], of one parameter, in blocks."""
+    return [Block(a, min(a + BLOCK, stop), decay, momentum, rate) for a in range(start, stop, BLOCK)]
+
+
 def square_sums(vector: Vector, blocks: Iterable[tuple[int, int]]) -> list[float]:
     """The sum of squares of vector[start:stop], in float64, for each block (start, stop).
 

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from mpiml.partition import part
 from mpiml.random import generator
 
-Rows = NDArray[np.int64]
-Order = Callable[[int, int], Rows]  # (a, b) -> which rows of a shard, from 0, come a-th to (b-1)-th in an epoch
+SHUFFLES = ("none", "rows", "blocks")  # as --shuffle has them
+RowNumbers = NDArray[np.int64]
+Order = Callable[[int, int], RowNumbers]  # (a, b) -> which rows of a shard, from 0, come a-th to (b-1)-th in an epoch
 
 
 class RowOrder:
@@ -24,7 +25,7 @@ class RowOrder:
 
     Args:
         batch: rows per step that are asked for; `rows_per_step` is at most this.
-        shuffle: what is shuffled within a shard in every epoch: "none", "rows", or "blocks" of `block_rows` rows.
+        shuffle: what is shuffled within a shard in every epoch, one of SHUFFLES: "blocks" of `block_rows` rows.
         strided: whether shard m is every M-th row from row m on, instead of the m-th of M consecutive parts.
     """
 
@@ -50,7 +51,7 @@ class RowOrder:
             return range(m, self.count, self.microbatches)
         return range(*part(m, self.microbatches, self.count))
 
-    def numbers(self, m: int) -> Rows:
+    def numbers(self, m: int) -> RowNumbers:
         """The numbers of the rows of shard m, as an array."""
         rows = self.shard(m)
         return np.arange(rows.start, rows.stop, rows.step)
@@ -60,7 +61,7 @@ class RowOrder:
         a, b = self._span((step - 1) % self.steps_per_epoch, m)
         return b - a
 
-    def at(self, step: int, m: int) -> Rows:
+    def at(self, step: int, m: int) -> RowNumbers:
         """The numbers of the rows of micro-batch m of step 1, 2, ..."""
         epoch, t = divmod(step - 1, self.steps_per_epoch)
         rows = self.shard(m)
@@ -104,9 +105,9 @@ def block_order(length: int, block_rows: int, random: np.random.Generator) -> Or
     ends = np.cumsum(sizes)
     shifts = starts - (ends - sizes)  # from the position in the order to the row of the shard
 
-    def order(a: int, b: int) -> Rows:
+    def order(a: int, b: int) -> RowNumbers:
         positions = np.arange(a, b)
-        rows: Rows = positions + shifts[np.searchsorted(ends, positions, side="right")]
+        rows: RowNumbers = positions + shifts[np.searchsorted(ends, positions, side="right")]
         return rows
 
     return order

@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike, NDArray
 from mpiml.clock import unwatched
 from mpiml.data.batch import Batch
 from mpiml.data.dataset import Split
-from mpiml.data.order import RowOrder, Rows
+from mpiml.data.order import RowNumbers, RowOrder
 from mpiml.random import generator, keyed
 
 SCAN = 1 << 20  # labels that are counted at once
@@ -47,7 +47,7 @@ class Shards(RowOrder):
         self.split, self.dtype, self.first, self.last, self.transform = split, dtype, first, last, transform
         self.draws: frozenset[str] = frozenset()
 
-    def rows(self) -> Rows:
+    def rows(self) -> RowNumbers:
         """The numbers of all rows of these shards, in rising order."""
         return np.sort(np.concatenate([np.arange(0), *map(self.numbers, range(self.first, self.last))]))
 

@@ -7,16 +7,14 @@ import os
 from collections.abc import Sequence
 from operator import index
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
-from numpy.typing import NDArray
 
 from mpiml.errors import ConfigError, NotFiniteError, RunError, first_few
 from mpiml.loop import trees
-
-MEMORIES = ("auto", "shared", "private")
+from mpiml.parallel.memory import MEMORIES
 
 
 def check_whole(name: str, number: Any, least: int) -> int:
@@ -29,13 +27,20 @@ def check_whole(name: str, number: Any, least: int) -> int:
     raise ConfigError(f"{name} {number!r}: must be a whole number, {least} or more")
 
 
-def check_comm(comm: Any) -> MPI.Intracomm:
-    """The ranks that `comm` names, all by default. Raises ConfigError for what is no communicator."""
+def check_switch(name: str, value: Any) -> None:
+    """Raise ConfigError unless a setting is True or False: "no" would be taken for True."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ConfigError(f"{name} {value!r}: must be True or False")
+
+
+def check_comm(comm: Any, hint: str = "") -> MPI.Intracomm:
+    """The ranks that `comm` names, all by default. Raises ConfigError, which ends with the hint, for what is no
+    communicator."""
     if comm is None:
         return MPI.COMM_WORLD
     if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:
         what = "MPI.COMM_NULL" if isinstance(comm, MPI.Comm) else f"a {type(comm).__name__}"
-        raise ConfigError(f"comm is {what}: must be a communicator of mpi4py, such as MPI.COMM_WORLD")
+        raise ConfigError(f"comm is {what}: must be a communicator of mpi4py, such as MPI.COMM_WORLD{hint}")
     return comm
 
 
@@ -52,11 +57,17 @@ def check_microbatches(microbatches: int, ranks: int) -> None:
         raise ConfigError(f"microbatches {microbatches}: {ranks} ranks need at least one each")
 
 
-def kinds_of(like: Any, microbatches: Any, memory: str, ranks: int) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+def kinds_of(
+    like: Any, microbatches: Any, memory: str, finite: Any, numbers: Any, ranks: int
+) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
     """The dtype and shape of each leaf of `like`, by name. Raises ConfigError for what a Sum refuses."""
     check_microbatches(check_whole("microbatches", microbatches, 1), ranks)
+    check_whole("numbers", numbers, 0)
+    check_switch("finite", finite)
     if memory not in MEMORIES:
         raise ConfigError(f"memory {memory!r}: choose from {', '.join(MEMORIES)}")
+    if like is None:
+        raise ConfigError("like is None: must be an array or a number, or lists, tuples and dicts of such")
     named = list(trees.leaves(like))
     kinds = {name: trees.summed(value, name) for name, value in named}
     if not named or len(kinds) < len(named):
@@ -107,15 +118,12 @@ def check_weight(m: int, weight: Any) -> float:
     return number
 
 
-def write(value: Any, view: NDArray[Any], weight: float, name: str) -> None:
-    """Write `weight` times a leaf to its place in a slot."""
-    array = trees.array(value, name)
-    casting: Literal["safe", "same_kind"] = "safe" if array.ndim else "same_kind"  # of numbers of Python's own, any
-    if array.shape != view.shape or not np.can_cast(array.dtype, view.dtype, casting):
-        raise ConfigError(f"{name} is {array.dtype} {array.shape}, but {view.dtype} {view.shape} in `like`")
-    if weight == 0:
-        view.fill(0)  # 0 times what is not finite would not be 0
-    elif weight == 1:
-        np.copyto(view, array, casting)
-    else:
-        np.multiply(array, view.dtype.type(weight), out=view)
+def check_numbers(numbers: Any, count: int) -> list[float]:
+    """What is added up beside the arrays of a Sum. Raises ConfigError unless these are so many numbers."""
+    try:
+        given = [float(number) for number in numbers]
+    except (TypeError, ValueError):
+        given = None
+    if given is None or len(given) != count:
+        raise ConfigError(f"meet({numbers!r}): must be {count} numbers, as this Sum was made with numbers={count}")
+    return given

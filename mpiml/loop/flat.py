@@ -1,14 +1,26 @@
-"""Leaves of a tree side by side in one vector, of which they are views."""
+"""Arrays side by side in flat vectors, one of each dtype; and the sum of these vectors over micro-batches and ranks."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpiml.vectors import ALIGNMENT, BLOCK, Block, Vector
+from mpiml import vectors
+from mpiml.clock import Clock
+from mpiml.parallel.gradient_sum import OrderedSum
+from mpiml.parallel.grid import Grid
+from mpiml.parallel.memory import Memory, SharedMemory, share
+from mpiml.parallel.record import Agreement, Record, agree
+from mpiml.parallel.tree import depth
+from mpiml.parallel.values import Values
+from mpiml.vectors import Vector, bytes_of, padded
+
+Arrays = list[NDArray[Any]]  # one for each leaf, in their order
+NO_ROWS = np.empty((0, 2))  # of a table on which ranks agree
 
 
 class Flat:
@@ -22,21 +34,118 @@ class Flat:
     def __init__(self, dtype: np.dtype[Any], shapes: dict[int, tuple[int, ...]]):
         self.dtype, self.leaves, self.shapes, self.size = dtype, list(shapes), list(shapes.values()), 0
         self.places: list[slice] = []
-        per_line = ALIGNMENT // dtype.itemsize
         for shape in self.shapes:
             length = math.prod(shape)
             self.places.append(slice(self.size, self.size + length))
-            self.size += -(-length // per_line) * per_line
+            self.size += padded(length, dtype)
 
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[vectors.Block]:
         """The blocks of the vector."""
-        return [
-            Block(a, min(a + BLOCK, place.stop), decay=False)
-            for place in self.places
-            for a in range(place.start, place.stop, BLOCK)
-        ]
+        return [block for place in self.places for block in vectors.blocks(place.start, place.stop)]
 
     def views(self, vector: Vector) -> dict[int, NDArray[Any]]:
         """The leaves in a vector, by their numbers."""
         views = [vector[place].reshape(shape) for place, shape in zip(self.places, self.shapes, strict=True)]
         return dict(zip(self.leaves, views, strict=True))
+
+
+class FlatSums:
+    """The sums of flat vectors, one after the other; collective to make. Those of two dtypes share no messages, and no
+    counters in shared memory.
+
+    Args:
+        table: the shape of the table on which ranks agree in each step.
+        memory: "shared", "private" or "auto", as of `share`.
+        finite: whether to look for what is not finite.
+
+    Attributes:
+        sums: of each vector, and slots: of each of this rank's micro-batches its slot's number in `leaves`.
+        leaves: of each slot its arrays, and totals: those of the total, which cannot be written to.
+        agree: (table, this rank's two flags) -> the record of all ranks; collective.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        flats: Sequence[Flat],
+        microbatches: int,
+        table: tuple[int, int],
+        memory: str,
+        finite: bool,
+        clock: Clock,
+    ):
+        self._finite, self.sums, memories = finite, list[OrderedSum](), list[Memory]()
+        count = depth(grid.replica, grid.replicas, microbatches)
+        agreed = Agreement.bytes_needed(grid.node.size, *table) + bytes_of(grid.node.size, np.float64)
+        for flat in flats:
+            each = bytes_of(flat.size, flat.dtype)
+            memories.append(share(grid.comm, grid.node, count * each, each + agreed, memory)[0])
+            comm = grid.data.Dup() if self.sums else grid.data
+            grid.made += [comm] if self.sums else []
+            values = Values(comm, memories[-1], flat.size, flat.blocks(), flat.dtype)
+            self.sums.append(OrderedSum(values, microbatches, clock))
+        first, plan = memories[0], self.sums[0].plan
+        self._one_node = len(self.sums[0].values.nodes) == 1
+        self._bad = first.common(first.ranks, np.float64)
+        self._own_bad = self._bad[first.rank : first.rank + 1]
+        self.agree: Callable[[NDArray[Any], bool, bool], Record] = lambda *on: agree(grid.comm, *on)
+        if isinstance(first, SharedMemory):
+            self.agree = Agreement(grid, first, *table)
+        self.slots = plan.slots
+        self._left = sum(1 - merged for merged in plan.counts)
+        self.leaves = [_ordered(flats, [one.slots[number] for one in self.sums]) for number in range(count)]
+        self.totals = _ordered(flats, [one.values.vector for one in self.sums])
+        for view in self.totals:
+            view.flags.writeable = False
+
+    def add_up(self, scale: float) -> bool:
+        """Make `scale` times the sum the total; collective. Returns whether it is not finite anywhere, on any rank."""
+        finite = True
+        with np.errstate(all="ignore"):
+            for one in self.sums:
+                finite = self._add_up_one(one, scale) and finite
+        self._own_bad[:] = not finite  # the others of the node read it after the barrier of publish
+        for one in self.sums:
+            one.publish()
+        if self._one_node:
+            return bool(self._bad.any())
+        return bool(self._finite and self.agree(NO_ROWS, not finite, False).broken)
+
+    def _add_up_one(self, one: OrderedSum, scale: float) -> bool:
+        """The part of this rank in one sum. Returns whether it is finite."""
+        one.start()
+        finite, vector = True, one.values.vector
+        for index, piece in enumerate(one.values.pieces):
+            out = vector[piece.start : piece.stop]
+            total = one.total(index, out)
+            if scale != 1:
+                np.multiply(total, scale, out=out)
+            elif total is not out:
+                np.copyto(out, total)
+            finite = finite and (not self._finite or vectors.is_finite(out))
+        return finite
+
+    def partial_sums(self) -> list[Arrays]:
+        """Of all micro-batches of this rank, when all are put: the arrays that they have been added up to."""
+        return self.leaves[: self._left]
+
+    def drop(self) -> None:
+        """Do without the sum of what ranks have put, all of it or not; collective."""
+        with np.errstate(all="ignore"):
+            for one in self.sums:
+                one.start()  # the messages of ranks that have begun have to be met
+                one.drop()
+
+    def free(self) -> None:
+        """Give back what the MPI library holds; what lies in memory stays."""
+        for one in self.sums:
+            one.free()
+            one.values.free()
+
+
+def _ordered(flats: Sequence[Flat], flat_vectors: Sequence[Vector]) -> Arrays:
+    """The leaves in vectors, in their order."""
+    views = dict[int, NDArray[Any]]()
+    for flat, vector in zip(flats, flat_vectors, strict=True):
+        views |= flat.views(vector)
+    return [views[number] for number in sorted(views)]

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from mpi4py import MPI
 
-from mpiml.data.order import RowOrder
-from mpiml.data.order import Rows as Numbers
+from mpiml.data.order import SHUFFLES, RowNumbers, RowOrder
 from mpiml.errors import ConfigError
-from mpiml.loop.checks import check_comm, check_microbatches, check_whole
+from mpiml.loop.checks import check_comm, check_microbatches, check_switch, check_whole
 from mpiml.loop.guard import clock
 from mpiml.parallel import grid
 from mpiml.partition import part
 from mpiml.team import Team
-
-SHUFFLES = ("rows", "none", "blocks")
 
 
 class Rows(RowOrder):
@@ -68,19 +65,24 @@ class Rows(RowOrder):
                 raise ConfigError(f"{count} rows, {microbatches} micro-batches: each needs one row at least")
             if shuffle not in SHUFFLES:
                 raise ConfigError(f"shuffle {shuffle!r}: choose from {', '.join(SHUFFLES)}")
+            check_switch("strided", strided)
             return [*whole, check_whole("seed", seed, 0)]
 
         rows, shards, size, seed = (whole := team.together(checked))[0], whole[2], whole[1], whole[4]
-        others = {"seed": seed, "shuffle": shuffle, "strided": bool(strided)}
+        others = {"seed": seed, "shuffle": shuffle, "strided": strided}
         team.check_alike(
             {name: str(value) for name, value in (numbers | others).items()}, "all ranks make the same Rows"
         )
         super().__init__(rows, shards, size, seed, shuffle, whole[3], strided)
         self.own = block(team.comm, shards)
 
-    def mine(self, step: int) -> list[tuple[int, Numbers]]:
-        """This rank's micro-batches of step 1, 2, ..., each with the numbers of its rows; some may be empty. Messages
-        name this step from now on."""
+    def mine(self, step: int) -> list[tuple[int, RowNumbers]]:
+        """This rank's micro-batches of step 1, 2, ...: (m, int64 array of the numbers of its rows) for each, in their
+        order. Where there are fewer rows in a step than micro-batches, some have none. Messages name this step from now
+        on. Each rank may ask for any step at any time.
+
+        Raises ConfigError unless `step` is a whole number, 1 or more.
+        """
         clock().step = check_whole("step", step, 1)
         return [(m, self.at(step, m)) for m in self.own]
 

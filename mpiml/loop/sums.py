@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
-from numpy.typing import NDArray
 
-from mpiml import vectors
 from mpiml.errors import ConfigError, NotFiniteError, first_few, known_to_all
 from mpiml.loop import trees
-from mpiml.loop.checks import apart, check_comm, check_loss, check_weight, kinds_of, not_finite, write
-from mpiml.loop.flat import Flat
+from mpiml.loop.checks import apart, check_comm, check_loss, check_numbers, check_weight, kinds_of, not_finite
+from mpiml.loop.flat import Flat, FlatSums
 from mpiml.loop.guard import clock
 from mpiml.parallel import grid as grids
-from mpiml.parallel.gradient_sum import OrderedSum
-from mpiml.parallel.memory import Memory, SharedMemory, share
-from mpiml.parallel.record import Agreement, Record, agree
-from mpiml.parallel.tree import depth
-from mpiml.parallel.values import Values
 from mpiml.partition import part
 from mpiml.run.process import reuse_memory
 from mpiml.team import Team, share_cores
-from mpiml.vectors import Vector, bytes_of
 
-CALLS = ("sum", "mean", "meet", "close")  # at which ranks meet
+CALLS = ("sum", "mean", "meet", "drop", "close")  # at which ranks meet
+AT = {call: [float(call == one) for one in CALLS] for call in CALLS}
 
 
 class Sum:
@@ -51,12 +44,9 @@ class Sum:
 
     Attributes:
         own: the micro-batches of this rank, a range, as those of `Rows`.
-        slots: for each of them, in order, arrays in the form of `like`. What is written there before `put(m)` need not
-            be copied. A slot is the micro-batch's from the `put` of the one before it on, or from the last sum on.
         weight, loss: of the last sum, over all micro-batches.
         bad_loss: the first micro-batch whose loss was not finite, or None.
-        problem: why memory could not be shared, or None.
-        neighbours, cores: how many ranks this node has, and how many cores these may use.
+        node_ranks, cores: how many ranks this node has, and how many cores these may use.
 
     Raises ConfigError, on all ranks alike, if ranks have other forms or settings, if the arrays cannot be summed, and
     for fewer micro-batches than ranks.
@@ -72,61 +62,39 @@ class Sum:
         numbers: int = 0,
     ):
         reuse_memory()  # for the arrays that are returned
-        team = Team(check_comm(comm), clock())
+        team = Team(check_comm(comm, "; what is summed is given as like=..."), clock())
         asked = team.size if microbatches is None else microbatches
-        kinds = team.together(lambda: kinds_of(like, asked, memory, team.size))
-        settings = {"microbatches": str(asked), "memory": memory, "finite": str(bool(finite))}
+        kinds = team.together(lambda: kinds_of(like, asked, memory, finite, numbers, team.size))
+        settings = {"microbatches": asked, "memory": memory, "finite": finite, "numbers": numbers}
         forms = {f"`like`, {name}": f"{dtype} {shape}" for name, (dtype, shape) in kinds.items()}
-        team.check_alike(settings | forms, "all ranks make the same Sum")
-        self.microbatches, self._finite = int(asked), finite
+        team.check_alike(
+            {name: str(value) for name, value in (settings | forms).items()}, "all ranks make the same Sum"
+        )
+        self.microbatches, self._finite, self._numbers = int(asked), finite, int(numbers)
         self.weight = self.loss = 0.0
         self.bad_loss: int | None = None
-        self._names, self._numbers = list(kinds), [trees.is_number(value) for value in trees.values(like)]
+        self._names, self._is_number = list(kinds), [trees.is_number(value) for value in trees.values(like)]
         self._form = trees.rebuilt(like, range(len(kinds)))
         self._grid = grids.build(team, 1)
         self.own = range(*part(self._grid.replica, team.size, self.microbatches))
-        self.neighbours, self.cores = self._grid.node.size, self._grid.cores
-        share_cores(self.neighbours, self.cores)  # the threads of a rank that sums have nothing to do
-        # Of each micro-batch loss and weight; of each rank, in the row of its first, at which call it is, and numbers.
-        self._table = np.zeros((self.microbatches, 2 + len(CALLS) + numbers))
+        self.node_ranks, self.cores = self._grid.node.size, self._grid.cores
+        share_cores(self.node_ranks, self.cores)  # the threads of a rank that sums have nothing to do
+        # Of each micro-batch loss and weight; of each rank, in the row of its first, at which call it is, whether it
+        # has put all, and numbers.
+        self._table = np.zeros((self.microbatches, 3 + len(CALLS) + numbers))
         self._done = 0  # micro-batches of this step that are here
-        self._met = False  # whether their weights are agreed on
+        self._met = False  # whether all ranks have put all, and their weights are agreed on
         self._open = True
         by_kind = {kind: {i: s for i, (k, s) in enumerate(kinds.values()) if k == kind} for kind in trees.KINDS}
-        self._place([Flat(dtype, shapes) for dtype, shapes in by_kind.items() if shapes], memory)
+        flats = [Flat(dtype, shapes) for dtype, shapes in by_kind.items() if shapes]
+        shape = self.microbatches, self._table.shape[1]
+        self._flat = FlatSums(self._grid, flats, self.microbatches, shape, memory, finite, clock())
+        self._slots = [trees.rebuilt(self._form, self._flat.leaves[number]) for number in self._flat.slots]
 
-    def _place(self, flats: Sequence[Flat], kind: str) -> None:
-        """Allocate the vectors; collective. Sums of two dtypes share no messages, and no counters in shared memory."""
-        grid, self._sums, memories = self._grid, list[OrderedSum](), list[Memory]()
-        table = Agreement.bytes_needed(grid.node.size, *self._table.shape) + bytes_of(grid.node.size, np.float64)
-        count = depth(grid.replica, grid.replicas, self.microbatches)
-        for flat in flats:
-            each = bytes_of(flat.size, flat.dtype)
-            memory, self.problem = share(grid.comm, grid.node, count * each, each + table, kind)
-            comm = grid.data.Dup() if memories else grid.data
-            grid.made += [comm] if memories else []
-            values = Values(comm, memory, flat.size, flat.blocks(), flat.dtype)
-            self._sums.append(OrderedSum(values, self.microbatches, clock()))
-            memories.append(memory)
-        first, self._alone = memories[0], len(self._sums[0].values.nodes) == 1
-        bad = first.common(first.ranks, np.float64)
-        self._bad, self._own_bad = bad, bad[first.rank : first.rank + 1]
-        self._agree: Any = lambda table, *flags: agree(grid.comm, table, *flags)
-        if isinstance(first, SharedMemory):
-            self._agree = Agreement(grid, first, *self._table.shape)
-        plan = self._sums[0].plan
-        self._leaves = [self._ordered(flats, [sum_.slots[number] for sum_ in self._sums]) for number in range(count)]
-        self.slots = [trees.rebuilt(self._form, self._leaves[number]) for number in plan.slots]
-        self._totals = self._ordered(flats, [sum_.values.vector for sum_ in self._sums])
-        for view in self._totals:
-            view.flags.writeable = False
-
-    def _ordered(self, flats: Sequence[Flat], flat_vectors: Sequence[Vector]) -> list[NDArray[Any]]:
-        """The leaves in vectors, in the order of `like`."""
-        views = dict[int, NDArray[Any]]()
-        for flat, vector in zip(flats, flat_vectors, strict=True):
-            views |= flat.views(vector)
-        return [views[number] for number in range(len(self._names))]
+    @property
+    def slots(self) -> Slots:
+        """For each of this rank's micro-batches, in order, arrays in the form of `like` to write into; see `Slots`."""
+        return Slots(self)
 
     def put(self, m: int, arrays: Any = None, weight: float = 1.0, loss: float = 0.0) -> None:
         """Add `weight` times the arrays of micro-batch m, one of this rank's, in their order; without `arrays`, what is
@@ -141,27 +109,26 @@ class Sum:
         if not self._open or index == len(self.own) or m != self.own[index]:
             raise ConfigError(f"put(m={m!r}): {self._expected()}")
         loss, weight = check_loss(m, loss), check_weight(m, weight)
-        number = self._sums[0].plan.slots[index]
-        given = list(trees.values(self.slots[index]) if arrays is None else self._in_form(arrays))
+        given = list(trees.values(self._slots[index]) if arrays is None else self._in_form(m, arrays))
         if len(given) != len(self._names):
             raise ConfigError(f"put(m={m}): the slot has {len(given)} arrays, but `like` had {len(self._names)}")
         with np.errstate(all="ignore"):  # the sum is looked at
-            for name, value, view in zip(self._names, given, self._leaves[number], strict=True):
+            for name, value, view in zip(self._names, given, self._flat.leaves[self._flat.slots[index]], strict=True):
                 if value is not view or weight != 1:
-                    write(value, view, weight, f"put(m={m}): {name}")
-            for sum_ in self._sums:
-                sum_.accumulate(index)
-        self._table[m, :2] = loss, weight
+                    trees.write(value, view, weight, f"put(m={m}): {name}")
+            for one in self._flat.sums:
+                one.accumulate(index)
+        self._table[self.own.start + index, :2] = loss, weight
         self._done += 1
 
-    def _in_form(self, arrays: Any) -> list[Any]:
+    def _in_form(self, m: int, arrays: Any) -> list[Any]:
         """The leaves of arrays of the form of `like`."""
         given = list(trees.leaves(arrays))
         if [name for name, _ in given] != self._names:
             here, there = ([name for name, _ in given], self._names)
             odd = [f"{name} is not in `like`" for name in here if name not in there]
             odd += [f"{name} is missing" for name in there if name not in here]
-            raise ConfigError(f"put: the arrays have another form than `like`: {first_few(odd)}")
+            raise ConfigError(f"put(m={m}): the arrays have another form than `like`: {first_few(odd)}")
         return [value for _, value in given]
 
     def mean(self, copy: bool = True) -> Any:
@@ -180,83 +147,64 @@ class Sum:
         return self._total(copy, divided=False)
 
     def _total(self, copy: bool, divided: bool) -> Any:
-        if not self._open or self._done < len(self.own):
+        if self._done < len(self.own):
             raise ConfigError(f"{'mean()' if divided else 'sum()'} is asked for: {self._expected()}")
         if not self._met:
             self._meet("mean" if divided else "sum")
         self._done, self._met = 0, False
-        bad = self._add_up(1.0 / self.weight if divided and self.weight else 1.0)
+        bad = self._flat.add_up(1.0 / self.weight if divided and self.weight else 1.0)
         if bad and self._finite:
             raise self._not_finite()
         clock()("compute")
         if not copy:
-            return trees.rebuilt(self._form, self._totals)
-        pairs = zip(self._totals, self._numbers, strict=True)
+            return trees.rebuilt(self._form, self._flat.totals)
+        pairs = zip(self._flat.totals, self._is_number, strict=True)
         return trees.rebuilt(self._form, [float(view) if number else view.copy() for view, number in pairs])
 
     def meet(self, numbers: Sequence[float] = ()) -> list[float]:
-        """Agree on weights and losses, and add up these numbers of all ranks; collective. `sum` and `mean` do it where
-        it has not been done. What the numbers show may be a reason to `drop` the sum, on all ranks alike.
+        """Add up these numbers over the ranks; collective, at any time. Once all ranks have put all, they also agree on
+        weight and losses, as `sum` and `mean` do otherwise, and may all `drop` the sum for what these show.
 
-        Returns the sums of the numbers, in the order of the ranks. Raises as `sum`.
+        Returns the sums, in the order of `numbers`. Raises as `sum`; ConfigError for more or fewer numbers than the Sum
+        was made for.
         """
-        sums = self._meet("meet", numbers)
-        self._met = True
+        complete, *sums = self._meet("meet", check_numbers(numbers, self._numbers))
+        self._met = complete == self._grid.team.size
         clock()("compute")
         return sums
 
     def drop(self) -> None:
-        """Do without the sum of what has been put; collective."""
+        """Do without the sum of what has been put; collective. Raises RunError as `sum`."""
+        if not self._met:
+            self._meet("drop")
         clock()("communication")
-        for sum_ in self._sums:
-            sum_.drop()
+        self._flat.drop()
         self._done, self._met = 0, False
         clock()("compute")
 
     def _meet(self, call: str, numbers: Sequence[float] = ()) -> list[float]:
-        """Wait until all ranks are at the same call. Returns the sums of their numbers; collective.
+        """Wait until all ranks are at the same call; collective. Returns how many have put all their micro-batches, and
+        the sums of the numbers.
 
         Raises RunError, on all ranks alike, if they are at different ones.
         """
+        if not self._open:
+            raise ConfigError(f"{call}() is asked for: {self._expected()}")
         clock()("communication")
-        team = self._grid.team
-        self._table[self.own.start, 2 : 2 + len(CALLS)] = [call == one for one in CALLS]
-        self._table[self.own.start, 2 + len(CALLS) :][: len(numbers)] = numbers
-        record: Record = self._agree(self._table, False, False)
-        self._table[:] = 0
+        team, row = self._grid.team, self._table[self.own.start]
+        row[2 : 2 + len(CALLS)] = AT[call]
+        row[2 + len(CALLS)] = complete = self._done == len(self.own)
+        if not complete:
+            self._table[self.own.start + self._done : self.own.stop, :2] = 0  # of the step before
+        row[3 + len(CALLS) :] = numbers or 0.0
+        record = self._flat.agree(self._table, False, False)
         if record.metric[CALLS.index(call)] < team.size:
             calls = team.allgather((call, clock().step, team.name))
             self._free()
             raise apart(calls)
-        self.weight, self.loss, self.bad_loss = record.weight, record.loss, record.bad_entry
+        if call != "close":
+            self.weight, self.loss, self.bad_loss = record.weight, record.loss, record.bad_entry
         return record.metric[len(CALLS) :]
-
-    def _add_up(self, scale: float) -> bool:
-        """Make `scale` times the total in the values of the sums. Returns whether it is not finite anywhere."""
-        finite = True
-        with np.errstate(all="ignore"):
-            for sum_ in self._sums:
-                finite = self._add_up_one(sum_, scale) and finite
-        self._own_bad[:] = not finite  # the others of the node read it after the barrier of publish
-        for sum_ in self._sums:
-            sum_.publish()
-        if self._alone:
-            return bool(self._bad.any())
-        return bool(self._finite and self._agree(self._table[:0], not finite, False).broken)
-
-    def _add_up_one(self, sum_: OrderedSum, scale: float) -> bool:
-        """The part of this rank in one sum. Returns whether it is finite."""
-        sum_.start()
-        finite, vector = True, sum_.values.vector
-        for index, piece in enumerate(sum_.values.pieces):
-            out = vector[piece.start : piece.stop]
-            total = sum_.total(index, out)
-            if scale != 1:
-                np.multiply(total, scale, out=out)
-            elif total is not out:
-                np.copyto(out, total)
-            finite = finite and (not self._finite or vectors.is_finite(out))
-        return finite
 
     def _expected(self) -> str:
         """What this rank has to put next, for a message."""
@@ -273,9 +221,8 @@ class Sum:
 
     def _not_finite(self) -> NotFiniteError:
         """The error of a sum that is not finite, the same on all ranks; collective."""
-        bad = [name for name, total in zip(self._names, self._totals, strict=True) if not np.isfinite(total).all()]
-        left = sum(1 - count for count in self._sums[0].plan.counts)  # the partial sums of this rank's own
-        put = [(name, leaf) for leaves in self._leaves[:left] for name, leaf in zip(self._names, leaves, strict=True)]
+        bad = [name for name, total in zip(self._names, self._flat.totals, strict=True) if not np.isfinite(total).all()]
+        put = [pair for leaves in self._flat.partial_sums() for pair in zip(self._names, leaves, strict=True)]
         to_blame = {name for name, leaf in put if not np.isfinite(leaf).all()}
         team = self._grid.team
         own = team.name, self._own_text(), [name for name in bad if name in to_blame]
@@ -292,13 +239,9 @@ class Sum:
             clock()("compute")
 
     def _free(self) -> None:
-        self._open = False
-        begun = self._grid.team.allgather(self._done > 0)
-        for sum_ in self._sums:
-            if any(begun) and not self._done:
-                sum_.start()  # others have begun a step: their messages have to be met
-            sum_.free()
-            sum_.values.free()
+        self._open = self._met = False
+        self._flat.drop()
+        self._flat.free()
         self._grid.free()
 
     def __enter__(self) -> Sum:
@@ -307,3 +250,29 @@ class Sum:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._open and known_to_all(error, self._grid.team.size):
             self.close()
+
+
+class Slots:
+    """For each of a rank's micro-batches, in order, arrays in the form of `like`. What is written there before `put(m)`
+    need not be copied.
+
+    They share memory, as what has been put is added up there. So a slot can be had when its micro-batch comes next;
+    ConfigError before and after. `trees` are all of them, for those who keep to the order by themselves.
+    """
+
+    def __init__(self, of: Sum):
+        self.trees, self._of = of._slots, of
+
+    def __len__(self) -> int:
+        return len(self.trees)
+
+    def __getitem__(self, index: int) -> Any:
+        own = self._of.own
+        if index not in range(-len(own), len(own)):
+            raise ConfigError(f"slots[{index!r}]: there are {len(own)}, one for each micro-batch of this rank")
+        if self._of._done != index % len(own):
+            raise ConfigError(f"slots[{index}] is for micro-batch {own[index]}: {self._of._expected()}")
+        return self.trees[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[index] for index in range(len(self)))

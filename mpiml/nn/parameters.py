@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike, NDArray
 from mpiml import vectors
 from mpiml.errors import ConfigError
 from mpiml.random import generator
-from mpiml.vectors import ALIGNMENT, BLOCK, Block, Vector
+from mpiml.vectors import Block, Vector
 
 Shape = tuple[int, ...]
 Init = Callable[[np.random.Generator, int], NDArray[np.float64]]
@@ -184,21 +184,20 @@ class Layout:
         self.parameters = list(parameters)
         self.dtype = np.dtype(dtype)
         self.offsets: dict[Parameter, int] = {}
-        per_line = ALIGNMENT // self.dtype.itemsize
         self.size = self.updated = 0
         for parameter in sorted(self.parameters, key=lambda p: (p.frozen, p.momentum is None, p.decay)):
             self.offsets[parameter] = self.size
-            self.size += -(-parameter.size // per_line) * per_line
+            self.size += vectors.padded(parameter.size, self.dtype)
             if not parameter.frozen:
                 self.updated = self.size
 
     def blocks(self) -> list[Block]:
         """All blocks of what is updated, in the order of the vector; each parameter begins a new block."""
         return [
-            Block(offset + a, offset + min(a + BLOCK, p.size), p.decay, p.momentum, p.rate)
+            block
             for p, offset in self.offsets.items()
             if not p.frozen
-            for a in range(0, p.size, BLOCK)
+            for block in vectors.blocks(offset, offset + p.size, p.decay, p.momentum, p.rate)
         ]
 
     def views(self, vector: Vector) -> Iterator[tuple[Parameter, NDArray[np.floating]]]:

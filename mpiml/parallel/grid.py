@@ -92,12 +92,14 @@ def by_node(homes: Sequence[int]) -> list[int]:
 def nodes_of_ranks(comm: MPI.Intracomm) -> list[int]:
     """For each rank the number of its node, which is the first of the ranks that share memory with it; collective.
 
-    For tests, MPIML_NODES="3,2" makes several nodes of one: of the first 3 ranks, and of the next 2.
+    For tests, MPIML_NODES="3,2" makes several nodes of one: of the first 3 ranks that were launched, and of the next 2.
     """
     pretended = os.environ.get("MPIML_NODES")
     if pretended:
-        sizes = [int(size) for size in pretended.split(",")]
-        return [sum(sizes[:node]) for node, size in enumerate(sizes) for _ in range(size)]
+        all_homes = [node for node, size in enumerate(pretended.split(",")) for _ in range(int(size))]
+        launched = MPI.Group.Translate_ranks(comm.Get_group(), None, MPI.COMM_WORLD.Get_group())
+        homes = [all_homes[rank] for rank in launched]
+        return [homes.index(home) for home in homes]
     node = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
     (first,) = MPI.Group.Translate_ranks(node.Get_group(), [0], comm.Get_group())
     node.Free()

@@ -22,6 +22,7 @@ from mpiml.errors import ConfigError
 from mpiml.team import allgather, broadcast, until, wait
 from mpiml.vectors import ALIGNMENT, Vector, bytes_of
 
+MEMORIES = ("auto", "shared", "private")  # kinds of memory that can be asked for, as --memory has them
 PAGE = mmap.PAGESIZE
 APART = ALIGNMENT // 8  # words of 8 bytes, each in a cache line of its own
 SHM = "/dev/shm/"

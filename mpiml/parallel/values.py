@@ -12,7 +12,7 @@ from mpiml.parallel.memory import Memory
 from mpiml.parallel.slices import Piece, Range, bounds, bucket_size, buckets, owned, pieces
 from mpiml.parallel.tree import links
 from mpiml.team import allgather, wait
-from mpiml.vectors import Block, bytes_of
+from mpiml.vectors import Block, padded
 
 # Of a bucket: the first for values, one for each partial sum that a node may send. A node is left with at most two
 # partial sums of each size, and there are fewer than 2^31 micro-batches.
@@ -66,8 +66,7 @@ class Values:
     ):
         self.comm, self.memory = comm, memory
         self.vector = memory.common(size, dtype)
-        itemsize = self.vector.itemsize
-        self.updated = bytes_of(blocks[-1].stop, dtype) // itemsize if blocks else 0  # with the padding after it
+        self.updated = padded(blocks[-1].stop, dtype) if blocks else 0  # with the padding after it
         neighbours = allgather(comm, (memory.rank, memory.ranks))
         self.nodes = [ranks for rank, ranks in neighbours if rank == 0]
         highest = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 32767  # which every library has

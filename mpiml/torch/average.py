@@ -208,7 +208,7 @@ class Average:
         self.sum = self.meetings.sum = Sum(
             self.team.comm, self._places.like, microbatches, self._memory, finite=False, numbers=COLUMNS
         )
-        self.slots = [self._places.slot(arrays) for arrays in self.sum.slots]
+        self.slots = [self._places.slot(arrays) for arrays in self.sum.slots.trees]
         self._total = None
 
 

@@ -238,6 +238,6 @@ class DataParallel(Module):  # type: ignore[misc]
 
 def _share(average: Average) -> None:
     """Share a node's cores among its ranks: torchrun does the same by OMP_NUM_THREADS=1."""
-    ranks, cores = average.sum.neighbours, average.sum.cores
+    ranks, cores = average.sum.node_ranks, average.sum.cores
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), cores // ranks)))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpiml.nn.torch_tensors import as_kind_of, as_real, is_whole, real_shape
-from mpiml.vectors import ALIGNMENT
+from mpiml.vectors import padded
 
 Arrays = list[NDArray[Any]]
 DOUBLE = (torch.float64, torch.complex128)
@@ -53,8 +53,8 @@ class Places:
         return Slot(tensors, flags)
 
     def _place(self, kind: np.dtype[Any], shape: tuple[int, ...]) -> tuple[np.dtype[Any], int, tuple[int, ...]]:
-        start, line = self._sizes[kind], ALIGNMENT // kind.itemsize
-        self._sizes[kind] += -(-math.prod(shape) // line) * line
+        start = self._sizes[kind]
+        self._sizes[kind] += padded(math.prod(shape), kind)
         return kind, start, shape
 
 

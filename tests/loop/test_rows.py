@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import pytest
 from mpi4py import MPI
 
+from mpiml.config import Config
 from mpiml.data.dataset import Dataset
+from mpiml.data.order import SHUFFLES
 from mpiml.data.shards import Shards
 from mpiml.errors import ConfigError
 from mpiml.loop.guard import clock
 from mpiml.loop.rows import Rows
+from mpiml.parallel.memory import MEMORIES
 
 WORLD = MPI.COMM_WORLD
 ORDERS: list[dict[str, Any]] = [
@@ -68,7 +72,8 @@ def test_each_rank_has_a_micro_batch_if_nothing_else_is_said() -> None:
         ({"microbatches": 0}, "microbatches 0: must be a whole number, 1 or more"),
         ({"seed": -1}, "seed -1: must be a whole number, 0 or more"),
         ({"seed": None}, "seed None: must be a whole number, 0 or more"),
-        ({"shuffle": "often"}, "shuffle 'often': choose from rows, none, blocks"),
+        ({"shuffle": "often"}, "shuffle 'often': choose from none, rows, blocks"),
+        ({"strided": "no"}, "strided 'no': must be True or False"),
         ({"block_rows": 0}, "block_rows 0: must be a whole number, 1 or more"),
     ],
     ids=str,
@@ -81,15 +86,20 @@ def test_what_does_not_work_is_refused_on_all_ranks_alike(change: dict[str, Any]
 
 
 @pytest.mark.mpi
+@pytest.mark.skipif(WORLD.size == 1, reason="needs other ranks")
 def test_fewer_micro_batches_than_ranks_and_rows_that_ranks_count_differently() -> None:
-    if WORLD.size > 1:
-        with pytest.raises(ConfigError, match=f"microbatches 1: {WORLD.size} ranks need at least one each"):
-            Rows(20, 5, 1)
-        with pytest.raises(ConfigError, match=r"ranks differ in count: 101 \(rank 1 on .*\), 100 \(rank 0\)"):
-            Rows(100 + WORLD.rank, 5, WORLD.size)
+    with pytest.raises(ConfigError, match=f"microbatches 1: {WORLD.size} ranks need at least one each"):
+        Rows(20, 5, 1)
+    with pytest.raises(ConfigError, match=r"ranks differ in count: 101 \(rank 1 on .*\), 100 \(rank 0\)"):
+        Rows(100 + WORLD.rank, 5, WORLD.size)
 
 
 @pytest.mark.parametrize("step", [0, -3, 1.5, None])
 def test_steps_are_counted_from_1(step: Any) -> None:
     with pytest.raises(ConfigError, match="must be a whole number, 1 or more"):
         Rows(20, 5, 5, comm=MPI.COMM_SELF).mine(step)
+
+
+def test_choices_are_those_of_a_run() -> None:
+    choices = {field.name: tuple(field.metadata.get("choices", ())) for field in fields(Config)}
+    assert (choices["shuffle"], choices["memory"]) == (SHUFFLES, MEMORIES)
