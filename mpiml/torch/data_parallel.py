@@ -42,7 +42,7 @@ class DataParallel(Module):  # type: ignore[misc]
 
     Args:
         module: the same on all ranks, on the CPU.
-        broadcast_buffers: whether buffers are averaged.
+        broadcast_buffers, forward_sync_buffers: whether buffers are averaged; if both are given, the second counts.
         init_sync: whether parameters and buffers start equal; if not, that is the caller's concern.
         comm: the ranks (default: all).
         memory: as of `mpiml.api.Sum`.
@@ -67,6 +67,7 @@ class DataParallel(Module):  # type: ignore[misc]
         comm: MPI.Intracomm | None = None,
         memory: str = "auto",
         stall_timeout: float = STALL_TIMEOUT,
+        forward_sync_buffers: bool | None = None,
         **others: Any,
     ):
         super().__init__()
@@ -79,7 +80,8 @@ class DataParallel(Module):  # type: ignore[misc]
             start.broadcast(team, module)
         self.module = module
         self.require_backward_grad_sync = True  # False within no_sync
-        self._average = Average(team, module, memory, broadcast_buffers is not False)
+        averaged = broadcast_buffers is not False if forward_sync_buffers is None else bool(forward_sync_buffers)
+        self._average = Average(team, module, memory, averaged)
         self._step: Step | None = None
         self._task = -1  # the backward pass that averages at its end
         self._opaque = False  # whether no tensor was seen in an output that is to be averaged
@@ -89,7 +91,7 @@ class DataParallel(Module):  # type: ignore[misc]
         _share(self._average)
         for name, value in others.items():
             if name.startswith("bucket_cap") and value is not None and comm.rank == 0:
-                warnings.warn(f"DataParallel({name}=...) changes nothing: {keywords.NEEDLESS[name]}", stacklevel=2)
+                warnings.warn(f"DataParallel({name}=...) changes nothing: {keywords.ACCEPTED[name]}", stacklevel=2)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """The module's outputs."""

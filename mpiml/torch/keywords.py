@@ -1,4 +1,4 @@
-"""The keywords of DistributedDataParallel: which have a meaning here, which need none, and which are refused."""
+"""The keywords of DistributedDataParallel that change nothing here, and those that are refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mpiml.errors import ConfigError
 from mpiml.flags import guess
 
 # Whatever their value, gradients, weights and messages are right.
-NEEDLESS = {
+ACCEPTED = {
     "bucket_cap_mb": "all gradients are one bucket",
     "bucket_cap_mb_list": "all gradients are one bucket",
     "batched_grad_copy": "gradients are copied at once",
@@ -18,9 +18,9 @@ NEEDLESS = {
     "gradient_as_bucket_view": "gradients are tensors of their own",
     "static_graph": "the graph may change",
     "skip_all_reduce_unused_params": "they are always noticed",
-    "forward_sync_buffers": "buffers are averaged after the backward pass",
     "dim": "it is of devices",
 }
+USED = ("broadcast_buffers", "forward_sync_buffers", "init_sync", "comm", "memory", "stall_timeout")
 REFUSED = {
     "device_ids": "ranks compute on the CPU: leave it out",
     "output_device": "ranks compute on the CPU: leave it out",
@@ -37,8 +37,8 @@ def check(keywords: dict[str, Any]) -> None:
     for name, value in keywords.items():
         if name in REFUSED and value not in (None, []):
             raise ConfigError(f"DataParallel({name}=...): {REFUSED[name]}")
-        if name not in REFUSED | NEEDLESS:
-            hint = guess(name, [*NEEDLESS, *REFUSED, "broadcast_buffers", "init_sync", "comm", "memory"])
+        if name not in REFUSED | ACCEPTED:
+            hint = guess(name, [*ACCEPTED, *REFUSED, *USED])
             raise ConfigError(f"DataParallel({name}=...): there is no such keyword{hint}")
 
 

@@ -1,7 +1,8 @@
-"""What tests of DataParallel share: inputs and modules of each rank, and means by the MPI library."""
+"""What tests of DataParallel share: inputs, modules, ways to a gradient, and means by the MPI library."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from mpiml.torch import DataParallel, rank  # noqa: E402
 
 WORLD = MPI.COMM_WORLD
 LAST = WORLD.size - 1
-alone = pytest.mark.skipif(WORLD.size == 1, reason="ranks must differ")
+several_ranks = pytest.mark.skipif(WORLD.size == 1, reason="one rank alone")
 
 
 def rows(count: int = 6, features: int = 5, seed: int = 0) -> Any:
@@ -87,3 +88,30 @@ class Uncounted(nn.Module):
             self.copied.weight.data.mul_(0.5).add_(0.5 * self.linear.weight.data * x.mean())
             y = nn.functional.batch_norm(y, self.mean, self.var, training=True)
         return y * self.constant
+
+
+class Twice(nn.Module):
+    """Uses each parameter twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(5, 5)
+
+    def forward(self, x: Any) -> Any:
+        return self.inner(torch.relu(self.inner(x)))
+
+
+def accumulated(net: Any) -> None:
+    for seed in range(3):
+        net(rows(seed=seed)).square().sum().backward()
+
+
+def several_forwards(net: Any) -> None:
+    (net(rows()) * net(rows(seed=1))).sum().backward()
+
+
+def not_synchronised(net: Any) -> None:
+    with net.no_sync() if hasattr(net, "no_sync") else contextlib.nullcontext():
+        net(rows(seed=3)).sum().backward()
+        net(rows(seed=4)).square().sum().backward()
+    net(rows(seed=5)).square().sum().backward()

@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 nn = torch.nn
 
 from mpiml.torch import DataParallel  # noqa: E402
-from tests.torch.modules import Uncounted, alone, perceptron  # noqa: E402
+from tests.torch.modules import Uncounted, perceptron, several_ranks  # noqa: E402
 
 pytestmark = pytest.mark.mpi
 WORLD = MPI.COMM_WORLD
@@ -117,7 +117,7 @@ def test_buffers_are_means_over_rows_of_one_forward_each() -> None:
     assert net.module.unused.weight.grad is None
 
 
-@alone
+@several_ranks
 @pytest.mark.parametrize("module", [Net, Uncounted])
 def test_buffers_have_the_same_bits_on_one_rank(module: Callable[[], Any]) -> None:
     """Those whose changes PyTorch does not count, too."""
@@ -145,7 +145,7 @@ class Sometimes(nn.Module):
         return self.linear(x) * self.size
 
 
-@alone
+@several_ranks
 @pytest.mark.parametrize("last_only", [True, False])
 def test_buffers_that_change_otherwise_in_the_first_steps(last_only: bool) -> None:
     """On one rank only, or counted by PyTorch; later in each micro-batch, uncounted."""
@@ -197,6 +197,19 @@ def test_generators_are_keyed_by_step_and_micro_batch() -> None:
     everything = {key: value for part in WORLD.allgather(drawn) for key, value in part.items()}
     assert len(set(everything.values())) == len(everything) == 2 * M
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_process_has_the_threads_that_are_asked_for_and_deterministic_operations() -> None:
+    net, optimizer, rows = made()
+    before = torch.get_num_threads()
+    torch.use_deterministic_algorithms(False)
+    for step in net.steps(rows, last=1, threads=before + 1):
+        for m in step:
+            net.backward(net(X[m.rows]).sum(), m)
+        net.step(optimizer)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.get_num_threads() == before + 1
+    torch.set_num_threads(before)
 
 
 def test_ddp_and_exact_steps_take_turns() -> None:

@@ -10,6 +10,9 @@ import pytest
 from tests.conftest import launch
 
 pytest.importorskip("torch")
+
+from mpiml.examples import own_loop_torch
+
 pytestmark = pytest.mark.contract
 
 LOOP = """
@@ -17,7 +20,7 @@ import sys, time
 import torch
 import mpiml.torch
 
-net = mpiml.torch.DataParallel(torch.nn.Linear(5, 3), stall_timeout=8)
+net = mpiml.torch.DataParallel(torch.nn.Linear(5, 3), stall_timeout=3)
 for batch in range(6):
     if batch == 3 and mpiml.torch.rank() == 1:
         {does}
@@ -37,13 +40,7 @@ def test_exact_steps_have_the_same_bits_on_any_ranks_and_nodes() -> None:
     word, digest = last_line(done[0])
     assert (word, len(digest)) == ("weights_sha256", 64)
     assert float(done[0].stdout.split()[1]) < 0.5
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_a_ddp_script_learns(ranks: int) -> None:
-    done = launch(ranks, "-m", "mpiml.examples.ddp_loop")
-    assert last_line(done)[0] == "weights_sha256"
-    assert float(done.stdout.split()[1]) < 1
+    assert len(Path(own_loop_torch.__file__).read_text().splitlines()) < 40
 
 
 @pytest.mark.parametrize(
@@ -52,7 +49,7 @@ def test_a_ddp_script_learns(ranks: int) -> None:
         ("break", "rank 1 left after call 3; rank 0 came to backward(), call 4"),
         ("sys.exit(0)", "rank 1 left after call 3; rank 0 came to backward(), call 4"),
         ("raise ValueError('oh dear')", "ValueError: oh dear (rank 1, step 3, compute)"),
-        ("time.sleep(60)", "rank 1 has made no progress for 8 s, in step 3 (compute)"),
+        ("time.sleep(60)", "rank 1 has made no progress for 3 s, in step 3 (compute)"),
     ],
 )
 def test_a_rank_that_comes_no_more_is_named(does: str, said: str, tmp_path: Path) -> None:

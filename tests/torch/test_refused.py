@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import pickle
 import re
@@ -17,20 +16,20 @@ from mpiml.loop.rows import Rows
 torch = pytest.importorskip("torch")
 nn = torch.nn
 
-from mpiml.torch import DataParallel, keywords, rank  # noqa: E402
+from mpiml.torch import DataParallel, rank  # noqa: E402
 from tests.torch.modules import (  # noqa: E402
     LAST,
     WORLD,
     Branches,
-    alone,
     perceptron,
     rows,
+    several_ranks,
 )
 
 pytestmark = pytest.mark.mpi
 
 
-@alone
+@several_ranks
 @pytest.mark.parametrize("leaves", [True, False])
 def test_ranks_at_different_calls_are_named(leaves: bool) -> None:
     net = DataParallel(perceptron())
@@ -46,7 +45,7 @@ def test_ranks_at_different_calls_are_named(leaves: bool) -> None:
     assert caught.value.rank == LAST or (WORLD.size == 2 and not leaves)
 
 
-@alone
+@several_ranks
 @pytest.mark.parametrize(
     ("module", "said"),
     [
@@ -79,26 +78,13 @@ def test_modules_that_cannot_be_averaged(module: Callable[[], Any], said: str) -
         DataParallel(module())
 
 
-def test_keywords_of_ddp() -> None:
-    """Each of the installed PyTorch's has a meaning, or needs none, or is refused."""
-    own = {"device_ids", "output_device", "broadcast_buffers", "init_sync"}
-    assert keywords.of_torch() <= own | keywords.NEEDLESS.keys() | keywords.REFUSED.keys()
-    DataParallel(nn.Linear(1, 1), None, find_unused_parameters=True, static_graph=True, process_group=None)
-    for wrong, said in (
-        ({"process_group": 1}, "pass an MPI communicator as comm="),
-        ({"device_ids": [0]}, "leave it out"),
-        ({"static_grph": True}, "did you mean static_graph"),
-    ):
-        with pytest.raises(ConfigError, match=said):
-            DataParallel(nn.Linear(1, 1), **wrong)
-    with pytest.warns(UserWarning, match="bucket_cap_mb") if rank() == 0 else contextlib.nullcontext():
-        net = DataParallel(nn.Linear(1, 1), bucket_cap_mb=25)
+def test_what_a_wrapper_cannot_do() -> None:
+    net = DataParallel(nn.Linear(1, 1))
     with pytest.raises(ConfigError, match="no communication hooks"):
         net.register_comm_hook(None, None)
-    with pytest.raises(ConfigError, match=r"copy its \.module"):
-        pickle.dumps(net)
-    with pytest.raises(ConfigError, match=r"copy its \.module"):
-        copy.deepcopy(net)
+    for act in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(ConfigError, match=r"copy its \.module"):
+            act(net)
 
 
 def test_a_parameter_that_is_unfrozen_later() -> None:

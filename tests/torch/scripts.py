@@ -1,0 +1,23 @@
+"""What tests of scripts share: a script's other form, and what the page says of the difference."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def replaced(text: str, changes: dict[str, str]) -> str:
+    for old, new in changes.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
+
+
+def difference(before: str, after: str) -> str:
+    """The lines that are only in one of them, as a block on the page, which has it."""
+    lines = list(difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm=""))[2:]
+    block = "".join(f"{line[0]}{line[1:].strip()}\n" for line in lines if line[0] in "-+")
+    assert f"```text\n{block}```" in (ROOT / "mpiml/torch/README.md").read_text()
+    return block
