@@ -25,7 +25,7 @@ from tests.torch.modules import (  # noqa: E402
     not_synchronised,
     several_forwards,
 )
-from tests.torch.scripts import difference, replaced  # noqa: E402
+from tests.torch.scripts import difference, kept, replaced  # noqa: E402
 
 pytestmark = pytest.mark.mpi
 
@@ -90,7 +90,7 @@ def test_a_script_has_the_same_losses(capsys: pytest.CaptureFixture[str]) -> Non
     before = replaced(after, BEFORE)
     difference(before, after)
     script: dict[str, Any] = {"__name__": "before"}
-    exec(before, script)
+    exec(kept(before), script)
     script["main"](epochs=1)
     ddp_loop.main(epochs=1)
     printed = capsys.readouterr().out

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import launch
-from tests.torch.scripts import difference, replaced
+from tests.torch.scripts import difference, kept, replaced
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.contract
@@ -29,11 +29,12 @@ def losses(printed: str) -> list[float]:
 
 
 def test_a_tutorial_changes_in_four_lines(tmp_path: Path) -> None:
-    before, after = BEFORE.read_text(), tmp_path / "after.py"
-    after.write_text(replaced(before, CHANGES))
-    lines = difference(before, after.read_text()).splitlines()
+    text, before, after = BEFORE.read_text(), tmp_path / "before.py", tmp_path / "after.py"
+    before.write_text(kept(text))
+    after.write_text(replaced(text, CHANGES))
+    lines = difference(text, after.read_text()).splitlines()
     assert Counter(line[0] for line in lines) == {"-": 4, "+": 2}
-    theirs = launch(0, str(BEFORE), "2", "3", str(tmp_path / "theirs.pt"), GLOO_SOCKET_IFNAME="lo")
+    theirs = launch(0, str(before), "2", "3", str(tmp_path / "theirs.pt"), GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1")
     ours = launch(2, str(after), "2", "3", str(tmp_path / "ours.pt"))
     assert (theirs.returncode, ours.returncode) == (0, 0), theirs.stderr + ours.stderr
     assert len(losses(theirs.stdout)) == 12
