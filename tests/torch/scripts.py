@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "mpiml/torch/README.md"
 
 
 def replaced(text: str, changes: dict[str, str]) -> str:
@@ -17,10 +18,10 @@ def replaced(text: str, changes: dict[str, str]) -> str:
 
 
 def difference(before: str, after: str) -> str:
-    """The lines that are only in one of them, as a block on the page, which has it."""
+    """The lines that are only in one of them, as a block on a page, which has it."""
     lines = list(difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm=""))[2:]
     block = "".join(f"{line[0]}{line[1:].strip()}\n" for line in lines if line[0] in "-+")
-    assert f"```text\n{block}```" in (ROOT / "mpiml/torch/README.md").read_text()
+    assert f"```text\n{block}```" in PAGE.read_text()
     return block
 
 

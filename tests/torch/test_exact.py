@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
+import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +22,7 @@ nn = torch.nn
 
 from mpiml.torch import DataParallel  # noqa: E402
 from tests.torch.modules import Uncounted, perceptron, several_ranks  # noqa: E402
+from tests.torch.scripts import PAGE, replaced  # noqa: E402
 
 pytestmark = pytest.mark.mpi
 WORLD = MPI.COMM_WORLD
@@ -210,6 +215,47 @@ def test_the_process_has_the_threads_that_are_asked_for_and_deterministic_operat
     assert torch.are_deterministic_algorithms_enabled()
     assert torch.get_num_threads() == before + 1
     torch.set_num_threads(before)
+
+
+def test_rows_of_a_dataset_that_draws_random_numbers() -> None:
+    class Noisy(torch.utils.data.Dataset):
+        def __getitem__(self, index: int) -> Any:
+            return X[index] + torch.rand(5), Y[index]
+
+    def losses() -> list[float]:
+        net, optimizer, rows = made()
+        said = []
+        for step in net.steps(rows, last=3):
+            for m in step:
+                x, y = torch.utils.data.default_collate([dataset[i] for i in m.rows.tolist()])
+                net.backward((net(x) - y).square().mean(), m)
+            said.append(net.step(optimizer))
+        return said
+
+    dataset = Noisy()
+    first = losses()
+    torch.manual_seed(WORLD.rank + 1)
+    assert losses() == first
+    assert len({repr(said) for said in WORLD.allgather(first)}) == 1
+
+
+def test_the_pages_program_stops_when_asked_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM comes to one rank after its third update."""
+    monkeypatch.chdir(WORLD.bcast(tmp_path))
+    (program,) = re.findall(r"```python\n(# going_on.py\n.*?)```", PAGE.read_text(), re.DOTALL)
+    asked = replaced(program, {"        scheduler.step()\n": "        scheduler.step()\n        after(step)\n"})
+
+    def after(step: Any) -> None:
+        if step.number == 3 and WORLD.rank == WORLD.size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    for text, code, steps in ((asked, 75, [3]), (program, 0, [3, 5, 10])):
+        with pytest.raises(SystemExit) as ended:
+            exec(text, {"after": after})
+        assert ended.value.code == code
+        files = sorted(Path("runs/going_on/checkpoints").glob("*.safetensors"))
+        assert [int(path.stem.removeprefix("step-")) for path in files] == steps
+        WORLD.Barrier()  # files are not replaced before all have looked
 
 
 def test_ddp_and_exact_steps_take_turns() -> None:
