@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
-import re
-import signal
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +18,6 @@ nn = torch.nn
 
 from mpiml.torch import DataParallel  # noqa: E402
 from tests.torch.modules import Uncounted, perceptron, several_ranks  # noqa: E402
-from tests.torch.scripts import PAGE, replaced  # noqa: E402
 
 pytestmark = pytest.mark.mpi
 WORLD = MPI.COMM_WORLD
@@ -237,25 +232,6 @@ def test_rows_of_a_dataset_that_draws_random_numbers() -> None:
     first = losses(seed=0)
     assert losses(seed=1 + WORLD.rank) == first
     assert len({repr(said) for said in WORLD.allgather(first)}) == 1
-
-
-def test_the_pages_program_stops_when_asked_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM comes to one rank after its third update."""
-    monkeypatch.chdir(WORLD.bcast(tmp_path))
-    (program,) = re.findall(r"```python\n(# going_on.py\n.*?)```", PAGE.read_text(), re.DOTALL)
-    asked = replaced(program, {"        scheduler.step()\n": "        scheduler.step()\n        after(step)\n"})
-
-    def after(step: Any) -> None:
-        if step.number == 3 and WORLD.rank == WORLD.size - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    for text, code, steps in ((asked, 75, [3]), (program, 0, [3, 5, 10])):
-        with pytest.raises(SystemExit) as ended:
-            exec(text, {"after": after})
-        assert ended.value.code == code
-        files = sorted(Path("runs/going_on/checkpoints").glob("*.safetensors"))
-        assert [int(path.stem.removeprefix("step-")) for path in files] == steps
-        WORLD.Barrier()  # files are not replaced before all have looked
 
 
 def test_ddp_and_exact_steps_take_turns() -> None:
