@@ -47,6 +47,7 @@ class Average:
     Attributes:
         trained: the parameters that required a gradient at first.
         slots: for each of this rank's micro-batches, the place of what it contributes.
+        unfinished: the step whose micro-batches are being summed, or 0.
         by_ranks: whether sums of gradients are divided by the number of all ranks, those that have joined included.
     """
 
@@ -59,6 +60,7 @@ class Average:
         self._dtypes = [parameter.dtype for parameter in self.trained]
         self.buffers = Changes(module, buffers, warns=team.rank == 0)
         self.team, self.meetings, self._memory, self.by_ranks = team, Meetings(team), memory, False
+        self.unfinished = 0
         self._total: Slot | None = None  # views of the total, once there is one
         self._flags, self._flag_tensor = list[bool](), torch.zeros(0)  # that were written last
         self._make(team.size)
@@ -69,6 +71,13 @@ class Average:
             self.meetings.meet(kind)
             self.sum.close()
             self._make(microbatches)
+
+    def checkpoint(self, kind: str) -> None:
+        """Agree that all ranks are at this call of a checkpoint; collective."""
+        if self.unfinished:
+            raise ConfigError(f"{kind}() within step {self.unfinished}: only after net.step(optimizer)")
+        if not self.meetings.over:
+            self.meetings.meet(kind)
 
     def collect(self) -> None:
         """Make each gradient the mean of all ranks' gradients, and changed buffers that of their buffers; collective,

@@ -159,6 +159,9 @@ class DataParallel(Module):  # type: ignore[misc]
             start: the first step: of a run that goes on, the one after the last.
             last: the last step (default: that of the epoch in which `start` is).
             threads: of PyTorch on each rank, which the bits depend on.
+
+        Raises ConfigError for rows of other ranks, and for a step without all its calls; RunError, on all ranks alike,
+        if ranks are at different calls.
         """
         prepare_torch(threads)
         try:
@@ -170,7 +173,11 @@ class DataParallel(Module):  # type: ignore[misc]
             self._step = None
 
     def backward(self, loss: Tensor, m: MicroBatch) -> None:
-        """The backward pass of `loss`, one number, the mean over the rows of micro-batch m of a step."""
+        """The backward pass of `loss`, one number, the mean over the rows of micro-batch m of a step.
+
+        Raises ConfigError outside of a step, for another micro-batch than the one that it has given, and for a module
+        that is not the one that was wrapped any more.
+        """
         self._within("backward(loss, m)").backward(loss, m)
 
     def step(self, optimizer: torch.optim.Optimizer) -> float:
@@ -178,12 +185,16 @@ class DataParallel(Module):  # type: ignore[misc]
         Returns the mean loss of the step.
 
         Raises NotFiniteError, on all ranks alike, for losses or gradients that are not finite; nothing is changed then.
+        RunError as `steps`.
         """
         return self._within("step(optimizer)").update(optimizer)
 
     def checkpoints(self, directory: str | os.PathLike[str], keep: int = 3) -> Checkpoints:
-        """Checkpoints of the module and what trains it, the newest `keep` in a directory; collective."""
-        return Checkpoints(self.module, directory, self._average.team.comm, keep)
+        """Checkpoints of the module and what trains it, the newest `keep` in a directory; collective.
+
+        Raises as `mpiml.torch.checkpoints.Checkpoints`.
+        """
+        return Checkpoints(self.module, self._average, directory, keep)
 
     def close(self) -> None:
         """Agree with all ranks that nothing more is averaged, and give back what is held for it; collective. Otherwise

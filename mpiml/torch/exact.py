@@ -45,6 +45,7 @@ class Step:
         buffers = self._average.buffers
         self._before = buffers.copies(unchanged=self._count == 1)
         checksums = buffers.checksums(self._count)
+        self._average.unfinished = self.number
         for m, rows in self._rows.mine(self.number):
             if not len(rows):
                 self._average.put_nothing(m)
@@ -94,7 +95,7 @@ class Step:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         forget(average)
-        self.done = True
+        self.done, average.unfinished = True, 0
         return loss / (weight or 1.0)
 
 
@@ -105,6 +106,7 @@ def steps(average: Average, rows: Rows, start: int, last: int | None) -> Iterato
     if last is None:
         last = -(-start // rows.steps_per_epoch) * rows.steps_per_epoch
     average.use("steps", rows.microbatches)
+    average.unfinished = 0
     if rows.own != average.sum.own:
         raise ConfigError("steps(rows): the rows are those of another communicator than the DataParallel's")
     forget(average)

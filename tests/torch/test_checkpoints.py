@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from mpiml.errors import ConfigError
+from mpiml.errors import ConfigError, RunError
+from mpiml.loop.rows import Rows
 from tests.conftest import launch
-from tests.torch.modules import WORLD, DataParallel, nn, rows, torch
+from tests.torch.modules import LAST, WORLD, DataParallel, alone, nn, rows, torch
 
 SGD, ADAMW, LBFGS = torch.optim.SGD, torch.optim.AdamW, torch.optim.LBFGS
 rates = torch.optim.lr_scheduler
@@ -108,6 +109,35 @@ def test_what_is_no_tensor_or_number_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match=r"module\._extra_state: object"):
         DataParallel(Odd(2, 2)).checkpoints(WORLD.bcast(tmp_path)).save(1)
+
+
+@pytest.mark.mpi
+@alone
+@pytest.mark.parametrize("call", ["save", "restore", "checkpoints"])
+def test_ranks_at_different_calls_are_named(tmp_path: Path, call: str) -> None:
+    net, directory = DataParallel(nn.Linear(5, 3)), WORLD.bcast(tmp_path)
+    saved, backward = net.checkpoints(directory), net(rows()).sum().backward
+    calls = {"save": lambda: saved.save(1), "restore": saved.restore, "checkpoints": lambda: net.checkpoints(directory)}
+    with pytest.raises(RunError, match=rf"rank {LAST} came to {call}\(\), call 2") as caught:
+        (calls[call] if WORLD.rank == LAST else backward)()
+    assert "came to backward(), call 2" in str(caught.value)
+    assert caught.value.everywhere
+
+
+@pytest.mark.mpi
+def test_saved_after_steps_and_not_within(tmp_path: Path) -> None:
+    net = DataParallel(nn.Linear(5, 3))
+    optimizer, saved = SGD(net.parameters(), lr=0.1), net.checkpoints(WORLD.bcast(tmp_path))
+    for step in net.steps(Rows(64, 8, WORLD.size), last=2):
+        saved.save(step.number - 1)
+        for m in step:
+            net.backward(net(rows(len(m))).sum(), m)
+        with pytest.raises(ConfigError, match=rf"save\(\) within step {step.number}: only after"):
+            saved.save(step.number)
+        net.step(optimizer)
+    net.close()
+    saved.save(2)
+    assert saved.restore() == 2
 
 
 LOOP = """
