@@ -15,6 +15,7 @@ from torch.autograd import Variable
 from torch.nn import Module
 
 from mpiml.errors import ConfigError
+from mpiml.loop.checks import check_comm
 from mpiml.loop.guard import clock, guard_until_exit
 from mpiml.loop.rows import Rows
 from mpiml.nn.torch_tensors import prepare_torch
@@ -70,7 +71,7 @@ class DataParallel(Module):  # type: ignore[misc]
         **others: Any,
     ):
         super().__init__()
-        comm = MPI.COMM_WORLD if comm is None else comm
+        comm = check_comm(comm)
         guard = guard_until_exit(comm, stall_timeout)
         team = Team(comm, clock())
         team.together(lambda: keywords.check({"device_ids": device_ids, "output_device": output_device, **others}))
