@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from mpi4py import MPI
 from torch import Tensor
-from torch.autograd import Variable
 from torch.nn import Module
 
 from mpiml.errors import ConfigError
@@ -24,9 +23,11 @@ from mpiml.torch import exact, keywords, start
 from mpiml.torch.average import Average
 from mpiml.torch.checkpoints import Checkpoints
 from mpiml.torch.exact import MicroBatch, Step
-from mpiml.torch.outputs import tensors_in
+from mpiml.torch.passes import Passes
 
 STALL_TIMEOUT = 1800.0  # seconds, as long as gloo waits
+OF_CLOSED = "of a DataParallel that is closed"
+_joining: list[DataParallel] = []  # that this rank is in a join() of
 
 
 class DataParallel(Module):  # type: ignore[misc]
@@ -82,10 +83,9 @@ class DataParallel(Module):  # type: ignore[misc]
         self.require_backward_grad_sync = True  # False within no_sync
         self._average = Average(team, module, memory, broadcast_buffers is not False)
         self._step: Step | None = None
-        self._task = -1  # the backward pass that averages at its end
-        self._opaque = False  # whether no tensor was seen in an output that is to be averaged
-        self._hooked = False
-        guard.at_end.append(self.close)
+        self._passes = Passes(module, self._average.trained, team.size > 1, self._collect)
+        self._at_end = guard.at_end
+        self._at_end.append(self.close)
         self.closed = False
         _share(self._average)
         for name, value in others.items():
@@ -97,12 +97,13 @@ class DataParallel(Module):  # type: ignore[misc]
         clock().progress()
         if self._step or not torch.is_grad_enabled():
             return self.module(*inputs, **named)
+        self._passes.ignore()
         before = self._average.buffers.snapshot() if self.training else None
         outputs = self.module(*inputs, **named)
         if before:
             self._average.buffers.note_changes(before)
         if self.require_backward_grad_sync:
-            self._follow(outputs)
+            self._passes.follow(outputs)
         return outputs
 
     @contextmanager
@@ -134,12 +135,21 @@ class DataParallel(Module):  # type: ignore[misc]
             yield
             return
         average = self._average
+        if _joining:
+            raise ConfigError(
+                "join() within a join(): ranks that have joined answer one DataParallel alone; with several, give all "
+                "ranks the same number of batches"
+            )
         average.by_ranks = divide_by_initial_world_size
-        yield
-        rounds = 0
-        while average.answer():
-            rounds += 1
-        average.by_ranks = False
+        _joining.append(self)
+        try:
+            yield
+            rounds = 0
+            while average.answer():
+                rounds += 1
+        finally:
+            average.by_ranks = False
+            _joining.remove(self)
         answered = average.team.allgather(rounds)
         start.broadcast(average.team, self.module, answered.index(min(answered)))
 
@@ -164,11 +174,14 @@ class DataParallel(Module):  # type: ignore[misc]
         Raises ConfigError for rows of other ranks, and for a step without all its calls; RunError, on all ranks alike,
         if ranks are at different calls.
         """
+        if self.closed:
+            raise ConfigError(f"steps() {OF_CLOSED}")
         prepare_torch(threads)
         try:
             for step in exact.steps(self._average, rows, start, last):
                 clock().step = step.number
                 self._step = step
+                self._passes.ignore()
                 yield step
         finally:
             self._step = None
@@ -199,9 +212,12 @@ class DataParallel(Module):  # type: ignore[misc]
 
     def close(self) -> None:
         """Agree with all ranks that nothing more is averaged, and give back what is held for it; collective. Otherwise
-        the guard does so as it is left, or the program as it ends."""
+        the guard does so as it is left, or the program as it ends: programs with many call it for each."""
         if not self.closed:
             self.closed = True
+            self._passes.close()
+            if self.close in self._at_end:
+                self._at_end.remove(self.close)
             self._average.end()
 
     def register_comm_hook(self, state: object, hook: object) -> None:
@@ -216,36 +232,15 @@ class DataParallel(Module):  # type: ignore[misc]
             raise ConfigError(f"net.{what}: only within `for step in net.steps(rows):`")
         return self._step
 
-    def _follow(self, outputs: Any) -> None:
-        """Average at the end of the backward passes that these outputs come to, whatever parameters they reach."""
-        found = list(tensors_in(outputs))
-        followed = [tensor for tensor in found if tensor.requires_grad]
-        if not followed and self.training:  # no parameter that has a gradient is used on this rank, perhaps on others
-            kept = {id(tensor) for tensor in (*self.module.parameters(), *self.module.buffers())}
-            followed = [t.requires_grad_() for t in found if t.is_floating_point() and id(t) not in kept]
-        for tensor in followed:
-            tensor.register_hook(self._reached)
-        self._opaque = not found
-        if not found and not self._hooked:
-            self._hooked = True
-            for parameter in self._average.trained:
-                parameter.register_post_accumulate_grad_hook(self._accumulated)
-
-    def _accumulated(self, parameter: Tensor) -> None:
-        if self._opaque and self._step is None and self.require_backward_grad_sync:
-            self._reached(parameter)
-
-    def _reached(self, gradient: Tensor) -> None:
-        """A backward pass has come to an output: average at its end."""
-        task = torch._C._current_graph_task_id()
-        if task != self._task:
-            self._task = task
-            Variable._execution_engine.queue_callback(self._collect)
-
     def _collect(self) -> None:
         if self.closed:
-            raise ConfigError("a backward pass of a DataParallel that is closed")
-        self._average.collect()
+            raise ConfigError(f"a backward pass {OF_CLOSED}")
+        if self._step is None and not self._average.collect() and self._passes.forced:
+            name = type(self.module).__name__
+            raise ConfigError(
+                f"what {name} returns depends on no parameter that requires a gradient, on any rank: is there a "
+                "torch.no_grad() or .detach() in it?"
+            )
 
 
 def _share(average: Average) -> None:

@@ -82,9 +82,16 @@ class Step:
     def update(self, optimizer: torch.optim.Optimizer) -> float:
         """As DataParallel.step."""
         average = self._average
+        groups = getattr(optimizer, "param_groups", ())
+        if strangers := [p for group in groups for p in group["params"] if p.grad is not None]:
+            what = f"a parameter {tuple(strangers[0].shape)} with a gradient that is not summed over micro-batches"
+            raise ConfigError(
+                f"step {self.number}: the optimizer has {what}: let it be a part of the DataParallel's module"
+            )
         average.meetings.meet("step")
         if average.sum.bad_loss is not None:
             text = f"step {self.number}: the loss of micro-batch {average.sum.bad_loss} is not finite"
+            average.sum.drop()
             raise NotFiniteError(text).on_all_ranks()
         total = average.mean()
         if bad := average.not_finite(total):
