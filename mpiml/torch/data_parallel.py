@@ -19,7 +19,7 @@ from mpiml.loop.guard import clock, guard_until_exit
 from mpiml.loop.rows import Rows
 from mpiml.nn.torch_tensors import prepare_torch
 from mpiml.team import Team
-from mpiml.torch import exact, keywords, start
+from mpiml.torch import alike, exact, keywords
 from mpiml.torch.average import Average
 from mpiml.torch.checkpoints import Checkpoints
 from mpiml.torch.exact import MicroBatch, Step
@@ -76,9 +76,9 @@ class DataParallel(Module):  # type: ignore[misc]
         guard = guard_until_exit(comm, stall_timeout)
         team = Team(comm, clock())
         team.together(lambda: keywords.check({"device_ids": device_ids, "output_device": output_device, **others}))
-        start.compare(team, module)
+        alike.compare(team, module)
         if init_sync:
-            start.broadcast(team, module)
+            alike.broadcast(team, module)
         self.module = module
         self.require_backward_grad_sync = True  # False within no_sync
         self._average = Average(team, module, memory, broadcast_buffers is not False)
@@ -151,7 +151,7 @@ class DataParallel(Module):  # type: ignore[misc]
             average.by_ranks = False
             _joining.remove(self)
         answered = average.team.allgather(rounds)
-        start.broadcast(average.team, self.module, answered.index(min(answered)))
+        alike.broadcast(average.team, self.module, answered.index(min(answered)))
 
     def steps(self, rows: Rows, start: int = 1, last: int | None = None, threads: int = 1) -> Iterator[Step]:
         """Steps whose results have the same bits on any number of ranks and nodes; collective.

@@ -76,7 +76,7 @@ class Step:
         for name in buffers.changed:
             buffers.put(name, self._before[name])
         buffers.changed.clear()
-        forget(average)
+        drop_gradients(average)
         self._open = None
 
     def update(self, optimizer: torch.optim.Optimizer) -> float:
@@ -101,7 +101,7 @@ class Step:
         average.take_buffers(total, self._observed)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        forget(average)
+        drop_gradients(average)
         self.done, average.unfinished = True, 0
         return loss / (weight or 1.0)
 
@@ -116,7 +116,7 @@ def steps(average: Average, rows: Rows, start: int, last: int | None) -> Iterato
     average.unfinished = 0
     if rows.own != average.sum.own:
         raise ConfigError("steps(rows): the rows are those of another communicator than the DataParallel's")
-    forget(average)
+    drop_gradients(average)
     for count, number in enumerate(range(start, last + 1), start=1):
         step = Step(average, rows, number, count)
         yield step
@@ -124,7 +124,7 @@ def steps(average: Average, rows: Rows, start: int, last: int | None) -> Iterato
             raise ConfigError(f"step {number}: net.step(optimizer) is missing")
 
 
-def forget(average: Average) -> None:
+def drop_gradients(average: Average) -> None:
     """Drop all gradients."""
     for parameter in average.trained:
         parameter.grad = None

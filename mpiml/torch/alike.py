@@ -1,4 +1,4 @@
-"""How a DataParallel begins: the same module on all ranks, with rank 0's values."""
+"""The same module on all ranks of a DataParallel, with the same values."""
 
 from __future__ import annotations
 
