@@ -60,7 +60,7 @@ class Average:
         self._dtypes = [parameter.dtype for parameter in self.trained]
         self.buffers = Changes(module, buffers, warns=team.rank == 0)
         self.team, self.meetings, self._memory, self.by_ranks = team, Meetings(team), memory, False
-        self.unfinished = 0
+        self.unfinished, self._left = 0, False
         self._arrays: Arrays = []  # of the total
         self._total: Slot | None = None  # views of the total, once there is one
         self._flags, self._flag_tensor = list[bool](), torch.zeros(0)  # that were written last
@@ -68,6 +68,7 @@ class Average:
 
     def use(self, kind: str, microbatches: int) -> None:
         """Have a sum of so many micro-batches; collective, in a meeting of this kind if it has to be made."""
+        self._drop_left()
         if self.sum.microbatches != microbatches:
             self.meetings.meet(kind)
             self.sum.close()
@@ -78,7 +79,18 @@ class Average:
         if self.unfinished:
             raise ConfigError(f"{kind}() within step {self.unfinished}: only after net.step(optimizer)")
         if not self.meetings.over:
+            self._drop_left()
             self.meetings.meet(kind)
+
+    def leave(self) -> None:
+        """Note that a loop over steps has been left, perhaps within one."""
+        self._left, self.unfinished = self._left or bool(self.unfinished), 0
+
+    def _drop_left(self) -> None:
+        """Do without what has been put in a step that was left; collective."""
+        if self._left:
+            self._left = False
+            self.sum.drop()
 
     def collect(self) -> bool:
         """Make each gradient the mean of all ranks' gradients, and changed buffers that of their buffers; collective,

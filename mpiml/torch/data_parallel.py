@@ -185,6 +185,7 @@ class DataParallel(Module):  # type: ignore[misc]
                 yield step
         finally:
             self._step = None
+            self._average.leave()
 
     def backward(self, loss: Tensor, m: MicroBatch) -> None:
         """The backward pass of `loss`, one number, the mean over the rows of micro-batch m of a step.

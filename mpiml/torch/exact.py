@@ -89,6 +89,7 @@ class Step:
                 f"step {self.number}: the optimizer has {what}: let it be a part of the DataParallel's module"
             )
         average.meetings.meet("step")
+        average.unfinished = 0
         if average.sum.bad_loss is not None:
             text = f"step {self.number}: the loss of micro-batch {average.sum.bad_loss} is not finite"
             average.sum.drop()
@@ -102,7 +103,7 @@ class Step:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         drop_gradients(average)
-        self.done, average.unfinished = True, 0
+        self.done = True
         return loss / (weight or 1.0)
 
 
@@ -113,7 +114,6 @@ def steps(average: Average, rows: Rows, start: int, last: int | None) -> Iterato
     if last is None:
         last = -(-start // rows.steps_per_epoch) * rows.steps_per_epoch
     average.use("steps", rows.microbatches)
-    average.unfinished = 0
     if rows.own != average.sum.own:
         raise ConfigError("steps(rows): the rows are those of another communicator than the DataParallel's")
     drop_gradients(average)

@@ -230,6 +230,15 @@ def test_what_is_not_finite_is_named(value: str, said: str) -> None:
     assert trained(net, optimizer, rows, last=1)[0] > 0
 
 
+def test_a_step_that_is_left_is_dropped() -> None:
+    net, optimizer, rows = made()
+    for step in net.steps(rows):
+        for m in step:
+            net.backward(net(X[m.rows]).sum(), m)
+        break
+    assert trained(net, optimizer, rows) == trained(*made())
+
+
 def test_a_parameter_outside_of_the_module() -> None:
     net, _, rows = made()
     scale = nn.Parameter(torch.ones(3))
