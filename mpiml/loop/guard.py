@@ -82,7 +82,7 @@ def _leave_to_ranks() -> None:
     threading.excepthook = threading.__excepthook__
     while _guards:
         one = _guards.pop()
-        if one._answers and one._stop:
+        if one._takes_signals and one._stop:
             one._stop.__exit__()
 
 
