@@ -43,8 +43,11 @@ TORCH = [  # need an extra, PyTorch: loaded only where it is
         )
     ),
     *("mpiml.examples.torch_resnet", "mpiml.examples.own_loop_torch", "mpiml.examples.ddp_loop"),
-    *("mpiml.torch", *(f"mpiml.torch.{name}" for name in ("average", "buffers", "checkpoints", "data_parallel"))),
-    *(f"mpiml.torch.{name}" for name in ("exact", "flat", "keywords", "meetings", "outputs", "packed", "start")),
+    *(
+        "mpiml.torch",
+        *(f"mpiml.torch.{name}" for name in ("alike", "average", "buffers", "checkpoints", "data_parallel")),
+    ),
+    *(f"mpiml.torch.{name}" for name in ("exact", "flat", "keywords", "meetings", "outputs", "packed", "passes")),
 ]
 JAX = "mpiml.examples.own_loop_jax"  # needs that extra
 MEASURING = ("mpiml.plan", "mpiml.scaling", "mpiml.predict", "mpiml.bench")  # may load more than a rank that trains

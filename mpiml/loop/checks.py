@@ -35,7 +35,12 @@ def check_switch(name: str, value: Any) -> None:
 
 def check_comm(comm: Any, hint: str = "") -> MPI.Intracomm:
     """The ranks that `comm` names, all by default. Raises ConfigError, which ends with the hint, for what is no
-    communicator."""
+    communicator, or without MPI."""
+    if not MPI.Is_initialized():
+        raise ConfigError(
+            "MPI does not run in this process: if a rank has started it as a worker, what only ranks do belongs below "
+            'if __name__ == "__main__":'
+        )
     if comm is None:
         return MPI.COMM_WORLD
     if not isinstance(comm, MPI.Intracomm) or comm == MPI.COMM_NULL:

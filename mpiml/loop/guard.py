@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -74,6 +75,18 @@ def guard_until_exit(comm: MPI.Intracomm, stall_timeout: float) -> guard:
     sys.excepthook = uncaught
     atexit.register(leave)
     return one
+
+
+def _leave_to_ranks() -> None:
+    """In a forked process, such as a DataLoader's worker, which is no rank: let go of its errors, signals and end."""
+    threading.excepthook = threading.__excepthook__
+    while _guards:
+        one = _guards.pop()
+        if one._takes_signals and one._stop:
+            one._stop.__exit__()
+
+
+os.register_at_fork(after_in_child=_leave_to_ranks)
 
 
 class guard:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from mpiml.loop.checks import check_comm
+
 try:
     from mpiml.torch.data_parallel import DataParallel as DataParallel
 except ModuleNotFoundError as error:
@@ -12,13 +14,9 @@ except ModuleNotFoundError as error:
 
 def rank() -> int:
     """This process' number among those that mpirun has started, from 0 on: as DistributedSampler's `rank`."""
-    from mpi4py import MPI
-
-    return MPI.COMM_WORLD.rank
+    return check_comm(None).rank
 
 
 def size() -> int:
     """How many processes mpirun has started: as DistributedSampler's `num_replicas`."""
-    from mpi4py import MPI
-
-    return MPI.COMM_WORLD.size
+    return check_comm(None).size

@@ -47,6 +47,7 @@ class Average:
     Attributes:
         trained: the parameters that required a gradient at first.
         slots: for each of this rank's micro-batches, the place of what it contributes.
+        unfinished: the step whose micro-batches are being summed, or 0.
         by_ranks: whether sums of gradients are divided by the number of all ranks, those that have joined included.
     """
 
@@ -59,31 +60,53 @@ class Average:
         self._dtypes = [parameter.dtype for parameter in self.trained]
         self.buffers = Changes(module, buffers, warns=team.rank == 0)
         self.team, self.meetings, self._memory, self.by_ranks = team, Meetings(team), memory, False
+        self.unfinished, self._left = 0, False
+        self._arrays: Arrays = []  # of the total
         self._total: Slot | None = None  # views of the total, once there is one
         self._flags, self._flag_tensor = list[bool](), torch.zeros(0)  # that were written last
         self._make(team.size)
 
     def use(self, kind: str, microbatches: int) -> None:
         """Have a sum of so many micro-batches; collective, in a meeting of this kind if it has to be made."""
+        self._drop_left()
         if self.sum.microbatches != microbatches:
             self.meetings.meet(kind)
             self.sum.close()
             self._make(microbatches)
 
-    def collect(self) -> None:
+    def checkpoint(self, kind: str) -> None:
+        """Agree that all ranks are at this call of a checkpoint; collective."""
+        if self.unfinished:
+            raise ConfigError(f"{kind}() within step {self.unfinished}: only after net.step(optimizer)")
+        if not self.meetings.over:
+            self._drop_left()
+            self.meetings.meet(kind)
+
+    def leave(self) -> None:
+        """Note that a loop over steps has been left, perhaps within one."""
+        self._left, self.unfinished = self._left or bool(self.unfinished), 0
+
+    def _drop_left(self) -> None:
+        """Do without what has been put in a step that was left; collective."""
+        if self._left:
+            self._left = False
+            self.sum.drop()
+
+    def collect(self) -> bool:
         """Make each gradient the mean of all ranks' gradients, and changed buffers that of their buffers; collective,
-        but for ranks that have joined."""
+        but for ranks that have joined. Returns whether any rank has a gradient."""
         self.use("backward", self.team.size)
         if self.team.size == 1:
             self._check()
-            return  # gradients and buffers are their own means
+            return True  # gradients and buffers are their own means
         self.write(self.slots[0])
         self.sum.put(self.sum.own.start)
         clock().step = 1 + self.meetings.number
         self.meetings.meet("backward")
         total = self.mean()
-        self.take_gradients(total)
+        used = self.take_gradients(total)
         self.take_buffers(total, {self.sum.own.start: (1.0, {})})
+        return used
 
     def answer(self) -> bool:
         """Contribute nothing to what the other ranks do, as one that has joined; collective. Returns whether there are
@@ -149,8 +172,8 @@ class Average:
         names = [*self.names, *self.buffers.averaged]
         return [name for name, view in zip(names, total.tensors, strict=True) if not view.isfinite().all()]
 
-    def take_gradients(self, total: Slot) -> None:
-        """Make the mean the gradient of each parameter that any rank has used."""
+    def take_gradients(self, total: Slot) -> bool:
+        """Make the mean the gradient of each parameter that any rank has used. Returns whether there are such."""
         used, views = self.trained, total.tensors[: len(self.trained)]
         flags = total.flags[: len(used)].tolist()
         if not all(flags):
@@ -163,6 +186,7 @@ class Average:
             flat.take(gradients, views)
             if self.by_ranks:
                 torch._foreach_mul_(gradients, self.sum.weight / self.team.size)
+        return bool(used)
 
     def take_buffers(self, total: Slot, observed: Observed) -> None:
         """Give buffers that any rank has changed their mean; collective. Those that have changed for the first time
@@ -198,8 +222,10 @@ class Average:
         self.buffers.put(name, now)
 
     def end(self) -> None:
-        """Agree with all ranks that nothing more is averaged; collective."""
+        """Agree with all ranks that nothing more is averaged, and let go of what it was summed in; collective."""
         self.meetings.end()
+        self.slots.clear()
+        self._arrays, self._total = [], None
 
     def _make(self, microbatches: int) -> None:
         buffers = self.buffers

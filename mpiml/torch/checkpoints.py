@@ -6,15 +6,13 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mpi4py import MPI
 from torch import Tensor
 from torch.nn import Module
 
 from mpiml.errors import ConfigError
 from mpiml.loop import checkpoints
-from mpiml.loop.guard import clock
 from mpiml.random import global_generators
-from mpiml.team import Team
+from mpiml.torch.average import Average
 from mpiml.torch.packed import Arrays, pack, unpack
 
 FORM = "mpiml-torch-1"
@@ -28,13 +26,23 @@ class Checkpoints:
         ...
         saved.save(step, optimizer=optimizer, scheduler=scheduler)
 
+    Args:
+        module: what it holds is saved under its own names, without "module.".
+        average: of the DataParallel: ranks that are at different calls of it learn so.
+        directory: is made if it does not exist.
+        keep: how many checkpoints are kept, the newest.
+
     Attributes:
         meta: what was saved beside the state that `restore` has read.
+
+    Raises, on all ranks alike, ConfigError for settings that do not work, OutputError if the directory cannot be made;
+    and with each method RunError if ranks are at different calls of the DataParallel, naming these.
     """
 
-    def __init__(self, module: Module, directory: str | os.PathLike[str], comm: MPI.Intracomm, keep: int = 3):
-        self._module, self._team = module, Team(comm, clock())
-        self._files = checkpoints.Checkpoints(directory, comm, keep)
+    def __init__(self, module: Module, average: Average, directory: str | os.PathLike[str], keep: int = 3):
+        average.checkpoint("checkpoints")
+        self._module, self._average, self._team = module, average, average.team
+        self._files = checkpoints.Checkpoints(directory, self._team.comm, keep)
         self.meta: dict[str, Any] = {}
 
     def save(
@@ -48,6 +56,7 @@ class Checkpoints:
 
         Raises, on all ranks alike, ConfigError for a state that cannot be saved, OutputError if it cannot be written.
         """
+        self._average.checkpoint("save")
         generators = self._team.allgather({name: each.state() for name, each in global_generators().items()})
         arrays: Arrays = {}
         content: dict[str, Any] = {}
@@ -72,6 +81,7 @@ class Checkpoints:
         Raises, on all ranks alike and with nothing changed, ConfigError for a checkpoint of another module, optimizer
         or scheduler, naming what differs, OutputError if none of the checkpoints can be used.
         """
+        self._average.checkpoint("restore")
         saved = self._files.newest()
         if saved is None:
             return 0

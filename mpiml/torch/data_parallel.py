@@ -11,21 +11,23 @@ from typing import Any
 import torch
 from mpi4py import MPI
 from torch import Tensor
-from torch.autograd import Variable
 from torch.nn import Module
 
 from mpiml.errors import ConfigError
+from mpiml.loop.checks import check_comm
 from mpiml.loop.guard import clock, guard_until_exit
 from mpiml.loop.rows import Rows
 from mpiml.nn.torch_tensors import prepare_torch
 from mpiml.team import Team
-from mpiml.torch import exact, keywords, start
+from mpiml.torch import alike, exact, keywords
 from mpiml.torch.average import Average
 from mpiml.torch.checkpoints import Checkpoints
 from mpiml.torch.exact import MicroBatch, Step
-from mpiml.torch.outputs import tensors_in
+from mpiml.torch.passes import Passes
 
 STALL_TIMEOUT = 1800.0  # seconds, as long as gloo waits
+OF_CLOSED = "of a DataParallel that is closed"
+_joining: list[DataParallel] = []  # that this rank is in a join() of
 
 
 class DataParallel(Module):  # type: ignore[misc]
@@ -71,22 +73,21 @@ class DataParallel(Module):  # type: ignore[misc]
         **others: Any,
     ):
         super().__init__()
-        comm = MPI.COMM_WORLD if comm is None else comm
+        comm = check_comm(comm)
         guard = guard_until_exit(comm, stall_timeout)
         team = Team(comm, clock())
         team.together(lambda: keywords.check({"device_ids": device_ids, "output_device": output_device, **others}))
-        start.compare(team, module)
+        alike.compare(team, module)
         if init_sync:
-            start.broadcast(team, module)
+            alike.broadcast(team, module)
         self.module = module
         self.require_backward_grad_sync = True  # False within no_sync
         averaged = broadcast_buffers is not False if forward_sync_buffers is None else bool(forward_sync_buffers)
         self._average = Average(team, module, memory, averaged)
         self._step: Step | None = None
-        self._task = -1  # the backward pass that averages at its end
-        self._opaque = False  # whether no tensor was seen in an output that is to be averaged
-        self._hooked = False
-        guard.at_end.append(self.close)
+        self._passes = Passes(module, self._average.trained, team.size > 1, self._collect)
+        self._at_end = guard.at_end
+        self._at_end.append(self.close)
         self.closed = False
         _share(self._average)
         for name, value in others.items():
@@ -98,12 +99,13 @@ class DataParallel(Module):  # type: ignore[misc]
         clock().progress()
         if self._step or not torch.is_grad_enabled():
             return self.module(*inputs, **named)
+        self._passes.ignore()
         before = self._average.buffers.snapshot() if self.training else None
         outputs = self.module(*inputs, **named)
         if before:
             self._average.buffers.note_changes(before)
         if self.require_backward_grad_sync:
-            self._follow(outputs)
+            self._passes.follow(outputs)
         return outputs
 
     @contextmanager
@@ -135,14 +137,23 @@ class DataParallel(Module):  # type: ignore[misc]
             yield
             return
         average = self._average
+        if _joining:
+            raise ConfigError(
+                "join() within a join(): ranks that have joined answer one DataParallel alone; with several, give all "
+                "ranks the same number of batches"
+            )
         average.by_ranks = divide_by_initial_world_size
-        yield
-        rounds = 0
-        while average.answer():
-            rounds += 1
-        average.by_ranks = False
+        _joining.append(self)
+        try:
+            yield
+            rounds = 0
+            while average.answer():
+                rounds += 1
+        finally:
+            average.by_ranks = False
+            _joining.remove(self)
         answered = average.team.allgather(rounds)
-        start.broadcast(average.team, self.module, answered.index(min(answered)))
+        alike.broadcast(average.team, self.module, answered.index(min(answered)))
 
     def steps(self, rows: Rows, start: int = 1, last: int | None = None, threads: int = 1) -> Iterator[Step]:
         """Steps whose results have the same bits on any number of ranks and nodes; collective.
@@ -161,18 +172,29 @@ class DataParallel(Module):  # type: ignore[misc]
             start: the first step: of a run that goes on, the one after the last.
             last: the last step (default: that of the epoch in which `start` is).
             threads: of PyTorch on each rank, which the bits depend on.
+
+        Raises ConfigError for rows of other ranks, and for a step without all its calls; RunError, on all ranks alike,
+        if ranks are at different calls.
         """
+        if self.closed:
+            raise ConfigError(f"steps() {OF_CLOSED}")
         prepare_torch(threads)
         try:
             for step in exact.steps(self._average, rows, start, last):
                 clock().step = step.number
                 self._step = step
+                self._passes.ignore()
                 yield step
         finally:
             self._step = None
+            self._average.leave()
 
     def backward(self, loss: Tensor, m: MicroBatch) -> None:
-        """The backward pass of `loss`, one number, the mean over the rows of micro-batch m of a step."""
+        """The backward pass of `loss`, one number, the mean over the rows of micro-batch m of a step.
+
+        Raises ConfigError outside of a step, for another micro-batch than the one that it has given, and for a module
+        that is not the one that was wrapped any more.
+        """
         self._within("backward(loss, m)").backward(loss, m)
 
     def step(self, optimizer: torch.optim.Optimizer) -> float:
@@ -180,18 +202,25 @@ class DataParallel(Module):  # type: ignore[misc]
         Returns the mean loss of the step.
 
         Raises NotFiniteError, on all ranks alike, for losses or gradients that are not finite; nothing is changed then.
+        RunError as `steps`.
         """
         return self._within("step(optimizer)").update(optimizer)
 
     def checkpoints(self, directory: str | os.PathLike[str], keep: int = 3) -> Checkpoints:
-        """Checkpoints of the module and what trains it, the newest `keep` in a directory; collective."""
-        return Checkpoints(self.module, directory, self._average.team.comm, keep)
+        """Checkpoints of the module and what trains it, the newest `keep` in a directory; collective.
+
+        Raises as `mpiml.torch.checkpoints.Checkpoints`.
+        """
+        return Checkpoints(self.module, self._average, directory, keep)
 
     def close(self) -> None:
         """Agree with all ranks that nothing more is averaged, and give back what is held for it; collective. Otherwise
-        the guard does so as it is left, or the program as it ends."""
+        the guard does so as it is left, or the program as it ends: programs with many call it for each."""
         if not self.closed:
             self.closed = True
+            self._passes.close()
+            if self.close in self._at_end:
+                self._at_end.remove(self.close)
             self._average.end()
 
     def register_comm_hook(self, state: object, hook: object) -> None:
@@ -206,36 +235,15 @@ class DataParallel(Module):  # type: ignore[misc]
             raise ConfigError(f"net.{what}: only within `for step in net.steps(rows):`")
         return self._step
 
-    def _follow(self, outputs: Any) -> None:
-        """Average at the end of the backward passes that these outputs come to, whatever parameters they reach."""
-        found = list(tensors_in(outputs))
-        followed = [tensor for tensor in found if tensor.requires_grad]
-        if not followed and self.training:  # no parameter that has a gradient is used on this rank, perhaps on others
-            kept = {id(tensor) for tensor in (*self.module.parameters(), *self.module.buffers())}
-            followed = [t.requires_grad_() for t in found if t.is_floating_point() and id(t) not in kept]
-        for tensor in followed:
-            tensor.register_hook(self._reached)
-        self._opaque = not found
-        if not found and not self._hooked:
-            self._hooked = True
-            for parameter in self._average.trained:
-                parameter.register_post_accumulate_grad_hook(self._accumulated)
-
-    def _accumulated(self, parameter: Tensor) -> None:
-        if self._opaque and self._step is None and self.require_backward_grad_sync:
-            self._reached(parameter)
-
-    def _reached(self, gradient: Tensor) -> None:
-        """A backward pass has come to an output: average at its end."""
-        task = torch._C._current_graph_task_id()
-        if task != self._task:
-            self._task = task
-            Variable._execution_engine.queue_callback(self._collect)
-
     def _collect(self) -> None:
         if self.closed:
-            raise ConfigError("a backward pass of a DataParallel that is closed")
-        self._average.collect()
+            raise ConfigError(f"a backward pass {OF_CLOSED}")
+        if self._step is None and not self._average.collect() and self._passes.forced:
+            name = type(self.module).__name__
+            raise ConfigError(
+                f"what {name} returns depends on no parameter that requires a gradient, on any rank: is there a "
+                "torch.no_grad() or .detach() in it?"
+            )
 
 
 def _share(average: Average) -> None:

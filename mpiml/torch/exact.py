@@ -45,6 +45,7 @@ class Step:
         buffers = self._average.buffers
         self._before = buffers.copies(unchanged=self._count == 1)
         checksums = buffers.checksums(self._count)
+        self._average.unfinished = self.number
         for m, rows in self._rows.mine(self.number):
             if not len(rows):
                 self._average.put_nothing(m)
@@ -75,15 +76,23 @@ class Step:
         for name in buffers.changed:
             buffers.put(name, self._before[name])
         buffers.changed.clear()
-        forget(average)
+        drop_gradients(average)
         self._open = None
 
     def update(self, optimizer: torch.optim.Optimizer) -> float:
         """As DataParallel.step."""
         average = self._average
+        groups = getattr(optimizer, "param_groups", ())
+        if strangers := [p for group in groups for p in group["params"] if p.grad is not None]:
+            what = f"a parameter {tuple(strangers[0].shape)} with a gradient that is not summed over micro-batches"
+            raise ConfigError(
+                f"step {self.number}: the optimizer has {what}: let it be a part of the DataParallel's module"
+            )
         average.meetings.meet("step")
+        average.unfinished = 0
         if average.sum.bad_loss is not None:
             text = f"step {self.number}: the loss of micro-batch {average.sum.bad_loss} is not finite"
+            average.sum.drop()
             raise NotFiniteError(text).on_all_ranks()
         total = average.mean()
         if bad := average.not_finite(total):
@@ -93,7 +102,7 @@ class Step:
         average.take_buffers(total, self._observed)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        forget(average)
+        drop_gradients(average)
         self.done = True
         return loss / (weight or 1.0)
 
@@ -107,7 +116,7 @@ def steps(average: Average, rows: Rows, start: int, last: int | None) -> Iterato
     average.use("steps", rows.microbatches)
     if rows.own != average.sum.own:
         raise ConfigError("steps(rows): the rows are those of another communicator than the DataParallel's")
-    forget(average)
+    drop_gradients(average)
     for count, number in enumerate(range(start, last + 1), start=1):
         step = Step(average, rows, number, count)
         yield step
@@ -115,7 +124,7 @@ def steps(average: Average, rows: Rows, start: int, last: int | None) -> Iterato
             raise ConfigError(f"step {number}: net.step(optimizer) is missing")
 
 
-def forget(average: Average) -> None:
+def drop_gradients(average: Average) -> None:
     """Drop all gradients."""
     for parameter in average.trained:
         parameter.grad = None

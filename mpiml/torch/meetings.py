@@ -6,7 +6,7 @@ from mpiml.errors import RunError
 from mpiml.loop.sums import Sum
 from mpiml.team import Team
 
-KINDS = ("backward", "steps", "step", "end")
+KINDS = ("backward", "steps", "step", "checkpoints", "save", "restore", "end")
 JOINED = "join"
 NUMBERS = 1 << 10  # numbers are compared modulo this: small enough for sums of squares to be exact
 COLUMNS = 3  # of each rank: 1 if it has not joined, its tag, and the square of that
@@ -18,13 +18,14 @@ class Meetings:
     Attributes:
         sum: what is summed with each meeting; its `numbers` are COLUMNS.
         number: of the last meeting.
+        over: whether there are no more: ranks have agreed on that, or have been at different ones.
     """
 
     sum: Sum
 
     def __init__(self, team: Team):
         self.team, self.number = team, 0
-        self._broken = False  # whether ranks have been at different ones: then there are no more
+        self.over = False
 
     def meet(self, kind: str) -> None:
         """Agree that all ranks are at this kind of meeting; collective. Ranks that have joined come along to a
@@ -40,8 +41,9 @@ class Meetings:
 
     def end(self) -> None:
         """Agree that there are no more meetings; collective."""
-        if not self._broken:
+        if not self.over:
             self.meet("end")
+            self.over = True
             self.sum.close()
 
     def _meet(self, kind: str) -> int:
@@ -57,7 +59,7 @@ class Meetings:
 
     def _apart(self, kind: str) -> RunError:
         """The error of ranks that are at different meetings; collective."""
-        self._broken = True
+        self.over = True
         ranks: dict[tuple[str, int], list[int]] = {}
         for rank, place in enumerate(self.team.allgather((kind, self.number))):
             ranks.setdefault(place, []).append(self.team.launched[rank])

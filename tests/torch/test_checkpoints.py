@@ -5,11 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from mpi4py import MPI
 
-from mpiml.errors import ConfigError
+from mpiml.errors import ConfigError, OutputError, RunError
+from mpiml.loop.rows import Rows
 from tests.conftest import launch
-from tests.torch.modules import WORLD, DataParallel, nn, rows, torch
+
+torch = pytest.importorskip("torch")
+nn = torch.nn
+
+from mpiml.torch import DataParallel  # noqa: E402
+from mpiml.torch.packed import unpack  # noqa: E402
+from tests.torch.modules import LAST, WORLD, alone, rows  # noqa: E402
 
 SGD, ADAMW, LBFGS = torch.optim.SGD, torch.optim.AdamW, torch.optim.LBFGS
 rates = torch.optim.lr_scheduler
@@ -110,6 +119,88 @@ def test_what_is_no_tensor_or_number_is_refused(tmp_path: Path) -> None:
         DataParallel(Odd(2, 2)).checkpoints(WORLD.bcast(tmp_path)).save(1)
 
 
+@pytest.mark.mpi
+def test_lists_come_back_and_what_rank_0_has(tmp_path: Path) -> None:
+    def made() -> tuple[Any, list[Any], list[Any]]:
+        net = DataParallel(nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)), broadcast_buffers=False)
+        optimizers = [SGD(net.module[0].parameters(), lr=0.1, momentum=0.9), ADAMW(net.module[1].parameters())]
+        return net, optimizers, [rates.StepLR(optimizer, 1) for optimizer in optimizers]
+
+    net, optimizers, schedulers = made()
+    net(rows()).square().sum().backward()
+    for part in (*optimizers, *schedulers):
+        part.step()
+    net.module[1].running_mean.fill_(WORLD.rank)
+    directory = WORLD.bcast(tmp_path)
+    net.checkpoints(directory).save(1, optimizer=optimizers, scheduler=schedulers)
+    again, of_again, rates_again = made()
+    again.checkpoints(directory).restore(optimizer=of_again, scheduler=rates_again)
+    for one, other in zip((*optimizers, *schedulers), (*of_again, *rates_again), strict=True):
+        assert repr(one.state_dict()) == repr(other.state_dict())
+    assert again.module[1].running_mean.tolist() == [0.0] * 5
+    with pytest.raises(ConfigError, match=r"optimizer\.1 is AdamW in it, and nothing here"):
+        again.checkpoints(directory).restore(optimizer=of_again[:1], scheduler=rates_again)
+
+
+@pytest.mark.mpi
+@alone
+def test_generators_stay_on_another_number_of_ranks(tmp_path: Path) -> None:
+    directory = WORLD.bcast(tmp_path)
+    DataParallel(nn.Linear(5, 3)).checkpoints(directory).save(1)
+    single = DataParallel(nn.Linear(5, 3), comm=MPI.COMM_SELF).checkpoints(directory)
+    torch.rand(1 + WORLD.rank)
+    before = torch.get_rng_state()
+    assert single.restore() == 1
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.mpi
+def test_a_checkpoint_that_cannot_be_written(tmp_path: Path) -> None:
+    directory = WORLD.bcast(tmp_path) / "checkpoints"
+    saved = DataParallel(nn.Linear(5, 3)).checkpoints(directory)
+    if WORLD.rank == 0:
+        directory.rmdir()
+        directory.write_text("in the way")
+    with pytest.raises(OutputError, match="checkpoints") as caught:
+        saved.save(1)
+    assert caught.value.everywhere
+
+
+@pytest.mark.parametrize("hostile", [{"tensor": "a", "dtype": "load"}, {"os.system": [["a", "b"]]}, {"dict": "a"}])
+def test_a_file_from_elsewhere_calls_nothing(hostile: Any) -> None:
+    with pytest.raises(OutputError, match="not one of a PyTorch loop"):
+        unpack([hostile], {"a": np.zeros(3, np.float32)})
+
+
+@pytest.mark.mpi
+@alone
+@pytest.mark.parametrize("call", ["save", "restore", "checkpoints"])
+def test_ranks_at_different_calls_are_named(tmp_path: Path, call: str) -> None:
+    net, directory = DataParallel(nn.Linear(5, 3)), WORLD.bcast(tmp_path)
+    saved, backward = net.checkpoints(directory), net(rows()).sum().backward
+    calls = {"save": lambda: saved.save(1), "restore": saved.restore, "checkpoints": lambda: net.checkpoints(directory)}
+    with pytest.raises(RunError, match=rf"rank {LAST} came to {call}\(\), call 2") as caught:
+        (calls[call] if WORLD.rank == LAST else backward)()
+    assert "came to backward(), call 2" in str(caught.value)
+    assert caught.value.everywhere
+
+
+@pytest.mark.mpi
+def test_saved_after_steps_and_not_within(tmp_path: Path) -> None:
+    net = DataParallel(nn.Linear(5, 3))
+    optimizer, saved = SGD(net.parameters(), lr=0.1), net.checkpoints(WORLD.bcast(tmp_path))
+    for step in net.steps(Rows(64, 8, WORLD.size), last=2):
+        saved.save(step.number - 1)
+        for m in step:
+            net.backward(net(rows(len(m))).sum(), m)
+        with pytest.raises(ConfigError, match=rf"save\(\) within step {step.number}: only after"):
+            saved.save(step.number)
+        net.step(optimizer)
+    net.close()
+    saved.save(2)
+    assert saved.restore() == 2
+
+
 LOOP = """
 import hashlib, os, signal, sys
 import torch
@@ -117,29 +208,35 @@ from mpiml.api import Rows, guard
 from mpiml.torch import DataParallel, rank
 
 x = torch.randn(100, 6, generator=torch.Generator().manual_seed(0))
-with guard():
+
+
+def run(directory, killed):
     torch.manual_seed(0)
     net = DataParallel(torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.BatchNorm1d(6), torch.nn.Dropout(0.2)))
     optimizer = torch.optim.AdamW(net.parameters())
-    saved = net.checkpoints(sys.argv[1])
+    saved = net.checkpoints(directory)
     first = saved.restore(optimizer=optimizer) + 1
-    for step in net.steps(Rows(100, batch=20, microbatches=4), first, 10):
-        if step.number == int(sys.argv[2]) and rank() == 1:
+    for step in net.steps(Rows(100, batch=20, microbatches=4), first, 5):
+        if step.number == killed and rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         for m in step:
             net.backward(net(x[m.rows]).square().mean(), m)
         net.step(optimizer)
         saved.save(step.number, optimizer=optimizer)
     if rank() == 0:
-        weights = b"".join(t.numpy().tobytes() for t in net.state_dict().values())
-        print(first, hashlib.sha256(weights).hexdigest())
+        print(first, hashlib.sha256(b"".join(t.numpy().tobytes() for t in net.state_dict().values())).hexdigest())
+
+
+with guard():
+    for directory in sys.argv[2:]:
+        run(directory, int(sys.argv[1]))
 """
 
 
 @pytest.mark.contract
 def test_killed_on_4_ranks_and_resumed_on_2_has_the_same_bits(tmp_path: Path) -> None:
-    whole = launch(1, "-c", LOOP, str(tmp_path / "whole"), "0").stdout.split()
-    assert launch(4, "-c", LOOP, str(tmp_path / "killed"), "6").returncode
-    resumed = launch(2, "-c", LOOP, str(tmp_path / "killed"), "0").stdout.split()
-    assert (whole[0], resumed[0]) == ("1", "6")
-    assert whole[1] == resumed[1]
+    killed, whole = str(tmp_path / "killed"), str(tmp_path / "whole")
+    assert launch(4, "-c", LOOP, "3", killed).returncode
+    first, bits, of_whole, expected = launch(2, "-c", LOOP, "0", killed, whole).stdout.split()
+    assert (first, of_whole) == ("3", "1")
+    assert bits == expected

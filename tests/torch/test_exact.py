@@ -262,6 +262,28 @@ def test_what_is_not_finite_is_named(value: str, said: str) -> None:
     steps.close()
     assert caught.value.everywhere
     assert torch.equal(net.module.inner.weight, before)
+    assert trained(net, optimizer, rows, last=1)[0] > 0
+
+
+def test_a_step_that_is_left_is_dropped() -> None:
+    net, optimizer, rows = made()
+    for step in net.steps(rows):
+        for m in step:
+            net.backward(net(X[m.rows]).sum(), m)
+        break
+    assert trained(net, optimizer, rows) == trained(*made())
+
+
+def test_a_parameter_outside_of_the_module() -> None:
+    net, _, rows = made()
+    scale = nn.Parameter(torch.ones(3))
+    step = next(steps := net.steps(rows))
+    for m in step:
+        net.backward((net(X[m.rows]) * scale.sum()).sum(), m)
+    with pytest.raises(ConfigError, match=r"step 1: the optimizer has a parameter \(3,\) with a gradient"):
+        net.step(torch.optim.SGD([*net.parameters(), scale], lr=0.1))
+    steps.close()
+    net._average.sum.drop()
 
 
 def test_calls_out_of_order() -> None:

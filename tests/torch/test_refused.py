@@ -68,6 +68,7 @@ def test_other_modules_on_other_ranks(module: Callable[[int], Any], said: str) -
     ("module", "said"),
     [
         (lambda: [1], "takes a torch.nn.Module, and not a list"),
+        (lambda: nn.Sequential(nn.SyncBatchNorm(3)), "^0 is a SyncBatchNorm"),
         (nn.Flatten, "no parameter that requires a gradient"),
         (lambda: nn.LazyLinear(3), "has no shape yet"),
         (lambda: nn.Linear(3, 3, device="meta"), "weight is on meta"),

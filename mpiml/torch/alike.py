@@ -1,10 +1,10 @@
-"""How a DataParallel begins: the same module on all ranks, with rank 0's values."""
+"""The same module on all ranks of a DataParallel, with the same values."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, SyncBatchNorm
 
 from mpiml.errors import ConfigError, first_few
 from mpiml.nn.torch_state import tensors
@@ -28,6 +28,8 @@ def _check(module: Module) -> None:
     for name, tensor in tensors(module).items():
         if tensor.device.type != "cpu":
             raise ConfigError(f"{name} is on {tensor.device}, but ranks average on the CPU: module.to('cpu') first")
+    if synced := [name or "the module" for name, part in module.named_modules() if isinstance(part, SyncBatchNorm)]:
+        raise ConfigError(f"{first_few(synced)} is a SyncBatchNorm, which works on GPUs alone: use BatchNorm")
     if not any(p.requires_grad for p in module.parameters()):
         raise ConfigError(f"{type(module).__name__} has no parameter that requires a gradient: nothing to average")
 

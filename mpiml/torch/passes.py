@@ -1,0 +1,106 @@
+"""Which backward passes average, and noticing their end."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+from torch.autograd.graph import Node, get_gradient_edge
+from torch.nn import Module
+
+from mpiml.torch.outputs import tensors_in
+
+IGNORED, AVERAGED, LATE = 0, 1, 2  # what becomes of gradients that no followed output leads to
+
+
+class Passes:
+    """Calls `average` at the end of each backward pass that comes to outputs of the module. It follows the outputs, and
+    not only the parameters: a rank that uses none of these has to average with the others, too.
+
+    For a pass that comes to parameters without coming to outputs, as from a loss that the module has kept, parameters
+    are followed. As with DistributedDataParallel, it has to be the first pass after a forward pass.
+
+    Args:
+        trained: the parameters that have gradients.
+        several: whether there are other ranks.
+
+    Attributes:
+        forced: whether the last outputs depended on nothing that requires a gradient, and were made to require one.
+    """
+
+    def __init__(self, module: Module, trained: Sequence[Tensor], several: bool, average: Callable[[], None]):
+        self._module, self._several, self._average = module, several, average
+        self._nodes = [get_gradient_edge(parameter).node for parameter in trained]
+        self._to_parameters = IGNORED
+        self._task = -1  # of the pass that averages at its end
+        self.forced = False
+        hook = self._accumulated
+        self._handles = [p.register_post_accumulate_grad_hook(hook) for p in trained] if several else []
+
+    def follow(self, outputs: Any) -> None:
+        """Average at the end of passes that come to these outputs."""
+        found = list(tensors_in(outputs))
+        followed = [tensor for tensor in found if tensor.grad_fn is not None]
+        self.forced = self._several and self._module.training and not any(tensor.requires_grad for tensor in found)
+        if self.forced:  # parameters that require a gradient may be used on other ranks
+            kept = {id(tensor) for tensor in (*self._module.parameters(), *self._module.buffers())}
+            followed = [t.requires_grad_() for t in found if t.is_floating_point() and id(t) not in kept]
+        for tensor in followed:  # a hook that refers to its own node would keep it for ever
+            below = tensor.grad_fn.next_functions if tensor.grad_fn is not None else ()
+            tensor.register_hook(partial(self._reached, below))
+        self._to_parameters = AVERAGED
+
+    def ignore(self) -> None:
+        """Leave gradients alone until outputs are followed again, unless a pass comes to outputs of before."""
+        self._to_parameters = IGNORED
+
+    def close(self) -> None:
+        """Follow parameters no more."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _reached(self, below: Sequence[tuple[Node | None, int]], gradient: Tensor) -> None:
+        if torch._C._current_graph_task_id() != self._task and self._adds_gradients(below):
+            self._average_at_the_end()
+
+    def _accumulated(self, parameter: Tensor) -> None:
+        if self._to_parameters == AVERAGED:
+            self._average_at_the_end()
+        elif self._to_parameters == LATE:
+            self.ignore()
+            warnings.warn(
+                "a backward pass came to parameters of a DataParallel, but to no output of it, after a pass that "
+                "averaged: its gradients stay this rank's own",
+                stacklevel=2,
+            )
+
+    def _average_at_the_end(self) -> None:
+        self._task, self._to_parameters = torch._C._current_graph_task_id(), IGNORED
+        Variable._execution_engine.queue_callback(self._ended)
+
+    def _ended(self) -> None:
+        self._to_parameters = LATE
+        self._average()
+
+    def _adds_gradients(self, below: Sequence[tuple[Node | None, int]]) -> bool:
+        """Whether the pass that runs adds to gradients of parameters, or would if there were any on this rank. One of
+        torch.autograd.grad does not."""
+        is_executed = torch._C._will_engine_execute_node
+        try:
+            if any(map(is_executed, self._nodes)):
+                return True
+            seen, left = set[Node](), [node for node, _ in below if node is not None]
+            while left:
+                node = left.pop()
+                if not is_executed(node):
+                    return False
+                seen.add(node)
+                left += [other for other, _ in node.next_functions if other is not None and other not in seen]
+        except RuntimeError:  # of a tensor whose gradient torch.autograd.grad is asked for
+            return False
+        return True
