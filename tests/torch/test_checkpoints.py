@@ -18,7 +18,7 @@ nn = torch.nn
 
 from mpiml.torch import DataParallel  # noqa: E402
 from mpiml.torch.packed import unpack  # noqa: E402
-from tests.torch.modules import LAST, WORLD, alone, rows  # noqa: E402
+from tests.torch.modules import LAST, WORLD, rows, several_ranks  # noqa: E402
 
 SGD, ADAMW, LBFGS = torch.optim.SGD, torch.optim.AdamW, torch.optim.LBFGS
 rates = torch.optim.lr_scheduler
@@ -143,7 +143,7 @@ def test_lists_come_back_and_what_rank_0_has(tmp_path: Path) -> None:
 
 
 @pytest.mark.mpi
-@alone
+@several_ranks
 def test_generators_stay_on_another_number_of_ranks(tmp_path: Path) -> None:
     directory = WORLD.bcast(tmp_path)
     DataParallel(nn.Linear(5, 3)).checkpoints(directory).save(1)
@@ -173,7 +173,7 @@ def test_a_file_from_elsewhere_calls_nothing(hostile: Any) -> None:
 
 
 @pytest.mark.mpi
-@alone
+@several_ranks
 @pytest.mark.parametrize("call", ["save", "restore", "checkpoints"])
 def test_ranks_at_different_calls_are_named(tmp_path: Path, call: str) -> None:
     net, directory = DataParallel(nn.Linear(5, 3)), WORLD.bcast(tmp_path)

@@ -16,7 +16,7 @@ nn = torch.nn
 
 from mpiml.torch import DataParallel, rank  # noqa: E402
 from mpiml.torch.outputs import tensors_in  # noqa: E402
-from tests.torch.modules import LAST, WORLD, alone, check, close, gradients, mean, perceptron, rows  # noqa: E402
+from tests.torch.modules import LAST, WORLD, check, close, gradients, mean, perceptron, rows, several_ranks  # noqa: E402
 
 pytestmark = pytest.mark.mpi
 
@@ -58,7 +58,7 @@ def test_a_penalty_on_gradients_alone() -> None:
     check(nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3, bias=False)), penalty_alone)
 
 
-@alone
+@several_ranks
 def test_a_second_pass_past_the_outputs_is_said_to_be_local() -> None:
     net = DataParallel(perceptron())
     net(rows()).sum().backward()
