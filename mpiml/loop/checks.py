@@ -33,6 +33,12 @@ def check_switch(name: str, value: Any) -> None:
         raise ConfigError(f"{name} {value!r}: must be True or False")
 
 
+def check_stall_timeout(value: Any) -> None:
+    """Raise ConfigError unless it is a number of seconds."""
+    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ConfigError(f"stall_timeout {value!r}: must be a number of seconds, 0 or more")
+
+
 def check_comm(comm: Any, hint: str = "") -> MPI.Intracomm:
     """The ranks that `comm` names, all by default. Raises ConfigError, which ends with the hint, for what is no
     communicator, or without MPI."""
@@ -106,21 +112,26 @@ def apart(calls: Sequence[tuple[str, int, int]]) -> RunError:
 
 def check_loss(m: int, loss: Any) -> float:
     """The loss of a micro-batch. Raises ConfigError unless it is a number."""
-    try:
-        return float(loss)
-    except (TypeError, ValueError):
-        raise ConfigError(f"put(m={m}): loss {loss!r}: must be a number") from None
+    number = _number(loss)
+    if number is None:
+        raise ConfigError(f"put(m={m}): loss {loss!r}: must be a number")
+    return number
 
 
 def check_weight(m: int, weight: Any) -> float:
     """The weight of a micro-batch. Raises ConfigError unless it is a finite number, 0 or more."""
-    try:
-        number = float(weight)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not 0 <= number < math.inf:
+    number = _number(weight)
+    if number is None or not 0 <= number < math.inf:
         raise ConfigError(f"put(m={m}): weight {weight!r}: must be a number, 0 or more")
     return number
+
+
+def _number(value: Any) -> float | None:
+    """A number, as an array or tensor of one may be, or None: a text is none, even if it looks like one."""
+    try:
+        return None if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def check_numbers(numbers: Any, count: int) -> list[float]:

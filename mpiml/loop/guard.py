@@ -17,7 +17,7 @@ from mpi4py import MPI
 from mpiml.clock import Clock
 from mpiml.errors import SAVED, ConfigError, DirectoryError, known_to_all
 from mpiml.flags import seconds
-from mpiml.loop.checks import check_comm, check_path
+from mpiml.loop.checks import check_comm, check_path, check_stall_timeout
 from mpiml.run import alarm, failure, one_job
 from mpiml.run.deadline import Deadline
 from mpiml.run.directory import CONFIG, RunDirectory
@@ -232,8 +232,7 @@ class guard:
 
     def _checked(self) -> StopRequest:
         """Check the settings."""
-        if not isinstance(self.stall_timeout, (int, float)) or not 0 <= self.stall_timeout < float("inf"):
-            raise ConfigError(f"stall_timeout {self.stall_timeout!r}: must be a number of seconds, 0 or more")
+        check_stall_timeout(self.stall_timeout)
         if not isinstance(self.time_limit, (str, type(None))):
             raise ConfigError(f"time_limit {self.time_limit!r}: must be a text, such as '90:00', minutes:seconds")
         return StopRequest(Deadline(seconds(self.time_limit, "time_limit"), os.environ))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.nn import Module, SyncBatchNorm
@@ -10,6 +12,8 @@ from mpiml.errors import ConfigError, first_few
 from mpiml.nn.torch_state import tensors
 from mpiml.nn.torch_tensors import parts
 from mpiml.team import Team
+
+WRAPPERS = "DataParallel", "DistributedDataParallel"  # mpiml's or PyTorch's
 
 
 def compare(team: Team, module: Module) -> None:
@@ -25,6 +29,8 @@ def _check(module: Module) -> None:
     lazy = [n for n, t in [*module.named_parameters(), *module.named_buffers()] if torch.nn.parameter.is_lazy(t)]
     if lazy:
         raise ConfigError(f"{first_few(lazy)} has no shape yet: call the module once, with inputs like its own, before")
+    if wrapped := [name or "the module" for name, part in module.named_modules() if type(part).__name__ in WRAPPERS]:
+        raise ConfigError(f"{first_few(wrapped)} averages gradients already: pass what it wraps, its .module")
     for name, tensor in tensors(module).items():
         if tensor.device.type != "cpu":
             raise ConfigError(f"{name} is on {tensor.device}, but ranks average on the CPU: module.to('cpu') first")
@@ -39,9 +45,9 @@ def _kind(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)}{trained}"
 
 
-def broadcast(team: Team, module: Module, root: int = 0) -> None:
-    """Give all ranks the parameters and buffers of rank `root`; collective."""
-    for tensor in tensors(module).values():
+def broadcast(team: Team, values: Iterable[Tensor], root: int = 0) -> None:
+    """Give all ranks the values that these tensors have on rank `root`; collective."""
+    for tensor in values:
         for part in parts(tensor).values():
             whole = part.contiguous()
             team.broadcast_array(whole.reshape(-1).view(torch.uint8).numpy(), root)

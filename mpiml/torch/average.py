@@ -16,6 +16,7 @@ from mpiml.errors import ConfigError, first_few
 from mpiml.loop.guard import clock
 from mpiml.loop.sums import Sum
 from mpiml.nn.torch_names import plain_name
+from mpiml.nn.torch_state import tensors
 from mpiml.team import Team
 from mpiml.torch import flat
 from mpiml.torch.buffers import WHEN_MADE, Changes
@@ -58,7 +59,7 @@ class Average:
         self._frozen = {name: parameter for name, parameter in named.items() if not parameter.requires_grad}
         self._module, self._looked = module, _registered[0]
         self._dtypes = [parameter.dtype for parameter in self.trained]
-        self.buffers = Changes(module, buffers, warns=team.rank == 0)
+        self._with_buffers, self.buffers = buffers, Changes(module, buffers, warns=team.rank == 0)
         self.team, self.meetings, self._memory, self.by_ranks = team, Meetings(team), memory, False
         self.unfinished, self._left = 0, False
         self._arrays: Arrays = []  # of the total
@@ -220,6 +221,10 @@ class Average:
         now = self.buffers[name].clone()
         flat.take([now], [value])
         self.buffers.put(name, now)
+
+    def values(self) -> list[Tensor]:
+        """What is the same on all ranks that have trained alike: parameters, and buffers if these are averaged."""
+        return list(tensors(self._module).values()) if self._with_buffers else self.trained
 
     def end(self) -> None:
         """Agree with all ranks that nothing more is averaged, and let go of what it was summed in; collective."""

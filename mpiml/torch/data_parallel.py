@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,17 +16,18 @@ from mpiml.errors import ConfigError
 from mpiml.loop.checks import check_comm
 from mpiml.loop.guard import clock, guard_until_exit
 from mpiml.loop.rows import Rows
+from mpiml.nn.torch_state import tensors
 from mpiml.nn.torch_tensors import prepare_torch
 from mpiml.team import Team
 from mpiml.torch import alike, exact, keywords
 from mpiml.torch.average import Average
 from mpiml.torch.checkpoints import Checkpoints
 from mpiml.torch.exact import MicroBatch, Step
+from mpiml.torch.joining import joined
 from mpiml.torch.passes import Passes
 
 STALL_TIMEOUT = 1800.0  # seconds, as long as gloo waits
 OF_CLOSED = "of a DataParallel that is closed"
-_joining: list[DataParallel] = []  # that this rank is in a join() of
 
 
 class DataParallel(Module):  # type: ignore[misc]
@@ -76,23 +76,30 @@ class DataParallel(Module):  # type: ignore[misc]
         comm = check_comm(comm)
         guard = guard_until_exit(comm, stall_timeout)
         team = Team(comm, clock())
-        team.together(lambda: keywords.check({"device_ids": device_ids, "output_device": output_device, **others}))
+        others |= {"device_ids": device_ids, "output_device": output_device}
+        switches = {
+            "broadcast_buffers": broadcast_buffers,
+            "forward_sync_buffers": forward_sync_buffers,
+            "init_sync": init_sync,
+        }
+        team.together(lambda: keywords.check(others, switches, stall_timeout))
         alike.compare(team, module)
         if init_sync:
-            alike.broadcast(team, module)
+            alike.broadcast(team, tensors(module).values())
         self.module = module
         self.require_backward_grad_sync = True  # False within no_sync
-        averaged = broadcast_buffers is not False if forward_sync_buffers is None else bool(forward_sync_buffers)
-        self._average = Average(team, module, memory, averaged)
+        given = [switch for switch in (forward_sync_buffers, broadcast_buffers) if switch is not None]
+        self._average = Average(team, module, memory, buffers=all(given[:1]))
         self._step: Step | None = None
         self._passes = Passes(module, self._average.trained, team.size > 1, self._collect)
         self._at_end = guard.at_end
         self._at_end.append(self.close)
         self.closed = False
-        _share(self._average)
-        for name, value in others.items():
-            if name.startswith("bucket_cap") and value is not None and comm.rank == 0:
-                warnings.warn(f"DataParallel({name}=...) changes nothing: {keywords.ACCEPTED[name]}", stacklevel=2)
+        if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1
+            share = self._average.sum.cores // self._average.sum.node_ranks
+            torch.set_num_threads(max(1, min(torch.get_num_threads(), share)))
+        if comm.rank == 0:
+            keywords.warn(others)
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """The module's outputs."""
@@ -118,13 +125,13 @@ class DataParallel(Module):  # type: ignore[misc]
         finally:
             self.require_backward_grad_sync = before
 
-    @contextmanager
     def join(
         self, divide_by_initial_world_size: bool = False, enable: bool = True, throw_on_early_termination: bool = False
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """A block for training on ranks that have different numbers of batches: one that is done with its own waits at
-        the end, and means are those of the ranks that still have any. At last all get the parameters and buffers of a
-        rank that had most; optimizers' states stay as they are. Collective to leave, unless by an error.
+        the end, and means are those of the ranks that still have any. At last all get the parameters of a rank that had
+        most, and its buffers if buffers are averaged; optimizers' states stay as they are. Collective to leave, unless
+        by an error.
 
         Args:
             divide_by_initial_world_size: whether gradients are sums divided by the number of all ranks, as
@@ -133,27 +140,7 @@ class DataParallel(Module):  # type: ignore[misc]
         """
         if throw_on_early_termination:
             raise ConfigError("join(throw_on_early_termination=True): leave join() out, and uneven ranks are an error")
-        if not enable:
-            yield
-            return
-        average = self._average
-        if _joining:
-            raise ConfigError(
-                "join() within a join(): ranks that have joined answer one DataParallel alone; with several, give all "
-                "ranks the same number of batches"
-            )
-        average.by_ranks = divide_by_initial_world_size
-        _joining.append(self)
-        try:
-            yield
-            rounds = 0
-            while average.answer():
-                rounds += 1
-        finally:
-            average.by_ranks = False
-            _joining.remove(self)
-        answered = average.team.allgather(rounds)
-        alike.broadcast(average.team, self.module, answered.index(min(answered)))
+        return joined(self._average, divide_by_initial_world_size) if enable else nullcontext()
 
     def steps(self, rows: Rows, start: int = 1, last: int | None = None, threads: int = 1) -> Iterator[Step]:
         """Steps whose results have the same bits on any number of ranks and nodes; collective.
@@ -178,7 +165,11 @@ class DataParallel(Module):  # type: ignore[misc]
         """
         if self.closed:
             raise ConfigError(f"steps() {OF_CLOSED}")
+        if self._step is not None and not self._step.done:
+            where = f"steps() within step {self._step.number}"
+            raise ConfigError(f"{where}: call net.step(optimizer) before, or leave the loop that the step is of")
         prepare_torch(threads)
+        step = None
         try:
             for step in exact.steps(self._average, rows, start, last):
                 clock().step = step.number
@@ -186,8 +177,9 @@ class DataParallel(Module):  # type: ignore[misc]
                 self._passes.ignore()
                 yield step
         finally:
-            self._step = None
-            self._average.leave()
+            if self._step is step:  # else another loop has begun
+                self._step = None
+                self._average.leave()
 
     def backward(self, loss: Tensor, m: MicroBatch) -> None:
         """The backward pass of `loss`, one number, the mean over the rows of micro-batch m of a step.
@@ -227,6 +219,10 @@ class DataParallel(Module):  # type: ignore[misc]
         """Refused: gradients travel as they are."""
         raise ConfigError("DataParallel has no communication hooks: gradients travel as they are")
 
+    def join_hook(self, **_: Any) -> None:
+        """Refused: what torch.distributed.algorithms.Join asks for."""
+        raise ConfigError("torch.distributed's Join([net]) needs a process group: use `with net.join():`")
+
     def __getstate__(self) -> dict[str, Any]:
         raise ConfigError("a DataParallel cannot be copied or pickled: copy its .module, or save its state_dict()")
 
@@ -244,10 +240,3 @@ class DataParallel(Module):  # type: ignore[misc]
                 f"what {name} returns depends on no parameter that requires a gradient, on any rank: is there a "
                 "torch.no_grad() or .detach() in it?"
             )
-
-
-def _share(average: Average) -> None:
-    """Share a node's cores among its ranks: torchrun does the same by OMP_NUM_THREADS=1."""
-    ranks, cores = average.sum.node_ranks, average.sum.cores
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores // ranks)))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpiml.errors import ConfigError, NotFiniteError, first_few
 from mpiml.loop.rows import Rows
+from mpiml.partition import owner
 from mpiml.random import global_generators, keyed
 from mpiml.torch.average import Average
 
@@ -20,7 +22,7 @@ class MicroBatch:
 
     step: int
     m: int
-    rows: Tensor
+    rows: Tensor = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -61,7 +63,12 @@ class Step:
     def backward(self, loss: Tensor, m: MicroBatch) -> None:
         """As DataParallel.backward."""
         if m is not self._open:
-            raise ConfigError(f"step {self.number}: backward({m!r}) is not of the micro-batch that the step has given")
+            what = f"m={m.m}" if isinstance(m, MicroBatch) else repr(m)
+            raise ConfigError(
+                f"step {self.number}: net.backward(loss, {what}): to be called once for each m of `for m in step:`, "
+                "before the next one"
+            )
+        self._check_loss(loss, m.m)
         average, buffers = self._average, self._average.buffers
         loss.backward()
         buffers.note_changes(self._snapshot)
@@ -79,9 +86,21 @@ class Step:
         drop_gradients(average)
         self._open = None
 
+    def _check_loss(self, loss: Any, m: int) -> None:
+        """Raise ConfigError for what has no backward pass."""
+        what = f"step {self.number}: net.backward(loss, m={m})"
+        if not isinstance(loss, Tensor):
+            raise ConfigError(f"{what}: loss is a {type(loss).__name__}: must be a tensor")
+        if loss.numel() != 1:
+            raise ConfigError(f"{what}: loss has shape {tuple(loss.shape)}: must be one number, as loss.mean() is")
+        if not loss.requires_grad:
+            raise ConfigError(f"{what}: loss depends on no parameter: is there a torch.no_grad() or .detach() in it?")
+
     def update(self, optimizer: torch.optim.Optimizer) -> float:
         """As DataParallel.step."""
         average = self._average
+        if not hasattr(optimizer, "zero_grad"):
+            raise ConfigError(f"step {self.number}: net.step({optimizer!r}): must be an optimizer of torch.optim")
         groups = getattr(optimizer, "param_groups", ())
         if strangers := [p for group in groups for p in group["params"] if p.grad is not None]:
             what = f"a parameter {tuple(strangers[0].shape)} with a gradient that is not summed over micro-batches"
@@ -91,9 +110,12 @@ class Step:
         average.meetings.meet("step")
         average.unfinished = 0
         if average.sum.bad_loss is not None:
-            text = f"step {self.number}: the loss of micro-batch {average.sum.bad_loss} is not finite"
+            m, team = average.sum.bad_loss, average.team
+            rank = team.launched[owner(m, team.size, average.sum.microbatches)]
             average.sum.drop()
-            raise NotFiniteError(text).on_all_ranks()
+            raise NotFiniteError(
+                f"step {self.number}: the loss of micro-batch {m}, on rank {rank}, is not finite"
+            ).on_all_ranks(rank)
         total = average.mean()
         if bad := average.not_finite(total):
             raise NotFiniteError(f"step {self.number}: the gradient of {first_few(bad)} is not finite").on_all_ranks()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 from mpiml.errors import ConfigError
 from mpiml.flags import guess
+from mpiml.loop.checks import check_stall_timeout, check_switch
 
 # Whatever their value, gradients, weights and messages are right.
 ACCEPTED = {
@@ -32,14 +34,25 @@ REFUSED = {
 }
 
 
-def check(keywords: dict[str, Any]) -> None:
-    """Raise ConfigError for a keyword that is refused or unknown."""
+def check(keywords: dict[str, Any], switches: dict[str, Any], stall_timeout: Any) -> None:
+    """Raise ConfigError for a keyword that is refused or unknown, and for a value that does not work."""
+    check_stall_timeout(stall_timeout)
+    for name, value in switches.items():
+        if value is not None:
+            check_switch(name, value)
     for name, value in keywords.items():
         if name in REFUSED and value not in (None, []):
             raise ConfigError(f"DataParallel({name}=...): {REFUSED[name]}")
         if name not in REFUSED | ACCEPTED:
             hint = guess(name, [*ACCEPTED, *REFUSED, *USED])
             raise ConfigError(f"DataParallel({name}=...): there is no such keyword{hint}")
+
+
+def warn(keywords: dict[str, Any]) -> None:
+    """Warn of keywords that change nothing, and of which more is expected."""
+    for name, value in keywords.items():
+        if name.startswith("bucket_cap") and value is not None:
+            warnings.warn(f"DataParallel({name}=...) changes nothing: {ACCEPTED[name]}", stacklevel=3)
 
 
 def of_torch() -> set[str]:

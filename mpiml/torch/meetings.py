@@ -66,8 +66,8 @@ class Meetings:
         places = sorted(ranks.items(), key=lambda item: (len(item[1]), item[0][0] != "end"))
         texts = "; ".join(f"{_some(members)} {_at(*place)}" for place, members in places)
         error = RunError(
-            f"the ranks of a DataParallel are at different calls: {texts}. All must make the same ones, "
-            "in the same order; `with net.join():` is for ranks with fewer batches"
+            f"the ranks of a DataParallel are at different calls: {texts}. All must make the same ones, in the same "
+            "order: a rank has left, or has skipped or repeated one; `with net.join():` is for ranks with fewer batches"
         )
         return error.on_all_ranks(places[0][1][0])
 

@@ -244,13 +244,14 @@ def test_weight_0_counts_for_nothing(made: Callable[..., Sum]) -> None:
     assert one.weight == 0
 
 
-@pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), "heavy", None, np.ones(2)])
+@pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), "heavy", "3", None, np.ones(2)])
 def test_weights_that_are_refused(made: Callable[..., Sum], weight: Any) -> None:
     one = made(SELF, like=np.zeros(3))
     with pytest.raises(ConfigError, match=r"put\(m=0\): weight .*: must be a number, 0 or more"):
         one.put(0, np.ones(3), weight=weight)
-    with pytest.raises(ConfigError, match=r"put\(m=0\): loss 'low': must be a number"):
-        one.put(0, np.ones(3), loss="low")  # type: ignore[arg-type]
+    for loss in ("low", "3"):
+        with pytest.raises(ConfigError, match=rf"put\(m=0\): loss '{loss}': must be a number"):
+            one.put(0, np.ones(3), loss=loss)  # type: ignore[arg-type]
     one.put(0, np.ones(3), weight=np.float32(2))
     np.testing.assert_array_equal(one.sum(), [2.0] * 3)
 

@@ -104,6 +104,19 @@ def test_join() -> None:
     assert last["module.1.num_batches_tracked"] == WORLD.size
 
 
+@pytest.mark.parametrize("averaged", [True, False])
+def test_buffers_that_are_not_averaged_stay_apart_in_join(averaged: bool) -> None:
+    net = DataParallel(nn.BatchNorm1d(5), broadcast_buffers=averaged)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with net.join():
+        for batch in range(1 + rank()):
+            optimizer.zero_grad()
+            net(rows(seed=batch))[:, 0].square().sum().backward()
+            optimizer.step()
+    assert len({v.detach().numpy().tobytes() for v in WORLD.allgather(net.module.weight)}) == 1
+    assert net.module.num_batches_tracked == (WORLD.size if averaged else 1 + rank())
+
+
 def test_join_may_divide_by_all_ranks() -> None:
     net = DataParallel(nn.Linear(5, 1, bias=False))
     with net.join(divide_by_initial_world_size=True):

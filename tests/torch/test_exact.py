@@ -244,7 +244,11 @@ def test_ddp_and_exact_steps_take_turns() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [("loss", "step 1: the loss of micro-batch 1 is not finite"), ("gradient", "inner.weight")]
+    ("value", "said"),
+    [
+        ("loss", f"step 1: the loss of micro-batch {M - 1}, on rank {WORLD.size - 1}, is not"),
+        ("gradient", "inner.weight"),
+    ],
 )
 def test_what_is_not_finite_is_named(value: str, said: str) -> None:
     net, optimizer, rows = made()
@@ -252,15 +256,16 @@ def test_what_is_not_finite_is_named(value: str, said: str) -> None:
     step = next(steps := net.steps(rows))
     for m in step:
         loss = net(X[m.rows]).sum()
-        if m.m == 1 and value == "loss":
+        if m.m == M - 1 and value == "loss":
             loss = loss * float("nan")
-        elif m.m == 1:
+        elif m.m == M - 1:
             loss = loss + 0 * torch.sqrt(0 * net.module.inner.weight.sum())
         net.backward(loss, m)
     with pytest.raises(NotFiniteError, match=said) as caught:
         net.step(optimizer)
     steps.close()
     assert caught.value.everywhere
+    assert caught.value.rank == (WORLD.size - 1 if value == "loss" else None)
     assert torch.equal(net.module.inner.weight, before)
     assert trained(net, optimizer, rows, last=1)[0] > 0
 
@@ -274,6 +279,39 @@ def test_a_step_that_is_left_is_dropped() -> None:
     assert trained(net, optimizer, rows) == trained(*made())
 
 
+def test_steps_of_one_loop_at_a_time() -> None:
+    net, optimizer, rows = made()
+    left = net.steps(rows)
+    for m in next(left):
+        net.backward(net(X[m.rows]).sum(), m)
+    with pytest.raises(ConfigError, match=r"steps\(\) within step 1: call net\.step\(optimizer\) before, or leave"):
+        next(net.steps(rows))
+    net.step(optimizer)
+    again = net.steps(rows, start=2)  # the loop before is done with its step
+    step = next(again)
+    left.close()
+    for m in step:
+        net.backward(net(X[m.rows]).sum(), m)
+    net.step(optimizer)
+    again.close()
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (lambda y: y, r"loss has shape \(\d+, 1\): must be one number"),
+        (lambda y: y.sum().detach(), r"loss depends on no parameter: is there a torch\.no_grad\(\) or \.detach"),
+        (lambda y: y.sum().item(), "loss is a float: must be a tensor"),
+    ],
+)
+def test_losses_without_a_backward_pass(loss: Callable[[Any], Any], said: str) -> None:
+    net, _, rows = made()
+    m = next(iter(next(steps := net.steps(rows))))
+    with pytest.raises(ConfigError, match=rf"^step 1: net\.backward\(loss, m={m.m}\): {said}"):
+        net.backward(loss(net(X[m.rows])), m)
+    steps.close()
+
+
 def test_a_parameter_outside_of_the_module() -> None:
     net, _, rows = made()
     scale = nn.Parameter(torch.ones(3))
@@ -284,6 +322,18 @@ def test_a_parameter_outside_of_the_module() -> None:
         net.step(torch.optim.SGD([*net.parameters(), scale], lr=0.1))
     steps.close()
     net._average.sum.drop()
+
+
+def test_calls_that_a_step_refuses() -> None:
+    net, optimizer, rows = made()
+    for step in net.steps(rows, last=1):
+        for m in step:
+            net.backward(net(X[m.rows]).sum(), m)
+            with pytest.raises(ConfigError, match=rf"^step 1: net\.backward\(loss, m={m.m}\): to be called once for"):
+                net.backward(net(X[m.rows]).sum(), m)
+        with pytest.raises(ConfigError, match=r"^step 1: net\.step\(None\): must be an optimizer"):
+            net.step(None)
+        net.step(optimizer)
 
 
 def test_calls_out_of_order() -> None:

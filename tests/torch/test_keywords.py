@@ -30,6 +30,12 @@ def test_all_keywords_of_the_installed_torch_are_known() -> None:
         ({"device_ids": [0]}, "leave it out"),
         ({"static_grph": True}, "did you mean static_graph"),
         ({"forward_sync_bufers": False}, "did you mean forward_sync_buffers"),
+        ({"broadcast_buffers": "x"}, "broadcast_buffers 'x': must be True or False"),
+        ({"forward_sync_buffers": 1}, "forward_sync_buffers 1: must be True or False"),
+        ({"init_sync": "no"}, "init_sync 'no': must be True or False"),
+        ({"stall_timeout": -1}, "stall_timeout -1: must be a number of seconds, 0 or more"),
+        ({"stall_timeout": "a"}, "stall_timeout 'a': must be a number of seconds"),
+        ({"comm": 3}, "comm is a int: must be a communicator of mpi4py"),
     ],
 )
 def test_keywords_that_are_refused(wrong: dict[str, Any], said: str) -> None:
@@ -47,6 +53,7 @@ def test_a_size_of_buckets_is_warned_about() -> None:
     ("given", "averaged"),
     [
         ({}, True),
+        ({"broadcast_buffers": None}, True),
         ({"broadcast_buffers": False}, False),
         ({"forward_sync_buffers": False}, False),
         ({"forward_sync_buffers": True, "broadcast_buffers": False}, True),

@@ -41,6 +41,7 @@ def test_ranks_at_different_calls_are_named(leaves: bool) -> None:
     place = "left after call 1" if leaves else "began steps() in call 2"
     assert f"rank {LAST} {place}" in str(caught.value)
     assert re.search(r"rank 0( and \d+ more)? came to backward\(\), call 2", str(caught.value))
+    assert "a rank has left, or has skipped or repeated one" in str(caught.value)
     assert caught.value.everywhere
     assert caught.value.rank == LAST or (WORLD.size == 2 and not leaves)
 
@@ -71,6 +72,8 @@ def test_other_modules_on_other_ranks(module: Callable[[int], Any], said: str) -
         (lambda: nn.Sequential(nn.SyncBatchNorm(3)), "^0 is a SyncBatchNorm"),
         (nn.Flatten, "no parameter that requires a gradient"),
         (lambda: nn.LazyLinear(3), "has no shape yet"),
+        (lambda: DataParallel(nn.Linear(3, 3)), r"^the module averages gradients already: pass .* its \.module"),
+        (lambda: nn.Sequential(nn.DataParallel(nn.Linear(3, 3))), "^0 averages gradients already"),
         (lambda: nn.Linear(3, 3, device="meta"), "weight is on meta"),
     ],
 )
@@ -83,6 +86,8 @@ def test_what_a_wrapper_cannot_do() -> None:
     net = DataParallel(nn.Linear(1, 1))
     with pytest.raises(ConfigError, match="no communication hooks"):
         net.register_comm_hook(None, None)
+    with pytest.raises(ConfigError, match=r"use `with net\.join\(\):`"):
+        torch.distributed.algorithms.Join([net])
     for act in (pickle.dumps, copy.deepcopy):
         with pytest.raises(ConfigError, match=r"copy its \.module"):
             act(net)
