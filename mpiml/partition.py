@@ -11,11 +11,6 @@ def part(index: int, parts: int, total: int) -> tuple[int, int]:
     return total * index // parts, total * (index + 1) // parts
 
 
-def owner(item: int, parts: int, total: int) -> int:
-    """The index of the part that has `item`."""
-    return next(index for index in range(parts) if item < part(index, parts, total)[1])
-
-
 def check_ranks(ranks: int, pipe: int) -> None:
     """Raise ConfigError unless `ranks` divide into pipelines of `pipe` stages."""
     if pipe > ranks or ranks % pipe:

@@ -96,6 +96,11 @@ class Sum:
         """For each of this rank's micro-batches, in order, arrays in the form of `like` to write into; see `Slots`."""
         return Slots(self)
 
+    def rank_of(self, m: int) -> int:
+        """The rank that puts micro-batch m, as the launcher numbers ranks."""
+        team = self._grid.team
+        return next(team.launched[r] for r in range(team.size) if m < part(r, team.size, self.microbatches)[1])
+
     def put(self, m: int, arrays: Any = None, weight: float = 1.0, loss: float = 0.0) -> None:
         """Add `weight` times the arrays of micro-batch m, one of this rank's, in their order; without `arrays`, what is
         in its slot. With weight 0 the arrays count for nothing, even if they are not finite. A loss is added up beside

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mpiml.errors import ConfigError, NotFiniteError, first_few
 from mpiml.loop.rows import Rows
-from mpiml.partition import owner
 from mpiml.random import global_generators, keyed
 from mpiml.torch.average import Average
 
@@ -110,8 +109,8 @@ class Step:
         average.meetings.meet("step")
         average.unfinished = 0
         if average.sum.bad_loss is not None:
-            m, team = average.sum.bad_loss, average.team
-            rank = team.launched[owner(m, team.size, average.sum.microbatches)]
+            m = average.sum.bad_loss
+            rank = average.sum.rank_of(m)
             average.sum.drop()
             raise NotFiniteError(
                 f"step {self.number}: the loss of micro-batch {m}, on rank {rank}, is not finite"
