@@ -23,17 +23,17 @@ from mpiml.torch.buffers import WHEN_MADE, Changes
 from mpiml.torch.flat import Arrays, Places, Slot
 from mpiml.torch.meetings import COLUMNS, Meetings
 
-_registered = [0]  # how often any module has been given a parameter or a part; a list, for the hooks to write to
+_registrations = [0]  # how often any module has been given a parameter or a part; a list, for the hooks to write to
 
 
-def _note(*_: object) -> None:
-    _registered[0] += 1
+def _registered(*_: object) -> None:
+    _registrations[0] += 1
 
 
-modules.register_module_parameter_registration_hook(_note)
-modules.register_module_module_registration_hook(_note)
+modules.register_module_parameter_registration_hook(_registered)
+modules.register_module_module_registration_hook(_registered)
 
-Observed = Mapping[int, tuple[float, Mapping[str, Tensor]]]  # of micro-batches: weights, and buffers by name
+Observed = Mapping[int, tuple[float, Mapping[str, Tensor]]]  # of each micro-batch: its weight, and buffers by name
 
 
 class Average:
@@ -49,7 +49,7 @@ class Average:
         trained: the parameters that required a gradient at first.
         slots: for each of this rank's micro-batches, the place of what it contributes.
         unfinished: the step whose micro-batches are being summed, or 0.
-        by_ranks: whether sums of gradients are divided by the number of all ranks, those that have joined included.
+        by_all_ranks: whether sums of gradients are divided by the number of all ranks, those that have joined included.
     """
 
     def __init__(self, team: Team, module: Module, memory: str, buffers: bool):
@@ -57,19 +57,20 @@ class Average:
         self.names = [name for name, parameter in named.items() if parameter.requires_grad]
         self.trained = [named[name] for name in self.names]
         self._frozen = {name: parameter for name, parameter in named.items() if not parameter.requires_grad}
-        self._module, self._looked = module, _registered[0]
+        self._module, self._registrations_seen = module, _registrations[0]
         self._dtypes = [parameter.dtype for parameter in self.trained]
         self._with_buffers, self.buffers = buffers, Changes(module, buffers, warns=team.rank == 0)
-        self.team, self.meetings, self._memory, self.by_ranks = team, Meetings(team), memory, False
-        self.unfinished, self._left = 0, False
+        self.team, self.meetings, self._memory, self.by_all_ranks = team, Meetings(team), memory, False
+        self.unfinished, self._to_be_dropped = 0, False
         self._arrays: Arrays = []  # of the total
         self._total: Slot | None = None  # views of the total, once there is one
         self._flags, self._flag_tensor = list[bool](), torch.zeros(0)  # that were written last
         self._make(team.size)
 
-    def use(self, kind: str, microbatches: int) -> None:
-        """Have a sum of so many micro-batches; collective, in a meeting of this kind if it has to be made."""
-        self._drop_left()
+    def prepare(self, kind: str, microbatches: int) -> None:
+        """Make ready to sum so many micro-batches; collective. If they were more or fewer before, all ranks meet, with
+        this kind of call."""
+        self._drop_step()
         if self.sum.microbatches != microbatches:
             self.meetings.meet(kind)
             self.sum.close()
@@ -80,23 +81,23 @@ class Average:
         if self.unfinished:
             raise ConfigError(f"{kind}() within step {self.unfinished}: only after net.step(optimizer)")
         if not self.meetings.over:
-            self._drop_left()
+            self._drop_step()
             self.meetings.meet(kind)
 
-    def leave(self) -> None:
-        """Note that a loop over steps has been left, perhaps within one."""
-        self._left, self.unfinished = self._left or bool(self.unfinished), 0
+    def loop_left(self) -> None:
+        """Note that a loop over steps has been left, perhaps before the end of a step."""
+        self._to_be_dropped, self.unfinished = self._to_be_dropped or bool(self.unfinished), 0
 
-    def _drop_left(self) -> None:
-        """Do without what has been put in a step that was left; collective."""
-        if self._left:
-            self._left = False
+    def _drop_step(self) -> None:
+        """Drop what has been put in a step that was left before its end; collective."""
+        if self._to_be_dropped:
+            self._to_be_dropped = False
             self.sum.drop()
 
-    def collect(self) -> bool:
+    def backward_ended(self) -> bool:
         """Make each gradient the mean of all ranks' gradients, and changed buffers that of their buffers; collective,
         but for ranks that have joined. Returns whether any rank has a gradient."""
-        self.use("backward", self.team.size)
+        self.prepare("backward", self.team.size)
         if self.team.size == 1:
             self._check()
             return True  # gradients and buffers are their own means
@@ -112,7 +113,7 @@ class Average:
     def answer(self) -> bool:
         """Contribute nothing to what the other ranks do, as one that has joined; collective. Returns whether there are
         others."""
-        self.use("backward", self.team.size)
+        self.prepare("backward", self.team.size)
         self.put_nothing(self.sum.own.start)
         if not self.meetings.answer():
             self.sum.drop()
@@ -152,9 +153,9 @@ class Average:
         for name, parameter, dtype in zip(self.names, self.trained, self._dtypes, strict=True):
             if parameter.dtype != dtype:
                 raise ConfigError(f"{name} is {parameter.dtype} now, and was {dtype} {WHEN_MADE}")
-        if self._looked == _registered[0]:
+        if self._registrations_seen == _registrations[0]:
             return
-        self._looked, known = _registered[0], {id(p) for p in (*self.trained, *self._frozen.values())}
+        self._registrations_seen, known = _registrations[0], {id(p) for p in (*self.trained, *self._frozen.values())}
         now = self._module.named_parameters()
         if new := [plain_name(name) for name, p in now if p.requires_grad and id(p) not in known]:
             raise ConfigError(f"{first_few(new)}: another parameter than {WHEN_MADE}, and not averaged: wrap later")
@@ -185,24 +186,24 @@ class Average:
         gradients = [parameter.grad for parameter in used]
         with torch.no_grad():
             flat.take(gradients, views)
-            if self.by_ranks:
+            if self.by_all_ranks:
                 torch._foreach_mul_(gradients, self.sum.weight / self.team.size)
         return bool(used)
 
     def take_buffers(self, total: Slot, observed: Observed) -> None:
         """Give buffers that any rank has changed their mean; collective. Those that have changed for the first time
-        are averaged by themselves, from what has been `observed`, or what they are now."""
+        were not in the sum, and get one of their own: of what was `observed`, or of what they are now."""
         first, averaged = len(self.trained), self.buffers.averaged
         flags = total.flags[first:].tolist()
         self.buffers.changed.clear()
         for name, view, flag in zip(averaged, total.tensors[first:], flags, strict=False):
             if flag:
-                self._give(name, view)
+                self._set_buffer(name, view)
         new = [name for name, flag in zip(self.buffers.unchanged, flags[len(averaged) :], strict=True) if flag]
         if new:
-            self._take_new(new, observed)
+            self._average_new_buffers(new, observed)
 
-    def _take_new(self, names: list[str], observed: Observed) -> None:
+    def _average_new_buffers(self, names: list[str], observed: Observed) -> None:
         places = Places([self.buffers[name] for name in names], 1)
         with Sum(self.team.comm, places.like, self.sum.microbatches, self._memory, finite=False) as once:
             for m, arrays in zip(once.own, once.slots, strict=True):
@@ -212,12 +213,12 @@ class Average:
                 flat.copy(slot.tensors, [values.get(name, self.buffers[name]) for name in names])
                 once.put(m, weight=weight)
             for name, view in zip(names, _readable(places, once.mean()).tensors, strict=True):
-                self._give(name, view)
+                self._set_buffer(name, view)
         self.buffers.average_also(names)
         self.sum.close()
         self._make(self.sum.microbatches)
 
-    def _give(self, name: str, value: Tensor) -> None:
+    def _set_buffer(self, name: str, value: Tensor) -> None:
         now = self.buffers[name].clone()
         flat.take([now], [value])
         self.buffers.put(name, now)

@@ -88,10 +88,10 @@ class DataParallel(Module):  # type: ignore[misc]
             alike.broadcast(team, tensors(module).values())
         self.module = module
         self.require_backward_grad_sync = True  # False within no_sync
-        given = [switch for switch in (forward_sync_buffers, broadcast_buffers) if switch is not None]
-        self._average = Average(team, module, memory, buffers=all(given[:1]))
+        averaged = broadcast_buffers if forward_sync_buffers is None else forward_sync_buffers
+        self._average = Average(team, module, memory, buffers=averaged is None or bool(averaged))
         self._step: Step | None = None
-        self._passes = Passes(module, self._average.trained, team.size > 1, self._collect)
+        self._passes = Passes(module, self._average.trained, team.size > 1, self._backward_ended)
         self._at_end = guard.at_end
         self._at_end.append(self.close)
         self.closed = False
@@ -179,7 +179,7 @@ class DataParallel(Module):  # type: ignore[misc]
         finally:
             if self._step is step:  # else another loop has begun
                 self._step = None
-                self._average.leave()
+                self._average.loop_left()
 
     def backward(self, loss: Tensor, m: MicroBatch) -> None:
         """The backward pass of `loss`, one number, the mean over the rows of micro-batch m of a step.
@@ -231,10 +231,10 @@ class DataParallel(Module):  # type: ignore[misc]
             raise ConfigError(f"net.{what}: only within `for step in net.steps(rows):`")
         return self._step
 
-    def _collect(self) -> None:
+    def _backward_ended(self) -> None:
         if self.closed:
             raise ConfigError(f"a backward pass {OF_CLOSED}")
-        if self._step is None and not self._average.collect() and self._passes.forced:
+        if self._step is None and not self._average.backward_ended() and self._passes.forced:
             name = type(self.module).__name__
             raise ConfigError(
                 f"what {name} returns depends on no parameter that requires a gradient, on any rank: is there a "

@@ -39,12 +39,13 @@ class Step:
         self.number, self.done = number, False
         self._average, self._rows, self._count = average, rows, count
         self._open: MicroBatch | None = None
+        # Of each micro-batch: its rows, and the buffers that it has changed and that are not averaged yet.
         self._observed: dict[int, tuple[float, dict[str, Tensor]]] = {}
 
     def __iter__(self) -> Iterator[MicroBatch]:
         """Within a micro-batch, the process's generators are keyed by the seed, the step and its number."""
         buffers = self._average.buffers
-        self._before = buffers.copies(unchanged=self._count == 1)
+        self._before_step = buffers.copies(unchanged=self._count == 1)
         checksums = buffers.checksums(self._count)
         self._average.unfinished = self.number
         for m, rows in self._rows.mine(self.number):
@@ -53,7 +54,7 @@ class Step:
                 self._observed[m] = 0.0, {}
                 continue
             self._open = MicroBatch(self.number, m, torch.from_numpy(rows))
-            self._snapshot = buffers.snapshot(checksums)
+            self._before_forward = buffers.snapshot(checksums)
             with keyed(global_generators(), self._rows.seed, "loop", self.number, m):
                 yield self._open
             if self._open:
@@ -70,8 +71,8 @@ class Step:
         self._check_loss(loss, m.m)
         average, buffers = self._average, self._average.buffers
         loss.backward()
-        buffers.note_changes(self._snapshot)
-        if new := sorted(buffers.changed - self._before.keys()):
+        buffers.note_changes(self._before_forward)
+        if new := sorted(buffers.changed - self._before_step.keys()):
             raise ConfigError(
                 f"the forward pass changes {first_few(new)} in step {self.number}, and did not in the first: for a "
                 "buffer to be averaged, every step must write to it"
@@ -80,7 +81,7 @@ class Step:
         average.sum.put(m.m, weight=len(m), loss=loss.item() * len(m))
         self._observed[m.m] = float(len(m)), {n: buffers[n].clone() for n in buffers.changed - set(buffers.averaged)}
         for name in buffers.changed:
-            buffers.put(name, self._before[name])
+            buffers.put(name, self._before_step[name])
         buffers.changed.clear()
         drop_gradients(average)
         self._open = None
@@ -101,8 +102,8 @@ class Step:
         if not hasattr(optimizer, "zero_grad"):
             raise ConfigError(f"step {self.number}: net.step({optimizer!r}): must be an optimizer of torch.optim")
         groups = getattr(optimizer, "param_groups", ())
-        if strangers := [p for group in groups for p in group["params"] if p.grad is not None]:
-            what = f"a parameter {tuple(strangers[0].shape)} with a gradient that is not summed over micro-batches"
+        if outside := [p for group in groups for p in group["params"] if p.grad is not None]:
+            what = f"a parameter {tuple(outside[0].shape)} with a gradient that is not summed over micro-batches"
             raise ConfigError(
                 f"step {self.number}: the optimizer has {what}: let it be a part of the DataParallel's module"
             )
@@ -134,7 +135,7 @@ def steps(average: Average, rows: Rows, start: int, last: int | None) -> Iterato
         raise ConfigError(f"steps(start={start}): steps are counted from 1")
     if last is None:
         last = -(-start // rows.steps_per_epoch) * rows.steps_per_epoch
-    average.use("steps", rows.microbatches)
+    average.prepare("steps", rows.microbatches)
     if rows.own != average.sum.own:
         raise ConfigError("steps(rows): the rows are those of another communicator than the DataParallel's")
     drop_gradients(average)

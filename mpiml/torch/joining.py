@@ -20,7 +20,7 @@ def joined(average: Average, by_all_ranks: bool) -> Iterator[None]:
             "join() within a join(): ranks that have joined answer one DataParallel alone; with several, give all "
             "ranks the same number of batches"
         )
-    average.by_ranks = by_all_ranks
+    average.by_all_ranks = by_all_ranks
     _joining.append(average)
     try:
         yield
@@ -28,7 +28,7 @@ def joined(average: Average, by_all_ranks: bool) -> Iterator[None]:
         while average.answer():
             answers += 1
     finally:
-        average.by_ranks = False
+        average.by_all_ranks = False
         _joining.remove(average)
     counts = average.team.allgather(answers)
     with_most_batches = counts.index(min(counts))

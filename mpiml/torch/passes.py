@@ -15,15 +15,15 @@ from torch.nn import Module
 
 from mpiml.torch.outputs import tensors_in
 
-IGNORED, AVERAGED, LATE = 0, 1, 2  # what becomes of gradients that no followed output leads to
+IGNORE, AVERAGE, WARN = 0, 1, 2  # when a pass comes to parameters and to no output
 
 
 class Passes:
-    """Calls `average` at the end of each backward pass that comes to outputs of the module. It follows the outputs, and
-    not only the parameters: a rank that uses none of these has to average with the others, too.
+    """Calls `average` at the end of each backward pass that comes to outputs of the module, or to parameters.
 
-    For a pass that comes to parameters without coming to outputs, as from a loss that the module has kept, parameters
-    are followed. As with DistributedDataParallel, it has to be the first pass after a forward pass.
+    Hooks on the outputs are needed because a rank may use none of the parameters, and has to average with the others.
+    Hooks on the parameters are needed for passes that come to no output, as from a loss that the module has kept; as
+    with DistributedDataParallel, such a pass has to be the first after a forward pass.
 
     Args:
         trained: the parameters that have gradients.
@@ -36,42 +36,42 @@ class Passes:
     def __init__(self, module: Module, trained: Sequence[Tensor], several: bool, average: Callable[[], None]):
         self._module, self._several, self._average = module, several, average
         self._nodes = [get_gradient_edge(parameter).node for parameter in trained]
-        self._to_parameters = IGNORED
-        self._task = -1  # of the pass that averages at its end
+        self._at_parameters = IGNORE
+        self._averaged_pass = -1  # the number of the last pass that averages at its end
         self.forced = False
-        hook = self._accumulated
+        hook = self._came_to_parameter
         self._handles = [p.register_post_accumulate_grad_hook(hook) for p in trained] if several else []
 
     def follow(self, outputs: Any) -> None:
         """Average at the end of passes that come to these outputs."""
-        found = list(tensors_in(outputs))
-        followed = [tensor for tensor in found if tensor.grad_fn is not None]
-        self.forced = self._several and self._module.training and not any(tensor.requires_grad for tensor in found)
+        tensors = list(tensors_in(outputs))
+        followed = [tensor for tensor in tensors if tensor.grad_fn is not None]
+        self.forced = self._several and self._module.training and not any(tensor.requires_grad for tensor in tensors)
         if self.forced:  # parameters that require a gradient may be used on other ranks
             kept = {id(tensor) for tensor in (*self._module.parameters(), *self._module.buffers())}
-            followed = [t.requires_grad_() for t in found if t.is_floating_point() and id(t) not in kept]
+            followed = [t.requires_grad_() for t in tensors if t.is_floating_point() and id(t) not in kept]
         for tensor in followed:  # a hook that refers to its own node would keep it for ever
             below = tensor.grad_fn.next_functions if tensor.grad_fn is not None else ()
-            tensor.register_hook(partial(self._reached, below))
-        self._to_parameters = AVERAGED
+            tensor.register_hook(partial(self._came_to_output, below))
+        self._at_parameters = AVERAGE
 
     def ignore(self) -> None:
-        """Leave gradients alone until outputs are followed again, unless a pass comes to outputs of before."""
-        self._to_parameters = IGNORED
+        """Until the next `follow`, do not average for passes that come to parameters alone."""
+        self._at_parameters = IGNORE
 
     def close(self) -> None:
         """Follow parameters no more."""
         for handle in self._handles:
             handle.remove()
 
-    def _reached(self, below: Sequence[tuple[Node | None, int]], gradient: Tensor) -> None:
-        if torch._C._current_graph_task_id() != self._task and self._adds_gradients(below):
+    def _came_to_output(self, below: Sequence[tuple[Node | None, int]], gradient: Tensor) -> None:
+        if torch._C._current_graph_task_id() != self._averaged_pass and self._adds_gradients(below):
             self._average_at_the_end()
 
-    def _accumulated(self, parameter: Tensor) -> None:
-        if self._to_parameters == AVERAGED:
+    def _came_to_parameter(self, parameter: Tensor) -> None:
+        if self._at_parameters == AVERAGE:
             self._average_at_the_end()
-        elif self._to_parameters == LATE:
+        elif self._at_parameters == WARN:
             self.ignore()
             warnings.warn(
                 "a backward pass came to parameters of a DataParallel, but to no output of it, after a pass that "
@@ -80,11 +80,11 @@ class Passes:
             )
 
     def _average_at_the_end(self) -> None:
-        self._task, self._to_parameters = torch._C._current_graph_task_id(), IGNORED
-        Variable._execution_engine.queue_callback(self._ended)
+        self._averaged_pass, self._at_parameters = torch._C._current_graph_task_id(), IGNORE
+        Variable._execution_engine.queue_callback(self._pass_ended)
 
-    def _ended(self) -> None:
-        self._to_parameters = LATE
+    def _pass_ended(self) -> None:
+        self._at_parameters = WARN
         self._average()
 
     def _adds_gradients(self, below: Sequence[tuple[Node | None, int]]) -> bool:

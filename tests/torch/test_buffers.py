@@ -123,7 +123,7 @@ def test_join_may_divide_by_all_ranks() -> None:
         if rank() == 0:
             net(torch.ones(1, 5)).sum().backward()
             close(gradients(net), [torch.full((1, 5), 1 / WORLD.size)])
-    assert not net._average.by_ranks
+    assert not net._average.by_all_ranks
     with pytest.raises(ConfigError, match=r"join\(\) within a join"), net.join(), DataParallel(nn.Linear(1, 1)).join():
         pass
     with pytest.raises(ConfigError, match="leave join"), net.join(throw_on_early_termination=True):
