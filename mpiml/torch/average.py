@@ -68,9 +68,9 @@ class Average:
         self._make(team.size)
 
     def prepare(self, kind: str, microbatches: int) -> None:
-        """Make ready to sum so many micro-batches; collective. If they were more or fewer before, all ranks meet, with
-        this kind of call."""
-        self._drop_step()
+        """Make ready to sum so many micro-batches; collective. After a step that was left, and if they were more or
+        fewer before, ranks meet for it, in a call of this kind."""
+        self._drop_step(kind)
         if self.sum.microbatches != microbatches:
             self.meetings.meet(kind)
             self.sum.close()
@@ -81,17 +81,18 @@ class Average:
         if self.unfinished:
             raise ConfigError(f"{kind}() within step {self.unfinished}: only after net.step(optimizer)")
         if not self.meetings.over:
-            self._drop_step()
+            self._drop_step(kind)
             self.meetings.meet(kind)
 
     def loop_left(self) -> None:
         """Note that a loop over steps has been left, perhaps before the end of a step."""
         self._to_be_dropped, self.unfinished = self._to_be_dropped or bool(self.unfinished), 0
 
-    def _drop_step(self) -> None:
-        """Drop what has been put in a step that was left before its end; collective."""
+    def _drop_step(self, kind: str) -> None:
+        """Drop what has been put in a step that was left before its end; collective, in a meeting of this kind."""
         if self._to_be_dropped:
             self._to_be_dropped = False
+            self.meetings.meet(kind)
             self.sum.drop()
 
     def backward_ended(self) -> bool:

@@ -47,6 +47,19 @@ def test_ranks_at_different_calls_are_named(leaves: bool) -> None:
 
 
 @several_ranks
+def test_a_rank_that_leaves_a_step_and_begins_anew_is_named() -> None:
+    net, order = DataParallel(perceptron()), Rows(64, 8, 2 * WORLD.size)
+    for m in (step := next(steps := net.steps(order))):
+        net.backward(net(torch.ones(len(m), 5)).sum(), m)
+    if rank() == LAST:
+        steps.close()
+    again, optimizer = net.steps(order, start=step.number), torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(RunError, match=rf"rank {LAST} began steps\(\) in call 2") as caught:
+        next(again) if rank() == LAST else net.step(optimizer)
+    assert re.search(r"rank 0( and \d+ more)? came to step\(\), call 2", str(caught.value))
+
+
+@several_ranks
 @pytest.mark.parametrize(
     ("module", "said"),
     [
