@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from mpiml.loop.checks import check_comm, check_path, check_stall_timeout
 from mpiml.run import alarm, failure, one_job
 from mpiml.run.deadline import Deadline
 from mpiml.run.directory import CONFIG, RunDirectory
-from mpiml.run.process import StopRequest
+from mpiml.run.process import SIGNALS, StopRequest
 from mpiml.run.result import Result, read_result, update_result, write_result
 from mpiml.run.watch import Watch
 from mpiml.team import Team
@@ -38,7 +39,7 @@ def clock() -> Clock:
 
 def deadlines() -> list[Deadline]:
     """Those of all guards that this process is in, which have to know how long saving takes."""
-    return [one._stop.deadline for one in _guards if one._stop]
+    return [one._stop.deadline for one in _guards]
 
 
 def guard_until_exit(comm: MPI.Intracomm, stall_timeout: float) -> guard:
@@ -53,6 +54,7 @@ def guard_until_exit(comm: MPI.Intracomm, stall_timeout: float) -> guard:
         one_job.check_size(MPI.COMM_WORLD.size)
         return one
     one.__enter__()
+    one._stop.__exit__()  # nobody will ask it
     shown = sys.excepthook
 
     def uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -136,7 +138,7 @@ class guard:
         self.team = Team(check_comm(comm), self.clock)
         self._failure = failure.Guard(self.team, PROGRAM)
         self._directory: RunDirectory | None = None  # on rank 0
-        self._stop: StopRequest | None = None
+        self._stop = StopRequest()
         self._takes_signals = self._entered = False
         self.at_end: list[Callable[[], None]] = []
 
@@ -145,6 +147,8 @@ class guard:
             with guard(self._failure.comm, stall_timeout=self.stall_timeout):  # which reports it
                 raise ConfigError("this guard has been entered before: make another one").on_all_ranks()
         self._entered = True
+        if signal.getsignal(signal.SIGUSR1) in (signal.SIG_DFL, None) or _guards:  # else it is the program's own
+            self._stop.take([signal.SIGUSR1])
         alarm.start(PROGRAM, [alarm.FLAG, str(self.stall_timeout)])
         alarm.during("waiting for all ranks to enter the guard")
         outer = _guards[-1]._failure if _guards else None
@@ -155,7 +159,7 @@ class guard:
             self.team.wait([request])
             self.team = Team(MPI.Intracomm(own), self.clock)
             one_job.check_size(MPI.COMM_WORLD.size)
-            self._stop = self.team.together(self._checked)
+            self._stop.deadline = self.team.together(self._checked)
             settings = {"stall_timeout": str(float(self.stall_timeout)), "time_limit": str(self.time_limit)}
             self.team.check_alike(one_job.software() | settings)
             self.team.on_rank_0(lambda: self._open(outer))
@@ -163,6 +167,7 @@ class guard:
             self._watch = Watch(self.team.comm.Dup(), self.clock, self.stall_timeout, self._failure.fail)
             self._watch.__enter__()
         except BaseException as error:
+            self._stop.__exit__()
             self._leave(error)
             raise
         self.clock("compute")
@@ -173,8 +178,7 @@ class guard:
     ) -> None:
         ending = error
         try:
-            if self._takes_signals and self._stop:
-                self._stop.__exit__()
+            self._stop.__exit__()
             if error is None:
                 ending = self._finished()
             self._watch.__exit__(type(ending) if ending else None, ending, trace)
@@ -204,12 +208,13 @@ class guard:
         """Whether any rank is asked to stop: by SIGUSR1, SIGTERM, Ctrl-C, or because its time is nearly up. To be asked
         once in each step; collective, so that all ranks leave off after the same step.
 
-        From the first time on, these signals are such requests; before, they do what they do without a guard.
+        From the first time on, these signals are such requests. Before, SIGTERM and Ctrl-C do what they do without a
+        guard; SIGUSR1, unless the program has a handler of its own, is remembered from the beginning of the block on.
         """
-        assert self._stop, "the guard has not been entered"
+        assert self._entered, "the guard has not been entered"
         if not self._takes_signals:
             self._takes_signals = True
-            self._stop.__enter__()
+            self._stop.take(SIGNALS)
         asked = np.array([self._stop.now()], np.int32)
         self.team.wait([self.team.comm.Iallreduce(MPI.IN_PLACE, asked, MPI.MAX)])
         self.exit_code = SAVED if asked[0] else self.exit_code
@@ -230,12 +235,12 @@ class guard:
             self.clock.patient = before
             self.clock.progress()
 
-    def _checked(self) -> StopRequest:
+    def _checked(self) -> Deadline:
         """Check the settings."""
         check_stall_timeout(self.stall_timeout)
         if not isinstance(self.time_limit, (str, type(None))):
             raise ConfigError(f"time_limit {self.time_limit!r}: must be a text, such as '90:00', minutes:seconds")
-        return StopRequest(Deadline(seconds(self.time_limit, "time_limit"), os.environ))
+        return Deadline(seconds(self.time_limit, "time_limit"), os.environ)
 
     def _open(self, outer: failure.Guard | None) -> None:
         """Rank 0: hold the directory. A guard without one inside another reports to the outer one's."""
@@ -255,7 +260,7 @@ class guard:
 
     def _ended(self) -> None:
         """Rank 0: write how the block has ended, without an error."""
-        if self._directory and self._stop:
+        if self._directory:
             outcome: Result = {"status": "done", "exit_code": self.exit_code}
             if self.exit_code:
                 outcome = {"status": "stopped", "exit_code": self.exit_code, "reason": self._stop.reason()}

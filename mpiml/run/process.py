@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from mpiml.run.deadline import Deadline
@@ -20,6 +21,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt(3)
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 SOON = 1.0  # seconds by which ranks' clocks may differ
 DOUBLE = 1.0  # seconds within which two Ctrl-C count as one
+ACTION = 256  # bytes, enough for a `struct sigaction`
 KEEP = 1 << 30  # bytes up to which freed memory stays with the process
 MMAP_MOST = 1 << 25  # bytes: the largest M_MMAP_THRESHOLD that glibc accepts up to version 2.34
 
@@ -84,7 +86,8 @@ class StopRequest:
 
     A second signal changes nothing, except for Ctrl-C: it interrupts at once, but only after a while, because one
     keystroke may arrive twice, from the terminal and from the launcher. A block within another one starts with the
-    outer one's request.
+    outer one's request, and passes its own on as it ends. Afterwards signals do what they did before, C libraries'
+    handlers included: MPICH has one for SIGUSR1, which Python does not know of.
     """
 
     def __init__(self, deadline: Deadline | None = None) -> None:
@@ -92,14 +95,24 @@ class StopRequest:
         self.others: Callable[[], bool] = lambda: False  # whether another rank reports a stop request
         self.asked = False  # by a signal
         self._asked_at = 0.0
-        self._before: dict[int, Any] = {}
+        self._before: dict[int, tuple[Any, Any]] = {}  # of each signal that is taken: Python's and C's handlers
+        self._outer: StopRequest | None = None
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
-            outer = getattr(self._before[signal.SIGTERM], "__self__", None)
-            self.asked = self.asked or (isinstance(outer, StopRequest) and outer.asked)
+        self.take(SIGNALS)
         return self
+
+    def take(self, numbers: Iterable[int]) -> None:
+        """Let these signals, too, be requests until the block ends."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in numbers:
+            action, handler = action_of(number), signal.signal(number, self._ask)
+            outer = getattr(handler, "__self__", None)
+            if outer is not self:
+                self._before.setdefault(number, (handler, action))
+                self._outer = outer if isinstance(outer, StopRequest) else self._outer
+        self.asked = self.asked or (self._outer is not None and self._outer.asked)
 
     def now(self) -> bool:
         """Whether to stop after the current step. To be called once in each step."""
@@ -126,5 +139,19 @@ class StopRequest:
             self.asked, self._asked_at = True, time.monotonic()
 
     def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        for number, (handler, action) in self._before.items():
+            if signal.getsignal(number) == self._ask:  # else a program has one of its own by now
+                signal.signal(number, handler)
+                action_of(number, action)
+        self._before.clear()
+        if self._outer and self.asked:
+            self._outer.asked = True
+
+
+def action_of(number: int, new: Any = None) -> Any:
+    """What the C library does at a signal, a `struct sigaction`; set to `new` unless that is None."""
+    action = ctypes.create_string_buffer(ACTION)
+    with contextlib.suppress(OSError, AttributeError):  # no C library that has it
+        if ctypes.CDLL(None).sigaction(number, new, action) == 0:
+            return action
+    return None

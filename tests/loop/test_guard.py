@@ -23,6 +23,7 @@ from mpiml.loop.sums import Sum
 from mpiml.run import alarm
 from mpiml.run.deadline import SLOWEST_DISK
 from mpiml.run.directory import RunDirectory
+from mpiml.run.process import SIGNALS, action_of
 from mpiml.run.result import read_result
 from mpiml.train import train
 
@@ -179,7 +180,7 @@ def test_train_within_a_guard(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_signals_are_requests_from_the_first_time_on_that_stop_is_asked(tmp_path: Path, number: int) -> None:
     before = signal.getsignal(number)
     with guard(out=tmp_path) as job:
-        assert signal.getsignal(number) is before
+        assert signal.getsignal(number) is before or number == signal.SIGUSR1
         assert not job.stop
         assert job.exit_code == 0
         os.kill(os.getpid(), number)
@@ -190,6 +191,41 @@ def test_signals_are_requests_from_the_first_time_on_that_stop_is_asked(tmp_path
     result = read_result(tmp_path)
     assert (result["status"], result["exit_code"]) == ("stopped", 75)
     assert result["reason"] == "asked to stop by a signal"
+
+
+def handler_in_c(number: int) -> bytes:
+    return bytes(action_of(number))[:8]  # a pointer; on Linux it comes first
+
+
+def test_sigusr1_is_remembered_from_the_beginning_and_afterwards_c_has_its_handlers_again() -> None:
+    before = [handler_in_c(number) for number in SIGNALS]
+    with guard() as job:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert [handler_in_c(number) for number in SIGNALS[1:]] == before[1:]
+        assert job.stop
+        assert [handler_in_c(number) for number in SIGNALS] != before
+    assert [handler_in_c(number) for number in SIGNALS] == before
+    with guard() as outer:
+        with guard():
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert outer.stop
+    with pytest.raises(SystemExit), guard(time_limit="soon"):
+        pass
+    assert [handler_in_c(number) for number in SIGNALS] == before
+
+
+def test_a_handler_of_the_programs_own_stays_until_stop_is_asked() -> None:
+    calls: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: calls.append(number))
+    try:
+        with guard() as job:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert calls == [signal.SIGUSR1]
+            assert not job.stop
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # set inside, it stays
+        assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_time_that_is_nearly_up_is_a_request() -> None:
