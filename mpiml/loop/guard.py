@@ -19,7 +19,7 @@ from mpiml.clock import Clock
 from mpiml.errors import SAVED, ConfigError, DirectoryError, known_to_all
 from mpiml.flags import seconds
 from mpiml.loop.checks import check_comm, check_path, check_stall_timeout
-from mpiml.run import alarm, failure, one_job
+from mpiml.run import alarm, failure, one_job, start
 from mpiml.run.deadline import Deadline
 from mpiml.run.directory import CONFIG, RunDirectory
 from mpiml.run.process import SIGNALS, StopRequest
@@ -30,6 +30,7 @@ from mpiml.team import Team
 PROGRAM = Path(sys.argv[0]).name.removeprefix("-c") or "python"
 _guards: list[guard] = []  # that this process is in, the innermost last
 _unguarded = Clock()
+start.end_all_on_errors(PROGRAM)  # also of a rank that does not come to the guard
 
 
 def clock() -> Clock:
@@ -53,6 +54,8 @@ def guard_until_exit(comm: MPI.Intracomm, stall_timeout: float) -> guard:
     if comm.size == 1:
         one_job.check_size(MPI.COMM_WORLD.size)
         return one
+    one._entry = "make a DataParallel"
+    one._hint = "if it was at work of its own: DataParallel(..., stall_timeout=...), or mpiml.api.guard and its alive()"
     one.__enter__()
     one._stop.__exit__()  # nobody will ask it
     shown = sys.excepthook
@@ -140,6 +143,8 @@ class guard:
         self._directory: RunDirectory | None = None  # on rank 0
         self._stop = StopRequest()
         self._takes_signals = self._entered = False
+        self._entry = "enter the guard"
+        self._hint = "if it was at work of its own: ask job.stop in each step, or do it in `with job.alive(...):`"
         self.at_end: list[Callable[[], None]] = []
 
     def __enter__(self) -> guard:
@@ -150,7 +155,7 @@ class guard:
         if signal.getsignal(signal.SIGUSR1) in (signal.SIG_DFL, None) or _guards:  # else it is the program's own
             self._stop.take([signal.SIGUSR1])
         alarm.start(PROGRAM, [alarm.FLAG, str(self.stall_timeout)])
-        alarm.during("waiting for all ranks to enter the guard")
+        alarm.during(f"waiting for all ranks to {self._entry}")
         outer = _guards[-1]._failure if _guards else None
         _guards.append(self)
         self._failure.__enter__()
@@ -164,7 +169,7 @@ class guard:
             self.team.check_alike(one_job.software() | settings)
             self.team.on_rank_0(lambda: self._open(outer))
             self._failure.run, self._failure.token = self.team.broadcast((self._failure.run, self._failure.token))
-            self._watch = Watch(self.team.comm.Dup(), self.clock, self.stall_timeout, self._failure.fail)
+            self._watch = Watch(self.team.comm.Dup(), self.clock, self.stall_timeout, self._failure.fail, self._hint)
             self._watch.__enter__()
         except BaseException as error:
             self._stop.__exit__()

@@ -86,13 +86,13 @@ class Alarm:
                 if math.isinf(self._due):
                     self._thread = None
                     return
-                pause = TURN * min(rank, TURNS) + (self.seconds / LOOKS + TURN if self.waits() else 0.0)
+                waits = self.waits()
+                pause = TURN * min(rank, TURNS) + (self.seconds / LOOKS + TURN if waits else 0.0)
                 end_in(pause + GRACE)
                 self._changed.wait(pause)
             doing = self._doing
-        error = StallError(
-            f"rank {rank} has been {doing} for {self.seconds:g} s: it hangs, or another rank that it waits for"
-        )
+        why = "another has not come" if waits else "it hangs, or another rank that it waits for"
+        error = StallError(f"rank {rank} has been {doing} for {self.seconds:g} s: {why}")
         error.rank = rank
         self.fail(error)
 

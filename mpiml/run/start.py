@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import NoReturn
 
-from mpiml.errors import ConfigError
+from mpiml.errors import ConfigError, known_to_all
 from mpiml.run import alarm
+from mpiml.run.console import say
 from mpiml.run.launcher import environment
 
 FLUSHING = 1.0  # seconds for standard output, before the job is ended
@@ -45,10 +46,9 @@ def start_mpi() -> None:
     import numpy  # noqa: F401 (loaded first, because it is slow and the other ranks wait in MPI_Init)
 
     alarm.during("starting MPI")
-    from mpi4py import MPI
+    from mpi4py import MPI  # noqa: F401 (starts it)
 
-    if MPI.COMM_WORLD.size > 1:
-        sys.excepthook = _end_all
+    end_all_on_errors()
     alarm.during("importing")
 
 
@@ -82,11 +82,27 @@ def _last() -> None:
             setattr(sys, name, None)  # else Python fails too, and ends with another exit code
 
 
-def _end_all(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """End the job when a rank cannot import what it needs: else the others would wait for it."""
-    alarm.end_for_certain(alarm.ABORT_GRACE)
-    sys.__excepthook__(kind, error, trace)
-    end_job(CODE)
+def end_all_on_errors(program: str = "") -> None:
+    """From here on an error that nothing catches ends the job, if it has several ranks: else the others would wait for
+    this one. Unless all ranks raise it alike. With the name of a program, a line says which rank it was."""
+    from mpi4py import MPI
+
+    shown, process, ranks = sys.excepthook, os.getpid(), MPI.COMM_WORLD.size if MPI.Is_initialized() else 1
+
+    def uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        ends = os.getpid() == process and not known_to_all(error, ranks)  # a forked process is no rank
+        if ends:
+            alarm.end_for_certain(alarm.ABORT_GRACE)
+        shown(kind, error, trace)
+        if ends:
+            if program:
+                line = f"{program}: this error of rank {rank} ends the job"
+                alarm.within(FLUSHING, lambda: say(line, sys.stderr), None)
+            end_job(CODE)
+
+    if ranks > 1:
+        rank = MPI.COMM_WORLD.rank
+        sys.excepthook = uncaught
 
 
 def end_job(code: int) -> None:

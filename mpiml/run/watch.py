@@ -72,14 +72,17 @@ class Watch(threading.Thread):
         timeout: seconds without progress; 0: no rank is judged by its progress, and processes that have ended and ranks
             that have left are still noticed.
         fail: called with a StallError that names rank, activity and step.
+        hint: what to do if a rank makes no progress in work of a program's own.
 
     Attributes:
         notes: warnings about what it cannot detect.
     """
 
-    def __init__(self, comm: MPI.Intracomm, clock: Clock, timeout: float, fail: Callable[[RunError], None]):
+    def __init__(
+        self, comm: MPI.Intracomm, clock: Clock, timeout: float, fail: Callable[[RunError], None], hint: str = ""
+    ):
         super().__init__(name="mpiml-watch", daemon=True)
-        self.comm, self.clock, self.timeout, self.fail = comm, clock, timeout or math.inf, fail
+        self.comm, self.clock, self.timeout, self.fail, self.hint = comm, clock, timeout or math.inf, fail, hint
         self.interval = min(self.timeout / 5, 30.0)
         self._launched = launched_ranks(comm)
         self._ending = threading.Event()
@@ -169,7 +172,8 @@ class Watch(threading.Thread):
             what = f"{self._text(self.comm.rank)} has made no progress for {self.timeout:g} s, {own.place}"
             gone = [rank for rank, sign in self._signs.items() if sign.gone]
             left = f"; {self._text(gone[0])}, which it may wait for, has left the block" if gone else ""
-            self._stalled(what + left, self.comm.rank)
+            hint = f"; {self.hint}" if self.hint and own.activity == "compute" else ""
+            self._stalled(what + left + hint, self.comm.rank)
         self._moves, self._bytes = clock.moves, total
 
     def _send(self, moves: float) -> None:

@@ -78,8 +78,14 @@ def test_ways_out_that_cannot_be_seen(tmp_path: Path, phase: str, way: str, rank
     assert (result["status"], result["rank"]) in (("running", None), ("failed", rank))
 
 
-def test_a_rank_that_does_not_come_to_the_guard(tmp_path: Path) -> None:
+def test_an_error_of_a_rank_that_does_not_come_to_the_guard_ends_the_job(tmp_path: Path) -> None:
     done = launch(RANKS, *SCRIPT, str(tmp_path), "2", "before", "raise", limit=2 * LIMIT)
+    assert done.returncode == 70
+    assert f"RuntimeError: {WORD}\nown_loop.py: this error of rank 2 ends the job" in done.stderr
+    assert "waiting" not in done.stderr
+
+
+def test_a_rank_that_ends_before_it_has_come_to_the_guard(tmp_path: Path) -> None:
+    done = launch(RANKS, *SCRIPT, str(tmp_path), "2", "before", "sys.exit(3)", limit=2 * LIMIT)
     assert done.returncode != 0
-    assert WORD in done.stderr
-    assert "waiting for all ranks to enter the guard" in done.stderr
+    assert "rank 0 has been waiting for all ranks to enter the guard for 2 s: another has not come" in done.stderr

@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from mpi4py import MPI
+
+from mpiml.errors import ConfigError
+from mpiml.run import alarm
+from mpiml.run import start as module
 
 BEGIN = "from mpiml.run import start; start.begin('a.program')\n"
 
@@ -58,3 +63,25 @@ def test_what_the_user_has_started_and_never_ends_does_not_keep_the_process(tmp_
     done = shell('"$@"', f"{soon}\n{script}\nstart.end(0)", tmp_path)
     assert done.returncode == 70
     assert "a.program: rank 0 has been ending: in a thread, or in a function registered with atexit, " in done.stderr
+
+
+@pytest.mark.mpi
+@pytest.mark.skipif(MPI.COMM_WORLD.size == 1, reason="a rank alone leaves nobody waiting")
+def test_errors_of_one_rank_that_nothing_catches_end_the_job(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(module, "end_job", codes.append)
+    monkeypatch.setattr(alarm, "end_for_certain", lambda seconds: None)
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: print("shown", error, file=sys.stderr))
+    module.end_all_on_errors("mine.py")
+    rank, alike = MPI.COMM_WORLD.rank, ConfigError("alike").on_all_ranks()
+    sys.excepthook(ConfigError, alike, None)
+    assert codes == []
+    sys.excepthook(ValueError, ValueError("x"), None)
+    assert codes == [module.CODE]
+    assert capsys.readouterr().err == f"shown alike\nshown x\nmine.py: this error of rank {rank} ends the job\n"
+    process = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: process + 1)  # as in a forked process, which is no rank
+    sys.excepthook(ValueError, ValueError("x"), None)
+    assert len(codes) == 1

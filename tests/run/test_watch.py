@@ -52,6 +52,16 @@ def test_rank_that_works_and_does_not_move_is_named(watch: Watch) -> None:
     assert error.rank == 0
 
 
+def test_long_work_of_a_programs_own_gets_a_hint(watch: Watch) -> None:
+    watch.hint = "say that it is alive"
+    for activity in ("compute", "checkpoint"):
+        watch.clock(activity)  # type: ignore[arg-type]
+        look(watch, 0)
+        look(watch, TIMEOUT + 1)
+    said = [str(error).partition(", in ")[2] for error in watch.errors]  # type: ignore[attr-defined]
+    assert said == ["step 0 (compute); say that it is alive", "step 0 (checkpoint)"]
+
+
 def test_where_all_wait_nobody_is_named(watch: Watch) -> None:
     watch.clock("joining")
     look(watch, 0)
