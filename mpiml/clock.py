@@ -38,6 +38,7 @@ class Clock:
         self.activity: Activity = "start"
         self.within: Activity | None = None  # if set, time is booked under this activity
         self.step = 0
+        self.call = ""  # of this package, which a program of one's own has made
         self.patient = ""  # long work of a user's own, which is progress however long it takes
         self.moves = 0  # grows with every call and by progress(); a rank whose moves do not change is stuck
         self.seconds: dict[Activity, float] = {}
@@ -65,6 +66,15 @@ class Clock:
         self(activity)
         yield
         self(before)
+
+    @contextmanager
+    def calling(self, call: str) -> Iterator[None]:
+        """A call during a block, for messages; of calls within each other the outermost."""
+        before, self.call = self.call, self.call or call
+        try:
+            yield
+        finally:
+            self.call = before
 
     @contextmanager
     def booked(self, name: Activity) -> Iterator[None]:

@@ -18,7 +18,7 @@ from mpiml.documents import from_json, shown
 from mpiml.errors import ConfigError, OutputError
 from mpiml.loop import trees
 from mpiml.loop.checks import check_comm, check_path, check_whole
-from mpiml.loop.guard import PROGRAM, clock, deadlines
+from mpiml.loop.guard import PROGRAM, called, clock, deadlines
 from mpiml.run import step_files, verified
 from mpiml.run.console import say
 from mpiml.run.directory import LEFT_OF_CHECKPOINTS, named_errors, sweep, sync
@@ -75,15 +75,19 @@ class Checkpoints:
         comm: the ranks (default: all). Rank 0 reads and writes.
         keep: how many checkpoints are kept, the newest.
 
-    Raises, on all ranks alike, ConfigError for settings that do not work, OutputError if the directory cannot be made.
+    Raises, on all ranks alike, ConfigError for settings that do not work, or if ranks have different directories;
+    OutputError if the directory cannot be made.
     """
 
+    @called
     def __init__(self, directory: str | os.PathLike[str], comm: MPI.Intracomm | None = None, keep: int = 3):
         self._team = Team(check_comm(comm), clock())
         checked = self._team.together(lambda: (check_path("directory", directory), check_whole("keep", keep, 1)))
         self.directory, self.keep = checked
+        self._team.check_alike({"directory": str(self.directory)}, "rank 0 writes for all")
         self._team.on_rank_0(self._make)
 
+    @called
     def save(self, step: int, arrays: Any, meta: Mapping[str, Any] | None = None) -> None:
         """Write the checkpoint of a step, in the place of one of the same step, and remove all but the newest.
 
@@ -91,14 +95,17 @@ class Checkpoints:
             arrays: an array or number, or lists, tuples and dicts of such, of any dtype; those of rank 0 are written.
             meta: what JSON can say; that of rank 0.
 
-        Raises, on all ranks alike, ConfigError for what cannot be saved, OutputError if it cannot be written.
+        Raises, on all ranks alike, ConfigError for what cannot be saved, or if ranks save different steps; OutputError
+        if it cannot be written.
         """
         began = time.monotonic()
         with clock().doing("checkpoint"):
+            self._team.check_alike({"the step that is saved": str(step)})
             self._team.on_rank_0(lambda: self._write(step, arrays, {} if meta is None else meta))
         for deadline in deadlines():
             deadline.saved(time.monotonic() - began)
 
+    @called
     def newest(self) -> Saved | None:
         """The newest checkpoint that is whole, the same on all ranks; None if there is none yet. Rank 0 says on stderr
         which ones it has skipped, and what is wrong with them.
@@ -148,7 +155,8 @@ class Checkpoints:
         named = _named(arrays)
         for name, array in named.items():
             if array.dtype.name not in verified.DTYPES.values():
-                raise ConfigError(f"save: {name} is {array.dtype}, which safetensors files have not")
+                what = f"save: {name} is {array.dtype}, which safetensors files have not"
+                raise ConfigError(f"{what}: save numbers, and texts in `meta`")
         texts = {"format": FORMAT, "step": str(step), "meta": text}
         verified.write(self.directory / step_files.file_name(step), named, texts, clock().progress, replace=True)
         step_files.prune(self.directory, step, self.keep)

@@ -9,8 +9,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import wraps
 from pathlib import Path
 from types import TracebackType
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 from mpi4py import MPI
@@ -28,6 +30,8 @@ from mpiml.run.watch import Watch
 from mpiml.team import Team
 
 PROGRAM = Path(sys.argv[0]).name.removeprefix("-c") or "python"
+P = ParamSpec("P")
+T = TypeVar("T")
 _guards: list[guard] = []  # that this process is in, the innermost last
 _unguarded = Clock()
 start.end_all_on_errors(PROGRAM)  # also of a rank that does not come to the guard
@@ -36,6 +40,18 @@ start.end_all_on_errors(PROGRAM)  # also of a rank that does not come to the gua
 def clock() -> Clock:
     """The clock of the guard that this process is in: what a rank does with it is progress."""
     return _guards[-1].clock if _guards else _unguarded
+
+
+def called(method: Callable[P, T]) -> Callable[P, T]:
+    """A method of a part, collective, which messages name while a rank is in it."""
+    name = f"{method.__qualname__.removesuffix('.__init__')}()"
+
+    @wraps(method)
+    def named(*inputs: P.args, **settings: P.kwargs) -> T:
+        with clock().calling(name):
+            return method(*inputs, **settings)
+
+    return named
 
 
 def deadlines() -> list[Deadline]:
@@ -209,6 +225,7 @@ class guard:
         return None
 
     @property
+    @called
     def stop(self) -> bool:
         """Whether any rank is asked to stop: by SIGUSR1, SIGTERM, Ctrl-C, or because its time is nearly up. To be asked
         once in each step; collective, so that all ranks leave off after the same step.

@@ -7,7 +7,7 @@ from mpi4py import MPI
 from mpiml.data.order import SHUFFLES, RowNumbers, RowOrder
 from mpiml.errors import ConfigError
 from mpiml.loop.checks import check_comm, check_microbatches, check_switch, check_whole
-from mpiml.loop.guard import clock
+from mpiml.loop.guard import called, clock
 from mpiml.parallel import grid
 from mpiml.partition import part
 from mpiml.team import Team
@@ -42,6 +42,7 @@ class Rows(RowOrder):
     micro-batches than ranks, and for fewer rows than micro-batches.
     """
 
+    @called
     def __init__(
         self,
         count: int,

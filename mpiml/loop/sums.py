@@ -12,7 +12,7 @@ from mpiml.errors import ConfigError, NotFiniteError, first_few, known_to_all
 from mpiml.loop import trees
 from mpiml.loop.checks import apart, check_comm, check_loss, check_numbers, check_weight, kinds_of, not_finite
 from mpiml.loop.flat import Flat, FlatSums
-from mpiml.loop.guard import clock
+from mpiml.loop.guard import called, clock
 from mpiml.parallel import grid as grids
 from mpiml.partition import part
 from mpiml.run.process import reuse_memory
@@ -52,6 +52,7 @@ class Sum:
     for fewer micro-batches than ranks.
     """
 
+    @called
     def __init__(
         self,
         comm: MPI.Intracomm | None = None,
@@ -136,10 +137,12 @@ class Sum:
             raise ConfigError(f"put(m={m}): the arrays have another form than `like`: {first_few(odd)}")
         return [value for _, value in given]
 
+    @called
     def mean(self, copy: bool = True) -> Any:
         """The sum over all micro-batches, divided by the sum of their weights, if that is not 0; else as `sum`."""
         return self._total(copy, divided=True)
 
+    @called
     def sum(self, copy: bool = True) -> Any:
         """The sum over all micro-batches; collective, when each rank has put all of its own.
 
@@ -166,6 +169,7 @@ class Sum:
         pairs = zip(self._flat.totals, self._is_number, strict=True)
         return trees.rebuilt(self._form, [float(view) if number else view.copy() for view, number in pairs])
 
+    @called
     def meet(self, numbers: Sequence[float] = ()) -> list[float]:
         """Add up these numbers over the ranks; collective, at any time. Once all ranks have put all, they also agree on
         weight and losses, as `sum` and `mean` do otherwise, and may all `drop` the sum for what these show.
@@ -178,6 +182,7 @@ class Sum:
         clock()("compute")
         return sums
 
+    @called
     def drop(self) -> None:
         """Do without the sum of what has been put; collective. Raises RunError as `sum`."""
         if not self._met:
@@ -233,6 +238,7 @@ class Sum:
         own = team.name, self._own_text(), [name for name in bad if name in to_blame]
         return not_finite(bad, team.allgather(own), clock().step)
 
+    @called
     def close(self) -> None:
         """Give back what the MPI library holds for the sum; collective. What was returned without `copy` stays.
 

@@ -12,7 +12,6 @@ from types import TracebackType
 
 import numpy as np
 from mpi4py import MPI
-from numpy.typing import NDArray
 
 from mpiml.clock import ACTIVITIES, BLOCKED_ON_OTHERS, Activity, Clock
 from mpiml.errors import RunError, StallError, known_to_all
@@ -22,6 +21,7 @@ from mpiml.run.node import Process, kernel, own_launcher
 from mpiml.team import allgather, launched_ranks, wait
 
 GOODBYE = -1.0  # in place of moves, in a rank's last message
+MESSAGE = np.dtype([("moves", "f8"), ("step", "i8"), ("activity", "i8"), ("call", "S24")])
 # Seconds between looks at the processes of the neighbour and the launcher, and how many looks may miss one before the
 # job is ended: mostly the launcher ends it sooner, or this rank's watch is about to end as well.
 LOOK, LOOKS = 1.0, 5
@@ -33,19 +33,22 @@ PROBES = 100  # failing in a row mean that no message is there: a probe may fail
 
 @dataclass
 class Sign:
-    """A rank's last sign of life: when it was heard, and when its count of moves last changed."""
+    """A rank's last sign of life: when it was heard, and when its count of moves last changed; its step is
+    None if none has come yet."""
 
     heard: float
     moved: float
     moves: float = 0.0
-    step: int = 0
+    step: int | None = 0
     activity: Activity = "start"
     gone: bool = False
+    call: str = ""
 
     @property
     def place(self) -> str:
-        """The rank's step and activity, for a message."""
-        return f"in step {self.step} ({self.activity})"
+        """The rank's step, call and activity, for a message."""
+        call = f", {self.call}" if self.call else ""
+        return "at its beginning" if self.step is None else f"in step {self.step}{call} ({self.activity})"
 
 
 def neighbour(comm: MPI.Intracomm) -> tuple[int, Process]:
@@ -91,7 +94,7 @@ class Watch(threading.Thread):
         now = time.monotonic()
         watched = range(1, comm.size) if comm.rank == 0 else [comm.rank - 1]
         self._listeners = sorted({0, (comm.rank + 1) % comm.size} - {comm.rank})
-        self._signs = {rank: Sign(now, now) for rank in watched}
+        self._signs = {rank: Sign(now, now, step=None) for rank in watched}
         self._own = Sign(now, now)
         self._moves, self._bytes, self._quiet = clock.moves, bytes_moved(), QUIET + QUIET_EACH * len(self._signs)
         rank, process = neighbour(comm)
@@ -164,7 +167,7 @@ class Watch(threading.Thread):
 
     def _look_at_own(self, now: float) -> None:
         own, clock, total = self._own, self.clock, bytes_moved()
-        own.step, own.activity = clock.step, clock.activity
+        own.step, own.activity, own.call = clock.step, clock.activity, clock.call
         inner = _watches[-1:] not in ([], [self])
         if inner or clock.patient or clock.moves != self._moves or total - self._bytes > self._quiet:
             own.moves, own.moved = own.moves + 1, now
@@ -178,30 +181,31 @@ class Watch(threading.Thread):
 
     def _send(self, moves: float) -> None:
         self._sent = [request for request in self._sent if not request.Test()]
-        sign = np.array([moves, self.clock.step, ACTIVITIES.index(self.clock.activity)])
-        self._sent += [self.comm.Isend(sign, rank) for rank in self._listeners]
+        clock = self.clock
+        sign = np.array([(moves, clock.step, ACTIVITIES.index(clock.activity), clock.call)], MESSAGE)
+        self._sent += [self.comm.Isend(sign.view(np.uint8), rank) for rank in self._listeners]
 
     def _listen(self, now: float) -> None:
         status = MPI.Status()
-        message: NDArray[np.float64] = np.empty(3)
+        message = np.empty(1, MESSAGE)
         misses = 0
         while self._signs and misses < PROBES:
             if not self.comm.Iprobe(status=status):
                 misses += 1
                 continue
-            self.comm.Recv(message, status.source)
+            self.comm.Recv(message.view(np.uint8), status.source)
+            moves, step, activity, call = message[0].item()
             sign = self._signs[status.source]
-            sign.heard = now
-            sign.gone = message[0] == GOODBYE
-            if message[0] != sign.moves:
-                sign.moves, sign.moved = message[0], now
-            sign.step, sign.activity = int(message[1]), ACTIVITIES[int(message[2])]
+            sign.heard, sign.gone = now, moves == GOODBYE
+            if moves != sign.moves:
+                sign.moves, sign.moved = moves, now
+            sign.step, sign.activity, sign.call = step, ACTIVITIES[activity], call.decode()
 
     def _look_at_others(self, now: float) -> None:
         for rank, sign in self._signs.items():
             if now - sign.heard > self.timeout and not sign.gone:
-                what = f"{self._text(rank)} has given no sign of life for {self.timeout:g} s, {sign.place}"
-                self._stalled(what, rank)
+                last = "" if sign.step is None else f"; the last one was {sign.place}"
+                self._stalled(f"{self._text(rank)} has given no sign of life for {self.timeout:g} s{last}", rank)
         if self.comm.rank == 0:
             self._look_at_all(now)
 

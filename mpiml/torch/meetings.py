@@ -50,7 +50,8 @@ class Meetings:
         """Returns how many ranks have not joined."""
         self.number += 1
         tag = 0 if kind == JOINED else 1 + KINDS.index(kind) + len(KINDS) * (self.number % NUMBERS)
-        present, tags, squares = map(int, self.sum.meet((int(tag > 0), tag, tag**2)))
+        with self.team.clock.calling(f"{kind}()"):
+            present, tags, squares = map(int, self.sum.meet((int(tag > 0), tag, tag**2)))
         elsewhere = present * squares != tags**2  # else all tags are equal, by Cauchy and Schwarz
         incomplete = 0 < present < self.team.size and kind_of(tags // present) != "backward"
         if elsewhere or incomplete:

@@ -31,8 +31,8 @@ def test_the_sums_have_the_same_bits_on_every_layout(tmp_path: Path) -> None:
 
 RAISED = f"RuntimeError: {WORD}"
 STOPPED = "rank {rank} has given no sign of life for 2 s"
-ASLEEP = "rank {rank} has made no progress for 2 s, in step 3 (checkpoint)"
-LEFT = "rank {rank} has left the block in step 2, and the others wait for it: 2 in step 3 (communication)"
+ASLEEP = "rank {rank} has made no progress for 2 s, in step 3, Checkpoints.save() (checkpoint)"
+LEFT = "rank {rank} has left the block in step 2, and the others wait for it: 2 in step 3, Sum.mean() (communication)"
 
 
 @pytest.mark.parametrize(

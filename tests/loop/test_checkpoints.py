@@ -134,6 +134,7 @@ def test_ranks_fail_together_where_nothing_can_be_written(directory: Path) -> No
         (1, {"w": np.zeros(1)}, {"a": float("nan")}, "meta is not what JSON can say"),
         (1, {"w": np.zeros(1)}, {"a": np.zeros(1)}, "meta is not what JSON can say"),
         (1, {"w": np.zeros(1, complex)}, {}, "w is complex128"),
+        (1, {"names": np.array(["a"])}, {}, "names is <U1, .*: save numbers, and texts in `meta`"),
         (1, {"w": [object()]}, {}, r"w\.0"),
     ],
 )
@@ -213,3 +214,14 @@ def test_saved_again_a_step_has_the_new_arrays(tmp_path: Path) -> None:
     saved = checkpoints.newest()
     assert saved
     assert (saved.step, saved.meta, saved.arrays["w"].tolist()) == (4, {"value": 2.0}, 2.0)
+
+
+@pytest.mark.mpi
+@pytest.mark.skipif(COMM.size == 1, reason="ranks must differ")
+def test_ranks_that_differ_are_named(directory: Path) -> None:
+    with pytest.raises(ConfigError, match=r"ranks differ in directory: \S+/of-1 \(rank 1 on .*/of-0 \(rank 0\)"):
+        Checkpoints(f"{directory}/of-{COMM.rank}")
+    checkpoints = Checkpoints(directory)
+    with pytest.raises(ConfigError, match=r"ranks differ in the step that is saved: 6 \(rank 1 on .* 5 \(rank 0\)"):
+        checkpoints.save(5 + COMM.rank, np.zeros(3))
+    assert list(directory.iterdir()) == []

@@ -156,7 +156,7 @@ def test_a_rank_that_has_said_goodbye_may_be_silent(watch: Watch, gone: bool) ->
     watch._signs = {1: Sign(now, now, 3.0, 7, "compute", gone)}
     watch._look_at_others(now + TIMEOUT + 1)
     said = [str(error) for error in watch.errors]  # type: ignore[attr-defined]
-    assert said == ([] if gone else ["rank 1 has given no sign of life for 5 s, in step 7 (compute)"])
+    assert said == ([] if gone else ["rank 1 has given no sign of life for 5 s; the last one was in step 7 (compute)"])
 
 
 class Looks:
@@ -350,6 +350,7 @@ def test_a_rank_that_gives_no_sign_of_life_is_named_by_rank_0_and_the_next_one()
     watch.start()
     watch.clock.step = 7
     watch.clock("evaluation")
+    watch.clock.call = "Sum." + "0123456789" * 3 + "()"
     if WORLD.rank != LAST:
         watch._send(1.0)
     WORLD.Barrier()
@@ -362,7 +363,7 @@ def test_a_rank_that_gives_no_sign_of_life_is_named_by_rank_0_and_the_next_one()
     WORLD.Barrier()
     watch._end()
     watchers = {0, LAST and (LAST + 1) % WORLD.size} - {LAST} if LAST else set()
-    said = [f"rank {LAST} has given no sign of life for 5 s, in step 0 (start)"]
+    said = [f"rank {LAST} has given no sign of life for 5 s"]
     assert [str(error) for error in errors] == (said if WORLD.rank in watchers else [])
     assert [error.rank for error in errors] == [LAST] * len(errors)
-    assert {watch._signs[rank].place for rank in heard} <= {"in step 7 (evaluation)"}
+    assert {watch._signs[rank].place for rank in heard} <= {"in step 7, Sum.01234567890123456789 (evaluation)"}
