@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,19 @@ def check_comm(comm: Any, hint: str = "") -> MPI.Intracomm:
         what = "MPI.COMM_NULL" if isinstance(comm, MPI.Comm) else f"a {type(comm).__name__}"
         raise ConfigError(f"comm is {what}: must be a communicator of mpi4py, such as MPI.COMM_WORLD{hint}")
     return comm
+
+
+@contextmanager
+def communicators_for(what: str) -> Iterator[None]:
+    """In a block that makes communicators, raise ConfigError if the MPI library has none left."""
+    try:
+        yield
+    except MPI.Exception as error:
+        if "communicators" not in error.Get_error_string():
+            raise
+        raise ConfigError(
+            f"{what}: the MPI library has no communicators left: make one and keep it, or close each"
+        ) from error
 
 
 def check_path(name: str, path: Any) -> Path:

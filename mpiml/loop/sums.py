@@ -10,7 +10,16 @@ from mpi4py import MPI
 
 from mpiml.errors import ConfigError, NotFiniteError, first_few, known_to_all
 from mpiml.loop import trees
-from mpiml.loop.checks import apart, check_comm, check_loss, check_numbers, check_weight, kinds_of, not_finite
+from mpiml.loop.checks import (
+    apart,
+    check_comm,
+    check_loss,
+    check_numbers,
+    check_weight,
+    communicators_for,
+    kinds_of,
+    not_finite,
+)
 from mpiml.loop.flat import Flat, FlatSums
 from mpiml.loop.guard import called, clock
 from mpiml.parallel import grid as grids
@@ -53,6 +62,7 @@ class Sum:
     """
 
     @called
+    @communicators_for("Sum")
     def __init__(
         self,
         comm: MPI.Intracomm | None = None,

@@ -6,6 +6,7 @@ import os
 import re
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -518,3 +519,18 @@ def test_a_sum_of_some_of_the_ranks(monkeypatch: pytest.MonkeyPatch, nodes: bool
             one.put(m, np.full(3, 10.0**m))
         assert one.sum().tolist() == [11111.0] * 3
     some.Free()
+
+
+def test_without_communicators_left_a_line_says_what_to_do() -> None:
+    held: list[MPI.Intracomm] = []
+    try:
+        with suppress(MPI.Exception):
+            held += (SELF.Dup() for _ in range(5000))
+        if len(held) == 5000:
+            pytest.skip("this MPI library has more")
+        with pytest.raises(ConfigError, match="Sum: the MPI library has no communicators left: make one and keep it"):
+            Sum(SELF, np.zeros(3))
+    finally:
+        for comm in held:
+            comm.Free()
+    Sum(SELF, np.zeros(3)).close()
