@@ -84,17 +84,19 @@ def guard_until_exit(comm: MPI.Intracomm, stall_timeout: float) -> guard:
         else:
             one.fail(error)
 
-    def leave() -> None:
+    def leave(finalize: Callable[[], None] = MPI.Finalize) -> None:
         try:
             if one in _guards:
                 one.__exit__(None, None, None)
         except SystemExit as ended:  # of all ranks; Python would print it, and end with the code it has
             sys.stdout.flush()
-            MPI.Finalize()
+            finalize()
             os._exit(int(ended.code or 0))
 
     sys.excepthook = uncaught
     atexit.register(leave)
+    # A program may call MPI.Finalize() itself, which first of all deletes what is attached to COMM_SELF.
+    MPI.COMM_SELF.Set_attr(MPI.Comm.Create_keyval(delete_fn=lambda *_: leave(finalize=lambda: None)), one)
     return one
 
 

@@ -89,3 +89,10 @@ def test_a_rank_that_ends_before_it_has_come_to_the_guard(tmp_path: Path) -> Non
     done = launch(RANKS, *SCRIPT, str(tmp_path), "2", "before", "sys.exit(3)", limit=2 * LIMIT)
     assert done.returncode != 0
     assert "rank 0 has been waiting for all ranks to enter the guard for 2 s: another has not come" in done.stderr
+
+
+def test_a_program_may_end_mpi_itself() -> None:
+    script = "from mpi4py import MPI; from mpiml.loop.guard import guard_until_exit; job = guard_until_exit({}); {}"
+    left = "job.at_end.append(lambda: print('left', flush=True)); MPI.Finalize()"
+    done = launch(2, "-c", script.format("MPI.COMM_WORLD, 8", left))
+    assert (done.returncode, done.stdout.split()) == (0, ["left", "left"]), done.stderr
