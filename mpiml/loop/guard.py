@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 import signal
 import sys
@@ -32,14 +31,14 @@ from mpiml.team import Team
 PROGRAM = Path(sys.argv[0]).name.removeprefix("-c") or "python"
 P = ParamSpec("P")
 T = TypeVar("T")
-_guards: list[guard] = []  # that this process is in, the innermost last
+guards: list[guard] = []  # that this process is in, the innermost last
 _unguarded = Clock()
 start.end_all_on_errors(PROGRAM)  # also of a rank that does not come to the guard
 
 
 def clock() -> Clock:
     """The clock of the guard that this process is in: what a rank does with it is progress."""
-    return _guards[-1].clock if _guards else _unguarded
+    return guards[-1].clock if guards else _unguarded
 
 
 def called(method: Callable[P, T]) -> Callable[P, T]:
@@ -56,57 +55,14 @@ def called(method: Callable[P, T]) -> Callable[P, T]:
 
 def deadlines() -> list[Deadline]:
     """Those of all guards that this process is in, which have to know how long saving takes."""
-    return [one._stop.deadline for one in _guards]
-
-
-def guard_until_exit(comm: MPI.Intracomm, stall_timeout: float) -> guard:
-    """The guard that this process is in; outside of any, a new one until the program ends. Collective.
-
-    A rank that is alone does not enter the new one.
-    """
-    if _guards:
-        return _guards[-1]
-    one = guard(comm, stall_timeout=stall_timeout)
-    if comm.size == 1:
-        one_job.check_size(MPI.COMM_WORLD.size)
-        return one
-    one._entry = "make a DataParallel"
-    one._hint = "if it was at work of its own: DataParallel(..., stall_timeout=...), or mpiml.api.guard and its alive()"
-    one.__enter__()
-    one._stop.__exit__()  # nobody will ask it
-    shown = sys.excepthook
-
-    def uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if one not in _guards:
-            shown(kind, error, trace)
-        elif known_to_all(error, comm.size):
-            one.__exit__(kind, error, trace)
-        else:
-            one.fail(error)
-
-    def leave(finalize: Callable[[], None] = MPI.Finalize) -> None:
-        try:
-            if one in _guards:
-                one.__exit__(None, None, None)
-        except SystemExit as ended:  # of all ranks; Python would print it, and end with the code it has
-            sys.stdout.flush()
-            finalize()
-            os._exit(int(ended.code or 0))
-
-    sys.excepthook = uncaught
-    atexit.register(leave)
-    # A program may call MPI.Finalize() itself, which first of all deletes what is attached to COMM_SELF.
-    MPI.COMM_SELF.Set_attr(MPI.Comm.Create_keyval(delete_fn=lambda *_: leave(finalize=lambda: None)), one)
-    return one
+    return [one._stop.deadline for one in guards]
 
 
 def _leave_to_ranks() -> None:
     """In a forked process, such as a DataLoader's worker, which is no rank: let go of its errors, signals and end."""
     threading.excepthook = threading.__excepthook__
-    while _guards:
-        one = _guards.pop()
-        if one._takes_signals and one._stop:
-            one._stop.__exit__()
+    while guards:
+        guards.pop()._stop.__exit__()
 
 
 os.register_at_fork(after_in_child=_leave_to_ranks)
@@ -155,7 +111,7 @@ class guard:
         time_limit: str | None = None,
     ):
         self.out, self.stall_timeout, self.time_limit = out, stall_timeout, time_limit
-        self.clock, self.exit_code = clock() if _guards else Clock(), 0
+        self.clock, self.exit_code = clock() if guards else Clock(), 0
         self.team = Team(check_comm(comm), self.clock)
         self._failure = failure.Guard(self.team, PROGRAM)
         self._directory: RunDirectory | None = None  # on rank 0
@@ -170,12 +126,12 @@ class guard:
             with guard(self._failure.comm, stall_timeout=self.stall_timeout):  # which reports it
                 raise ConfigError("this guard has been entered before: make another one").on_all_ranks()
         self._entered = True
-        if signal.getsignal(signal.SIGUSR1) in (signal.SIG_DFL, None) or _guards:  # else it is the program's own
+        if signal.getsignal(signal.SIGUSR1) in (signal.SIG_DFL, None) or guards:  # else it is the program's own
             self._stop.take([signal.SIGUSR1])
         alarm.start(PROGRAM, [alarm.FLAG, str(self.stall_timeout)])
         alarm.during(f"waiting for all ranks to {self._entry}")
-        outer = _guards[-1]._failure if _guards else None
-        _guards.append(self)
+        outer = guards[-1]._failure if guards else None
+        guards.append(self)
         self._failure.__enter__()
         try:
             own, request = self.team.comm.Idup()  # the program's messages and these do not meet
@@ -298,11 +254,11 @@ class guard:
             self._failure.__exit__(type(error) if error else None, error, None)
         finally:
             alarm.off()
-            _guards.remove(self)
+            guards.remove(self)
             if self._directory:
                 self._directory.close()
         if known_to_all(error, self.team.size):
             if self.team.comm != self._failure.comm:
                 self.team.comm.Free()
-            if error is not None and not _guards:  # else the outer one sees it, too
+            if error is not None and not guards:  # else the outer one sees it, too
                 sys.exit(failure.exit_code(error))  # reported already

@@ -14,8 +14,9 @@ from torch.nn import Module
 
 from mpiml.errors import ConfigError
 from mpiml.loop.checks import check_comm
-from mpiml.loop.guard import clock, guard_until_exit
+from mpiml.loop.guard import clock
 from mpiml.loop.rows import Rows
+from mpiml.loop.until_exit import guard_until_exit
 from mpiml.nn.torch_state import tensors
 from mpiml.nn.torch_tensors import prepare_torch
 from mpiml.team import Team

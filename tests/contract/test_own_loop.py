@@ -92,7 +92,9 @@ def test_a_rank_that_ends_before_it_has_come_to_the_guard(tmp_path: Path) -> Non
 
 
 def test_a_program_may_end_mpi_itself() -> None:
-    script = "from mpi4py import MPI; from mpiml.loop.guard import guard_until_exit; job = guard_until_exit({}); {}"
+    script = (
+        "from mpi4py import MPI; from mpiml.loop.until_exit import guard_until_exit; job = guard_until_exit({}); {}"
+    )
     left = "job.at_end.append(lambda: print('left', flush=True)); MPI.Finalize()"
     done = launch(2, "-c", script.format("MPI.COMM_WORLD, 8", left))
     assert (done.returncode, done.stdout.count("left")) == (0, 2), done.stderr
