@@ -8,8 +8,8 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from mpiml import exact
-from mpiml.exact import DIGITS, Digits
+from mpiml.parallel import exact
+from mpiml.parallel.exact import DIGITS, Digits
 from mpiml.parallel.grid import Grid
 from mpiml.parallel.memory import SharedMemory
 from mpiml.partition import part

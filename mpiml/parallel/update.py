@@ -8,8 +8,9 @@ from typing import Protocol
 import numpy as np
 from mpi4py import MPI
 
-from mpiml import exact, vectors
+from mpiml import vectors
 from mpiml.errors import known_to_all
+from mpiml.parallel import exact
 from mpiml.parallel.gradient_sum import GradientSum
 from mpiml.parallel.slices import Piece, place
 from mpiml.parallel.state import EMA

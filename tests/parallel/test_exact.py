@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from mpiml import exact
+from mpiml.parallel import exact
 
 WIDE = np.random.default_rng(0).standard_normal((3000, 2)) * 10.0 ** np.random.default_rng(1).uniform(
     -300, 300, (3000, 2)
