@@ -8,9 +8,8 @@ import pytest
 
 from mpiml.parallel import exact
 
-WIDE = np.random.default_rng(0).standard_normal((3000, 2)) * 10.0 ** np.random.default_rng(1).uniform(
-    -300, 300, (3000, 2)
-)
+RNG = np.random.default_rng(0)
+WIDE = RNG.standard_normal((3000, 2)) * 10.0 ** RNG.uniform(-300, 300, (3000, 2))
 CASES = {
     "one": [1.0],
     "nothing": [],
@@ -45,10 +44,21 @@ def test_neither_order_nor_grouping_matters() -> None:
     assert exact.rounded(parts) == exact.rounded(whole)
 
 
-def test_more_rows_than_are_added_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = exact.digits(WIDE)
+def test_more_large_numbers_than_are_added_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.vstack([WIDE, [[1e300, -1e305]]])
+    whole = exact.digits(rows)
     monkeypatch.setattr(exact, "AT_ONCE", 100)
-    np.testing.assert_array_equal(exact.digits(WIDE), whole)
+    np.testing.assert_array_equal(exact.digits(rows), whole)
+
+
+@pytest.mark.parametrize("decades", [0, 1, 20, 300])
+@pytest.mark.parametrize("sign", [0, 1])
+def test_sums_of_many(decades: float, sign: int) -> None:
+    """Also of numbers of one sign, whose sum is large, and of the smallest that there are."""
+    rows = RNG.standard_normal((70_000, 3)) * 10.0 ** RNG.uniform(-decades, 0, (70_000, 3))
+    rows = np.abs(rows) if sign else rows
+    rows[:, 2] = 5e-324 * RNG.integers(0, 1000, 70_000)
+    assert exact.sums(rows) == [math.fsum(column) for column in rows.T]
 
 
 @pytest.mark.parametrize(
