@@ -67,14 +67,6 @@ def square_sums(vector: Vector, blocks: Iterable[tuple[int, int]]) -> list[float
     return [float(np.add.reduce(np.square(vector[a:b], dtype=np.float64))) for a, b in blocks]
 
 
-def norm(square_sums: Iterable[float]) -> float:
-    """The Euclidean norm from sums of squares. Their order does not matter: math.fsum is exact."""
-    try:
-        return math.sqrt(math.fsum(square_sums))
-    except (OverflowError, ValueError):  # partial sums beyond float64, or inf - inf
-        return math.inf
-
-
 def is_finite(vector: Vector) -> bool:
     """Whether every element is finite.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,11 @@ from mpiml.parallel.memory import Memory, SharedMemory, share
 from mpiml.parallel.record import Agreement, Record, agree
 from mpiml.parallel.tree import depth
 from mpiml.parallel.values import Values
+from mpiml.partition import part
 from mpiml.vectors import Vector, bytes_of, padded
 
 Arrays = list[NDArray[Any]]  # one for each leaf, in their order
-NO_ROWS = np.empty((0, 2))  # of a table on which ranks agree
+NO_ROWS = np.empty((0, 2))  # of a step record
 
 
 class Flat:
@@ -54,14 +56,14 @@ class FlatSums:
     counters in shared memory.
 
     Args:
-        table: the shape of the table on which ranks agree in each step.
+        columns: of the step record on which ranks agree.
         memory: "shared", "private" or "auto", as of `share`.
         finite: whether to look for what is not finite.
 
     Attributes:
         sums: of each vector, and slots: of each of this rank's micro-batches its slot's number in `leaves`.
         leaves: of each slot its arrays, and totals: those of the total, which cannot be written to.
-        agree: (table, this rank's two flags) -> the record of all ranks; collective.
+        agree: (rows of this rank's micro-batches, its two flags) -> the record of all ranks; collective.
     """
 
     def __init__(
@@ -69,14 +71,15 @@ class FlatSums:
         grid: Grid,
         flats: Sequence[Flat],
         microbatches: int,
-        table: tuple[int, int],
+        columns: int,
         memory: str,
         finite: bool,
         clock: Clock,
     ):
         self._finite, self.sums, memories = finite, list[OrderedSum](), list[Memory]()
         count = depth(grid.replica, grid.replicas, microbatches)
-        agreed = Agreement.bytes_needed(grid.node.size, *table) + bytes_of(grid.node.size, np.float64)
+        agreed = Agreement.bytes_needed(grid.node.size, grid.replicas, microbatches, columns)
+        agreed += bytes_of(grid.node.size, np.float64)
         for flat in flats:
             each = bytes_of(flat.size, flat.dtype)
             memories.append(share(grid.comm, grid.node, count * each, each + agreed, memory)[0])
@@ -88,9 +91,10 @@ class FlatSums:
         self._one_node = len(self.sums[0].values.nodes) == 1
         self._bad = first.common(first.ranks, np.float64)
         self._own_bad = self._bad[first.rank : first.rank + 1]
-        self.agree: Callable[[NDArray[Any], bool, bool], Record] = lambda *on: agree(grid.comm, *on)
+        own, _ = part(grid.replica, grid.replicas, microbatches)
+        self.agree: Callable[[NDArray[Any], bool, bool], Record] = partial(agree, grid.comm, first=own)
         if isinstance(first, SharedMemory):
-            self.agree = Agreement(grid, first, *table)
+            self.agree = Agreement(grid, first, microbatches, columns)
         self.slots = plan.slots
         self._left = sum(1 - merged for merged in plan.counts)
         self.leaves = [_ordered(flats, [one.slots[number] for one in self.sums]) for number in range(count)]

@@ -90,16 +90,16 @@ class Sum:
         self.own = range(*part(self._grid.replica, team.size, self.microbatches))
         self.node_ranks, self.cores = self._grid.node.size, self._grid.cores
         share_cores(self.node_ranks, self.cores)  # the threads of a rank that sums have nothing to do
-        # Of each micro-batch loss and weight; of each rank, in the row of its first, at which call it is, whether it
-        # has put all, and numbers.
-        self._table = np.zeros((self.microbatches, 3 + len(CALLS) + numbers))
+        # Of each of this rank's micro-batches loss and weight; in the row of the first, at which call this rank is,
+        # whether it has put all, and numbers.
+        self._rows = np.zeros((len(self.own), 3 + len(CALLS) + numbers))
         self._done = 0  # micro-batches of this step that are here
         self._met = False  # whether all ranks have put all, and their weights are agreed on
         self._open = True
         by_kind = {kind: {i: s for i, (k, s) in enumerate(kinds.values()) if k == kind} for kind in trees.KINDS}
         flats = [Flat(dtype, shapes) for dtype, shapes in by_kind.items() if shapes]
-        shape = self.microbatches, self._table.shape[1]
-        self._flat = FlatSums(self._grid, flats, self.microbatches, shape, memory, finite, clock())
+        columns = self._rows.shape[1]
+        self._flat = FlatSums(self._grid, flats, self.microbatches, columns, memory, finite, clock())
         self._slots = [trees.rebuilt(self._form, self._flat.leaves[number]) for number in self._flat.slots]
 
     @property
@@ -134,7 +134,7 @@ class Sum:
                     trees.write(value, view, weight, f"put(m={m}): {name}")
             for one in self._flat.sums:
                 one.accumulate(index)
-        self._table[self.own.start + index, :2] = loss, weight
+        self._rows[index, :2] = loss, weight
         self._done += 1
 
     def _in_form(self, m: int, arrays: Any) -> list[Any]:
@@ -211,13 +211,13 @@ class Sum:
         if not self._open:
             raise ConfigError(f"{call}() is asked for: {self._expected()}")
         clock()("communication")
-        team, row = self._grid.team, self._table[self.own.start]
+        team, row = self._grid.team, self._rows[0]
         row[2 : 2 + len(CALLS)] = AT[call]
         row[2 + len(CALLS)] = complete = self._done == len(self.own)
         if not complete:
-            self._table[self.own.start + self._done : self.own.stop, :2] = 0  # of the step before
+            self._rows[self._done :, :2] = 0  # of the step before
         row[3 + len(CALLS) :] = numbers or 0.0
-        record = self._flat.agree(self._table, False, False)
+        record = self._flat.agree(self._rows, False, False)
         if record.metric[CALLS.index(call)] < team.size:
             calls = team.allgather((call, clock().step, team.name))
             self._free()

@@ -8,11 +8,17 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
+from mpiml.parallel import exact
+from mpiml.parallel.exact import DIGITS, Digits
 from mpiml.parallel.grid import Grid
 from mpiml.parallel.memory import SharedMemory
 from mpiml.partition import part
-from mpiml.team import allgather, wait
+from mpiml.team import wait
 from mpiml.vectors import ALIGNMENT
+
+# (entries, columns): of each micro-batch of a rank, or chunk of an evaluation, its loss, its weight, and other sums.
+Rows = NDArray[np.float64]
+LARGE = 2.0**990  # so many of these do not occur that their sum would be beyond float64
 
 
 @dataclass
@@ -25,7 +31,8 @@ class Record:
         metric: the metric's sums; empty if it was not measured.
         broken: whether any rank's values were not finite after the update before this step.
         stop: whether any rank was asked to stop.
-        bad_entry: the first micro-batch, or chunk of an evaluation, whose loss is not finite.
+        bad_entry: if the loss is not finite, the first micro-batch, or chunk of an evaluation, of which it is not, or
+            is that large.
     """
 
     loss: float
@@ -44,73 +51,117 @@ class Record:
 class Agreement:
     """Agrees on the step record like `agree` below, but through memory that the ranks of a node share: much faster.
 
-    The ranks of a node meet at one barrier. Before it releases them, the first rank adds up the table, together with
-    the first ranks of the other nodes if there are any. As ranks come to the barrier when their backward passes are
-    done, a rank that has the record may also read the gradients of the others on its node.
+    The ranks of a node meet at one barrier. Before it releases them, the first rank adds up what all have written,
+    together with the first ranks of the other nodes if there are any. As ranks come to the barrier when their backward
+    passes are done, a rank that has the record may also read the gradients of the others on its node.
+
+    Each rank writes its rows, or what is less of many micro-batches: the digits of their sums.
 
     Args:
         grid: all ranks.
         memory: of all ranks of this node.
-        microbatches, columns: the shape of a step's table with the metric's columns; without these it is narrower.
+        microbatches: of a step, over all ranks.
+        columns: the most that a step's rows have.
     """
 
     def __init__(self, grid: Grid, memory: SharedMemory, microbatches: int, columns: int):
-        self.memory, self.leaders = memory, grid.leaders
-        self._flags = memory.common(2 * memory.ranks, np.float64).reshape(memory.ranks, 2)
-        self._own_flags = self._flags[memory.rank]
-        self._table = memory.common(microbatches * columns, np.float64)
+        self.memory, self.leaders, ranks = memory, grid.leaders, memory.ranks
+        self._first, _ = part(grid.replica, grid.replicas, microbatches)
+        self._most = _numbers_a_column(grid.replicas, microbatches)
+        self._flags = memory.common(ranks * 3, np.float64).reshape(ranks, 3)
+        self._written = memory.common(ranks * self._most * columns, np.float64)
         self._result = memory.common(3 + columns, np.float64)
-        last = grid.stage == grid.stages - 1
-        own = part(grid.replica, grid.replicas, microbatches) if last else (0, 0)
-        self._own_rows = slice(*own)
-        self._node_rows = [slice(*rows) for rows in allgather(grid.node, own)]
 
     @staticmethod
-    def bytes_needed(ranks: int, microbatches: int, columns: int) -> int:
+    def bytes_needed(ranks: int, replicas: int, microbatches: int, columns: int) -> int:
         """The bytes that an Agreement allocates of the memory of a node's `ranks`, by `common`."""
-        return 8 * (2 * ranks + microbatches * columns + 3 + columns) + 3 * ALIGNMENT
+        return 8 * (ranks * (3 + _numbers_a_column(replicas, microbatches) * columns) + 3 + columns) + 3 * ALIGNMENT
 
-    def __call__(self, table: NDArray[np.float64], broken: bool, stop: bool) -> Record:
+    def __call__(self, rows: Rows, broken: bool = False, stop: bool = False) -> Record:
         """As `agree`, for a step."""
-        self._own_flags[:] = broken, stop
-        shared = self._table[: table.size].reshape(table.shape)
-        shared[self._own_rows] = table[self._own_rows]
-        self.memory.barrier(lambda: self._combine(shared))
-        loss, weight, *metric = self._result[3 : 3 + table.shape[1]].tolist()
-        any_broken, any_stop, bad = self._result[:3].tolist()
-        return Record(loss, weight, metric, bool(any_broken), bool(any_stop), None if bad < 0 else int(bad))
+        memory, columns = self.memory, rows.shape[1]
+        self._flags[memory.rank] = broken, stop, _first_bad(rows, self._first)
+        size = memory.ranks * self._most * columns
+        written: NDArray[Any] = self._written[:size].reshape(memory.ranks, self._most, columns)
+        if self._most == DIGITS:
+            _as_digits(written)[memory.rank] = exact.digits(rows)
+        else:
+            written[memory.rank, : len(rows)] = rows
+            written[memory.rank, len(rows) :] = 0
+        memory.barrier(lambda: self._combine(written))
+        return _record(*self._result[: 3 + columns].tolist())
 
-    def _combine(self, table: NDArray[Any]) -> None:
+    def _combine(self, written: NDArray[np.float64]) -> None:
         """Write the record into the result that all ranks of the node read; on its first rank."""
-        flags = self._flags.max(axis=0)
+        (broken, stop, _), bad = self._flags.max(axis=0).tolist(), float(self._flags[:, 2].min())
+        rows = written.reshape(-1, written.shape[2])
         if self.leaders is not None:
-            of_node = np.zeros_like(table)
-            for rows in self._node_rows:
-                of_node[rows] = table[rows]
-            message = np.concatenate([flags, of_node.ravel()])
-            wait([self.leaders.Iallreduce(MPI.IN_PLACE, message)])
-            flags, table = message[:2], message[2:].reshape(table.shape)
-        record = _record(table, *flags)
-        bad = -1 if record.bad_entry is None else record.bad_entry
-        result = record.broken, record.stop, bad, record.loss, record.weight, *record.metric
+            total = _as_digits(written).sum(axis=0) if self._most == DIGITS else exact.digits(rows)
+            result = _of_all(self.leaders, total, broken, stop, bad)
+        elif self._most == DIGITS:
+            result = [broken, stop, bad, *exact.rounded(_as_digits(written).sum(axis=0))]
+        else:
+            result = [broken, stop, bad, *exact.sums(rows)]
         self._result[: len(result)] = result
 
 
-def agree(comm: MPI.Intracomm, table: NDArray[np.float64], broken: bool = False, stop: bool = False) -> Record:
-    """Combine all ranks' tables; collective over `comm`.
+class Sums:
+    """The sums of this rank's rows, which come one after another, for a record over all ranks."""
 
-    Args:
-        table: a row (loss, weight, metric sums...) for every micro-batch of the step, of which this rank has filled in
-            its own; the others are zero. Each row comes from one rank, so adding up the tables is exact; then the rows
-            are added in their order. So no layout changes the result.
-    """
-    message = np.empty(2 + table.size)
-    message[0], message[1], message[2:] = broken, stop, table.ravel()
+    def __init__(self, columns: int, first: int = 0):
+        """`first` is the number of the first entry."""
+        self.columns, self._total, self._next, self._bad = (
+            columns,
+            exact.digits(np.empty((0, columns))),
+            first,
+            math.inf,
+        )
+
+    def add(self, rows: Rows) -> None:
+        """Add rows of the next entries."""
+        self._total += exact.digits(rows)
+        self._bad = min(self._bad, _first_bad(rows, self._next))
+        self._next += len(rows)
+
+    def over_all(self, comm: MPI.Intracomm, broken: bool = False, stop: bool = False) -> Record:
+        """The record over all ranks; collective over `comm`. The sums are exact, so no layout changes them."""
+        return _record(*_of_all(comm, self._total, broken, stop, self._bad))
+
+
+def agree(comm: MPI.Intracomm, rows: Rows, broken: bool = False, stop: bool = False, first: int = 0) -> Record:
+    """The record of all ranks' rows, each with those of its entries from number `first` on; collective over `comm`."""
+    sums = Sums(rows.shape[1], first)
+    sums.add(rows)
+    return sums.over_all(comm, broken, stop)
+
+
+def _numbers_a_column(replicas: int, microbatches: int) -> int:
+    """How many numbers a rank writes for each column."""
+    return min(-(-microbatches // replicas), DIGITS)
+
+
+def _as_digits(written: NDArray[np.float64]) -> Digits:
+    """What ranks have written, (ranks, DIGITS, columns), as digits, (ranks, columns, DIGITS)."""
+    ranks, _, columns = written.shape
+    digits: Digits = written.view(np.int64).reshape(ranks, columns, DIGITS)
+    return digits
+
+
+def _first_bad(rows: Rows, first: int) -> float:
+    """The number of the first entry whose loss is not finite, or so large that a sum of such may not be; else inf."""
+    good = np.abs(rows[:, 0]) <= LARGE
+    return math.inf if good.all() else float(first + np.argmin(good))
+
+
+def _of_all(comm: MPI.Intracomm, total: Digits, broken: float, stop: float, bad: float) -> list[float]:
+    """The arguments of `_record`, of all ranks of a communicator; collective."""
+    message = np.concatenate([np.array([broken, stop], np.int64), total.ravel()])
     wait([comm.Iallreduce(MPI.IN_PLACE, message)])
-    return _record(message[2:].reshape(table.shape), message[0], message[1])
+    sums, lowest = exact.rounded(message[2:].reshape(total.shape)), np.array([bad])
+    if not math.isfinite(sums[0]):
+        wait([comm.Iallreduce(MPI.IN_PLACE, lowest, MPI.MIN)])
+    return [float(message[0]), float(message[1]), float(lowest[0]), *sums]
 
 
-def _record(table: NDArray[Any], broken: float, stop: float) -> Record:
-    loss, weight, *metric = np.add.reduce(table, axis=0).tolist()
-    bad = None if math.isfinite(loss) else int(np.argmin(np.isfinite(table[:, 0])))
-    return Record(loss, weight, metric, bool(broken), bool(stop), bad)
+def _record(broken: float, stop: float, bad: float, loss: float, weight: float, *metric: float) -> Record:
+    return Record(loss, weight, list(metric), bool(broken), bool(stop), None if math.isfinite(loss) else int(bad))

@@ -144,8 +144,8 @@ class TrainingStage(Stage):
     def train(self, step: int, batches: Sequence[Batch], record: NDArray[np.float64], measured: bool) -> None:
         """Forward and backward passes of this replica's micro-batches of a step.
 
-        Gradients go into the slots of the gradient sum. The last stage writes the sums of micro-batch m into record[m],
-        with those of the metric if `measured`.
+        Gradients go into the slots of the gradient sum. The last stage writes the sums of each micro-batch into its row
+        of `record`, with those of the metric if `measured`.
         """
         in_flight: dict[int, tuple[Backward, Array | None]] = {}
         for kind, index in self.schedule(self.stages, self.stage, len(batches)):
@@ -153,7 +153,7 @@ class TrainingStage(Stage):
             if kind == "F" and batch.rows:
                 at = self.computation.at(True, step, batch.index)
                 y, backward = self.computation.forward(self._input(batch), at)
-                in_flight[index] = backward, self._output(batch, y, record[batch.index], measured, at)
+                in_flight[index] = backward, self._output(batch, y, record[index], measured, at)
             elif kind == "B":
                 self._backward(batch, index, *in_flight.pop(index, (None, None)))
         self._finish_sends()

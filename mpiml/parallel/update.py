@@ -1,17 +1,20 @@
 """The update: sum, divide, clip, optimize and average, piece by piece while each is in cache."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
+from mpi4py import MPI
 
 from mpiml import vectors
 from mpiml.errors import known_to_all
+from mpiml.parallel import exact
 from mpiml.parallel.gradient_sum import GradientSum
 from mpiml.parallel.slices import Piece, place
 from mpiml.parallel.state import EMA
-from mpiml.team import Team, allgather, wait
+from mpiml.team import Team, wait
 from mpiml.vectors import Operands, Vector
 
 
@@ -69,8 +72,6 @@ class Update:
         self._operands = [self._operands_of(piece, *scratch) for piece in self.pieces]
         counts = replica in {holder for holder, _, _ in sum_.values.holders}
         self._in_norm = [counts and piece.momentum is None for piece in self.pieces]
-        blocks = [len(piece.blocks) for piece, counted in zip(self.pieces, self._in_norm, strict=True) if counted]
-        self._squares = allgather(team.comm, sum(blocks))
 
     def step(self, rate: float, weight: float, step: int, measure: bool) -> float | None:
         """Do step number `step`, from 1 on, with learning rate `rate`, on a batch whose weights sum to `weight`.
@@ -161,8 +162,8 @@ class Update:
             self.sum.total(index, self._kept[index])
             if self._in_norm[index]:
                 squares += vectors.square_sums(self._kept[index], piece.blocks)
-        everyone = np.empty(sum(self._squares))
+        total = exact.digits(np.array(squares).reshape(-1, 1))
         self.clock("communication")
-        wait([self.comm.Iallgatherv(np.array(squares), [everyone, self._squares])])
+        wait([self.comm.Iallreduce(MPI.IN_PLACE, total)])
         self.clock("update")
-        return vectors.norm(everyone)
+        return math.sqrt(exact.rounded(total)[0])

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mpiml.nn import base as nn
 from mpiml.nn import optimizers
+from mpiml.parallel.exact import DIGITS
 from mpiml.parallel.schedules import SCHEDULES
 from mpiml.parallel.simulator import Simulation, simulate
 from mpiml.parallel.slices import bounds, buckets, elements, owned
@@ -20,6 +21,9 @@ from mpiml.parallel.tree import depth, partials, shift_reduce
 from mpiml.training.job import Job
 from mpiml.training.stages import StageDesign
 from mpiml.vectors import bytes_of
+
+# Bytes of the step record, which all nodes add up in every step: loss and weight; in logged steps the metric, too.
+RECORD = 8 * (2 + 2 * DIGITS)
 
 Counts = NDArray[np.int64]  # bytes or messages: a number for each replica of a stage, or for each node
 BACKWARD = 2.0  # operations of a backward pass over those of a forward pass: gradients of inputs and of parameters
@@ -212,8 +216,3 @@ def boundaries(job: Job) -> list[Boundary]:
         crossing = float(np.mean(job.homes(number) != job.homes(number + 1)))
         edges.append(Boundary(sent, sent if following.learned else 0.0, crossing))
     return edges
-
-
-def record_bytes(job: Job) -> int:
-    """Bytes of the step record, which all nodes add up in every step."""
-    return 8 * (2 + job.microbatches * job.columns)

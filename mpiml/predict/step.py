@@ -45,7 +45,7 @@ def step_time(job: Job, machine: Machine, network: Link) -> StepTime:
     fewest = min(len(partials(replica, job.replicas, job.microbatches)) for replica in (0, job.replicas - 1))
     adds = [(count - fewest) * stage.layout.updated * speeds.add for stage in job.stages]  # of its own micro-batches
     exchanged, updated = zip(*(_sum(job, stage, speeds, network) for stage in range(len(job.stages))), strict=True)
-    record = speeds.step + (_all_nodes(job, network, costs.record_bytes(job)) if job.nodes > 1 else 0.0)
+    record = speeds.step + (_all_nodes(job, network, costs.RECORD) if job.nodes > 1 else 0.0)
     return StepTime(compute + max(adds), run.makespan - compute, record + max(exchanged), max(updated))
 
 

@@ -32,7 +32,6 @@ class Job:
         stages: its model, cut into stages.
         ranks, node_ranks: ranks of the job and of each node; the last node may have fewer.
         rows: rows of the training set.
-        columns: columns of the step record's table.
     """
 
     config: Resolved
@@ -40,7 +39,6 @@ class Job:
     ranks: int
     node_ranks: int
     rows: int
-    columns: int
 
     @property
     def microbatches(self) -> int:
@@ -115,7 +113,6 @@ class Unplaced:
     shape: Shape
     rows: int
     classification: bool
-    columns: int
 
     def on(self, config: Config, ranks: int, node_ranks: int, rows: int | None = None) -> Job:
         """The job on a grid, with another number of training rows if `rows` is given. Raises ConfigError as mpiml.train
@@ -123,7 +120,7 @@ class Unplaced:
         rows = rows or self.rows
         check_ranks(ranks, config.pipe)
         resolved = resolve(config, rows, self.classification, ranks // config.pipe)
-        return Job(resolved, cut(resolved, self.layers, self.shape), ranks, node_ranks, rows, self.columns)
+        return Job(resolved, cut(resolved, self.layers, self.shape), ranks, node_ranks, rows)
 
 
 def unplaced(config: Config, data: Dataset) -> Unplaced:
@@ -133,7 +130,7 @@ def unplaced(config: Config, data: Dataset) -> Unplaced:
     layers = model_for(config, task, None)
     metric = build_scoring(config, task, layers, data.train.w is not None).metric
     best_of(config, metric)
-    return Unplaced(layers, task.shape, len(data.train), data.classification, 2 + metric.columns)
+    return Unplaced(layers, task.shape, len(data.train), data.classification)
 
 
 def job_of(config: Config, ranks: int, node_ranks: int, data: Dataset) -> Job:

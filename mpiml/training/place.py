@@ -23,6 +23,7 @@ from mpiml.parallel.slices import elements
 from mpiml.parallel.stage import Computation
 from mpiml.parallel.tree import depth
 from mpiml.parallel.values import Values
+from mpiml.partition import part
 from mpiml.training import factors
 from mpiml.training.constants import Constants
 from mpiml.training.model import Model, Scoring, build_scoring, described, integers, model_for, objective
@@ -130,20 +131,20 @@ def place_values(config: Config, grid: Grid, layout: Layout) -> tuple[Values, st
 
 
 def place(config: Resolved, grid: Grid, layout: Layout, columns: int) -> tuple[GradientSum, Agree, list[str]]:
-    """Make the gradient sum of a stage with its values, and the agreement on the step record, whose table has so many
+    """Make the gradient sum of a stage with its values, and the agreement on the step record, whose rows have so many
     `columns` with the metric's, in the memory that `config` asks for; collective. Returns these two and notes to print.
     """
     microbatches = config.microbatches
     flat = (layout.size, layout.blocks(), layout.dtype)
-    private = functools.partial(agree, grid.comm)
+    private = functools.partial(agree, grid.comm, first=part(grid.replica, grid.replicas, microbatches)[0])
     if config.allreduce == "mpi":
         copy = Values(MPI.COMM_SELF, PrivateMemory(), *flat)
         return LibrarySum(grid.data, copy, microbatches), private, []
     slots = depth(grid.replica, grid.replicas, microbatches)
     values_bytes, slot_bytes = (bytes_of(size, layout.dtype) for size in (layout.size, layout.updated))
     memory, problem = share(grid.comm, grid.local, slots * slot_bytes, values_bytes, config.memory)
-    table_bytes = Agreement.bytes_needed(grid.node.size, microbatches, columns)
-    of_node, another = share(grid.comm, grid.node, 0, table_bytes, "private" if problem else config.memory)
+    needed = Agreement.bytes_needed(grid.node.size, grid.replicas, microbatches, columns)
+    of_node, another = share(grid.comm, grid.node, 0, needed, "private" if problem else config.memory)
     notes = [f"warning: {text}" for text in (problem, another) if text]
     values = Values(grid.data, memory, *flat, elements(config.bucket, layout.dtype))
     sum_ = OrderedSum(values, microbatches, grid.team.clock)

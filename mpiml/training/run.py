@@ -52,7 +52,7 @@ class Run:
     """The parts of a run on this rank.
 
     Attributes:
-        agree: (table, not finite, stop) -> the step record, the same on all ranks.
+        agree: (rows of this rank's micro-batches, not finite, stop) -> the step record, the same on all ranks.
         rate: the learning rate of a step.
         best: of the evaluations so far.
         notes: what a person should know.
@@ -89,11 +89,12 @@ class Run:
         """
         began, clock, update = perf_counter(), self.grid.team.clock, self.update
         clock.step = step
-        table = self._table(self.config.microbatches, measured=due.log)
-        self.stage.train(step, self.data.ahead.batches(step), table, measured=due.log)
+        batches = self.data.ahead.batches(step)
+        rows = self._rows(len(batches), measured=due.log)
+        self.stage.train(step, batches, rows, measured=due.log)
         rate, wrong = self._rate(step)
         clock("communication")
-        record = self.agree(table, bool(wrong) or not update.finite, stop())
+        record = self.agree(rows, bool(wrong) or not update.finite, stop())
         if record.broken:
             self._check_rate(wrong)
         self._check_finite(step, record)
@@ -101,7 +102,7 @@ class Run:
         norm = update.step(rate, record.weight, step, shown)
         self._check_finite(step, record, norm)
         if shown:  # else the next step's record will carry it
-            self._check_finite(step + 1, agree(self.grid.comm, self._table(0), not update.finite))
+            self._check_finite(step + 1, agree(self.grid.comm, self._rows(0), not update.finite))
         clock("compute")
         score = self.model.metric.value(record.metric) if due.log else None
         seconds = perf_counter() - began
@@ -123,7 +124,7 @@ class Run:
 
     def asked_to_stop(self, stop: bool) -> bool:
         """Whether any rank asks to stop before a step; collective."""
-        return agree(self.grid.comm, self._table(0), stop=stop).stop
+        return agree(self.grid.comm, self._rows(0), stop=stop).stop
 
     def epoch(self, step: int) -> int:
         """The number of the epoch that a step is in, from 1 on."""
@@ -162,9 +163,9 @@ class Run:
             self.stage.sum.drop()
             raise
 
-    def _table(self, entries: int, measured: bool = False) -> NDArray[np.float64]:
-        """An empty table for that many micro-batches, with columns for the metric only if it is to be measured: of many
-        outputs they may be thousands."""
+    def _rows(self, entries: int, measured: bool = False) -> NDArray[np.float64]:
+        """Rows of the step record for that many micro-batches, with columns for the metric only if it is to be
+        measured: of many outputs they may be thousands."""
         return np.zeros((entries, 2 + (self.model.metric.columns if measured else 0)))
 
     def _check_finite(self, step: int, record: Record, norm: float | None = None) -> None:
