@@ -34,7 +34,7 @@ def last_line(done: subprocess.CompletedProcess[str]) -> list[str]:
 
 
 def test_exact_steps_have_the_same_bits_on_any_ranks_and_nodes() -> None:
-    layouts = (0, ""), (2, ""), (3, "2,1"), (4, "")
+    layouts = (0, ""), (3, "2,1"), (4, "")
     done = [launch(n, "-m", "mpiml.examples.own_loop_torch", MPIML_NODES=nodes) for n, nodes in layouts]
     assert len({text.stdout for text in done}) == 1
     word, digest = last_line(done[0])
