@@ -20,13 +20,13 @@ def test_only_steps_that_are_logged_carry_the_metric(
 ) -> None:
     """R2 has three sums for each output: of 40 outputs, 121 columns."""
     shapes = []
-    of_table = record._record
+    first_bad = record._first_bad
 
-    def noted(table: NDArray[np.float64], broken: float, stop: float) -> record.Record:
-        shapes.append(table.shape)
-        return of_table(table, broken, stop)
+    def noted(rows: NDArray[np.float64], first: int) -> float:
+        shapes.append(rows.shape)
+        return first_bad(rows, first)
 
-    monkeypatch.setattr(record, "_record", noted)
+    monkeypatch.setattr(record, "_first_bad", noted)
     x, y = np.random.default_rng(0).random((2, 64, 40), dtype=np.float32)
     settings = {"hidden": (8,), "batch": 16, "microbatches": 4, "steps": 4, "log_every": 2, "eval_every": 0}
     config = Config(**settings, loss="mse", metric="r2", memory=memory, quiet=True, out=str(tmp_path / "run"))
