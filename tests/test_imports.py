@@ -48,7 +48,7 @@ TORCH = [  # need an extra, PyTorch: loaded only where it is
         *(f"mpiml.torch.{name}" for name in ("alike", "average", "buffers", "checkpoints", "data_parallel")),
     ),
     *(f"mpiml.torch.{name}" for name in ("exact", "flat", "joining", "keywords", "meetings", "outputs", "packed")),
-    "mpiml.torch.passes",
+    *("mpiml.torch.passes", "mpiml.torch.unchanged"),
 ]
 JAX = "mpiml.examples.own_loop_jax"  # needs that extra
 MEASURING = ("mpiml.plan", "mpiml.scaling", "mpiml.predict", "mpiml.bench")  # may load more than a rank that trains

@@ -164,11 +164,9 @@ def differing(one: Mapping[str, int], other: Mapping[str, int]) -> list[str]:
 
 
 def _mark(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return checksum(value)
     try:
-        return zlib.crc32(pickle.dumps(value))
-    except Exception:  # whatever a user's object raises
+        return checksum(value) if isinstance(value, Tensor) else zlib.crc32(pickle.dumps(value))
+    except Exception:  # whatever a user's object raises, or a tensor without memory that NumPy can read
         return zlib.crc32(repr(value).encode())
 
 

@@ -17,11 +17,13 @@ from mpiml.loop.guard import clock
 from mpiml.loop.sums import Sum
 from mpiml.nn.torch_names import plain_name
 from mpiml.nn.torch_state import tensors
+from mpiml.nn.torch_tensors import as_real
 from mpiml.team import Team
 from mpiml.torch import flat
 from mpiml.torch.buffers import WHEN_MADE, Changes
 from mpiml.torch.flat import Arrays, Places, Slot
 from mpiml.torch.meetings import COLUMNS, Meetings
+from mpiml.torch.unchanged import Unchanged
 
 _registrations = [0]  # how often any module has been given a parameter or a part; a list, for the hooks to write to
 
@@ -46,7 +48,9 @@ class Average:
         buffers: whether buffers are averaged.
 
     Attributes:
+        module: the module itself.
         trained: the parameters that required a gradient at first.
+        unchanged: what exact steps must not change.
         slots: for each of this rank's micro-batches, the place of what it contributes.
         unfinished: the step whose micro-batches are being summed, or 0.
         by_all_ranks: whether sums of gradients are divided by the number of all ranks, those that have joined included.
@@ -57,8 +61,9 @@ class Average:
         self.names = [name for name, parameter in named.items() if parameter.requires_grad]
         self.trained = [named[name] for name in self.names]
         self._frozen = {name: parameter for name, parameter in named.items() if not parameter.requires_grad}
-        self._module, self._registrations_seen = module, _registrations[0]
+        self.module, self._registrations_seen = module, _registrations[0]
         self._dtypes = [parameter.dtype for parameter in self.trained]
+        self.unchanged = Unchanged(module, warns=team.rank == 0)
         self._with_buffers, self.buffers = buffers, Changes(module, buffers, warns=team.rank == 0)
         self.team, self.meetings, self._memory, self.by_all_ranks = team, Meetings(team), memory, False
         self.unfinished, self._to_be_dropped = 0, False
@@ -157,7 +162,7 @@ class Average:
         if self._registrations_seen == _registrations[0]:
             return
         self._registrations_seen, known = _registrations[0], {id(p) for p in (*self.trained, *self._frozen.values())}
-        now = self._module.named_parameters()
+        now = self.module.named_parameters()
         if new := [plain_name(name) for name, p in now if p.requires_grad and id(p) not in known]:
             raise ConfigError(f"{first_few(new)}: another parameter than {WHEN_MADE}, and not averaged: wrap later")
 
@@ -168,12 +173,18 @@ class Average:
             self._total = _readable(self._places, self._arrays)
         return self._total
 
-    def not_finite(self, total: Slot) -> list[str]:
-        """The names of the gradients and buffers whose mean is not finite."""
+    def not_finite(self, total: Slot, before: Mapping[str, Tensor]) -> str:
+        """The gradients whose mean is not finite, or else the buffers in which numbers have become so that were finite
+        `before`: an extremum may start at infinity."""
         if all(map(vectors.is_finite, self._arrays)):
-            return []
-        names = [*self.names, *self.buffers.averaged]
-        return [name for name, view in zip(names, total.tensors, strict=True) if not view.isfinite().all()]
+            return ""
+        gradients, buffers = total.tensors[: len(self.names)], total.tensors[len(self.names) :]
+        if bad := [name for name, view in zip(self.names, gradients, strict=True) if not view.isfinite().all()]:
+            return f"the gradient of {first_few(bad)}"
+        for name, view in zip(self.buffers.averaged, buffers, strict=True):
+            if (as_real(before[name]).isfinite() & ~view.isfinite()).any():
+                return f"the buffer {name}"
+        return ""
 
     def take_gradients(self, total: Slot) -> bool:
         """Make the mean the gradient of each parameter that any rank has used. Returns whether there are such."""
@@ -226,7 +237,7 @@ class Average:
 
     def values(self) -> list[Tensor]:
         """What is the same on all ranks that have trained alike: parameters, and buffers if these are averaged."""
-        return list(tensors(self._module).values()) if self._with_buffers else self.trained
+        return list(tensors(self.module).values()) if self._with_buffers else self.trained
 
     def end(self) -> None:
         """Agree with all ranks that nothing more is averaged, and let go of what it was summed in; collective."""

@@ -13,6 +13,7 @@ from mpiml.errors import ConfigError, NotFiniteError, first_few
 from mpiml.loop.rows import Rows
 from mpiml.random import global_generators, keyed
 from mpiml.torch.average import Average
+from mpiml.torch.buffers import compares_all
 
 
 @dataclass(eq=False)
@@ -47,7 +48,10 @@ class Step:
         buffers = self._average.buffers
         self._before_step = buffers.copies(unchanged=self._count == 1)
         checksums = buffers.checksums(self._count)
+        if compares_all(self._count):
+            self._average.unchanged.look()
         self._average.unfinished = self.number
+        drop_gradients(self._average)  # of other backward passes
         for m, rows in self._rows.mine(self.number):
             if not len(rows):
                 self._average.put_nothing(m)
@@ -55,8 +59,11 @@ class Step:
                 continue
             self._open = MicroBatch(self.number, m, torch.from_numpy(rows))
             self._before_forward = buffers.snapshot(checksums)
-            with keyed(global_generators(), self._rows.seed, "loop", self.number, m):
-                yield self._open
+            try:
+                with keyed(global_generators(), self._rows.seed, "loop", self.number, m):
+                    yield self._open
+            finally:
+                drop_gradients(self._average)
             if self._open:
                 raise ConfigError(f"step {self.number}, micro-batch {m}: net.backward(loss, m) is missing")
 
@@ -70,7 +77,12 @@ class Step:
             )
         self._check_loss(loss, m.m)
         average, buffers = self._average, self._average.buffers
+        looks, where = compares_all(self._count), f"step {self.number}, micro-batch {m.m}"
+        if looks:
+            average.unchanged.check_loss(loss, where)
         loss.backward()
+        if looks:
+            average.unchanged.check(where)
         buffers.note_changes(self._before_forward)
         if new := sorted(buffers.changed - self._before_step.keys()):
             raise ConfigError(
@@ -83,7 +95,6 @@ class Step:
         for name in buffers.changed:
             buffers.put(name, self._before_step[name])
         buffers.changed.clear()
-        drop_gradients(average)
         self._open = None
 
     def _check_loss(self, loss: Any, m: int) -> None:
@@ -101,6 +112,7 @@ class Step:
         average = self._average
         if not hasattr(optimizer, "zero_grad"):
             raise ConfigError(f"step {self.number}: net.step({optimizer!r}): must be an optimizer of torch.optim")
+        drop_gradients(average)
         groups = getattr(optimizer, "param_groups", ())
         if outside := [p for group in groups for p in group["params"] if p.grad is not None]:
             what = f"a parameter {tuple(outside[0].shape)} with a gradient that is not summed over micro-batches"
@@ -117,8 +129,8 @@ class Step:
                 f"step {self.number}: the loss of micro-batch {m}, on rank {rank}, is not finite"
             ).on_all_ranks(rank)
         total = average.mean()
-        if bad := average.not_finite(total):
-            raise NotFiniteError(f"step {self.number}: the gradient of {first_few(bad)} is not finite").on_all_ranks()
+        if bad := average.not_finite(total, self._before_step):
+            raise NotFiniteError(f"step {self.number}: {bad} is not finite").on_all_ranks()
         loss, weight = average.sum.loss, average.sum.weight
         average.take_gradients(total)
         average.take_buffers(total, self._observed)
@@ -138,7 +150,6 @@ def steps(average: Average, rows: Rows, start: int, last: int | None) -> Iterato
     average.prepare("steps", rows.microbatches)
     if rows.own != average.sum.own:
         raise ConfigError("steps(rows): the rows are those of another communicator than the DataParallel's")
-    drop_gradients(average)
     for count, number in enumerate(range(start, last + 1), start=1):
         step = Step(average, rows, number, count)
         yield step

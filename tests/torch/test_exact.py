@@ -312,9 +312,9 @@ def test_losses_without_a_backward_pass(loss: Callable[[Any], Any], said: str) -
     steps.close()
 
 
-def test_a_parameter_outside_of_the_module() -> None:
+def test_a_tensor_outside_of_the_module_that_the_optimizer_has() -> None:
     net, _, rows = made()
-    scale = nn.Parameter(torch.ones(3))
+    scale = torch.ones(3, requires_grad=True)
     step = next(steps := net.steps(rows))
     for m in step:
         net.backward((net(X[m.rows]) * scale.sum()).sum(), m)
