@@ -20,7 +20,7 @@ from mpiml.nn.torch_state import tensors
 from mpiml.nn.torch_tensors import as_real
 from mpiml.team import Team
 from mpiml.torch import flat
-from mpiml.torch.buffers import WHEN_MADE, Changes
+from mpiml.torch.buffers import WHEN_MADE, Changes, compares_all
 from mpiml.torch.flat import Arrays, Places, Slot
 from mpiml.torch.meetings import COLUMNS, Meetings
 from mpiml.torch.unchanged import Unchanged
@@ -61,7 +61,7 @@ class Average:
         self.names = [name for name, parameter in named.items() if parameter.requires_grad]
         self.trained = [named[name] for name in self.names]
         self._frozen = {name: parameter for name, parameter in named.items() if not parameter.requires_grad}
-        self.module, self._registrations_seen = module, _registrations[0]
+        self.module, self._registrations_seen, self._checks = module, _registrations[0], 0
         self._dtypes = [parameter.dtype for parameter in self.trained]
         self.unchanged = Unchanged(module, warns=team.rank == 0)
         self._with_buffers, self.buffers = buffers, Changes(module, buffers, warns=team.rank == 0)
@@ -159,7 +159,8 @@ class Average:
         for name, parameter, dtype in zip(self.names, self.trained, self._dtypes, strict=True):
             if parameter.dtype != dtype:
                 raise ConfigError(f"{name} is {parameter.dtype} now, and was {dtype} {WHEN_MADE}")
-        if self._registrations_seen == _registrations[0]:
+        self._checks += 1
+        if self._registrations_seen == _registrations[0] and not compares_all(self._checks):
             return
         self._registrations_seen, known = _registrations[0], {id(p) for p in (*self.trained, *self._frozen.values())}
         now = self.module.named_parameters()

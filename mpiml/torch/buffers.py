@@ -11,8 +11,11 @@ from torch.nn import Module
 
 from mpiml.errors import ConfigError, first_few
 from mpiml.nn.torch_buffers import Buffers, Snapshot
+from mpiml.nn.torch_names import plain_name
 from mpiml.nn.torch_tensors import checksum
 
+WIDE = (torch.int64, torch.uint64)
+LARGEST = 2.0**48  # sums of more would be rounded, in float64, by more than the nearest integer
 WHEN_MADE = "when DataParallel was made"
 
 
@@ -36,6 +39,8 @@ class Changes:
     def __init__(self, module: Module, wanted: bool, warns: bool):
         self._module, self._warns = module, wanted and warns
         self._buffers = Buffers(module)
+        trained = (name for name, _ in module.named_parameters(remove_duplicate=False))
+        self._names = {*self._buffers.places, *map(plain_name, trained)}
         self._known = self._buffers.tensors() if wanted else {}  # the tensors that are the module's own
         self._shapes = {name: tensor.shape for name, tensor in self._known.items()}
         self._norms = {name: norms for name, norms in self._buffers.norms().items() if wanted}
@@ -82,7 +87,7 @@ class Changes:
                 yield name, tensor
 
     def _warn_of_new(self) -> None:
-        new = sorted(Buffers(self._module).places.keys() - self._buffers.places.keys()) if self._warns else []
+        new = sorted(Buffers(self._module).places.keys() - self._names) if self._warns else []
         if new:
             self._warns = False
             text = f"{first_few(new)}: no buffer {WHEN_MADE}, and not averaged: call the module once before, or keep a "
@@ -96,10 +101,11 @@ class Changes:
         names = (name for name in self._known if name not in self._norms)
         return Snapshot(map(self._buffers.place, names), checksums)
 
-    def note_changes(self, before: Snapshot) -> None:
-        """Note what has changed since then. Raises ConfigError for buffers that cannot be averaged any more."""
+    def note_changes(self, before: Snapshot | None) -> None:
+        """Note what has changed since then, or, without a snapshot, which normalisations are in training mode. Raises
+        ConfigError for buffers that cannot be averaged any more."""
         self.changed |= {name for name, norms in self._norms.items() if any(norm.training for norm in norms)}
-        for name, only_values in before.changed():
+        for name, only_values in before.changed() if before else ():
             self[name]  # which raises
             self.changed.add(name)
             self._counted[name] = self._counted.get(name, True) and not only_values
@@ -109,9 +115,18 @@ class Changes:
         self.averaged += names
         self.unchanged = [name for name in self.unchanged if name not in self.averaged]
 
+    def _check_size(self, name: str, *integers: Tensor) -> None:
+        if any((tensor.double().abs() > LARGEST).any() for tensor in integers):
+            raise ConfigError(
+                f"the buffer {name} has integers above 2**48, which would lose digits as they are averaged: keep it in "
+                "a plain attribute, or pass broadcast_buffers=False"
+            )
+
     def put(self, name: str, value: Tensor) -> None:
-        """Give a buffer a value."""
+        """Give a buffer a value. Raises ConfigError for integers that are too large for an exact mean."""
         now = self._buffers[name]
+        if name not in self._norms and value.dtype in WIDE:
+            self._check_size(name, value, now)
         if now is not self._known[name]:  # the forward pass has put it there: a tensor that others may hold, too
             self._buffers[name] = value.clone()
             self._known[name] = self._buffers[name]

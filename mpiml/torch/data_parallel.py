@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from mpi4py import MPI
 from torch import Tensor
+from torch._dynamo.decorators import skip
 from torch.nn import Module
 
 from mpiml.errors import ConfigError
@@ -17,6 +18,7 @@ from mpiml.loop.checks import check_comm
 from mpiml.loop.guard import clock
 from mpiml.loop.rows import Rows
 from mpiml.loop.until_exit import guard_until_exit
+from mpiml.nn.torch_buffers import Snapshot
 from mpiml.nn.torch_state import tensors
 from mpiml.nn.torch_tensors import prepare_torch
 from mpiml.team import Team
@@ -102,19 +104,30 @@ class DataParallel(Module):  # type: ignore[misc]
         if comm.rank == 0:
             keywords.warn(others)
 
+    @skip  # type: ignore[untyped-decorator]  # a compiled DataParallel begins at _outputs
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """The module's outputs."""
+        before = self._before_forward()
+        outputs = self._outputs(*inputs, **named)
+        return outputs if self._step else self._after_forward(before, outputs)
+
+    def _outputs(self, *inputs: Any, **named: Any) -> Any:
+        return self.module(*inputs, **named)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _before_forward(self) -> Snapshot | None:
         clock().progress()
-        if self._step or not torch.is_grad_enabled():
-            return self.module(*inputs, **named)
-        self._passes.ignore()
-        before = self._average.buffers.snapshot() if self.training else None
-        outputs = self.module(*inputs, **named)
-        if before:
-            self._average.buffers.note_changes(before)
-        if self.require_backward_grad_sync:
-            self._passes.follow(outputs)
-        return outputs
+        if self._step:
+            return None
+        if torch.is_grad_enabled():
+            self._passes.ignore()
+        return self._average.buffers.snapshot() if self.module.training else None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _after_forward(self, before: Snapshot | None, outputs: Any) -> Any:
+        self._average.buffers.note_changes(before)
+        follows = self.require_backward_grad_sync and torch.is_grad_enabled()
+        return self._passes.follow(outputs) if follows else outputs
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn import Module
+from torch.utils._pytree import tree_map_only
 
 from mpiml.torch.outputs import tensors_in
 
@@ -42,18 +43,21 @@ class Passes:
         hook = self._came_to_parameter
         self._handles = [p.register_post_accumulate_grad_hook(hook) for p in trained] if several else []
 
-    def follow(self, outputs: Any) -> None:
-        """Average at the end of passes that come to these outputs."""
+    def follow(self, outputs: Any) -> Any:
+        """Average at the end of passes that come to these outputs. Returns them, or others with the same values."""
         tensors = list(tensors_in(outputs))
         followed = [tensor for tensor in tensors if tensor.grad_fn is not None]
         self.forced = self._several and self._module.training and not any(tensor.requires_grad for tensor in tensors)
         if self.forced:  # parameters that require a gradient may be used on other ranks
+            outputs = tree_map_only(Tensor, Tensor.detach, outputs)  # the caller's inputs may be among them
             kept = {id(tensor) for tensor in (*self._module.parameters(), *self._module.buffers())}
-            followed = [t.requires_grad_() for t in tensors if t.is_floating_point() and id(t) not in kept]
+            unkept = (tensor for tensor in tensors_in(outputs) if id(tensor) not in kept)
+            followed = [tensor.requires_grad_() for tensor in unkept if tensor.is_floating_point()]
         for tensor in followed:  # a hook that refers to its own node would keep it for ever
             below = tensor.grad_fn.next_functions if tensor.grad_fn is not None else ()
             tensor.register_hook(partial(self._came_to_output, below))
         self._at_parameters = AVERAGE
+        return outputs
 
     def ignore(self) -> None:
         """Until the next `follow`, do not average for passes that come to parameters alone."""

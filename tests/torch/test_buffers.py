@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,9 @@ from tests.torch.modules import (  # noqa: E402
     close,
     gradients,
     mean,
+    perceptron,
     rows,
+    several_ranks,
 )
 
 pytestmark = pytest.mark.mpi
@@ -81,6 +84,57 @@ def test_evaluation_is_a_ranks_own() -> None:
         with torch.no_grad():
             net.eval()(rows())
     net.train()(rows()).sum().backward()
+
+
+def without_gradients(net: Any) -> None:
+    with torch.no_grad():
+        net(rows(seed=1))
+
+
+def inner_in_training(net: Any) -> None:
+    net.eval()
+    getattr(net, "module", net).train()
+    net(rows(seed=1))
+
+
+def part_in_training(net: Any) -> None:
+    net.eval()
+    getattr(net, "module", net).norm.train()
+    net(rows(seed=1))
+
+
+@pytest.mark.parametrize("change", [without_gradients, inner_in_training, part_in_training])
+def test_changes_are_averaged_by_the_next_backward_pass(change: Callable[[Any], None]) -> None:
+    net = DataParallel(Averages())
+    local = copy.deepcopy(net.module)
+    for module in (net, local):
+        change(module)
+        module.eval()(rows()).sum().backward()
+    close(list(net.buffers()), mean(local.buffers()))
+    close([net.module.copied], mean([local.copied]))
+    assert net.module.norm.num_batches_tracked == 1
+
+
+class Seeded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 5)
+        self.register_buffer("count", torch.tensor(2**47))
+        self.register_buffer("seed", torch.tensor(0))
+
+    def forward(self, x: Any) -> Any:
+        self.count += 1
+        self.seed += 2**48
+        return self.linear(x)
+
+
+@several_ranks
+def test_integers_too_large_for_an_exact_mean_are_refused() -> None:
+    net = DataParallel(Seeded())
+    net(rows()).sum().backward()
+    assert (net.module.count, net.module.seed) == (2**47 + 1, 2**48)
+    with pytest.raises(ConfigError, match=r"the buffer seed has integers above 2\*\*48"):
+        net(rows()).sum().backward()
 
 
 def test_join() -> None:
@@ -216,6 +270,14 @@ def test_buffers_that_grow_or_go_are_named(comes: bool, said: str) -> None:
     net = DataParallel(Cache(True), broadcast_buffers=False)
     net(rows()).sum().backward()
     assert len(net.module.table) == 6
+
+
+def test_parameters_that_are_frozen_later_are_no_new_buffers() -> None:
+    net, x = DataParallel(perceptron()), rows().requires_grad_()
+    net.requires_grad_(False)
+    with warnings.catch_warnings(action="error"):
+        net(x).sum().backward()
+    assert x.grad is not None
 
 
 @pytest.mark.parametrize("exact", [True, False])

@@ -11,8 +11,9 @@ import pytest
 torch = pytest.importorskip("torch")
 nn = torch.nn
 
+from mpiml.torch import DataParallel, rank  # noqa: E402
 from mpiml.torch.outputs import tensors_in  # noqa: E402
-from tests.torch.modules import check, rows  # noqa: E402
+from tests.torch.modules import WORLD, check, close, gradients, rows, several_ranks  # noqa: E402
 
 pytestmark = pytest.mark.mpi
 
@@ -42,6 +43,26 @@ class Packed(nn.Module):
             return packed
         packs = {"dict": {"a": [y]}, "tuple": (None, y), "ordered": OrderedDict(y=y), "dataclass": Output(y, "x")}
         return packs[self.kind]
+
+
+class Bypassed(nn.Module):
+    """On the first rank the input is the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(5, 3)
+
+    def forward(self, x: Any) -> Any:
+        return {"y": x if rank() == 0 else self.inner(x)}
+
+
+@several_ranks
+def test_an_input_that_is_an_output_needs_no_gradient_then() -> None:
+    net, x = DataParallel(Bypassed()), rows()
+    net(x)["y"].sum().backward()
+    assert not x.requires_grad
+    assert x.grad is None
+    close(gradients(net)[1:], [torch.full((3,), 6 * (1 - 1 / WORLD.size))])
 
 
 @pytest.mark.parametrize("kind", ["dict", "tuple", "ordered", "dataclass", "opaque"])

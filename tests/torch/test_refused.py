@@ -121,11 +121,16 @@ def replaced(net: Any) -> None:
     net.module.branches[0] = nn.Linear(5, 2)
 
 
+def replaced_unseen(net: Any) -> None:
+    net.module.branches[0]._parameters["bias"] = nn.Parameter(torch.ones(2))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (added, r"more\.weight, more\.bias: another parameter than when"),
         (replaced, r"branches\.0\.weight, branches\.0\.bias: another parameter than when"),
+        (replaced_unseen, r"branches\.0\.bias: another parameter than when"),
         (lambda net: net.double(), r"branches\.0\.weight is torch\.float64 now, and was torch\.float32 when"),
     ],
 )
