@@ -1,5 +1,7 @@
 """The current activity of a rank, and the time that it has spent in each activity."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
@@ -67,14 +69,9 @@ class Clock:
         yield
         self(before)
 
-    @contextmanager
-    def calling(self, call: str) -> Iterator[None]:
-        """A call during a block, for messages; of calls within each other the outermost."""
-        before, self.call = self.call, self.call or call
-        try:
-            yield
-        finally:
-            self.call = before
+    def calling(self, call: str) -> Calling:
+        """A call during a block, for messages."""
+        return Calling(self, call)
 
     @contextmanager
     def booked(self, name: Activity) -> Iterator[None]:
@@ -91,3 +88,18 @@ class Clock:
     def shares(self) -> list[float]:
         """Seconds so far in each of SHARES."""
         return [self.seconds.get(activity, 0.0) for activity in SHARES]
+
+
+class Calling:
+    """A block in which a call of this package is made; of calls within each other messages name the outermost."""
+
+    __slots__ = ("_before", "_call", "_clock")  # not a generator: it is entered in every sum
+
+    def __init__(self, clock: Clock, call: str):
+        self._clock, self._call, self._before = clock, call, clock.call
+
+    def __enter__(self) -> None:
+        self._clock.call = self._before or self._call
+
+    def __exit__(self, *error: object) -> None:
+        self._clock.call = self._before

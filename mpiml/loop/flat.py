@@ -96,11 +96,22 @@ class FlatSums:
         if isinstance(first, SharedMemory):
             self.agree = Agreement(grid, first, microbatches, columns)
         self.slots = plan.slots
+        self._merged = plan.counts
         self._left = sum(1 - merged for merged in plan.counts)
         self.leaves = [_ordered(flats, [one.slots[number] for one in self.sums]) for number in range(count)]
         self.totals = _ordered(flats, [one.values.vector for one in self.sums])
         for view in self.totals:
             view.flags.writeable = False
+
+    def accumulate(self, index: int) -> None:
+        """Add up what is in the slot of micro-batch `index` of this rank with what it is to be added to."""
+        if not self._merged[index]:
+            for one in self.sums:
+                one.accumulate(index)
+            return
+        with np.errstate(all="ignore"):  # the sum is looked at
+            for one in self.sums:
+                one.accumulate(index)
 
     def add_up(self, scale: float) -> bool:
         """Make `scale` times the sum the total; collective. Returns whether it is not finite anywhere, on any rank."""
@@ -112,7 +123,7 @@ class FlatSums:
         for one in self.sums:
             one.publish()
         if self._one_node:
-            return bool(self._bad.any())
+            return any(self._bad.tolist())
         return bool(self._finite and self.agree(NO_ROWS, not finite, False).broken)
 
     def _add_up_one(self, one: OrderedSum, scale: float) -> bool:

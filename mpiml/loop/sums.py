@@ -128,12 +128,10 @@ class Sum:
         given = list(trees.values(self._slots[index]) if arrays is None else self._in_form(m, arrays))
         if len(given) != len(self._names):
             raise ConfigError(f"put(m={m}): the slot has {len(given)} arrays, but `like` had {len(self._names)}")
-        with np.errstate(all="ignore"):  # the sum is looked at
-            for name, value, view in zip(self._names, given, self._flat.leaves[self._flat.slots[index]], strict=True):
-                if value is not view or weight != 1:
-                    trees.write(value, view, weight, f"put(m={m}): {name}")
-            for one in self._flat.sums:
-                one.accumulate(index)
+        for name, value, view in zip(self._names, given, self._flat.leaves[self._flat.slots[index]], strict=True):
+            if value is not view or weight != 1:
+                trees.write(value, view, weight, f"put(m={m}): {name}")
+        self._flat.accumulate(index)
         self._rows[index, :2] = loss, weight
         self._done += 1
 

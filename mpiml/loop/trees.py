@@ -112,4 +112,5 @@ def write(value: Any, view: NDArray[Any], weight: float, name: str) -> None:
     elif weight == 1:
         np.copyto(view, given, casting)
     else:
-        np.multiply(given, view.dtype.type(weight), out=view)
+        with np.errstate(all="ignore"):  # the sum is looked at
+            np.multiply(given, view.dtype.type(weight), out=view)

@@ -69,6 +69,7 @@ class Agreement:
         self._first, _ = part(grid.replica, grid.replicas, microbatches)
         self._most = _numbers_a_column(grid.replicas, microbatches)
         self._flags = memory.common(ranks * 3, np.float64).reshape(ranks, 3)
+        self._own_flags = self._flags[memory.rank]
         self._written = memory.common(ranks * self._most * columns, np.float64)
         self._result = memory.common(3 + columns, np.float64)
 
@@ -80,20 +81,22 @@ class Agreement:
     def __call__(self, rows: Rows, broken: bool = False, stop: bool = False) -> Record:
         """As `agree`, for a step."""
         memory, columns = self.memory, rows.shape[1]
-        self._flags[memory.rank] = broken, stop, _first_bad(rows, self._first)
+        self._own_flags[:] = broken, stop, _first_bad(rows, self._first)
         size = memory.ranks * self._most * columns
         written: NDArray[Any] = self._written[:size].reshape(memory.ranks, self._most, columns)
         if self._most == DIGITS:
             _as_digits(written)[memory.rank] = exact.digits(rows)
         else:
             written[memory.rank, : len(rows)] = rows
-            written[memory.rank, len(rows) :] = 0
+            if len(rows) < self._most:
+                written[memory.rank, len(rows) :] = 0
         memory.barrier(lambda: self._combine(written))
         return _record(*self._result[: 3 + columns].tolist())
 
     def _combine(self, written: NDArray[np.float64]) -> None:
         """Write the record into the result that all ranks of the node read; on its first rank."""
-        (broken, stop, _), bad = self._flags.max(axis=0).tolist(), float(self._flags[:, 2].min())
+        all_broken, all_stop, all_bad = zip(*self._flags.tolist(), strict=True)
+        broken, stop, bad = max(all_broken), max(all_stop), min(all_bad)
         rows = written.reshape(-1, written.shape[2])
         if self.leaders is not None:
             total = _as_digits(written).sum(axis=0) if self._most == DIGITS else exact.digits(rows)
@@ -149,6 +152,8 @@ def _as_digits(written: NDArray[np.float64]) -> Digits:
 
 def _first_bad(rows: Rows, first: int) -> float:
     """The number of the first entry whose loss is not finite, or so large that a sum of such may not be; else inf."""
+    if len(rows) <= exact.FEW and all(abs(loss) <= LARGE for loss in rows[:, 0].tolist()):
+        return math.inf
     good = np.abs(rows[:, 0]) <= LARGE
     return math.inf if good.all() else float(first + np.argmin(good))
 
