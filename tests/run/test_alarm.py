@@ -92,9 +92,9 @@ def test_it_waits_in_a_thread_only_while_it_is_on() -> None:
         "time.sleep(0.1)",
     ]
     done = ended(
-        "\n".join([*lines, "print(threading.active_count(), end='')", "alarm.during('another')", "time.sleep(9)"])
+        "\n".join([*lines, "print(threading.active_count(), flush=True)", "alarm.during('another')", "time.sleep(9)"])
     )
-    assert (done.returncode, done.stdout) == (70, "1")
+    assert (done.returncode, done.stdout) == (70, "1\n")
 
 
 def test_it_is_off_while_others_watch() -> None:
