@@ -76,7 +76,7 @@ def feed(one: Sum, weights: list[int], step: int) -> None:
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("where", ["private", "auto", "nodes", "nodes private"])
-@pytest.mark.parametrize("microbatches", [4, 11])
+@pytest.mark.parametrize("microbatches", [max(4, WORLD.size), 11 + WORLD.size])
 def test_sums_have_the_bits_of_the_tree(
     made: Callable[..., Sum], monkeypatch: pytest.MonkeyPatch, where: str, microbatches: int
 ) -> None:
@@ -85,7 +85,7 @@ def test_sums_have_the_bits_of_the_tree(
         monkeypatch.setenv("MPIML_NODES", f"{WORLD.size - WORLD.size // 2},{WORLD.size // 2}")
     weights = [m % 4 for m in range(microbatches)]
     one = made(like=gradients(0), microbatches=microbatches, memory="private" if "private" in where else "auto")
-    assert one.own == Rows(99, 20, microbatches).own
+    assert one.own == Rows(99, 40, microbatches).own
     for step in range(4):
         feed(one, weights, step)
         total = one.sum() if step % 2 else one.mean()
@@ -401,8 +401,8 @@ def test_what_ranks_ask_for_differently() -> None:
         Sum(like={"w": np.zeros(3 + last, np.float32)})
     with pytest.raises(ConfigError, match=rf"ranks differ in `like`, v: none {where}"):
         Sum(like={"w" if last else "v": 0.0})
-    with pytest.raises(ConfigError, match=f"ranks differ in microbatches: 9 {where}, 8"):
-        Sum(like=0.0, microbatches=8 + last)
+    with pytest.raises(ConfigError, match=f"ranks differ in microbatches: 51 {where}, 50"):
+        Sum(like=0.0, microbatches=50 + last)
     with pytest.raises(ConfigError, match=f"ranks differ in numbers: 1 {where}, 0"):
         Sum(like=0.0, numbers=int(last))
     with pytest.raises(ConfigError, match=f"microbatches 1: {WORLD.size} ranks need at least one each"):
@@ -513,11 +513,11 @@ def test_a_sum_of_some_of_the_ranks(monkeypatch: pytest.MonkeyPatch, nodes: bool
     if nodes and WORLD.size > 1:
         monkeypatch.setenv("MPIML_NODES", f"{WORLD.size - WORLD.size // 2},{WORLD.size // 2}")
     some = MPI.Intracomm(WORLD.Split(WORLD.rank % 2, -WORLD.rank))
-    with Sum(some, like=np.zeros(3), microbatches=5) as one:
-        assert one.own == Rows(20, 5, 5, comm=some).own
+    with Sum(some, like=np.zeros(3), microbatches=10) as one:
+        assert one.own == Rows(20, 10, 10, comm=some).own
         for m in one.own:
             one.put(m, np.full(3, 10.0**m))
-        assert one.sum().tolist() == [11111.0] * 3
+        assert one.sum().tolist() == [1111111111.0] * 3
     some.Free()
 
 

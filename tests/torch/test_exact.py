@@ -22,7 +22,8 @@ from tests.torch.modules import Uncounted, perceptron, several_ranks  # noqa: E4
 pytestmark = pytest.mark.mpi
 WORLD = MPI.COMM_WORLD
 M = 2 * WORLD.size
-X = torch.randn(50, 5, generator=torch.Generator().manual_seed(0))
+BATCH = max(20, 3 * M if M > 8 else 0)  # normalisations need two rows of each micro-batch
+X = torch.randn(max(50, 8 * M if M > 8 else 0), 5, generator=torch.Generator().manual_seed(0))
 Y = X.square().sum(1, keepdim=True)
 
 
@@ -42,7 +43,7 @@ class Net(nn.Module):
         return self.last(self.drop(self.norm(torch.tanh(self.inner(x)))))
 
 
-def made(batch: int = 20) -> tuple[Any, Any, Rows]:
+def made(batch: int = BATCH) -> tuple[Any, Any, Rows]:
     torch.manual_seed(0)
     net = DataParallel(Net())
     return net, torch.optim.AdamW(net.parameters(), lr=0.05), Rows(len(X), batch, M, seed=3)
@@ -170,7 +171,7 @@ def test_uncounted_changes_that_begin_after_the_first_step_are_refused() -> None
     net = DataParallel(Uncounted())
     net.module.begins = 5  # calls of the first step: one or two on each rank
     with pytest.raises(ConfigError, match=r"changes .*size.* in step [24], and did not in the first"):
-        trained(net, torch.optim.SGD(net.parameters(), lr=0.1), Rows(len(X), 20, M, seed=3))
+        trained(net, torch.optim.SGD(net.parameters(), lr=0.1), Rows(len(X), BATCH, M, seed=3))
 
 
 def test_a_buffer_that_the_loop_sets_keeps_its_value() -> None:
