@@ -293,7 +293,7 @@ def test_a_warning_names_buffers_that_are_made_later(exact: bool) -> None:
 
     with pytest.warns(UserWarning, match="new, none: no buffer") if rank() == 0 else contextlib.nullcontext():
         if exact:
-            for step in net.steps(Rows(64, 8, 2 * WORLD.size), last=2):
+            for step in net.steps(Rows(8 * WORLD.size, 2 * WORLD.size, WORLD.size), last=2):
                 for m in step:
                     act(m)
                 net.step(torch.optim.SGD(net.parameters(), lr=0.1))
