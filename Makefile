@@ -50,7 +50,7 @@ test-slurm: $(VENV)/tested
 	timeout --foreground 900 $(BIN)/python -m pytest -q -p no:cacheprovider tests/slurm
 
 test-%: $(VENV)/tested
-	timeout 300 $(MPIRUN) -n $* $(BIN)/python -m pytest -q --only-mpi -p no:cacheprovider tests
+	timeout 600 $(MPIRUN) -n $* $(BIN)/python -m pytest -q --only-mpi -p no:cacheprovider tests
 
 lint: $(VENV)/tested
 	$(BIN)/python -m ruff check .
