@@ -16,7 +16,7 @@ from mpiml.loop.guard import guards
 from tests.torch.modules import WORLD
 from tests.torch.scripts import PAGE, replaced
 
-pytestmark = pytest.mark.mpi
+pytestmark = [pytest.mark.mpi, pytest.mark.skipif(WORLD.size > 4, reason="the program has four micro-batches")]
 
 
 def test_the_pages_program_stops_when_asked_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
