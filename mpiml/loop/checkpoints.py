@@ -154,9 +154,9 @@ class Checkpoints:
             raise ConfigError(f"save: meta is not what JSON can say: {error}") from None
         named = _named(arrays)
         for name, array in named.items():
-            if array.dtype.name not in verified.DTYPES.values():
-                what = f"save: {name} is {array.dtype}, which safetensors files have not"
-                raise ConfigError(f"{what}: save numbers, and texts in `meta`")
+            if array.dtype.kind == "V" or array.dtype.name not in verified.DTYPES.values():  # V: not NumPy's own
+                what = f"save: {name} is {array.dtype}, which checkpoints cannot hold"
+                raise ConfigError(f"{what}: save numbers of NumPy's own types, and texts in `meta`")
         texts = {"format": FORMAT, "step": str(step), "meta": text}
         verified.write(self.directory / step_files.file_name(step), named, texts, clock().progress, replace=True)
         step_files.prune(self.directory, step, self.keep)

@@ -134,7 +134,7 @@ def test_ranks_fail_together_where_nothing_can_be_written(directory: Path) -> No
         (1, {"w": np.zeros(1)}, {"a": float("nan")}, "meta is not what JSON can say"),
         (1, {"w": np.zeros(1)}, {"a": np.zeros(1)}, "meta is not what JSON can say"),
         (1, {"w": np.zeros(1, complex)}, {}, "w is complex128"),
-        (1, {"names": np.array(["a"])}, {}, "names is <U1, .*: save numbers, and texts in `meta`"),
+        (1, {"names": np.array(["a"])}, {}, "names is <U1, .*: save numbers of NumPy's own types, and texts in `meta`"),
         (1, {"w": [object()]}, {}, r"w\.0"),
     ],
 )
@@ -143,6 +143,13 @@ def test_what_cannot_be_saved_is_one_line(tmp_path: Path, step: Any, arrays: Any
     with pytest.raises(ConfigError, match=words):
         checkpoints.save(step, arrays, meta)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_types_that_numpy_has_not_are_refused(tmp_path: Path) -> None:
+    """They could be written, but not be read again."""
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    with pytest.raises(ConfigError, match="w is bfloat16, which checkpoints cannot hold"):
+        Checkpoints(tmp_path, MPI.COMM_SELF).save(1, {"w": np.ones(4, bfloat16)})
 
 
 def test_other_forms_are_refused(tmp_path: Path) -> None:
