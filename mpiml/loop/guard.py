@@ -103,6 +103,9 @@ class guard:
     be written.
     """
 
+    entry = "enter the guard"  # what ranks wait for all to do, and
+    hint = "if it was at work of its own: ask job.stop in each step, or do it in `with job.alive(...):`"  # in a stall
+
     def __init__(
         self,
         comm: MPI.Intracomm | None = None,
@@ -117,8 +120,6 @@ class guard:
         self._directory: RunDirectory | None = None  # on rank 0
         self._stop = StopRequest()
         self._takes_signals = self._entered = False
-        self._entry = "enter the guard"
-        self._hint = "if it was at work of its own: ask job.stop in each step, or do it in `with job.alive(...):`"
         self.at_end: list[Callable[[], None]] = []
 
     def __enter__(self) -> guard:
@@ -129,7 +130,7 @@ class guard:
         if signal.getsignal(signal.SIGUSR1) in (signal.SIG_DFL, None) or guards:  # else it is the program's own
             self._stop.take([signal.SIGUSR1])
         alarm.start(PROGRAM, [alarm.FLAG, str(self.stall_timeout)])
-        alarm.during(f"waiting for all ranks to {self._entry}")
+        alarm.during(f"waiting for all ranks to {self.entry}")
         outer = guards[-1]._failure if guards else None
         guards.append(self)
         self._failure.__enter__()
@@ -143,7 +144,7 @@ class guard:
             self.team.check_alike(one_job.software() | settings)
             self.team.on_rank_0(lambda: self._open(outer))
             self._failure.run, self._failure.token = self.team.broadcast((self._failure.run, self._failure.token))
-            self._watch = Watch(self.team.comm.Dup(), self.clock, self.stall_timeout, self._failure.fail, self._hint)
+            self._watch = Watch(self.team.comm.Dup(), self.clock, self.stall_timeout, self._failure.fail, self.hint)
             self._watch.__enter__()
         except BaseException as error:
             self._stop.__exit__()

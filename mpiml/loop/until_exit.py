@@ -15,6 +15,13 @@ from mpiml.loop.guard import guard, guards
 from mpiml.run import one_job
 
 
+class UntilExit(guard):
+    """Says what a program with a DataParallel can do."""
+
+    entry = "make a DataParallel"
+    hint = "if it was at work of its own: DataParallel(..., stall_timeout=...), or mpiml.api.guard and its alive()"
+
+
 def guard_until_exit(comm: MPI.Intracomm, stall_timeout: float) -> guard:
     """The guard that this process is in; outside of any, a new one until the program ends. Collective.
 
@@ -22,12 +29,10 @@ def guard_until_exit(comm: MPI.Intracomm, stall_timeout: float) -> guard:
     """
     if guards:
         return guards[-1]
-    one = guard(comm, stall_timeout=stall_timeout)
+    one = UntilExit(comm, stall_timeout=stall_timeout)
     if comm.size == 1:
         one_job.check_size(MPI.COMM_WORLD.size)
         return one
-    one._entry = "make a DataParallel"
-    one._hint = "if it was at work of its own: DataParallel(..., stall_timeout=...), or mpiml.api.guard and its alive()"
     one.__enter__()
     one._stop.__exit__()  # nobody will ask it
     shown = sys.excepthook
