@@ -153,6 +153,24 @@ class Config:
     microbatches: int | None = setting(
         None, STEPS, "micro-batches per step, over all ranks (default: replicas, or 2 x stages x replicas)", low=1
     )
+    average_every: int = setting(
+        0,
+        STEPS,
+        "steps that workers take by themselves, each with a part of the micro-batches, before their models are "
+        "averaged; 0: gradients are summed at every step",
+        low=0,
+    )
+    workers: int | None = setting(
+        None, STEPS, "how many learn by themselves (default: replicas)", low=1, on_resume=True
+    )
+    average_from: int = setting(0, STEPS, "the first step for workers; up to it gradients are summed", low=0)
+    outer_lr: float = setting(
+        1.0, STEPS, "part of the way from the last average to the new one that is gone; see --outer-momentum", low=0
+    )
+    outer_momentum: float = setting(0.0, STEPS, "coefficient of Nesterov momentum in going there", low=0, below=1)
+    averaged_at: tuple[int, ...] = setting(
+        (), STEPS, "last steps that a run had before it was extended; is written by the run itself", low=1
+    )
     shuffle: str = setting(
         "rows",
         STEPS,
@@ -267,6 +285,14 @@ class Config:
         "save and stop within this time: minutes, h:mm:ss or d-hh:mm:ss; SLURM's limit always counts",
         on_resume=True,
         metavar="TIME",
+    )
+    stop_grace: float = setting(
+        60.0,
+        RUN,
+        "seconds for which workers go on to their next average when the run is asked to stop; if it is further away, "
+        "each is saved by itself",
+        low=0,
+        on_resume=True,
     )
     trace: str | None = setting(
         None, RUN, "timeline file, .json or .json.gz, for ui.perfetto.dev", on_resume=True, metavar="FILE"

@@ -39,7 +39,7 @@ from mpiml.run.process import StopRequest, prepare_process
 from mpiml.run.result import Result
 from mpiml.run.watch import Watch
 from mpiml.team import Team
-from mpiml.training import resolve
+from mpiml.training import resolve, sharing
 from mpiml.training.data import open_data
 from mpiml.training.hold import Hold
 from mpiml.training.model import Model
@@ -83,13 +83,13 @@ def _train(asked: Config, model: Model | None, data: Any, hold: Hold, guard: Gua
     cfg, before, done = hold.resumed(asked)
     if done:
         return done
-    stop = StopRequest(Deadline(seconds(cfg.time_limit, "--time-limit"), os.environ))
+    stop = StopRequest(Deadline(seconds(cfg.time_limit, "--time-limit"), os.environ), cfg.stop_grace)
     with Watch(everyone.comm.Dup(), everyone.clock, cfg.stall_timeout, guard.fail) as watch, stop:
         everyone.together(lambda: check_ranks(everyone.size, cfg.pipe))
         if cfg.trace:
             everyone.on_rank_0(lambda: trace.check(cfg.trace, cfg.out))
         prepare_process(cfg.threads)
-        crew = Crew(everyone, resolve.busy(cfg, before, everyone.size))
+        crew = Crew(everyone, sharing.busy(cfg, before, everyone.size))
         stop.others = crew.asked
 
         def work(team: Team) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def _train(asked: Config, model: Model | None, data: Any, hold: Hold, guard: Gua
             if cfg.resume and (done := hold.finished(team, resolved, before)):  # --epochs has become steps
                 return done
             known = team.on_rank_0(lambda: known_data(resolved, dataset, hold, team.clock.progress))
-            idle = resolve.idle_text(team.size, crew.idle, resolved.microbatches)
+            idle = sharing.idle_text(team.size, crew.idle, resolved.microbatches, resolved.workers)
             with freed(grids.build(team, cfg.pipe), team.size) as grid:
                 run = assemble(resolved, dataset, grid, model, check_saved, known)
                 with freed(run, team.size):
@@ -118,7 +118,7 @@ def _run(run: Run, name: str, hold: Hold, notes: list[str], stop: StopRequest, b
     rows, metric = data.shards.rows_per_step, run.model.metric.name
     with log.Log(grid.team, hold.metrics, rows, metric, run.pace(), restored.history, cfg.evaluated) as logger:
         logger.open_console(restored.step + 1, cfg.steps, cfg.quiet)
-        shape = resolve.grid_text(grid.stages, grid.replicas, cfg.microbatches)
+        shape = sharing.grid_text(grid.stages, grid.replicas, cfg.microbatches, cfg.workers)
         for line in [*warnings, *about, *notes, *restored.notes, shape]:
             logger.say(line)
         # Numbers that are not finite end the run, with a better message than NumPy's.
@@ -145,17 +145,20 @@ def _begin(run: Run, restored: Restored, store: Store, logger: log.Log, stop: St
 
 def _loop(run: Run, start: int, store: Store, logger: log.Log, stop: StopRequest) -> bool:
     """Train from the step after `start`. Returns whether it was asked to stop before the end."""
-    for step in range(start + 1, run.config.steps + 1):
-        if run.best.enough:
-            return False
-        due = run.due(step)
-        done = run.step(step, due, stop.now)  # forward, backward, agree, sum, update; refuses what is not finite
-        logger.timed(done)
-        if due.log:
-            logger.step(done)
-        if due.save or done.stop:
+    step = start
+    while step < run.config.steps and not run.best.enough:
+        done = run.advance(step + 1, stop)  # a step, or a round of workers; refuses what is not finite
+        if done.left:
+            logger.known |= {"step": store.save_round(done.left)}
+            return True
+        for one in done.steps:
+            logger.timed(one)
+            if one.logged:
+                logger.step(one)
+        step = done.steps[-1].step
+        if done.due.save or done.stop:
             store.save(step)  # first: an evaluation may fail
-        scored = not due.evaluation or _scored(run, step, store, logger, stop)
+        scored = not done.due.evaluation or _scored(run, step, store, logger, stop)
         if not scored or (done.stop and step < run.config.steps and not run.best.enough):
             store.save(step)
             return True

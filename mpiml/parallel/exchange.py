@@ -26,7 +26,7 @@ class Exchange:
         scratch: vectors for one piece, as many as sums that wait for another one.
 
     Attributes:
-        receives, sends: messages with partial sums.
+        receives, sends: messages with partial sums; bytes: of what is sent.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class Exchange:
         self._dtype = values.vector.dtype
         self.receives: list[MPI.Prequest] = []
         self.sends: list[MPI.Prequest] = []
+        self.bytes = 0
         self._packing: list[Addition] = []
         self._totals: list[tuple[list[Addition], Vector, Vector | None]] = []
         self._plan_sends()
@@ -71,6 +72,7 @@ class Exchange:
                 self._packing += self._additions([part[a:b] for part in parts], message.counts, partial[a:b])
             if stop > start:
                 self.sends.append(self._comm.Send_init(partial, message.owner, self._tag(message.partial)))
+                self.bytes += partial.nbytes
 
     def _plan_sum(self, senders: Sequence[int]) -> None:
         """For this replica's own slice: what it receives, from the sender of each other node, and what it adds up."""

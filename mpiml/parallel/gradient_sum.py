@@ -80,17 +80,20 @@ class OrderedSum:
         values: of the stage.
         microbatches: of a step, over all replicas.
         clock: books the time that a backward pass spends on messages.
+        like: a sum of the same kind, in which another copy of the model has its turn: the slots are shared.
     """
 
-    def __init__(self, values: Values, microbatches: int, clock: Clock | None = None):
+    def __init__(self, values: Values, microbatches: int, clock: Clock | None = None, like: OrderedSum | None = None):
         self.values, self._memory, self._clock = values, values.memory, clock or Clock()
         self.plan = sum_plan(values.comm.rank, values.nodes, microbatches)
         dtype = values.vector.dtype
-        everyone = self._memory.own(self.plan.depth, values.updated, dtype)
-        self.slots = everyone[self._memory.rank]
+        self.everyone: list[list[Vector]] = (
+            like.everyone if like else self._memory.own(self.plan.depth, values.updated, dtype)
+        )
+        self.slots = self.everyone[self._memory.rank]
         depth = max(len(self.plan.contributions), *(len(m.contributions) for m in self.plan.messages), 1)
         scratch = [vectors.empty(PIECE, dtype) for _ in range(min(depth, 2 * microbatches.bit_length()))]
-        self.exchanges = [Exchange(values, bucket, self.plan, everyone, scratch) for bucket in values.buckets]
+        self.exchanges = [Exchange(values, bucket, self.plan, self.everyone, scratch) for bucket in values.buckets]
         self._totals = [(e, index) for e in self.exchanges for index in range(len(e.bucket.pieces))]
         self._receives = [request for e in self.exchanges for request in e.receives]
         self._sends = [request for e in self.exchanges for request in e.sends]
@@ -160,6 +163,7 @@ class OrderedSum:
         """Send those of the first `count` buckets that are not sent yet."""
         for exchange in self.exchanges[self._sent : max(count, 0)]:
             exchange.send()
+            self.values.sent += exchange.bytes
             self._sent += 1
 
     def _finish(self) -> None:
@@ -178,14 +182,16 @@ class LibrarySum:
         comm: the replicas of the stage.
         values: this replica's own copy, over MPI.COMM_SELF.
         microbatches: of a step, over all replicas.
+        like: as of OrderedSum.
     """
 
     complete: Callable[[int], None] | None = None
 
-    def __init__(self, comm: MPI.Intracomm, values: Values, microbatches: int):
+    def __init__(self, comm: MPI.Intracomm, values: Values, microbatches: int, like: LibrarySum | None = None):
         self.comm, self.values = comm, values
         self.plan = sum_plan(comm.rank, [1] * comm.size, microbatches)
-        (self.slots,) = values.memory.own(self.plan.depth, values.updated, values.vector.dtype)
+        dtype = values.vector.dtype
+        self.slots: list[Vector] = like.slots if like else values.memory.own(self.plan.depth, values.updated, dtype)[0]
 
     def accumulate(self, index: int) -> None:
         merge(self.plan, self.slots, index)

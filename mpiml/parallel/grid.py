@@ -49,6 +49,13 @@ class Grid:
         while self.made:
             self.made.pop(0).Free()
 
+    def divided(self, groups: int) -> Grid:
+        """The grid of this rank's group, one of `groups` runs of equally many replicas; collective."""
+        comm = MPI.Intracomm(self.comm.Split(self.replica * groups // self.replicas, self.comm.rank))
+        grid = build(Team(comm, self.team.clock), self.stages)
+        grid.made.append(comm)
+        return grid
+
     def rank_of(self, stage: int, replica: int) -> int:
         """The rank in `comm` at a place of the grid."""
         return stage * self.replicas + replica

@@ -80,6 +80,16 @@ def place(ranges: Sequence[Range], start: int, stop: int) -> slice:
     raise ValueError(f"{start} to {stop} is in none of {ranges}")
 
 
+def within(ranges: Sequence[Range], start: int, stop: int) -> list[Range]:
+    """The reverse of `place`: which ranges of the whole vector lie from start to stop in one of only these."""
+    parts, before = list[Range](), 0
+    for first, last in ranges:
+        low, high = max(first, first + start - before), min(last, first + stop - before)
+        parts += [(low, high)] if low < high else []
+        before += last - first
+    return cut(parts)
+
+
 def pieces(run: Sequence[Block]) -> list[Piece]:
     """Join neighbouring blocks of one kind into pieces of at most PIECE elements."""
     joined: list[Piece] = []

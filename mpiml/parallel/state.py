@@ -1,11 +1,13 @@
 """The vectors of the whole model: collected on rank 0 from the ranks that hold their parts, and distributed again."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
+from numpy.typing import DTypeLike
 
 from mpiml.parallel.grid import Grid
 from mpiml.parallel.slices import Range, cut, place
@@ -15,108 +17,104 @@ from mpiml.vectors import Vector
 
 VALUES = "values"
 EMA = "ema"  # the average of the values over the steps
+OUTER = "outer"  # the velocity of the outer step (mpiml.parallel.average)
 
 
-@dataclass(frozen=True)
-class _Holding:
-    """The parts of its stage's vectors that a rank holds, in ranges that each fit into a message.
+class Part(NamedTuple):
+    """What a rank has of a vector of its stage.
 
     Attributes:
-        size: of the stage's values; updated: of the state vectors.
-        held: what the rank updates.
-        fixed: of the values that nobody updates, where the rank is the first of those that share them.
-        collected, first: whether `held` and `fixed` are collected from this rank, as they are once for each stage.
+        size: of the whole vector.
+        held: the ranges that the rank needs, each one message, with where they lie.
+        collected: those of them that are collected from this rank: over all ranks each element once.
     """
 
-    stage: int
     size: int
-    updated: int
-    held: list[Range]
-    fixed: list[Range]
-    collected: bool
-    first: bool
+    held: Mapping[Range, Vector]
+    collected: Sequence[Range]
 
-    def zeros(self, name: str, dtype: np.dtype[Any]) -> Vector:
-        """A vector of the whole stage."""
-        return np.zeros(self.size if name == VALUES else self.updated, dtype)
 
-    def given(self, name: str) -> list[Range]:
-        """The parts of a vector that the rank needs."""
-        return [*self.held, *(self.fixed if name == VALUES else [])]
+def parts(values: Values, states: Mapping[str, Vector], replica: int, collected: bool = True) -> dict[str, Part]:
+    """What a rank has of the values of its stage and of its state vectors, which are of the parts of the values that it
+    holds, one after another. Nothing is collected unless it is `collected` from this copy of the model."""
+    held, size, updated = cut(values.held), values.vector.size, values.updated
+    fixed = cut([(updated, size)]) if values.memory.rank == 0 else []  # which nobody updates
+    once = collected and replica in {holder for holder, _, _ in values.holders}
+    views = {(start, stop): values.vector[start:stop] for start, stop in [*held, *fixed]}
+    first = fixed if collected and replica == 0 else []
+    of_values = Part(size, views, [*(held if once else []), *first])
+    of_states = {
+        name: Part(updated, {of: state[place(values.held, *of)] for of in held}, held if once else [])
+        for name, state in states.items()
+    }
+    return {VALUES: of_values} | of_states
 
-    def taken(self, name: str) -> list[Range]:
-        """The parts of a vector that are collected from the rank."""
-        held, fixed = self.held if self.collected else [], self.fixed if self.first and name == VALUES else []
-        return [*held, *fixed]
+
+class _Holding(NamedTuple):
+    """What other ranks know of a rank: its stage, and of each vector the whole size, and the ranges that the rank needs
+    and those that are collected from it."""
+
+    stage: int
+    vectors: dict[str, tuple[int, list[Range], list[Range]]]
 
 
 class State:
-    """Values and optimizer state of all stages; collective to make and to use.
+    """Vectors of all stages; collective to make and to use.
 
     Args:
-        values: of this rank's stage.
-        states: the state vectors of this rank, the average too, by name, for the parts that it holds of the values.
-
-    Attributes:
-        names: of all vectors.
+        names: of all vectors, the same on all ranks.
+        mine: what this rank has of them, by name.
+        settle: collective; is called when this rank's parts have been distributed.
     """
 
-    def __init__(self, grid: Grid, values: Values, states: Mapping[str, Vector]):
-        self.comm, self.clock, self.stages, self.values = grid.comm, grid.team.clock, grid.stages, values
-        self.states, self.names, self.dtype = states, (VALUES, *states), values.vector.dtype
-        size, updated = values.vector.size, values.updated
-        fixed = cut([(updated, size)]) if values.memory.rank == 0 else []
-        collected = grid.replica in {holder for holder, _, _ in values.holders}
-        holding = _Holding(grid.stage, size, updated, cut(values.held), fixed, collected, grid.replica == 0)
-        self.holdings: list[_Holding] = allgather(self.comm, holding)
-
-    def parts(self, name: str, ranges: Sequence[Range]) -> list[Vector]:
-        """Parts of a vector that this rank has, each one message."""
-        if name == VALUES:
-            return [self.values.vector[start:stop] for start, stop in ranges]
-        return [self.states[name][place(self.values.held, *of)] for of in ranges]
+    def __init__(
+        self, grid: Grid, names: Sequence[str], mine: Mapping[str, Part], dtype: DTypeLike, settle: Callable[[], object]
+    ):
+        self.comm, self.clock, self.stages = grid.comm, grid.team.clock, grid.stages
+        self.names, self.parts, self.dtype, self.settle = tuple(names), mine, np.dtype(dtype), settle
+        known = {name: (part.size, list(part.held), list(part.collected)) for name, part in mine.items()}
+        self.holdings: list[_Holding] = allgather(self.comm, _Holding(grid.stage, known))
 
     def collect(self, *names: str) -> list[dict[str, Vector]]:
         """Each stage's vectors of these names (default: all), on rank 0; empty dictionaries elsewhere."""
-        wanted = names or self.names
         whole: list[dict[str, Vector]] = [{} for _ in range(self.stages)]
-        requests = []
-        if self.comm.rank == 0:
+        requests: list[MPI.Request] = []
+        for name in names or self.names:
+            tag = self.names.index(name)
+            if self.comm.rank:
+                own = self.parts.get(name)
+                requests += [self.comm.Isend(own.held[of], 0, tag) for of in own.collected] if own else []
+                continue
             for rank, holding in enumerate(self.holdings):
-                for tag, name in enumerate(wanted):
-                    if name not in whole[holding.stage]:
-                        whole[holding.stage][name] = holding.zeros(name, self.dtype)
-                    ranges = holding.taken(name)
-                    targets = [whole[holding.stage][name][start:stop] for start, stop in ranges]
-                    if rank == 0:
-                        for target, part in zip(targets, self.parts(name, ranges), strict=True):
-                            target[...] = part
+                size, _, collected = holding.vectors.get(name, (0, [], []))
+                if name in holding.vectors and name not in whole[holding.stage]:
+                    whole[holding.stage][name] = np.zeros(size, self.dtype)
+                for start, stop in collected:
+                    target = whole[holding.stage][name][start:stop]
+                    if rank:
+                        requests.append(self.comm.Irecv(target, rank, tag))
                     else:
-                        requests += [self.comm.Irecv(target, rank, tag) for target in targets]
-        else:
-            own = self.holdings[self.comm.rank]
-            for tag, name in enumerate(wanted):
-                requests += [self.comm.Isend(part, 0, tag) for part in self.parts(name, own.taken(name))]
+                        target[...] = self.parts[name].held[start, stop]
         with self.clock.doing("joining"):
             wait(requests)
         return whole
 
-    def distribute(self, whole: Sequence[Mapping[str, Vector]], *names: str) -> None:
+    def distribute(self, whole: Sequence[Mapping[str, Any]], *names: str) -> None:
         """The reverse: rank 0 gives every rank its parts of these vectors (default: all) of `whole`."""
-        wanted = names or self.names
         requests: list[MPI.Request] = []
-        own = self.holdings[self.comm.rank]
-        for tag, name in enumerate(wanted):
+        for name in names or self.names:
+            tag = self.names.index(name)
             if self.comm.rank:
-                requests += [self.comm.Irecv(part, 0, tag) for part in self.parts(name, own.given(name))]
+                own = self.parts.get(name)
+                requests += [self.comm.Irecv(part, 0, tag) for part in own.held.values()] if own else []
                 continue
             for rank, holding in enumerate(self.holdings):
-                sources = [whole[holding.stage][name][start:stop] for start, stop in holding.given(name)]
-                if rank == 0:
-                    for source, part in zip(sources, self.parts(name, own.given(name)), strict=True):
-                        part[...] = source
-                else:
-                    requests += [self.comm.Isend(source, rank, tag) for source in sources]
+                for start, stop in holding.vectors.get(name, (0, [], []))[1]:
+                    source = whole[holding.stage][name][start:stop]
+                    if rank:
+                        requests.append(self.comm.Isend(source, rank, tag))
+                    else:
+                        self.parts[name].held[start, stop][...] = source
         with self.clock.doing("joining"):
             wait(requests)
-            self.values.publish()
+            self.settle()

@@ -48,6 +48,7 @@ class Update:
         states: the optimizer's state vectors and the average by name, for the parts that this replica holds, one after
             another.
         finite: whether all values that this rank computed in its last step are finite.
+        counts: whether what this rank holds counts in sums over all ranks: of those that hold the same, one does.
     """
 
     def __init__(
@@ -70,8 +71,8 @@ class Update:
         longest = max((piece.stop - piece.start for piece in self.pieces), default=0)
         scratch = [vectors.empty(longest, dtype) for _ in range(2)]
         self._operands = [self._operands_of(piece, *scratch) for piece in self.pieces]
-        counts = replica in {holder for holder, _, _ in sum_.values.holders}
-        self._in_norm = [counts and piece.momentum is None for piece in self.pieces]
+        self.counts = replica in {holder for holder, _, _ in sum_.values.holders}
+        self._in_norm = [self.counts and piece.momentum is None for piece in self.pieces]
 
     def step(self, rate: float, weight: float, step: int, measure: bool) -> float | None:
         """Do step number `step`, from 1 on, with learning rate `rate`, on a batch whose weights sum to `weight`.

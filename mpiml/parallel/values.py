@@ -59,6 +59,7 @@ class Values:
         buckets: from the end of the vector to its start, as a backward pass writes gradients.
         holders: (replica, start, stop) of parts that make up what is updated, each element once.
         held: (start, stop) of the parts that this replica updates; pieces: the same, cut to fit a cache.
+        sent: the bytes that this replica has sent to other nodes, of sums too.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Values:
         self.nodes = [ranks for rank, ranks in neighbours if rank == 0]
         highest = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 32767  # which every library has
         longest = bucket_size(bucket, self.updated, comm.size, (highest + 1) // TAGS)
-        runs = buckets(blocks, longest if len(self.nodes) > 1 else 0)
+        runs = buckets(blocks, longest)
         self.buckets = [self._bucket(run, TAGS * number) for number, run in enumerate(runs)]
         self.holders = [
             (owner, start, stop)
@@ -81,6 +82,7 @@ class Values:
         ]
         self.held = [(start, stop) for owner, start, stop in self.holders if owner == comm.rank]
         self.pieces = [piece for bucket in self.buckets for piece in bucket.pieces]
+        self.sent = self._given = 0
         self._takes: list[MPI.Prequest] = []
         self._gives: list[MPI.Prequest] = []
         self._plan_messages()
@@ -95,7 +97,9 @@ class Values:
         for bucket in self.buckets:
             start, stop = bucket.slices[self.comm.rank]
             if stop > start:
-                self._gives += [self.comm.Send_init(self.vector[start:stop], other, bucket.tag) for other in others]
+                part = self.vector[start:stop]
+                self._gives += [self.comm.Send_init(part, other, bucket.tag) for other in others]
+                self._given += part.nbytes * len(others)
             for owner in owners:
                 start, stop = bucket.slices[owner]
                 if stop > start:
@@ -106,6 +110,7 @@ class Values:
         values, and `others`, further requests, are complete on all ranks of the node."""
         MPI.Prequest.Startall(self._takes)
         MPI.Prequest.Startall(self._gives)
+        self.sent += self._given
         wait([*others, *self._gives, *self._takes])
         self.memory.barrier()
 

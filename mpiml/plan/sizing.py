@@ -11,7 +11,7 @@ from mpiml.nn import base as nn
 from mpiml.nn.parameters import Shape
 from mpiml.plan import activations, costs
 from mpiml.training.job import Job, kind
-from mpiml.training.resolve import grid_text
+from mpiml.training.sharing import grid_text
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def plan(job: Job, data: str) -> Plan:
     sharers = [np.repeat(groups, groups) for groups in map(job.groups, range(last + 1))]  # of a replica's values
     held = [memory.own + memory.values / each for memory, each in zip(memories, sharers, strict=True)]
     return Plan(
-        grid=grid_text(len(job.stages), job.replicas, job.microbatches),
+        grid=grid_text(len(job.stages), job.replicas, job.microbatches, job.config.workers),
         ranks=job.ranks,
         nodes=job.nodes,
         node_ranks=job.node_ranks,

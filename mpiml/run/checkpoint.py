@@ -18,7 +18,9 @@ from mpiml.run.step_files import file_name, listed, prune
 from mpiml.run.verified import Arrays, Kind, Progress, kinds_of
 
 FORMAT = "mpiml-1"
-BESIDE = ("optimizer.", "data.", AVERAGE)  # prefixes of names of arrays that are not the model's
+# Prefixes of names of arrays that are not the model's: the last three are of workers (mpiml.training.workers).
+STATES = ("optimizer.", "outer.", "worker.", "round.")
+BESIDE = (*STATES, "data.", AVERAGE)
 
 
 class Header(NamedTuple):
@@ -58,7 +60,7 @@ class Checkpoint:
 
 def is_of_model(name: str) -> bool:
     """Whether an array of a checkpoint is the model's, an average or not, or normalises its inputs."""
-    return not name.startswith("optimizer.")
+    return not name.startswith(STATES)
 
 
 def save(

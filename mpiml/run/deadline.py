@@ -49,10 +49,10 @@ class Deadline:
         self._since = now
         return self.passed()
 
-    def up(self, slack: float = 0.0) -> bool:
-        """Whether current work must be broken off because time is left only for a save and a digest, now or in `slack`
-        seconds. May be called at any time."""
-        return time.monotonic() + self._ending() + slack > self.end
+    def up(self, slack: float = 0.0, copies: int = 1) -> bool:
+        """Whether current work must be broken off because time is left only for a save of so many `copies` of the model
+        and a digest, now or in `slack` seconds. May be called at any time."""
+        return time.monotonic() + self._ending() * (1 + copies) / 2 + slack > self.end
 
     def passed(self, slack: float = 0.0) -> bool:
         """Whether time had run out when `near` was last called, or `slack` seconds later."""

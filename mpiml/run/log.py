@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,20 +24,29 @@ class Step(NamedTuple):
     """A step that is done.
 
     Attributes:
+        loss: the mean over all rows; None within a round of workers, in steps that are not logged.
         score: the metric, if it was measured.
-        norm: of the gradient, if it was computed.
-        seconds: that it took on this rank.
+        norm: of the gradient, if it was computed; of workers the mean.
+        seconds: that it took on this rank; 0 if an earlier job did it, or all but the end of its round.
         stop: whether any rank asks to stop after it.
+        logged: whether it has a line; then there is the score.
+        shares: seconds in each of SHARES, and sent: bytes sent to other nodes, up to its end, on this rank in this job;
+            if it is logged.
+        workers: in a round of workers what the line says of them.
     """
 
     step: int
     epoch: int
-    loss: float
+    loss: float | None
     score: float | None
     rate: float
     norm: float | None
     seconds: float
     stop: bool
+    logged: bool = False
+    shares: Sequence[float] = ()
+    sent: int = 0
+    workers: dict[str, Any] | None = None
 
 
 class Evaluation(NamedTuple):
@@ -78,7 +87,7 @@ class Log:
         self._named: set[int] = set()  # the slow ranks that a warning has named
         self.times = StepTimes()
         self._recent, self._recent_seconds = 0, 0.0  # steps since the last line
-        self._shares = np.array(team.clock.shares())
+        self._shares, self._sent = np.array(team.clock.shares()), 0
         self._console: Console | None = None
 
     def open_console(self, first: int, last: int, quiet: bool) -> None:
@@ -100,17 +109,18 @@ class Log:
 
     def timed(self, done: Step) -> None:
         """Note how long a step took on this rank."""
-        self.times.add(done.seconds)
+        if done.seconds:
+            self.times.add(done.seconds)
         self._recent, self._recent_seconds = self._recent + 1, self._recent_seconds + done.seconds
-        self.known |= {"step": done.step, "loss": done.loss}
-        if self._console:
+        self.known |= {"step": done.step} if done.loss is None else {"step": done.step, "loss": done.loss}
+        if self._console and done.loss is not None and done.seconds:
             self._console.progress(done.step, done.loss, self.rows / done.seconds)
 
     def step(self, done: Step) -> None:
         """Write the line of a step, with the least and the most time of any rank since the last such line."""
-        seconds = np.array(self.team.clock.shares()) - self._shares
-        self._shares += seconds
-        own = np.concatenate([seconds, [self._recent_seconds, self.pace.crowded]])
+        shares = np.array(done.shares) if done.shares else self._shares
+        own = np.array([*(shares - self._shares), self._recent_seconds, self.pace.crowded, done.sent - self._sent])
+        self._shares, self._sent = shares, done.sent
         steps, self._recent, self._recent_seconds = self._recent, 0, 0.0
         everyones = np.empty((self.team.size, len(own)))
         self.team.wait([self.team.comm.Igather(own, everyones)])
@@ -121,6 +131,7 @@ class Log:
                 score = f"{self.metric} {done.score:.4f}"
                 text = f"step {done.step}  epoch {done.epoch}  loss {done.loss:.4f}  {score}  {speed:,.0f} samples/s"
                 self._console.now_and_then(text)
+            workers = {"workers": done.workers} if done.workers else {}
             return {
                 "step": done.step,
                 "epoch": done.epoch,
@@ -130,18 +141,20 @@ class Log:
                 "gradient_norm": done.norm,
                 "samples_per_second": round(speed, 1),
                 "seconds": times,
+                **workers,
             }
 
         self._write(entry)
 
     def _times(self, everyones: NDArray[np.float64], steps: int) -> tuple[float, dict[str, Any]]:
         """Samples per second and the times of a line, from a row per rank: its seconds for each of SHARES, its seconds
-        in all steps, and pace.crowded."""
+        in all steps, pace.crowded, and the bytes that it has sent."""
         low, high = everyones.min(axis=0).tolist(), everyones.max(axis=0).tolist()
-        *_, slowest_step, crowded = high
+        *_, slowest_step, crowded, _ = high
         times: dict[str, Any] = {
             name: {"min": round(a, 6), "max": round(b, 6)} for name, a, b in zip(SHARES, low, high, strict=False)
         }
+        times["bytes_sent"] = {"min": int(low[-1]), "max": int(high[-1])}
         slow = None if crowded else self.pace.slowest(everyones[:, : len(SHARES)], slowest_step, steps)
         if slow:
             host = environment.host(self.metrics.parent, slow.place)

@@ -56,12 +56,12 @@ def missing(entries: list[dict[str, Any]], step: int, log_every: int, eval_every
 
 
 def cut_after(
-    metrics: Path, step: int, last: int, log_every: int, eval_every: int
+    metrics: Path, step: int, logged: bool, scored: bool
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
     """Remove from a metrics file damaged lines and those that a run resumed after `step` will write again.
 
-    Lines that were written at `step` only because the run ended there are removed, too, if it is now to end at a later
-    step, `last`: a run of that length from the start has none. The file is replaced atomically.
+    The line of `step` and its evaluation are removed, too, unless it is to be `logged` and `scored`: they may have been
+    written only because the run ended there, and a longer one has none. The file is replaced atomically.
 
     Returns the entries of all good lines, of those that stay, and warnings about damaged ones.
     """
@@ -69,8 +69,7 @@ def cut_after(
     def stays(entry: dict[str, Any]) -> bool:
         if entry["step"] != step:
             return bool(entry["step"] < step)
-        every = eval_every if "evaluation" in entry else log_every
-        return step == last or (every > 0 and step % every == 0)
+        return scored if "evaluation" in entry else logged
 
     content = content_of(metrics)
     good, problems = lines(metrics, content)

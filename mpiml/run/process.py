@@ -88,10 +88,12 @@ class StopRequest:
     keystroke may arrive twice, from the terminal and from the launcher. A block within another one starts with the
     outer one's request, and passes its own on as it ends. Afterwards signals do what they did before, C libraries'
     handlers included: MPICH has one for SIGUSR1, which Python does not know of.
+
+    `grace`: seconds for which a round may go on once it is asked to stop.
     """
 
-    def __init__(self, deadline: Deadline | None = None) -> None:
-        self.deadline = deadline or Deadline()
+    def __init__(self, deadline: Deadline | None = None, grace: float = 0.0) -> None:
+        self.deadline, self.grace = deadline or Deadline(), grace
         self.others: Callable[[], bool] = lambda: False  # whether another rank reports a stop request
         self.asked = False  # by a signal
         self._asked_at = 0.0
@@ -126,6 +128,11 @@ class StopRequest:
     def _asked_anywhere(self) -> bool:
         self.asked = self.asked or self.others()
         return self.asked
+
+    def within(self, rest: float, step: float, copies: int) -> bool:
+        """Whether to stop within a round, of which `rest` seconds are left, before another step of `step` seconds, and
+        save `copies` of the model."""
+        return (rest > self.grace and self._asked_anywhere()) or self.deadline.up(step, copies)
 
     def reason(self) -> str:
         """Why the ranks have agreed to stop, as far as this rank knows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from mpiml.data.normalize import Normalization
 from mpiml.data.preparation import Preparation
 from mpiml.nn.parameters import Layout, Parameter, Shape
 from mpiml.parallel.grid import Grid
-from mpiml.parallel.state import EMA, VALUES, State
+from mpiml.parallel.state import EMA, OUTER, VALUES, State, parts
 from mpiml.parallel.values import Values
 from mpiml.run import checkpoint, verified
 from mpiml.run.checkpoint import Checkpoint
@@ -20,6 +21,7 @@ from mpiml.run.verified import Kind
 from mpiml.team import Team
 from mpiml.training.constants import Constants
 
+WORKER = re.compile(r"worker\.[0-9]+\.")  # how the names of a worker's vectors begin
 PART = 1 << 22  # elements of a constant that are sent at once
 
 
@@ -47,8 +49,16 @@ def needed_kinds(layouts: Sequence[Layout], names: Sequence[str]) -> dict[str, K
 def _names(layout: Layout, vector: str) -> dict[Parameter, str]:
     """What the arrays of a vector are called in a checkpoint. What no optimizer changes has no state and no average of
     this kind."""
-    prefix = {VALUES: "", EMA: documents.AVERAGE}.get(vector, f"optimizer.{vector}.")
-    return {p: prefix + p.name for p in layout.parameters if vector == VALUES or p.optimised}
+    of_worker = WORKER.match(vector)
+    before, name = (of_worker[0], vector[of_worker.end() :]) if of_worker else ("", vector)
+    prefix = before + {VALUES: "", EMA: documents.AVERAGE, OUTER: "outer."}.get(name, f"optimizer.{name}.")
+
+    def there(parameter: Parameter) -> bool:
+        if name != VALUES:
+            return parameter.optimised
+        return not (of_worker and parameter.frozen)
+
+    return {p: prefix + p.name for p in layout.parameters if there(p)}
 
 
 def from_arrays(layouts: Sequence[Layout], saved: Checkpoint, names: Sequence[str]) -> list[Mapping[str, Any]]:
@@ -65,7 +75,8 @@ def restore_values(values: Values, grid: Grid, layouts: Sequence[Layout], weight
     stages: list[Mapping[str, Any]] = []
     grid.team.clock("checkpoint")
     grid.team.on_rank_0(lambda: stages.extend(from_arrays(layouts, weights.pop(), (VALUES,))))
-    State(grid, values, {}).distribute(stages, VALUES)
+    mine = parts(values, {}, grid.replica)
+    State(grid, (VALUES,), mine, values.vector.dtype, values.publish).distribute(stages, VALUES)
 
 
 def restore_constants(constants: Constants, team: Team, saved: Mapping[str, Any]) -> None:

@@ -125,7 +125,8 @@ class Unplaced:
 
 def unplaced(config: Config, data: Dataset) -> Unplaced:
     """The job that mpiml.train would start with these settings. Raises ConfigError or DataError as it would."""
-    config = resolve(config.replace(pipe=1, cuts=(), microbatches=1), len(data.train), data.classification, 1)
+    alone = config.replace(pipe=1, cuts=(), microbatches=config.workers or 1)
+    config = resolve(alone, len(data.train), data.classification, 1)
     task = Task.of(data, needs(data, config.classes, config.ignore))
     layers = model_for(config, task, None)
     metric = build_scoring(config, task, layers, data.train.w is not None).metric

@@ -24,6 +24,7 @@ from mpiml.parallel.stage import Computation
 from mpiml.parallel.tree import depth
 from mpiml.parallel.values import Values
 from mpiml.partition import part
+from mpiml.team import allgather
 from mpiml.training import factors
 from mpiml.training.constants import Constants
 from mpiml.training.model import Model, Scoring, build_scoring, described, integers, model_for, objective
@@ -130,11 +131,13 @@ def place_values(config: Config, grid: Grid, layout: Layout) -> tuple[Values, st
     return values, problem
 
 
-def place(config: Resolved, grid: Grid, layout: Layout, columns: int) -> tuple[GradientSum, Agree, list[str]]:
-    """Make the gradient sum of a stage with its values, and the agreement on the step record, whose rows have so many
-    `columns` with the metric's, in the memory that `config` asks for; collective. Returns these two and notes to print.
+def place(
+    config: Resolved, everyone: MPI.Intracomm, grid: Grid, layout: Layout, microbatches: int, columns: int
+) -> tuple[GradientSum, Agree, list[str]]:
+    """Make the gradient sum of a stage with its values, over so many `microbatches`, and the agreement on the step
+    record, whose rows have so many `columns` with the metric's, in the memory that `config` asks for; collective over
+    `everyone`, whose grids are cut alike. Returns these two and notes to print.
     """
-    microbatches = config.microbatches
     flat = (layout.size, layout.blocks(), layout.dtype)
     private = functools.partial(agree, grid.comm, first=part(grid.replica, grid.replicas, microbatches)[0])
     if config.allreduce == "mpi":
@@ -146,11 +149,22 @@ def place(config: Resolved, grid: Grid, layout: Layout, columns: int) -> tuple[G
     needed = Agreement.bytes_needed(grid.node.size, grid.replicas, microbatches, columns)
     of_node, another = share(grid.comm, grid.node, 0, needed, "private" if problem else config.memory)
     notes = [f"warning: {text}" for text in (problem, another) if text]
-    values = Values(grid.data, memory, *flat, elements(config.bucket, layout.dtype))
+    abroad = any(allgather(everyone, memory.ranks < grid.replicas))  # on one node there are no messages
+    values = Values(grid.data, memory, *flat, elements(config.bucket, layout.dtype) if abroad else 0)
     sum_ = OrderedSum(values, microbatches, grid.team.clock)
     if isinstance(of_node, SharedMemory):
         return sum_, Agreement(grid, of_node, microbatches, columns), notes
     return sum_, private, notes
+
+
+def another(sum_: GradientSum, grid: Grid, layout: Layout, microbatches: int) -> GradientSum:
+    """The sum of another copy of the model, which takes turns with that of `sum_` on the same rank of a grid with one
+    replica: values of its own, with the same slots; collective."""
+    values = Values(MPI.COMM_SELF, PrivateMemory(), layout.size, layout.blocks(), layout.dtype)
+    if isinstance(sum_, OrderedSum):
+        return OrderedSum(values, microbatches, grid.team.clock, like=sum_)
+    assert isinstance(sum_, LibrarySum), "there are two kinds"
+    return LibrarySum(grid.data, values, microbatches, like=sum_)
 
 
 def gradients(layout: Layout, sum_: GradientSum) -> list[Gradients]:

@@ -16,9 +16,9 @@ from mpiml.errors import ConfigError
 from mpiml.flags import flag, text
 from mpiml.nn import optimizers
 from mpiml.nn.rates import DECAYS, Phase, history
-from mpiml.parallel.tree import aligned
 from mpiml.training import factors
 from mpiml.training.saved import refusal
+from mpiml.training.sharing import shared_out
 from mpiml.training.task import Task
 from mpiml.usercode import is_name
 
@@ -29,6 +29,7 @@ class Resolved(Config):
     """Settings of which none is left open, so that their text repeats the run on any grid, from anywhere."""
 
     microbatches: int
+    workers: int | None  # None if gradients are summed at every step
     steps: int
     lr: float
     weight_decay: float
@@ -110,19 +111,9 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int, befo
     Raises ConfigError for micro-batches that the replicas or the rows cannot share, for settings that do not fit the
     labels, and for a run that would go on with a learning rate that has fallen already.
     """
-    default = replicas if config.pipe == 1 else min(2 * config.pipe * replicas, rows)
-    microbatches = config.microbatches or default
-    if microbatches < replicas:
-        ranks = replicas * config.pipe
-        fits = next(s for s in range(config.pipe, ranks + 1) if ranks % s == 0 and ranks // s <= microbatches)
-        raise ConfigError(
-            f"--microbatches {microbatches}: {replicas} replicas need at least one each; "
-            f"at least {replicas}, or fewer replicas (--pipe {fits}, say)"
-        )
-    if microbatches > rows:
-        raise ConfigError(f"--microbatches {microbatches}: the data set has only {rows} rows to share out")
+    microbatches, workers = shared_out(config, rows, replicas)
     if before:
-        config = extended(config, before, rows)
+        config = rounds_kept(extended(config, before, rows), before, rows)
     elif config.classes is not None and (not classification or of_values(config)):
         raise ConfigError(f"--classes {config.classes}: the labels are values, not classes; leave it out")
     decay = config.weight_decay
@@ -131,6 +122,7 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int, befo
         init=config.init and os.path.join(os.getcwd(), config.init),
         init_names=config.init_names and os.path.join(os.getcwd(), config.init_names),
         microbatches=microbatches,
+        workers=workers,
         epochs=None,
         weight_decay=(0.01 if config.optimizer == "adamw" else 0.0) if decay is None else decay,
         **last_and_rate(config, rows),
@@ -159,6 +151,10 @@ def check_together(config: Resolved) -> None:
     if not config.init and (config.init_partial or config.init_names):
         name = "init_partial" if config.init_partial else "init_names"
         raise ConfigError(f"{flag(name)}: is of --init, which says whose weights; give that too")
+    for name in ("workers", "average_from", "outer_lr", "outer_momentum"):
+        if not config.average_every and getattr(config, name) not in (None, getattr(Config, name)):
+            given = text(getattr(config, name))
+            raise ConfigError(f"{flag(name)} {given}: is of workers, of which there are none; give --average-every too")
     for name in ("keep_best", "patience"):
         if (value := getattr(config, name)) and not config.eval_every:
             raise ConfigError(
@@ -261,28 +257,10 @@ def _low(config: Resolved) -> str:
     return f"to {floor + (lr - floor) * DECAYS[config.decay](last, last):g}"
 
 
-def grid_text(stages: int, replicas: int, microbatches: int) -> str:
-    """One line on a grid, with the flag that repeats the run's arithmetic on another."""
-    ranks = stages * replicas
-    text = f"{_count(ranks, 'rank')} = {_count(stages, 'stage')} x {_count(replicas, 'replica')}"
-    text += f"; --microbatches {microbatches} repeats these bits on any grid"
-    if not aligned(replicas, microbatches):
-        power = 1 << (microbatches // replicas).bit_length() - 1
-        text += f" (--microbatches {power * replicas} would need the fewest messages on this one)"
-    return text
-
-
-def busy(config: Config, before: Config | None, ranks: int) -> int:
-    """How many of `ranks` have work: all of them, unless a run goes on that has fewer micro-batches than they would
-    make replicas. `before` as of `resolve`."""
-    return min(ranks, config.pipe * config.microbatches) if before and config.microbatches else ranks
-
-
-def idle_text(busy: int, idle: int, microbatches: int) -> list[str]:
-    """One line about ranks without work, if there are any."""
-    keeps = f"--microbatches {microbatches} of the run keeps {busy} busy"
-    return [f"{busy + idle} ranks, but {keeps}: {_count(idle, 'rank')} idle"] if idle else []
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" + ("s" if number > 1 else "")
+def rounds_kept(config: Config, before: Config, rows: int) -> Config:
+    """The settings of a run that goes on, with the last step that it was to have before kept as the end of a round of
+    workers: up to there nothing changes, wherever the run has stopped."""
+    steps, was = (last_and_rate(one, rows)["steps"] for one in (config, before))
+    if not config.average_every or steps <= was:
+        return config
+    return config.replace(averaged_at=(*(end for end in config.averaged_at if end < was), was))

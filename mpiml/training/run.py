@@ -1,8 +1,7 @@
-"""A run: its parts, each in its place on the grid, one step of training, and an evaluation; there is no other step."""
+"""A run: its parts, each in its place on the grid, how they train a step or a round, and an evaluation."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,16 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 from mpi4py import MPI
-from numpy.typing import NDArray
 
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
-from mpiml.errors import ConfigError
-from mpiml.nn import optimizers
 from mpiml.parallel import grid as grids
 from mpiml.parallel.grid import Grid
-from mpiml.parallel.record import Record, agree
-from mpiml.parallel.schedules import SCHEDULES
+from mpiml.parallel.record import agree
 from mpiml.parallel.stage import TrainingStage
 from mpiml.parallel.state import State
 from mpiml.parallel.update import Update
@@ -30,21 +25,33 @@ from mpiml.run.stragglers import Pace
 from mpiml.run.trace import clock_for
 from mpiml.team import Team, share_cores
 from mpiml.training.best import Best, best_of
+from mpiml.training.calendar import Calendar, Due
 from mpiml.training.decay import rate_of, remarks
-from mpiml.training.evaluation import not_finite
 from mpiml.training.look import Known
 from mpiml.training.model import Model
-from mpiml.training.place import Agree, BuiltModel, build_stage, gradients, place
+from mpiml.training.place import BuiltModel, build_stage
 from mpiml.training.resolve import Resolved, check_rows, resolve
+from mpiml.training.rounds import Never, Round, Stop
 from mpiml.training.rows import RunData, build_data, tried
+from mpiml.training.workers import Ingredients, Learning
+
+NEVER = Never()
 
 
-class Due(NamedTuple):
-    """What is to be done after a step, in this order: saving before an evaluation, which may fail."""
+class Advance(NamedTuple):
+    """What ranks have done until all of them had one model again.
 
-    log: bool = False
-    save: bool = False
-    evaluation: bool = False
+    Attributes:
+        steps: that are done.
+        due: what is to be done after them.
+        stop: whether any rank asks to stop.
+        left: the round that workers have left because of that, if they have; then no step is done.
+    """
+
+    steps: list[log.Step]
+    due: Due
+    stop: bool
+    left: Round | None = None
 
 
 @dataclass(frozen=True)
@@ -52,8 +59,8 @@ class Run:
     """The parts of a run on this rank.
 
     Attributes:
-        agree: (rows of this rank's micro-batches, not finite, stop) -> the step record, the same on all ranks.
-        rate: the learning rate of a step.
+        calendar: what is due after which step.
+        learning: who learns.
         best: of the evaluations so far.
         notes: what a person should know.
     """
@@ -62,51 +69,101 @@ class Run:
     grid: Grid
     data: RunData
     model: BuiltModel
-    stage: TrainingStage
-    update: Update
-    state: State
-    agree: Agree
-    rate: Callable[[int], float]
+    calendar: Calendar
+    learning: Learning
     best: Best
     notes: list[str]
 
-    def due(self, step: int) -> Due:
-        """What is to be done after a step: all of it, where it is done at all, after the last."""
-        config, last = self.config, step == self.config.steps
-        every = (config.log_every, config.save_every, config.eval_every)
-        return Due(*(steps > 0 and (last or step % steps == 0) for steps in every))
+    @property
+    def stage(self) -> TrainingStage:
+        """This rank's, of the model that all have between rounds."""
+        return self.learning.now.own[0].stage
+
+    @property
+    def update(self) -> Update:
+        """This rank's, as `stage`."""
+        return self.learning.now.own[0].update
+
+    @property
+    def state(self) -> State:
+        """The vectors of the model that all have between rounds."""
+        return self.learning.now.state
+
+    def advance(self, step: int, stop: Stop = NEVER) -> Advance:
+        """Train from `step` on until all ranks have one model: that step, or what is left of a round; collective.
+
+        Args:
+            stop: asks this rank to stop afterwards, or within a round.
+
+        Raises, on all ranks alike, NotFiniteError if a loss, a gradient or weights are not finite, and ConfigError if a
+        decay of the user's own is not.
+        """
+        self.learning.begin(step)
+        if self.calendar.apart(step):
+            return self._round(step, stop)
+        due = self.calendar.due(step)
+        done = self.step(step, due, stop.now)
+        return Advance([done], due, done.stop)
 
     def step(self, step: int, due: Due = Due(), stop: Callable[[], bool] = lambda: False) -> log.Step:  # noqa: B008
-        """Forward, backward, agree, sum, update; collective.
+        """A step whose gradients are summed over all ranks; collective.
 
         Args:
             due: what follows: the metric and the gradient's norm are only worked out to be logged, and what is shown or
                 saved has been looked at before.
             stop: whether this rank asks to stop after the step; is asked once, when its gradients are there.
 
-        Raises, on all ranks alike, NotFiniteError if the loss, the gradient or the weights are not finite, and
-        ConfigError if a decay of the user's own is not.
+        Raises as `advance`.
         """
-        began, clock, update = perf_counter(), self.grid.team.clock, self.update
-        clock.step = step
-        batches = self.data.ahead.batches(step)
-        rows = self._rows(len(batches), measured=due.log)
-        self.stage.train(step, batches, rows, measured=due.log)
-        rate, wrong = self._rate(step)
-        clock("communication")
-        record = self.agree(rows, bool(wrong) or not update.finite, stop())
-        if record.broken:
-            self._check_rate(wrong)
-        self._check_finite(step, record)
-        shown = any(due) or record.stop
-        norm = update.step(rate, record.weight, step, shown)
-        self._check_finite(step, record, norm)
-        if shown:  # else the next step's record will carry it
-            self._check_finite(step + 1, agree(self.grid.comm, self._rows(0), not update.finite))
-        clock("compute")
-        score = self.model.metric.value(record.metric) if due.log else None
-        seconds = perf_counter() - began
-        return log.Step(step, self.epoch(step), record.mean_loss, score, rate, norm, seconds, record.stop)
+        began, clock, now = perf_counter(), self.grid.team.clock, self.learning.now
+        record, rate, norm = now.own[0].step(step, self.data.ahead.batches(step), due.log, any(due), stop)
+        return log.Step(
+            step=step,
+            epoch=self.epoch(step),
+            loss=record.mean_loss,
+            score=self.model.metric.value(record.metric) if due.log else None,
+            rate=rate,
+            norm=norm,
+            seconds=perf_counter() - began,
+            stop=record.stop,
+            logged=due.log,
+            shares=clock.shares() if due.log else (),
+            sent=now.sent if due.log else 0,
+        )
+
+    def _round(self, step: int, stop: Stop) -> Advance:
+        """The steps of a round, of which `step` is the first."""
+        began, steps, dues = perf_counter(), self.calendar.round_of(step), self.calendar.due
+        logged = [step for step in steps if dues(step).log]
+        left, self.learning.left = self.learning.left, None
+        made = Round(self.learning.now, steps, logged, self.model.metric.columns, left)
+        made.train(self.data.ahead.batches, stop)
+        made.meet(stop.now())
+        if made.broken_off:
+            return Advance([], Due(), True, made)
+        made.share_out(perf_counter() - began)
+        return Advance([self._told(made, step) for step in steps], dues(steps[-1]), made.stop)
+
+    def _told(self, made: Round, step: int) -> log.Step:
+        """A step of a round."""
+        told, times, logged = made.of_step(step), made.times.get(step), step in made.logged
+        workers = None
+        if told and logged:
+            workers = {"loss": {"min": told.least, "max": told.most}, "distance": made.distance}
+        return log.Step(
+            step=step,
+            epoch=self.epoch(step),
+            loss=told.loss / (told.weight or 1.0) if told else None,
+            score=self.model.metric.value(told.metric) if told and logged else None,
+            rate=told.rate if told else math.nan,
+            norm=told.norm if told else None,
+            seconds=times.seconds if times else 0.0,
+            stop=made.stop,
+            logged=logged,
+            shares=times.shares if times else (),
+            sent=times.sent if times else 0,
+            workers=workers,
+        )
 
     def evaluate(self, step: int, stop: Callable[[], bool]) -> log.Evaluation | None:
         """Score the rows to evaluate on with the weights after a step, or with their average if the run keeps one;
@@ -124,7 +181,7 @@ class Run:
 
     def asked_to_stop(self, stop: bool) -> bool:
         """Whether any rank asks to stop before a step; collective."""
-        return agree(self.grid.comm, self._rows(0), stop=stop).stop
+        return agree(self.grid.comm, np.zeros((0, 2)), stop=stop).stop
 
     def epoch(self, step: int) -> int:
         """The number of the epoch that a step is in, from 1 on."""
@@ -139,50 +196,8 @@ class Run:
 
     def free(self) -> None:
         """Give back what the MPI library holds for the run; collective."""
-        self.stage.sum.free()
-        self.state.values.free()
+        self.learning.free()
         self.grid.free()
-
-    def _rate(self, step: int) -> tuple[float, ConfigError | None]:
-        """The learning rate of a step, or what is wrong with a user's own decay there."""
-        try:
-            return self.rate(step), None
-        except ConfigError as error:
-            return math.nan, error
-
-    def _check_rate(self, wrong: ConfigError | None) -> None:
-        """End the run, on all ranks, if the learning rate of a step is wrong on any; collective."""
-
-        def check() -> None:
-            if wrong:
-                raise wrong
-
-        try:
-            self.grid.team.together(check)
-        except ConfigError:
-            self.stage.sum.drop()
-            raise
-
-    def _rows(self, entries: int, measured: bool = False) -> NDArray[np.float64]:
-        """Rows of the step record for that many micro-batches, with columns for the metric only if it is to be
-        measured: of many outputs they may be thousands."""
-        return np.zeros((entries, 2 + (self.model.metric.columns if measured else 0)))
-
-    def _check_finite(self, step: int, record: Record, norm: float | None = None) -> None:
-        """End the run, on all ranks, if the loss of this step or what its gradient did is not finite; collective."""
-        if record.broken:
-            error = not_finite(f"weights are not finite after step {step - 1}")
-        elif record.bad_entry is not None:
-            grid, entry = self.grid, record.bad_entry
-            replica = (grid.replicas * (entry + 1) - 1) // self.config.microbatches
-            rank = grid.team.launched[grid.rank_of(grid.stages - 1, replica)]
-            error = not_finite(f"the loss is not finite in step {step} (micro-batch {entry}, rank {rank})", rank)
-        elif norm is not None and not norm < float("inf"):
-            error = not_finite(f"the gradient is not finite in step {step}")
-        else:
-            return
-        self.stage.sum.drop()
-        raise error
 
 
 def assemble(
@@ -213,27 +228,17 @@ def assemble(
     best = team.together(lambda: best_of(config, built.metric))
     team.together(lambda: check_rows(config, *built.least_rows, rows.shards.smallest(), len(data.train), grid.replicas))
     team.on_rank_0(lambda: check(config, built))
-    layout = built.layouts[grid.stage]
-    sum_, agreement, notes = place(config, grid, layout, 2 + built.metric.columns)
-    values = sum_.values
-    layout.bind(values.vector)
-    memory = values.memory  # whose ranks share the work
-    team.together(lambda: layout.initialise(values.vector, config.seed, memory.rank, memory.ranks))
-    computation = dataclasses.replace(computation, gradients=gradients(layout, sum_))
-    optimizer = optimizers.build(config.optimizer, config.momentum, config.weight_decay, config.betas)
-    update = Update(team, grid.replica, sum_, optimizer, config.clip, rows.shards.rows_of, config.ema)
+    calendar = Calendar(config)
+    learning = Learning(Ingredients(config, grid, built, computation, rows.shards, rate), calendar)
     return Run(
         config=config,
         grid=grid,
         data=rows,
         model=built,
-        stage=TrainingStage(grid.pipe, computation, sum_, SCHEDULES[config.schedule], clock),
-        update=update,
-        state=State(grid, values, update.states),
-        agree=agreement,
-        rate=rate,
+        calendar=calendar,
+        learning=learning,
         best=best,
-        notes=[*rows.notes, *built.notes, *notes, *remarks(config, rate)],
+        notes=[*rows.notes, *built.notes, *learning.now.notes, *remarks(config, rate)],
     )
 
 

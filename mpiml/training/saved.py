@@ -17,7 +17,7 @@ from mpiml.run.checkpoint import Checkpoint
 from mpiml.usercode import is_name
 
 CODE = tuple(field.name for field in settings() if field.metadata["named"])  # the settings that may name some
-HISTORY = "lr_history"  # which the run itself adds to, when it is extended
+HISTORY = ("lr_history", "averaged_at")  # which the run itself adds to, when it is extended
 
 
 def settings_in(path: Path) -> Config:
@@ -78,7 +78,7 @@ def resumed(asked: Config, stored: Config) -> Config:
         value, was = getattr(asked, field.name), getattr(stored, field.name)
         if field.name not in given or value == was or (value == "auto" and field.name != "memory"):
             continue
-        if field.name == HISTORY or not may_become(stored, field, value):
+        if field.name in HISTORY or not may_become(stored, field, value):
             raise refusal(asked, field.name, was)
         changes[field.name] = value
     if "epochs" in given:
@@ -92,7 +92,9 @@ def may_become(stored: Config, field: dataclasses.Field[Any], value: Any) -> boo
     """Whether a stored run may be resumed with another value of a setting."""
     if field.name == "ignore":  # where it was not set, -1 was ignored, or did not occur
         return stored.ignore is None and value == -1
-    if field.name in (*FALLING, HISTORY):  # for more steps than before, which is checked when their number is known
+    if field.name == "averaged_at":
+        return stored.average_every > 0
+    if field.name in (*FALLING, *HISTORY):  # for more steps than before, which is checked when their number is known
         return stored.decay != "none"
     return bool(field.metadata["on_resume"])
 

@@ -13,7 +13,7 @@ from mpiml.data.dataset import Dataset
 from mpiml.data.fingerprint import difference
 from mpiml.errors import DataError, OutputError
 from mpiml.flags import flag
-from mpiml.parallel.state import VALUES
+from mpiml.parallel.state import VALUES, State
 from mpiml.run import checkpoint, environment, step_files, verified
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.run.deadline import Deadline
@@ -21,10 +21,12 @@ from mpiml.run.directory import CHECKPOINTS, CONFIG, sync_file
 from mpiml.run.metrics import cut_after, last_known, missing, scores
 from mpiml.run.result import update_result
 from mpiml.run.verified import Progress
+from mpiml.training import rounds
 from mpiml.training.arrays import from_arrays, needed_kinds, preparations, restore_constants, to_arrays
 from mpiml.training.hold import Hold
 from mpiml.training.look import Known
 from mpiml.training.place import BuiltModel
+from mpiml.training.rounds import Round
 from mpiml.training.run import Run
 from mpiml.training.saved import may_become, settings_of
 from mpiml.training.task import Seen
@@ -75,7 +77,7 @@ class Restored(NamedTuple):
     """Where a run goes on.
 
     Attributes:
-        step: the last one that is done.
+        step: the last one that is done; within a round of workers, the last before it.
         notes: what a person should know.
         history: the last results in its log, under the names of result.json.
         scores: (step, score) of each evaluation in its log, by what --best names.
@@ -99,6 +101,7 @@ class Store:
         self.run, self.hold, self.deadline = run, hold, deadline
         self.team, self.clock = run.grid.team, run.grid.team.clock
         self._saved = 0  # the step of the last checkpoint
+        self._left: State | None = None  # the vectors of a round that workers have left
         states, layouts = len(run.state.names) - 1, run.model.layouts
         size = sum((layout.size + states * layout.updated) * layout.dtype.itemsize for layout in layouts)
         deadline.expect(size + sum(array.nbytes for array in run.model.constants.arrays.values()))
@@ -115,14 +118,18 @@ class Store:
             newest.append(self.hold.newest(progress))
             return bool(run.config.init) and not newest[0][0]
 
-        def read() -> tuple[Restored, tuple[str, ...]]:
+        def read() -> tuple[Restored, int, tuple[str, ...], dict[str, Any]]:
             saved, problems = newest.pop()
             names: tuple[str, ...] = ()
             given: Mapping[str, Any] = {}
             notes = [f"warning: skipped {problem}" for problem in problems]
+            left = {name: saved.arrays[name] for name in rounds.NAMES if name in saved.arrays} if saved else {}
             if saved:
                 _check_same_run(run.config, saved)
-                names, given = run.state.names, saved.arrays
+                names, given = run.learning.names(saved.step, bool(left)), saved.arrays
+                if left:
+                    of = run.config.workers, run.calendar.round_of(saved.step), run.model.metric.columns
+                    rounds.check_left(left, *of, saved.origin)
                 constants.check(saved.header, needed_kinds(layouts, names))
                 stages.extend(from_arrays(layouts, saved, names))
             elif run.config.init:
@@ -133,56 +140,75 @@ class Store:
                 notes += of_init
             changed.update((name, given[name]) for name in constants.changed(given))
             # Nothing can be refused any more, so now the log may change.
-            return self._cut_log(saved, notes), names
+            return self._cut_log(saved, bool(left), notes), saved.step if saved else 0, names, left
 
         self.clock("checkpoint")
         if self.team.on_rank_0(begins):
             stages.extend(run.state.collect(VALUES))  # first values as they are drawn
-        start, names = self.team.on_rank_0(read)
+        start, self._saved, names, left = self.team.on_rank_0(read)
         if names:
-            run.state.distribute(stages, *names)
+            run.learning.begin(start.step + 1)
+            state = run.learning.now.round_state() if left else run.state
+            state.distribute(stages, *names)
             restore_constants(constants, self.team, changed)
-        self._saved = start.step
+        run.learning.left = left or None
         for scored in start.scores:
             run.best.add(*scored)
         if start.step:  # the job before may have been killed before it did so
             self.team.on_rank_0(self._prune)
         return start
 
-    def _cut_log(self, saved: Checkpoint | None, notes: list[str]) -> Restored:
-        """Rank 0: cut the log to what was there when a checkpoint was written; without one, to nothing."""
+    def _cut_log(self, saved: Checkpoint | None, left: bool, notes: list[str]) -> Restored:
+        """Rank 0: cut the log to what was there when a checkpoint was written, or when the round began that was `left`
+        then; without one, to nothing."""
         run, metrics, step = self.run, self.hold.metrics, saved.step if saved else 0
-        cfg = run.config
-        entries, kept, damaged = cut_after(metrics, step, cfg.steps, cfg.log_every, cfg.eval_every)
+        cfg, round_ = run.config, run.calendar.round_of(max(step, 1))
+        if left:
+            notes.append(f"going on within the round of steps {round_[0]} to {round_[-1]}")
+            step = round_[0] - 1
+        due = run.calendar.due(step)
+        entries, kept, damaged = cut_after(metrics, step, due.log, due.evaluation or step == cfg.steps)
         if saved:
             before = settings_of(saved, (), {})
-            if lost := missing(entries, step, before.log_every, before.eval_every):
+            eval_every = -(-before.eval_every // (before.average_every or 1)) * (before.average_every or 1)
+            if lost := missing(entries, step, before.log_every, eval_every):
                 notes.append(f"warning: {metrics} has lost its lines of steps {lost[0]} to {lost[-1]}")
-            notes.append(f"going on after step {step}")
+            notes += [] if left else [f"going on after step {step}"]
         elif cfg.resume:
             notes.append(f"no checkpoint in {self.hold.path} yet: starting at step 0")
         notes += damaged
         if saved and "init" in (cfg.given or ()):
             notes.append(f"--init {cfg.init} is not read: it is for a run's first step")
         scored = any("evaluation" in entry and entry["step"] == step for entry in kept)
-        unscored = saved is not None and run.due(step).evaluation and not scored
+        unscored = saved is not None and not left and due.evaluation and not scored
         history = last_known(kept, run.model.metric.name, cfg.evaluated)
         return Restored(step, notes, history, scores(kept, run.best.name), unscored)
 
     def save(self, step: int) -> None:
         """Write the checkpoint of a step, unless that is done, when the metrics so far are on disk."""
-        if step == self._saved:
-            return
+        if step != self._saved:
+            self._write(step, self.run.state, {})
+
+    def save_round(self, left: Round) -> int:
+        """Write a checkpoint within a round that workers have left: of each of them, and how far it is. Returns its
+        step, the last that all have done."""
+        progress = left.arrays()
+        self._left = self.run.learning.now.round_state()
+        self._write(int(progress[rounds.STEPS].min()), self._left, progress)
+        return self._saved
+
+    def _write(self, step: int, state: State, more: Mapping[str, Any]) -> None:
+        """Write the checkpoint of a step, with the vectors of a state and `more` arrays."""
         run, began = self.run, time.monotonic()
         with self.clock.booked("checkpoint"):
-            stages = run.state.collect()
+            stages = state.collect()
 
             def write() -> None:
                 self.clock("checkpoint")
                 self.hold.check()
                 sync_file(self.hold.metrics)
                 model = run.model
-                arrays = to_arrays(model.layouts, stages, *run.state.names) | dict(model.constants.arrays)
+                arrays = to_arrays(model.layouts, stages, *state.names) | dict(model.constants.arrays) | dict(more)
                 for preparation in run.data.preparations:
                     arrays |= preparation.arrays()
                 saved = Checkpoint(step, run.config.to_toml(), arrays, model.task.to_json(), model.constants.entries)
@@ -192,7 +218,8 @@ class Store:
 
             self.team.on_rank_0(write)
         self._saved = step
-        self.deadline.saved(time.monotonic() - began)
+        if not more:
+            self.deadline.saved(time.monotonic() - began)
 
     def save_best(self, step: int) -> None:
         """Save a step that is one of the best by now, and remove the checkpoints of those that no longer are."""
@@ -214,10 +241,10 @@ class Store:
         return {"saved": self._saved} | best
 
     def digest(self) -> str:
-        """The SHA-256 of all weights in layer order, the same for every layout."""
+        """The SHA-256 of all weights in layer order, the same for every layout; within a round, of those before it."""
         run = self.run
         with self.clock.booked("checkpoint"):
-            stages = run.state.collect(VALUES)
+            stages = (self._left or run.state).collect(VALUES)
 
             def compute() -> str:
                 self.clock("checkpoint")

@@ -1,0 +1,73 @@
+"""How the micro-batches of a step are shared out: to workers and replicas, and how many ranks have work; no MPI."""
+
+from __future__ import annotations
+
+from mpiml.config import Config
+from mpiml.errors import ConfigError
+from mpiml.parallel.tree import aligned
+
+
+def shared_out(config: Config, rows: int, replicas: int) -> tuple[int, int | None]:
+    """The numbers of micro-batches of a step and of workers, None if there are none.
+
+    Raises ConfigError for micro-batches that replicas, workers or rows cannot share.
+    """
+    workers = (config.workers or replicas) if config.average_every else None
+    if workers and workers % replicas and replicas % workers:
+        fits = _fitting(replicas, workers)
+        raise ConfigError(f"--workers {workers}: {_count(replicas, 'replica')} cannot share them; {fits} could")
+    parts = max(replicas, workers or 1)
+    default = parts if config.pipe == 1 else min(2 * config.pipe * parts, rows)
+    microbatches = config.microbatches or default
+    if microbatches < replicas:
+        ranks = replicas * config.pipe
+        fits = next(s for s in range(config.pipe, ranks + 1) if ranks % s == 0 and ranks // s <= microbatches)
+        raise ConfigError(
+            f"--microbatches {microbatches}: {replicas} replicas need at least one each; "
+            f"at least {replicas}, or fewer replicas (--pipe {fits}, say)"
+        )
+    if microbatches > rows:
+        raise ConfigError(f"--microbatches {microbatches}: the data set has only {rows} rows to share out")
+    if workers and microbatches % workers:
+        below = microbatches // workers * workers
+        near = " or ".join(str(number) for number in (below, below + workers) if number)
+        raise ConfigError(f"--microbatches {microbatches}: {workers} workers need equally many each; {near} would work")
+    return microbatches, workers
+
+
+def _fitting(most: int, workers: int) -> int:
+    """The largest number of replicas up to `most` that divides the workers or is a multiple of them."""
+    return next(replicas for replicas in range(most, 0, -1) if not workers % replicas or not replicas % workers)
+
+
+def busy(config: Config, before: Config | None, ranks: int) -> int:
+    """How many of `ranks` have work: all of them, unless a run goes on that has fewer micro-batches than they would
+    make replicas, or has workers that so many replicas cannot share. `before` as of `resolve.resolve`."""
+    replicas = ranks // config.pipe
+    if before and config.microbatches:
+        replicas = min(replicas, config.microbatches)
+    if config.average_every and config.workers:
+        replicas = _fitting(replicas, config.workers)
+    return replicas * config.pipe
+
+
+def grid_text(stages: int, replicas: int, microbatches: int, workers: int | None = None) -> str:
+    """One line on a grid, with the flags that repeat the run's arithmetic on another."""
+    ranks, of_workers = stages * replicas, f"--workers {workers} " if workers else ""
+    text = f"{_count(ranks, 'rank')} = {_count(stages, 'stage')} x {_count(replicas, 'replica')}"
+    text += f"; {of_workers}--microbatches {microbatches} repeats these bits on any grid"
+    if not aligned(replicas, microbatches):
+        power = 1 << (microbatches // replicas).bit_length() - 1
+        text += f" (--microbatches {power * replicas} would need the fewest messages on this one)"
+    return text
+
+
+def idle_text(busy: int, idle: int, microbatches: int, workers: int | None = None) -> list[str]:
+    """One line about ranks without work, if there are any."""
+    keeps = f"--workers {workers} and " if workers else ""
+    keeps += f"--microbatches {microbatches} of the run {'keep' if workers else 'keeps'} {busy} busy"
+    return [f"{busy + idle} ranks, but {keeps}: {_count(idle, 'rank')} idle"] if idle else []
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" + ("s" if number > 1 else "")

@@ -1,0 +1,238 @@
+"""Who learns in a run: all ranks together, or workers, which learn apart for the steps of a round and then meet."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpiml.data.shards import Shards
+from mpiml.nn import optimizers
+from mpiml.nn.parameters import Layout
+from mpiml.parallel.average import Average, is_outer
+from mpiml.parallel.gradient_sum import GradientSum
+from mpiml.parallel.grid import Grid
+from mpiml.parallel.recall import Recall
+from mpiml.parallel.schedules import SCHEDULES
+from mpiml.parallel.stage import Computation, TrainingStage
+from mpiml.parallel.state import OUTER, VALUES, Part, State, parts
+from mpiml.parallel.update import Update
+from mpiml.training.calendar import Calendar
+from mpiml.training.learner import Learner
+from mpiml.training.place import Agree, BuiltModel, another, gradients, place
+from mpiml.training.resolve import Resolved
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What learners are made of.
+
+    Attributes:
+        grid: all ranks.
+        computation: of this rank's stage.
+        rate: the learning rate of a step.
+    """
+
+    config: Resolved
+    grid: Grid
+    model: BuiltModel
+    computation: Computation
+    shards: Shards
+    rate: Callable[[int], float]
+
+    @property
+    def layout(self) -> Layout:
+        """Of this rank's stage."""
+        return self.model.layouts[self.grid.stage]
+
+
+class Learners:
+    """All who learn at a step; collective to make.
+
+    Attributes:
+        grid: all ranks.
+        own: the learners that this rank is part of: the only one; or its workers, which have their turns.
+        first: the number of the first of them.
+        average: between workers; None if there are none.
+        state: the vectors of the model that all have at the end of a round.
+        notes: what a person should know.
+    """
+
+    def __init__(self, of: Ingredients, workers: int, apart: bool):
+        config, self.grid, self._layout = of.config, of.grid, of.layout
+        groups = min(of.grid.replicas, workers)  # of replicas, each with one worker or more
+        grid = of.grid.divided(groups) if groups > 1 else of.grid
+        self.apart, self._of_group = apart, grid
+        self.count = workers
+        self.first = of.grid.replica * groups // of.grid.replicas * (workers // groups)
+        microbatches = config.microbatches // workers
+        sum_, agree, self.notes = place(
+            config, of.grid.comm, grid, self._layout, microbatches, 2 + of.model.metric.columns
+        )
+        sums = [sum_, *(another(sum_, grid, self._layout, microbatches) for _ in range(workers // groups - 1))]
+        self.own = [self._learner(of, self.first + turn, one, agree) for turn, one in enumerate(sums)]
+        self._initialise(sum_, config.seed)
+        copies = [learner.update for learner in self.own]
+        self.average: Average | None = None
+        if apart:
+            outer = config.outer_lr, config.outer_momentum
+            self.average = Average(of.grid, groups, workers, copies, config.memory, *outer)
+            self.recall = Recall(of.grid.comm)
+        self.state = self._state()
+
+    def _learner(self, of: Ingredients, number: int, sum_: GradientSum, agree: Agree) -> Learner:
+        config, grid = of.config, self._of_group
+        microbatches = config.microbatches // self.count
+        first = number * microbatches
+        optimizer = optimizers.build(config.optimizer, config.momentum, config.weight_decay, config.betas)
+
+        def rows(step: int) -> int:
+            return sum(of.shards.size(step, m) for m in range(first, first + microbatches))
+
+        computation = dataclasses.replace(of.computation, gradients=gradients(self._layout, sum_))
+        return Learner(
+            name=f"worker {number}: " if self.apart else "",
+            first=first,
+            microbatches=microbatches,
+            grid=grid,
+            stage=TrainingStage(grid.pipe, computation, sum_, SCHEDULES[config.schedule], grid.team.clock),
+            update=Update(grid.team, grid.replica, sum_, optimizer, config.clip, rows, config.ema),
+            agree=agree,
+            metric=of.model.metric,
+            rate=of.rate,
+        )
+
+    def _initialise(self, sum_: GradientSum, seed: int) -> None:
+        """Write first values into those of the first learner, and bind the model to them."""
+        values, memory, layout = sum_.values, sum_.values.memory, self._layout
+        layout.bind(values.vector)
+        # Ranks that share memory share the work.
+        self.grid.team.together(lambda: layout.initialise(values.vector, seed, memory.rank, memory.ranks))
+        for learner in self.own[1:]:
+            np.copyto(learner.stage.sum.values.vector, values.vector)
+
+    def turn(self, learner: Learner) -> None:
+        """Let the model be that of one of this rank's learners."""
+        if len(self.own) > 1:
+            self._layout.bind(learner.stage.sum.values.vector)
+
+    def _state(self) -> State:
+        first = self.own[0]
+        mine = parts(first.stage.sum.values, first.update.states, first.grid.replica, collected=self.first == 0)
+        if self.average and self.average.outer:
+            mine[OUTER] = self.average.parts(self.average.velocity)
+        return State(self.grid, tuple(mine), mine, self._layout.dtype, self._settle)
+
+    def _settle(self) -> None:
+        """Give all learners of this rank, and all ranks of each, what the first has been given."""
+        first, *others = self.own
+        for other in others:
+            np.copyto(other.stage.sum.values.vector, first.stage.sum.values.vector)
+            for name, state in first.update.states.items():
+                np.copyto(other.update.states[name], state)
+        for learner in self.own:
+            learner.stage.sum.values.publish()
+
+    def round_state(self) -> State:
+        """The vectors of a round that is not over: each worker's, and as the model's values those at its start."""
+        assert self.average, "there are rounds of workers only"
+        first, names = self.own[0], (VALUES, *self.own[0].update.states)
+        mine: dict[str, Part] = {}
+        for number, learner in enumerate(self.own, self.first):
+            of_worker = parts(learner.stage.sum.values, learner.update.states, learner.grid.replica)
+            updated = learner.stage.sum.values.updated
+            moving, fixed = _divided(of_worker[VALUES], updated)
+            mine |= {worker_name(number, name): part for name, part in (of_worker | {VALUES: moving}).items()}
+            if learner is first:
+                start = self.average.parts(self.average.start)
+                size, held, collected = fixed
+                collected = collected if self.first == 0 else []
+                mine[VALUES] = Part(size, {**start.held, **held}, [*start.collected, *collected])
+        every = [worker_name(number, name) for number in range(self.count) for name in names]
+        outer = [OUTER] if self.average.outer else []
+        if outer:
+            mine[OUTER] = self.average.parts(self.average.velocity)
+        return State(self.grid, (VALUES, *outer, *every), mine, self._layout.dtype, self._settle_round)
+
+    def _settle_round(self) -> None:
+        """Give all ranks of each worker its values, and all workers what nobody updates."""
+        first = self.own[0].stage.sum.values
+        for learner in self.own:
+            values = learner.stage.sum.values
+            np.copyto(values.vector[values.updated :], first.vector[values.updated :])
+            values.publish()
+
+    @property
+    def sent(self) -> int:
+        """The bytes that this rank has sent to other nodes."""
+        everything = [learner.stage.sum.values for learner in self.own]
+        return sum(values.sent for values in [*everything, *([self.average.values] if self.average else [])])
+
+    def free(self) -> None:
+        """Give back what the MPI library holds for them; collective."""
+        for learner in self.own:
+            learner.free()
+        if self.average:
+            self.average.free()
+            self.recall.free()
+        if self._of_group is not self.grid:
+            self._of_group.free()
+
+
+def worker_name(number: int, name: str) -> str:
+    """What a vector of a worker is called."""
+    return f"worker.{number}.{name}"
+
+
+def _divided(values: Part, updated: int) -> tuple[Part, Part]:
+    """What a rank has of the values that are updated, as a vector of their own, and of those that are not."""
+
+    def those(fixed: bool) -> Part:
+        held = {of: view for of, view in values.held.items() if (of[0] >= updated) == fixed}
+        return Part(values.size if fixed else updated, held, [of for of in values.collected if of in held])
+
+    return those(False), those(True)
+
+
+class Learning:
+    """Those who learn at the step that comes next.
+
+    Attributes:
+        left: the arrays with which the next round goes on where it was left, if it was.
+    """
+
+    def __init__(self, of: Ingredients, calendar: Calendar):
+        self._of, self._calendar = of, calendar
+        self.now = self._at(1)
+        self.left: Mapping[str, NDArray[Any]] | None = None
+
+    def begin(self, step: int) -> None:
+        """Be ready for a step; collective. When workers begin to learn apart, each goes on with the common model."""
+        if self._calendar.apart(step) == self.now.apart:
+            return
+        before = self.now.state
+        names, whole = before.names, before.collect()
+        self.now.free()
+        del before
+        self.now = self._at(step)
+        self.now.state.distribute(whole, *names)
+
+    def names(self, step: int, left: bool) -> tuple[str, ...]:
+        """Of the vectors in a checkpoint of a step, which may be within a round that was left."""
+        names = (VALUES, *self.now.own[0].update.states)
+        config = self._of.config
+        outer = [OUTER] if self._calendar.apart(step) and is_outer(config.outer_lr, config.outer_momentum) else []
+        every = [worker_name(number, name) for number in range(config.workers or 1) for name in names]
+        return (VALUES, *outer, *every) if left else (*names, *outer)
+
+    def _at(self, step: int) -> Learners:
+        apart = self._calendar.apart(step)
+        return Learners(self._of, (apart and self._of.config.workers) or 1, apart)
+
+    def free(self) -> None:
+        """Give back what the MPI library holds; collective."""
+        self.now.free()
