@@ -27,7 +27,7 @@ class Step(NamedTuple):
         loss: the mean over all rows; None within a round of workers, in steps that are not logged.
         score: the metric, if it was measured.
         norm: of the gradient, if it was computed; of workers the mean.
-        seconds: that it took on this rank; 0 if an earlier job did it, or all but the end of its round.
+        seconds: that it took on this rank; 0 if an earlier job has begun its round.
         stop: whether any rank asks to stop after it.
         logged: whether it has a line; then there is the score.
         shares: seconds in each of SHARES, and sent: bytes sent to other nodes, up to its end, on this rank in this job;

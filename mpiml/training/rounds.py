@@ -117,7 +117,7 @@ class Round:
         self.progress = [Progress(steps[0] - 1, 0.0, empty.copy()) for _ in learners.own]
         self.everyones: list[Progress] = []  # by worker, once all have met
         self.times: dict[int, Timed] = {}
-        self.stop = self.broken_off = False
+        self.resumed, self.stop, self.broken_off = left is not None, False, False
         self.distance: float | None = None
         self._problems: dict[int, RunError] = {}  # of workers that cannot go on
         assert learners.average, "workers have one"
@@ -211,9 +211,9 @@ class Round:
         team.clock("compute")
 
     def share_out(self, seconds: float) -> None:
-        """Let each step of this job have taken an equal part of the seconds of the round on this rank, and what came
-        after the last one belong to it."""
-        clock, each = self.learners.grid.team.clock, seconds / max(len(self.times), 1)
+        """Let each step have taken an equal part of the seconds of the round on this rank, and what came after the last
+        one belong to it. The times of a round that was left do not count: ranks have done different parts of it."""
+        clock, each = self.learners.grid.team.clock, 0.0 if self.resumed else seconds / len(self.steps)
         self.times = {step: times._replace(seconds=each) for step, times in self.times.items()}
         self.times[self.steps[-1]] = Timed(each, clock.shares(), self.learners.sent)
 
