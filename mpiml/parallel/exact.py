@@ -30,6 +30,8 @@ def digits(rows: ArrayLike) -> Digits:
     """
     rows = np.asarray(rows, np.float64)
     total = np.zeros((rows.shape[1], DIGITS), np.int64)
+    if not rows.size:
+        return total
     finite = np.isfinite(rows)
     if not finite.all():
         for kind, those in enumerate((np.isnan(rows), rows == np.inf, rows == -np.inf)):

@@ -77,3 +77,10 @@ def test_sums_that_are_not_finite(values: list[float], expected: float, copies: 
     rows = np.array(values * copies).reshape(-1, 1)
     np.testing.assert_equal(exact.sums(rows), [expected])
     np.testing.assert_equal(exact.rounded(exact.digits(rows)), [expected])
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (3, 0), (300, 0), (0, 2)])
+def test_sums_of_no_numbers(shape: tuple[int, int]) -> None:
+    digits = exact.digits(np.ones(shape))
+    assert digits.shape == (shape[1], exact.DIGITS)
+    assert exact.rounded(digits) == exact.sums(np.ones(shape)) == [0.0] * shape[1]
