@@ -113,16 +113,12 @@ class Sums:
 
     def __init__(self, columns: int, first: int = 0):
         """`first` is the number of the first entry."""
-        self.columns, self._total, self._next, self._bad = (
-            columns,
-            exact.digits(np.empty((0, columns))),
-            first,
-            math.inf,
-        )
+        self.columns, self._next, self._bad = columns, first, math.inf
+        self._total = exact.digits(np.empty((0, columns)))
 
     def add(self, rows: Rows) -> None:
         """Add rows of the next entries."""
-        self._total += exact.digits(rows)
+        exact.add(self._total, rows)
         self._bad = min(self._bad, _first_bad(rows, self._next))
         self._next += len(rows)
 
