@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
-from mpiml.parallel import record
+from mpiml.parallel.record import Agreement, Sums
 from mpiml.train import train
 
 
@@ -20,13 +21,18 @@ def test_only_steps_that_are_logged_carry_the_metric(
 ) -> None:
     """R2 has three sums for each output: of 40 outputs, 121 columns."""
     shapes = []
-    first_bad = record._first_bad
 
-    def noted(rows: NDArray[np.float64], first: int) -> float:
-        shapes.append(rows.shape)
-        return first_bad(rows, first)
+    def noting(kind: type, method: str) -> None:
+        original = getattr(kind, method)
 
-    monkeypatch.setattr(record, "_first_bad", noted)
+        def noted(self: Any, rows: NDArray[np.float64], *arguments: Any) -> Any:
+            shapes.append(rows.shape)
+            return original(self, rows, *arguments)
+
+        monkeypatch.setattr(kind, method, noted)
+
+    noting(Agreement, "__call__")
+    noting(Sums, "add")
     x, y = np.random.default_rng(0).random((2, 64, 40), dtype=np.float32)
     settings = {"hidden": (8,), "batch": 16, "microbatches": 4, "steps": 4, "log_every": 2, "eval_every": 0}
     config = Config(**settings, loss="mse", metric="r2", memory=memory, quiet=True, out=str(tmp_path / "run"))

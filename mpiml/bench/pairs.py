@@ -34,6 +34,17 @@ def ratio(comm: MPI.Intracomm, over: Action | None, under: Action | None, repeat
     return Ratio.of(ratios)
 
 
+def milliseconds(comm: MPI.Intracomm, action: Action, repeats: int) -> Ratio:
+    """The time of `action` on the slowest rank, measured as often as a pair."""
+    spent = []
+    for _ in range(PAIRS + 1):
+        quiet_barrier(comm)
+        spent.append(1000 * seconds(action, repeats))
+    slowest = np.array(spent[1:])
+    comm.Allreduce(MPI.IN_PLACE, slowest, MPI.MAX)
+    return Ratio.of(slowest.tolist())
+
+
 def seconds(action: Action | None, repeats: int) -> float:
     """The mean time of a call, after one that does not count: ranks leave the barrier at different times, and this one
     brings them into step."""

@@ -67,6 +67,7 @@ class Row:
 STEP = "one rank's step: time / time of NumPy by hand"
 LAYERS = "forward, backward and update on one core: samples/s / PyTorch's"
 SUM = "all-reduce of the gradient: time / time of MPI_Allreduce"
+RECORD = "the step record: time / time of MPI_Allreduce of the losses and weights of all micro-batches, and math.fsum"
 DATA = "data-parallel training"
 MODULES = "a PyTorch module: samples/s / PyTorch's"
 LOOP = "PyTorch's loop with mpiml.torch.DataParallel: samples/s / of another loop"
@@ -123,6 +124,10 @@ ROWS = [
         for text, what, least in (("64 MB", "sum", 0.90), ("64 MB with SGD", "update", None))
         for ranks in (2, 4)
     ),
+    Row(RECORD, "M = 16", 2, ("record", "16"), at_most=1.0),
+    Row(RECORD, "M = 16, two nodes", 4, ("record", "16"), nodes="2,2"),
+    Row(RECORD, "M = 64,000", 2, ("record", "64000"), at_most=1.0),
+    Row(RECORD, "M = 64,000: milliseconds", 2, ("record_milliseconds", "64000"), at_most=1.0),
     *(
         Row(DATA, f"784-{h}-{h}-10, {b} rows a rank: samples/s / PyTorch's", 2, ("torch_ddp", f"{h}-{h}", b), None, x)
         for h, b, x in (("256", "64", 4.0), ("1024", "64", 3.0), ("2048", "128", 1.5))

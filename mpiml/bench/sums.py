@@ -1,11 +1,13 @@
-"""Gradient sums, with and without an update, against MPI_Allreduce and against copying memory."""
+"""Gradient sums, with and without an update, and the step record, against MPI_Allreduce and copying memory."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 from mpi4py import MPI
 
-from mpiml.bench.pairs import Action, ratio
+from mpiml.bench.pairs import Action, milliseconds, ratio
 from mpiml.bench.rows import Ratio
 from mpiml.clock import Clock
 from mpiml.errors import ConfigError
@@ -14,9 +16,11 @@ from mpiml.nn.optimizers import SGD, Optimizer
 from mpiml.nn.parameters import Layout, Parameter, constant
 from mpiml.parallel import grid as grids
 from mpiml.parallel.gradient_sum import OrderedSum
-from mpiml.parallel.memory import share
+from mpiml.parallel.memory import SharedMemory, share
+from mpiml.parallel.record import Agreement, Record, Rows
 from mpiml.parallel.update import Update
 from mpiml.parallel.values import Values
+from mpiml.partition import part
 from mpiml.team import Team
 from mpiml.vectors import PIECE, Operands, bytes_of
 
@@ -111,3 +115,39 @@ def bandwidth(megabytes: str, what: str) -> Ratio:
 
     action, vectors = (add, WORLD.size + 1) if what == "sum" else (lambda: ordered_step(sum_, update), WORLD.size + 2)
     return ratio(WORLD, lambda: np.copyto(target, source), action, 8, vectors / (2 * WORLD.size))
+
+
+def agreement(microbatches: int) -> tuple[Action, Rows]:
+    """What a step does for its record, with a loss and a weight for each micro-batch; and this rank's rows of it."""
+    grid, (first, last) = grids.build(Team(WORLD, Clock()), 1), part(WORLD.rank, WORLD.size, microbatches)
+    memory = SharedMemory(grid.node, 0, Agreement.bytes_needed(grid.node.size, WORLD.size, microbatches, 2))
+    agree = Agreement(grid, memory, microbatches, 2)
+    rows = np.random.default_rng(WORLD.rank).random((last - first, 2))
+
+    def step() -> None:
+        agree(rows)
+
+    return step, rows
+
+
+def record(microbatches: str) -> Ratio:
+    """Time of the agreement on the step record over that of the same by MPI_Allreduce: of a table with a row for each
+    micro-batch, and one for the two flags, whose columns every rank then adds up by math.fsum."""
+    total = int(microbatches)
+    agree, rows = agreement(total)
+    (first, last), table = part(WORLD.rank, WORLD.size, total), np.zeros((total + 1, 2))
+
+    def by_table() -> None:
+        table[:] = 0
+        table[first:last] = rows
+        WORLD.Allreduce(MPI.IN_PLACE, table)
+        broken, stop = table[-1].tolist()
+        loss, weight = map(math.fsum, table[:-1].T.tolist())
+        Record(loss, weight, [], bool(broken), bool(stop), None if math.isfinite(loss) else 0)
+
+    return ratio(WORLD, agree, by_table, 500 if total < 1000 else 50)
+
+
+def record_milliseconds(microbatches: str) -> Ratio:
+    """Milliseconds of the agreement on the step record."""
+    return milliseconds(WORLD, agreement(int(microbatches))[0], 100)

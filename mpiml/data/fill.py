@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -53,13 +53,11 @@ class Filling(Preparation):
     NAMES: ClassVar = ("data.fill",)
 
     @classmethod
-    def of_means(cls, shards: Iterable[Present], names: Sequence[str]) -> Filling:
-        """The means over all shards, added in the order of the shards: the same bits on every layout.
+    def of_means(cls, sums: Present, names: Sequence[str]) -> Filling:
+        """The means over all rows.
 
         Raises DataError for an input that has no value in any row, by its name if inputs have names.
         """
-        first, *others = shards
-        sums = sum(others, first)
         if (empty := np.flatnonzero(sums.rows == 0)).size:
             what = f"column {names[empty[0]]}" if names else f"input {empty[0]} of a row"
             more = f" (likewise {empty.size - 1} more)" if empty.size > 1 else ""

@@ -29,9 +29,9 @@ class Moments:
     def __add__(self, other: Moments) -> Moments:
         """The moments of both sets of rows: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for
         computing sample variances", 1979."""
+        if not (self.rows and other.rows):
+            return self if self.rows else other
         rows = self.rows + other.rows
-        if not rows:
-            return self
         shift, share = other.mean - self.mean, other.rows / rows
         squares = self.squares + other.squares + shift * shift * (self.rows * share)
         return Moments(rows, self.mean + shift * share, squares)
@@ -61,10 +61,8 @@ class Normalization(Preparation):
     NAMES: ClassVar = ("data.mean", "data.scale")
 
     @classmethod
-    def of(cls, shards: Iterable[Moments]) -> Normalization:
-        """From the moments of all shards, added in the order of the shards: the same bits on every layout."""
-        first, *others = shards
-        total = sum(others, first)
+    def of(cls, total: Moments) -> Normalization:
+        """From the moments of all rows."""
         deviation = np.sqrt(total.squares / total.rows)
         constant = deviation <= CONSTANT * np.abs(total.mean)
         return cls(total.mean, np.where(constant, 1.0, 1 / np.where(constant, 1.0, deviation)))

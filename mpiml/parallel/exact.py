@@ -18,7 +18,6 @@ FINITE = 66  # digits, for float64's 2,098 bits and two more places for what is 
 DIGITS = FINITE + 3  # behind them: how many are not a number, infinite, and minus infinite
 FEW = 100  # rows that are added up as they are
 LARGE = 2.0**900  # sums of larger numbers may be beyond float64
-AT_ONCE = 1 << 19  # rows: so many digits are added up in float64 without rounding
 
 Digits = NDArray[np.int64]
 
@@ -30,6 +29,12 @@ def digits(rows: ArrayLike) -> Digits:
     """
     rows = np.asarray(rows, np.float64)
     total = np.zeros((rows.shape[1], DIGITS), np.int64)
+    add(total, rows)
+    return total
+
+
+def add(total: Digits, rows: NDArray[np.float64]) -> None:
+    """Add the sums of the columns of (rows, columns) to `total`, as of `digits`."""
     finite = np.isfinite(rows)
     if not finite.all():
         for kind, those in enumerate((np.isnan(rows), rows == np.inf, rows == -np.inf)):
@@ -37,9 +42,8 @@ def digits(rows: ArrayLike) -> Digits:
         rows = np.where(finite, rows, 0.0)
     if len(rows) > FEW and np.abs(rows).max(initial=0) < LARGE:
         rows = _fewer(rows)
-    for start in range(0, len(rows), AT_ONCE):
-        _add(total, rows[start : start + AT_ONCE])
-    return total
+    if rows.size:
+        _add(total.reshape(-1), rows)
 
 
 def _fewer(rows: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -57,10 +61,10 @@ def _fewer(rows: NDArray[np.float64]) -> NDArray[np.float64]:
         np.subtract(leading, above, out=leading)
         few.append(leading.sum(axis=1))
         np.subtract(left, leading, out=left)
-    return np.array(few).reshape(-1, rows.shape[1])
+    return np.array(few).reshape(len(few), rows.shape[1])
 
 
-def _add(total: Digits, rows: NDArray[np.float64]) -> None:
+def _add(total: NDArray[np.int64], rows: NDArray[np.float64]) -> None:
     fraction, exponent = np.frexp(rows)
     whole = np.ldexp(fraction, MANTISSA).astype(np.int64)
     shift = exponent.astype(np.int64) + (LOWEST - MANTISSA)
@@ -71,7 +75,7 @@ def _add(total: Digits, rows: NDArray[np.float64]) -> None:
     low, high = (whole & (2**BITS - 1)) << shift, (whole >> BITS) << shift
     place = (digit + DIGITS * np.arange(rows.shape[1])).ravel()
     for values in (low & (2**BITS - 1), (low >> BITS) + (high & (2**BITS - 1)), high >> BITS):
-        total += np.bincount(place, values.ravel(), total.size).astype(np.int64).reshape(total.shape)
+        np.add.at(total, place, values.ravel())
         place += 1
 
 

@@ -1,6 +1,7 @@
 """The step record: sums and requests that all ranks agree on before any of them updates, so that all decide alike."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,23 +66,23 @@ class Agreement:
     """
 
     def __init__(self, grid: Grid, memory: SharedMemory, microbatches: int, columns: int):
-        self.memory, self.leaders, ranks = memory, grid.leaders, memory.ranks
+        self.comm, self.memory, self.leaders, ranks = grid.comm, memory, grid.leaders, memory.ranks
         self._first, _ = part(grid.replica, grid.replicas, microbatches)
         self._most = _numbers_a_column(grid.replicas, microbatches)
-        self._flags = memory.common(ranks * 3, np.float64).reshape(ranks, 3)
+        self._flags = memory.common(ranks * 2, np.float64).reshape(ranks, 2)
         self._own_flags = self._flags[memory.rank]
         self._written = memory.common(ranks * self._most * columns, np.float64)
-        self._result = memory.common(3 + columns, np.float64)
+        self._result = memory.common(2 + columns, np.float64)
 
     @staticmethod
     def bytes_needed(ranks: int, replicas: int, microbatches: int, columns: int) -> int:
         """The bytes that an Agreement allocates of the memory of a node's `ranks`, by `common`."""
-        return 8 * (ranks * (3 + _numbers_a_column(replicas, microbatches) * columns) + 3 + columns) + 3 * ALIGNMENT
+        return 8 * (ranks * (2 + _numbers_a_column(replicas, microbatches) * columns) + 2 + columns) + 3 * ALIGNMENT
 
     def __call__(self, rows: Rows, broken: bool = False, stop: bool = False) -> Record:
         """As `agree`, for a step."""
         memory, columns = self.memory, rows.shape[1]
-        self._own_flags[:] = broken, stop, _first_bad(rows, self._first)
+        self._own_flags[:] = broken, stop
         size = memory.ranks * self._most * columns
         written: NDArray[Any] = self._written[:size].reshape(memory.ranks, self._most, columns)
         if self._most == DIGITS:
@@ -91,20 +92,19 @@ class Agreement:
             if len(rows) < self._most:
                 written[memory.rank, len(rows) :] = 0
         memory.barrier(lambda: self._combine(written))
-        return _record(*self._result[: 3 + columns].tolist())
+        return _record(self.comm, self._result[: 2 + columns].tolist(), lambda: _first_bad(rows, self._first))
 
     def _combine(self, written: NDArray[np.float64]) -> None:
         """Write the record into the result that all ranks of the node read; on its first rank."""
-        all_broken, all_stop, all_bad = zip(*self._flags.tolist(), strict=True)
-        broken, stop, bad = max(all_broken), max(all_stop), min(all_bad)
+        broken, stop = map(max, zip(*self._flags.tolist(), strict=True))
         rows = written.reshape(-1, written.shape[2])
         if self.leaders is not None:
             total = _as_digits(written).sum(axis=0) if self._most == DIGITS else exact.digits(rows)
-            result = _of_all(self.leaders, total, broken, stop, bad)
+            result = _of_all(self.leaders, total, broken, stop)
         elif self._most == DIGITS:
-            result = [broken, stop, bad, *exact.rounded(_as_digits(written).sum(axis=0))]
+            result = [broken, stop, *exact.rounded(_as_digits(written).sum(axis=0))]
         else:
-            result = [broken, stop, bad, *exact.sums(rows)]
+            result = [broken, stop, *exact.sums(rows)]
         self._result[: len(result)] = result
 
 
@@ -113,22 +113,18 @@ class Sums:
 
     def __init__(self, columns: int, first: int = 0):
         """`first` is the number of the first entry."""
-        self.columns, self._total, self._next, self._bad = (
-            columns,
-            exact.digits(np.empty((0, columns))),
-            first,
-            math.inf,
-        )
+        self.columns, self._next, self._bad = columns, first, math.inf
+        self._total = exact.digits(np.empty((0, columns)))
 
     def add(self, rows: Rows) -> None:
         """Add rows of the next entries."""
-        self._total += exact.digits(rows)
+        exact.add(self._total, rows)
         self._bad = min(self._bad, _first_bad(rows, self._next))
         self._next += len(rows)
 
     def over_all(self, comm: MPI.Intracomm, broken: bool = False, stop: bool = False) -> Record:
         """The record over all ranks; collective over `comm`. The sums are exact, so no layout changes them."""
-        return _record(*_of_all(comm, self._total, broken, stop, self._bad))
+        return _record(comm, _of_all(comm, self._total, broken, stop), lambda: self._bad)
 
 
 def agree(comm: MPI.Intracomm, rows: Rows, broken: bool = False, stop: bool = False, first: int = 0) -> Record:
@@ -152,21 +148,24 @@ def _as_digits(written: NDArray[np.float64]) -> Digits:
 
 def _first_bad(rows: Rows, first: int) -> float:
     """The number of the first entry whose loss is not finite, or so large that a sum of such may not be; else inf."""
-    if len(rows) <= exact.FEW and all(abs(loss) <= LARGE for loss in rows[:, 0].tolist()):
-        return math.inf
     good = np.abs(rows[:, 0]) <= LARGE
     return math.inf if good.all() else float(first + np.argmin(good))
 
 
-def _of_all(comm: MPI.Intracomm, total: Digits, broken: float, stop: float, bad: float) -> list[float]:
-    """The arguments of `_record`, of all ranks of a communicator; collective."""
+def _of_all(comm: MPI.Intracomm, total: Digits, broken: float, stop: float) -> list[float]:
+    """The flags and sums of all ranks of a communicator; collective."""
     message = np.concatenate([np.array([broken, stop], np.int64), total.ravel()])
     wait([comm.Iallreduce(MPI.IN_PLACE, message)])
-    sums, lowest = exact.rounded(message[2:].reshape(total.shape)), np.array([bad])
-    if not math.isfinite(sums[0]):
+    return [*message[:2].tolist(), *exact.rounded(message[2:].reshape(total.shape))]
+
+
+def _record(comm: MPI.Intracomm, agreed: Sequence[float], first_bad: Callable[[], float]) -> Record:
+    """The record of the flags and sums that all ranks of `comm` have; which entry was bad first they only find out if
+    one was. Collective."""
+    broken, stop, loss, weight, *metric = agreed
+    record = Record(loss, weight, metric, bool(broken), bool(stop))
+    if not math.isfinite(loss):
+        lowest = np.array([first_bad()])
         wait([comm.Iallreduce(MPI.IN_PLACE, lowest, MPI.MIN)])
-    return [float(message[0]), float(message[1]), float(lowest[0]), *sums]
-
-
-def _record(broken: float, stop: float, bad: float, loss: float, weight: float, *metric: float) -> Record:
-    return Record(loss, weight, list(metric), bool(broken), bool(stop), None if math.isfinite(loss) else int(bad))
+        record.bad_entry = int(lowest[0])
+    return record

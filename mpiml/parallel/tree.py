@@ -8,10 +8,12 @@ same two, so the sum has the same bits on every layout.
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from mpiml.partition import part
 
 Range = tuple[int, int]
+T = TypeVar("T")
 
 
 def shift_reduce(ranges: Iterable[Range], total: int) -> tuple[list[int], list[Range]]:
@@ -31,6 +33,19 @@ def shift_reduce(ranges: Iterable[Range], total: int) -> tuple[list[int], list[R
             count += 1
         counts.append(count)
     return counts, stack
+
+
+def added(ranges: Sequence[Range], values: Iterable[T], total: int) -> tuple[list[Range], list[T]]:
+    """Add up `values` as shift_reduce plans it for their `ranges`: the ranges that stay on the stack and their sums. No
+    more values are asked for than the stack has room for, about log2 of their number."""
+    counts, left = shift_reduce(ranges, total)
+    stack: list[Any] = []
+    for count, value in zip(counts, values, strict=True):
+        stack.append(value)
+        for _ in range(count):
+            right = stack.pop()
+            stack[-1] = stack[-1] + right
+    return left, stack
 
 
 def _is_node(left: Range, right: Range, total: int) -> bool:

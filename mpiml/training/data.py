@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,7 +17,8 @@ from mpiml.data.shards import Shards
 from mpiml.data.sources import Indices, Source
 from mpiml.errors import ConfigError, DataError
 from mpiml.parallel.grid import Grid
-from mpiml.team import Team
+from mpiml.parallel.tree import Range, added
+from mpiml.team import Team, until
 from mpiml.training import resolve
 from mpiml.training.task import Task
 from mpiml.usercode import is_name
@@ -97,13 +97,12 @@ def prepare(config: Config, data: Dataset, grid: Grid, shards: Shards) -> list[P
     team, done = grid.team, list[Preparation]()
     team.together(lambda: _check_numbers(config, data))
     if config.fill == MEAN:
-        sums = _of_shards(grid, shards, shards.split, present)
-        done.append(team.on_rank_0(lambda: Filling.of_means(sums, data.names)))
+        done.append(_of_all(grid, shards, shards.split, present, lambda total: Filling.of_means(total, data.names)))
     elif config.fill is not None:
         done.append(Filling(np.full(data.train.x.shape, float(config.fill))))
     if config.normalize:
-        all_moments = _of_shards(grid, shards, prepared(shards.split, done, config.dtype), moments)
-        done.append(team.on_rank_0(lambda: Normalization.of(all_moments)))
+        filled = prepared(shards.split, done, config.dtype)
+        done.append(_of_all(grid, shards, filled, moments, Normalization.of))
     return done
 
 
@@ -115,18 +114,54 @@ def _check_numbers(config: Config, data: Dataset) -> None:
             )
 
 
-def _of_shards(
-    grid: Grid, shards: Shards, split_: Split, measured: Callable[[Source, Indices, Callable[[], object]], T]
-) -> list[T]:
-    """On rank 0, what has been measured of the inputs of each shard, in the order of the shards; collective."""
-    team, clock = grid.team, grid.team.clock
+def _of_all(
+    grid: Grid,
+    shards: Shards,
+    split_: Split,
+    measured: Callable[[Source, Indices, Callable[[], object]], T],
+    made: Callable[[T], Preparation],
+) -> Preparation:
+    """What is `made` of what has been `measured` of the inputs of all shards; collective.
 
-    def here() -> list[T]:
+    The measurements are added up by the tree over the shards' numbers, which no layout changes, by each rank and then
+    between pairs of replicas. So a rank has a few for each level of the tree, not one for each shard.
+    """
+    team, clock, microbatches = grid.team, grid.team.clock, shards.microbatches
+
+    def here() -> tuple[list[Range], list[T]]:
         clock("data")
-        block = range(shards.first, shards.last) if grid.stage == 0 else ()
-        return [measured(split_.x, shards.numbers(m), clock.progress) for m in block]
+        block = range(shards.first, shards.last) if grid.stage == 0 else range(0)
+        each = (measured(split_.x, shards.numbers(m), clock.progress) for m in block)
+        return added([(m, m + 1) for m in block], each, microbatches)
 
-    return list(itertools.chain(*(team.comm.gather(team.together(here)) or [])))
+    ranges, sums = team.together(here)
+    for other in _partners(grid) if grid.stage == 0 else ():
+        if other < grid.replica:
+            team.wait([grid.data.isend((ranges, sums), other)])
+        else:
+            others_ranges, others_sums = _received(grid, other)
+            ranges, sums = added(ranges + others_ranges, sums + others_sums, microbatches)
+    return team.on_rank_0(lambda: made(*sums))
+
+
+def _partners(grid: Grid) -> Iterator[int]:
+    """The replicas from which this one receives, in this order, and then the one to which it sends, so that the first
+    replica comes to have what all have, in pairs."""
+    distance = 1
+    while distance < grid.replicas:
+        if grid.replica % (2 * distance):
+            yield grid.replica - distance
+            return
+        if grid.replica + distance < grid.replicas:
+            yield grid.replica + distance
+        distance *= 2
+
+
+def _received(grid: Grid, replica: int) -> Any:
+    """What that replica sends to this one."""
+    with grid.team.clock.doing("joining"):
+        until(lambda: grid.data.iprobe(replica))
+        return grid.data.recv(source=replica)
 
 
 def naming(team: Team, action: Callable[[], T]) -> Callable[[], T]:

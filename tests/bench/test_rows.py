@@ -30,6 +30,14 @@ def test_of_several_jobs_the_median_counts(monkeypatch: pytest.MonkeyPatch) -> N
     assert jobs.measure_row(row) == {"error": "lost"}
 
 
+def test_rows_of_the_step_record() -> None:
+    """Of a few micro-batches, which a rank writes as they are, and of more, which it adds up itself."""
+    for microbatches in ("4", "200"):
+        against = MEASUREMENTS["record"](microbatches)
+        assert 0 < against.low <= against.median <= against.high
+        assert 0 < MEASUREMENTS["record_milliseconds"](microbatches).median < 1000
+
+
 @pytest.mark.contract
 def test_a_job_gives_figures_or_the_line_that_names_the_fault() -> None:
     made = jobs.measure_once(Row(OTHER, "a row", 2, ("allreduce", "0.01", "bare", "private")))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+
 import numpy as np
 import pytest
 
 from mpiml.data import fill
-from mpiml.data.fill import Filling, present
+from mpiml.data.fill import Filling, Present, present
 from mpiml.data.inspection import inspect
 from mpiml.data.sources import ArraySource
 from mpiml.errors import DataError
@@ -17,9 +20,13 @@ X[5:, 2, 1] = np.nan
 SHARDS = np.array_split(np.arange(200), 5)
 
 
+def over(shards: list[np.ndarray], x: np.ndarray) -> Present:
+    return functools.reduce(operator.add, (present(ArraySource(x), rows) for rows in shards))
+
+
 def test_means_are_over_the_rows_that_have_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fill, "SCAN", 8 * 6 * 7)  # seven rows at once
-    filling = Filling.of_means([present(ArraySource(X), rows) for rows in SHARDS], ())
+    filling = Filling.of_means(over(SHARDS, X), ())
     np.testing.assert_allclose(filling.values, np.nanmean(X.astype(np.float64), axis=0), rtol=1e-13)
 
 
@@ -34,7 +41,7 @@ def test_gaps_alone_are_filled() -> None:
 def test_an_input_without_any_value_has_no_mean() -> None:
     empty = X.copy().reshape(200, 6)
     empty[:, 4:] = np.nan
-    sums = [present(ArraySource(empty), rows) for rows in SHARDS]
+    sums = over(SHARDS, empty)
     for names, what in (
         ("abcdef", "column e has no value in any training row \\(likewise 1 more\\)"),
         ((), "input 4 "),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+
 import numpy as np
 import pytest
 
@@ -14,7 +17,7 @@ X[:, 1, 0] = 0.1  # constant
 
 
 def over(shards: list[np.ndarray], x: np.ndarray = X) -> Normalization:
-    return Normalization.of([moments(ArraySource(x), shard) for shard in shards])
+    return Normalization.of(functools.reduce(operator.add, (moments(ArraySource(x), shard) for shard in shards)))
 
 
 @pytest.mark.parametrize("parts", [1, 2, 7, 500])
@@ -47,6 +50,12 @@ def test_empty_shards_add_nothing() -> None:
     one, other = over([np.arange(500)]), over([empty, empty, np.arange(500), empty])
     assert np.array_equal(one.mean, other.mean)
     assert np.array_equal(one.scale, other.scale)
+
+
+def test_large_constants_are_centred() -> None:
+    """Though their squares are beyond float64."""
+    normalization = over([np.arange(2), np.arange(0), np.arange(2, 4)], np.full((4, 1), 1e200))
+    assert (normalization.mean, normalization.scale) == (1e200, 1)
 
 
 def test_integers_are_normalized_too() -> None:

@@ -1,11 +1,13 @@
 """Tests of the canonical tree: any layout of replicas on nodes builds the same expression, message by message."""
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Iterator
 
 import pytest
 
-from mpiml.parallel.tree import SumPlan, aligned, links, partials, partners, shift_reduce, slots, sum_plan
+from mpiml.parallel.tree import SumPlan, added, aligned, links, partials, partners, shift_reduce, slots, sum_plan
 from mpiml.partition import part
 
 LAYOUTS = [
@@ -66,6 +68,25 @@ def test_shift_reduce_leaves_the_maximal_nodes(total: int) -> None:
 
 def test_shift_reduce_does_not_join_ranges_with_a_gap() -> None:
     assert shift_reduce([(0, 1), (2, 3)], 4) == ([0, 0], [(0, 1), (2, 3)])
+
+
+def test_values_are_added_as_soon_as_they_come() -> None:
+    """So that few are there at once."""
+    done: list[str] = []
+
+    class Value(str):
+        def __add__(self, other: str) -> Value:
+            done.append(f"({self}+{other})")
+            return Value(done[-1])
+
+    def values() -> Iterator[Value]:
+        for m in range(1, 7):
+            done.append(f"{m}")
+            yield Value(m)
+
+    left = added([(m, m + 1) for m in range(1, 7)], values(), 8)
+    assert left == ([(1, 2), (2, 4), (4, 6), (6, 7)], ["1", "(2+3)", "(4+5)", "6"])
+    assert done == ["1", "2", "3", "(2+3)", "4", "5", "(4+5)", "6"]
 
 
 def test_slots_are_depths_of_the_stack() -> None:
