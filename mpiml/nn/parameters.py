@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -191,13 +192,16 @@ class Layout:
             if not parameter.frozen:
                 self.updated = self.size
 
-    def blocks(self) -> list[Block]:
-        """All blocks of what is updated, in the order of the vector; each parameter begins a new block."""
+    def blocks(self, layerwise: bool = False) -> list[Block]:
+        """All blocks of what is updated, in the order of the vector; each parameter begins a new block. Those of
+        matrices (with weight decay) have the matrix's number if the optimizer is `layerwise`."""
+        numbers = itertools.count()
         return [
             block
             for p, offset in self.offsets.items()
             if not p.frozen
-            for block in vectors.blocks(offset, offset + p.size, p.decay, p.momentum, p.rate)
+            for matrix in [next(numbers) if layerwise and p.decay else None]
+            for block in vectors.blocks(offset, offset + p.size, p.decay, p.momentum, p.rate, matrix)
         ]
 
     def views(self, vector: Vector) -> Iterator[tuple[Parameter, NDArray[np.floating]]]:

@@ -124,7 +124,7 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int, befo
         microbatches=microbatches,
         workers=workers,
         epochs=None,
-        weight_decay=(0.01 if config.optimizer == "adamw" else 0.0) if decay is None else decay,
+        weight_decay=(0.01 if config.optimizer in ("adamw", "lamb") else 0.0) if decay is None else decay,
         **last_and_rate(config, rows),
     )
     resolved = Resolved(**vars(decided))
@@ -163,8 +163,9 @@ def check_together(config: Resolved) -> None:
             )
     if len(config.betas) != 2:
         raise ConfigError(f"--betas {text(config.betas)}: must be two numbers, as 0.9,0.999")
-    if config.betas != Config.betas and config.optimizer not in ("adam", "adamw"):
-        raise ConfigError(f"--betas {text(config.betas)}: --optimizer {config.optimizer} has none; adam and adamw have")
+    if config.betas != Config.betas and config.optimizer not in ("adam", "adamw", "lamb"):
+        others = "adam, adamw and lamb have"
+        raise ConfigError(f"--betas {text(config.betas)}: --optimizer {config.optimizer} has none; {others}")
     if config.decay == "none" and (config.lr_floor or config.lr_history):
         name, value = ("lr-floor", config.lr_floor) if config.lr_floor else ("lr-history", text(config.lr_history))
         raise ConfigError(f"--{name} {value}: with --decay none the learning rate does not fall; choose a decay")
