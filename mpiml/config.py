@@ -194,6 +194,15 @@ class Config:
         "adamw", OPTIMIZER, "update rule", choices=["sgd", "momentum", "nesterov", "adam", "adamw", "lars", "lamb"]
     )
     lr: float | None = setting(None, OPTIMIZER, "peak learning rate (default: depends on the optimizer)", low=0)
+    lr_scaling: str = setting(
+        "none",
+        OPTIMIZER,
+        "multiply the learning rate by batch / base batch (linear), or by the root of that (sqrt)",
+        choices=["none", "linear", "sqrt"],
+    )
+    base_batch: int | None = setting(
+        None, OPTIMIZER, "rows per step that the learning rate is chosen for, if it is scaled", low=1
+    )
     momentum: float = setting(0.9, OPTIMIZER, "coefficient of momentum, nesterov and lars", low=0, below=1)
     betas: tuple[float, ...] = setting(
         (0.9, 0.999), OPTIMIZER, "coefficients of the moving averages of adam, adamw and lamb", low=0, below=1

@@ -36,10 +36,11 @@ class Optimizer:
         raise TypeError(f"{type(self).__name__} defines no update")
 
     def prepare(self, on: Operands, scale: float, step: int) -> None:
-        """Change the states of a piece, and make `on.total` what has the norm `total` of its matrix."""
+        """Change the states of a piece, and put into `on.total` what its matrix's second norm is to be of: by default
+        it stays the summed gradient."""
 
     def trust_ratio(self, value: float, total: float, scale: float) -> float:
-        """What `on.trust` is to be, by the norms of a matrix and of its `on.total`."""
+        """The trust ratio of a matrix, by its norm and that of its `on.total`."""
         return 1.0
 
     def _gradient(self, on: Operands, scale: float) -> None:
