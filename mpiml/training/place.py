@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from mpiml.config import Config
 from mpiml.nn import base as nn
-from mpiml.nn import optimizers
 from mpiml.nn.losses import Metric
 from mpiml.nn.parameters import Gradients, Layout
 from mpiml.parallel.gradient_sum import GradientSum, LibrarySum, OrderedSum
@@ -139,8 +138,7 @@ def place(
     record, whose rows have so many `columns` with the metric's, in the memory that `config` asks for; collective over
     `everyone`, whose grids are cut alike. Returns these two and notes to print.
     """
-    blocks = layout.blocks(optimizers.build(config.optimizer, 0.0, 0.0).layerwise)
-    flat = (layout.size, blocks, layout.dtype)
+    flat = (layout.size, layout.blocks(), layout.dtype)
     private = functools.partial(agree, grid.comm, first=part(grid.replica, grid.replicas, microbatches)[0])
     if config.allreduce == "mpi":
         copy = Values(MPI.COMM_SELF, PrivateMemory(), *flat)

@@ -86,17 +86,11 @@ def feed(sum_: GradientSum, parts: Sequence[Array], stride: int = 0) -> None:
 
 
 def make(
-    kind: type,
-    layout: Layout,
-    microbatches: int,
-    comm: MPI.Intracomm = WORLD,
-    where: str = "private",
-    bucket: int = 0,
-    layerwise: bool = False,
+    kind: type, layout: Layout, microbatches: int, comm: MPI.Intracomm = WORLD, where: str = "private", bucket: int = 0
 ) -> Any:
     """A sum whose ranks live on one node ("shared"), on nodes of three and fewer ("nodes"; "fenced": where stores may
     be reordered), or each by itself."""
-    flat = (layout.size, layout.blocks(layerwise), layout.dtype)
+    flat = (layout.size, layout.blocks(), layout.dtype)
     memory: Memory = PrivateMemory()
     if where != "private":
         at_once = comm.size if where == "shared" else 3

@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.mpi, pytest.mark.usefixtures("free_sums")]
 ROWS = {1: 50, 2: 1, 3: 77}.__getitem__  # of a step
 
 
-def with_averages(name: str, dtype: str) -> Layout:
+def with_averages(name: str, dtype: str, layerwise: bool = False) -> Layout:
     """A layout with statistics of two momenta between the parameters, of which one has a learning rate of its own, and
     one is fixed."""
     made = [Parameter(shape, constant(0.0)) for shape in SHAPES[name]]
@@ -43,7 +43,7 @@ def with_averages(name: str, dtype: str) -> Layout:
     made[1:1] = [Statistic((5,), constant(0.0), 0.1), Statistic((3,), constant(0.0), 0.3)]
     made.insert(0, fixed := Parameter((5, 9), constant(0.0)))
     fixed.rate = 0.0
-    return Layout([*made, Statistic((4, 5), constant(0.0), 0.1)], dtype)
+    return Layout([*made, Statistic((4, 5), constant(0.0), 0.1)], dtype, layerwise)
 
 
 class Serial:
@@ -92,13 +92,13 @@ def norm_of(blocks: list[Array]) -> float:
 def test_update_has_the_bits_of_a_serial_one(name: str, clip: float, bucket: int) -> None:
     """Of parameters and statistics, of which the optimizer, the clipping and the weight know nothing, and with values
     that are fixed, of which there are no gradients and no state."""
-    layout, microbatches, weight = with_averages("small", "float32"), 37, 101.0
     optimizer = optimizers.build(name, 0.9, 0.1)
-    sum_ = make(OrderedSum, layout, microbatches, bucket=bucket, layerwise=optimizer.layerwise)
+    layout, microbatches, weight = with_averages("small", "float32", optimizer.layerwise), 37, 101.0
+    sum_ = make(OrderedSum, layout, microbatches, bucket=bucket)
     update = Update(Team(WORLD, Clock()), WORLD.rank, sum_, optimizer, clip, ROWS)
     values = layout.zeros()
     values[: layout.updated], values[layout.updated :] = scattered(layout, 99), 7.5
-    serial = Serial(optimizer, layout.blocks(optimizer.layerwise), values, clip)
+    serial = Serial(optimizer, layout.blocks(), values, clip)
     sum_.values.vector[...] = values
     good = [all(slot.size == layout.updated < layout.size for slot in sum_.slots)]
     for step, measure in enumerate([True, False, True], start=1):
@@ -124,8 +124,8 @@ def test_matrices_have_trust_ratios_of_their_own(kind: type, where: str, name: s
     the gradient is clipped. Other parameters have none."""
     made = [Parameter(shape, constant(0.0)) for shape in [(3, 3), (BLOCK, 3), (500,), (201, 100), (4, 2)]]
     made[1].rate = 10.0
-    layout, weight, clip = Layout(made, "float64"), 3.0, 0.5
-    sum_ = make(kind, layout, 16, where=where, layerwise=True)
+    layout, weight, clip = Layout(made, "float64", layerwise=True), 3.0, 0.5
+    sum_ = make(kind, layout, 16, where=where)
     update = Update(Team(WORLD, Clock()), WORLD.rank, sum_, optimizers.build(name, 0.9, 0.1), clip, ROWS)
     first = np.random.default_rng(0).standard_normal(layout.size)
     dict(layout.views(first))[made[0]].fill(0.0)
