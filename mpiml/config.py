@@ -191,14 +191,25 @@ class Config:
     steps: int | None = setting(None, STEPS, "number of steps, in place of --epochs", low=1, on_resume=True)
 
     optimizer: str = setting(
-        "adamw", OPTIMIZER, "update rule", choices=["sgd", "momentum", "nesterov", "adam", "adamw"]
+        "adamw", OPTIMIZER, "update rule", choices=["sgd", "momentum", "nesterov", "adam", "adamw", "lars", "lamb"]
     )
     lr: float | None = setting(None, OPTIMIZER, "peak learning rate (default: depends on the optimizer)", low=0)
-    momentum: float = setting(0.9, OPTIMIZER, "coefficient of momentum and nesterov", low=0, below=1)
-    betas: tuple[float, ...] = setting(
-        (0.9, 0.999), OPTIMIZER, "coefficients of the moving averages of adam and adamw", low=0, below=1
+    lr_scaling: str = setting(
+        "none",
+        OPTIMIZER,
+        "multiply the learning rate by batch / base batch (linear), or by the root of that (sqrt)",
+        choices=["none", "linear", "sqrt"],
     )
-    weight_decay: float | None = setting(None, OPTIMIZER, "decay of matrices (default: 0.01 for adamw, else 0)", low=0)
+    base_batch: int | None = setting(
+        None, OPTIMIZER, "rows per step that the learning rate is chosen for, if it is scaled", low=1
+    )
+    momentum: float = setting(0.9, OPTIMIZER, "coefficient of momentum, nesterov and lars", low=0, below=1)
+    betas: tuple[float, ...] = setting(
+        (0.9, 0.999), OPTIMIZER, "coefficients of the moving averages of adam, adamw and lamb", low=0, below=1
+    )
+    weight_decay: float | None = setting(
+        None, OPTIMIZER, "decay of matrices (default: 0.01 for adamw and lamb, else 0)", low=0
+    )
     warmup_steps: int = setting(0, OPTIMIZER, "steps in which the learning rate rises to its peak", low=0)
     decay: str = setting(
         "none",

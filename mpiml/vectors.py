@@ -19,7 +19,7 @@ class Block:
     """vector[start:stop], at most BLOCK elements of one parameter; the unit of norms and of ownership.
 
     `decay` says whether weight decay applies; `momentum` is that of a running average, None where an optimizer makes
-    the changes, with `rate` times the learning rate.
+    the changes, with `rate` times the learning rate. `matrix` numbers the parameters that have norms of their own.
     """
 
     start: int
@@ -27,6 +27,7 @@ class Block:
     decay: bool
     momentum: float | None = None
     rate: float = 1.0
+    matrix: int | None = None
 
 
 def empty(size: int, dtype: DTypeLike) -> Vector:
@@ -54,9 +55,16 @@ def padded(size: int, dtype: DTypeLike) -> int:
     return bytes_of(size, dtype) // np.dtype(dtype).itemsize
 
 
-def blocks(start: int, stop: int, decay: bool = False, momentum: float | None = None, rate: float = 1.0) -> list[Block]:
+def blocks(
+    start: int,
+    stop: int,
+    decay: bool = False,
+    momentum: float | None = None,
+    rate: float = 1.0,
+    matrix: int | None = None,
+) -> list[Block]:
     """vector[start:stop], of one parameter, in blocks."""
-    return [Block(a, min(a + BLOCK, stop), decay, momentum, rate) for a in range(start, stop, BLOCK)]
+    return [Block(a, min(a + BLOCK, stop), decay, momentum, rate, matrix) for a in range(start, stop, BLOCK)]
 
 
 def square_sums(vector: Vector, blocks: Iterable[tuple[int, int]]) -> list[float]:
@@ -86,6 +94,7 @@ class Operands:
     total: Vector  # the gradient, summed over the batch
     decays: bool  # whether weight decay applies
     average: Vector | None = None  # of the values over the steps so far, if one is kept; changed in place
+    trust: float = 1.0  # the trust ratio of a matrix, where the optimizer has one
 
 
 def average(on: Operands, rows: int, momentum: float) -> None:

@@ -59,6 +59,8 @@ OTHERS = {
     "steps": ("70", "70", 70),
     "optimizer": ("nesterov", '"nesterov"', "nesterov"),
     "lr": ("0.004", "4e-3", 0.004),
+    "lr_scaling": ("sqrt", '"sqrt"', "sqrt"),
+    "base_batch": ("64", "64", 64),
     "momentum": ("0.8", "0.8", 0.8),
     "betas": ("0.8,0.95", "[0.8, 0.95]", (0.8, 0.95)),
     "weight_decay": ("0.1", "0.1", 0.1),

@@ -7,16 +7,23 @@ import numpy as np
 
 from mpiml.vectors import Operands
 
+LARGEST = 1e30  # trust ratio: the next ones would be beyond float32
+
 
 class Optimizer:
     """The common part of all optimizers.
 
     `states` names the state vectors; each has the size of the values and starts at zero. `default_rate` is the
     learning rate that is used if none is given.
+
+    If it is `layerwise`, the step of each matrix (a parameter with weight decay) is multiplied by a trust ratio, made
+    of norms of the whole matrix. In each step it then first prepares all pieces, and updates them when the ratios are
+    known.
     """
 
     states: tuple[str, ...] = ()
     default_rate = 0.0
+    layerwise = False
 
     def __init__(self, weight_decay: float = 0.0):
         self.weight_decay = weight_decay
@@ -27,6 +34,14 @@ class Optimizer:
         The mean gradient of the batch is `on.total` times `scale`; `rate` is the learning rate; `step` counts from 1.
         """
         raise TypeError(f"{type(self).__name__} defines no update")
+
+    def prepare(self, on: Operands, scale: float, step: int) -> None:
+        """Change the states of a piece, and put into `on.total` what its matrix's second norm is to be of: by default
+        it stays the summed gradient."""
+
+    def trust_ratio(self, value: float, total: float, scale: float) -> float:
+        """The trust ratio of a matrix, by its norm and that of its `on.total`."""
+        return 1.0
 
     def _gradient(self, on: Operands, scale: float) -> None:
         """scratch[0] = scale * total + weight_decay * value. Overwrites scratch[1]."""
@@ -102,14 +117,22 @@ class Adam(Optimizer):
         self.betas, self.epsilon, self.decoupled = betas, epsilon, decoupled
 
     def update(self, on: Operands, scale: float, rate: float, step: int) -> None:
-        value, (mean, variance), (grad, spare) = on.value, on.states, on.scratch
-        first, second = self.betas
+        value, (grad, spare) = on.value, on.scratch
         if self.decoupled:
             np.multiply(on.total, scale, out=grad)
             if self.weight_decay and on.decays:
                 np.multiply(value, 1.0 - rate * self.weight_decay, out=value)
         else:
             self._gradient(on, scale)
+        self._divide(on, step)
+        np.multiply(spare, rate / (1.0 - self.betas[0] ** step), out=spare)
+        np.subtract(value, spare, out=value)
+
+    def _divide(self, on: Operands, step: int) -> None:
+        """Add the gradient in scratch[0] to the averages; scratch[1] = mean / (sqrt(variance) + epsilon), where only
+        the variance is corrected."""
+        (mean, variance), (grad, spare) = on.states, on.scratch
+        first, second = self.betas
         np.multiply(mean, first, out=mean)
         np.multiply(grad, 1.0 - first, out=spare)
         np.add(mean, spare, out=mean)
@@ -121,16 +144,76 @@ class Adam(Optimizer):
         np.multiply(spare, 1.0 / math.sqrt(1.0 - second**step), out=spare)
         np.add(spare, self.epsilon, out=spare)
         np.divide(mean, spare, out=spare)
-        np.multiply(spare, rate / (1.0 - first**step), out=spare)
-        np.subtract(value, spare, out=value)
+
+
+class LARS(Momentum):
+    """Momentum with trust * (grad + weight_decay * value) in the place of the gradient. Of a matrix,
+    trust = coefficient * |value| / (|grad| + weight_decay * |value| + epsilon), or 1 where one of the norms is 0; of
+    other parameters it is 1.
+
+    You, Gitman and Ginsburg, "Large batch training of convolutional networks", arXiv 1708.03888, 2017. Constants and
+    default rate are those of the package timm; unlike there, matrices have their ratio also without weight decay.
+    """
+
+    default_rate = 1.0
+    layerwise = True
+    coefficient, epsilon = 0.001, 1e-8
+
+    def trust_ratio(self, value: float, total: float, scale: float) -> float:
+        if not value > 0 or not total > 0:
+            return 1.0
+        return self.coefficient * value / (total * scale + self.weight_decay * value + self.epsilon)
+
+    def _gradient(self, on: Operands, scale: float) -> None:
+        super()._gradient(on, scale)
+        np.multiply(on.scratch[0], on.trust, out=on.scratch[0])
+
+
+class LAMB(Adam):
+    """value -= rate * trust * direction, where direction = mean / (sqrt(variance) + epsilon) + weight_decay * value;
+    mean and variance are corrected as in Adam. Of a matrix, trust = |value| / |direction|, or 1 where one of the norms
+    is 0 (or the direction next to nothing); of other parameters, which have no weight decay, it is 1.
+
+    The direction takes the place of the gradient in memory until all norms are known.
+
+    You et al., "Large batch optimization for deep learning: training BERT in 76 minutes", ICLR 2020, arXiv 1904.00962.
+    Defaults are those of the package timm, without its limit of the gradient's norm, 1; unlike there, matrices have
+    their ratio also without weight decay.
+    """
+
+    layerwise = True
+
+    def __init__(self, weight_decay: float = 0.0, betas: Sequence[float] = (0.9, 0.999), epsilon: float = 1e-6):
+        super().__init__(weight_decay, betas, epsilon)
+
+    def prepare(self, on: Operands, scale: float, step: int) -> None:
+        direction, (grad, spare) = on.total, on.scratch
+        np.multiply(on.total, scale, out=grad)
+        self._divide(on, step)
+        np.multiply(spare, 1.0 / (1.0 - self.betas[0] ** step), out=direction)
+        if self.weight_decay and on.decays:
+            np.multiply(on.value, self.weight_decay, out=spare)
+            np.add(direction, spare, out=direction)
+
+    def trust_ratio(self, value: float, total: float, scale: float) -> float:
+        return value / total if 0 < value < LARGEST * total else 1.0
+
+    def update(self, on: Operands, scale: float, rate: float, step: int) -> None:
+        _, spare = on.scratch
+        np.multiply(on.total, rate * on.trust, out=spare)
+        np.subtract(on.value, spare, out=on.value)
 
 
 def build(name: str, momentum: float, weight_decay: float, betas: Sequence[float] = (0.9, 0.999)) -> Optimizer:
-    """The optimizer called `name`: sgd, momentum, nesterov, adam or adamw. Only the last two have betas."""
+    """The optimizer called `name`: sgd, momentum, nesterov or lars; or adam, adamw or lamb, which have betas."""
     if name == "sgd":
         return SGD(weight_decay)
     if name in ("momentum", "nesterov"):
         return Momentum(weight_decay, momentum=momentum, nesterov=name == "nesterov")
+    if name == "lars":
+        return LARS(weight_decay, momentum=momentum)
+    if name == "lamb":
+        return LAMB(weight_decay, betas)
     return Adam(weight_decay, betas, decoupled=name == "adamw")
 
 

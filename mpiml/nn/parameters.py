@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -176,13 +177,15 @@ class Layout:
     pass completes the vector from its end. Behind all that is updated lie the parameters that are frozen: vectors of
     gradients and of optimizer state end before them.
 
+    If the optimizer is `layerwise`, blocks say which matrix (with weight decay) they are of.
+
     Attributes:
         size: of the vector of values; updated: of its first part, which is updated.
     """
 
-    def __init__(self, parameters: Sequence[Parameter], dtype: DTypeLike):
+    def __init__(self, parameters: Sequence[Parameter], dtype: DTypeLike, layerwise: bool = False):
         self.parameters = list(parameters)
-        self.dtype = np.dtype(dtype)
+        self.dtype, self.layerwise = np.dtype(dtype), layerwise
         self.offsets: dict[Parameter, int] = {}
         self.size = self.updated = 0
         for parameter in sorted(self.parameters, key=lambda p: (p.frozen, p.momentum is None, p.decay)):
@@ -193,11 +196,13 @@ class Layout:
 
     def blocks(self) -> list[Block]:
         """All blocks of what is updated, in the order of the vector; each parameter begins a new block."""
+        numbers = itertools.count()
         return [
             block
             for p, offset in self.offsets.items()
             if not p.frozen
-            for block in vectors.blocks(offset, offset + p.size, p.decay, p.momentum, p.rate)
+            for matrix in [next(numbers) if self.layerwise and p.decay else None]
+            for block in vectors.blocks(offset, offset + p.size, p.decay, p.momentum, p.rate, matrix)
         ]
 
     def views(self, vector: Vector) -> Iterator[tuple[Parameter, NDArray[np.floating]]]:

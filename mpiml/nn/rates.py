@@ -88,6 +88,21 @@ def starts(phases: Sequence[Phase], warmup: int) -> list[int]:
     return [warmup, *(phase.until for phase in phases[:-1])]
 
 
+def batch_factor(scaling: str, batch: int, base: int | None) -> float:
+    """What a learning rate that was chosen for steps of `base` rows is multiplied by for steps of `batch` rows.
+
+    `scaling` is "linear" (Goyal et al., "Accurate, large minibatch SGD", arXiv 1706.02677, 2017), "sqrt" or "none".
+    Raises ConfigError if there is a base and no scaling, or the reverse.
+    """
+    if scaling == "none":
+        if base is not None:
+            raise ConfigError(f"--base-batch {base}: is of --lr-scaling, linear or sqrt; give that too")
+        return 1.0
+    if base is None:
+        raise ConfigError(f"--lr-scaling {scaling}: say with --base-batch for which batch the learning rate is meant")
+    return batch / base if scaling == "linear" else math.sqrt(batch / base)
+
+
 def learning_rate(phases: Sequence[Phase], warmup: int, factor: Factor) -> Callable[[int], float]:
     """The learning rate as a function of the step, 1, 2, ...
 

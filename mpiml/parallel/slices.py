@@ -17,7 +17,7 @@ MESSAGE = 1 << 30  # elements of a message: before MPI 4, libraries count them i
 
 @dataclass(frozen=True)
 class Piece:
-    """vector[start:stop], blocks with equal decay, momentum and rate, which are updated at once.
+    """vector[start:stop], blocks with equal decay, momentum, rate and matrix, which are updated at once.
 
     `blocks` are their (start, stop), relative to the piece's start.
     """
@@ -27,6 +27,7 @@ class Piece:
     decay: bool
     momentum: float | None
     rate: float
+    matrix: int | None
     blocks: list[tuple[int, int]]
 
 
@@ -95,8 +96,8 @@ def pieces(run: Sequence[Block]) -> list[Piece]:
     joined: list[Piece] = []
     for block in run:
         last = joined[-1] if joined else None
-        kind = block.decay, block.momentum, block.rate
-        if last and (last.decay, last.momentum, last.rate) == kind and block.stop - last.start <= PIECE:
+        kind = block.decay, block.momentum, block.rate, block.matrix
+        if last and (last.decay, last.momentum, last.rate, last.matrix) == kind and block.stop - last.start <= PIECE:
             inside = [*last.blocks, (block.start - last.start, block.stop - last.start)]
             joined[-1] = Piece(last.start, block.stop, *kind, inside)
         else:

@@ -24,6 +24,13 @@ class Optimizer(Protocol):
     @property
     def states(self) -> tuple[str, ...]: ...
 
+    @property
+    def layerwise(self) -> bool: ...
+
+    def prepare(self, on: Operands, scale: float, step: int) -> None: ...
+
+    def trust_ratio(self, value: float, total: float, scale: float) -> float: ...
+
     def update(self, on: Operands, scale: float, rate: float, step: int) -> None: ...
 
 
@@ -96,9 +103,12 @@ class Update:
                 return norm
             if self.clip and norm > self.clip:
                 scale *= self.clip / norm
-        finite = True
+        kept, finite = norm is not None, True
+        if self.optimizer.layerwise:
+            self._trust(scale, step, kept)
+            kept = True
         for index, (piece, on) in enumerate(zip(self.pieces, self._operands, strict=True)):
-            on.total = self.sum.total(index, on.scratch[0]) if norm is None else self._kept[index]
+            on.total = self._kept[index] if kept else self.sum.total(index, on.scratch[0])
             if piece.momentum is None:
                 self.optimizer.update(on, scale, rate * piece.rate, step)
                 self._average(on, step)
@@ -155,6 +165,34 @@ class Update:
         if piece.momentum is None:
             operands.average = average
         return operands
+
+    def _trust(self, scale: float, step: int, kept: bool) -> None:
+        """Prepare each piece for the optimizer, and give those of matrices their trust ratio: its two norms are exact
+        sums over all replicas that hold parts of the matrix. The sum is kept, as by `_norm` if that was called before.
+        """
+        values = self.sum.values
+        squares: list[list[tuple[float, float]]] = [[] for _ in range(values.matrices)]
+        for index, (piece, on) in enumerate(zip(self.pieces, self._operands, strict=True)):
+            on.total = self._kept[index]
+            if not kept:
+                self.sum.total(index, on.total)
+            if piece.momentum is None:
+                self.optimizer.prepare(on, scale, step)
+            if piece.matrix is not None:
+                pairs = (vectors.square_sums(vector, piece.blocks) for vector in (on.value, on.total))
+                squares[piece.matrix] += zip(*pairs, strict=True)
+        rows = np.zeros((max(map(len, squares), default=0), values.matrices, 2))
+        for matrix, of_blocks in enumerate(squares):
+            rows[: len(of_blocks), matrix] = np.reshape(of_blocks, (-1, 2))
+        total = exact.digits(rows.reshape(len(rows), 2 * values.matrices))
+        self.clock("communication")
+        wait([values.comm.Iallreduce(MPI.IN_PLACE, total)])
+        self.clock("update")
+        norms = np.sqrt(exact.rounded(total)).reshape(-1, 2).tolist()
+        for piece, on in zip(self.pieces, self._operands, strict=True):
+            if piece.matrix is not None:
+                of_value, of_total = norms[piece.matrix]
+                on.trust = self.optimizer.trust_ratio(of_value, of_total, scale)
 
     def _norm(self) -> float:
         """The norm of the summed gradient over all stages; the sum is kept in this replica's first slot."""

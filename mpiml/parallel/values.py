@@ -55,6 +55,7 @@ class Values:
     Attributes:
         vector: all values of the stage.
         updated: how many of them are updated, the first ones; vectors of gradients have this size.
+        matrices: how many parameters have norms of their own.
         nodes: how many replicas each node has, in order.
         buckets: from the end of the vector to its start, as a backward pass writes gradients.
         holders: (replica, start, stop) of parts that make up what is updated, each element once.
@@ -68,6 +69,7 @@ class Values:
         self.comm, self.memory = comm, memory
         self.vector = memory.common(size, dtype)
         self.updated = padded(blocks[-1].stop, dtype) if blocks else 0  # with the padding after it
+        self.matrices = 1 + max((block.matrix for block in blocks if block.matrix is not None), default=-1)
         neighbours = allgather(comm, (memory.rank, memory.ranks))
         self.nodes = [ranks for rank, ranks in neighbours if rank == 0]
         highest = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 32767  # which every library has

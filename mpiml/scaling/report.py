@@ -83,7 +83,8 @@ def notes(study: Study) -> list[str]:
         paragraphs.append(
             f"Steps to {study.target:g}: in a training run of {study.max_epochs} epochs, the steps until an evaluation "
             "first reached that score; one run for each batch and number of micro-batches, whose weights are the "
-            "same, bit for bit, on any grid. All other settings, the learning rate too, are the same for all. Seconds "
+            "same, bit for bit, on any grid. All other settings are the same for all, the learning rate too unless "
+            "--lr-scaling says otherwise. Seconds "
             "are these steps at the point's median time, without evaluations."
             + (f" Steps between evaluations: {intervals}." if every else "")
         )

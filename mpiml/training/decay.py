@@ -86,9 +86,13 @@ def _steps(steps: int) -> Iterable[tuple[int, int]]:
 
 
 def remarks(config: Resolved, rate: Callable[[int], float]) -> list[str]:
-    """What a person should know: how the learning rate of a run that was extended falls, and that it is 0 before the
-    last step."""
-    phases, notes = phases_of(config), []
+    """What a person should know: what --lr-scaling makes of the learning rate, how that of a run that was extended
+    falls, and that it is 0 before the last step."""
+    phases, notes = phases_of(config), list[str]()
+    if config.lr_scaling != "none":
+        ratio = f"{config.batch} / {config.base_batch}"
+        factor = ratio if config.lr_scaling == "linear" else f"sqrt({ratio})"
+        notes.append(f"learning rate {config.lr:g} x {factor} = {phases[-1].lr:g}, by --lr-scaling")
     if config.lr_history:
         texts = [f"from {phase.lr:g} towards {phase.lr_floor:g} until step {phase.decay_steps}" for phase in phases]
         ends = ["", *(f"; after step {phase.until} " for phase in phases)]

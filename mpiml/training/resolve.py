@@ -15,7 +15,7 @@ from mpiml.data.objects import dataset_of
 from mpiml.errors import ConfigError
 from mpiml.flags import flag, text
 from mpiml.nn import optimizers
-from mpiml.nn.rates import DECAYS, Phase, history
+from mpiml.nn.rates import DECAYS, Phase, batch_factor, history
 from mpiml.training import factors
 from mpiml.training.saved import refusal
 from mpiml.training.sharing import shared_out
@@ -124,7 +124,7 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int, befo
         microbatches=microbatches,
         workers=workers,
         epochs=None,
-        weight_decay=(0.01 if config.optimizer == "adamw" else 0.0) if decay is None else decay,
+        weight_decay=(0.01 if config.optimizer in ("adamw", "lamb") else 0.0) if decay is None else decay,
         **last_and_rate(config, rows),
     )
     resolved = Resolved(**vars(decided))
@@ -140,7 +140,13 @@ def last_and_rate(config: Config, rows: int) -> dict[str, Any]:
 
 
 def phases_of(config: Resolved) -> list[Phase]:
-    """How the learning rate of a run falls: before it was extended, each time, and now."""
+    """How the learning rate of a run falls: before it was extended, each time, and now; with --lr-scaling."""
+    factor = batch_factor(config.lr_scaling, config.batch, config.base_batch)
+    return [p._replace(lr=p.lr * factor, lr_floor=p.lr_floor * factor) for p in _asked_phases(config)]
+
+
+def _asked_phases(config: Resolved) -> list[Phase]:
+    """The same for the base batch, as the settings say it."""
     now = Phase(config.steps, config.lr, config.lr_floor, config.decay_steps)
     return [*history(config.lr_history), now]
 
@@ -163,8 +169,9 @@ def check_together(config: Resolved) -> None:
             )
     if len(config.betas) != 2:
         raise ConfigError(f"--betas {text(config.betas)}: must be two numbers, as 0.9,0.999")
-    if config.betas != Config.betas and config.optimizer not in ("adam", "adamw"):
-        raise ConfigError(f"--betas {text(config.betas)}: --optimizer {config.optimizer} has none; adam and adamw have")
+    if config.betas != Config.betas and config.optimizer not in ("adam", "adamw", "lamb"):
+        others = "adam, adamw and lamb have"
+        raise ConfigError(f"--betas {text(config.betas)}: --optimizer {config.optimizer} has none; {others}")
     if config.decay == "none" and (config.lr_floor or config.lr_history):
         name, value = ("lr-floor", config.lr_floor) if config.lr_floor else ("lr-history", text(config.lr_history))
         raise ConfigError(f"--{name} {value}: with --decay none the learning rate does not fall; choose a decay")
@@ -243,7 +250,7 @@ def extended(config: Config, before: Config, rows: int) -> Config:
             f"{flag(name)} {getattr(config, name)}: by --decay-steps {was.decay_steps} the learning rate stays as it "
             f"is then; to let it fall anew, give a later step, --decay-steps {steps}"
         )
-    past = phases_of(was)
+    past = _asked_phases(was)
     kept = [phase for phase in past[:-1] if phase.until < was.steps]
     ended = past[len(kept)]._replace(until=was.steps)
     return config.replace(lr_history=tuple(map(str, [*kept, ended])))

@@ -10,6 +10,7 @@ from mpiml import partition
 from mpiml.config import Config
 from mpiml.errors import ConfigError
 from mpiml.nn import base as nn
+from mpiml.nn import optimizers
 from mpiml.nn.parameters import Layout, Shape
 
 
@@ -46,9 +47,10 @@ def cut(config: Config, layers: Sequence[nn.Layer], shape: Shape) -> list[StageD
         cuts = config.cuts or partition.balanced(flops, config.pipe)
     except ConfigError as error:
         raise ConfigError("; ".join([str(error), *(layer.joined for layer in layers if layer.joined)])) from None
+    layerwise = optimizers.build(config.optimizer, 0.0, 0.0).layerwise
     stages: list[StageDesign] = []
     for a, b in itertools.pairwise([0, *cuts, len(layers)]):
-        layout = Layout(nn.parameters(layers[a:b]), config.dtype)
+        layout = Layout(nn.parameters(layers[a:b]), config.dtype, layerwise)
         learned = any(stage.layout.updated for stage in stages)
         stages.append(StageDesign(a, list(layers[a:b]), shapes[a], shapes[b], layout, learned, sum(flops[a:b])))
     return stages

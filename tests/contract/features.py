@@ -326,6 +326,14 @@ FEATURES = {
     "library": Feature(f"{DOUBLE} --allreduce mpi", ()),
     "momentum": Feature(f"{DIGITS} --optimizer momentum --activation tanh --weight-decay 0.01 --decay step"),
     "adam": Feature(f"{DIGITS} --optimizer adam --clip 0.3 --betas 0.8,0.95 --decay linear --lr-floor 0.0003"),
+    # Matrices of several blocks, which replicas share.
+    "lamb": Feature(
+        f"{DIGITS} --optimizer lamb --lr 0.005 --lr-scaling sqrt --base-batch 45 --hidden 400,50 --log-every 4 "
+        "--ema 0.8 --dtype float64"
+    ),
+    "lars": Feature(
+        f"{AVERAGES} --optimizer lars --weight-decay 0.01 --rates layers.0=0,layers.6=10,*.bias=3", write=images
+    ),
     "images": Feature(f"--model cnn --channels 6 --batch 60 --microbatches 6 --dropout 0.1 --clip 0.3 {SHORT}"),
     "tokens": Feature(f"{GPT} --dropout 0.1 --batch 25 --microbatches 6", write=tokens),
     "masked": Feature(f"{MASKED} --microbatches 5", ("data", "pipe", "grid", "early"), tokens),

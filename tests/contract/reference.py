@@ -70,7 +70,7 @@ def loss_and_gradient(weights: Weights, x: Array, labels: Array, activation: str
 
 
 class Rule:
-    """One of five update rules, for one array; keeps its own state."""
+    """An update rule, for one array; keeps its own state."""
 
     def __init__(self, name: str, lr: float, decay: float, betas: tuple[float, float]):
         self.name, self.lr, self.decay, self.betas, self.t = name, lr, decay, betas, 0
@@ -81,18 +81,28 @@ class Rule:
         self.t += 1
         if self.name == "adamw":
             w = w - self.lr * self.decay * w
-        else:
-            g = g + self.decay * w
+        elif self.name != "lamb":
+            g = self._trust(w, g) * (g + self.decay * w)
         if self.name == "sgd":
             return w - self.lr * g
-        if self.name in ("momentum", "nesterov"):
+        if self.name in ("momentum", "nesterov", "lars"):
             self.first = 0.9 * self.first + g
-            return w - self.lr * (self.first if self.name == "momentum" else g + 0.9 * self.first)
+            return w - self.lr * (g + 0.9 * self.first if self.name == "nesterov" else self.first)
         b1, b2 = self.betas
         self.first = b1 * self.first + (1 - b1) * g
         self.second = b2 * self.second + (1 - b2) * g**2
         mean, variance = self.first / (1 - b1**self.t), self.second / (1 - b2**self.t)
+        if self.name == "lamb":
+            u = mean / (np.sqrt(variance) + 1e-6) + self.decay * w
+            return w - self.lr * self._trust(w, u) * u
         return w - self.lr * mean / (np.sqrt(variance) + 1e-8)
+
+    def _trust(self, w: Array, of: Array) -> float:
+        """The ratio of norms in LARS, where `of` is the gradient, and LAMB, for a matrix."""
+        norm, of_norm = np.linalg.norm(w), np.linalg.norm(of)
+        if self.name not in ("lars", "lamb") or w.ndim == 1 or not norm or not of_norm:
+            return 1.0
+        return float(norm / of_norm if self.name == "lamb" else 0.001 * norm / (of_norm + self.decay * norm + 1e-8))
 
 
 def train(

@@ -126,6 +126,10 @@ SEVEN = "--pipe 2 --microbatches 7"
 RULES = [
     Case(4, SEVEN, optimizer="momentum", lr=0.05, decay=0.03),
     Case(4, SEVEN, optimizer="nesterov", lr=0.05),
+    Case(4, SEVEN, optimizer="lars", lr=1.0, decay=0.03, clip=0.25),
+    Case(4, SEVEN, optimizer="lars", lr=1.0),
+    Case(4, SEVEN, optimizer="lamb", lr=0.02, decay=0.1, rates=(0.5, 1, 10, 0)),
+    Case(4, f"{SEVEN} --allreduce mpi", optimizer="lamb", lr=0.02, betas=(0.8, 0.95)),
     Case(4, SEVEN, optimizer="adam", lr=0.02, decay=0.1, activation="tanh", betas=(0.8, 0.95)),
     Case(4, SEVEN, optimizer="adamw", lr=0.02, decay=0.1, activation="gelu"),
     Case(4, SEVEN, decay=0.2, clip=0.25),

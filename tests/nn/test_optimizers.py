@@ -11,7 +11,7 @@ import pytest
 from mpiml.nn import optimizers
 from mpiml.vectors import Operands
 
-NAMES = ("sgd", "momentum", "nesterov", "adam", "adamw")
+NAMES = ("sgd", "momentum", "nesterov", "lars", "adam", "adamw", "lamb")
 every_optimizer = pytest.mark.parametrize("name", NAMES)
 STEPS, RATE, MOMENTUM = 6, 0.03, 0.8
 Betas = tuple[float, float]
@@ -27,23 +27,28 @@ def first_values(size: int = 7) -> np.ndarray:
     return np.random.default_rng(6).standard_normal(size)
 
 
-def reference(name: str, value: float, gradients: list[float], decay: float, betas: Betas = USUAL) -> float:
+def reference(
+    name: str, value: float, gradients: list[float], decay: float, betas: Betas = USUAL, trust: float = 1.0
+) -> float:
     """One number after all steps, in PyTorch's conventions."""
     velocity = m = v = 0.0
     for t, g in enumerate(gradients, 1):
         if name == "adamw":
             value = value - RATE * decay * value
-        else:
-            g = g + decay * value
-        if name in ("adam", "adamw"):
+        elif name != "lamb":
+            g = trust * (g + decay * value)
+        if name in ("adam", "adamw", "lamb"):
             b1, b2 = betas
             m = b1 * m + (1 - b1) * g
             v = b2 * v + (1 - b2) * g**2
             unbiased_m, unbiased_v = m / (1 - b1**t), v / (1 - b2**t)
+            if name == "lamb":
+                value = value - RATE * trust * (unbiased_m / (math.sqrt(unbiased_v) + 1e-6) + decay * value)
+                continue
             value = value - RATE * unbiased_m / (math.sqrt(unbiased_v) + 1e-8)
             continue
         velocity = MOMENTUM * velocity + g
-        direction = {"sgd": g, "momentum": velocity, "nesterov": g + MOMENTUM * velocity}[name]
+        direction = {"sgd": g, "momentum": velocity, "lars": velocity, "nesterov": g + MOMENTUM * velocity}[name]
         value = value - RATE * direction
     return value
 
@@ -55,6 +60,7 @@ def run(
     decay: bool = True,
     dtype: str = "float64",
     betas: Betas = USUAL,
+    trust: float = 1.0,
 ) -> np.ndarray:
     """The package's values after all steps, updated piece by piece."""
     optimizer = optimizers.build(name, MOMENTUM, weight_decay, betas)
@@ -67,7 +73,11 @@ def run(
             # What lies in scratch must not matter, and the total may be part of it.
             grad, spare = (np.full(len(total), np.nan, dtype) for _ in range(2))
             scratch = (total if step % 2 else grad, spare)
-            on = Operands(values[piece], [s[piece] for s in states], scratch, total, decay)
+            if optimizer.layerwise:  # then the total is kept
+                scratch = (grad, spare)
+            on = Operands(values[piece], [s[piece] for s in states], scratch, total, decay, trust=trust)
+            optimizer.prepare(on, 0.25, step)
+            grad.fill(np.nan)
             optimizer.update(on, 0.25, RATE, step)
     return values
 
@@ -80,7 +90,27 @@ def test_update_is_the_formula(name: str, weight_decay: float) -> None:
     np.testing.assert_allclose(run(name, weight_decay, [slice(0, 7)]), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw"])
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.2])
+def test_the_step_of_a_matrix_is_multiplied_by_its_trust_ratio(name: str, weight_decay: float) -> None:
+    columns = np.stack(gradients(), axis=1)
+    of_columns = zip(first_values(), columns, strict=True)
+    expected = [reference(name, w, list(g), weight_decay, trust=0.3) for w, g in of_columns]
+    np.testing.assert_allclose(run(name, weight_decay, [slice(0, 7)], trust=0.3), expected, rtol=1e-12)
+
+
+def test_trust_ratios() -> None:
+    """That of lars is of the mean gradient, and with weight decay."""
+    lars, lamb = (optimizers.build(name, 0.9, 0.5) for name in ("lars", "lamb"))
+    assert lars.trust_ratio(3.0, 8.0, 0.25) == pytest.approx(0.001 * 3 / (8 * 0.25 + 0.5 * 3 + 1e-8), rel=1e-14)
+    assert lamb.trust_ratio(3.0, 8.0, 0.25) == 3 / 8
+    tiny = np.float32(1e-40)
+    for value, total in ((0.0, 2.0), (2.0, 0.0), (0.0, 0.0)):
+        assert lars.trust_ratio(value, total, 0.25) == lamb.trust_ratio(value, total, 0.25) == 1
+    assert np.isfinite(np.float32(lamb.trust_ratio(1.0, float(tiny), 1.0)))
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "lamb"])
 @pytest.mark.parametrize("betas", [(0.8, 0.95), (0.0, 0.5), (0.95, 0.0)])
 def test_betas_are_of_the_mean_and_of_the_variance(name: str, betas: Betas) -> None:
     columns = np.stack(gradients(), axis=1)
@@ -111,7 +141,9 @@ def test_no_gradient_and_no_decay_change_nothing_at_rest(name: str) -> None:
     optimizer = optimizers.build(name, MOMENTUM, 0.0)
     values = first_values()
     states = [np.zeros(7) for _ in optimizer.states]
-    optimizer.update(Operands(values, states, (np.zeros(7), np.zeros(7)), np.zeros(7), True), 1.0, RATE, 1)
+    on = Operands(values, states, (np.zeros(7), np.zeros(7)), np.zeros(7), True)
+    optimizer.prepare(on, 1.0, 1)
+    optimizer.update(on, 1.0, RATE, 1)
     np.testing.assert_array_equal(values, first_values())
 
 
@@ -129,6 +161,8 @@ def test_names_of_states_and_default_rates() -> None:
         (),
         ("velocity",),
         ("velocity",),
+        ("velocity",),
+        ("mean", "variance"),
         ("mean", "variance"),
         ("mean", "variance"),
     ]

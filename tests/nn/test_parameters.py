@@ -170,7 +170,14 @@ def test_blocks_of_a_parameter_do_not_depend_on_its_neighbours() -> None:
     assert lengths == [7] + [BLOCK] + [BLOCK, 1] + [BLOCK] * 3 + [25]
 
 
-@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "adam", "adamw"])
+def test_blocks_number_the_matrices_of_an_optimizer_with_norms() -> None:
+    layout = blocky()
+    layerwise = Layout(layout.parameters, "float32", layerwise=True)
+    assert [block.matrix for block in layerwise.blocks()] == [None] * 4 + [0] * 3 + [1]
+    assert {block.matrix for block in layout.blocks()} == {None}
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "lars", "adam", "adamw", "lamb"])
 @both_dtypes
 def test_padding_stays_zero(name: str, dtype: str) -> None:
     layout = layout_of(model(), dtype)
@@ -183,7 +190,9 @@ def test_padding_stays_zero(name: str, dtype: str) -> None:
         gradient = layout.zeros()
         for _, view in layout.views(gradient):
             view[...] = np.random.default_rng(step).standard_normal(view.shape)
-        optimizer.update(Operands(values, states, (gradient, spare), gradient, True), 1.0, 0.1, step)
+        on = Operands(values, states, (layout.zeros(), spare), gradient, True)
+        optimizer.prepare(on, 1.0, step)
+        optimizer.update(on, 1.0, 0.1, step)
     free = padding(layout)
     assert free.any()
     for vector in (values, *states):

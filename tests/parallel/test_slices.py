@@ -17,16 +17,19 @@ class Block(NamedTuple):
     decay: bool
     momentum: float | None = None
     rate: float = 1.0
+    matrix: int | None = None
 
 
 def random_blocks(seed: int, longest: int = PIECE) -> list[Block]:
-    """Runs with gaps, as padding makes them; averages first and those that decay last, as in a layout."""
+    """Runs with gaps, as padding makes them; averages first and those that decay last, as in a layout; in one of two,
+    matrices of a few blocks."""
     draw = random.Random(seed)
     blocks, end = [], 0
     for index in range(draw.randint(1, 30)):
         length = draw.randint(1, longest)
         rate = 10.0 if 15 <= index < 20 else 1.0
-        blocks.append(Block(end, end + length, index >= 12, [0.1, 0.2, None][min(index // 4, 2)], rate))
+        matrix = index // 3 if seed % 2 and index >= 12 else None
+        blocks.append(Block(end, end + length, index >= 12, [0.1, 0.2, None][min(index // 4, 2)], rate, matrix))
         end += length + draw.randint(0, 15)
     return blocks
 
@@ -123,7 +126,7 @@ def test_pieces_hold_each_block_once_and_fit_the_cache(seed: int, longest: int) 
     blocks = random_blocks(seed, longest)
     joined = pieces(blocks)
     inside = [
-        Block(piece.start + start, piece.start + stop, piece.decay, piece.momentum, piece.rate)
+        Block(piece.start + start, piece.start + stop, piece.decay, piece.momentum, piece.rate, piece.matrix)
         for piece in joined
         for start, stop in piece.blocks
     ]
@@ -132,5 +135,5 @@ def test_pieces_hold_each_block_once_and_fit_the_cache(seed: int, longest: int) 
         assert piece.stop - piece.start <= PIECE
         assert (piece.blocks[0][0], piece.blocks[-1][1]) == (0, piece.stop - piece.start)
     for left, right in itertools.pairwise(joined):
-        kinds = [(piece.decay, piece.momentum, piece.rate) for piece in (left, right)]
+        kinds = [(piece.decay, piece.momentum, piece.rate, piece.matrix) for piece in (left, right)]
         assert kinds[0] != kinds[1] or left.start + PIECE < right.start + right.blocks[0][1], "could be joined"

@@ -16,7 +16,8 @@ from mpiml.nn.parameters import Layout, Parameter, Statistic, constant
 from mpiml.parallel.gradient_sum import LibrarySum, OrderedSum
 from mpiml.parallel.update import Update
 from mpiml.team import Team
-from mpiml.vectors import Block, Operands
+from mpiml.vectors import BLOCK, Block, Operands
+from tests.contract.reference import Rule
 from tests.parallel.sums import (
     SHAPES,
     WORLD,
@@ -34,7 +35,7 @@ pytestmark = [pytest.mark.mpi, pytest.mark.usefixtures("free_sums")]
 ROWS = {1: 50, 2: 1, 3: 77}.__getitem__  # of a step
 
 
-def with_averages(name: str, dtype: str) -> Layout:
+def with_averages(name: str, dtype: str, layerwise: bool = False) -> Layout:
     """A layout with statistics of two momenta between the parameters, of which one has a learning rate of its own, and
     one is fixed."""
     made = [Parameter(shape, constant(0.0)) for shape in SHAPES[name]]
@@ -42,7 +43,7 @@ def with_averages(name: str, dtype: str) -> Layout:
     made[1:1] = [Statistic((5,), constant(0.0), 0.1), Statistic((3,), constant(0.0), 0.3)]
     made.insert(0, fixed := Parameter((5, 9), constant(0.0)))
     fixed.rate = 0.0
-    return Layout([*made, Statistic((4, 5), constant(0.0), 0.1)], dtype)
+    return Layout([*made, Statistic((4, 5), constant(0.0), 0.1)], dtype, layerwise)
 
 
 class Serial:
@@ -55,32 +56,45 @@ class Serial:
     def step(self, total: Array, rate: float, weight: float, step: int) -> float:
         """One step; returns the norm of the mean gradient."""
         optimized = [block for block in self.blocks if block.momentum is None]
-        squares = [np.add.reduce(total[b.start : b.stop].astype(np.float64) ** 2) for b in optimized]
-        norm = math.sqrt(math.fsum(squares)) * (1 / weight)
+        norm = norm_of([total[b.start : b.stop] for b in optimized]) * (1 / weight)
         scale = 1 / weight
         if self.clip and norm > self.clip:
             scale *= self.clip / norm
+        total, prepared, ratios = total.copy(), list[tuple[Block, Operands]](), dict[int, float]()
         for block in self.blocks:
             span = slice(block.start, block.stop)
             if block.momentum is not None:
                 self.values[span] += block.momentum * (total[span] * (1 / ROWS(step)) - self.values[span])
                 continue
-            grad, states = total[span].copy(), [state[span] for state in self.states.values()]
-            scratch = np.empty_like(grad), np.empty_like(grad)
-            on = Operands(self.values[span], states, scratch, grad, block.decay)
+            states = [state[span] for state in self.states.values()]
+            scratch = np.empty_like(total[span]), np.empty_like(total[span])
+            on = Operands(self.values[span], states, scratch, total[span], block.decay)
+            self.optimizer.prepare(on, scale, step)
+            prepared.append((block, on))
+        for block, _ in prepared:
+            if block.matrix is not None:
+                whole = [other for one, other in prepared if one.matrix == block.matrix]
+                norms = [norm_of([o.value for o in whole]), norm_of([o.total for o in whole])]
+                ratios[block.matrix] = self.optimizer.trust_ratio(*norms, scale)
+        for block, on in prepared:
+            on.trust = 1.0 if block.matrix is None else ratios[block.matrix]
             self.optimizer.update(on, scale, block.rate * rate, step)
         return norm
 
 
+def norm_of(blocks: list[Array]) -> float:
+    return math.sqrt(math.fsum(np.add.reduce(block.astype(np.float64) ** 2) for block in blocks))
+
+
 @pytest.mark.parametrize("clip", [0.0, 0.01, 1e9])
-@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "adam", "adamw"])
+@pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "lars", "adam", "adamw", "lamb"])
 @pytest.mark.parametrize("bucket", [0, 30])
 def test_update_has_the_bits_of_a_serial_one(name: str, clip: float, bucket: int) -> None:
     """Of parameters and statistics, of which the optimizer, the clipping and the weight know nothing, and with values
     that are fixed, of which there are no gradients and no state."""
-    layout, microbatches, weight = with_averages("small", "float32"), 37, 101.0
-    sum_ = make(OrderedSum, layout, microbatches, bucket=bucket)
     optimizer = optimizers.build(name, 0.9, 0.1)
+    layout, microbatches, weight = with_averages("small", "float32", optimizer.layerwise), 37, 101.0
+    sum_ = make(OrderedSum, layout, microbatches, bucket=bucket)
     update = Update(Team(WORLD, Clock()), WORLD.rank, sum_, optimizer, clip, ROWS)
     values = layout.zeros()
     values[: layout.updated], values[layout.updated :] = scattered(layout, 99), 7.5
@@ -100,9 +114,42 @@ def test_update_has_the_bits_of_a_serial_one(name: str, clip: float, bucket: int
     assert all(good)
 
 
+PLACES = [(OrderedSum, "private"), (OrderedSum, "shared"), (OrderedSum, "nodes"), (LibrarySum, "private")]
+
+
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+@pytest.mark.parametrize(("kind", "where"), PLACES)
+def test_matrices_have_trust_ratios_of_their_own(kind: type, where: str, name: str) -> None:
+    """Wherever their blocks are updated, one of them with a rate of its own, one that is zero, one without gradient;
+    the gradient is clipped. Other parameters have none."""
+    made = [Parameter(shape, constant(0.0)) for shape in [(3, 3), (BLOCK, 3), (500,), (201, 100), (4, 2)]]
+    made[1].rate = 10.0
+    layout, weight, clip = Layout(made, "float64", layerwise=True), 3.0, 0.5
+    sum_ = make(kind, layout, 16, where=where)
+    update = Update(Team(WORLD, Clock()), WORLD.rank, sum_, optimizers.build(name, 0.9, 0.1), clip, ROWS)
+    first = np.random.default_rng(0).standard_normal(layout.size)
+    dict(layout.views(first))[made[0]].fill(0.0)
+    if sum_.values.memory.rank == 0:
+        sum_.values.vector[...] = first
+    sum_.values.memory.barrier()
+    expected = {parameter: view.copy() for parameter, view in layout.views(first)}
+    rules = {p: Rule(name, 0.1 * p.rate, 0.1 if p.decay else 0.0, (0.9, 0.999)) for p in made}
+    for step in (1, 2, 3):
+        parts = [np.random.default_rng([step, m]).standard_normal(layout.size) for m in range(16)]
+        for part in parts:
+            dict(layout.views(part))[made[4]].fill(0.0)
+        feed(sum_, parts)
+        norm = update.step(0.1, weight, step, False)
+        assert norm is not None
+        assert norm > clip
+        mean = np.sum(parts, axis=0) / weight * (clip / norm)
+        expected = {p: rules[p](expected[p], gradient) for p, gradient in layout.views(mean)}
+    differences = [np.abs(view - expected[p]).max() for p, view in layout.views(sum_.values.vector)]
+    assert max(differences) < 1e-10
+
+
 EMA = 0.75
 WEIGHTS = [0.0, 3.0, 2.0, 0.0]  # of steps
-AVERAGED = [(OrderedSum, "private"), (OrderedSum, "shared"), (OrderedSum, "nodes"), (LibrarySum, "private")]
 
 
 def averaging(kind: type, where: str, dtype: str = "float32") -> tuple[Update, list[Array]]:
@@ -135,7 +182,7 @@ def whole_average(update: Update) -> Array:
     return whole
 
 
-@pytest.mark.parametrize(("kind", "where"), AVERAGED)
+@pytest.mark.parametrize(("kind", "where"), PLACES)
 def test_the_average_is_the_weighted_mean_of_the_values_after_all_steps(kind: type, where: str) -> None:
     """Of what the optimizer changes; a step without rows counts as every step."""
     update, values = averaging(kind, where)
@@ -159,7 +206,7 @@ def test_the_average_of_one_step_is_its_values() -> None:
     np.testing.assert_array_equal(average, value)
 
 
-@pytest.mark.parametrize(("kind", "where"), [*AVERAGED, (OrderedSum, "fenced")])
+@pytest.mark.parametrize(("kind", "where"), [*PLACES, (OrderedSum, "fenced")])
 @pytest.mark.parametrize("error", [None, RunError("of all").on_all_ranks()])
 def test_values_are_their_averages_for_a_while(kind: type, where: str, error: RunError | None) -> None:
     """On every rank until the last one needs them no more; then they are what they were, bit for bit, even if all ranks

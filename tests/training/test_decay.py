@@ -193,6 +193,8 @@ def test_ranks_must_agree(together: Path) -> None:
         ({"decay": "linear", "lr_floor": 0.01}, None),
         ({"decay": "step"}, None),
         ({"decay": "none"}, None),
+        ({"lr_scaling": "linear", "base_batch": 32}, "learning rate 0.1 x 128 / 32 = 0.4, by --lr-scaling"),
+        ({"lr_scaling": "sqrt", "base_batch": 32}, "learning rate 0.1 x sqrt(128 / 32) = 0.2, by --lr-scaling"),
         (
             {"decay": "cosine", "decay_steps": 50, "lr_history": (str(Phase(20, 0.2, 0.01, 30)),)},
             "the learning rate falls by --decay cosine from 0.2 towards 0.01 until step 30; "

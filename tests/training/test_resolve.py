@@ -69,6 +69,32 @@ def test_what_was_asked_for_before_goes_on_as_it_was_and_the_rate_falls_anew_aft
         gone_on(again, steps=101)
 
 
+@pytest.mark.parametrize(("scaling", "factor"), [("linear", 4.0), ("sqrt", 2.0)])
+def test_a_rate_that_is_scaled_by_the_batch_stays_so(scaling: str, factor: float) -> None:
+    """--lr is of the base batch in all that is stored, so it is not scaled again when the run goes on; and so is the
+    --lr with which it is extended."""
+    asked = BEFORE.replace(lr_scaling=scaling, base_batch=32, lr_floor=0.02)
+    before = resolve(asked, 50, True, 1)
+    assert (before.lr, before.lr_floor) == (0.1, 0.02)
+    first = (20, factor * 0.1, factor * 0.02, 20)
+    assert phases_of(before) == phases_of(gone_on(before)) == [first]
+    assert phases_of(gone_on(before, lr_scaling=scaling)) == [first]
+    with pytest.raises(ConfigError, match=rf"has fallen to {factor * 0.02:g} by step 20"):
+        gone_on(before, steps=40)
+    once = gone_on(before, steps=40, decay_steps=40, lr=0.05)
+    assert once.lr_history == ("until=20 lr=0.1 lr-floor=0.02 decay-steps=20",)
+    assert phases_of(once) == [first, (40, factor * 0.05, factor * 0.02, 40)]
+    for other in ({"lr_scaling": "sqrt" if scaling == "linear" else "linear"}, {"base_batch": 64}):
+        with pytest.raises(ConfigError, match="another value would change its results"):
+            gone_on(before, **other)
+
+
+def test_a_default_rate_is_scaled_too_and_the_base_batch_is_itself() -> None:
+    config = Config(optimizer="lamb", lr_scaling="sqrt", base_batch=8, batch=32)
+    assert phases_of(resolve(config, 50, True, 1))[0].lr == 0.002
+    assert phases_of(resolve(config.replace(batch=8), 50, True, 1))[0].lr == 0.001
+
+
 def test_a_run_that_was_cut_short_has_what_it_was_to_have_until_then() -> None:
     once = gone_on(steps=40, decay_steps=40, lr=0.05)
     cut = gone_on(once, steps=10)
@@ -126,6 +152,8 @@ def test_what_was_said_once_need_not_be_said_again() -> None:
         ({"betas": (0.9,)}, "--betas 0.9: must be two numbers"),
         ({"betas": ()}, "--betas : must be two numbers"),
         ({"betas": (0.9, 0.99, 0.999)}, "--betas 0.9,0.99,0.999: must be two numbers"),
+        ({"base_batch": 64}, "--base-batch 64: is of --lr-scaling, linear or sqrt; give that too"),
+        ({"lr_scaling": "linear"}, "--lr-scaling linear: say with --base-batch "),
         ({"lr_floor": 0.1}, "--lr-floor 0.1: with --decay none "),
         ({"lr_floor": 0.1, "decay": "linear"}, "--lr-floor 0.1: is above --lr 0.001"),
         ({"lr_floor": 0.1, "lr": 0.01, "decay": "own:fall"}, "--lr-floor 0.1: is above --lr 0.01"),
