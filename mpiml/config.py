@@ -153,6 +153,13 @@ class Config:
     microbatches: int | None = setting(
         None, STEPS, "micro-batches per step, over all ranks (default: replicas, or 2 x stages x replicas)", low=1
     )
+    noise_scale: bool = setting(
+        False,
+        STEPS,
+        "measure, at steps that are logged, beyond which batch size more rows bring little (needs several "
+        "micro-batches)",
+        on_resume=True,
+    )
     shuffle: str = setting(
         "rows",
         STEPS,

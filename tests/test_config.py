@@ -51,6 +51,7 @@ OTHERS = {
     "schedule": ("gpipe", '"gpipe"', "gpipe"),
     "batch": ("96", "96", 96),
     "microbatches": ("12", "12", 12),
+    "noise_scale": ("", "true", True),
     "shuffle": ("blocks", '"blocks"', "blocks"),
     "block_rows": ("64", "64", 64),
     "shards": ("strided", '"strided"', "strided"),

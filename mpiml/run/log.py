@@ -20,6 +20,20 @@ from mpiml.run.stragglers import Pace
 from mpiml.team import Team
 
 
+class Noise(NamedTuple):
+    """The fields of a step's line on the noise of its gradient; None where they are not known (training/noise.py).
+
+    Attributes:
+        noise_scale: in rows, by the logged steps so far; the next two are estimates by this step alone.
+        gradient_variance: of one row, the sum over all parameters.
+        gradient_square: the squared norm of the gradient, without what noise adds to it.
+    """
+
+    noise_scale: float | None
+    gradient_variance: float | None
+    gradient_square: float | None
+
+
 class Step(NamedTuple):
     """A step that is done.
 
@@ -28,6 +42,7 @@ class Step(NamedTuple):
         norm: of the gradient, if it was computed.
         seconds: that it took on this rank.
         stop: whether any rank asks to stop after it.
+        noise: of the gradient, if it was measured.
     """
 
     step: int
@@ -38,6 +53,7 @@ class Step(NamedTuple):
     norm: float | None
     seconds: float
     stop: bool
+    noise: Noise | None = None
 
 
 class Evaluation(NamedTuple):
@@ -112,6 +128,8 @@ class Log:
         self._shares += seconds
         own = np.concatenate([seconds, [self._recent_seconds, self.pace.crowded]])
         steps, self._recent, self._recent_seconds = self._recent, 0, 0.0
+        noise = done.noise._asdict() if done.noise else {}
+        self.known |= {"noise_scale": done.noise.noise_scale} if done.noise else {}
         everyones = np.empty((self.team.size, len(own)))
         self.team.wait([self.team.comm.Igather(own, everyones)])
 
@@ -128,6 +146,7 @@ class Log:
                 self.metric: done.score,
                 "learning_rate": done.rate,
                 "gradient_norm": done.norm,
+                **noise,
                 "samples_per_second": round(speed, 1),
                 "seconds": times,
             }

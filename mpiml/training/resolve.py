@@ -165,6 +165,11 @@ def check_together(config: Resolved) -> None:
                 f"{flag(name)} {value} --eval-every 0: there are no evaluations; "
                 f"give {flag(name)} 0, or --eval-every the steps between them"
             )
+    if config.noise_scale and config.microbatches < 2:
+        raise ConfigError(
+            f"--noise-scale --microbatches {config.microbatches}: it is measured by how the gradients of micro-batches "
+            "differ; give at least 2, or leave --noise-scale out"
+        )
     if len(config.betas) != 2:
         raise ConfigError(f"--betas {text(config.betas)}: must be two numbers, as 0.9,0.999")
     if config.betas != Config.betas and config.optimizer not in ("adam", "adamw"):

@@ -34,6 +34,7 @@ from mpiml.training.decay import rate_of, remarks
 from mpiml.training.evaluation import not_finite
 from mpiml.training.look import Known
 from mpiml.training.model import Model
+from mpiml.training.noise import NoiseScale
 from mpiml.training.place import Agree, BuiltModel, build_stage, gradients, place
 from mpiml.training.resolve import Resolved, check_rows, resolve
 from mpiml.training.rows import RunData, build_data, tried
@@ -55,6 +56,7 @@ class Run:
         agree: (rows of this rank's micro-batches, not finite, stop) -> the step record, the same on all ranks.
         rate: the learning rate of a step.
         best: of the evaluations so far.
+        noise: what measures the noise scale, if that is to be measured.
         notes: what a person should know.
     """
 
@@ -68,6 +70,7 @@ class Run:
     agree: Agree
     rate: Callable[[int], float]
     best: Best
+    noise: NoiseScale | None
     notes: list[str]
 
     def due(self, step: int) -> Due:
@@ -105,8 +108,11 @@ class Run:
             self._check_finite(step + 1, agree(self.grid.comm, self._rows(0), not update.finite))
         clock("compute")
         score = self.model.metric.value(record.metric) if due.log else None
+        noise = None
+        if self.noise and due.log:
+            noise = self.noise.measured(rows[:, 1], record.weight, norm or 0.0, update.rows(step))
         seconds = perf_counter() - began
-        return log.Step(step, self.epoch(step), record.mean_loss, score, rate, norm, seconds, record.stop)
+        return log.Step(step, self.epoch(step), record.mean_loss, score, rate, norm, seconds, record.stop, noise)
 
     def evaluate(self, step: int, stop: Callable[[], bool]) -> log.Evaluation | None:
         """Score the rows to evaluate on with the weights after a step, or with their average if the run keeps one;
@@ -220,6 +226,8 @@ def assemble(
     memory = values.memory  # whose ranks share the work
     team.together(lambda: layout.initialise(values.vector, config.seed, memory.rank, memory.ranks))
     computation = dataclasses.replace(computation, gradients=gradients(layout, sum_))
+    noise = NoiseScale(grid.comm, layout.blocks()) if config.noise_scale else None
+    observe = noise.count if noise else None
     optimizer = optimizers.build(config.optimizer, config.momentum, config.weight_decay, config.betas)
     update = Update(team, grid.replica, sum_, optimizer, config.clip, rows.shards.rows_of, config.ema)
     return Run(
@@ -227,12 +235,13 @@ def assemble(
         grid=grid,
         data=rows,
         model=built,
-        stage=TrainingStage(grid.pipe, computation, sum_, SCHEDULES[config.schedule], clock),
+        stage=TrainingStage(grid.pipe, computation, sum_, SCHEDULES[config.schedule], clock, observe),
         update=update,
         state=State(grid, values, update.states),
         agree=agreement,
         rate=rate,
         best=best,
+        noise=noise,
         notes=[*rows.notes, *built.notes, *notes, *remarks(config, rate)],
     )
 
