@@ -156,8 +156,7 @@ class Config:
     noise_scale: bool = setting(
         False,
         STEPS,
-        "measure, at steps that are logged, beyond which batch size more rows bring little (needs several "
-        "micro-batches)",
+        "measure, at steps that are logged, beyond which batch size more rows bring little; needs two micro-batches",
         on_resume=True,
     )
     shuffle: str = setting(

@@ -104,7 +104,7 @@ LAYOUT_AND_LOGGING |= {
     "trace",
     "look",
 }
-LAYOUT_AND_LOGGING |= {"keep_best", "best", "patience"}
+LAYOUT_AND_LOGGING |= {"keep_best", "best", "patience", "noise_scale"}
 PLACES = {
     "data",
     "init",
