@@ -106,7 +106,7 @@ def averages_of(pairs: Iterable[Pair]) -> Pair:
 
 
 def scale(averages: Pair) -> float | None:
-    """The noise scale, in rows; None where the averages tell none, because noise hides the gradient."""
+    """The noise scale, in rows; None if it is not known, as while noise hides the gradient and G2 is not positive."""
     variance, square = averages
     if square <= 0 or variance < 0 or not math.isfinite(variance / square):
         return None
