@@ -171,6 +171,12 @@ class Config:
     averaged_at: tuple[int, ...] = setting(
         (), STEPS, "last steps that a run had before it was extended; is written by the run itself", low=1
     )
+    noise_scale: bool = setting(
+        False,
+        STEPS,
+        "measure, at steps that are logged, beyond which batch size more rows bring little; needs two micro-batches",
+        on_resume=True,
+    )
     shuffle: str = setting(
         "rows",
         STEPS,

@@ -190,6 +190,8 @@ def _summary(run: Run, path: Path, outcome: dict[str, Any], logger: log.Log) -> 
         logger.say(f"best: {best}: {path / outcome['best_checkpoint']}")
     if run.best.reason and outcome["status"] == "done":
         logger.say(f"ended by --patience: {run.best.reason}")
+    if (noise := outcome.get("noise_scale")) is not None:
+        logger.say(f"noise scale: batches beyond about {max(noise, 1):,.0f} rows bring little")
     what = "done" if outcome["status"] == "done" else "stopped and saved; go on with --resume"
     logger.say(
         f"{what}: step {outcome['step']}, {score}{outcome['seconds']:.1f} s"

@@ -51,6 +51,7 @@ OTHERS = {
     "schedule": ("gpipe", '"gpipe"', "gpipe"),
     "batch": ("96", "96", 96),
     "microbatches": ("12", "12", 12),
+    "noise_scale": ("", "true", True),
     "shuffle": ("blocks", '"blocks"', "blocks"),
     "block_rows": ("64", "64", 64),
     "shards": ("strided", '"strided"', "strided"),
@@ -105,7 +106,7 @@ LAYOUT_AND_LOGGING |= {
     "trace",
     "look",
 }
-LAYOUT_AND_LOGGING |= {"keep_best", "best", "patience"}
+LAYOUT_AND_LOGGING |= {"keep_best", "best", "patience", "noise_scale"}
 PLACES = {
     "data",
     "init",

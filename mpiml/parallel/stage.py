@@ -14,6 +14,7 @@ from mpiml.clock import Clock
 from mpiml.parallel.gradient_sum import GradientSum
 from mpiml.parallel.schedules import Schedule
 from mpiml.team import until, wait
+from mpiml.vectors import Vector
 
 Array = NDArray[np.floating]
 Backward = Callable[[Array, Any], Array | None]
@@ -133,13 +134,22 @@ class Stage:
 
 
 class TrainingStage(Stage):
-    """A stage that also learns: its passes follow a schedule, and write the gradients that `sum_` adds up."""
+    """A stage that also learns: its passes follow a schedule, and write the gradients that `sum_` adds up.
+
+    Steps that are measured give `observe` the gradient of each micro-batch that has rows.
+    """
 
     def __init__(
-        self, comm: MPI.Intracomm, computation: Computation, sum_: GradientSum, schedule: Schedule, clock: Clock
+        self,
+        comm: MPI.Intracomm,
+        computation: Computation,
+        sum_: GradientSum,
+        schedule: Schedule,
+        clock: Clock,
+        observe: Callable[[Vector], None] | None = None,
     ):
         super().__init__(comm, computation, clock)
-        self.sum, self.schedule = sum_, schedule
+        self.sum, self.schedule, self.observe = sum_, schedule, observe
 
     def train(self, step: int, batches: Sequence[Batch], record: NDArray[np.float64], measured: bool) -> None:
         """Forward and backward passes of this replica's micro-batches of a step.
@@ -156,6 +166,11 @@ class TrainingStage(Stage):
                 in_flight[index] = backward, self._output(batch, y, record[index], measured, at)
             elif kind == "B":
                 self._backward(batch, index, *in_flight.pop(index, (None, None)))
+                if measured and self.observe and batch.rows and self.computation.learns:
+                    # What the sum has added up by now has changed other slots, not that of the newest gradient.
+                    self.observe(self.sum.slots[self.sum.plan.slots[index]])
+                self.clock.mark("accumulate", batch.index)
+                self.sum.accumulate(index)
         self._finish_sends()
 
     def _backward(self, batch: Batch, index: int, backward: Backward | None, dy: Array | None) -> None:
@@ -172,5 +187,3 @@ class TrainingStage(Stage):
                 if self.computation.learned:
                     assert dx is not None, "no gradient for the stages before, which learn"
                     self._send(self.stage - 1, dx, batch)
-        self.clock.mark("accumulate", batch.index)
-        self.sum.accumulate(index)

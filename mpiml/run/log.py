@@ -20,6 +20,20 @@ from mpiml.run.stragglers import Pace
 from mpiml.team import Team
 
 
+class Noise(NamedTuple):
+    """The fields of a step's line on the noise of its gradient; None where they are not known (training/noise.py).
+
+    Attributes:
+        noise_scale: in rows, by the logged steps so far; the next two are estimates by this step alone.
+        gradient_variance: of one row, the sum over all parameters.
+        gradient_square: the squared norm of the gradient, without what noise adds to it.
+    """
+
+    noise_scale: float | None
+    gradient_variance: float | None
+    gradient_square: float | None
+
+
 class Step(NamedTuple):
     """A step that is done.
 
@@ -33,6 +47,7 @@ class Step(NamedTuple):
         shares: seconds in each of SHARES, and sent: bytes sent to other nodes, up to its end, on this rank in this job;
             if it is logged.
         workers: in a round of workers what the line says of them.
+        noise: of the gradient, if it was measured.
     """
 
     step: int
@@ -47,6 +62,7 @@ class Step(NamedTuple):
     shares: Sequence[float] = ()
     sent: int = 0
     workers: dict[str, Any] | None = None
+    noise: Noise | None = None
 
 
 class Evaluation(NamedTuple):
@@ -122,6 +138,8 @@ class Log:
         own = np.array([*(shares - self._shares), self._recent_seconds, self.pace.crowded, done.sent - self._sent])
         self._shares, self._sent = shares, done.sent
         steps, self._recent, self._recent_seconds = self._recent, 0, 0.0
+        noise = done.noise._asdict() if done.noise else {}
+        self.known |= {"noise_scale": done.noise.noise_scale} if done.noise else {}
         everyones = np.empty((self.team.size, len(own)))
         self.team.wait([self.team.comm.Igather(own, everyones)])
 
@@ -139,6 +157,7 @@ class Log:
                 self.metric: done.score,
                 "learning_rate": done.rate,
                 "gradient_norm": done.norm,
+                **noise,
                 "samples_per_second": round(speed, 1),
                 "seconds": times,
                 **workers,

@@ -91,9 +91,16 @@ def last_known(entries: list[dict[str, Any]], metric: str, rows: str = "test") -
             known |= {metric: evaluation.get(metric), f"{rows}_loss": evaluation.get("loss")}
         else:
             known["loss"] = entry.get("loss")
+            known |= {name: entry[name] for name in ("noise_scale",) if name in entry}
     return known
 
 
 def scores(entries: list[dict[str, Any]], name: str) -> list[tuple[int, float | None]]:
     """(step, score of that name) of every evaluation in a metrics file."""
     return [(entry["step"], entry["evaluation"].get(name)) for entry in entries if "evaluation" in entry]
+
+
+def gradient_noise(entries: list[dict[str, Any]]) -> list[tuple[float, float]]:
+    """(variance, square) of the gradient in every line of a metrics file that has them."""
+    pairs = [(entry.get("gradient_variance"), entry.get("gradient_square")) for entry in entries]
+    return [(variance, square) for variance, square in pairs if variance is not None and square is not None]

@@ -34,6 +34,7 @@ class Result(TypedDict, total=False):
     best_score: float  # what that is
     best_checkpoint: str | None  # path from the run directory; None if it is not kept
     weights_sha256: str  # after the last step
+    noise_scale: float | None  # with --noise-scale, as next
     samples_per_second: float | None
     seconds: float  # that the job took
 
@@ -46,6 +47,9 @@ class Line(TypedDict, total=False):
     loss: float | None
     learning_rate: float
     gradient_norm: float | None
+    noise_scale: float | None  # in rows, by the lines so far; the next two are of this step alone
+    gradient_variance: float | None
+    gradient_square: float | None
     samples_per_second: float
     seconds: dict[str, Any]  # since the last line: the least and most of any rank in each activity; the slowest rank
     evaluation: dict[str, float | None]  # its loss, score and rows

@@ -17,16 +17,20 @@ from mpiml.parallel.grid import Grid
 from mpiml.parallel.record import Record, agree
 from mpiml.parallel.stage import Batch, TrainingStage
 from mpiml.parallel.update import Update
+from mpiml.run import log
 from mpiml.training.evaluation import not_finite
+from mpiml.training.noise import NoiseScale
 from mpiml.training.place import Agree
 
 
 class Taken(NamedTuple):
-    """A step that is taken: its record, its learning rate, and the norm of its gradient if that was computed."""
+    """A step that is taken: its record, its learning rate, and the norm and the noise of its gradient if they were
+    computed."""
 
     record: Record
     rate: float
     norm: float | None
+    noise: log.Noise | None = None
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Learner:
         grid: its ranks.
         agree: (rows of this rank's micro-batches, not finite, stop) -> the step record, the same on all its ranks.
         rate: the learning rate of a step.
+        noise: what measures the noise scale, if that is to be measured.
     """
 
     name: str
@@ -50,6 +55,7 @@ class Learner:
     agree: Agree
     metric: Metric
     rate: Callable[[int], float]
+    noise: NoiseScale | None
 
     def step(
         self,
@@ -86,7 +92,10 @@ class Learner:
         if shown:  # else the next step's record will carry it
             self._check_finite(step + 1, agree(self.grid.comm, self._rows(0), not update.finite))
         clock("compute")
-        return Taken(record, rate, norm)
+        noise = None
+        if self.noise and measured:
+            noise = self.noise.measured(rows[:, 1], record.weight, norm or 0.0, update.rows(step))
+        return Taken(record, rate, norm, noise)
 
     def asked_to_stop(self, stop: bool) -> bool:
         """Whether any rank asks to stop before a step; collective."""

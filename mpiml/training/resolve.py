@@ -161,12 +161,22 @@ def check_together(config: Resolved) -> None:
         if not config.average_every and getattr(config, name) not in (None, getattr(Config, name)):
             given = text(getattr(config, name))
             raise ConfigError(f"{flag(name)} {given}: is of workers, of which there are none; give --average-every too")
+    if config.average_every and config.noise_scale:
+        raise ConfigError(
+            f"--noise-scale --average-every {config.average_every}: is measured where gradients are summed at every "
+            "step; give one of the two"
+        )
     for name in ("keep_best", "patience"):
         if (value := getattr(config, name)) and not config.eval_every:
             raise ConfigError(
                 f"{flag(name)} {value} --eval-every 0: there are no evaluations; "
                 f"give {flag(name)} 0, or --eval-every the steps between them"
             )
+    if config.noise_scale and config.microbatches < 2:
+        raise ConfigError(
+            f"--noise-scale --microbatches {config.microbatches}: it is measured by how the gradients of micro-batches "
+            "differ; give at least 2, or leave --noise-scale out"
+        )
     if len(config.betas) != 2:
         raise ConfigError(f"--betas {text(config.betas)}: must be two numbers, as 0.9,0.999")
     if config.betas != Config.betas and config.optimizer not in ("adam", "adamw", "lamb"):

@@ -29,6 +29,7 @@ from mpiml.training.calendar import Calendar, Due
 from mpiml.training.decay import rate_of, remarks
 from mpiml.training.look import Known
 from mpiml.training.model import Model
+from mpiml.training.noise import NoiseScale
 from mpiml.training.place import BuiltModel, build_stage
 from mpiml.training.resolve import Resolved, check_rows, resolve
 from mpiml.training.rounds import Never, Round, Stop
@@ -62,6 +63,7 @@ class Run:
         calendar: what is due after which step.
         learning: who learns.
         best: of the evaluations so far.
+        noise: what measures the noise scale, if that is to be measured.
         notes: what a person should know.
     """
 
@@ -72,6 +74,7 @@ class Run:
     calendar: Calendar
     learning: Learning
     best: Best
+    noise: NoiseScale | None
     notes: list[str]
 
     @property
@@ -116,7 +119,7 @@ class Run:
         Raises as `advance`.
         """
         began, clock, now = perf_counter(), self.grid.team.clock, self.learning.now
-        record, rate, norm = now.own[0].step(step, self.data.ahead.batches(step), due.log, any(due), stop)
+        record, rate, norm, noise = now.own[0].step(step, self.data.ahead.batches(step), due.log, any(due), stop)
         return log.Step(
             step=step,
             epoch=self.epoch(step),
@@ -129,6 +132,7 @@ class Run:
             logged=due.log,
             shares=clock.shares() if due.log else (),
             sent=now.sent if due.log else 0,
+            noise=noise,
         )
 
     def _round(self, step: int, stop: Stop) -> Advance:
@@ -229,7 +233,8 @@ def assemble(
     team.together(lambda: check_rows(config, *built.least_rows, rows.shards.smallest(), len(data.train), grid.replicas))
     team.on_rank_0(lambda: check(config, built))
     calendar = Calendar(config)
-    learning = Learning(Ingredients(config, grid, built, computation, rows.shards, rate), calendar)
+    noise = NoiseScale(grid.comm, built.layouts[grid.stage].blocks()) if config.noise_scale else None
+    learning = Learning(Ingredients(config, grid, built, computation, rows.shards, rate, noise), calendar)
     return Run(
         config=config,
         grid=grid,
@@ -238,6 +243,7 @@ def assemble(
         calendar=calendar,
         learning=learning,
         best=best,
+        noise=noise,
         notes=[*rows.notes, *built.notes, *learning.now.notes, *remarks(config, rate)],
     )
 

@@ -18,13 +18,14 @@ from mpiml.run import checkpoint, environment, step_files, verified
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.run.deadline import Deadline
 from mpiml.run.directory import CHECKPOINTS, CONFIG, sync_file
-from mpiml.run.metrics import cut_after, last_known, missing, scores
+from mpiml.run.metrics import cut_after, gradient_noise, last_known, missing, scores
 from mpiml.run.result import update_result
 from mpiml.run.verified import Progress
 from mpiml.training import rounds
 from mpiml.training.arrays import from_arrays, needed_kinds, preparations, restore_constants, to_arrays
 from mpiml.training.hold import Hold
 from mpiml.training.look import Known
+from mpiml.training.noise import Pair, averages_of
 from mpiml.training.place import BuiltModel
 from mpiml.training.rounds import Round
 from mpiml.training.run import Run
@@ -82,6 +83,7 @@ class Restored(NamedTuple):
         history: the last results in its log, under the names of result.json.
         scores: (step, score) of each evaluation in its log, by what --best names.
         unscored: whether `step` has been saved, but its evaluation, which comes after that, is not in the log.
+        noise: the averages of the gradient's noise in its log.
     """
 
     step: int
@@ -89,6 +91,7 @@ class Restored(NamedTuple):
     history: dict[str, Any]
     scores: list[tuple[int, float | None]]
     unscored: bool
+    noise: Pair
 
 
 class Store:
@@ -154,6 +157,8 @@ class Store:
         run.learning.left = left or None
         for scored in start.scores:
             run.best.add(*scored)
+        if run.noise:
+            run.noise.averages = start.noise
         if start.step:  # the job before may have been killed before it did so
             self.team.on_rank_0(self._prune)
         return start
@@ -182,7 +187,8 @@ class Store:
         scored = any("evaluation" in entry and entry["step"] == step for entry in kept)
         unscored = saved is not None and not left and due.evaluation and not scored
         history = last_known(kept, run.model.metric.name, cfg.evaluated)
-        return Restored(step, notes, history, scores(kept, run.best.name), unscored)
+        noise = averages_of(gradient_noise(kept))
+        return Restored(step, notes, history, scores(kept, run.best.name), unscored, noise)
 
     def save(self, step: int) -> None:
         """Write the checkpoint of a step, unless that is done, when the metrics so far are on disk."""

@@ -23,6 +23,7 @@ from mpiml.parallel.state import OUTER, VALUES, Part, State, parts
 from mpiml.parallel.update import Update
 from mpiml.training.calendar import Calendar
 from mpiml.training.learner import Learner
+from mpiml.training.noise import NoiseScale
 from mpiml.training.place import Agree, BuiltModel, another, gradients, place
 from mpiml.training.resolve import Resolved
 
@@ -35,6 +36,7 @@ class Ingredients:
         grid: all ranks.
         computation: of this rank's stage.
         rate: the learning rate of a step.
+        noise: what measures the noise scale, where gradients are summed, if that is to be measured.
     """
 
     config: Resolved
@@ -43,6 +45,7 @@ class Ingredients:
     computation: Computation
     shards: Shards
     rate: Callable[[int], float]
+    noise: NoiseScale | None = None
 
     @property
     def layout(self) -> Layout:
@@ -93,17 +96,19 @@ class Learners:
         def rows(step: int) -> int:
             return sum(of.shards.size(step, m) for m in range(first, first + microbatches))
 
+        observe = of.noise.count if of.noise else None
         computation = dataclasses.replace(of.computation, gradients=gradients(self._layout, sum_))
         return Learner(
             name=f"worker {number}: " if self.apart else "",
             first=first,
             microbatches=microbatches,
             grid=grid,
-            stage=TrainingStage(grid.pipe, computation, sum_, SCHEDULES[config.schedule], grid.team.clock),
+            stage=TrainingStage(grid.pipe, computation, sum_, SCHEDULES[config.schedule], grid.team.clock, observe),
             update=Update(grid.team, grid.replica, sum_, optimizer, config.clip, rows, config.ema),
             agree=agree,
             metric=of.model.metric,
             rate=of.rate,
+            noise=of.noise,
         )
 
     def _initialise(self, sum_: GradientSum, seed: int) -> None:

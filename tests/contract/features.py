@@ -350,6 +350,11 @@ FEATURES = {
     ),
     "averages-cnn": Feature(f"{AVERAGES} --model cnn", write=images),
     "ema": Feature(f"{AVERAGES} --model cnn --batch 1 --ema 0.8", write=images),
+    # Of gradients that are sent before the pass is over, beside running averages, and of labels that do not all count.
+    "noise": Feature(
+        "--model cnn --norm batch --channels 2 --batch 100 --microbatches 13 --ignore 7 --noise-scale --clip 0.3 "
+        f"{SHORT} --log-every 2"
+    ),
     "own": Feature(f"{OWN_FLAGS} --microbatches 6", write=own),
     "own-whole": Feature(f"{OWN_FLAGS} --microbatches 1", (), own),
     "binary": Feature(

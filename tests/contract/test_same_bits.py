@@ -76,6 +76,14 @@ def test_averages_of_weights_are_worth_comparing(table: Table) -> None:
     assert any(line.get("loss") == 0 for line in table.alone("ema").metrics)  # steps without rows
 
 
+def test_the_noise_scale_is_worth_comparing(table: Table) -> None:
+    """It is known, and it was before the checkpoint that a run goes on from."""
+    noise = {line["step"]: line["noise_scale"] for line in table.alone("noise").metrics if "noise_scale" in line}
+    assert list(noise) == [2, 4, 6, 8, 9]
+    assert all(noise.values())
+    assert noise[9] == table.alone("noise").result["noise_scale"]
+
+
 def test_steps_without_rows_are_worth_comparing(table: Table) -> None:
     losses = [line["loss"] for line in table.alone("empty-steps").metrics if "loss" in line]
     assert 5 < losses.count(0) < 15

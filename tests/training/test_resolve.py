@@ -149,6 +149,7 @@ def test_what_was_said_once_need_not_be_said_again() -> None:
     ("settings", "words"),
     [
         ({"optimizer": "sgd", "betas": (0.8, 0.9)}, "--betas 0.8,0.9: --optimizer sgd has none"),
+        ({"noise_scale": True}, "--noise-scale --microbatches 1: it is measured by how the gradients of "),
         ({"betas": (0.9,)}, "--betas 0.9: must be two numbers"),
         ({"betas": ()}, "--betas : must be two numbers"),
         ({"betas": (0.9, 0.99, 0.999)}, "--betas 0.9,0.99,0.999: must be two numbers"),
@@ -162,7 +163,7 @@ def test_what_was_said_once_need_not_be_said_again() -> None:
         ({"lr_history": (str(Phase(20, 0.1, 0.0, 20)),), "decay": "step", "steps": 20}, "--decay-steps 20: up to "),
     ],
 )
-def test_settings_of_the_optimizer_that_do_not_go_together(settings: Any, words: str) -> None:
+def test_settings_that_do_not_go_together(settings: Any, words: str) -> None:
     with pytest.raises(ConfigError, match="^" + words):
         resolve(Config(**settings), 50, True, 1)
 
