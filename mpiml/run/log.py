@@ -44,8 +44,8 @@ class Step(NamedTuple):
         seconds: that it took on this rank; 0 if an earlier job has begun its round.
         stop: whether any rank asks to stop after it.
         logged: whether it has a line; then there is the score.
-        shares: seconds in each of SHARES, and sent: bytes sent to other nodes, up to its end, on this rank in this job;
-            if it is logged.
+        shares: seconds in each of SHARES (default: as the clock has them), and sent: bytes sent to other nodes, on this
+            rank in this job up to the step's end.
         workers: in a round of workers what the line says of them.
         noise: of the gradient, if it was measured.
     """
@@ -134,7 +134,7 @@ class Log:
 
     def step(self, done: Step) -> None:
         """Write the line of a step, with the least and the most time of any rank since the last such line."""
-        shares = np.array(done.shares) if done.shares else self._shares
+        shares = np.array(done.shares or self.team.clock.shares())
         own = np.array([*(shares - self._shares), self._recent_seconds, self.pace.crowded, done.sent - self._sent])
         self._shares, self._sent = shares, done.sent
         steps, self._recent, self._recent_seconds = self._recent, 0, 0.0

@@ -116,6 +116,7 @@ class Round:
         empty = np.zeros((len(self.told), BESIDE + columns))
         self.progress = [Progress(steps[0] - 1, 0.0, empty.copy()) for _ in learners.own]
         self.everyones: list[Progress] = []  # by worker, once all have met
+        self.began = Timed(0.0, learners.grid.team.clock.shares(), learners.sent)
         self.times: dict[int, Timed] = {}
         self.resumed, self.stop, self.broken_off = left is not None, False, False
         self.distance: float | None = None

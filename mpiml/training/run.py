@@ -150,7 +150,7 @@ class Run:
 
     def _told(self, made: Round, step: int) -> log.Step:
         """A step of a round."""
-        told, times, logged = made.of_step(step), made.times.get(step), step in made.logged
+        told, times, logged = made.of_step(step), made.times.get(step, made.began), step in made.logged
         workers = None
         if told and logged:
             workers = {"loss": {"min": told.least, "max": told.most}, "distance": made.distance}
@@ -161,11 +161,11 @@ class Run:
             score=self.model.metric.value(told.metric) if told and logged else None,
             rate=told.rate if told else math.nan,
             norm=told.norm if told else None,
-            seconds=times.seconds if times else 0.0,
+            seconds=times.seconds,
             stop=made.stop,
             logged=logged,
-            shares=times.shares if times else (),
-            sent=times.sent if times else 0,
+            shares=times.shares,
+            sent=times.sent,
             workers=workers,
         )
 
