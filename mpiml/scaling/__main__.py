@@ -65,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     accuracy.add_argument("--target", type=finite, metavar="X", help=what)
     what = "epochs of these runs (default: 30)"
     accuracy.add_argument("--max-epochs", type=whole(), default=30, metavar="N", help=what)
+    what = "also train with these batches, on the largest grid, and fit a law of epochs over batches"
+    accuracy.add_argument("--batches", type=wholes, default=[], metavar="N,N", help=what)
     queue = measure.add_argument_group("in SLURM's queue")
     what = "submit a job for each number of ranks and repeat, and exit"
     queue.add_argument("--slurm", action="store_true", help=what)

@@ -92,7 +92,7 @@ def jobs_of(
     Raises ConfigError if there are to be training runs without evaluations.
     """
     jobs: list[StudyJob] = []
-    for point, repeat in shuffled(points, repeats):
+    for point, repeat in shuffled([point for point in points if point.timed], repeats):
         path = directory / POINTS / f"{point.name}_{repeat}.json"
         arguments = ["-m", "mpiml.scaling.timing", str(path), *map(str, timed), *settings, *point.flags()]
         jobs.append(TimedRepeat(point, repeat, path, arguments))

@@ -1,0 +1,130 @@
+"""The training runs of a study: when each reached the target, and the law of epochs fitted to them; no MPI."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpiml.run.result import read_result
+from mpiml.scaling.epochs import EpochsLaw, Reached, fit_epochs
+from mpiml.scaling.jobs import evaluations, points_to_train, run_directory
+from mpiml.scaling.laws import rounded
+from mpiml.scaling.points import Point
+
+
+@dataclass(frozen=True)
+class Target:
+    """A training run, and when it reached the target.
+
+    Attributes:
+        best: the best score of the run.
+        steps: steps until an evaluation reached the target; None if none did.
+        every: steps between evaluations.
+        reached: the same in epochs, with the evaluation before; None also in studies that do not know how many rows the
+            training set has.
+        noise_scale: as measured by --noise-scale, in rows.
+    """
+
+    best: float
+    steps: int | None
+    every: int
+    reached: Reached | None = None
+    noise_scale: float | None = None
+
+
+def target_of(about: Mapping[str, Any], directory: Path, point: Point) -> Target | None:
+    """The training run for a point's batch and micro-batches; None if there is none, or it has not ended.
+
+    `about` is the content of the study's file.
+    """
+    run = run_directory(directory, point, about["max_epochs"])
+    result = read_result(run)
+    if result.get("status") != "done":
+        return None
+    _, scores = evaluations(run)
+    steps = next((step for step, score in scores if score >= about["target"]), None)
+    reached = None
+    if steps and (rows := about.get("rows")):
+        before = max((step for step, _ in scores if step < steps), default=0)
+        each = math.ceil(rows / point.batch)
+        reached = Reached(rows / each, before / each, steps / each)
+    noise = result.get("noise_scale")
+    scale = float(noise) if isinstance(noise, (int, float)) and not isinstance(noise, bool) else None
+    return Target(max(score for _, score in scores), steps, scores[0][0], reached, scale)
+
+
+def training_runs(about: Mapping[str, Any], directory: Path) -> dict[Point, Target]:
+    """All training runs of a study that have ended, by the point that each ran on, in the order of batches."""
+    if about.get("target") is None:
+        return {}
+    points = sorted(points_to_train(about["points"]), key=lambda point: (point.batch, point.microbatches))
+    runs = {point: target_of(about, directory, point) for point in points}
+    return {point: run for point, run in runs.items() if run}
+
+
+def law_of(runs: Mapping[Point, Target], target: float, batches: Collection[int] | None = None) -> EpochsLaw:
+    """The law fitted to the runs that reached the target, or to those with some batches."""
+    chosen = (run.reached for point, run in runs.items() if batches is None or point.batch in batches)
+    return fit_epochs([reached for reached in chosen if reached], target)
+
+
+def several(runs: Mapping[Point, Target]) -> bool:
+    """Whether there are runs with several batches."""
+    return len({point.batch for point in runs}) > 1
+
+
+def training_rows(runs: Mapping[Point, Target], law: EpochsLaw) -> list[dict[str, Any]]:
+    """A row of figures for each training run, as in scaling.json; "error" is the law's, over the run's own epochs."""
+    rows = []
+    for point, run in runs.items():
+        reached, fitted = run.reached, law.at(run.reached.batch).value if law and run.reached else None
+        rows.append(
+            {
+                "batch": point.batch,
+                "microbatches": point.microbatches,
+                "rows": reached.batch if reached else None,
+                "best_score": run.best,
+                "steps_to_target": run.steps,
+                "epochs_before_target": reached.after if reached else None,
+                "epochs_to_target": reached.by if reached else None,
+                "fitted_epochs": fitted,
+                "error": fitted / reached.epochs - 1 if reached and fitted else None,
+                "noise_scale": run.noise_scale,
+            }
+        )
+    return rows
+
+
+def training_table(runs: Mapping[Point, Target], law: EpochsLaw, target: float) -> str:
+    """The training runs with their epochs, beside those of the law, as Markdown."""
+    heads = ["batch", "M", f"steps to {target:g}", "epochs to it", "fitted", "error"]
+    scaled = any(run.noise_scale is not None for run in runs.values())
+    heads += ["measured noise scale"] if scaled else []
+    lines = [f"| {' | '.join(heads)} |", "|" + "---:|" * len(heads)]
+    for row in training_rows(runs, law):
+        cells = [str(row["batch"]), str(row["microbatches"])]
+        cells.append(str(row["steps_to_target"] or f"not reached ({row['best_score']:.4g})"))
+        known = row["epochs_to_target"] is not None
+        cells.append(f"{row['epochs_before_target']:.3g} to {row['epochs_to_target']:.3g}" if known else "")
+        cells += ["", ""] if row["error"] is None else [f"{row['fitted_epochs']:.3g}", f"{row['error']:+.0%}"]
+        noise = row["noise_scale"]
+        cells += ["" if noise is None else f"{rounded(noise)} rows"] if scaled else []
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def about_epochs(runs: Mapping[Point, Target]) -> str:
+    """What explains the table and the law."""
+    text = (
+        "Epochs over the batch: E(B) = E0 (1 + B / B_noise), after McCandlish et al. 2018 (arXiv 1812.06162). Small "
+        "batches take E0 epochs, one of B_noise rows takes twice as many, and with larger ones the steps hardly become "
+        "fewer. That is so if the learning rate suits each batch. Epochs are known to the time between two "
+        "evaluations, and intervals include that."
+    )
+    missed = sorted({point.batch for point, run in runs.items() if not run.steps})
+    if missed:
+        text += f" Left out, because the target was not reached: a batch of {', '.join(map(str, missed))}."
+    return text
