@@ -149,7 +149,10 @@ def _to_target(best: Sequence[Prediction], law: EpochsLaw) -> list[str]:
         least, seconds = min(known, key=lambda pair: pair[1])
         more = "more take longer" if least.ranks < best[-1].ranks else "more may take less"
         where = f"{plural(least.ranks, 'rank')} with a batch of {least.batch}, {rounded(seconds)} s; {more}"
-        lines += [f"least seconds to the target: on {where}", "their intervals are of the epochs alone"]
+        lines += [
+            f"least seconds to the target: on {where}",
+            "intervals of seconds are those of the epochs: errors of predicted times are not in them",
+        ]
     if beyond := [one.batch for one, _ in known if not law.smallest <= one.rows <= law.largest]:
         runs = f"runs have {rounded(law.smallest)} to {rounded(law.largest)} rows a step"
         lines.append(

@@ -13,7 +13,7 @@ from mpiml.errors import ConfigError
 from mpiml.scaling.epochs import Reached
 from mpiml.scaling.laws import Interval
 from mpiml.scaling.points import Point, read_study
-from mpiml.scaling.trained import law_of, training_runs
+from mpiml.scaling.trained import law_of, missed, training_runs
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class HeldOut:
 
 
 def held_out(directory: Path, fitted: Collection[int] | None = None) -> list[HeldOut]:
-    """The runs of a study that reached the target, each predicted without its batch.
+    """The runs of a study's batches that always reached the target, each predicted without its batch.
 
     Args:
         fitted: the batches to fit to, so that all others are held out; None to hold out each batch in turn, which gives
@@ -46,25 +46,27 @@ def held_out(directory: Path, fitted: Collection[int] | None = None) -> list[Hel
     Raises ConfigError if the study cannot be fitted to these batches, or has no others.
     """
     study = read_study(directory)
-    runs = {point: run for point, run in training_runs(study, directory).items() if run.reached}
-    batches = {point.batch for point in runs}
+    runs = training_runs(study, directory)
+    batches = {run.point.batch for run in runs if run.reached} - missed(runs)
     if fitted is not None:
         _check(directory, sorted(batches), fitted)
     elif len(batches) < 3:
         return []
     compared = []
-    for point, run in runs.items():
-        chosen = batches - {point.batch} if fitted is None else fitted
-        if run.reached and point.batch not in chosen:
+    for run in runs:
+        chosen = batches - {run.point.batch} if fitted is None else fitted
+        if run.reached and run.point.batch in batches.difference(chosen):
             law = law_of(runs, study["target"], chosen)
-            compared.append(HeldOut(str(directory), point, run.reached, law.at(run.reached.batch)))
+            compared.append(HeldOut(str(directory), run.point, run.reached, law.at(run.reached.batch)))
     return compared
 
 
 def _check(directory: Path, batches: list[int], fitted: Collection[int]) -> None:
     flag, have = f"--fit {','.join(map(str, fitted))}", ", ".join(map(str, batches)) or "none"
     if unknown := sorted(set(fitted) - set(batches)):
-        raise ConfigError(f"{flag}: {directory} has no run with {unknown[0]} that reached the target; it has {have}")
+        raise ConfigError(
+            f"{flag}: {directory} has no batch of {unknown[0]} that always reached the target; it has {have}"
+        )
     if len(fitted) < 2:
         raise ConfigError(f"{flag}: the law has two parameters; give two of {have} or more")
     if len(fitted) == len(batches):

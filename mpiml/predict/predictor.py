@@ -24,8 +24,8 @@ LATENCY, BANDWIDTH = 2e-6, 10e9  # assumed of a network that was not measured: s
 
 @dataclass(frozen=True)
 class Prediction:
-    """A grid and the predicted time of its step, of `rows` rows on average; with a law of epochs, also epochs and seconds
-    to the target."""
+    """A grid and the predicted time of its step, of `rows` rows on average; with a law of epochs, epochs and seconds to
+    the target."""
 
     ranks: int
     stages: int

@@ -80,6 +80,7 @@ def jobs_of(
     settings: Sequence[str],
     rows: int,
     epochs: int | None,
+    trainings: int = 1,
 ) -> list[StudyJob]:
     """All jobs of a study: the timed repeats in the order of points.shuffled, then the training runs.
 
@@ -88,6 +89,8 @@ def jobs_of(
         config, settings: of mpiml.train, parsed and as they were given.
         rows: rows of the training set.
         epochs: of training runs; None for no such runs.
+        trainings: runs for each batch and number of micro-batches; the first has the seed of `config`, the next one
+            more, and so on.
 
     Raises ConfigError if there are to be training runs without evaluations.
     """
@@ -101,14 +104,15 @@ def jobs_of(
     if not config.eval_every:
         raise ConfigError("--target needs evaluations: leave out --eval-every 0")
     for point in points_to_train(points):
-        path = run_directory(directory, point, epochs)
         if "eval_every" in (config.given or ()):  # after as many rows, whatever the batch
             every = max(1, config.eval_every * config.batch // point.batch)
         else:
             every = max(1, epochs * -(-rows // point.batch) // EVALUATIONS)
         flags = f"--epochs={epochs} --eval-every={every} --save-every=0 --quiet --resume".split()
-        arguments = ["-m", "mpiml.train", *settings, *point.flags(), *flags, f"--out={path}"]
-        jobs.append(TrainingRun(point, 0, path, arguments))
+        for offset in range(trainings):
+            path = run_directory(directory, point, epochs, offset)
+            own = [*point.flags(), f"--seed={config.seed + offset}", f"--out={path}"]
+            jobs.append(TrainingRun(point, 0, path, ["-m", "mpiml.train", *settings, *flags, *own]))
     return jobs
 
 
@@ -119,9 +123,11 @@ def points_to_train(points: Sequence[Point]) -> list[Point]:
     return list({(point.batch, point.microbatches): point for point in asked}.values())
 
 
-def run_directory(directory: Path, point: Point, epochs: int) -> Path:
-    """The run directory, in a study's, of the training run that shares a point's batch and micro-batches."""
-    return directory / TRAINING / f"batch-{point.batch}_microbatches-{point.microbatches}_epochs-{epochs}"
+def run_directory(directory: Path, point: Point, epochs: int, offset: int = 0) -> Path:
+    """The run directory, in a study's, of the training run that shares a point's batch and micro-batches; `offset` is
+    added to the seed."""
+    name = f"batch-{point.batch}_microbatches-{point.microbatches}_epochs-{epochs}"
+    return directory / TRAINING / (f"{name}_seed-{offset}" if offset else name)
 
 
 def evaluations(run: Path) -> tuple[str, list[tuple[int, float]]]:

@@ -96,7 +96,7 @@ def draw_accuracy(axes: Any, study: Study) -> None:
 
 def draw_epochs(axes: Any, study: Study) -> None:
     """Epochs to the target by batch, with the law, and the noise scale that was measured."""
-    law, reached = study.law, [run.reached for run in study.trained.values() if run.reached]
+    law, reached = study.law, [run.reached for run in study.trained if run.reached]
     batches, middles = [one.batch for one in reached], [one.epochs for one in reached]
     errors = [(one.by - one.after) / 2 for one in reached]
     axes.errorbar(batches, middles, errors, fmt="none", ecolor=BLUE, capsize=3)
@@ -108,7 +108,7 @@ def draw_epochs(axes: Any, study: Study) -> None:
         if law.draws is not None:
             bounds = [one.low for one in curve], [one.high for one in curve]
             axes.fill_between(places, *bounds, color=RED, alpha=0.15, linewidth=0, label="95 % of runs")
-    for scale in [run.noise_scale for run in study.trained.values() if run.noise_scale is not None]:
+    for scale in [run.noise_scale for run in study.trained if run.noise_scale is not None]:
         axes.axvline(scale, color=GREEN, linestyle=":", label="measured noise scale")
     _legend(axes)
     _logarithmic(axes, sorted({round(batch) for batch in batches}), f"epochs to a score of {study.target:g}")

@@ -87,10 +87,10 @@ def notes(study: Study) -> list[str]:
         intervals = _listed([f"{steps} with a batch of {batch}" for batch, steps in every])
         paragraphs.append(
             f"Steps to {study.target:g}: in a training run of {study.max_epochs} epochs, the steps until an evaluation "
-            "first reached that score; one run for each batch and number of micro-batches, whose weights are the "
-            "same, bit for bit, on any grid. All other settings are the same for all, the learning rate too unless "
-            "--lr-scaling makes it another. Seconds are these steps at the point's median time, without evaluations."
-            + (f" Steps between evaluations: {intervals}." if every else "")
+            "first reached that score; one run (with --trainings, the first) for each batch and number of "
+            "micro-batches, whose weights are the same, bit for bit, on any grid. All other settings are the same for "
+            "all, the learning rate too unless --lr-scaling makes it another. Seconds are these steps at the point's "
+            "median time, without evaluations." + (f" Steps between evaluations: {intervals}." if every else "")
         )
     if several(study.trained):
         paragraphs.append(about_epochs(study.trained))

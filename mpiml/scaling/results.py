@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ class Study:
     damaged: Sequence[Path] = ()
     target: float | None = None
     max_epochs: int = 0
-    trained: Mapping[Point, Target] = field(default_factory=dict)
+    trained: Sequence[Target] = ()
     law: EpochsLaw | None = None
 
     def asked(self) -> list[Line]:
@@ -179,7 +179,7 @@ def load_study(directory: Path) -> Study:
     ]
     base = next(line for line in lines if (line.point.ranks, line.point.microbatches) == (1, fastest))
     missing = sum(max(about.get("repeats", 0) - len(repeats.get(point, ())), 0) for point in asked)
-    untrained = len(points_to_train(about["points"])) - len(trained) if targets else 0
+    untrained = len(points_to_train(about["points"])) * about.get("trainings", 1) - len(trained) if targets else 0
     return Study(
         mode=about["mode"],
         settings=about["settings"],

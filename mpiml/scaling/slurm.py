@@ -24,7 +24,7 @@ from mpiml.scaling.points import JOBS
 
 # Flags of `run` that the submitted jobs get too.
 FLAGS = ["ranks", "mode", "pipes", "repeats", "steps", "warm_up", "timeout", "node_ranks", "launcher", "target"]
-FLAGS += ["max_epochs", "batches", "out"]
+FLAGS += ["max_epochs", "batches", "trainings", "out"]
 
 SCRIPT = """#!/bin/bash
 # Repeat {repeat} of all points of {ranks} ranks; python -m mpiml.scaling run --slurm wrote this.

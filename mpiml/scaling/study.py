@@ -43,7 +43,8 @@ def run(chosen: argparse.Namespace) -> int:
     chosen.out = chosen.out.absolute()
     epochs = None if chosen.target is None else chosen.max_epochs
     timed = (chosen.warm_up, chosen.steps)
-    jobs = jobs_of(chosen.out, points, chosen.repeats, timed, config, chosen.settings, training.rows, epochs)
+    runs = (epochs, chosen.trainings)
+    jobs = jobs_of(chosen.out, points, chosen.repeats, timed, config, chosen.settings, training.rows, *runs)
     if chosen.slurm:
         states = queued(chosen.out, jobs, chosen.node_ranks)
         _open(chosen, config, points, training.rows)
@@ -105,7 +106,8 @@ def _open(chosen: argparse.Namespace, config: Config, points: Sequence[Point], r
         if before.get(key) != value:
             raise ConfigError(f"{directory} is a study with {key} {before.get(key)}, not {value}; choose another --out")
     known = {*before.get("points", ()), *points}
-    study |= {"repeats": max(chosen.repeats, before.get("repeats", 0)), "rows": rows}
+    study |= {name: max(getattr(chosen, name), before.get(name, 0)) for name in ("repeats", "trainings")}
+    study["rows"] = rows
     asked = {"target": chosen.target, "max_epochs": chosen.max_epochs} if chosen.target is not None else {}
     study |= {key: value for key, value in before.items() if key not in (*study, "points")} | asked
     with named_errors("write", directory):

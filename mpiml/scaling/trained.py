@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ class Target:
     """A training run, and when it reached the target.
 
     Attributes:
+        point: has its batch and micro-batches.
+        offset: is added to the study's seed.
         best: the best score of the run.
         steps: steps until an evaluation reached the target; None if none did.
         every: steps between evaluations.
@@ -28,6 +30,8 @@ class Target:
         noise_scale: as measured by --noise-scale, in rows.
     """
 
+    point: Point
+    offset: int
     best: float
     steps: int | None
     every: int
@@ -35,12 +39,12 @@ class Target:
     noise_scale: float | None = None
 
 
-def target_of(about: Mapping[str, Any], directory: Path, point: Point) -> Target | None:
-    """The training run for a point's batch and micro-batches; None if there is none, or it has not ended.
+def target_of(about: Mapping[str, Any], directory: Path, point: Point, offset: int = 0) -> Target | None:
+    """A training run for a point's batch and micro-batches; None if there is none, or it has not ended.
 
     `about` is the content of the study's file.
     """
-    run = run_directory(directory, point, about["max_epochs"])
+    run = run_directory(directory, point, about["max_epochs"], offset)
     result = read_result(run)
     if result.get("status") != "done":
         return None
@@ -53,38 +57,47 @@ def target_of(about: Mapping[str, Any], directory: Path, point: Point) -> Target
         reached = Reached(rows / each, before / each, steps / each)
     noise = result.get("noise_scale")
     scale = float(noise) if isinstance(noise, (int, float)) and not isinstance(noise, bool) else None
-    return Target(max(score for _, score in scores), steps, scores[0][0], reached, scale)
+    best = max(score for _, score in scores)
+    return Target(point, offset, best, steps, scores[0][0], reached, scale)
 
 
-def training_runs(about: Mapping[str, Any], directory: Path) -> dict[Point, Target]:
-    """All training runs of a study that have ended, by the point that each ran on, in the order of batches."""
+def training_runs(about: Mapping[str, Any], directory: Path) -> list[Target]:
+    """All training runs of a study that have ended, in the order of batches."""
     if about.get("target") is None:
-        return {}
+        return []
     points = sorted(points_to_train(about["points"]), key=lambda point: (point.batch, point.microbatches))
-    runs = {point: target_of(about, directory, point) for point in points}
-    return {point: run for point, run in runs.items() if run}
+    offsets = range(about.get("trainings", 1))
+    runs = (target_of(about, directory, point, offset) for point in points for offset in offsets)
+    return [run for run in runs if run]
 
 
-def law_of(runs: Mapping[Point, Target], target: float, batches: Collection[int] | None = None) -> EpochsLaw:
-    """The law fitted to the runs that reached the target, or to those with some batches."""
-    chosen = (run.reached for point, run in runs.items() if batches is None or point.batch in batches)
-    return fit_epochs([reached for reached in chosen if reached], target)
+def missed(runs: Sequence[Target]) -> set[int]:
+    """The batches with a run that did not reach the target: nothing is concluded from the others of such a batch, which
+    are the quick ones."""
+    return {run.point.batch for run in runs if not run.steps}
 
 
-def several(runs: Mapping[Point, Target]) -> bool:
+def law_of(runs: Sequence[Target], target: float, batches: Collection[int] | None = None) -> EpochsLaw:
+    """The law fitted to the runs of all batches that always reached the target, or of some of these."""
+    known = {run.point.batch for run in runs if batches is None or run.point.batch in batches} - missed(runs)
+    return fit_epochs([run.reached for run in runs if run.reached and run.point.batch in known], target)
+
+
+def several(runs: Sequence[Target]) -> bool:
     """Whether there are runs with several batches."""
-    return len({point.batch for point in runs}) > 1
+    return len({run.point.batch for run in runs}) > 1
 
 
-def training_rows(runs: Mapping[Point, Target], law: EpochsLaw) -> list[dict[str, Any]]:
+def training_rows(runs: Sequence[Target], law: EpochsLaw) -> list[dict[str, Any]]:
     """A row of figures for each training run, as in scaling.json; "error" is the law's, over the run's own epochs."""
     rows = []
-    for point, run in runs.items():
+    for run in runs:
         reached, fitted = run.reached, law.at(run.reached.batch).value if law and run.reached else None
         rows.append(
             {
-                "batch": point.batch,
-                "microbatches": point.microbatches,
+                "batch": run.point.batch,
+                "microbatches": run.point.microbatches,
+                "seed_offset": run.offset,
                 "rows": reached.batch if reached else None,
                 "best_score": run.best,
                 "steps_to_target": run.steps,
@@ -98,10 +111,10 @@ def training_rows(runs: Mapping[Point, Target], law: EpochsLaw) -> list[dict[str
     return rows
 
 
-def training_table(runs: Mapping[Point, Target], law: EpochsLaw, target: float) -> str:
+def training_table(runs: Sequence[Target], law: EpochsLaw, target: float) -> str:
     """The training runs with their epochs, beside those of the law, as Markdown."""
     heads = ["batch", "M", f"steps to {target:g}", "epochs to it", "fitted", "error"]
-    scaled = any(run.noise_scale is not None for run in runs.values())
+    scaled = any(run.noise_scale is not None for run in runs)
     heads += ["measured noise scale"] if scaled else []
     lines = [f"| {' | '.join(heads)} |", "|" + "---:|" * len(heads)]
     for row in training_rows(runs, law):
@@ -116,7 +129,7 @@ def training_table(runs: Mapping[Point, Target], law: EpochsLaw, target: float) 
     return "\n".join(lines) + "\n"
 
 
-def about_epochs(runs: Mapping[Point, Target]) -> str:
+def about_epochs(runs: Sequence[Target]) -> str:
     """What explains the table and the law."""
     text = (
         "Epochs over the batch: E(B) = E0 (1 + B / B_noise), after McCandlish et al. 2018 (arXiv 1812.06162). Small "
@@ -124,7 +137,6 @@ def about_epochs(runs: Mapping[Point, Target]) -> str:
         "fewer. That is so if the learning rate suits each batch. Epochs are known to the time between two "
         "evaluations, and intervals include that."
     )
-    missed = sorted({point.batch for point, run in runs.items() if not run.steps})
-    if missed:
-        text += f" Left out, because the target was not reached: a batch of {', '.join(map(str, missed))}."
+    if left_out := sorted(missed(runs)):
+        text += f" Left out, because a run did not reach the target: a batch of {', '.join(map(str, left_out))}."
     return text

@@ -143,6 +143,25 @@ def test_points_that_only_train_have_the_largest_grid() -> None:
     assert [job.point.batch for job in jobs if job.path.parent.name == "training"] == [32, 64, 16, 128, 512]
 
 
+def test_further_trainings_have_other_seeds(tmp_path: Path) -> None:
+    one = Point(1, 1, 64, 1)
+    jobs = jobs_of(tmp_path, [one], 0, (1, 3), Config(seed=5), ["--seed=5"], 640, 30, 3)
+    assert [[word for word in job.arguments if "seed" in word] for job in jobs] == [
+        ["--seed=5", "--seed=5"],
+        ["--seed=5", "--seed=6", f"--out={run_directory(tmp_path, one, 30)}_seed-1"],
+        ["--seed=5", "--seed=7", f"--out={run_directory(tmp_path, one, 30)}_seed-2"],
+    ]
+    study = load_study(trained(tmp_path, STEPS, trainings=2))
+    assert study.open == 5
+    for batch, tens in ((64, 6), (128, None), (320, 2), (640, 1)):
+        train_to(tmp_path, Point(1, 1, batch, 1), [0.5] * 3 if tens is None else [0.5] * (tens - 1) + [0.95], 30, 1)
+    study = load_study(tmp_path)
+    assert (study.open, len(study.trained)) == (1, 9)
+    mean = [Reached(64, 3, 4), Reached(64, 5, 6), Reached(320, 5, 10), Reached(640, 0, 10)]  # 128 did not always
+    assert study.law
+    assert (study.law.constant, study.law.slope) == (fit_epochs(mean, 0.9).constant, fit_epochs(mean, 0.9).slope)
+
+
 def trained(directory: Path, steps: dict[int, int | None], **about: object) -> Path:
     """A study of one rank with batches of 64 of 640 rows, trained with others too; each reached 0.9 after so many tens
     of steps, or not."""
@@ -164,7 +183,7 @@ STEPS = {64: 4, 128: 3, 320: 2, 640: 1, 500: None}  # in tens
 def test_a_study_has_the_law_of_its_runs(tmp_path: Path) -> None:
     """Epochs by hand: ten steps are one epoch with 64 of 640 rows, two with 128, and so on."""
     study = load_study(trained(tmp_path, STEPS))
-    assert [run.reached for run in study.trained.values()] == [
+    assert [run.reached for run in study.trained] == [
         Reached(64.0, 3.0, 4.0),
         Reached(128.0, 4.0, 6.0),
         Reached(320.0, 5.0, 10.0),
@@ -176,7 +195,7 @@ def test_a_study_has_the_law_of_its_runs(tmp_path: Path) -> None:
     assert study.law.constant == pytest.approx(law_of(study.trained, 0.9).constant)
     assert (study.law.smallest, study.law.largest) == (64, 640)
     assert fit(study)[-1] == study.law.fit
-    assert any("the target was not reached: a batch of 500." in note for note in notes(study))
+    assert any("a run did not reach the target: a batch of 500." in note for note in notes(study))
     assert study.lines[0].row()["epochs_to_target"] == 4
     rows = training_rows(study.trained, study.law)
     assert [row["batch"] for row in rows] == [64, 128, 320, 500, 640]
@@ -187,7 +206,7 @@ def test_a_study_has_the_law_of_its_runs(tmp_path: Path) -> None:
 def test_a_batch_that_does_not_divide_the_rows_counts_as_its_steps_do(tmp_path: Path) -> None:
     """Of 640 rows, a batch of 500 makes two steps of 320."""
     study = load_study(trained(tmp_path, {64: 4, 500: 3}))
-    assert study.trained[Point(1, 1, 500, 1, timed=False)].reached == Reached(320.0, 10.0, 15.0)
+    assert study.trained[1].reached == Reached(320.0, 10.0, 15.0)
 
 
 def test_the_table_shows_epochs_and_measured_noise_scales(tmp_path: Path) -> None:

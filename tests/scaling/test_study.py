@@ -184,9 +184,9 @@ def test_damaged_studies_are_refused(
 TARGET = {"target": 0.9, "max_epochs": 3}
 
 
-def train_to(directory: Path, point: Point, scores: list[float], epochs: int = 3) -> None:
+def train_to(directory: Path, point: Point, scores: list[float], epochs: int = 3, offset: int = 0) -> None:
     """What a training run leaves that was evaluated every ten steps."""
-    run = run_directory(directory, point, epochs)
+    run = run_directory(directory, point, epochs, offset)
     run.mkdir(parents=True)
     lines = [{"step": 10 * n, "evaluation": {"loss": 1.0, "accuracy": s, "rows": 9}} for n, s in enumerate(scores, 1)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [{"step": 10, "loss": 1.0}, *lines]))
