@@ -21,7 +21,7 @@ from mpiml.predict.predictor import Prediction, Predictor, compare, describe
 from mpiml.run.launcher import check_program, environment, launcher
 from mpiml.scaling.epochs import EpochsLaw
 from mpiml.scaling.laws import rounded
-from mpiml.scaling.points import read_study
+from mpiml.scaling.points import read_study, unmeasured
 from mpiml.scaling.report import fits_text
 
 GOAL = 0.15  # the largest median error of good predictions
@@ -80,7 +80,7 @@ def _parser() -> Parser:
 def calibrate(chosen: argparse.Namespace) -> int:
     """Start the jobs that measure. Returns 0, or the exit code of one that failed."""
     directory = Path(chosen.directory)
-    settings = read_study(directory)["settings"]
+    settings = unmeasured(read_study(directory)["settings"])
     ranks = chosen.ranks or max(len(os.sched_getaffinity(0)) // parse(settings).threads, 1)
     command = [*launcher(chosen.launcher, ranks), sys.executable, "-m", "mpiml.predict.calibration"]
     check_program(command)

@@ -13,7 +13,7 @@ from mpiml.errors import ConfigError
 from mpiml.predict.machine import MACHINE, Link, Machine, load_machine
 from mpiml.predict.step import StepTime, step_time
 from mpiml.scaling.laws import Interval
-from mpiml.scaling.points import Point, read_study
+from mpiml.scaling.points import Point, read_study, unmeasured
 from mpiml.scaling.results import load_study
 from mpiml.scaling.trained import law_of, training_runs
 from mpiml.training.job import Job, unplaced
@@ -49,7 +49,7 @@ class Predictor:
     def __init__(self, directory: Path, latency: float | None = None, bandwidth: float | None = None):
         study = read_study(directory)
         self.machine, self.weak = load_machine(directory), study["mode"] == "weak"
-        self.config = parse(study["settings"])
+        self.config = parse(unmeasured(study["settings"]))
         self.training = unplaced(self.config, open_data(self.config))
         if len(self.training.layers) != len(self.machine.layers):
             raise ConfigError(f"{directory / MACHINE} is of another model: delete it and calibrate again")

@@ -14,7 +14,7 @@ from mpiml.errors import ConfigError, OutputError
 from mpiml.run.directory import METRICS
 from mpiml.run.metrics import content_of, lines
 from mpiml.run.result import EVALUATION, read_result
-from mpiml.scaling.points import POINTS, TRAINING, Point, read_repeat, shuffled
+from mpiml.scaling.points import POINTS, TRAINING, Point, read_repeat, shuffled, unmeasured
 
 EVALUATIONS = 50  # of a training run, at least: so the steps to a target are known to a fiftieth of the run
 
@@ -97,7 +97,7 @@ def jobs_of(
     jobs: list[StudyJob] = []
     for point, repeat in shuffled([point for point in points if point.timed], repeats):
         path = directory / POINTS / f"{point.name}_{repeat}.json"
-        arguments = ["-m", "mpiml.scaling.timing", str(path), *map(str, timed), *settings, *point.flags()]
+        arguments = ["-m", "mpiml.scaling.timing", str(path), *map(str, timed), *unmeasured(settings), *point.flags()]
         jobs.append(TimedRepeat(point, repeat, path, arguments))
     if not epochs:
         return jobs
@@ -108,11 +108,12 @@ def jobs_of(
             every = max(1, config.eval_every * config.batch // point.batch)
         else:
             every = max(1, epochs * -(-rows // point.batch) // EVALUATIONS)
+        suited = settings if point.microbatches > 1 else unmeasured(settings)
         flags = f"--epochs={epochs} --eval-every={every} --save-every=0 --quiet --resume".split()
         for offset in range(trainings):
             path = run_directory(directory, point, epochs, offset)
             own = [*point.flags(), f"--seed={config.seed + offset}", f"--out={path}"]
-            jobs.append(TrainingRun(point, 0, path, ["-m", "mpiml.train", *settings, *flags, *own]))
+            jobs.append(TrainingRun(point, 0, path, ["-m", "mpiml.train", *suited, *flags, *own]))
     return jobs
 
 

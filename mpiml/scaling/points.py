@@ -109,6 +109,12 @@ def shuffled(points: Sequence[Point], repeats: int) -> list[tuple[Point, int]]:
     return order
 
 
+def unmeasured(settings: Sequence[str]) -> list[str]:
+    """The settings of a study's jobs without --noise-scale: of no use to a job that is timed, and refused with a single
+    micro-batch."""
+    return [word for word in settings if word != "--noise-scale"]
+
+
 def read_study(directory: Path) -> dict[str, Any]:
     """The content of a study's STUDY file, with `points` as Points. Raises ConfigError if there is none, OutputError if
     it is damaged."""

@@ -19,7 +19,7 @@ from mpiml.run.console import say
 from mpiml.run.directory import named_errors, write_atomically
 from mpiml.run.launcher import FAULT, check_program, environment, launcher
 from mpiml.scaling.jobs import StudyJob, jobs_of
-from mpiml.scaling.points import POINTS, STUDY, TRAINING, Point, batches_to_train, points_of, read_study
+from mpiml.scaling.points import POINTS, STUDY, TRAINING, Point, batches_to_train, points_of, read_study, unmeasured
 from mpiml.scaling.slurm import queued, submit
 from mpiml.training.job import Unplaced, unplaced
 from mpiml.training.resolve import open_data, scored
@@ -84,9 +84,10 @@ def _check_points(chosen: argparse.Namespace, config: Config, points: Sequence[P
     if chosen.batches and chosen.batches[-1] > training.rows:
         most = f"more than the {training.rows} rows to train on"
         raise ConfigError(f"--batches {chosen.batches[-1]}: {most}; {training.rows} at most")
+    alone = parse(unmeasured(chosen.settings))
     for point in points:
         grid = {"pipe": point.stages, "batch": point.batch, "microbatches": point.microbatches}
-        training.on(config.replace(**grid), point.ranks, point.ranks)
+        training.on((config if point.microbatches > 1 else alone).replace(**grid), point.ranks, point.ranks)
     if chosen.target is not None and chosen.target > 1 and not is_name(config.metric):
         metric = scored(config, training.classification).metric
         raise ConfigError(f"--target {chosen.target:g}: {metric} is at most 1")
