@@ -38,8 +38,9 @@ def run(chosen: argparse.Namespace) -> int:
     _check_flags(chosen, config)
     points = points_of(chosen.mode, sorted({1, *chosen.ranks}), chosen.pipes, config.batch, config.microbatches)
     points += batches_to_train(chosen.batches, points)
-    training = unplaced(config, open_data(config))
-    _check_points(chosen, config, points, training)
+    plain = parse(unmeasured(chosen.settings))
+    training = unplaced(plain, open_data(config))
+    _check_points(chosen, plain, points, training)
     chosen.out = chosen.out.absolute()
     epochs = None if chosen.target is None else chosen.max_epochs
     timed = (chosen.warm_up, chosen.steps)
@@ -84,10 +85,9 @@ def _check_points(chosen: argparse.Namespace, config: Config, points: Sequence[P
     if chosen.batches and chosen.batches[-1] > training.rows:
         most = f"more than the {training.rows} rows to train on"
         raise ConfigError(f"--batches {chosen.batches[-1]}: {most}; {training.rows} at most")
-    alone = parse(unmeasured(chosen.settings))
     for point in points:
         grid = {"pipe": point.stages, "batch": point.batch, "microbatches": point.microbatches}
-        training.on((config if point.microbatches > 1 else alone).replace(**grid), point.ranks, point.ranks)
+        training.on(config.replace(**grid), point.ranks, point.ranks)
     if chosen.target is not None and chosen.target > 1 and not is_name(config.metric):
         metric = scored(config, training.classification).metric
         raise ConfigError(f"--target {chosen.target:g}: {metric} is at most 1")
