@@ -1,4 +1,4 @@
-"""The law of epochs over batches, compared with training runs that it was not fitted to; no MPI."""
+"""The law of epochs over batches, compared with batches that it was not fitted to; no MPI."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpiml.command import plural, table
+from mpiml.command import table
 from mpiml.errors import ConfigError
-from mpiml.scaling.epochs import Reached
+from mpiml.scaling.epochs import Reached, mean_of
 from mpiml.scaling.laws import Interval
-from mpiml.scaling.points import Point, read_study
+from mpiml.scaling.points import read_study
 from mpiml.scaling.trained import law_of, missed, training_runs
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A training run, and the epochs that the law fitted to other batches predicts for it."""
+    """The mean of a batch's training runs, and the epochs that the law fitted to other batches predicts for a run."""
 
     study: str
-    point: Point
+    batch: int
+    runs: int
     reached: Reached
     predicted: Interval
 
@@ -32,12 +33,12 @@ class HeldOut:
 
     @property
     def inside(self) -> bool:
-        """Whether the run may have reached the target within the interval."""
+        """Whether the mean run may have reached the target within the interval."""
         return self.predicted.low <= self.reached.by and self.reached.after <= self.predicted.high
 
 
 def held_out(directory: Path, fitted: Collection[int] | None = None) -> list[HeldOut]:
-    """The runs of a study's batches that always reached the target, each predicted without its batch.
+    """The batches of a study whose runs all reached the target, each predicted without its own runs.
 
     Args:
         fitted: the batches to fit to, so that all others are held out; None to hold out each batch in turn, which gives
@@ -53,11 +54,11 @@ def held_out(directory: Path, fitted: Collection[int] | None = None) -> list[Hel
     elif len(batches) < 3:
         return []
     compared = []
-    for run in runs:
-        chosen = batches - {run.point.batch} if fitted is None else fitted
-        if run.reached and run.point.batch in batches.difference(chosen):
-            law = law_of(runs, study["target"], chosen)
-            compared.append(HeldOut(str(directory), run.point, run.reached, law.at(run.reached.batch)))
+    for batch in sorted(batches.difference(fitted or ())):
+        law = law_of(runs, study["target"], batches - {batch} if fitted is None else fitted)
+        own = [run.reached for run in runs if run.reached and run.point.batch == batch]
+        mean = mean_of(own)
+        compared.append(HeldOut(str(directory), batch, len(own), mean, law.at(mean.batch)))
     return compared
 
 
@@ -74,11 +75,10 @@ def _check(directory: Path, batches: list[int], fitted: Collection[int]) -> None
 
 
 def describe(compared: Sequence[HeldOut], fitted: Collection[int] | None) -> list[str]:
-    """A table of the runs, and a line with the errors."""
-    rows = [["study", "batch", "M", "trained epochs", "predicted epochs (95 %)", "error"]]
+    """A table of the batches, and a line with the errors."""
+    rows = [["study", "batch", "runs", "trained epochs", "predicted epochs (95 %)", "error"]]
     for one in compared:
-        epochs = f"{one.reached.after:.3g} to {one.reached.by:.3g}"
-        cells = [one.study, str(one.point.batch), str(one.point.microbatches), epochs, one.predicted.text()]
+        cells = [one.study, str(one.batch), str(one.runs), one.reached.text, one.predicted.text()]
         rows.append([*cells, f"{one.error:+.0%}"])
     errors = [abs(one.error) for one in compared]
     known = [one for one in compared if math.isfinite(one.predicted.low)]
@@ -86,6 +86,6 @@ def describe(compared: Sequence[HeldOut], fitted: Collection[int] | None) -> lis
     how = "each batch by the others" if fitted is None else f"fitted to batches of {', '.join(map(str, fitted))}"
     return [
         *table(rows, "lrrrrr"),
-        f"{plural(len(compared), 'run')} predicted, {how}: median error {statistics.median(errors):.0%}, "
+        f"{len(compared)} batches predicted, {how}: median error {statistics.median(errors):.0%}, "
         f"largest {max(errors):.0%}; {bounds}",
     ]

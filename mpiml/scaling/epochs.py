@@ -8,6 +8,7 @@ arXiv 1812.06162.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -36,6 +37,16 @@ class Reached(NamedTuple):
     def epochs(self) -> float:
         """The middle of the two."""
         return (self.after + self.by) / 2
+
+    @property
+    def text(self) -> str:
+        """The two."""
+        return f"{self.after:.3g} to {self.by:.3g}"
+
+
+def mean_of(runs: Sequence[Reached]) -> Reached:
+    """The mean of runs with one batch."""
+    return Reached(*map(statistics.mean, zip(*runs, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,7 @@ def fit_epochs(runs: Sequence[Reached], target: float) -> EpochsLaw:
     if len(batches) < 2:
         return EpochsLaw(Fit(law, {}, math.nan, f"undecided: needs 2 batches that reach it; {BATCHES}"))
     alike = [[run for run in runs if run.batch == batch] for batch in batches]
-    means = {batch: float(np.mean([run.epochs for run in some])) for batch, some in zip(batches, alike, strict=True)}
+    means = {batch: mean_of(some).epochs for batch, some in zip(batches, alike, strict=True)}
     constant, slope = least_squares(means, lambda batch: [1.0, batch])
     draws = _draws(alike, means) if len(batches) > 2 else None
     distances = [(constant + slope * batch) / epochs - 1 for batch, epochs in means.items()]

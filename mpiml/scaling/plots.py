@@ -14,7 +14,7 @@ from mpiml.command import plural
 from mpiml.errors import ConfigError
 from mpiml.scaling.laws import Interval
 from mpiml.scaling.results import Line, Study
-from mpiml.scaling.trained import several
+from mpiml.scaling.trained import median_noise, several
 
 # Colours that the colour-blind can tell apart: Okabe and Ito, "Color universal design", 2008.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
@@ -108,9 +108,9 @@ def draw_epochs(axes: Any, study: Study) -> None:
         if law.draws is not None:
             bounds = [one.low for one in curve], [one.high for one in curve]
             axes.fill_between(places, *bounds, color=RED, alpha=0.15, linewidth=0, label="95 % of runs")
-    for scale in [run.noise_scale for run in study.trained if run.noise_scale is not None]:
-        axes.axvline(scale, color=GREEN, linestyle=":", label="measured noise scale")
-    _legend(axes)
+    if (noise := median_noise(study.trained)) is not None:
+        axes.axvline(noise, color=GREEN, linestyle=":", label="measured noise scale, median")
+    _legend(axes, columns=2)
     _logarithmic(axes, sorted({round(batch) for batch in batches}), f"epochs to a score of {study.target:g}")
     axes.set_xlabel("rows of a step")
     _decades(axes)
@@ -179,12 +179,12 @@ def _ideal(axes: Any, ranks: list[int], values: list[float], label: str = "ideal
     _legend(axes)
 
 
-def _legend(axes: Any) -> None:
+def _legend(axes: Any, columns: int = len(SHARES)) -> None:
     """Place the legend above the axes, where it hides nothing; merge equal labels."""
     handles, labels = axes.get_legend_handles_labels()
     named = dict(sorted(zip(labels, handles, strict=True), key=lambda pair: pair[0] == CROWDED))
     place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "frameon": False}
-    axes.legend(named.values(), named, fontsize=8, ncols=len(SHARES), columnspacing=1, handlelength=1.5, **place)
+    axes.legend(named.values(), named, fontsize=8, ncols=columns, columnspacing=1, handlelength=1.5, **place)
 
 
 def _logarithmic(axes: Any, ranks: list[int], label: str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mpiml.run.result import read_result
-from mpiml.scaling.epochs import EpochsLaw, Reached, fit_epochs
+from mpiml.scaling.epochs import EpochsLaw, Reached, fit_epochs, mean_of
 from mpiml.scaling.jobs import evaluations, points_to_train, run_directory
 from mpiml.scaling.laws import rounded
 from mpiml.scaling.points import Point
@@ -88,6 +89,12 @@ def several(runs: Sequence[Target]) -> bool:
     return len({run.point.batch for run in runs}) > 1
 
 
+def median_noise(runs: Sequence[Target]) -> float | None:
+    """The median of the noise scales that runs have measured; None if none has."""
+    scales = [run.noise_scale for run in runs if run.noise_scale is not None]
+    return statistics.median(scales) if scales else None
+
+
 def training_rows(runs: Sequence[Target], law: EpochsLaw) -> list[dict[str, Any]]:
     """A row of figures for each training run, as in scaling.json; "error" is the law's, over the run's own epochs."""
     rows = []
@@ -112,21 +119,32 @@ def training_rows(runs: Sequence[Target], law: EpochsLaw) -> list[dict[str, Any]
 
 
 def training_table(runs: Sequence[Target], law: EpochsLaw, target: float) -> str:
-    """The training runs with their epochs, beside those of the law, as Markdown."""
-    heads = ["batch", "M", f"steps to {target:g}", "epochs to it", "fitted", "error"]
-    scaled = any(run.noise_scale is not None for run in runs)
+    """The runs of each batch with their mean epochs, beside those of the law and measured noise scales, as Markdown."""
+    scaled = median_noise(runs) is not None
+    heads = ["batch", "runs", f"steps to {target:g}", "epochs to it", "fitted", "error"]
     heads += ["measured noise scale"] if scaled else []
     lines = [f"| {' | '.join(heads)} |", "|" + "---:|" * len(heads)]
-    for row in training_rows(runs, law):
-        cells = [str(row["batch"]), str(row["microbatches"])]
-        cells.append(str(row["steps_to_target"] or f"not reached ({row['best_score']:.4g})"))
-        known = row["epochs_to_target"] is not None
-        cells.append(f"{row['epochs_before_target']:.3g} to {row['epochs_to_target']:.3g}" if known else "")
-        cells += ["", ""] if row["error"] is None else [f"{row['fitted_epochs']:.3g}", f"{row['error']:+.0%}"]
-        noise = row["noise_scale"]
-        cells += ["" if noise is None else f"{rounded(noise)} rows"] if scaled else []
+    for batch in sorted({run.point.batch for run in runs}):
+        some = [run for run in runs if run.point.batch == batch]
+        steps = [str(run.steps or f"not reached ({run.best:.4g})") for run in some]
+        cells = [str(batch), str(len(some)), ", ".join(steps), *_epochs(some, law)]
+        if scaled:
+            noise = median_noise(some)
+            cells.append("" if noise is None else f"{rounded(noise)} rows")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _epochs(runs: Sequence[Target], law: EpochsLaw) -> tuple[str, str, str]:
+    """Mean epochs of runs with one batch, those of the law, and its error, as cells; empty if a run did not reach the
+    target."""
+    reached = [run.reached for run in runs if run.reached]
+    if len(reached) < len(runs):
+        return "", "", ""
+    mean = mean_of(reached)
+    fitted = law.at(mean.batch).value if law else None
+    cells = ("", "") if fitted is None else (f"{fitted:.3g}", f"{fitted / mean.epochs - 1:+.0%}")
+    return mean.text, *cells
 
 
 def about_epochs(runs: Sequence[Target]) -> str:
@@ -137,6 +155,8 @@ def about_epochs(runs: Sequence[Target]) -> str:
         "fewer. That is so if the learning rate suits each batch. Epochs are known to the time between two "
         "evaluations, and intervals include that."
     )
+    if (noise := median_noise(runs)) is not None:
+        text += f" Measured noise scale: {rounded(noise)} rows, the median of all runs that measured it."
     if left_out := sorted(missed(runs)):
         text += f" Left out, because a run did not reach the target: a batch of {', '.join(map(str, left_out))}."
     return text

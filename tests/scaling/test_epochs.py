@@ -213,7 +213,7 @@ def test_the_table_shows_epochs_and_measured_noise_scales(tmp_path: Path) -> Non
     trained(tmp_path, STEPS)
     study = load_study(tmp_path)
     head, _, first, *_ = table(study)
-    assert head == "| batch | M | steps to 0.9 | epochs to it | fitted | error |"
+    assert head == "| batch | runs | steps to 0.9 | epochs to it | fitted | error |"
     assert first.startswith("| 64 | 1 | 40 | 3 to 4 | ")
     assert table(study)[5] == "| 500 | 1 | not reached (0.7) |  |  |  |"
     for batch, noise in ((64, 1234.5), (128, None), (320, True), (640, "x")):
@@ -247,6 +247,6 @@ def test_the_plot_shows_runs_law_and_noise_scales(tmp_path: Path) -> None:
     result = run_directory(tmp_path, Point(1, 1, 500, 1), 30) / "result.json"
     result.write_text(json.dumps({"status": "done", "noise_scale": 90.0}))
     shown = legend(draw_epochs, load_study(tmp_path))
-    assert shown["measured noise scale"] == [90, 90]
+    assert shown["measured noise scale, median"] == [90, 90]
     assert shown["runs, between evaluations"] == [64, 128, 320, 640]
     assert (min(shown["E0 (1 + B / B_noise)"]), max(shown["E0 (1 + B / B_noise)"])) == pytest.approx((64, 640))
