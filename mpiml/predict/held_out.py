@@ -86,6 +86,6 @@ def describe(compared: Sequence[HeldOut], fitted: Collection[int] | None) -> lis
     how = "each batch by the others" if fitted is None else f"fitted to batches of {', '.join(map(str, fitted))}"
     return [
         *table(rows, "lrrrrr"),
-        f"{len(compared)} batch{'es' if len(compared) > 1 else ''} predicted, {how}: median error {statistics.median(errors):.0%}, "
+        f"batches predicted: {len(compared)}, {how}: median error {statistics.median(errors):.0%}, "
         f"largest {max(errors):.0%}; {bounds}",
     ]
