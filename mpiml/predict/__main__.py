@@ -168,8 +168,8 @@ def check(chosen: argparse.Namespace) -> int:
     trained = [one for directory in directories for one in held_out.held_out(directory, chosen.fit)]
     bad = 0
     if trained:
-        print("\n".join(held_out.describe(trained, chosen.fit)))
-        bad = int(statistics.median(abs(one.error) for one in trained) > GOAL)
+        print("\n".join(held_out.describe(trained, chosen.fit, GOAL)))
+        bad = int(held_out.median_error(trained) > GOAL)
         directories = [directory for directory in directories if (directory / MACHINE).is_dir()]
     return max(bad, _check_steps(directories)) if directories else bad
 

@@ -74,18 +74,23 @@ def _check(directory: Path, batches: list[int], fitted: Collection[int]) -> None
         raise ConfigError(f"{flag}: these are all batches of {directory}; leave out some to compare with")
 
 
-def describe(compared: Sequence[HeldOut], fitted: Collection[int] | None) -> list[str]:
-    """A table of the batches, and a line with the errors."""
+def median_error(compared: Sequence[HeldOut]) -> float:
+    return statistics.median(abs(one.error) for one in compared)
+
+
+def describe(compared: Sequence[HeldOut], fitted: Collection[int] | None, goal: float) -> list[str]:
+    """A table of the batches, and a line with the errors; predictions are good up to a median of `goal`."""
     rows = [["study", "batch", "runs", "trained epochs", "predicted epochs (95 %)", "error"]]
     for one in compared:
         cells = [one.study, str(one.batch), str(one.runs), one.reached.text, one.predicted.text()]
         rows.append([*cells, f"{one.error:+.0%}"])
-    errors = [abs(one.error) for one in compared]
+    error, worst = median_error(compared), max(abs(one.error) for one in compared)
+    verdict = "good" if error <= goal else f"off by more than {goal:.0%}"
     known = [one for one in compared if math.isfinite(one.predicted.low)]
     bounds = f"{sum(one.inside for one in known)} of {len(known)} within the interval" if known else "no intervals"
     how = "each batch by the others" if fitted is None else f"fitted to batches of {', '.join(map(str, fitted))}"
     return [
         *table(rows, "lrrrrr"),
-        f"batches predicted: {len(compared)}, {how}: median error {statistics.median(errors):.0%}, "
-        f"largest {max(errors):.0%}; {bounds}",
+        f"batches predicted: {len(compared)}, {how}: "
+        f"median error {error:.0%}, largest {worst:.0%}; {bounds}; {verdict}",
     ]

@@ -58,12 +58,15 @@ def test_the_errors_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[st
     errors = sorted(abs(one.error) for one in compared)
     assert main(["check", str(study)]) == int((errors[1] + errors[2]) / 2 > 0.15) == 1
     output = capsys.readouterr().out
-    assert output.splitlines()[1:-1] == describe(compared, None)[1:-1]
+    assert output.splitlines()[1:-1] == describe(compared, None, 0.15)[1:-1]
     assert f"batches predicted: 4, each batch by the others: median error {(errors[1] + errors[2]) / 2:.0%}" in output
-    assert f"largest {errors[3]:.0%}; {sum(one.inside for one in compared)} of 4 within the interval" in output
+    assert (
+        f"largest {errors[3]:.0%}; {sum(one.inside for one in compared)} of 4 within the interval; off by more than 15%"
+        in output
+    )
     good = trained(_empty(tmp_path / "good"), {64: 4, 128: 3, 320: 2})
     assert main(["check", str(good), "--fit", "64,320"]) == 0  # 4.5 epochs, of 5
-    line = "batches predicted: 1, fitted to batches of 64, 320: median error 10%, largest 10%; no intervals\n"
+    line = "batches predicted: 1, fitted to batches of 64, 320: median error 10%, largest 10%; no intervals; good\n"
     assert capsys.readouterr().out.endswith(line)
 
 

@@ -282,10 +282,10 @@ def test_a_real_study(tmp_path: Path) -> None:
     """Measured, a lost and a failed point measured again, reported."""
     start = " ".join([*mpirun(1)[:-1], "{ranks}"])
     study = ["--steps", "3", "--warm-up", "1", "--repeats", "2", "--out", str(tmp_path / "s"), "--launcher", start]
-    accuracy = ["--target", "0.01", "--max-epochs", "1"]
+    accuracy = ["--target", "0.01", "--max-epochs", "1", "--batches", "64,256"]
     done = command("mpiml.scaling", "run", "--ranks", "2", *study, *accuracy, "--", "--hidden", "16", "--quiet")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("trained, accuracy at best") == 2
+    assert done.stdout.count("trained, accuracy at best") == 4
     files = sorted((tmp_path / "s" / POINTS).iterdir())
     assert len(files) == 6  # one and two ranks, and one rank with two micro-batches, twice each
     measured = json.loads(files[-1].read_text())
@@ -306,13 +306,17 @@ def test_a_real_study(tmp_path: Path) -> None:
     reported = command("mpiml.scaling", "report", str(tmp_path / "s"))
     assert reported.returncode == 0, reported.stderr
     images = re.findall(r"^!\[.*\]\((.*)\)$", (tmp_path / "s" / "scaling.md").read_text(), re.MULTILINE)
-    assert [(tmp_path / "s" / name).exists() for name in images] == [True] * 5
+    assert [(tmp_path / "s" / name).exists() for name in images] == [True] * 6
     rows = list(csv.DictReader((tmp_path / "s" / "scaling.csv").open()))
     assert [row["ranks"] for row in rows] == ["1", "2", "1"]
     content = json.loads((tmp_path / "s" / "scaling.json").read_text())
     assert content["rows"][1]["speed_up"] > 0
     assert content["rows"][1]["seconds_to_target"] > 0
     assert content["open"] == 0
+    trained = [(row["batch"], row["microbatches"], row["steps_to_target"]) for row in content["trainings"]]
+    assert trained == [(64, 2, 1), (128, 1, 1), (128, 2, 1), (256, 2, 1)]
+    assert content["fits"][-1]["law"] == "epochs to 0.01"
+    assert content["fits"][-1]["parameters"].keys() == {"E0", "B_noise"}
     assert (tmp_path / "s" / "speed-up.png").stat().st_size > 5000
 
 
