@@ -42,6 +42,8 @@ def test_a_batch_with_several_runs_is_compared_by_their_mean(tmp_path: Path) -> 
     train_to(tmp_path, Point(1, 1, 64, 1), [0.5] * 5 + [0.95], 30, 1)
     (first, *_) = held_out(tmp_path)
     assert (first.batch, first.runs, first.reached) == (64, 2, Reached(64, 4, 5))
+    train_to(tmp_path, Point(1, 1, 128, 1), [0.5], 30, 1)
+    assert [one.batch for one in held_out(tmp_path)] == [64, 320, 640]  # one run of 128 did not reach it
 
 
 @pytest.mark.parametrize(
@@ -134,19 +136,27 @@ def test_seconds_to_the_target_by_hand(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_where_more_replicas_stop_paying(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    study = accurate(tmp_path, "weak", {32: 30, 128: 10, 512: 9})
-    output = predicted(study, capsys, "--ranks", "1,2,4")
+    study = accurate(tmp_path, "weak", {32: 30, 128: 10, 1024: 9})
+    output = predicted(study, capsys, "--ranks", "1,2,4,16")
     head = next(line for line in output.splitlines() if line.startswith("ranks"))
     assert head.endswith("epochs to 0.9  seconds to it (95 %)")
-    assert "least seconds to the target: on 4 ranks with a batch of 240, " in output
+    assert "least seconds to the target: on 16 ranks with a batch of 960, " in output
     assert "more may take less" in output
     assert "ASSUMED: the law" not in output
-    output = predicted(study, capsys, "--ranks", "1,2,16,1024")
-    assert "ASSUMED: the law of epochs also for batches of 960, 61440; runs have 31.9 to 479 rows a step" in output
+    output = predicted(study, capsys, "--ranks", "1,16,32,1024")
+    assert "ASSUMED: the law of epochs also for batches of 1920, 61440; runs have 31.9 to 718 rows a step" in output
     (tmp_path / "slow").mkdir()
     slow = accurate(tmp_path / "slow", "weak", {32: 1, 128: 5, 512: 30})
     output = predicted(slow, capsys, "--ranks", "1,2,1024")
     assert "; more take longer" in output
+
+
+def test_predictions_do_not_measure_the_noise_scale(tmp_path: Path) -> None:
+    study = accurate(tmp_path, "weak", {32: 30, 128: 10})
+    content = json.loads((study / STUDY).read_text())
+    content["settings"].append("--noise-scale")
+    (study / STUDY).write_text(json.dumps(content))
+    assert list(predictor.Predictor(study).grids(1, 1))
 
 
 def test_predictions_without_a_law_say_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,6 +104,8 @@ def test_runs_with_one_batch_count_once_and_their_scatter_counts() -> None:
     (first, _), (other, _) = (parameters(fit_epochs(runs, 0.9)) for runs in (two, mean))
     assert first.value == pytest.approx(other.value)
     assert first.high - first.low > 1.2 * (other.high - other.low)
+    turned, _ = parameters(fit_epochs([two[1], two[0], *two[2:]], 0.9))
+    assert (turned.low, turned.high) == pytest.approx((first.low, first.high), rel=0.1)
 
 
 def test_few_batches_are_said_to_be_few() -> None:
@@ -130,8 +132,10 @@ def test_no_parameter_is_negative() -> None:
 def test_what_the_law_does_not_describe_is_not_supported() -> None:
     jump = fit_epochs([Reached(b, e, e) for b, e in zip(BATCHES, (5, 5, 5, 5, 50, 5), strict=True)], 0.9)
     assert jump.fit.verdict.startswith("not supported: ")
-    loud = fit_epochs([Reached(32, 5.0, 5.0), Reached(64, 5.4, 5.4), Reached(128, 6.0, 6.0)], 0.9)
-    assert "but B_noise has no upper bound; --batches" in loud.fit.verdict or math.isfinite(parameters(loud)[1].high)
+    loud = fit_epochs([Reached(32, 5.0, 5.0), Reached(64, 5.9, 5.9), Reached(128, 6.0, 6.0)], 0.9)
+    assert loud.fit.verdict.startswith("undecided: ")
+    assert "but B_noise has no upper bound; --batches" in loud.fit.verdict
+    assert " or more); undecided" in fits_text([loud.fit])
 
 
 def test_points_that_only_train_have_the_largest_grid() -> None:
@@ -141,6 +145,9 @@ def test_points_that_only_train_have_the_largest_grid() -> None:
     jobs = jobs_of(Path("s"), [*points, *more], 2, (1, 3), Config(batch=32), [], 6400, 5)
     assert sorted(job.point.batch for job in jobs if job.path.parent.name == "points") == [32, 32, 64, 64, 128, 128]
     assert [job.point.batch for job in jobs if job.path.parent.name == "training"] == [32, 64, 16, 128, 512]
+    jobs = jobs_of(Path("s"), points, 1, (1, 3), Config(batch=32), ["--noise-scale"], 6400, 5)
+    measured = [(job.path.parent.name, job.point.microbatches) for job in jobs if "--noise-scale" in job.arguments]
+    assert measured == [("training", 2), ("training", 4)]
 
 
 def test_further_trainings_have_other_seeds(tmp_path: Path) -> None:
@@ -157,6 +164,8 @@ def test_further_trainings_have_other_seeds(tmp_path: Path) -> None:
         train_to(tmp_path, Point(1, 1, batch, 1), [0.5] * 3 if tens is None else [0.5] * (tens - 1) + [0.95], 30, 1)
     study = load_study(tmp_path)
     assert (study.open, len(study.trained)) == (1, 9)
+    assert table(study)[2].startswith("| 64 | 2 | 40, 60 | 4 to 5 | ")
+    assert table(study)[3] == "| 128 | 2 | 30, not reached (0.5) |  |  |  |"
     mean = [Reached(64, 3, 4), Reached(64, 5, 6), Reached(320, 5, 10), Reached(640, 0, 10)]  # 128 did not always
     assert study.law
     assert (study.law.constant, study.law.slope) == (fit_epochs(mean, 0.9).constant, fit_epochs(mean, 0.9).slope)
@@ -169,7 +178,14 @@ def trained(directory: Path, steps: dict[int, int | None], **about: object) -> P
     made(directory, "strong", {one: [10.0]})
     study = json.loads((directory / STUDY).read_text())
     more = [one, *(Point(1, 1, batch, 1, timed=False) for batch in steps if batch != 64)]
-    study |= {"target": 0.9, "max_epochs": 30, "rows": 640, "points": [vars(point) for point in more], **about}
+    study |= {
+        "target": 0.9,
+        "max_epochs": 30,
+        "rows": 640,
+        "repeats": 1,
+        "points": [vars(point) for point in more],
+        **about,
+    }
     (directory / STUDY).write_text(json.dumps(study))
     for point in more:
         tens = steps[point.batch]

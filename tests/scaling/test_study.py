@@ -449,6 +449,29 @@ def test_the_same_settings_in_other_words_are_the_same_study(
     assert "choose another --out" in capsys.readouterr().err
 
 
+def test_a_study_keeps_what_its_trainings_need(tmp_path: Path) -> None:
+    study = ["run", "--ranks", "1", "--repeats", "1", "--out", str(tmp_path / "s"), "--launcher"]
+    study += [script(tmp_path / "start", "exit 1"), "--target", "0.9"]
+    for more in (["--trainings", "2", "--batches", "32"], ["--batches", "64"]):
+        assert main([*study, *more]) == 1
+    content = json.loads((tmp_path / "s" / STUDY).read_text())
+    assert (content["rows"], content["trainings"]) == (1437, 2)
+    assert [point["batch"] for point in content["points"] if not point["timed"]] == [32, 64]
+
+
+def test_submitted_jobs_train_as_the_command_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(tmp_path / "squeue", "")
+    script(tmp_path / "sbatch", "echo 7")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    study = ["run", "--slurm", "--node-ranks", "1", "--ranks", "1", "--repeats", "1", "--out", str(tmp_path / "s")]
+    assert main([*study, "--target", "0.9", "--trainings", "2", "--batches", "32,64"]) == 0
+    (written,) = (tmp_path / "s" / "jobs").glob("*.sbatch")
+    assert " --batches=32,64 --trainings=2 " in written.read_text()
+    assert main([*study[:-1], str(tmp_path / "t")]) == 0
+    (written,) = (tmp_path / "t" / "jobs").glob("*.sbatch")
+    assert "--batches" not in written.read_text()
+
+
 @pytest.mark.parametrize(("flags", "named"), [([], "--node-ranks"), (["--node-ranks", "1"], "no sbatch found")])
 def test_without_slurm_nothing_is_submitted(tmp_path: Path, flags: list[str], named: str) -> None:
     study = ["run", "--slurm", "--ranks", "1", "--out", str(tmp_path / "s"), *flags]
