@@ -112,7 +112,7 @@ def predict(chosen: argparse.Namespace) -> int:
     one = max(predictor.grids(1, 1), key=lambda prediction: prediction.samples_per_second)
     best = {ranks: max(some, key=lambda one: one.samples_per_second) for ranks, some in grids.items() if some}
     print("\n".join(["", *_screen(best, one, node_ranks, predictor.target if predictor.law else None)]))
-    for ranks in grids.keys() - best.keys():
+    for ranks in sorted(grids.keys() - best.keys()):
         print(f"{plural(ranks, 'rank')}: the batch has too few rows for the micro-batches of any grid")
     if predictor.law is not None:
         print("\n".join(_to_target(list(best.values()), predictor.law)))
