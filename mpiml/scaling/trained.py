@@ -56,10 +56,8 @@ def target_of(about: Mapping[str, Any], directory: Path, point: Point, offset: i
         before = max((step for step, _ in scores if step < steps), default=0)
         each = math.ceil(rows / point.batch)
         reached = Reached(rows / each, before / each, steps / each)
-    noise = result.get("noise_scale")
-    scale = float(noise) if isinstance(noise, (int, float)) and not isinstance(noise, bool) else None
     best = max(score for _, score in scores)
-    return Target(point, offset, best, steps, scores[0][0], reached, scale)
+    return Target(point, offset, best, steps, scores[0][0], reached, result.get("noise_scale"))
 
 
 def training_runs(about: Mapping[str, Any], directory: Path) -> list[Target]:
