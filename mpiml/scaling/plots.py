@@ -14,6 +14,7 @@ from mpiml.command import plural
 from mpiml.errors import ConfigError
 from mpiml.scaling.laws import Interval
 from mpiml.scaling.results import Line, Study
+from mpiml.scaling.trained import median_noise, several
 
 # Colours that the colour-blind can tell apart: Okabe and Ito, "Color universal design", 2008.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
@@ -93,6 +94,28 @@ def draw_accuracy(axes: Any, study: Study) -> None:
         axes.set_yticks([])
 
 
+def draw_epochs(axes: Any, study: Study) -> None:
+    """Epochs to the target by batch, with the law, and the noise scale that was measured."""
+    law, reached = study.law, [run.reached for run in study.trained if run.reached]
+    batches, middles = [one.batch for one in reached], [one.epochs for one in reached]
+    errors = [(one.by - one.after) / 2 for one in reached]
+    axes.errorbar(batches, middles, errors, fmt="none", ecolor=BLUE, capsize=3)
+    axes.plot(batches, middles, "o", color=BLUE, label="runs, between evaluations", zorder=3)
+    if law:
+        places = np.geomspace(law.smallest, law.largest, 50).tolist()
+        curve = [law.at(place) for place in places]
+        axes.plot(places, [one.value for one in curve], "-", color=RED, linewidth=1, label="E0 (1 + B / B_noise)")
+        if law.draws is not None:
+            bounds = [one.low for one in curve], [one.high for one in curve]
+            axes.fill_between(places, *bounds, color=RED, alpha=0.15, linewidth=0, label="95 % of runs")
+    if (noise := median_noise(study.trained)) is not None:
+        axes.axvline(noise, color=GREEN, linestyle=":", label="measured noise scale, median")
+    _legend(axes, columns=2)
+    _logarithmic(axes, sorted({round(batch) for batch in batches}), f"epochs to a score of {study.target:g}")
+    axes.set_xlabel("rows of a step")
+    _decades(axes)
+
+
 def _to_target(line: Line) -> Interval:
     return line.step.scaled(line.target.steps if line.target and line.target.steps else 0)
 
@@ -117,6 +140,7 @@ def draw(study: Study, directory: Path) -> list[str]:
     rows = study.base.point.batch
     title = f"strong scaling, batch {rows}" if study.mode == "strong" else f"weak scaling, {rows} rows a rank"
     plots = PLOTS | ({"accuracy": draw_accuracy} if any(line.target for line in study.lines) else {})
+    plots |= {"epochs": draw_epochs} if several(study.trained) else {}
     for name, plot in plots.items():
         figure, axes = pyplot.subplots(figsize=(5, 3.75), layout="constrained")
         figure.suptitle(title, fontsize=10)
@@ -155,12 +179,12 @@ def _ideal(axes: Any, ranks: list[int], values: list[float], label: str = "ideal
     _legend(axes)
 
 
-def _legend(axes: Any) -> None:
+def _legend(axes: Any, columns: int = len(SHARES)) -> None:
     """Place the legend above the axes, where it hides nothing; merge equal labels."""
     handles, labels = axes.get_legend_handles_labels()
     named = dict(sorted(zip(labels, handles, strict=True), key=lambda pair: pair[0] == CROWDED))
     place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "frameon": False}
-    axes.legend(named.values(), named, fontsize=8, ncols=len(SHARES), columnspacing=1, handlelength=1.5, **place)
+    axes.legend(named.values(), named, fontsize=8, ncols=columns, columnspacing=1, handlelength=1.5, **place)
 
 
 def _logarithmic(axes: Any, ranks: list[int], label: str) -> None:

@@ -24,7 +24,8 @@ REPEAT_KEYS = {"step_seconds", "shares", "rows", "nodes", "cores", "threads", "e
 class Point:
     """A grid, with the rows and the micro-batches of its step.
 
-    `extra` points are only to compare with: one rank with other numbers of micro-batches.
+    `extra` points are only to compare with: one rank with other numbers of micro-batches. Those that are not `timed`
+    only train to a target.
     """
 
     ranks: int
@@ -32,6 +33,7 @@ class Point:
     batch: int
     microbatches: int
     extra: bool = False
+    timed: bool = True
 
     @property
     def name(self) -> str:
@@ -79,6 +81,21 @@ def points_of(
     return points + [replace(point, extra=True) for point in bases if point not in points]
 
 
+def batches_to_train(batches: Sequence[int], points: Sequence[Point]) -> list[Point]:
+    """Points that only train, one for each batch: on the largest grid of a study's points, with its micro-batches.
+
+    Raises ConfigError if a batch has fewer rows than that.
+    """
+    largest = max(point for point in points if not point.extra)
+    for batch in batches:
+        if batch < largest.microbatches:
+            cut = f"a batch of {batch} rows cannot be cut into {largest.microbatches} micro-batches"
+            raise ConfigError(f"--batches {batch}: {cut}, as on {largest.ranks} ranks")
+    known = {(point.batch, point.microbatches) for point in points if not point.extra}
+    chosen = (replace(largest, batch=batch, timed=False) for batch in batches)
+    return [point for point in chosen if (point.batch, point.microbatches) not in known]
+
+
 def same_parts(mode: str, point: Point) -> int:
     """How many micro-batches one rank needs for them to be as large as this point's."""
     return max(point.microbatches // point.ranks, 1) if mode == "weak" else point.microbatches
@@ -90,6 +107,12 @@ def shuffled(points: Sequence[Point], repeats: int) -> list[tuple[Point, int]]:
     order = [(point, repeat) for point in points for repeat in range(repeats)]
     random.Random(0).shuffle(order)
     return order
+
+
+def unmeasured(settings: Sequence[str]) -> list[str]:
+    """The settings of a study's jobs without --noise-scale: of no use to a job that is timed, and refused with a single
+    micro-batch."""
+    return [word for word in settings if word != "--noise-scale"]
 
 
 def read_study(directory: Path) -> dict[str, Any]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from mpiml.documents import to_json
 from mpiml.run.directory import write_atomically
-from mpiml.scaling.laws import Fit, Interval, amdahl, gustafson, universal
+from mpiml.scaling.laws import Fit, amdahl, gustafson, universal
 from mpiml.scaling.results import Study, load_study, markdown
+from mpiml.scaling.trained import about_epochs, several, training_rows, training_table
 
 
 def report(directory: Path) -> None:
@@ -31,12 +31,16 @@ def report(directory: Path) -> None:
         "open": study.open,
         "rows": rows,
         "fits": [asdict(law) for law in fits],
+        "trainings": training_rows(study.trained, study.law) if study.law is not None else [],
         "environment": study.environment,
     }
     write_atomically(directory / "scaling.json", to_json(content, indent=1) + "\n")
     write_atomically(directory / "scaling.csv", _csv(rows))
     write_atomically(directory / "scaling.jsonl", extra_p(study))
-    text = f"{markdown(study)}\n{fits_text(fits)}\n\n" + "\n\n".join(notes(study)) + "\n"
+    tables = [markdown(study)]
+    if study.law is not None and study.target is not None and several(study.trained):
+        tables.append(training_table(study.trained, study.law, study.target))
+    text = "\n".join(tables) + f"\n{fits_text(fits)}\n\n" + "\n\n".join(notes(study)) + "\n"
     page = directory / "scaling.md"
     head = f"# {study.mode.capitalize()} scaling\n\nSettings: `{' '.join(study.settings) or 'defaults'}`\n"
     images = "".join(f"\n![{name}]({name}.svg)\n" for name in draw(study, directory))
@@ -45,17 +49,18 @@ def report(directory: Path) -> None:
 
 
 def fit(study: Study) -> list[Fit]:
-    """The laws for this mode of study, fitted to the fastest grid of each number of ranks. Points with more ranks than
-    cores are left out: no law describes ranks that take turns."""
+    """The laws for this mode of study, fitted to the fastest grid of each number of ranks, and of epochs to the target.
+    Points with more ranks than cores are left out: no law describes ranks that take turns."""
     times = {line.point.ranks: line.medians for line in study.best() if not line.oversubscribed}
-    return [gustafson(times)] if study.mode == "weak" else [amdahl(times), universal(times)]
+    laws = [gustafson(times)] if study.mode == "weak" else [amdahl(times), universal(times)]
+    return laws + ([study.law.fit] if study.law is not None else [])
 
 
 def fits_text(fits: list[Fit]) -> str:
     """A line for each law."""
     return "\n".join(
         f"- {law.law}: "
-        + ", ".join(f"{name} {_interval(value)}" for name, value in law.parameters.items())
+        + ", ".join(f"{name} {value.text()}" for name, value in law.parameters.items())
         + (f"; {law.verdict}" if law.parameters else law.verdict)
         for law in fits
     )
@@ -82,12 +87,13 @@ def notes(study: Study) -> list[str]:
         intervals = _listed([f"{steps} with a batch of {batch}" for batch, steps in every])
         paragraphs.append(
             f"Steps to {study.target:g}: in a training run of {study.max_epochs} epochs, the steps until an evaluation "
-            "first reached that score; one run for each batch and number of micro-batches, whose weights are the "
-            "same, bit for bit, on any grid. All other settings are the same for all, the learning rate too unless "
-            "--lr-scaling says otherwise. Seconds "
-            "are these steps at the point's median time, without evaluations."
-            + (f" Steps between evaluations: {intervals}." if every else "")
+            "first reached that score; one run (with --trainings, the first) for each batch and number of "
+            "micro-batches, whose weights are the same, bit for bit, on any grid. All other settings are the same for "
+            "all, the learning rate too unless --lr-scaling makes it another. Seconds are these steps at the point's "
+            "median time, without evaluations." + (f" Steps between evaluations: {intervals}." if every else "")
         )
+    if several(study.trained):
+        paragraphs.append(about_epochs(study.trained))
     if study.damaged:
         paragraphs.append(f"Damaged and left out: {_listed(study.damaged)}. The same command measures them again.")
     if study.open:
@@ -106,12 +112,6 @@ def extra_p(study: Study) -> str:
         for line in study.best()
         for seconds in line.medians
     )
-
-
-def _interval(interval: Interval) -> str:
-    if math.isinf(interval.high):
-        return f"{interval.value:.3g}"
-    return f"{interval.value:.3g} ({interval.low:.3g} to {interval.high:.3g})"
 
 
 def _csv(rows: list[dict[str, object]]) -> str:

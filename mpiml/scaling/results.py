@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -11,27 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from mpiml.errors import ConfigError
-from mpiml.run.result import read_result
-from mpiml.scaling.jobs import evaluations, points_to_train, run_directory
+from mpiml.scaling.epochs import EpochsLaw
+from mpiml.scaling.jobs import points_to_train
 from mpiml.scaling.laws import Interval, karp_flatt, median_interval, speed_up
 from mpiml.scaling.points import POINTS, Point, read_repeat, read_study, same_parts
+from mpiml.scaling.trained import Target, law_of, target_of, training_runs
 
 Repeats = Sequence[Mapping[str, Any]]  # what was measured in each repeat of a point
-
-
-@dataclass(frozen=True)
-class Target:
-    """The training run with a point's batch and micro-batches, and when it reached the target.
-
-    Attributes:
-        best: the best score of the run.
-        steps: steps until an evaluation reached the target; None if none did.
-        every: steps between evaluations.
-    """
-
-    best: float
-    steps: int | None
-    every: int
 
 
 @dataclass(frozen=True)
@@ -119,6 +104,8 @@ class Line:
             "samples_to_target": self.target.steps * self.rows if self.target and self.target.steps else None,
             "seconds_to_target": self.seconds_to_target,
             "best_score": self.target.best if self.target else None,
+            "epochs_to_target": self.target.reached.by if self.target and self.target.reached else None,
+            "noise_scale": self.target.noise_scale if self.target else None,
         }
 
 
@@ -134,6 +121,8 @@ class Study:
         bases: the numbers of micro-batches of one rank that have not been measured yet.
         damaged: files of repeats that cannot be read.
         target, max_epochs: the score for training runs to reach, and their epochs; None and 0 without such runs.
+        trained: the training runs that have ended.
+        law: of their epochs over batches; None without a target.
     """
 
     mode: str
@@ -146,6 +135,8 @@ class Study:
     damaged: Sequence[Path] = ()
     target: float | None = None
     max_epochs: int = 0
+    trained: Sequence[Target] = ()
+    law: EpochsLaw | None = None
 
     def asked(self) -> list[Line]:
         """The lines without those of extra points."""
@@ -166,7 +157,7 @@ class Study:
 def load_study(directory: Path) -> Study:
     """Read a study with its results. Raises ConfigError if there is none, or no point of one rank is measured."""
     about = read_study(directory)
-    asked = set(about["points"])
+    asked = {point for point in about["points"] if point.timed}
     repeats: dict[Point, list[dict[str, Any]]] = defaultdict(list)
     damaged = []
     for point in sorted(asked):
@@ -179,14 +170,16 @@ def load_study(directory: Path) -> Study:
     if not alone:
         raise ConfigError(f"{directory}: no job of one rank has been measured yet; run the study again")
     fastest = min(alone, key=lambda microbatches: statistics.median(alone[microbatches]))
-    targets = {point: _target(about, directory, point) for point in asked} if about.get("target") is not None else {}
+    target = about.get("target")
+    targets = {point: target_of(about, directory, point) for point in asked} if target is not None else {}
+    trained = training_runs(about, directory)
     lines = [
         _line(point, repeats[point], alone[fastest], alone.get(same_parts(about["mode"], point)), targets.get(point))
         for point in sorted(repeats, key=lambda p: (p.extra, p))
     ]
     base = next(line for line in lines if (line.point.ranks, line.point.microbatches) == (1, fastest))
     missing = sum(max(about.get("repeats", 0) - len(repeats.get(point, ())), 0) for point in asked)
-    untrained = sum(targets[point] is None for point in points_to_train(list(asked))) if targets else 0
+    untrained = len(points_to_train(about["points"])) * about.get("trainings", 1) - len(trained) if targets else 0
     return Study(
         mode=about["mode"],
         settings=about["settings"],
@@ -196,19 +189,11 @@ def load_study(directory: Path) -> Study:
         open=missing + untrained,
         bases=sorted(point.microbatches for point in asked - repeats.keys() if point.ranks == 1),
         damaged=damaged,
-        target=about.get("target"),
+        target=target,
         max_epochs=about.get("max_epochs", 0),
+        trained=trained,
+        law=law_of(trained, target) if trained and target is not None else None,
     )
-
-
-def _target(about: Mapping[str, Any], directory: Path, point: Point) -> Target | None:
-    """The training run for a point's batch and micro-batches; None if there is none, or it has not ended."""
-    run = run_directory(directory, point, about["max_epochs"])
-    if read_result(run).get("status") != "done":
-        return None
-    _, scores = evaluations(run)
-    steps = next((step for step, score in scores if score >= about["target"]), None)
-    return Target(max(score for _, score in scores), steps, every=scores[0][0])
 
 
 def _row_seconds(jobs: Repeats) -> list[float]:
@@ -251,9 +236,9 @@ def markdown(study: Study) -> str:
             f"{point.batch / point.ranks:g}",
             str(point.microbatches),
             str(len(line.medians)),
-            _estimate(step.scaled(1e3)),
+            step.scaled(1e3).text("{:.2f}".format),
             f"{line.samples_per_second:,.0f}",
-            _estimate(up),
+            up.text("{:.2f}".format),
             f"{line.same_parts:.2f}" if line.same_parts else "",
             f"{line.efficiency.value:.0%}",
             f"{line.share('communication', 'waiting'):.0%}",
@@ -262,13 +247,6 @@ def markdown(study: Study) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _estimate(interval: Interval) -> str:
-    """A value with its interval, if the repeats give one."""
-    if interval.low == interval.high or math.isinf(interval.high):
-        return f"{interval.value:.2f}"
-    return f"{interval.value:.2f} ({interval.low:.2f} to {interval.high:.2f})"
 
 
 def _to_target(line: Line) -> tuple[str, str, str]:

@@ -24,7 +24,7 @@ from mpiml.scaling.points import JOBS
 
 # Flags of `run` that the submitted jobs get too.
 FLAGS = ["ranks", "mode", "pipes", "repeats", "steps", "warm_up", "timeout", "node_ranks", "launcher", "target"]
-FLAGS += ["max_epochs", "out"]
+FLAGS += ["max_epochs", "batches", "trainings", "out"]
 
 SCRIPT = """#!/bin/bash
 # Repeat {repeat} of all points of {ranks} ranks; python -m mpiml.scaling run --slurm wrote this.
@@ -91,7 +91,7 @@ def _submit(chosen: argparse.Namespace, threads: int, ranks: int, repeat: int, m
     """Write and submit a SLURM job; returns a message with its number."""
     path = chosen.out / JOBS / f"ranks-{ranks:05d}_{repeat}.sbatch"
     log = path.with_suffix(".log")
-    values = {name: getattr(chosen, name) for name in FLAGS if getattr(chosen, name) is not None}
+    values = {name: getattr(chosen, name) for name in FLAGS if getattr(chosen, name) not in (None, [])}
     values["only"] = [ranks, repeat]
     lists = {name: ",".join(map(str, value)) for name, value in values.items() if isinstance(value, list)}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in (values | lists).items()]

@@ -19,7 +19,7 @@ from mpiml.run.console import say
 from mpiml.run.directory import named_errors, write_atomically
 from mpiml.run.launcher import FAULT, check_program, environment, launcher
 from mpiml.scaling.jobs import StudyJob, jobs_of
-from mpiml.scaling.points import POINTS, STUDY, TRAINING, Point, points_of, read_study
+from mpiml.scaling.points import POINTS, STUDY, TRAINING, Point, batches_to_train, points_of, read_study, unmeasured
 from mpiml.scaling.slurm import queued, submit
 from mpiml.training.job import Unplaced, unplaced
 from mpiml.training.resolve import open_data, scored
@@ -37,22 +37,25 @@ def run(chosen: argparse.Namespace) -> int:
     config = parse(chosen.settings)
     _check_flags(chosen, config)
     points = points_of(chosen.mode, sorted({1, *chosen.ranks}), chosen.pipes, config.batch, config.microbatches)
-    training = unplaced(config, open_data(config))
-    _check_points(chosen, config, points, training)
+    points += batches_to_train(chosen.batches, points)
+    plain = parse(unmeasured(chosen.settings))
+    training = unplaced(plain, open_data(config))
+    _check_points(chosen, plain, points, training)
     chosen.out = chosen.out.absolute()
     epochs = None if chosen.target is None else chosen.max_epochs
     timed = (chosen.warm_up, chosen.steps)
-    jobs = jobs_of(chosen.out, points, chosen.repeats, timed, config, chosen.settings, training.rows, epochs)
+    runs = (epochs, chosen.trainings)
+    jobs = jobs_of(chosen.out, points, chosen.repeats, timed, config, chosen.settings, training.rows, *runs)
     if chosen.slurm:
         states = queued(chosen.out, jobs, chosen.node_ranks)
-        _open(chosen, config, points)
+        _open(chosen, config, points, training.rows)
         submit(chosen, config.threads, jobs, states)
         return 0
     if chosen.only:
         jobs = [job for job in jobs if [job.point.ranks, job.repeat] == chosen.only]
         if not jobs:
             raise ConfigError("--only {},{}: the study has no job of so many ranks in that repeat".format(*chosen.only))
-    _open(chosen, config, points)
+    _open(chosen, config, points, training.rows)
     return _run_all(chosen, jobs)
 
 
@@ -62,6 +65,8 @@ def _check_flags(chosen: argparse.Namespace, config: Config) -> None:
         if name in (config.given or ()):
             why = "is the study's to choose" if name in CHOSEN else "is of no use to a study"
             raise ConfigError(f"{flag(name)} {why}; leave it out after --")
+    if chosen.batches and chosen.target is None:
+        raise ConfigError("--batches: these only train to a target; say which with --target X")
     if chosen.sbatch and not chosen.slurm:
         raise ConfigError("--sbatch: these are flags for --slurm, which is not given")
     command = launcher(chosen.launcher, 1, chosen.node_ranks) if chosen.launcher or not chosen.slurm else []
@@ -71,12 +76,15 @@ def _check_flags(chosen: argparse.Namespace, config: Config) -> None:
 
 def _check_points(chosen: argparse.Namespace, config: Config, points: Sequence[Point], training: Unplaced) -> None:
     """Raise ConfigError for points that mpiml.train would refuse, and for a target that no run can reach."""
-    largest = max(points)
+    largest = max(point for point in points if point.timed)
     if largest.batch > training.rows:
         each = largest.batch // config.batch
         ranks = f" x {each} ranks" if each > 1 else ""
         most = f"--batch {training.rows // each} at most" if training.rows >= each else "use fewer ranks"
         raise ConfigError(f"--batch {config.batch}{ranks}: more than the {training.rows} rows to train on; {most}")
+    if chosen.batches and chosen.batches[-1] > training.rows:
+        most = f"more than the {training.rows} rows to train on"
+        raise ConfigError(f"--batches {chosen.batches[-1]}: {most}; {training.rows} at most")
     for point in points:
         grid = {"pipe": point.stages, "batch": point.batch, "microbatches": point.microbatches}
         training.on(config.replace(**grid), point.ranks, point.ranks)
@@ -85,9 +93,9 @@ def _check_points(chosen: argparse.Namespace, config: Config, points: Sequence[P
         raise ConfigError(f"--target {chosen.target:g}: {metric} is at most 1")
 
 
-def _open(chosen: argparse.Namespace, config: Config, points: Sequence[Point]) -> None:
-    """Make a study's directory, or add points, repeats or another target to the study in it. Raises ConfigError if that
-    is another study."""
+def _open(chosen: argparse.Namespace, config: Config, points: Sequence[Point], rows: int) -> None:
+    """Make a study's directory, or add points, repeats or another target to the study in it; `rows` are of the training
+    set. Raises ConfigError if that is another study."""
     directory: Path = chosen.out
     path = directory / STUDY
     study = {name: getattr(chosen, name) for name in ("mode", "steps", "warm_up", "settings")}
@@ -99,7 +107,8 @@ def _open(chosen: argparse.Namespace, config: Config, points: Sequence[Point]) -
         if before.get(key) != value:
             raise ConfigError(f"{directory} is a study with {key} {before.get(key)}, not {value}; choose another --out")
     known = {*before.get("points", ()), *points}
-    study |= {"repeats": max(chosen.repeats, before.get("repeats", 0))}
+    study |= {name: max(getattr(chosen, name), before.get(name, 0)) for name in ("repeats", "trainings")}
+    study["rows"] = rows
     asked = {"target": chosen.target, "max_epochs": chosen.max_epochs} if chosen.target is not None else {}
     study |= {key: value for key, value in before.items() if key not in (*study, "points")} | asked
     with named_errors("write", directory):
@@ -114,7 +123,10 @@ def _run_all(chosen: argparse.Namespace, jobs: Sequence[StudyJob]) -> int:
     """Run the open jobs one after the other. Returns 1 if one failed."""
     failed = 0
     for number, job in enumerate(jobs, 1):
-        text = f"[{number}/{len(jobs)}] ranks {job.point.ranks} = {job.point.grid}, M = {job.point.microbatches}"
+        point = job.point
+        text = (
+            f"[{number}/{len(jobs)}] ranks {point.ranks} = {point.grid}, batch {point.batch}, M = {point.microbatches}"
+        )
         if job.done:
             print(f"{text}: done before", flush=True)
             continue

@@ -125,7 +125,7 @@ class Unplaced:
 
 def unplaced(config: Config, data: Dataset) -> Unplaced:
     """The job that mpiml.train would start with these settings. Raises ConfigError or DataError as it would."""
-    alone = config.replace(pipe=1, cuts=(), microbatches=config.workers or 1)
+    alone = config.replace(pipe=1, cuts=(), microbatches=config.workers or 1, noise_scale=False)
     config = resolve(alone, len(data.train), data.classification, 1)
     task = Task.of(data, needs(data, config.classes, config.ignore))
     layers = model_for(config, task, None)

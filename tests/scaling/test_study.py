@@ -184,9 +184,9 @@ def test_damaged_studies_are_refused(
 TARGET = {"target": 0.9, "max_epochs": 3}
 
 
-def train_to(directory: Path, point: Point, scores: list[float], epochs: int = 3) -> None:
+def train_to(directory: Path, point: Point, scores: list[float], epochs: int = 3, offset: int = 0) -> None:
     """What a training run leaves that was evaluated every ten steps."""
-    run = run_directory(directory, point, epochs)
+    run = run_directory(directory, point, epochs, offset)
     run.mkdir(parents=True)
     lines = [{"step": 10 * n, "evaluation": {"loss": 1.0, "accuracy": s, "rows": 9}} for n, s in enumerate(scores, 1)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [{"step": 10, "loss": 1.0}, *lines]))
@@ -282,10 +282,10 @@ def test_a_real_study(tmp_path: Path) -> None:
     """Measured, a lost and a failed point measured again, reported."""
     start = " ".join([*mpirun(1)[:-1], "{ranks}"])
     study = ["--steps", "3", "--warm-up", "1", "--repeats", "2", "--out", str(tmp_path / "s"), "--launcher", start]
-    accuracy = ["--target", "0.01", "--max-epochs", "1"]
+    accuracy = ["--target", "0.01", "--max-epochs", "1", "--batches", "64,256"]
     done = command("mpiml.scaling", "run", "--ranks", "2", *study, *accuracy, "--", "--hidden", "16", "--quiet")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("trained, accuracy at best") == 2
+    assert done.stdout.count("trained, accuracy at best") == 4
     files = sorted((tmp_path / "s" / POINTS).iterdir())
     assert len(files) == 6  # one and two ranks, and one rank with two micro-batches, twice each
     measured = json.loads(files[-1].read_text())
@@ -306,13 +306,17 @@ def test_a_real_study(tmp_path: Path) -> None:
     reported = command("mpiml.scaling", "report", str(tmp_path / "s"))
     assert reported.returncode == 0, reported.stderr
     images = re.findall(r"^!\[.*\]\((.*)\)$", (tmp_path / "s" / "scaling.md").read_text(), re.MULTILINE)
-    assert [(tmp_path / "s" / name).exists() for name in images] == [True] * 5
+    assert [(tmp_path / "s" / name).exists() for name in images] == [True] * 6
     rows = list(csv.DictReader((tmp_path / "s" / "scaling.csv").open()))
     assert [row["ranks"] for row in rows] == ["1", "2", "1"]
     content = json.loads((tmp_path / "s" / "scaling.json").read_text())
     assert content["rows"][1]["speed_up"] > 0
     assert content["rows"][1]["seconds_to_target"] > 0
     assert content["open"] == 0
+    trained = [(row["batch"], row["microbatches"], row["steps_to_target"]) for row in content["trainings"]]
+    assert trained == [(64, 2, 1), (128, 1, 1), (128, 2, 1), (256, 2, 1)]
+    assert content["fits"][-1]["law"] == "epochs to 0.01"
+    assert content["fits"][-1]["parameters"].keys() == {"E0", "B_noise"}
     assert (tmp_path / "s" / "speed-up.png").stat().st_size > 5000
 
 
@@ -400,6 +404,10 @@ def test_nobody_needs_to_read_what_is_printed(module: str) -> None:
         (["run", "--ranks", "2", "--", "--hiden", "2"], "did you mean --hidden"),
         (["run", "--ranks", "2", "--sbatch", "--partition=x"], "--slurm, which is not given"),
         (["run", "--ranks", "2", "--target", "1", "--", "--eval-every", "0"], "--eval-every 0"),
+        (["run", "--ranks", "1", "--batches", "32,64"], "--batches: these only train to a target; say which with"),
+        (["run", "--ranks", "1", "--batches", "0,8", "--target", "1"], "--batches: must be whole numbers"),
+        (["run", "--ranks", "1", "--batches", "8,9999", "--target", "1"], "9999: more than the 1437 rows to train on"),
+        (["run", "--ranks", "4", "--batches", "3,8", "--target", "1"], "3 rows cannot be cut into 4 micro-batches"),
         (["report", "nowhere"], "holds no study"),
     ],
 )
@@ -439,6 +447,29 @@ def test_the_same_settings_in_other_words_are_the_same_study(
     assert main([*study, "--hidden=8", "--batch=64", "--seed", "0"]) == 1
     assert main([*study, "--hidden=8"]) == 78
     assert "choose another --out" in capsys.readouterr().err
+
+
+def test_a_study_keeps_what_its_trainings_need(tmp_path: Path) -> None:
+    study = ["run", "--ranks", "1", "--repeats", "1", "--out", str(tmp_path / "s"), "--launcher"]
+    study += [script(tmp_path / "start", "exit 1"), "--target", "0.9"]
+    for more in (["--trainings", "2", "--batches", "32"], ["--batches", "64"]):
+        assert main([*study, *more, "--", "--noise-scale"]) == 1  # though one rank has one micro-batch
+    content = json.loads((tmp_path / "s" / STUDY).read_text())
+    assert (content["rows"], content["trainings"]) == (1437, 2)
+    assert [point["batch"] for point in content["points"] if not point["timed"]] == [32, 64]
+
+
+def test_submitted_jobs_train_as_the_command_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(tmp_path / "squeue", "")
+    script(tmp_path / "sbatch", "echo 7")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    study = ["run", "--slurm", "--node-ranks", "1", "--ranks", "1", "--repeats", "1", "--out", str(tmp_path / "s")]
+    assert main([*study, "--target", "0.9", "--trainings", "2", "--batches", "32,64"]) == 0
+    (written,) = (tmp_path / "s" / "jobs").glob("*.sbatch")
+    assert " --batches=32,64 --trainings=2 " in written.read_text()
+    assert main([*study[:-1], str(tmp_path / "t")]) == 0
+    (written,) = (tmp_path / "t" / "jobs").glob("*.sbatch")
+    assert "--batches" not in written.read_text()
 
 
 @pytest.mark.parametrize(("flags", "named"), [([], "--node-ranks"), (["--node-ranks", "1"], "no sbatch found")])

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
-from mpiml.errors import freed
+from mpiml.errors import ConfigError, freed
 from mpiml.nn.layers import Linear
 from mpiml.train import train
+from mpiml.training.job import job_of
 from mpiml.training.noise import NoiseScale, averaged, averages_of, estimates, scale
 from mpiml.training.run import Due, unsaved
 from mpiml.vectors import Block
@@ -174,3 +175,11 @@ def test_it_changes_nothing_and_may_begin_late(tmp_path: Path) -> None:
     assert late["weights_sha256"] == run_of(tmp_path / "whole", steps=12)["weights_sha256"]
     last = noise_in(tmp_path / "without")[-1]
     assert last[1] == late["noise_scale"] == pytest.approx(last[2] / last[3])  # of one line alone
+
+
+def test_a_job_is_planned_with_the_micro_batches_of_its_grid() -> None:
+    x, y = np.ones((12, 4), np.float32), np.arange(12) % 3
+    config, data = Config(batch=6, noise_scale=True), Dataset.from_arrays(x, y, x, y)
+    assert job_of(config, 2, 2, data).microbatches == 2
+    with pytest.raises(ConfigError, match="--noise-scale --microbatches 1"):
+        job_of(config, 1, 1, data)
