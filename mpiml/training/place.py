@@ -136,7 +136,7 @@ def place(
 ) -> tuple[GradientSum, Agree, list[str]]:
     """Make the gradient sum of a stage with its values, over so many `microbatches`, and the agreement on the step
     record, whose rows have so many `columns` with the metric's, in the memory that `config` asks for; collective over
-    `everyone`, whose grids are cut alike. Returns these two and notes to print.
+    `everyone`, whose grids are cut alike, and who all get the same kind. Returns these two and notes to print.
     """
     flat = (layout.size, layout.blocks(), layout.dtype)
     private = functools.partial(agree, grid.comm, first=part(grid.replica, grid.replicas, microbatches)[0])
@@ -145,9 +145,9 @@ def place(
         return LibrarySum(grid.data, copy, microbatches), private, []
     slots = depth(grid.replica, grid.replicas, microbatches)
     values_bytes, slot_bytes = (bytes_of(size, layout.dtype) for size in (layout.size, layout.updated))
-    memory, problem = share(grid.comm, grid.local, slots * slot_bytes, values_bytes, config.memory)
+    memory, problem = share(everyone, grid.local, slots * slot_bytes, values_bytes, config.memory)
     needed = Agreement.bytes_needed(grid.node.size, grid.replicas, microbatches, columns)
-    of_node, another = share(grid.comm, grid.node, 0, needed, "private" if problem else config.memory)
+    of_node, another = share(everyone, grid.node, 0, needed, "private" if problem else config.memory)
     notes = [f"warning: {text}" for text in (problem, another) if text]
     abroad = any(allgather(everyone, memory.ranks < grid.replicas))  # on one node there are no messages
     values = Values(grid.data, memory, *flat, elements(config.bucket, layout.dtype) if abroad else 0)
