@@ -65,8 +65,9 @@ class Learners:
         notes: what a person should know.
     """
 
-    def __init__(self, of: Ingredients, workers: int, apart: bool):
-        config, self.grid, self._layout = of.config, of.grid, of.layout
+    def __init__(self, of: Ingredients, workers: int, apart: bool, sent: int = 0):
+        """`sent` are the bytes that this rank has sent to other nodes before."""
+        config, self.grid, self._layout, self._before = of.config, of.grid, of.layout, sent
         groups = min(of.grid.replicas, workers)  # of replicas, each with one worker or more
         grid = of.grid.divided(groups) if groups > 1 else of.grid
         self.apart, self._of_group = apart, grid
@@ -175,7 +176,8 @@ class Learners:
     def sent(self) -> int:
         """The bytes that this rank has sent to other nodes."""
         everything = [learner.stage.sum.values for learner in self.own]
-        return sum(values.sent for values in [*everything, *([self.average.values] if self.average else [])])
+        everything += [self.average.values] if self.average else []
+        return self._before + sum(values.sent for values in everything)
 
     def free(self) -> None:
         """Give back what the MPI library holds for them; collective."""
@@ -219,11 +221,10 @@ class Learning:
         """Be ready for a step; collective. When workers begin to learn apart, each goes on with the common model."""
         if self._calendar.apart(step) == self.now.apart:
             return
-        before = self.now.state
-        names, whole = before.names, before.collect()
+        names, whole, sent = self.now.state.names, self.now.state.collect(), self.now.sent
         self.now.free()
-        del before
-        self.now = self._at(step)
+        del self.now  # its memory, before there is more
+        self.now = self._at(step, sent)
         self.now.state.distribute(whole, *names)
 
     def names(self, step: int, left: bool) -> tuple[str, ...]:
@@ -234,9 +235,9 @@ class Learning:
         every = [worker_name(number, name) for number in range(config.workers or 1) for name in names]
         return (VALUES, *outer, *every) if left else (*names, *outer)
 
-    def _at(self, step: int) -> Learners:
+    def _at(self, step: int, sent: int = 0) -> Learners:
         apart = self._calendar.apart(step)
-        return Learners(self._of, (apart and self._of.config.workers) or 1, apart)
+        return Learners(self._of, (apart and self._of.config.workers) or 1, apart, sent)
 
     def free(self) -> None:
         """Give back what the MPI library holds; collective."""
