@@ -16,13 +16,15 @@ from mpiml.parallel import exact
 from mpiml.parallel.stage import Batch
 from mpiml.run import verified
 from mpiml.run.checkpoint import check_kinds
+from mpiml.training.calendar import Calendar
 from mpiml.training.evaluation import not_finite
 from mpiml.training.learner import Taken
 from mpiml.training.workers import Learners
 
-# Arrays of a checkpoint within a round: of each worker its last step, the weight of its rows and its lines; and the
-# steps of the round that are logged.
-STEPS, WEIGHTS, LINES, LOGGED = NAMES = "round.steps", "round.weights", "round.lines", "round.logged"
+# Arrays of a checkpoint within a round: of each worker its last step, the weight of its rows and its lines; the steps
+# that are logged; and the round's first and last step.
+NAMES = "round.steps", "round.weights", "round.lines", "round.logged", "round.ends"
+STEPS, WEIGHTS, LINES, LOGGED, ENDS = NAMES
 BESIDE = 4  # columns of a line beside the metric's: loss, weight, learning rate, norm of the gradient
 
 
@@ -236,26 +238,33 @@ class Round:
             WEIGHTS: np.array([one.weight for one in everyones]),
             LINES: np.array([one.lines for one in everyones]),
             LOGGED: np.array(self.logged, np.int64),
+            ENDS: np.array([self.steps[0], self.steps[-1]]),
         }
 
 
-def check_left(left: Mapping[str, NDArray[Any]], workers: int | None, steps: range, columns: int, origin: str) -> None:
-    """Raise ConfigError or OutputError unless a round can go on with these arrays of a checkpoint.
+def check_left(left: Mapping[str, NDArray[Any]], step: int, calendar: Calendar, columns: int, origin: str) -> None:
+    """Raise ConfigError or OutputError unless a round can go on with these arrays of a checkpoint of a step.
 
-    Args:
-        steps: of the round, by the settings.
-        columns: of the metric.
+    `columns`: of the metric.
     """
-    saved = left[STEPS].size if STEPS in left else 0
-    if saved and saved != workers:
+    kinds, workers = verified.kinds_of(left), calendar.config.workers or 0
+    saved, logged = (left[name].size if name in left else 0 for name in (STEPS, LOGGED))
+    if workers and saved not in (0, workers):
         raise ConfigError(
             f"--workers {workers}: {origin} was saved within a round of {saved} workers, which as many must finish; "
             f"go on with --workers {saved}, and change it once a step that is saved is the end of a round"
         )
-    logged = left[LOGGED] if LOGGED in left else np.empty(0)
-    told = len({*logged.tolist(), steps[-1]})
-    kinds = {STEPS: ("int64", (saved,)), WEIGHTS: ("float64", (saved,)), LOGGED: ("int64", (logged.size,))}
-    needed = kinds | {LINES: ("float64", (saved, told, BESIDE + columns))}
-    check_kinds(origin, verified.kinds_of(left), needed)
-    if not all(steps[0] - 1 <= number <= steps[-1] for number in (*left[STEPS].tolist(), *logged.tolist())):
+    numbers = {STEPS: ("int64", (workers,)), LOGGED: ("int64", (logged,)), ENDS: ("int64", (2,))}
+    check_kinds(origin, kinds, numbers | {WEIGHTS: ("float64", (workers,))})
+    first, last = left[ENDS].tolist()
+    told = len({*left[LOGGED].tolist(), last})
+    check_kinds(origin, kinds, {LINES: ("float64", (workers, told, BESIDE + columns))})
+    if last > calendar.steps:
+        raise ConfigError(
+            f"--steps {calendar.steps}: {origin} was saved within the round of steps {first} to {last}, which workers "
+            f"must finish; at least {last} would work"
+        )
+    steps = calendar.round_of(step)
+    within = all(first - 1 <= number <= last for number in (*left[STEPS].tolist(), *left[LOGGED].tolist()))
+    if not (calendar.apart(step) and (first, last) == (steps[0], steps[-1]) and within):
         raise OutputError(f"{origin} was saved within another round than steps {steps[0]} to {steps[-1]}")

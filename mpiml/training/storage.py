@@ -131,8 +131,7 @@ class Store:
                 _check_same_run(run.config, saved)
                 names, given = run.learning.names(saved.step, bool(left)), saved.arrays
                 if left:
-                    of = run.config.workers, run.calendar.round_of(saved.step), run.model.metric.columns
-                    rounds.check_left(left, *of, saved.origin)
+                    rounds.check_left(left, saved.step, run.calendar, run.model.metric.columns, saved.origin)
                 constants.check(saved.header, needed_kinds(layouts, names))
                 stages.extend(from_arrays(layouts, saved, names))
             elif run.config.init:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 from mpi4py import MPI
 
 from mpiml.config import Config
 from mpiml.data.dataset import open_dataset
-from mpiml.errors import freed
+from mpiml.errors import ConfigError, OutputError, freed
+from mpiml.training import rounds
+from mpiml.training.calendar import Calendar
 from mpiml.training.run import unsaved
 
 WORLD = MPI.COMM_WORLD
@@ -23,3 +28,49 @@ def test_bytes_sent_go_on_when_workers_begin_to_learn_apart(monkeypatch: pytest.
     assert sent == sorted(sent)
     assert WORLD.size == 1 or 0 < sent[0] < sent[1] < sent[3] < sent[5] < sent[7]
     assert sent[1] == sent[2]  # nothing within a round
+
+
+CALENDAR = Calendar(Config(average_every=40, average_from=5, workers=2, steps=80))
+
+
+def left(**others: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays of a checkpoint within the round of steps 5 to 44, whose line of step 20 is logged."""
+    arrays = {"steps": np.array([8, 7]), "weights": np.ones(2), "logged": np.array([20]), "ends": np.array([5, 44])}
+    return {f"round.{name}": array for name, array in ({**arrays, "lines": np.zeros((2, 2, 6))} | others).items()}
+
+
+def test_a_round_that_was_left_goes_on() -> None:
+    rounds.check_left(left(), 7, CALENDAR, 2, "the file")
+
+
+@pytest.mark.parametrize("steps", [6, 7, 43])
+def test_a_round_that_was_left_cannot_become_shorter(steps: int) -> None:
+    shorter = Calendar(CALENDAR.config.replace(steps=steps))
+    text = f"--steps {steps}: the file was saved within the round of steps 5 to 44, .* at least 44 would work"
+    with pytest.raises(ConfigError, match=text):
+        rounds.check_left(left(), 7, shorter, 2, "the file")
+
+
+@pytest.mark.parametrize(
+    ("step", "others", "text"),
+    [
+        (7, {"logged": np.array(20)}, "round.logged is int64"),
+        (7, {"logged": np.array([[20]])}, "round.logged is int64"),
+        (7, {"logged": np.array([np.nan])}, "round.logged is float64"),
+        (7, {"steps": np.array([], np.int64)}, "round.steps is int64"),
+        (7, {"ends": np.array(5)}, "round.ends is int64"),
+        (7, {"lines": np.zeros((2, 1, 6))}, "round.lines is float64"),
+        (7, {"steps": np.array([8, 45])}, "another round than steps 5 to 44"),
+        (4, {}, "another round than steps 4 to 4"),
+        (46, {}, "another round than steps 45 to 80"),
+        (4, {"ends": np.array([4, 4]), "steps": np.array([4, 4]), "logged": np.array([3])}, "another round than"),
+    ],
+)
+def test_other_arrays_are_refused(step: int, others: dict[str, Any], text: str) -> None:
+    with pytest.raises(OutputError, match=text):
+        rounds.check_left(left(**others), step, CALENDAR, 2, "the file")
+
+
+def test_workers_that_a_run_does_not_have_are_refused() -> None:
+    with pytest.raises(OutputError, match=r"round\.steps is int64"):
+        rounds.check_left(left(), 7, Calendar(Config(steps=80)), 2, "the file")
