@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from mpiml.errors import ConfigError
 from mpiml.nn.losses import Metric
 from mpiml.run.directory import CHECKPOINTS
 from mpiml.run.step_files import file_name
+from mpiml.training.calendar import Calendar
 
 
 class Best:
@@ -23,16 +25,17 @@ class Best:
         higher: whether higher ones are better.
         keep: how many of the best `steps` has.
         patience: evaluations in a row without a better one that are enough; 0: never.
-        every: steps between evaluations. One at another step is made because the run ends, and does not count if it
-            goes on longer after all, so that until then the checkpoint whose place it took is kept.
+        due: whether there is an evaluation after a step wherever the run ends. One after another step is made because
+            it ends there, and does not count if it goes on longer after all, so that until then the checkpoint whose
+            place it took is kept.
 
     Attributes:
         since: how many evaluations there were after the best one.
     """
 
-    def __init__(self, name: str, what: str, higher: bool, keep: int, patience: int, every: int):
+    def __init__(self, name: str, what: str, higher: bool, keep: int, patience: int, due: Callable[[int], bool]):
         self.name, self.what, self.higher, self.keep, self.patience = name, what, higher, keep, patience
-        self.since, self.every = 0, every
+        self.since, self.due = 0, due
         self._ranked: list[tuple[float, int]] = []  # (score, step), the best first
         self._displaced: list[tuple[float, int]] = []  # one that was in `_ranked`, at most
 
@@ -46,7 +49,7 @@ class Best:
         ranked = sorted([*self._ranked, entry], key=lambda one: -one[0] if self.higher else one[0])
         places = max(self.keep, 1)
         self._ranked = ranked[:places]
-        if self.keep and step % self.every:
+        if self.keep and not self.due(step):
             self._displaced = [one for one in ranked[places:] if one is not entry]
         if self._ranked[0] is entry:
             self.since = 0
@@ -93,5 +96,9 @@ def best_of(config: Config, metric: Metric) -> Best:
             f"--best {name}: --metric {config.metric} must say which scores are better, by an attribute "
             f"higher_is_better, True or False{'' if higher is None else f'; it is {higher!r:.40}'}"
         )
-    numbers = config.keep_best, config.patience, config.eval_every
-    return Best(name, f"{config.evaluated} {name}", name != "loss" and bool(higher), *numbers)
+    what, calendar = f"{config.evaluated} {name}", Calendar(config)
+
+    def due(step: int) -> bool:
+        return calendar.due(step, last=False).evaluation
+
+    return Best(name, what, name != "loss" and bool(higher), config.keep_best, config.patience, due)

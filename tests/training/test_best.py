@@ -17,19 +17,20 @@ import pytest
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
 from mpiml.errors import ConfigError, RunError
+from mpiml.nn.losses import Accuracy
 from mpiml.run import checkpoint, step_files, verified
 from mpiml.run.log import Log
 from mpiml.run.process import StopRequest
 from mpiml.train import train
 from mpiml.training import storage
-from mpiml.training.best import Best
+from mpiml.training.best import Best, best_of
 
 NAN = math.nan
 
 
 def of(*scores: float | None, higher: bool = False, keep: int = 2, patience: int = 2) -> Best:
     """After evaluations at steps 10, 20 and so on."""
-    best = Best("loss", "test loss", higher, keep, patience, every=10)
+    best = Best("loss", "test loss", higher, keep, patience, lambda step: step % 10 == 0)
     for number, score in enumerate(scores, 1):
         best.add(10 * number, score)
     return best
@@ -315,6 +316,20 @@ def test_a_best_checkpoint_that_is_gone_or_damaged_changes_nothing_else(tmp_path
     result = run_of(tmp_path / "run", steps=40, resume=True)
     assert outcome(result) == outcome(whole) | ({"best_checkpoint": None} if gone else {})
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+
+
+def test_rounds_of_workers_keep_as_few_checkpoints() -> None:
+    """Evaluations wait for the ends of rounds, which are at other steps than the multiples of --eval-every."""
+    best = best_of(Config(average_every=7, steps=40, eval_every=10, keep_best=1), Accuracy())
+    kept = []
+    for step, loss in ((14, 3.0), (21, 2.0), (35, 1.0), (40, 0.5)):
+        best.add(step, loss)
+        kept.append(best.steps)
+    assert kept == [[14], [21], [35], [40]]
+    end = best_of(Config(average_every=7, steps=18, eval_every=10, keep_best=1), Accuracy())
+    end.add(14, 3.0)
+    end.add(18, 2.0)
+    assert end.steps == [18, 14]  # that of step 18 is there only because the run ends
 
 
 def test_an_evaluation_at_the_end_alone_does_not_count_in_a_longer_run(tmp_path: Path) -> None:
