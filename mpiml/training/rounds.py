@@ -152,6 +152,7 @@ class Round:
             left = self._step(step, batches(step), leave)
             self.times[step] = Timed(perf_counter() - since, clock.shares(), self.learners.sent)
             if left:
+                self.learners.recall.ask()  # that of another rank of this worker may come too late: rank 0 leaves, too
                 return
 
     def _step(self, step: int, batches: Sequence[Batch], leave: Callable[[], bool]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -74,3 +75,29 @@ def test_other_arrays_are_refused(step: int, others: dict[str, Any], text: str) 
 def test_workers_that_a_run_does_not_have_are_refused() -> None:
     with pytest.raises(OutputError, match=r"round\.steps is int64"):
         rounds.check_left(left(), 7, Calendar(Config(steps=80)), 2, "the file")
+
+
+class OneAsks:
+    """A request to stop that only rank 1 has got, after a few steps."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def now(self) -> bool:
+        return False
+
+    def within(self, rest: float, step: float, copies: int) -> bool:
+        self.steps += 1
+        time.sleep(0.002)
+        return WORLD.rank == 1 and self.steps > 3
+
+
+@pytest.mark.mpi
+@pytest.mark.skipif(WORLD.size % 4 > 0, reason="needs two workers of two ranks")
+def test_all_leave_a_round_if_a_neighbour_of_rank_0_asks() -> None:
+    settings = Config(average_every=400, workers=2, microbatches=WORLD.size, steps=400, hidden=(4,), eval_every=0)
+    run = unsaved(WORLD, settings, open_dataset("digits"))
+    with freed(run, WORLD.size), run.data.ahead:
+        left = run.advance(1, OneAsks()).left
+    assert left
+    assert left.progress[0].done < 200
