@@ -97,10 +97,6 @@ class Learner:
             noise = self.noise.measured(rows[:, 1], record.weight, norm or 0.0, update.rows(step))
         return Taken(record, rate, norm, noise)
 
-    def asked_to_stop(self, stop: bool) -> bool:
-        """Whether any rank asks to stop before a step; collective."""
-        return agree(self.grid.comm, self._rows(0), stop=stop).stop
-
     def free(self) -> None:
         """Give back what the MPI library holds for it, but for its grid; collective."""
         self.stage.sum.free()
