@@ -59,7 +59,8 @@ class _Holding(NamedTuple):
 
 
 class State:
-    """Vectors of all stages; collective to make and to use.
+    """Vectors of all stages; collective to make and to use. Both ends of a message go through the same names and ranges
+    in the same order.
 
     Args:
         names: of all vectors, the same on all ranks.
@@ -80,10 +81,9 @@ class State:
         whole: list[dict[str, Vector]] = [{} for _ in range(self.stages)]
         requests: list[MPI.Request] = []
         for name in names or self.names:
-            tag = self.names.index(name)
             if self.comm.rank:
                 own = self.parts.get(name)
-                requests += [self.comm.Isend(own.held[of], 0, tag) for of in own.collected] if own else []
+                requests += [self.comm.Isend(own.held[of], 0) for of in own.collected] if own else []
                 continue
             for rank, holding in enumerate(self.holdings):
                 size, _, collected = holding.vectors.get(name, (0, [], []))
@@ -92,7 +92,7 @@ class State:
                 for start, stop in collected:
                     target = whole[holding.stage][name][start:stop]
                     if rank:
-                        requests.append(self.comm.Irecv(target, rank, tag))
+                        requests.append(self.comm.Irecv(target, rank))
                     else:
                         target[...] = self.parts[name].held[start, stop]
         with self.clock.doing("joining"):
@@ -103,16 +103,15 @@ class State:
         """The reverse: rank 0 gives every rank its parts of these vectors (default: all) of `whole`."""
         requests: list[MPI.Request] = []
         for name in names or self.names:
-            tag = self.names.index(name)
             if self.comm.rank:
                 own = self.parts.get(name)
-                requests += [self.comm.Irecv(part, 0, tag) for part in own.held.values()] if own else []
+                requests += [self.comm.Irecv(part, 0) for part in own.held.values()] if own else []
                 continue
             for rank, holding in enumerate(self.holdings):
                 for start, stop in holding.vectors.get(name, (0, [], []))[1]:
                     source = whole[holding.stage][name][start:stop]
                     if rank:
-                        requests.append(self.comm.Isend(source, rank, tag))
+                        requests.append(self.comm.Isend(source, rank))
                     else:
                         self.parts[name].held[start, stop][...] = source
         with self.clock.doing("joining"):
