@@ -79,7 +79,7 @@ class Learners:
         )
         sums = [sum_, *(another(sum_, grid, self._layout, microbatches) for _ in range(workers // groups - 1))]
         self.own = [self._learner(of, self.first + turn, one, agree) for turn, one in enumerate(sums)]
-        self._initialise(sum_, config.seed)
+        self._layout.bind(sum_.values.vector)
         copies = [learner.update for learner in self.own]
         self.average: Average | None = None
         if apart:
@@ -112,14 +112,14 @@ class Learners:
             noise=of.noise,
         )
 
-    def _initialise(self, sum_: GradientSum, seed: int) -> None:
-        """Write first values into those of the first learner, and bind the model to them."""
-        values, memory, layout = sum_.values, sum_.values.memory, self._layout
-        layout.bind(values.vector)
+    def initialise(self, seed: int) -> None:
+        """Give all learners first values; collective."""
+        first, *others = (learner.stage.sum.values for learner in self.own)
+        memory, layout = first.memory, self._layout
         # Ranks that share memory share the work.
-        self.grid.team.together(lambda: layout.initialise(values.vector, seed, memory.rank, memory.ranks))
-        for learner in self.own[1:]:
-            np.copyto(learner.stage.sum.values.vector, values.vector)
+        self.grid.team.together(lambda: layout.initialise(first.vector, seed, memory.rank, memory.ranks))
+        for other in others:
+            np.copyto(other.vector, first.vector)
 
     def turn(self, learner: Learner) -> None:
         """Let the model be that of one of this rank's learners."""
@@ -215,6 +215,7 @@ class Learning:
     def __init__(self, of: Ingredients, calendar: Calendar):
         self._of, self._calendar = of, calendar
         self.now = self._at(1)
+        self.now.initialise(of.config.seed)
         self.left: Mapping[str, NDArray[Any]] | None = None
 
     def begin(self, step: int) -> None:
@@ -223,7 +224,6 @@ class Learning:
             return
         names, whole, sent = self.now.state.names, self.now.state.collect(), self.now.sent
         self.now.free()
-        del self.now  # its memory, before there is more
         self.now = self._at(step, sent)
         self.now.state.distribute(whole, *names)
 

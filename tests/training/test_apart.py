@@ -12,6 +12,7 @@ from mpi4py import MPI
 from mpiml.config import Config
 from mpiml.data.dataset import open_dataset
 from mpiml.errors import ConfigError, OutputError, freed
+from mpiml.nn.parameters import Parameter
 from mpiml.training import rounds
 from mpiml.training.calendar import Calendar
 from mpiml.training.run import unsaved
@@ -29,6 +30,22 @@ def test_bytes_sent_go_on_when_workers_begin_to_learn_apart(monkeypatch: pytest.
     assert sent == sorted(sent)
     assert WORLD.size == 1 or 0 < sent[0] < sent[1] < sent[3] < sent[5] < sent[7]
     assert sent[1] == sent[2]  # nothing within a round
+
+
+def test_first_values_are_not_drawn_again_when_workers_begin_to_learn_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A PyTorch module's are those that it has, which are other ones by then."""
+    drawn, draw = [], Parameter._draw
+
+    def count(parameter: Parameter, *how: Any) -> int:
+        drawn.append(parameter.name)
+        return draw(parameter, *how)
+
+    monkeypatch.setattr(Parameter, "_draw", count)
+    run = unsaved(MPI.COMM_SELF, Config(average_every=2, average_from=2, workers=2, steps=3), open_dataset("digits"))
+    before = len(drawn)
+    with freed(run, 1), run.data.ahead:
+        assert [len(run.advance(step).steps) for step in (1, 2)] == [1, 2]
+    assert len(drawn) == before > 0
 
 
 CALENDAR = Calendar(Config(average_every=40, average_from=5, workers=2, steps=80))
