@@ -171,10 +171,12 @@ class Average:
     def _distance(self, mean: Vector, counted: Sequence[bool], count: int) -> float:
         """The root of the mean over workers of |theta_w - mean|^2, of what optimizers change."""
         squares: list[float] = []
+        apart = self.sum.slots[0][: self._length]  # which nobody needs any more
         if self._counts:
             blocks = [block for block in self._blocks(self.copies[0].sum.values) if block.momentum is None]
             for copy, counts in zip(self.copies, counted, strict=True):
-                apart = np.concatenate([mean[:0], *self._gathered(copy.sum.values)]) - mean
+                np.concatenate([mean[:0], *self._gathered(copy.sum.values)], out=apart)
+                np.subtract(apart, mean, out=apart)
                 squares += vectors.square_sums(apart, [(b.start, b.stop) for b in blocks] if counts else [])
         total = exact.digits(np.array(squares).reshape(-1, 1))
         self.clock("communication")
