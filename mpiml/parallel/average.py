@@ -52,6 +52,7 @@ class Average:
     Attributes:
         start: this rank's part of the values at the start of the round, and velocity: of the outer step; both of the
             ranges `own` of the vector of values.
+        finite: whether all values to which this rank's part of the last outer step led are finite.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Average:
         self.sum = OrderedSum(self.values, workers, self.clock)
         self.start, self.velocity = (vectors.zeros(sum(b - a for a, b in self.values.held), dtype) for _ in range(2))
         self.own = [of for a, b in self.values.held for of in within(self.held, a, b)]
+        self.finite = True
         self._counts = copies[0].counts  # of the replicas that hold the same, this one's part counts
 
     def _blocks(self, like: Values) -> list[Block]:
@@ -186,6 +188,7 @@ class Average:
 
     def _outer_step(self) -> None:
         """Go from the values at the start of the round by the outer step, in the place of the mean."""
+        self.finite = True
         for piece in self.values.pieces:
             if piece.momentum is not None:
                 continue  # a running average has no gradient
@@ -199,6 +202,7 @@ class Average:
             np.add(mean, delta, out=mean)
             np.multiply(mean, self.rate, out=mean)
             np.subtract(start, mean, out=mean)
+            self.finite = self.finite and vectors.is_finite(mean)
         self.clock("communication")
         self.values.publish()
         self.clock("update")

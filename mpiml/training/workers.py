@@ -214,9 +214,15 @@ class Learning:
 
     def __init__(self, of: Ingredients, calendar: Calendar):
         self._of, self._calendar = of, calendar
-        self.now = self._at(1)
+        self._now: Learners | None = self._at(1)
         self.now.initialise(of.config.seed)
         self.left: Mapping[str, NDArray[Any]] | None = None
+
+    @property
+    def now(self) -> Learners:
+        """Those who learn."""
+        assert self._now, "making them has failed"
+        return self._now
 
     def begin(self, step: int) -> None:
         """Be ready for a step; collective. When workers begin to learn apart, each goes on with the common model."""
@@ -224,7 +230,9 @@ class Learning:
             return
         names, whole, sent = self.now.state.names, self.now.state.collect(), self.now.sent
         self.now.free()
-        self.now = self._at(step, sent)
+        layout, self._now = self._of.layout, None
+        layout.bind(np.zeros(layout.size, layout.dtype))  # takes no memory, and lets go of that of before
+        self._now = self._at(step, sent)
         self.now.state.distribute(whole, *names)
 
     def names(self, step: int, left: bool) -> tuple[str, ...]:
@@ -241,4 +249,5 @@ class Learning:
 
     def free(self) -> None:
         """Give back what the MPI library holds; collective."""
-        self.now.free()
+        if self._now:
+            self._now.free()
