@@ -13,6 +13,7 @@ from mpiml.partition import check_ranks
 from mpiml.plan.sizing import plan, screen
 from mpiml.training.job import job_of
 from mpiml.training.resolve import open_data
+from mpiml.training.sharing import busy, idle_text
 
 
 def _parser() -> Parser:
@@ -39,8 +40,10 @@ def _main(arguments: Sequence[str] | None) -> int:
     config = parse(settings, "mpiml.plan")
     check_ranks(chosen.ranks, config.pipe)
     data = open_data(config)
-    made = plan(job_of(config, chosen.ranks, chosen.node_ranks or chosen.ranks, data), data.name)
-    print(to_json(asdict(made), indent=2) if chosen.json else screen(made))
+    working = busy(config, None, chosen.ranks)
+    made = plan(job_of(config, working, chosen.node_ranks or chosen.ranks, data), data.name)
+    idle = idle_text(working, chosen.ranks - working, made.microbatches, made.workers)
+    print(to_json(asdict(made), indent=2) if chosen.json else "\n".join([*idle, screen(made)]))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from mpiml.command import count, size, table
 from mpiml.nn import base as nn
 from mpiml.nn.parameters import Shape
-from mpiml.plan import activations, costs
+from mpiml.plan import activations, costs, sums
 from mpiml.training.job import Job, kind
 from mpiml.training.sharing import grid_text
 
@@ -30,24 +31,27 @@ class LayerLine:
 @dataclass(frozen=True)
 class StageLine:
     """A stage: its first and last layer, its share of the operations, the most micro-batches in flight, and the bytes
-    that its fullest rank holds; `values` are one copy for all of the stage's ranks on a node, if `Plan.shared`."""
+    that its fullest rank holds: `values` of each of its `copies` of the model, each one for all of the copy's ranks on
+    a node if `Plan.shared`; `average`: for the averages of workers."""
 
     first: int
     last: int
     parameters: int
     share: float
     in_flight: int
+    copies: int
     values: int
     gradient_vectors: int
     gradients: int
     state: int
     activations: int
     messages: int
+    average: int
 
 
 @dataclass(frozen=True)
 class Wire:
-    """Bytes that all ranks together send in a step: between nodes, and to ranks of the same node."""
+    """Bytes that all ranks together send in a step or in a round: between nodes, and to ranks of the same node."""
 
     what: str
     between: float
@@ -63,8 +67,12 @@ class Plan:
         flops: operations of a step, forward and backward.
         shared: whether the ranks of a node hold one copy of the values.
         bubble: the part of the passes' time in which these stages are idle; even_bubble: if all had equal work.
+        stages: where workers learn apart, if they do.
         rank_bytes, node_bytes: held by the fullest rank and the fullest node; of shared values a rank's share counts.
-        node_out: bytes that the busiest node sends to others for the gradient sum in a step.
+        node_out, round_out: bytes that the busiest node sends to others for the gradient sum in a step, and for the
+            averages of a round.
+        workers, average_every: how many workers learn apart, if any do, and for how many steps.
+        checkpoint, round_checkpoint: bytes of vectors in a checkpoint, and in one within a round.
     """
 
     grid: str
@@ -87,17 +95,23 @@ class Plan:
     node_bytes: int
     wires: list[Wire]
     node_out: float
+    round_out: float
+    workers: int
+    average_every: int
+    checkpoint: int
+    round_checkpoint: int
 
 
 def plan(job: Job, data: str) -> Plan:
     """The plan of a job that trains on the data set named `data`."""
     last = len(job.stages) - 1
     rows = [activations.bytes_of_a_row(stage, number == last) for number, stage in enumerate(job.stages)]
-    memories = [costs.stage_memory(job, number, row) for number, row in enumerate(rows)]
+    phases = job.phases()
+    memories = [[costs.stage_memory(phase, number, row) for number, row in enumerate(rows)] for phase in phases]
+    *before, job = phases
     flops = sum(stage.flops for stage in job.stages)
     passes = max(job.passes(replica) for replica in range(job.replicas))
-    sharers = [np.repeat(groups, groups) for groups in map(job.groups, range(last + 1))]  # of a replica's values
-    held = [memory.own + memory.values / each for memory, each in zip(memories, sharers, strict=True)]
+    workers, average_from = job.config.workers or 0, job.config.average_from
     return Plan(
         grid=grid_text(len(job.stages), job.replicas, job.microbatches, job.config.workers),
         ranks=job.ranks,
@@ -112,14 +126,31 @@ def plan(job: Job, data: str) -> Plan:
         flops=(flops + sum(map(costs.backward, job.stages))) * job.rows / job.steps_per_epoch,
         shared=job.shared,
         layers=_layers(job),
-        stages=[_stage(job, number, memory, flops) for number, memory in enumerate(memories)],
+        stages=[_stage(job, number, memory, flops) for number, memory in enumerate(memories[-1])],
         bubble=costs.pipeline(job).bubble(),
         even_bubble=last / (passes + last),
-        rank_bytes=int(max(max(each) for each in held)),
-        node_bytes=costs.fullest_node(job, memories),
-        wires=wires(job),
-        node_out=costs.busiest_node(job),
+        rank_bytes=int(max(max(memory.held) for each in memories for memory in each)),
+        node_bytes=max(map(costs.fullest_node, phases, memories)),
+        wires=[*wires(job), *(_before(phase, average_from) for phase in before)],
+        node_out=_busiest(sums.of_sums(job)),
+        round_out=_busiest(sums.of_averages(job)) if workers else 0.0,
+        workers=workers,
+        average_every=job.config.average_every,
+        checkpoint=_checkpoint(job, 0),
+        round_checkpoint=_checkpoint(job, workers) if workers else 0,
     )
+
+
+def _busiest(sent: Sequence[sums.Sent]) -> float:
+    """The bytes that the busiest node sends to others."""
+    return float(np.sum([one.abroad for one in sent], axis=0).max())
+
+
+def _checkpoint(job: Job, workers: int) -> int:
+    """The bytes of a checkpoint's vectors: of the model, and of so many workers that each have their own."""
+    states = sums.states(job)
+    updated = (0 if workers else states) + sums.outer(job) + workers * (1 + states)
+    return sum((s.layout.size + updated * s.layout.updated) * s.layout.dtype.itemsize for s in job.stages)
 
 
 def _layers(job: Job) -> list[LayerLine]:
@@ -134,45 +165,69 @@ def _layers(job: Job) -> list[LayerLine]:
 
 def _stage(job: Job, number: int, memory: costs.StageMemory, flops: int) -> StageLine:
     stage = job.stages[number]
-    fullest = int(np.argmax(memory.own))
+    fullest = int(np.argmax(memory.held))
     return StageLine(
         first=stage.first,
         last=stage.first + len(stage.layers) - 1,
         parameters=sum(parameter.size for parameter in stage.layout.parameters),
         share=stage.flops / flops if flops else 0.0,
         in_flight=int(memory.in_flight.max()),
+        copies=job.copies,
         values=memory.values,
-        gradient_vectors=int(costs.depths(job.replicas, job.microbatches)[fullest]),
+        gradient_vectors=int(sums.depths(job.members, job.worker_microbatches)[fullest % job.members]),
         gradients=int(memory.gradients[fullest]),
         state=int(memory.state[fullest]),
         activations=int(memory.activations[fullest]),
         messages=int(memory.messages[fullest]),
+        average=int(memory.average[fullest]),
     )
 
 
 def wires(job: Job) -> list[Wire]:
-    """All messages of a step. On a node only pipelines send some, unless each rank holds its own copy of the values."""
+    """All messages of a step, and of the end of a round. On a node only pipelines send some, unless each rank holds its
+    own copy of the values."""
     edges, lines = costs.boundaries(job), []
     for what, direction in (("inputs of stages", "forward"), ("gradients of stages' inputs", "backward")):
         between = sum(getattr(edge, direction) * edge.abroad for edge in edges)
         within = sum(getattr(edge, direction) * (1 - edge.abroad) for edge in edges)
         lines.append(Wire(what, between, within))
-    if job.config.allreduce == "mpi":
-        return [*lines, _library(job)]
-    sums = [costs.traffic(job, number) for number in range(len(job.stages))]
-    for what, field in (("partial sums of gradients", "gradients"), ("values", "values")):
-        total, between = (float(sum(getattr(one, field + way).sum() for one in sums)) for way in ("_out", "_abroad"))
-        lines.append(Wire(what, between, total - between))
+    lines += _summed(job)
+    if job.config.workers:
+        for what, sent in zip(("values", "optimizer states"), sums.of_averages(job), strict=True):
+            if what == "values" or sums.states(job):
+                lines.append(_wire(f"averages of {what}, every {job.config.average_every} steps", sent))
     return lines
+
+
+def _summed(job: Job) -> list[Wire]:
+    """The messages of a step's gradient sums."""
+    if job.config.allreduce == "mpi":
+        return [_library(job)]
+    gradients, values = sums.of_sums(job)
+    return [_wire("partial sums of gradients", gradients), _wire("values", values)]
+
+
+def _before(job: Job, first: int) -> Wire:
+    """The same of the steps before workers learn apart."""
+    lines = _summed(job)
+    between, within = (sum(getattr(line, name) for line in lines) for name in ("between", "within"))
+    return Wire(f"gradients and values, before step {first}", between, within)
+
+
+def _wire(what: str, sent: sums.Sent) -> Wire:
+    between = float(sent.abroad.sum())
+    return Wire(what, between, sent.total - between)
 
 
 def _library(job: Job) -> Wire:
     """The fewest bytes that MPI_Allreduce can send: every copy but one is sent once, and the sum comes back."""
     between = within = 0
     for number, stage in enumerate(job.stages):
-        vector, nodes = stage.layout.updated * stage.layout.dtype.itemsize, len(set(job.homes(number).tolist()))
-        between += 2 * vector * (nodes - 1)
-        within += 2 * vector * (job.replicas - nodes)
+        vector = stage.layout.updated * stage.layout.dtype.itemsize
+        for homes in job.group_homes(number):
+            nodes = len(set(homes.tolist()))
+            between += 2 * vector * (nodes - 1)
+            within += 2 * vector * (job.members - nodes)
     return Wire("gradients (MPI_Allreduce at its best)", between, within)
 
 
@@ -197,23 +252,34 @@ def screen(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> list[str]:
     heads = ["stage", "layers", "work", "in flight", "values", "gradients", "optimizer", "activations", "messages"]
-    lines = [heads]
+    lines = [heads + ["averages"] * bool(plan.workers)]
     for index, stage in enumerate(plan.stages):
-        vectors = f"{stage.gradient_vectors} x " if stage.gradient_vectors > 1 else ""
-        gradients = f"{vectors}{size(stage.gradients // stage.gradient_vectors)}"
-        held = [size(stage.values), gradients, *map(size, (stage.state, stage.activations, stage.messages))]
+        held = [
+            _several(stage.copies, stage.values),
+            _several(stage.gradient_vectors, stage.gradients // stage.gradient_vectors),
+        ]
+        held += map(size, (stage.state, stage.activations, stage.messages, stage.average)[: len(lines[0]) - 6])
         lines.append([str(index), f"{stage.first}-{stage.last}", f"{stage.share:.0%}", str(stage.in_flight), *held])
-    values = "one copy for each node" if plan.shared else "a copy for each rank"
-    return [
-        *table(lines, "rrrrrrrrr"),
+    owner = "worker and " if plan.workers else ""
+    values = f"one copy for each {owner}node" if plan.shared else f"a copy for each {owner}rank"
+    text = [
+        *table(lines, "r" * len(lines[0])),
         f"memory of each stage's fullest rank; values: {values}; activations: measured on a forward pass",
         f"at most {size(plan.rank_bytes)} a rank and {size(plan.node_bytes)} a node, without data, Python, libraries",
         f"stages are idle for {plan.bubble:.0%} of the time of their passes ({plan.even_bubble:.0%} if all were equal)",
     ]
+    within = f"a checkpoint has {size(plan.checkpoint)}, within a round {size(plan.round_checkpoint)}"
+    return [*text, within] if plan.workers else text
+
+
+def _several(count: int, each: float) -> str:
+    return f"{count} x {size(each)}" if count > 1 else size(each)
 
 
 def _wires(plan: Plan) -> list[str]:
     lines = [["sent in a step", "between nodes", "on nodes"]]
     lines += [[wire.what, size(wire.between), size(wire.within)] for wire in plan.wires]
-    sums = f"the busiest node sends {size(plan.node_out)} for the gradient sums"
-    return [*table(lines, "lrr"), *([sums] if plan.node_out else [])]
+    busiest = f"the busiest node sends {size(plan.node_out)} for the gradient sums"
+    if plan.workers:
+        busiest += f", and {size(plan.round_out)} every {plan.average_every} steps for the averages"
+    return [*table(lines, "lrr"), *([busiest] if plan.node_out or plan.round_out else [])]

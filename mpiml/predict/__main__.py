@@ -112,8 +112,10 @@ def predict(chosen: argparse.Namespace) -> int:
     one = max(predictor.grids(1, 1), key=lambda prediction: prediction.samples_per_second)
     best = {ranks: max(some, key=lambda one: one.samples_per_second) for ranks, some in grids.items() if some}
     print("\n".join(["", *_screen(best, one, node_ranks, predictor.target if predictor.law else None)]))
+    workers = predictor.config.workers
     for ranks in sorted(grids.keys() - best.keys()):
-        print(f"{plural(ranks, 'rank')}: the batch has too few rows for the micro-batches of any grid")
+        or_workers = f", or no grid can share {workers} workers" if workers else ""
+        print(f"{plural(ranks, 'rank')}: the batch has too few rows for the micro-batches of any grid{or_workers}")
     if predictor.law is not None:
         print("\n".join(_to_target(list(best.values()), predictor.law)))
     return 0

@@ -79,10 +79,15 @@ class Predictor:
                 yield Prediction(ranks, stages, batch, microbatches, time, speed, rows, epochs, seconds)
 
     def _microbatches(self, stages: int, replicas: int, batch: int) -> list[int]:
-        if self.config.microbatches:
-            return [self.config.microbatches] if replicas <= self.config.microbatches <= batch else []
+        """Numbers of micro-batches that such a grid can share out; none if it cannot share the workers."""
+        workers = (self.config.workers or replicas) if self.config.average_every else 1
+        if workers % replicas and replicas % workers:
+            return []
+        if given := self.config.microbatches:
+            return [given] if replicas <= given <= batch and given % workers == 0 else []
+        parts = max(replicas, workers)
         each = sorted({1} | ({stages * 2**power for power in range(5)} if stages > 1 else set()))
-        return [count * replicas for count in each if count * replicas <= batch]
+        return [count * parts for count in each if count * parts <= batch]
 
 
 def network(machine: Machine, latency: float | None = None, bandwidth: float | None = None) -> Link:

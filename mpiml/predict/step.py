@@ -1,7 +1,8 @@
 """The predicted time of a training step on any grid, from measured pieces (mpiml.predict.machine); no MPI.
 
 A step is: the passes of a pipeline, by the simulator; the step record; the exchange of gradients between nodes; the sum
-and the update of what each rank owns; the exchange of values. The slowest rank counts.
+and the update of what each rank owns; the exchange of values. The slowest rank counts. A rank with several workers does
+all this for one after the other, among the ranks of each; of the average at the end of a round, a step has its part.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import numpy as np
 from mpiml.parallel.schedules import SCHEDULES
 from mpiml.parallel.simulator import simulate
 from mpiml.parallel.tree import partials
-from mpiml.plan import costs
+from mpiml.plan import sums
+from mpiml.plan.sums import Traffic
 from mpiml.predict.machine import Link, Machine, Speeds
-from mpiml.training.job import Job
+from mpiml.training.job import Job, sharers
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,30 @@ class StepTime:
 
 
 def step_time(job: Job, machine: Machine, network: Link) -> StepTime:
-    """The time of a step if each thread has a core; `network` is between nodes."""
+    """The time of a step if each thread has a core; `network` is between nodes. Where there are workers, of one that
+    they take apart."""
     speeds = machine.speeds(min(job.ranks, job.node_ranks))
     forward, backward = passes(job, machine, speeds)
-    count = max(job.passes(replica) for replica in range(job.replicas))
-    sends = [_send(job, machine, network, stage) for stage in range(len(job.stages) - 1)]
-    run = simulate(SCHEDULES[job.config.schedule], len(job.stages), count, forward, backward, sends)
-    compute = count * (sum(forward) + sum(backward)) / len(job.stages)
-    fewest = min(len(partials(replica, job.replicas, job.microbatches)) for replica in (0, job.replicas - 1))
+    count = max(job.passes(replica) for replica in range(job.members))
+    stages = range(len(job.stages))
+    sends = [_send(job, machine, network, stage) for stage in stages[:-1]]
+    run = simulate(SCHEDULES[job.config.schedule], len(stages), count, forward, backward, sends)
+    compute = count * (sum(forward) + sum(backward)) / len(stages)
+    ends = (0, job.members - 1)
+    fewest = min(len(partials(replica, job.members, job.worker_microbatches)) for replica in ends)
     adds = [(count - fewest) * stage.layout.updated * speeds.add for stage in job.stages]  # of its own micro-batches
-    exchanged, updated = zip(*(_sum(job, stage, speeds, network) for stage in range(len(job.stages))), strict=True)
-    record = speeds.step + (_all_nodes(job, network, costs.RECORD) if job.nodes > 1 else 0.0)
-    return StepTime(compute + max(adds), run.makespan - compute, record + max(exchanged), max(updated))
+    exchanged, updated = zip(*(_sum(job, stage, speeds, network) for stage in stages), strict=True)
+    record = speeds.step + _all_nodes(_nodes(job), network, sums.RECORD)
+    turns, averaged, mean = job.copies, 0.0, 0.0
+    if job.config.workers:
+        parts = zip(*(_average(job, stage, speeds, network) for stage in stages), strict=True)
+        averaged, mean = (max(part) / job.config.average_every for part in parts)
+    return StepTime(
+        turns * (compute + max(adds)),
+        turns * (run.makespan - compute),
+        turns * (record + max(exchanged)) + averaged,
+        turns * max(updated) + mean,
+    )
 
 
 def passes(job: Job, machine: Machine, speeds: Speeds) -> tuple[list[float], list[float]]:
@@ -75,25 +89,55 @@ def _send(job: Job, machine: Machine, network: Link, stage: int) -> float:
 
 def _sum(job: Job, stage: int, speeds: Speeds, network: Link) -> tuple[float, float]:
     """Seconds of a stage's exchange between nodes, and of sum and update on the rank with the largest slice."""
-    traffic, groups = costs.traffic(job, stage), job.groups(stage)
     layout = job.stages[stage].layout
-    item = layout.dtype.itemsize
     if job.config.allreduce == "mpi":  # at best, a ring of nodes
-        nodes = len(set(job.homes(stage).tolist()))
-        sent = 2 * layout.updated * item * (nodes - 1) / nodes
+        nodes = max(len(set(homes.tolist())) for homes in job.group_homes(stage))
+        sent = 2 * layout.updated * layout.dtype.itemsize * (nodes - 1) / nodes
         rounds = 2 * (nodes - 1) * network.latency
         return sent / network.bandwidth + rounds, layout.updated * (speeds.update + speeds.add)
-    own = partials(0, job.replicas, job.microbatches)
-    sources = len(own) * groups[0] + len(groups) - 1
-    largest = float(traffic.slices.max()) / item
-    update = largest * speeds.update + largest * (sources - 1) * speeds.add
-    update += float(traffic.packed.max()) / item * (groups[0] - 1) * speeds.add
+    own = partials(0, job.members, job.worker_microbatches)
+    groups = max((sharers(homes, job.shared) for homes in job.group_homes(stage)), key=len)
+    traffic, item = sums.traffic(job, stage), layout.dtype.itemsize
+    update = float(traffic.slices.max()) / item * speeds.update
+    return _exchange(traffic, network), update + _added(traffic, item, speeds.add, len(own), groups)
+
+
+def _average(job: Job, stage: int, speeds: Speeds, network: Link) -> tuple[float, float]:
+    """Seconds of the exchange between nodes at the end of a round, and of adding up, on the rank with the largest
+    slice. Each copy is written to a slot and gets the mean, which takes as long as two additions."""
+    averaging, item = sums.averaging(job, stage), job.stages[stage].layout.dtype.itemsize
+    means, mean = 1 + sums.states(job), averaging.mean
+    workers, shared = job.config.workers or 1, job.config.memory != "private"
+    groups = max((sharers(homes, shared) for homes in job.group_homes(stage).T), key=len)
+    copying = float(averaging.vector.max()) / item * 2 * job.copies * speeds.add
+    adding = _added(mean, item, speeds.add, len(partials(0, job.groups, workers)), groups)
+    own = float(averaging.vector.max()) / item * (job.copies - 1) * speeds.add
+    published = mean.values_abroad * sums.outer(job) + sums.traffic(job, stage).values_abroad
+    exchanged = means * _exchange(mean, network) + float(published.max()) / network.bandwidth
+    return exchanged, means * (copying + own + adding)
+
+
+def _exchange(traffic: Traffic, network: Link) -> float:
+    """Seconds of the messages of a sum: the busiest node's bytes, one after the other."""
     sent = float(traffic.gradients_abroad.max() + traffic.values_abroad.max())
-    latencies = float(traffic.messages.max()) * network.latency if len(groups) > 1 else 0.0
-    return sent / network.bandwidth + latencies, update
+    return sent / network.bandwidth + float(traffic.messages.max()) * network.latency
 
 
-def _all_nodes(job: Job, network: Link, size: float) -> float:
+def _added(traffic: Traffic, item: int, add: float, own: int, groups: list[int]) -> float:
+    """Seconds of adding up the slice of the rank with the largest: `own` partial sums of each rank that shares its
+    memory, of `groups`, and one of each other memory."""
+    largest = float(traffic.slices.max()) / item
+    sources = own * groups[0] + len(groups) - 1
+    return add * (largest * (sources - 1) + float(traffic.packed.max()) / item * (groups[0] - 1))
+
+
+def _nodes(job: Job) -> int:
+    """The most nodes that a worker's ranks are on, or all ranks."""
+    homes = np.stack([job.group_homes(stage) for stage in range(len(job.stages))])  # (stages, groups, members)
+    return max(len(np.unique(homes[:, group])) for group in range(job.groups))
+
+
+def _all_nodes(nodes: int, network: Link, size: float) -> float:
     """Seconds of an MPI_Allreduce over one rank of each node, by recursive doubling: Thakur, Rabenseifner and Gropp,
     "Optimization of collective communication operations in MPICH", 2005."""
-    return math.ceil(math.log2(job.nodes)) * network.time(size)
+    return math.ceil(math.log2(nodes)) * network.time(size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,26 @@ class Job:
         return self.ranks // len(self.stages)
 
     @property
+    def groups(self) -> int:
+        """How many groups of replicas have models of their own: one, unless there are workers."""
+        return min(self.replicas, self.config.workers or 1)
+
+    @property
+    def members(self) -> int:
+        """Replicas of a group."""
+        return self.replicas // self.groups
+
+    @property
+    def copies(self) -> int:
+        """Models of a group, whose workers take turns."""
+        return (self.config.workers or 1) // self.groups
+
+    @property
+    def worker_microbatches(self) -> int:
+        """Micro-batches that are summed together in a step: those of a worker, or all."""
+        return self.microbatches // (self.config.workers or 1)
+
+    @property
     def nodes(self) -> int:
         return -(-self.ranks // self.node_ranks)
 
@@ -67,17 +87,29 @@ class Job:
         return self.config.allreduce == "ordered" and self.config.memory != "private"
 
     def passes(self, replica: int) -> int:
-        """How many micro-batches a replica computes in a step."""
-        first, last = part(replica, self.replicas, self.microbatches)
+        """How many micro-batches a replica computes in a step, of each of its workers in turn."""
+        first, last = part(replica % self.members, self.members, self.worker_microbatches)
         return last - first
 
     def homes(self, stage: int) -> NDArray[np.int64]:
         """The node of each replica of a stage."""
         return np.arange(stage * self.replicas, (stage + 1) * self.replicas) // self.node_ranks
 
-    def groups(self, stage: int) -> list[int]:
-        """How many replicas of a stage, in order, sum their gradients in one memory: a node's, or one each."""
-        return np.unique(self.homes(stage), return_counts=True)[1].tolist() if self.shared else [1] * self.replicas
+    def group_homes(self, stage: int) -> NDArray[np.int64]:
+        """The same by group: (groups, members)."""
+        return self.homes(stage).reshape(self.groups, self.members)
+
+    def phases(self) -> list[Job]:
+        """The job before workers learn apart, and as it is afterwards; only one of them if there is no other."""
+        config = self.config
+        together = replace(self, config=replace(config, average_every=0, workers=None))
+        before = [together] if config.workers and config.average_from > 1 else []
+        return before if config.workers and config.average_from > config.steps else [*before, self]
+
+
+def sharers(homes: NDArray[np.int64], shared: bool) -> list[int]:
+    """How many of these replicas, in order, have one memory: those of a node if it is shared, or one each."""
+    return np.unique(homes, return_counts=True)[1].tolist() if shared else [1] * len(homes)
 
 
 def needs(data: Dataset, classes: int | None, ignore: int | None = None) -> Seen:

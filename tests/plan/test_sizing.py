@@ -21,11 +21,12 @@ from mpiml.parallel import grid as grids
 from mpiml.parallel import slices, tree
 from mpiml.parallel.memory import SharedMemory
 from mpiml.parallel.values import TAGS
-from mpiml.plan import activations, costs
+from mpiml.plan import activations, costs, sums
 from mpiml.plan.sizing import plan, screen
 from mpiml.team import Team
-from mpiml.training.job import Job, job_of, needs
+from mpiml.training.job import Job, job_of, needs, sharers
 from mpiml.training.run import unsaved
+from mpiml.training.sharing import busy
 from mpiml.training.task import Seen
 from mpiml.vectors import bytes_of
 
@@ -66,6 +67,35 @@ def test_memory_by_hand() -> None:
     assert (first.gradient_vectors, first.gradients) == (3, 3 * first.values)  # a tree over four needs three
     assert first.state == 2 * 4 * 144  # AdamW; two replicas, but one block for each of the two parameters
     assert second.messages == first.messages == 0
+
+
+def test_workers_by_hand() -> None:
+    """Four workers on two ranks: each has values and states, those of a rank have one set of gradient vectors."""
+    settings = {"hidden": (16,), "microbatches": 8, "workers": 4, "average_every": 3, "outer_momentum": 0.5}
+    apart = job(2, average_from=9, **settings)
+    made, (together, _) = plan(apart, "arrays"), apart.phases()
+    (stage,), whole, first = made.stages, 4 * 224, 4 * 160  # biases come first; rank 0 owns all but the last weights
+    assert (stage.copies, stage.values, stage.gradient_vectors, stage.gradients) == (2, whole, 2, 2 * whole)
+    assert stage.state == 2 * 2 * whole  # AdamW, two workers
+    assert stage.average == 2 * whole + 2 * first  # slots; the start and the velocity of what rank 0 owns
+    held = costs.stage_memory(apart, 0, 0.0)
+    assert held.common.tolist() == [2 * whole + whole / 2] * 2  # both have one mean
+    assert made.node_bytes == round(held.held.sum()) + 2 * stage.activations
+    assert costs.fullest_node(together, [costs.stage_memory(together, 0, 0.0)]) < made.node_bytes
+    assert (made.checkpoint, made.round_checkpoint) == (4 * whole, (1 + 1 + 4 * 3) * whole)
+    assert max(map(len, screen(made).splitlines())) <= 120
+
+    far = plan(job(2, 1, average_from=9, **settings), "arrays")
+    assert [(wire.what, wire.between, wire.within) for wire in far.wires[2:]] == [
+        ("partial sums of gradients", 0, 0),
+        ("values", 0, 0),
+        ("averages of values, every 3 steps", whole + 2 * whole, 0),  # means, and values after the outer step
+        ("averages of optimizer states, every 3 steps", 2 * (whole + whole), 0),
+        ("gradients and values, before step 9", whole + whole, 0),
+    ]
+    other = whole - first
+    assert (far.node_out, far.round_out, far.workers) == (0, other + 2 * first + 2 * (other + first), 4)
+    assert plan(job(2, average_from=9, steps=8, **settings), "arrays").workers == 0  # there will be none
 
 
 def test_what_is_frozen_is_a_value_and_nothing_else() -> None:
@@ -123,7 +153,7 @@ GRIDS = [(ranks, node) for ranks in (1, 2, 3, 4, 5, 7, 8) for node in (1, 2, 3, 
 def test_messages_are_those_of_the_tree(ranks: int, node_ranks: int, microbatches: int) -> None:
     """For any grid, from the plans that replicas really follow."""
     made = job(ranks, node_ranks, microbatches=microbatches)
-    traffic, nodes = costs.traffic(made, 0), made.groups(0)
+    traffic, nodes = sums.traffic(made, 0), sharers(made.homes(0), made.shared)
     sizes = traffic.slices
     assert sizes.sum() == bytes_of(made.stages[0].layout.size, "float32") - padding(made)
     for replica in range(ranks):
@@ -149,11 +179,11 @@ def padding(made: Job) -> int:
 
 def test_private_memory_sends_on_nodes_too() -> None:
     made = job(4, 2, memory="private", microbatches=4)
-    traffic = costs.traffic(made, 0)
+    traffic = sums.traffic(made, 0)
     assert traffic.gradients_out.sum() == 3 * traffic.slices.sum()
     assert traffic.gradients_abroad.sum() == 2 * traffic.slices.sum()
     assert traffic.values_abroad.sum() == 2 * traffic.slices.sum()
-    assert costs.traffic(job(4, 2, allreduce="mpi"), 0).gradients_out.sum() == 0
+    assert sums.traffic(job(4, 2, allreduce="mpi"), 0).gradients_out.sum() == 0
 
 
 def test_the_library_moves_at_least_this() -> None:
@@ -167,7 +197,7 @@ def test_a_node_holds_one_copy_of_values() -> None:
     assert private.node_bytes - shared.node_bytes > 2.5 * shared.stages[0].values  # and messages
     assert shared.node_bytes == shared.stages[0].values + 4 * (
         shared.stages[0].gradients + shared.stages[0].activations
-    ) + 2 * int(costs.traffic(job(4), 0).slices.sum())
+    ) + 2 * int(sums.traffic(job(4), 0).slices.sum())
 
 
 class Recording(MPI.Intracomm):
@@ -234,11 +264,11 @@ def test_a_real_run_allocates_and_sends_as_planned(
     assert isinstance(data, Recording)
     assert isinstance(pipe, Recording)
 
-    traffic, held = costs.traffic(made, stage), costs.stage_memory(made, stage, 0.0)
+    traffic, held = sums.traffic(made, stage), costs.stage_memory(made, stage, 0.0)
     assert data.total("gradients out") == traffic.gradients_out[replica]
     assert data.total("gradients in") == traffic.gradients_in[replica]
     assert data.total("values out") == traffic.values_out[replica]
-    owners = tree.links(replica, made.groups(stage))[1]
+    owners = tree.links(replica, sharers(made.homes(stage), made.shared))[1]
     assert data.total("values in") == sum(traffic.slices[owner] for owner in owners)
     assert sum(kind.endswith("out") for kind, *_ in data.notes) <= traffic.messages[replica]  # nothing is not sent
     assert sum(bytes_of(slot.size, slot.dtype) for slot in sum_.slots) == held.gradients[replica]
@@ -255,6 +285,62 @@ def test_a_real_run_allocates_and_sends_as_planned(
     before, after = edges[stage], edges[stage + 1]
     assert sent[0] == pytest.approx(made.steps_per_epoch * after.forward if after else 0)
     assert sent[1] == pytest.approx(made.steps_per_epoch * before.backward if before else 0)
+    run.free()
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"workers": 2, "outer_momentum": 0.9},
+        {"workers": 12, "memory": "private", "optimizer": "sgd", "ema": 0.9},
+        {"workers": 2, "pipe": 2, "microbatches": 20, "dtype": "float64"},
+        {"workers": 2, "microbatches": 12, "bucket": 0.02, "rates": ("layers.2=0",)},
+        {"workers": 2, "allreduce": "mpi", "outer_lr": 0.7},
+    ],
+)
+@pytest.mark.parametrize("node_ranks", [1, 3])
+def test_workers_allocate_and_send_as_planned(
+    settings: dict[str, Any], node_ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"microbatches": 24, "average_every": 2} | settings
+    if WORLD.size % settings.get("pipe", 1) or busy(Config(**settings), None, WORLD.size) < WORLD.size:
+        return
+    nodes = [min(node_ranks, WORLD.size - first) for first in range(0, WORLD.size, node_ranks)]
+    monkeypatch.setenv("MPIML_NODES", ",".join(map(str, nodes)))
+    made = job(WORLD.size, node_ranks, **settings)
+    run = unsaved(WORLD, made.config, arrays(120))
+    learners, stage, replica = run.learning.now, run.grid.stage, run.grid.replica
+    average, traffic = learners.average, sums.traffic(made, stage)
+    planned, held = sums.averaging(made, stage), costs.stage_memory(made, stage, 0.0)
+    assert average, "workers have one"
+
+    def allocated(vector: np.ndarray) -> int:
+        return bytes_of(vector.size, vector.dtype)
+
+    assert len(learners.own) == made.copies
+    assert {allocated(one.stage.sum.values.vector) for one in learners.own} == {held.values}
+    assert sum(allocated(slot) for slot in run.stage.sum.slots) == held.gradients[replica]
+    if settings.get("allreduce") != "mpi":  # else whole vectors, with their padding
+        of_workers = [state.nbytes for one in learners.own for state in one.update.states.values()]
+        assert sum(of_workers) == held.state[replica]
+    assert allocated(average.values.vector) == planned.vector[replica]
+    assert average.values.memory.ranks == planned.sharers[replica]
+    slots = sum(allocated(slot) for slot in average.sum.slots)
+    buffers = planned.mean.gradients_in[replica] + planned.mean.packed[replica]
+    assert slots + average.start.nbytes + average.velocity.nbytes + buffers == planned.memory[replica]
+
+    for step in (1, 3):
+        run.advance(step)
+    states, means = len(run.update.states), planned.mean
+    in_a_round = (1 + states) * (means.gradients_out + means.values_out) + traffic.values_out
+    in_a_round += average.outer * means.values_out
+    assert learners.sent == (2 * in_a_round + 4 * (traffic.gradients_out + traffic.values_out))[replica]
+    values, of_states = sums.of_averages(made)
+    everyones = run.grid.comm.allreduce(int(in_a_round[replica]))
+    assert values.total + of_states.total == everyones
+    if made.shared:  # then ranks of a node send each other nothing
+        assert values.abroad.sum() + of_states.abroad.sum() == everyones
     run.free()
 
 

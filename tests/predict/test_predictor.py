@@ -13,7 +13,7 @@ import pytest
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
 from mpiml.errors import ConfigError
-from mpiml.plan import costs
+from mpiml.plan import sums
 from mpiml.predict import predictor
 from mpiml.predict.__main__ import main
 from mpiml.predict.calibration import curves_of
@@ -88,13 +88,35 @@ def test_two_nodes_by_hand() -> None:
     """One block belongs to rank 0, another to rank 1: each node sends the other's part, and gets it back."""
     here, apart = job(2, 2, microbatches=2), job(2, 1, microbatches=2)
     within, between = (step_time(one, machine(), NETWORK) for one in (here, apart))
-    traffic = costs.traffic(apart, 0)
+    traffic = sums.traffic(apart, 0)
     busiest = traffic.gradients_out.max() + traffic.values_out.max()  # one after the other
     record = 1e-3 + 8 * (2 + 2 * 69) / 1e6  # two flags; loss and weight, as digits
     exchanged = busiest / 1e6 + traffic.messages.max() * 1e-3
     assert between.communication - within.communication == pytest.approx(record + exchanged)
     assert within.update == pytest.approx(traffic.slices.max() / 4 * (1e-3 + 1e-4))  # two parts make one addition
     assert between.compute == pytest.approx(within.compute)
+
+
+def test_workers_by_hand() -> None:
+    """Nothing leaves a node in a step, but a quarter of what a round ends with; what a rank's workers do adds up."""
+    apart = job(2, 1, microbatches=4, workers=2, average_every=4, ema=0.9)
+    took, mean = step_time(apart, machine(), NETWORK), sums.averaging(apart, 0).mean
+    busiest = mean.gradients_out.max() + mean.values_out.max()
+    of_values_and_ema = 2 * (busiest / 1e6 + mean.messages.max() * 1e-3)
+    assert took.communication == pytest.approx(7.0 + of_values_and_ema / 4)
+    adding = 2 * (2 * 224 + mean.slices.max() / 4) * 1e-4  # copied there and back, and two parts make one addition
+    assert took.update == pytest.approx(224 * 1e-3 + adding / 4)
+    assert took.compute == pytest.approx(2 * 0.98 + 224 * 1e-4)
+
+    both = step_time(job(1, microbatches=4, workers=2, average_every=4, outer_lr=0.7), machine(), NETWORK)
+    assert both.compute == pytest.approx(4 * 0.98 + 2 * 224 * 1e-4)
+    assert both.communication == pytest.approx(2 * 7.0)
+    assert both.update == pytest.approx(2 * 224 * 1e-3 + (2 * 2 + 1) * 224 * 1e-4 / 4)
+
+
+def test_workers_of_several_nodes_sum_as_one_job_does() -> None:
+    here, half = job(4, 1, microbatches=4, workers=2, average_every=10**9), job(2, 1, microbatches=2, batch=ROWS // 2)
+    assert step_time(here, machine(), NETWORK).seconds == pytest.approx(step_time(half, machine(), NETWORK).seconds)
 
 
 def test_more_ranks_slow_each_other_down() -> None:
@@ -211,6 +233,22 @@ def test_the_best_grid_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (line,) = (line for line in output.splitlines() if line.strip().startswith("4 "))
     assert sum(int(cell[:-1]) for cell in line.split()[-4:]) == pytest.approx(100, abs=2)
     assert "256 ranks: the batch has too few rows" in output
+
+
+def test_grids_that_cannot_share_the_workers_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    known(tmp_path, one=[1.0], two=[1.0])
+    study = json.loads((tmp_path / STUDY).read_text())
+    settings = [*study["settings"], "--average-every", "4", "--workers", "4"]
+    (tmp_path / STUDY).write_text(json.dumps(study | {"settings": settings}))
+    assert main(["predict", str(tmp_path), "--ranks", "1,3,6", "--node-ranks", "4", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)["predictions"]
+    assert {(one["ranks"], one["stages"], one["microbatches"] % 4) for one in content} == {
+        (1, 1, 0),
+        (3, 3, 0),  # one replica
+        (6, 3, 0),  # two
+    }
+    assert main(["predict", str(tmp_path), "--ranks", "5"]) == 0
+    assert "5 ranks: the batch has too few rows for the micro-batches of any grid, or" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"mode": "strong", "settings": [], "points": [{"x": 1}]}'])
