@@ -121,10 +121,11 @@ class Calibration:
     """All measurements of a machine; collective over `comm`."""
 
     def __init__(self, comm: MPI.Intracomm, config: Config, data: Dataset):
-        self.comm, self.config, self.data = comm, config, data
+        together = {"average_every": 0, "workers": None, "average_from": 0, "outer_lr": 1.0, "outer_momentum": 0.0}
+        self.comm, self.config, self.data = comm, config.replace(**together), data
         self.nodes = nodes_of_ranks(comm)
         self.node = MPI.Intracomm(comm.Split(self.nodes[comm.rank]))
-        self.layers = job_of(config.replace(pipe=1, cuts=(), microbatches=2), 1, 1, data).stages[0].layers
+        self.layers = job_of(self.config.replace(pipe=1, cuts=(), microbatches=2), 1, 1, data).stages[0].layers
         self.rows = [1 << power for power in range((config.batch - 1).bit_length())] + [config.batch]
 
     def machine(self) -> Machine:

@@ -51,7 +51,12 @@ class Point:
 
 
 def points_of(
-    mode: str, ranks: Sequence[int], pipes: Sequence[int], batch: int, microbatches: int | None
+    mode: str,
+    ranks: Sequence[int],
+    pipes: Sequence[int],
+    batch: int,
+    microbatches: int | None,
+    workers: int | None = None,
 ) -> list[Point]:
     """All points of a study, in order.
 
@@ -60,6 +65,7 @@ def points_of(
         ranks, pipes: numbers of ranks, and of stages, each used where it divides the ranks.
         batch: rows of a step; in weak scaling, rows for each rank.
         microbatches: micro-batches of a step; None for the number that mpiml.train chooses on the grid.
+        workers: how many there are, if their number is given; each needs equally many micro-batches.
 
     Raises ConfigError if a number of ranks cannot be used.
     """
@@ -70,14 +76,15 @@ def points_of(
             listed = ",".join(map(str, pipes))
             raise ConfigError(f"--ranks {count}: none of --pipes {listed} divides it; add 1 to --pipes")
         for stages in fitting:
-            rows, replicas = batch * (count if mode == "weak" else 1), count // stages
-            chosen = microbatches or (replicas if stages == 1 else min(2 * count, rows))
+            rows, parts = batch * (count if mode == "weak" else 1), max(count // stages, workers or 1)
+            chosen = microbatches or (parts if stages == 1 else min(2 * stages * parts, rows))
             if chosen > rows:
                 raise ConfigError(f"--ranks {count}: a batch of {rows} rows cannot be cut into {chosen} micro-batches")
             points.append(Point(count, stages, rows, chosen))
     if microbatches and microbatches < max(point.ranks // point.stages for point in points):
         raise ConfigError(f"--microbatches {microbatches}: fewer than the replicas of the largest point")
-    bases = (Point(1, 1, batch, count) for count in sorted({1, *(same_parts(mode, point) for point in points)}))
+    alone = {workers or 1, *(same_parts(mode, point) for point in points)}
+    bases = (Point(1, 1, batch, count) for count in sorted(alone) if count % (workers or 1) == 0)
     return points + [replace(point, extra=True) for point in bases if point not in points]
 
 

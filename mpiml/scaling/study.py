@@ -36,7 +36,8 @@ def run(chosen: argparse.Namespace) -> int:
     """
     config = parse(chosen.settings)
     _check_flags(chosen, config)
-    points = points_of(chosen.mode, sorted({1, *chosen.ranks}), chosen.pipes, config.batch, config.microbatches)
+    given = chosen.pipes, config.batch, config.microbatches, config.workers
+    points = points_of(chosen.mode, sorted({1, *chosen.ranks}), *given)
     points += batches_to_train(chosen.batches, points)
     plain = parse(unmeasured(chosen.settings))
     training = unplaced(plain, open_data(config))
@@ -67,6 +68,9 @@ def _check_flags(chosen: argparse.Namespace, config: Config) -> None:
             raise ConfigError(f"{flag(name)} {why}; leave it out after --")
     if chosen.batches and chosen.target is None:
         raise ConfigError("--batches: these only train to a target; say which with --target X")
+    if chosen.target is not None and config.average_every and not config.workers:
+        every = f"--target with --average-every {config.average_every}"
+        raise ConfigError(f"{every}: each grid would have other workers, and train another model; give --workers too")
     if chosen.sbatch and not chosen.slurm:
         raise ConfigError("--sbatch: these are flags for --slurm, which is not given")
     command = launcher(chosen.launcher, 1, chosen.node_ranks) if chosen.launcher or not chosen.slurm else []

@@ -1,7 +1,7 @@
 """The job of a repeat: trains for some steps and writes down how long each took.
 
 `mpirun -n RANKS python -m mpiml.scaling.timing FILE WARM_UP STEPS [settings of mpiml.train]`. Timed are the steps of
-mpiml.train, without log, evaluation and checkpoints.
+mpiml.train, without log, evaluation and checkpoints; of workers, whole rounds, of which a step has an equal part.
 """
 
 from __future__ import annotations
@@ -43,15 +43,32 @@ def time_steps(run: Run, warm_up: int, steps: int) -> dict[str, Any]:
     clock.SHARES.
     """
     team = run.grid.team
-    for step in range(1, warm_up + 1):
-        run.step(step)
+    _train(run, range(1, warm_up + 1))
     before = np.array(team.clock.shares())
-    seconds = np.array([run.step(step).seconds for step in range(warm_up + 1, warm_up + steps + 1)])
+    seconds = np.array(_train(run, range(warm_up + 1, warm_up + steps + 1)))
     team.clock("joining")
     shares = (np.array(team.clock.shares()) - before) / (steps * team.size)
     team.comm.Allreduce(MPI.IN_PLACE, seconds, MPI.MAX)
     team.comm.Allreduce(MPI.IN_PLACE, shares)
     return {"step_seconds": seconds.tolist(), "shares": dict(zip(SHARES, shares.tolist(), strict=True))}
+
+
+def _train(run: Run, steps: range) -> list[float]:
+    """The seconds of each of these steps, which are whole rounds if workers take them."""
+    if not run.config.average_every:
+        return [run.step(step).seconds for step in steps]
+    rounds = (run.advance(step).steps for step in steps[:: run.config.average_every])
+    return [step.seconds for steps in rounds for step in steps]
+
+
+def timed(config: Config, warm_up: int, steps: int) -> tuple[Config, int, int]:
+    """The settings with which steps are timed, and how many there are to warm up and to time: of workers, who learn
+    apart from the first step on, whole rounds before the last step, which is logged."""
+    every = config.average_every
+    if every:
+        warm_up, steps = (-(-count // every) * every for count in (warm_up, steps))
+        config = config.replace(average_from=0, log_every=warm_up + steps + 1)
+    return config.replace(steps=warm_up + steps + (every > 0), epochs=None), warm_up, steps
 
 
 def time_point(team: Team, path: Path, warm_up: int, steps: int, config: Config) -> None:
@@ -60,7 +77,8 @@ def time_point(team: Team, path: Path, warm_up: int, steps: int, config: Config)
     check_ranks(comm.size, config.pipe)
     prepare_process(config.threads)
     data = open_data(config, team, None)
-    run = unsaved(comm, config.replace(steps=warm_up + steps, epochs=None), data)
+    config, warm_up, steps = timed(config, warm_up, steps)
+    run = unsaved(comm, config, data)
     with run.data.ahead:
         times = time_steps(run, warm_up, steps)
     ranks = comm.gather(environment.of_rank(config.threads))

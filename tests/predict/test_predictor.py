@@ -295,11 +295,12 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.contract
 def test_a_real_calibration(tmp_path: Path) -> None:
-    """What is measured has the right shape, and predictions and their check can be made of it: of times, nothing."""
+    """Of a study with workers: what is measured has the right shape, and predictions and their check can be made of it.
+    Of times, nothing."""
     launch = " ".join([*mpirun(1)[:-1], "{ranks}"])
     directory = tmp_path / "study"
     study = ["--steps", "2", "--warm-up", "1", "--repeats", "1", "--out", str(directory), "--launcher", launch]
-    settings = ["--hidden", "8,8", "--batch", "24"]
+    settings = ["--hidden", "8,8", "--batch", "24", "--average-every", "2", "--workers", "2"]
     assert command("mpiml.scaling", "run", "--ranks", "1", *study, "--", *settings).returncode == 0
     done = command("mpiml.predict", "calibrate", str(directory), "--ranks", "2", "--repeats", "1", "--launcher", launch)
     assert done.returncode == 0, done.stderr

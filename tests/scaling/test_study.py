@@ -13,18 +13,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from mpi4py import MPI
 
 from mpiml.command import fault_line, run_command
 from mpiml.config import Config
+from mpiml.data.dataset import Dataset
 from mpiml.errors import ConfigError
 from mpiml.run.launcher import launcher
-from mpiml.scaling import plots
+from mpiml.scaling import plots, timing
 from mpiml.scaling.__main__ import main
 from mpiml.scaling.jobs import StudyJob, TrainingRun, jobs_of, points_to_train, run_directory
 from mpiml.scaling.points import POINTS, STUDY, Point, points_of, shuffled
 from mpiml.scaling.report import fit, fits_text, notes
 from mpiml.scaling.results import Study, load_study, markdown
+from mpiml.training.run import unsaved
 from tests.conftest import launch, mpirun
 
 
@@ -48,6 +52,30 @@ def test_weak_points_keep_the_rows_of_a_rank() -> None:
 
 def test_given_microbatches_are_kept() -> None:
     assert {p.microbatches for p in points_of("strong", [1, 2, 4], [1], 64, 8)} == {1, 8}
+
+
+@pytest.mark.parametrize(("mode", "alone"), [("strong", [4, 8, 16]), ("weak", [4, 8])])
+def test_workers_have_equally_many_micro_batches(mode: str, alone: list[int]) -> None:
+    points = points_of(mode, [1, 2, 8], [1, 2], 64, None, 4)
+    assert [p.microbatches for p in points if not p.extra] == [4, 4, 16, 8, 16]  # two for each stage of a pipeline
+    assert [p.microbatches for p in points if p.ranks == 1] == alone
+
+
+def test_rounds_are_timed_whole() -> None:
+    """Six steps are two rounds of four, after one to warm up; a step has an equal part of its round."""
+    x, y = np.ones((60, 3), np.float32), np.arange(60) % 2
+    settings = {"average_every": 4, "workers": 2, "average_from": 7, "hidden": (4,), "batch": 20}
+    config, warm_up, steps = timing.timed(Config(**settings), 1, 6)
+    run = unsaved(MPI.COMM_SELF, config, Dataset.from_arrays(x, y, x, y))
+    with run.data.ahead:
+        first, second = np.split(np.array(timing.time_steps(run, warm_up, steps)["step_seconds"]), 2)
+    assert len(set(first)) == len(set(second)) == 1
+    assert len(first) == 4
+    assert first[0] != second[0]
+    assert (warm_up, run.calendar.round_of(12)) == (4, range(9, 13))
+    assert not any(run.calendar.due(step).log for step in range(1, 13))
+    run.free()
+    assert timing.timed(Config(), 1, 6) == (Config(steps=7), 1, 6)
 
 
 @pytest.mark.parametrize(
@@ -408,6 +436,14 @@ def test_nobody_needs_to_read_what_is_printed(module: str) -> None:
         (["run", "--ranks", "1", "--batches", "0,8", "--target", "1"], "--batches: must be whole numbers"),
         (["run", "--ranks", "1", "--batches", "8,9999", "--target", "1"], "9999: more than the 1437 rows to train on"),
         (["run", "--ranks", "4", "--batches", "3,8", "--target", "1"], "3 rows cannot be cut into 4 micro-batches"),
+        (
+            ["run", "--ranks", "2", "--target", "1", "--", "--average-every", "4"],
+            "4: each grid would have other workers",
+        ),
+        (
+            ["run", "--ranks", "3", "--", "--average-every", "4", "--workers", "2"],
+            "3 replicas cannot share them; 2 could",
+        ),
         (["report", "nowhere"], "holds no study"),
     ],
 )
