@@ -27,7 +27,7 @@ if __name__ == "__main__":
 
 FUNCTIONS: list[Callable[..., Ratio]] = [
     *(steps.by_hand, steps.page_faults, steps.traced, steps.torch_ddp, steps.torch_pipeline, steps.pipeline),
-    *(steps.weak_scaling, steps.oversubscribed, sums.allreduce, sums.bandwidth, sums.own_sum),
+    *(steps.weak_scaling, steps.oversubscribed, steps.workers, sums.allreduce, sums.bandwidth, sums.own_sum),
     *(sums.record, sums.record_milliseconds),
     *(
         layers.torch_step,

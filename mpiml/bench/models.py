@@ -32,7 +32,10 @@ class Trainer:
         self.repeats = max(1, int(6e9 / operations))  # how many steps to time together: about a sixth of a second
 
     def step(self) -> None:
-        """The next step, as mpiml.train does it."""
+        """The next step, or round of workers, as mpiml.train does it."""
+        if self.run.config.average_every:
+            self.number += len(self.run.advance(self.number + 1).steps)
+            return
         self.number += 1
         self.run.step(self.number)
 

@@ -142,6 +142,20 @@ ROWS = [
     ),
     Row(
         DATA,
+        "784-256-256-10, 64 rows a rank: samples/s of workers between averages / of ranks that each train alone",
+        2,
+        ("workers", "256-256", "64", "500", "apart"),
+        at_least=0.97,
+    ),
+    Row(
+        DATA,
+        "the same, averages every 4 steps, two nodes / sums at every step",
+        2,
+        ("workers", "256-256", "64", "4", "together"),
+        nodes="1,1",
+    ),
+    Row(
+        DATA,
         "many small layers, M = 16: samples/s of 16 ranks / of one",
         16,
         ("oversubscribed", SMALL_LAYERS, "128", "16"),

@@ -106,6 +106,22 @@ def weak_scaling(hidden: str, rows: str, how: str) -> Ratio:
     return ratio(WORLD, alone, step, everyone.repeats)
 
 
+def workers(hidden: str, rows: str, every: str, how: str) -> Ratio:
+    """Time of the steps of ranks that train "together", or each a model of its own ("apart"), over that of a round of
+    as many steps in which each rank is a worker; `rows` of each rank."""
+    steps, size = int(every), (widths(hidden), int(rows) * WORLD.size, WORLD.size)
+    learning = perceptron(WORLD, *size, average_every=steps, log_every=10**9)
+    comm = WORLD if how == "together" else MPI.COMM_SELF
+    other = perceptron(comm, widths(hidden), int(rows) * comm.size, comm.size)
+    share_cores(WORLD.size, len(os.sched_getaffinity(0)))
+
+    def others() -> None:
+        for _ in range(steps):
+            other.step()
+
+    return ratio(WORLD, others, learning.step, max(1, learning.repeats // steps))
+
+
 def oversubscribed(hidden: str, batch: str, microbatches: str) -> Ratio:
     """Samples/s of more ranks than cores over those of one rank with as many micro-batches."""
     size = widths(hidden), int(batch), int(microbatches)
