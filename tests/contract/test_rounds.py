@@ -9,8 +9,13 @@ from typing import Any, NamedTuple
 import pytest
 from safetensors import safe_open
 
+from mpiml.config import Config
+from mpiml.errors import OutputError
+from mpiml.evaluate import evaluate
+from mpiml.train import train
+from mpiml.training.export import trained
 from tests.conftest import Job, launch_all
-from tests.contract.table import assert_same
+from tests.contract.table import assert_same, interrupt
 
 pytestmark = pytest.mark.contract
 
@@ -37,7 +42,8 @@ def model(shape, outputs):
     return [*first, Linear(192, 16), Dropout(0.1), Linear(16, outputs), Trouble()]
 """
 COMMON = (
-    "--model own:model --microbatches 12 --batch 100 --clip 0.5 --save-every 5 --eval-every 6 --eval-rows 50 --keep 9"
+    "--model rounds_own:model --microbatches 12 --batch 100 --clip 0.5 --save-every 5 --eval-every 6 --eval-rows 50 "
+    "--keep 9"
 )
 RUNS = {
     "plain": f"{COMMON} --workers 4 --average-every 8 --log-every 3 --steps 20",  # rounds end with steps 8, 16 and 20
@@ -61,7 +67,7 @@ class Trials:
 
     def __init__(self, path: Path):
         self.path = path
-        (path / "own.py").write_text(OWN)
+        (path / "rounds_own.py").write_text(OWN)
 
     def on(self, ranks: int, **commands: str) -> dict[str, Ended]:
         """Go on with these directories, all in one MPI job."""
@@ -88,9 +94,10 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Ende
         plain_cut=f"ASK=10:9 {plain} --pipe 2 {AT_ONCE}",
         outer_cut=f"ASK=6:9 MPIML_NODES=2,2 {outer} {AT_ONCE}",
         patient=f"ASK=10:9 {plain}",
+        late=f"ASK=18:9 {plain} {AT_ONCE}",
         broken_4=f"{broken} --pipe 2",
     )
-    here.copied("plain_cut", "fewer", "at_start")
+    here.copied("plain_cut", "fewer", "shorter", "at_start")
     here.copied("outer_cut", "left")
     here.copied("patient", "others")
     three = here.on(
@@ -101,9 +108,20 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Ende
         broken_3=broken,
         fewer="--resume --pipe 1 --workers 2",
         others="--resume --workers 2",
+        shorter="--resume --pipe 1 --steps 13",
+        late="--resume --steps 28",
     )
+    here.copied("plain", "longer")
+    interrupt(here.path / "plain", here.path / "killed")
     last = here.on(
-        0, plain_cut="--resume", outer_cut="--resume", at_start="ASK=start --resume --pipe 1", fewer="--resume --pipe 1"
+        0,
+        plain_cut="--resume",
+        outer_cut="--resume",
+        at_start="ASK=start --resume --pipe 1",
+        fewer="--resume --pipe 1",
+        longer="--resume --steps 28",
+        killed="--resume --steps 28",
+        fresh=f"--config {here.path}/longer/config.toml",
     )
     return {"first": first, "four": four, "three": three, "last": last}
 
@@ -168,6 +186,24 @@ def test_a_round_that_was_left_is_finished_by_as_many_workers(trials: Any) -> No
     assert others.result["weights_sha256"] != trials["first"]["plain"].result["weights_sha256"]
 
 
+def test_a_round_that_was_left_is_not_cut_short(trials: Any) -> None:
+    cut, refused = trials["four"]["plain_cut"], trials["three"]["shorter"]
+    assert refused.job.code == 78
+    assert refused.job.err.startswith("mpiml.train: --steps 13: ")
+    assert "was saved within the round of steps 9 to 16, which workers must finish; at least 16 would work" in refused.job.err
+    assert refused.job.err.count("\n") == 1
+    assert refused.checkpoints == cut.checkpoints
+
+
+def test_a_run_that_is_extended_keeps_the_end_of_its_last_round(trials: Any) -> None:
+    """Wherever it goes on from: that end, the one before, or within the round; and its settings repeat it."""
+    longer = trials["last"]["longer"]
+    assert longer.job.code == 0, longer.job.err
+    assert "averaged-at = [20]\n" in (longer.job.run / "config.toml").read_text()
+    for ended in (trials["last"]["killed"], trials["last"]["fresh"], trials["three"]["late"]):
+        assert_same(without_rounds(ended.job, longer), longer.job)
+
+
 def test_asked_to_stop_before_the_rest_of_a_round(trials: Any) -> None:
     """It is as it was."""
     cut, ended = trials["four"]["plain_cut"], trials["last"]["at_start"]
@@ -192,3 +228,22 @@ def test_what_one_worker_cannot_go_on_with_ends_the_run_with_the_round(trials: A
         assert ended.job.err.count("\n") == 1
         said.add(text.replace(f"rank {rank}", "rank"))
     assert len(said) == 1
+
+
+def test_programs_take_the_weights_before_the_round(trials: Any, monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
+    """Of which there are no averages."""
+    ended, outer = trials["last"]["at_start"], trials["four"]["outer_cut"].job.run.with_name("left")
+    monkeypatch.syspath_prepend(outer.parent)
+    within, before = (ended.job.run / "checkpoints" / ended.checkpoints[n] for n in (1, 0))
+    model = "rounds_own:model"
+    assert evaluate(checkpoint=str(within), model=model) == evaluate(checkpoint=str(before), model=model)
+    assert "within a round of workers: the weights are those after step 8" in capsys.readouterr().err
+    conv = trained(within, model)[0][1]
+    assert (conv.weight.value == trained(before, model)[0][1].weight.value).all()
+    with pytest.raises(OutputError, match=r"has no average of the weights: .* as they were after step 3; take these"):
+        evaluate(str(outer))
+    with pytest.raises(OutputError, match="has no average of the weights: "):
+        trained(next((outer / "checkpoints").iterdir()), model, average=True)
+    assert evaluate(str(outer), raw_weights=True)["step"] == 3
+    train(Config(init=str(within), model=model, microbatches=1, steps=1, out=str(tmp_path / "run")))
+    assert "(step 10, within a round of workers: as before it)" in capsys.readouterr().out
