@@ -21,7 +21,7 @@ pytestmark = pytest.mark.contract
 
 # In a step, trouble comes on the rank that has the first row of a micro-batch in its last stage.
 OWN = """
-import os, signal
+import os, signal, time
 import numpy as np
 from mpiml.nn.layers import BatchNorm2d, Conv2d, Dropout, Flatten, Layer, Linear, Reshape, Tanh
 
@@ -33,6 +33,10 @@ class Trouble(Layer):
         here = f"{at.step}:{at.microbatch}" if at.training else ""
         if here == os.environ.get("ASK"):
             ask()
+        if here == os.environ.get("RAISE"):
+            raise RuntimeError("trouble of one rank")
+        if here == os.environ.get("STALL"):
+            time.sleep(60)
         return x * np.float32("nan" if here == os.environ.get("BREAK") else 1), lambda dy, grads: dy
 
 def model(shape, outputs):
@@ -96,6 +100,7 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Ende
         patient=f"ASK=10:9 {plain}",
         late=f"ASK=18:9 {plain} {AT_ONCE}",
         broken_4=f"{broken} --pipe 2",
+        raising=f"RAISE=11:4 {plain} --pipe 2",  # the last one: it ends the job
     )
     here.copied("plain_cut", "fewer", "shorter", "at_start")
     here.copied("outer_cut", "left")
@@ -110,6 +115,7 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Ende
         others="--resume --workers 2",
         shorter="--resume --pipe 1 --steps 13",
         late="--resume --steps 28",
+        stalled=f"STALL=11:9 {plain} --stall-timeout 3",
     )
     here.copied("plain", "longer")
     interrupt(here.path / "plain", here.path / "killed")
@@ -228,6 +234,17 @@ def test_what_one_worker_cannot_go_on_with_ends_the_run_with_the_round(trials: A
         assert ended.job.err.count("\n") == 1
         said.add(text.replace(f"rank {rank}", "rank"))
     assert len(said) == 1
+
+
+def test_what_one_rank_does_alone_ends_the_job_though_others_wait_for_the_end_of_the_round(trials: Any) -> None:
+    raising, stalled = trials["four"]["raising"], trials["three"]["stalled"]
+    for ended, rank, reason in (
+        (raising, 2, "RuntimeError: trouble of one rank"),
+        (stalled, 1, "rank 1 has made no progress for 3 s, in step 11 (compute)"),
+    ):
+        assert (ended.job.code, ended.result["status"]) == (70, "failed")
+        assert (ended.result["rank"], ended.result["step"], ended.result["reason"]) == (rank, 11, reason)
+        assert ended.checkpoints == ["step-000000008.safetensors"]
 
 
 def test_programs_take_the_weights_before_the_round(trials: Any, monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
