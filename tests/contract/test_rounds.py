@@ -247,6 +247,16 @@ def test_what_one_rank_does_alone_ends_the_job_though_others_wait_for_the_end_of
         assert ended.checkpoints == ["step-000000008.safetensors"]
 
 
+def test_time_that_is_nearly_up_ends_a_run_within_a_round(tmp_path: Path) -> None:
+    """Which would take for ever."""
+    settings: dict[str, Any] = {"microbatches": 2, "workers": 2, "average_every": 10**4, "hidden": (99,), "quiet": True}
+    whole, run = settings | {"steps": 10**4, "batch": 1000, "eval_every": 0}, str(tmp_path / "run")
+    ended = train(Config(**whole, out=run, time_limit="0:02"))
+    assert (ended["exit_code"], ended["reason"]) == (75, "time is nearly up")
+    assert 0 < ended["step"] == ended["saved"] < 10**4
+    assert 1 < ended["seconds"] < 4
+
+
 def test_programs_take_the_weights_before_the_round(trials: Any, monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
     """Of which there are no averages."""
     ended, outer = trials["last"]["at_start"], trials["four"]["outer_cut"].job.run.with_name("left")
