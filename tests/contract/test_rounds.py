@@ -175,6 +175,8 @@ def test_a_checkpoint_within_a_round_has_all_that_each_worker_has(trials: Any) -
 def test_a_round_is_finished_unless_that_takes_too_long(trials: Any) -> None:
     ended, whole = trials["four"]["patient"], trials["first"]["plain"]
     assert (ended.job.code, ended.result["step"], ended.checkpoints[-1]) == (75, 16, "step-000000016.safetensors")
+    # Each worker's part of them is on one rank.
+    assert "4 replicas; --workers 4 --microbatches 12 repeats these bits on any grid\n" in ended.job.out
     assert_same(trials["three"]["patient"].job, whole.job)
 
 
