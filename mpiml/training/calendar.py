@@ -40,6 +40,11 @@ class Calendar:
         last = min([first + self._every - 1, *(end for end in self._ends if end >= step)])
         return range(max([first, *(end + 1 for end in self._ends if end < step)]), last + 1)
 
+    def common(self, step: int) -> int:
+        """The last step, up to this one, after which all have one model: within a round, the last before it."""
+        steps = self.round_of(step)
+        return step if step == steps[-1] else steps[0] - 1
+
     def due(self, step: int, last: bool = True) -> Due:
         """What is to be done after a step: all of it, where it is done at all, after the last, unless not `last`.
 

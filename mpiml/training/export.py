@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mpiml.documents import averaged
 from mpiml.nn.base import Layer, everything, parameters
 from mpiml.nn.parameters import Shape
 from mpiml.run import checkpoint
 from mpiml.training.constants import Constants
 from mpiml.training.model import Model, model_for
-from mpiml.training.saved import settings_of
+from mpiml.training.saved import averaged_weights, settings_of
 from mpiml.training.task import Task
 
 
@@ -20,7 +19,8 @@ def trained(file: str | Path, model: Model | None = None, average: bool = False)
 
     Needs no MPI: `y, _ = forward(layers, x, At(training=False))` computes outputs. What --fill and --normalize do to
     inputs is not part of the model: they put data.fill in place of NaN, and then make (inputs - data.mean) * data.scale
-    of it, with arrays that the checkpoint has as well.
+    of it, with arrays that the checkpoint has as well. If it was saved within a round of workers, the weights are those
+    before the round.
 
     Args:
         model: what the run was trained with, as `train` takes it, or its name, package.module:function. A model that is
@@ -31,9 +31,9 @@ def trained(file: str | Path, model: Model | None = None, average: bool = False)
     that needs `model`.
     """
     saved = checkpoint.load(Path(file), checkpoint.is_of_model)
-    if average:
-        saved.arrays = averaged(saved.arrays, saved.origin)
     task, config = Task.of_checkpoint(saved), settings_of(saved, ("model",), {"model": model})
+    if average:
+        saved.arrays = averaged_weights(saved, config)
     layers = model_for(config, task, None if isinstance(model, str) else model)
     constants = Constants.of(layers)
     constants.check(saved.header, {p.name: (config.dtype, p.shape) for p in parameters(layers)})

@@ -113,7 +113,9 @@ class Round:
         left: Mapping[str, NDArray[Any]] | None = None,
     ):
         self.learners, self.steps = learners, steps
-        self.logged: list[int] = left[LOGGED].tolist() if left else list(logged)
+        before = left[LOGGED].tolist() if left else logged
+        # The last one may have been logged as the end of the run, which has been extended.
+        self.logged = [step for step in before if step != steps[-1] or step in logged]
         self.told = sorted({*self.logged, steps[-1]})
         empty = np.zeros((len(self.told), BESIDE + columns))
         self.progress = [Progress(steps[0] - 1, 0.0, empty.copy()) for _ in learners.own]

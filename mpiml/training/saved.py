@@ -14,6 +14,8 @@ from mpiml.errors import ConfigError, OutputError
 from mpiml.flags import flag, from_table, text
 from mpiml.nn.rates import history
 from mpiml.run.checkpoint import Checkpoint
+from mpiml.run.verified import Arrays
+from mpiml.training.calendar import Calendar
 from mpiml.usercode import is_name
 
 CODE = tuple(field.name for field in settings() if field.metadata["named"])  # the settings that may name some
@@ -59,6 +61,23 @@ def settings_of(saved: Checkpoint, follow: Collection[str], named: Mapping[str, 
         flags = " ".join(f"{flag(name)} {text}" for name, text in unnamed.items())
         raise ConfigError(f"{saved.origin} names code, which is run only if you name it: repeat {flags}")
     return config.replace(**{name: value for name, value in given.items() if isinstance(value, str)})
+
+
+def step_of_weights(saved: Checkpoint, config: Config) -> int:
+    """The step whose weights a checkpoint has as the model's, by its settings: within a round of workers, the last
+    before it."""
+    return Calendar(config).common(saved.step)
+
+
+def averaged_weights(saved: Checkpoint, config: Config) -> Arrays:
+    """A checkpoint's arrays with the average of each weight in the place of the weight. Raises OutputError if there are
+    no averages."""
+    if (step := step_of_weights(saved, config)) < saved.step:
+        raise OutputError(
+            f"{saved.origin} has no average of the weights: it was saved within a round of workers, and has the "
+            f"weights themselves, as they were after step {step}; take these, or finish the round with --resume"
+        )
+    return documents.averaged(saved.arrays, saved.origin)
 
 
 def _checked(config: Config) -> Config:

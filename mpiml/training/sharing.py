@@ -56,9 +56,11 @@ def grid_text(stages: int, replicas: int, microbatches: int, workers: int | None
     ranks, of_workers = stages * replicas, f"--workers {workers} " if workers else ""
     text = f"{_count(ranks, 'rank')} = {_count(stages, 'stage')} x {_count(replicas, 'replica')}"
     text += f"; {of_workers}--microbatches {microbatches} repeats these bits on any grid"
-    if not aligned(replicas, microbatches):
-        power = 1 << (microbatches // replicas).bit_length() - 1
-        text += f" (--microbatches {power * replicas} would need the fewest messages on this one)"
+    learners = workers or 1
+    each, sharing = microbatches // learners, max(replicas // learners, 1)  # of a learner: micro-batches, replicas
+    if not aligned(sharing, each):
+        power = 1 << (each // sharing).bit_length() - 1
+        text += f" (--microbatches {power * sharing * learners} would need the fewest messages on this one)"
     return text
 
 

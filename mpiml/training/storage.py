@@ -80,7 +80,7 @@ class Restored(NamedTuple):
     Attributes:
         step: the last one that is done; within a round of workers, the last before it.
         notes: what a person should know.
-        history: the last results in its log, under the names of result.json.
+        history: the step of its checkpoint and the last results in its log, under the names of result.json.
         scores: (step, score) of each evaluation in its log, by what --best names.
         unscored: whether `step` has been saved, but its evaluation, which comes after that, is not in the log.
         noise: the averages of the gradient's noise in its log.
@@ -185,7 +185,7 @@ class Store:
             notes.append(f"--init {cfg.init} is not read: it is for a run's first step")
         scored = any("evaluation" in entry and entry["step"] == step for entry in kept)
         unscored = saved is not None and not left and due.evaluation and not scored
-        history = last_known(kept, run.model.metric.name, cfg.evaluated)
+        history = last_known(kept, run.model.metric.name, cfg.evaluated) | ({"step": saved.step} if saved else {})
         noise = averages_of(gradient_noise(kept))
         return Restored(step, notes, history, scores(kept, run.best.name), unscored, noise)
 
@@ -249,7 +249,8 @@ class Store:
         """The SHA-256 of all weights in layer order, the same for every layout; within a round, of those before it."""
         run = self.run
         with self.clock.booked("checkpoint"):
-            stages = (self._left or run.state).collect(VALUES)
+            left = self._left or (run.learning.now.round_state() if run.learning.left else None)
+            stages = (left or run.state).collect(VALUES)
 
             def compute() -> str:
                 self.clock("checkpoint")

@@ -16,7 +16,6 @@ from mpiml.data.fingerprint import difference
 from mpiml.data.inputs import inputs_of, shapes
 from mpiml.data.preparation import Preparation
 from mpiml.data.sources import Zeros
-from mpiml.documents import averaged
 from mpiml.errors import ConfigError, DataError, OutputError
 from mpiml.run import checkpoint as checkpoints
 from mpiml.run import environment, step_files
@@ -24,7 +23,7 @@ from mpiml.run.checkpoint import Checkpoint
 from mpiml.run.directory import CHECKPOINTS, CONFIG
 from mpiml.training import resolve
 from mpiml.training.arrays import preparations
-from mpiml.training.saved import code_of, settings_in, settings_of
+from mpiml.training.saved import averaged_weights, code_of, settings_in, settings_of, step_of_weights
 from mpiml.training.task import Task
 
 
@@ -73,10 +72,13 @@ def stored_model(
     )
     prepared = preparations(saved, config, task.shape)
     notes = [f"warning: skipped {problem}" for problem in problems]
+    step = step_of_weights(saved, config)
     if config.ema and not raw:
-        saved.arrays = averaged(saved.arrays, saved.origin)
+        saved.arrays = averaged_weights(saved, config)
         notes.append(f"the average of the weights is scored, as in the run (--ema {config.ema}; see --raw-weights)")
-    return StoredModel(config, saved.step, task, prepared, path, notes), saved
+    elif step < saved.step:
+        notes.append(f"{saved.origin} was saved within a round of workers: the weights are those after step {step}")
+    return StoredModel(config, step, task, prepared, path, notes), saved
 
 
 def _newest(directory: Path) -> tuple[Checkpoint, list[str]]:

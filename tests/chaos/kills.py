@@ -1,11 +1,14 @@
-"""Kills without notice, at random moments from the start of the job on; then the run goes on, on another layout."""
+"""Kills without notice, at random moments from the start of the job on; then the run goes on, on another layout.
+
+Runs of workers are also asked to stop, which they do within a round.
+"""
 
 from __future__ import annotations
 
 import itertools
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -15,8 +18,13 @@ from tests.chaos.jobs import Job, kill
 from tests.chaos.runs import COMMON, Lab, Reference, newest, records_differ, resumed, strange, weights_differ
 
 SETTINGS = f"{COMMON} --hidden 32,32,32 --dropout 0.1 --keep-best 1 --steps 60"
+WORKERS = (
+    f"{SETTINGS} --workers 4 --average-every 9 --average-from 10 --outer-lr 0.7 --outer-momentum 0.9 --ema 0.9 "
+    "--stop-grace 0"
+)
 LAYOUTS = ((1, 1), (2, 1), (3, 1), (4, 1), (2, 2), (4, 2), (4, 4), (3, 3))  # ranks and stages
 VICTIMS = ("one rank", "one rank", "two ranks", "all ranks", "mpirun")
+ASKED = "one rank by SIGUSR1"
 LIMIT = 15.0  # seconds in which a job is gone
 
 
@@ -29,23 +37,36 @@ class Kill:
     moment: float
 
     def __str__(self) -> str:
-        return f"{self.victim} of {self.layout[0]} in {self.layout[1]} stages after {self.moment:.2f} s"
+        return f"{self.what} of {self.layout[0]} in {self.layout[1]} stages after {self.moment:.2f} s"
+
+    @property
+    def what(self) -> str:
+        """What is done to whom."""
+        return f"stop of {self.victim}" if self.victim == ASKED else f"kill -9 of {self.victim}"
 
 
 def cases(lab: Lab, rng: Random) -> Iterator[Case]:
     """Without end: one to three kills, and the layout on which the run is brought to its end."""
-    reference = lab.reference(SETTINGS)
+    return _cases(lab.reference(SETTINGS), VICTIMS, rng)
+
+
+def of_workers(lab: Lab, rng: Random) -> Iterator[Case]:
+    """The same of a run whose workers learn apart from step 10 on."""
+    return _cases(lab.reference(WORKERS), (*VICTIMS, ASKED, ASKED, ASKED), rng)
+
+
+def _cases(reference: Reference, victims: Sequence[str], rng: Random) -> Iterator[Case]:
     for _ in itertools.count():
-        drawn = random_kills(rng, reference.seconds)
+        drawn = random_kills(rng, reference.seconds, victims)
         last, pick = rng.choice(LAYOUTS), rng.random()
-        name = f"kill -9 of {', '.join(map(str, drawn))}, then {last[0]} ranks in {last[1]} stages"
+        name = f"{', '.join(map(str, drawn))}, then {last[0]} ranks in {last[1]} stages"
         yield Case(name, lambda path, drawn=drawn, last=last, pick=pick: trial(path, reference, drawn, last, pick))
 
 
-def random_kills(rng: Random, seconds: float) -> list[Kill]:
+def random_kills(rng: Random, seconds: float, victims: Sequence[str]) -> list[Kill]:
     """One to three kills within the time that a run takes."""
     moments = [rng.uniform(0.02, 1.1 * seconds + 0.3) for _ in range(rng.choice((1, 1, 2, 3)))]
-    return [Kill(rng.choice(LAYOUTS), rng.choice(VICTIMS), moment) for moment in moments]
+    return [Kill(rng.choice(LAYOUTS), rng.choice(victims), moment) for moment in moments]
 
 
 def trial(path: Path, reference: Reference, kills: list[Kill], last: tuple[int, int], pick: float) -> Iterator[Verdict]:
@@ -58,7 +79,7 @@ def trial(path: Path, reference: Reference, kills: list[Kill], last: tuple[int, 
             hit = strike(job, stroke.victim, pick)
             ended = job.wait(LIMIT)
         if hit:
-            yield f"kill -9 of {stroke.victim}: the job is gone in {LIMIT:.0f} s", ended.hung
+            yield f"{stroke.what}: the job is gone in {LIMIT:.0f} s", ended.hung
         after = newest(run)
         yield "the newest whole checkpoint never goes back", f"{before}, then {after}" if after < before else ""
         before = after
@@ -69,14 +90,14 @@ def trial(path: Path, reference: Reference, kills: list[Kill], last: tuple[int, 
 
 
 def strike(job: Job, victim: str, pick: float) -> bool:
-    """Kill without notice. Returns whether there was anybody to kill."""
+    """Kill without notice, or ask to stop. Returns whether there was anybody to kill."""
     if victim == "mpirun":
         processes = [job.process.pid] if job.process.poll() is None else []
     else:
         ranks = job.ranks()
-        count = {"one rank": 1, "two ranks": 2}.get(victim, len(ranks))
+        count = {"one rank": 1, ASKED: 1, "two ranks": 2}.get(victim, len(ranks))
         first = int(pick * len(ranks))
         processes = (ranks[first:] + ranks[:first])[:count]
     for process in processes:
-        kill(process, signal.SIGKILL)
+        kill(process, signal.SIGUSR1 if victim == ASKED else signal.SIGKILL)
     return bool(processes)

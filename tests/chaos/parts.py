@@ -18,6 +18,7 @@ class Part:
 
 PARTS = {
     "kills": Part(kills.cases, 2.5, 2, "ranks and launchers killed at any moment; resumed on other layouts"),
+    "workers": Part(kills.of_workers, 1.5, 1, "the same of runs of workers, which are asked to stop within rounds too"),
     "signals": Part(signals.cases, 2.0, 4, "signals that ask for a save, and ranks that are stopped, at any moment"),
     "faults": Part(faults.cases, 3.0, 8, "each call on the run directory fails: disk full, read-only, I/O error"),
     "power": Part(power.cases, 2.5, 24, "states of the disk after a kill or a power failure"),

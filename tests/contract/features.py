@@ -355,6 +355,24 @@ FEATURES = {
         "--model cnn --norm batch --channels 2 --batch 100 --microbatches 13 --ignore 7 --noise-scale --clip 0.3 "
         f"{SHORT} --log-every 2"
     ),
+    # Rounds on whose ends neither evaluations nor saves fall, and of which the last is short.
+    "workers": Feature(
+        f"{DIGITS} --microbatches 12 --hidden 20,8 --workers 4 --average-every 4 --clip 0.3 --save-every 5 "
+        "--eval-every 3 --steps 18"
+    ),
+    # From the middle on, with all that is averaged, and parts that are not trained.
+    "diloco": Feature(
+        f"{AVERAGES} --model cnn --dropout 0.1 --microbatches 12 --workers 2 --average-every 3 --average-from 4 "
+        "--outer-lr 0.7 --outer-momentum 0.9 --ema 0.8 --save-every 6 --rates layers.0=0,layers.4=0 --steps 14",
+        write=images,
+    ),
+    # More than replicas; many of them have no row in a step, and some in a whole round.
+    "workers-without-rows": Feature(
+        f"{FEW} --batch 1 --microbatches 24 --workers 12 --average-every 2 --optimizer momentum --dtype float64 "
+        "--log-every 3",
+        ("data", "grid", "nodes", "private", "resumed"),
+        few_rows,
+    ),
     "own": Feature(f"{OWN_FLAGS} --microbatches 6", write=own),
     "own-whole": Feature(f"{OWN_FLAGS} --microbatches 1", (), own),
     "binary": Feature(
