@@ -51,6 +51,12 @@ OTHERS = {
     "schedule": ("gpipe", '"gpipe"', "gpipe"),
     "batch": ("96", "96", 96),
     "microbatches": ("12", "12", 12),
+    "average_every": ("16", "16", 16),
+    "workers": ("4", "4", 4),
+    "average_from": ("100", "100", 100),
+    "outer_lr": ("0.7", "0.7", 0.7),
+    "outer_momentum": ("0.9", "0.9", 0.9),
+    "averaged_at": ("30,50", "[30, 50]", (30, 50)),
     "noise_scale": ("", "true", True),
     "shuffle": ("blocks", '"blocks"', "blocks"),
     "block_rows": ("64", "64", 64),
@@ -91,6 +97,7 @@ OTHERS = {
     "log_every": ("2", "2", 2),
     "stall_timeout": ("2.5", "2.5", 2.5),
     "time_limit": ("1:30:00", '"1:30:00"', "1:30:00"),
+    "stop_grace": ("5", "5", 5.0),
     "trace": ("t.json", '"t.json"', "t.json"),
     "quiet": ("", "true", True),
 }
@@ -106,7 +113,7 @@ LAYOUT_AND_LOGGING |= {
     "trace",
     "look",
 }
-LAYOUT_AND_LOGGING |= {"keep_best", "best", "patience", "noise_scale"}
+LAYOUT_AND_LOGGING |= {"keep_best", "best", "patience", "noise_scale", "workers", "stop_grace"}
 PLACES = {
     "data",
     "init",
