@@ -107,7 +107,7 @@ def test_a_round_that_was_left_goes_on_where_it_was(run: Make, asked: int) -> No
     arrays = done.left.arrays()
     state = left.learning.now.round_state()
     check_left(arrays, 4, STEPS_OF, left.model.metric.columns, "c")
-    assert set(arrays[STEPS]) <= {4 + asked // 4, 5 + asked // 4}
+    assert set(arrays[STEPS]) == {5 + (asked - 1) // 4}
     after.learning.now.round_state().distribute(state.collect(), *state.names)
     after.learning.left = arrays
     gone_on = after.advance(5)
@@ -121,6 +121,29 @@ def test_a_round_that_was_left_goes_on_where_it_was(run: Make, asked: int) -> No
             was.logged,
         )
         assert now.seconds == 0.0
+
+
+def test_workers_that_were_left_at_different_steps_end_alike(run: Make) -> None:
+    """As those of several ranks may be: of two runs that were left, one gives two workers, the other the other two."""
+    whole, after = run(), run()
+    whole.advance(1)
+    whole.advance(5)
+    given: list[tuple[dict[str, NDArray[Any]], Any]] = []
+    for asked in (1, 9):
+        one = run()
+        one.advance(1)
+        left = one.advance(5, Leave(asked)).left
+        assert left
+        given.append((left.arrays(), one.learning.now.round_state().collect()))
+    (early, vectors), (late, others) = given
+    for name in (STEPS, WEIGHTS, LINES):
+        early[name][2:] = late[name][2:]
+    vectors[0] |= {name: array for name, array in others[0].items() if name.startswith(("worker.2.", "worker.3."))}
+    assert early[STEPS].tolist() == [5, 5, 7, 7]
+    after.learning.now.round_state().distribute(vectors, *vectors[0])
+    after.learning.left = early
+    after.advance(5)
+    assert values(after) == values(whole)
 
 
 def test_one_that_asks_in_the_last_step_leaves_nothing(run: Make) -> None:
