@@ -302,8 +302,15 @@ def test_rounds_of_a_run_stay_what_they_are(changed: dict[str, Any]) -> None:
 
 
 def test_a_longer_run_keeps_its_old_last_step_as_the_end_of_a_round() -> None:
-    """Each time, if it was given more steps; fewer do not count."""
+    """Each time, if it was given more steps; what it was to have but never had does not count."""
     run = resolve(Config(average_every=8, out="a", steps=20), 1000, True, 1)
-    for steps, ends in (30, (20,)), (50, (20, 30)), (40, (20, 30)), (45, (20, 30, 40)):
+    for steps, ends in (
+        (30, (20,)),
+        (50, (20, 30)),
+        (40, (20, 30)),
+        (45, (20, 30, 40)),
+        (25, (20, 30, 40)),
+        (60, (20, 25)),
+    ):
         run = resolve(resumed(Config(resume=True, out="a", steps=steps), run), 1000, True, 1, run)
         assert run.averaged_at == ends

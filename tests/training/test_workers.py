@@ -91,6 +91,9 @@ def test_workers_begin_with_the_common_model(run: Make, outer: dict[str, float])
     assert late.learning.names(4, left=False) == (VALUES, "mean", "variance", *((OUTER,) if outer else ()))
     copies = {learner.stage.sum.values.vector.tobytes() for learner in late.learning.now.own}
     assert len(copies) == 1
+    for name in ("mean", "variance"):
+        assert len({learner.update.states[name].tobytes() for learner in late.learning.now.own}) == 1
+        assert all(learner.update.states[name].any() for learner in late.learning.now.own)
     assert {learner.name for learner in late.learning.now.own} == {
         f"worker {late.learning.now.first + turn}: " for turn in range(len(late.learning.now.own))
     }
