@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from mpiml.config import Config
 from mpiml.data.dataset import open_dataset
 from mpiml.errors import ConfigError, NotFiniteError, OutputError
-from mpiml.training.rounds import LINES, LOGGED, STEPS, WEIGHTS, Round, check_left
+from mpiml.training.calendar import Calendar
+from mpiml.training.rounds import ENDS, LINES, LOGGED, STEPS, WEIGHTS, Round, check_left
 from mpiml.training.run import NEVER, Run, unsaved
 
-STEPS_OF = range(5, 9)
+CALENDAR = Calendar(Config(steps=8, average_every=4, workers=4))
 Make = Callable[..., Run]
 
 
@@ -106,7 +107,7 @@ def test_a_round_that_was_left_goes_on_where_it_was(run: Make, asked: int) -> No
     assert done.left
     arrays = done.left.arrays()
     state = left.learning.now.round_state()
-    check_left(arrays, 4, STEPS_OF, left.model.metric.columns, "c")
+    check_left(arrays, int(arrays[STEPS].min()), left.calendar, left.model.metric.columns, "c")
     assert set(arrays[STEPS]) == {5 + (asked - 1) // 4}
     after.learning.now.round_state().distribute(state.collect(), *state.names)
     after.learning.left = arrays
@@ -154,19 +155,20 @@ def test_one_that_asks_in_the_last_step_leaves_nothing(run: Make) -> None:
 def arrays(**changes: NDArray[Any] | None) -> dict[str, NDArray[Any]]:
     """Of 4 workers within steps 5 to 8, of which 6 is logged, with 3 columns of the metric."""
     good: dict[str, Any] = {
-        STEPS: np.array([5, 6, 6, 4]),
+        STEPS: np.array([5, 6, 6, 7]),
         WEIGHTS: np.full(4, 16.0),
         LINES: np.zeros((4, 2, 7)),
         LOGGED: np.array([6]),
+        ENDS: np.array([5, 8]),
     }
     good |= {f"round.{name}": array for name, array in changes.items()}
     return {name: array for name, array in good.items() if array is not None}
 
 
 def test_good_arrays_are_taken() -> None:
-    check_left(arrays(), 4, STEPS_OF, 3, "c")
-    check_left(arrays(logged=np.array([6, 8])), 4, STEPS_OF, 3, "c")
-    check_left(arrays(logged=np.empty(0, np.int64), lines=np.zeros((4, 1, 7))), 4, STEPS_OF, 3, "c")
+    check_left(arrays(), 5, CALENDAR, 3, "c")
+    check_left(arrays(logged=np.array([6, 8])), 5, CALENDAR, 3, "c")
+    check_left(arrays(logged=np.empty(0, np.int64), lines=np.zeros((4, 1, 7))), 5, CALENDAR, 3, "c")
 
 
 @pytest.mark.parametrize(
@@ -196,15 +198,20 @@ def test_good_arrays_are_taken() -> None:
         {"logged": np.array([4])},
         {"logged": np.array([9]), "lines": np.zeros((4, 2, 7))},
         {"logged": np.array([True])},
+        {"ends": None},
+        {"ends": np.array([5, 7]), "lines": np.zeros((4, 2, 7))},
+        {"ends": np.array([4, 8])},
+        {"ends": np.array([5])},
+        {"ends": np.array([5.0, 8.0])},
     ],
 )
 def test_hostile_arrays_are_one_line_that_names_the_checkpoint(changes: dict[str, Any]) -> None:
     with pytest.raises(OutputError, match=r"^c[: ]") as error:
-        check_left(arrays(**changes), 4, STEPS_OF, 3, "c")
+        check_left(arrays(**changes), 5, CALENDAR, 3, "c")
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 300
 
 
 def test_another_number_of_workers_is_refused_with_what_would_work() -> None:
     with pytest.raises(ConfigError, match=r"^--workers 2: c was saved within a round of 4 workers, .* --workers 4"):
-        check_left(arrays(), 2, STEPS_OF, 3, "c")
+        check_left(arrays(), 5, Calendar(Config(steps=8, average_every=4, workers=2)), 3, "c")
