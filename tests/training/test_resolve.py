@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpiml.config import Config, parse
+from mpiml.config import Config
 from mpiml.data.dataset import Dataset, Split
 from mpiml.data.shards import Shards
 from mpiml.data.sources import ArraySource
@@ -251,66 +251,3 @@ def test_paths_are_found_from_any_directory(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("spec", ["digits", "mydata:load", "my.data:sets.load"])
 def test_what_is_no_path_stays(spec: str) -> None:
     assert absolute(spec) == spec
-
-
-WORKERS = [
-    ("workers", 4, "4", "is of workers, of which there are none; give --average-every too"),
-    ("average_from", 5, "5", "is of workers, of which there are none; give --average-every too"),
-    ("outer_lr", 0.7, "0.7", "is of workers, of which there are none; give --average-every too"),
-    ("outer_momentum", 0.9, "0.9", "is of workers, of which there are none; give --average-every too"),
-    ("averaged_at", (5,), "5", "is of workers, of which there are none; give --average-every too"),
-]
-
-
-@pytest.mark.parametrize(("name", "value", "said", "problem"), WORKERS)
-def test_settings_of_workers_need_workers(tmp_path: Path, name: str, value: Any, said: str, problem: str) -> None:
-    """However they are given."""
-    flag = "--" + name.replace("_", "-")
-    file = tmp_path / "settings.toml"
-    file.write_text(f"{name} = {list(value) if isinstance(value, tuple) else value}\n")
-    for config in (Config(**{name: value}), parse([flag, said]), parse(["--config", str(file)])):
-        with pytest.raises(ConfigError) as error:
-            resolve(config, 1000, True, 4)
-        assert str(error.value) == f"{flag} {said}: {problem}"
-        assert resolve(config.replace(average_every=8), 1000, True, 4).workers == 4
-
-
-def test_the_noise_scale_is_of_summed_gradients() -> None:
-    with pytest.raises(ConfigError, match=r"^--noise-scale --average-every 8: is measured where gradients are summed"):
-        resolve(Config(noise_scale=True, average_every=8, microbatches=4), 1000, True, 4)
-
-
-def test_workers_are_kept_and_another_number_must_be_said() -> None:
-    before = resolve(Config(average_every=8, out="a", steps=20, microbatches=12, workers=4), 1000, True, 1)
-    for asked, workers in ({}, 4), ({"workers": 6}, 6), ({"workers": 4}, 4):
-        after = resolve(resumed(Config(resume=True, out="a", **asked), before), 1000, True, 2, before)
-        assert (after.workers, after.microbatches, after.averaged_at) == (workers, 12, ())
-    with pytest.raises(ConfigError, match=r"^--microbatches 12: 8 workers .*, or --workers 6"):
-        resolve(resumed(Config(resume=True, out="a", workers=8), before), 1000, True, 2, before)
-
-
-@pytest.mark.parametrize(
-    "changed", [{"average_every": 4}, {"average_from": 9}, {"outer_lr": 0.5}, {"averaged_at": (3,)}]
-)
-def test_rounds_of_a_run_stay_what_they_are(changed: dict[str, Any]) -> None:
-    before = resolve(Config(average_every=8, out="a", steps=20), 1000, True, 1)
-    (name,) = changed
-    with pytest.raises(
-        ConfigError, match=rf"^--{name.replace('_', '-')} .*: the run in a has .* would change its results"
-    ):
-        resumed(Config(resume=True, out="a", **changed), before)
-
-
-def test_a_longer_run_keeps_its_old_last_step_as_the_end_of_a_round() -> None:
-    """Each time, if it was given more steps; what it was to have but never had does not count."""
-    run = resolve(Config(average_every=8, out="a", steps=20), 1000, True, 1)
-    for steps, ends in (
-        (30, (20,)),
-        (50, (20, 30)),
-        (40, (20, 30)),
-        (45, (20, 30, 40)),
-        (25, (20, 30, 40)),
-        (60, (20, 25)),
-    ):
-        run = resolve(resumed(Config(resume=True, out="a", steps=steps), run), 1000, True, 1, run)
-        assert run.averaged_at == ends
