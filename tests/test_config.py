@@ -51,6 +51,12 @@ OTHERS = {
     "schedule": ("gpipe", '"gpipe"', "gpipe"),
     "batch": ("96", "96", 96),
     "microbatches": ("12", "12", 12),
+    "average_every": ("16", "16", 16),
+    "workers": ("4", "4", 4),
+    "average_from": ("100", "100", 100),
+    "outer_lr": ("0.7", "0.7", 0.7),
+    "outer_momentum": ("0.9", "0.9", 0.9),
+    "averaged_at": ("30,50", "[30, 50]", (30, 50)),
     "noise_scale": ("", "true", True),
     "shuffle": ("blocks", '"blocks"', "blocks"),
     "block_rows": ("64", "64", 64),
@@ -91,6 +97,7 @@ OTHERS = {
     "log_every": ("2", "2", 2),
     "stall_timeout": ("2.5", "2.5", 2.5),
     "time_limit": ("1:30:00", '"1:30:00"', "1:30:00"),
+    "stop_grace": ("5", "5", 5.0),
     "trace": ("t.json", '"t.json"', "t.json"),
     "quiet": ("", "true", True),
 }
@@ -106,7 +113,7 @@ LAYOUT_AND_LOGGING |= {
     "trace",
     "look",
 }
-LAYOUT_AND_LOGGING |= {"keep_best", "best", "patience", "noise_scale"}
+LAYOUT_AND_LOGGING |= {"keep_best", "best", "patience", "noise_scale", "workers", "stop_grace"}
 PLACES = {
     "data",
     "init",
@@ -204,6 +211,14 @@ def test_underscores_and_lists_of_one_are_fine_in_a_file(tmp_path: Path) -> None
         (["--dropout", "1"], ["--dropout 1", "at least 0", "less than 1"]),
         (["--momentum", "-0.1"], ["--momentum -0.1", "at least 0", "less than 1"]),
         (["--hidden", "64,0"], ["--hidden 64,0", "at least 1"]),
+        (["--average-every", "-1"], ["--average-every -1", "at least 0"]),
+        (["--workers", "0"], ["--workers 0", "at least 1"]),
+        (["--average-from", "1.5"], ["--average-from 1.5", "whole number"]),
+        (["--outer-lr", "-0.5"], ["--outer-lr -0.5", "at least 0"]),
+        (["--outer-lr", "inf"], ["--outer-lr inf"]),
+        (["--outer-momentum", "1"], ["--outer-momentum 1", "at least 0", "less than 1"]),
+        (["--averaged-at", "0"], ["--averaged-at 0", "at least 1"]),
+        (["--stop-grace", "nan"], ["--stop-grace nan"]),
         (["--activation", "rleu"], ["--activation rleu", "relu, gelu, tanh", "did you mean relu?"]),
         (["--model", "cn"], ["--model cn", "gpt, package.module:function", "did you mean cnn?"]),
         (["--model", "my.models:"], ["--model my.models:", "package.module:function"]),

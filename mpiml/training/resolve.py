@@ -122,7 +122,7 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int, befo
         init=config.init and os.path.join(os.getcwd(), config.init),
         init_names=config.init_names and os.path.join(os.getcwd(), config.init_names),
         microbatches=microbatches,
-        workers=workers,
+        workers=workers or config.workers,
         epochs=None,
         weight_decay=(0.01 if config.optimizer in ("adamw", "lamb") else 0.0) if decay is None else decay,
         **last_and_rate(config, rows),
@@ -157,7 +157,7 @@ def check_together(config: Resolved) -> None:
     if not config.init and (config.init_partial or config.init_names):
         name = "init_partial" if config.init_partial else "init_names"
         raise ConfigError(f"{flag(name)}: is of --init, which says whose weights; give that too")
-    for name in ("workers", "average_from", "outer_lr", "outer_momentum"):
+    for name in ("workers", "average_from", "outer_lr", "outer_momentum", "averaged_at"):
         if not config.average_every and getattr(config, name) not in (None, getattr(Config, name)):
             given = text(getattr(config, name))
             raise ConfigError(f"{flag(name)} {given}: is of workers, of which there are none; give --average-every too")

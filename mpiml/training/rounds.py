@@ -268,6 +268,7 @@ def check_left(left: Mapping[str, NDArray[Any]], step: int, calendar: Calendar, 
             f"must finish; at least {last} would work"
         )
     steps = calendar.round_of(step)
-    within = all(first - 1 <= number <= last for number in (*left[STEPS].tolist(), *left[LOGGED].tolist()))
+    within = all(first - 1 <= number <= last for number in left[STEPS].tolist())
+    within = within and all(first <= number <= last for number in left[LOGGED].tolist())
     if not (calendar.apart(step) and (first, last) == (steps[0], steps[-1]) and within):
         raise OutputError(f"{origin} was saved within another round than steps {steps[0]} to {steps[-1]}")

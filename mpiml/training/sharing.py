@@ -16,9 +16,11 @@ def shared_out(config: Config, rows: int, replicas: int) -> tuple[int, int | Non
     if workers and workers % replicas and replicas % workers:
         fits = _fitting(replicas, workers)
         raise ConfigError(f"--workers {workers}: {_count(replicas, 'replica')} cannot share them; {fits} could")
+    if workers and workers > rows:
+        raise ConfigError(f"--workers {workers}: the data set has only {rows} rows to share out")
     parts = max(replicas, workers or 1)
     default = parts if config.pipe == 1 else min(2 * config.pipe * parts, rows)
-    microbatches = config.microbatches or default
+    microbatches = config.microbatches or default - default % (workers or 1)
     if microbatches < replicas:
         ranks = replicas * config.pipe
         fits = next(s for s in range(config.pipe, ranks + 1) if ranks % s == 0 and ranks // s <= microbatches)
@@ -30,8 +32,12 @@ def shared_out(config: Config, rows: int, replicas: int) -> tuple[int, int | Non
         raise ConfigError(f"--microbatches {microbatches}: the data set has only {rows} rows to share out")
     if workers and microbatches % workers:
         below = microbatches // workers * workers
-        near = " or ".join(str(number) for number in (below, below + workers) if number)
-        raise ConfigError(f"--microbatches {microbatches}: {workers} workers need equally many each; {near} would work")
+        near = " or ".join(str(number) for number in (below, below + workers) if 0 < number <= rows)
+        fits = next(w for w in range(workers, 0, -1) if not (microbatches % w or (w % replicas and replicas % w)))
+        raise ConfigError(
+            f"--microbatches {microbatches}: {workers} workers need equally many each; {near} would work, or "
+            f"--workers {fits}"
+        )
     return microbatches, workers
 
 

@@ -11,7 +11,7 @@ from mpiml.nn.parameters import Layout, Parameter, constant
 from mpiml.parallel import grid as grids
 from mpiml.parallel import slices
 from mpiml.parallel.memory import PrivateMemory, SharedMemory
-from mpiml.parallel.state import VALUES, State
+from mpiml.parallel.state import VALUES, State, parts
 from mpiml.parallel.values import Values
 from mpiml.team import Team
 from mpiml.vectors import Vector, bytes_of, zeros
@@ -57,7 +57,7 @@ def _free_values() -> Iterator[None]:
         MADE.pop().free()
 
 
-def build(pipe: int, divided: bool = True, bucket: int = 0, of_node: int = 1) -> tuple[grids.Grid, State]:
+def build(pipe: int, divided: bool = True, bucket: int = 0, of_node: int = 1) -> tuple[grids.Grid, Values, State]:
     """Values of which each replica holds a part (`divided`), or a copy of its own; `of_node` replicas share memory."""
     grid = grids.build(Team(WORLD, Clock()), pipe)
     layout = layouts(pipe)[grid.stage]
@@ -68,7 +68,8 @@ def build(pipe: int, divided: bool = True, bucket: int = 0, of_node: int = 1) ->
     values = Values(comm, memory, layout.size, layout.blocks(), layout.dtype, bucket)
     MADE.append(values)
     size = sum(stop - start for start, stop in values.held)
-    return grid, State(grid, values, {name: zeros(size, layout.dtype) for name in NAMES[1:]})
+    mine = parts(values, {name: zeros(size, layout.dtype) for name in NAMES[1:]}, grid.replica)
+    return grid, values, State(grid, NAMES, mine, layout.dtype, values.publish)
 
 
 def same(left: Whole, right: Whole, names: tuple[str, ...]) -> bool:
@@ -83,16 +84,20 @@ def same(left: Whole, right: Whole, names: tuple[str, ...]) -> bool:
 def test_what_is_distributed_is_collected_again(divided: bool, bucket: int, of_node: int, pipe: int) -> None:
     if WORLD.size % pipe:
         return
-    grid, state = build(pipe, divided, bucket, of_node)
+    grid, values, state = build(pipe, divided, bucket, of_node)
     root = grid.comm.rank == 0
     good = []
     for salt in (0.5, 7.25):
         state.distribute(whole(pipe, salt) if root else [])
         expected = whole(pipe, salt)[grid.stage]
-        good.append(state.values.vector.tobytes() == expected[VALUES].tobytes())
+        good.append(values.vector.tobytes() == expected[VALUES].tobytes())
         for name in NAMES:
-            held = [expected[name][start:stop].tobytes() for start, stop in state.values.held]
-            good.append([part.tobytes() for part in state.parts(name, state.values.held)] == held)
+            held = state.parts[name].held
+            good.append(
+                {of: part.tobytes() for of, part in held.items()}
+                == {of: expected[name][slice(*of)].tobytes() for of in held}
+            )
+            good.append(set(slices.cut(values.held)) <= set(held))
         WORLD.Barrier()  # before the next round writes to memory that others still look at
         back = state.collect()
         good.append(same(back, whole(pipe, salt), NAMES) if root else back == [{}] * pipe)
@@ -110,11 +115,11 @@ class Short(MPI.Intracomm):
 @pytest.mark.parametrize("divided", [True, False])
 def test_long_vectors_go_in_parts(monkeypatch: pytest.MonkeyPatch, divided: bool) -> None:
     monkeypatch.setattr(slices, "MESSAGE", 5000)
-    grid, state = build(1, divided)
+    grid, values, state = build(1, divided)
     state.comm = Short(grid.comm)
     for names in (NAMES, (VALUES,)):
         state.distribute(whole(1, 1.0) if WORLD.rank == 0 else [], *names)
-        assert state.values.vector.tobytes() == whole(1, 1.0)[0][VALUES].tobytes()
+        assert values.vector.tobytes() == whole(1, 1.0)[0][VALUES].tobytes()
         back = state.collect(*names)
         assert same(back, whole(1, 1.0), names) if WORLD.rank == 0 else back == [{}]
 
@@ -123,7 +128,7 @@ def test_long_vectors_go_in_parts(monkeypatch: pytest.MonkeyPatch, divided: bool
 def test_some_vectors_alone(pipe: int) -> None:
     if WORLD.size % pipe:
         return
-    grid, state = build(pipe)
+    grid, _, state = build(pipe)
     root = grid.comm.rank == 0
     state.distribute(whole(pipe, 1.0) if root else [])
     state.distribute(whole(pipe, 2.0) if root else [], VALUES)
@@ -137,9 +142,9 @@ def test_some_vectors_alone(pipe: int) -> None:
 
 
 def test_collected_vectors_are_copies() -> None:
-    grid, state = build(1)
+    grid, values, state = build(1)
     state.distribute(whole(1, 1.0) if grid.comm.rank == 0 else [])
     for vectors in state.collect():
         for vector in vectors.values():
             vector.fill(0)
-    assert state.values.vector.tobytes() == whole(1, 1.0)[0][VALUES].tobytes()
+    assert values.vector.tobytes() == whole(1, 1.0)[0][VALUES].tobytes()

@@ -65,9 +65,9 @@ def test_the_line_of_a_step(log: Log) -> None:
     (entry,) = written(log)
     times = entry.pop("seconds")
     assert entry == HEAD | {"samples_per_second": 2 * ROWS / 0.8}
-    assert list(times) == list(SHARES)
+    assert list(times) == [*SHARES, "bytes_sent"]
     each = dict.fromkeys(SHARES, 0.0) | {"compute": 0.6, "update": 0.1}
-    assert times == {name: {"min": seconds, "max": seconds} for name, seconds in each.items()}
+    assert times == {name: {"min": value, "max": value} for name, value in (each | {"bytes_sent": 0}).items()}
 
 
 def test_times_of_a_line_are_since_the_line_before(log: Log) -> None:
@@ -123,9 +123,9 @@ def several(log: Log, crowded: bool = False) -> Callable[[list[list[float]]], tu
     (log.metrics.parent / "environment.json").write_text(json.dumps({"ranks": hosts}))
 
     def times(ranks: list[list[float]]) -> tuple[float, dict[str, Any]]:
-        everyones = np.zeros((4, len(SHARES) + 2))
-        everyones[:, SHARES.index("compute")], everyones[:, -2] = np.transpose(ranks)
-        everyones[1, -1] = crowded
+        everyones = np.zeros((4, len(SHARES) + 3))
+        everyones[:, SHARES.index("compute")], everyones[:, -3] = np.transpose(ranks)
+        everyones[1, -2], everyones[:, -1] = crowded, [7, 0, 9, 8]
         return log._times(everyones, 10)
 
     return times
@@ -137,6 +137,7 @@ SLOW = [[1.0, 4.0], [2.5, 4.0], [1.1, 4.1], [1.0, 4.0]]  # seconds of computing,
 def test_a_line_has_the_least_and_the_most_of_any_rank_and_the_slowest_ranks_rate(log: Log) -> None:
     speed, times = several(log)(SLOW)
     assert times["compute"] == {"min": 1.0, "max": 2.5}
+    assert times["bytes_sent"] == {"min": 0, "max": 9}
     assert speed == pytest.approx(10 * ROWS / 4.1)
 
 
@@ -275,7 +276,7 @@ LINES = [
 
 def cut_at_2(path: Path, content: bytes) -> tuple[list[int], list[str]]:
     path.write_bytes(content)
-    _, entries, notes = cut_after(path, 2, 9, 1, 2)
+    _, entries, notes = cut_after(path, 2, logged=True, scored=True)
     return [entry["step"] for entry in entries], notes
 
 
@@ -310,12 +311,12 @@ def test_a_damaged_line_within_is_reported_and_left_out(tmp_path: Path, damaged:
 def test_what_is_no_file_is_not_opened(tmp_path: Path, make: object) -> None:
     make(tmp_path / "metrics.jsonl")  # type: ignore[operator]
     with pytest.raises(OutputError, match=r"metrics.jsonl: is not a regular file"):
-        cut_after(tmp_path / "metrics.jsonl", 2, 9, 1, 2)
+        cut_after(tmp_path / "metrics.jsonl", 2, logged=True, scored=True)
 
 
 def test_what_is_cut_and_what_stays(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.jsonl"
-    assert cut_after(metrics, 0, 9, 2, 4) == ([], [], [])
+    assert cut_after(metrics, 0, logged=True, scored=True) == ([], [], [])
     assert not metrics.exists()
     entries = [
         {"step": step, **({"evaluation": {}} if scored else {})}
@@ -323,18 +324,19 @@ def test_what_is_cut_and_what_stays(tmp_path: Path) -> None:
     ]
     text = "".join(json.dumps(entry) + "\n" for entry in entries)
     metrics.write_text(text + '{"step": 9, "lo')
-    assert cut_after(metrics, 4, 9, 2, 4) == (entries, entries[:3], [])
+    assert cut_after(metrics, 4, logged=True, scored=True) == (entries, entries[:3], [])
     assert [json.loads(row) for row in metrics.read_text().splitlines()] == entries[:3]
     before = metrics.stat().st_ino
-    cut_after(metrics, 4, 9, 2, 4)
+    cut_after(metrics, 4, logged=True, scored=True)
     assert metrics.stat().st_ino == before
-    assert cut_after(metrics, 4, 9, 2, 3) == (entries[:3], entries[:2], [])
+    assert cut_after(metrics, 4, logged=True, scored=False) == (entries[:3], entries[:2], [])
+    assert cut_after(metrics, 4, logged=False, scored=False) == (entries[:2], entries[:1], [])
 
 
 def test_the_last_known_values_may_be_missing(tmp_path: Path) -> None:
-    _, entries, _ = cut_after(tmp_path / "none", 2, 9, 1, 2)
+    _, entries, _ = cut_after(tmp_path / "none", 2, logged=True, scored=True)
     assert (entries, last_known(entries, "score")) == ([], {})
     (tmp_path / "m").write_bytes(b"".join(LINES))
-    _, entries, _ = cut_after(tmp_path / "m", 9, 9, 1, 2)
+    _, entries, _ = cut_after(tmp_path / "m", 9, logged=True, scored=True)
     assert last_known(entries, "score") == {"loss": 0.5, "score": None, "test_loss": 1.5}
     assert last_known([{"step": 1}], "score") == {"loss": None}

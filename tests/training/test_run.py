@@ -17,8 +17,9 @@ from mpiml.errors import NotFiniteError, freed
 from mpiml.run import checkpoint
 from mpiml.run.deadline import Deadline
 from mpiml.run.failure import Guard
+from mpiml.training.calendar import Due
 from mpiml.training.hold import Hold
-from mpiml.training.run import Due, Run, unsaved
+from mpiml.training.run import Run, unsaved
 from mpiml.training.storage import Store
 
 OVERFLOW = {"optimizer": "sgd", "lr": 1e38, "weight_decay": 1e4}  # of weights, whatever the gradient is
@@ -33,8 +34,8 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
 
 
 def test_what_is_due(run: Run) -> None:
-    assert run.due(4) == Due()
-    assert run.due(9) == Due(log=True, save=True, evaluation=False)  # all after the last step, but what is off
+    assert run.calendar.due(4) == Due()
+    assert run.calendar.due(9) == Due(log=True, save=True, evaluation=False)  # all after the last step, but what is off
 
 
 @pytest.mark.parametrize("due", [Due(log=True), Due(save=True), Due(evaluation=True)])

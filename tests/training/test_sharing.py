@@ -1,0 +1,191 @@
+"""Which micro-batches, workers and replicas fit together, what is said of those that do not, and who is idle;
+which settings of workers a run may have, and which it keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpiml.config import Config, parse
+from mpiml.errors import ConfigError
+from mpiml.training.resolve import resolve
+from mpiml.training.saved import resumed
+from mpiml.training.sharing import busy, grid_text, idle_text, shared_out
+
+
+def shared(replicas: int, rows: int = 1000, **settings: Any) -> tuple[int, int | None]:
+    return shared_out(Config(**settings), rows, replicas)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "settings", "expected"),
+    [
+        (4, {}, (4, None)),
+        (2, {"pipe": 3}, (12, None)),
+        (2, {"pipe": 3, "rows": 7}, (7, None)),
+        (4, {"average_every": 5}, (4, 4)),
+        (4, {"average_every": 5, "workers": 2}, (4, 2)),
+        (4, {"average_every": 5, "workers": 8}, (8, 8)),
+        (1, {"average_every": 5, "workers": 3, "microbatches": 12}, (12, 3)),
+        (6, {"average_every": 5, "workers": 3, "microbatches": 6}, (6, 3)),
+        (1, {"average_every": 5, "workers": 6, "pipe": 2, "rows": 20}, (18, 6)),  # equally many each
+        (1, {"average_every": 5, "workers": 6, "pipe": 2, "rows": 6}, (6, 6)),
+    ],
+)
+def test_what_fits(replicas: int, settings: dict[str, Any], expected: tuple[int, int | None]) -> None:
+    assert shared(replicas, **settings) == expected
+
+
+@pytest.mark.parametrize(
+    ("replicas", "settings", "text"),
+    [
+        (4, {"workers": 6}, "--workers 6: 4 replicas cannot share them; 3 could"),
+        (3, {"workers": 2}, "--workers 2: 3 replicas cannot share them; 2 could"),
+        (2, {"workers": 2000}, "--workers 2000: the data set has only 1000 rows to share out"),
+        (2, {"workers": 8, "pipe": 2, "rows": 6}, "--workers 8: the data set has only 6 rows to share out"),
+        (
+            4,
+            {"workers": 8, "microbatches": 12},
+            "--microbatches 12: 8 workers need equally many each; 8 or 16 would work, or --workers 4",
+        ),
+        (
+            1,
+            {"workers": 4, "microbatches": 3},
+            "--microbatches 3: 4 workers need equally many each; 4 would work, or --workers 3",
+        ),
+        (
+            1,
+            {"workers": 4, "microbatches": 7, "rows": 7},
+            "--microbatches 7: 4 workers need equally many each; 4 would work, or --workers 1",
+        ),
+        (
+            4,
+            {"workers": 1, "microbatches": 3},
+            "--microbatches 3: 4 replicas need at least one each; at least 4, or fewer replicas (--pipe 2, say)",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_one_line_with_what_would(replicas: int, settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        shared(replicas, average_every=5, **settings)
+    assert str(error.value) == text
+
+
+def test_what_is_said_to_work_works() -> None:
+    for replicas in range(1, 9):
+        for workers in (w for w in range(1, 17) if not (w % replicas and replicas % w)):
+            for microbatches in range(replicas, 33):
+                settings = {"average_every": 5, "workers": workers, "microbatches": microbatches}
+                if not microbatches % workers:
+                    assert shared(replicas, **settings) == (microbatches, workers)
+                    continue
+                with pytest.raises(ConfigError) as error:
+                    shared(replicas, **settings)
+                numbers, fits = str(error.value).split(";")[1].split(" would work, or --workers ")
+                for number in numbers.split(" or "):
+                    assert shared(replicas, **settings | {"microbatches": int(number)})
+                assert shared(replicas, **settings | {"workers": int(fits)})
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings", "expected"),
+    [
+        (8, {}, 8),
+        (8, {"average_every": 5}, 8),
+        (8, {"average_every": 5, "workers": 4}, 8),
+        (8, {"average_every": 5, "workers": 3}, 6),
+        (7, {"average_every": 5, "workers": 4}, 4),
+        (5, {"average_every": 5, "workers": 12}, 4),
+        (8, {"average_every": 5, "workers": 3, "pipe": 2}, 6),
+        (8, {"workers": 3}, 8),  # which is refused elsewhere
+    ],
+)
+def test_how_many_ranks_have_work(ranks: int, settings: dict[str, Any], expected: int) -> None:
+    config = Config(**settings)
+    assert busy(config, None, ranks) == expected
+    replicas = busy(config, None, ranks) // config.pipe
+    if config.average_every:
+        assert shared_out(config, 1000, replicas)
+
+
+def test_a_run_that_goes_on_has_no_more_replicas_than_micro_batches() -> None:
+    config = Config(average_every=5, workers=4, microbatches=4)
+    assert busy(config, config, 16) == 4
+    assert busy(config, None, 16) == 16
+    assert busy(config.replace(average_every=0, workers=None), config, 16) == 4
+
+
+def test_lines_on_a_grid_and_on_ranks_without_work() -> None:
+    assert grid_text(2, 4, 8, 4) == (
+        "8 ranks = 2 stages x 4 replicas; --workers 4 --microbatches 8 repeats these bits on any grid"
+    )
+    assert "--workers" not in grid_text(2, 4, 8)
+    assert idle_text(6, 2, 12, 3) == [
+        "8 ranks, but --workers 3 and --microbatches 12 of the run keep 6 busy: 2 ranks idle"
+    ]
+    assert idle_text(8, 0, 12, 3) == []
+
+
+WORKERS = [
+    ("workers", 4, "4", "is of workers, of which there are none; give --average-every too"),
+    ("average_from", 5, "5", "is of workers, of which there are none; give --average-every too"),
+    ("outer_lr", 0.7, "0.7", "is of workers, of which there are none; give --average-every too"),
+    ("outer_momentum", 0.9, "0.9", "is of workers, of which there are none; give --average-every too"),
+    ("averaged_at", (5,), "5", "is of workers, of which there are none; give --average-every too"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "said", "problem"), WORKERS)
+def test_settings_of_workers_need_workers(tmp_path: Path, name: str, value: Any, said: str, problem: str) -> None:
+    """However they are given."""
+    flag = "--" + name.replace("_", "-")
+    file = tmp_path / "settings.toml"
+    file.write_text(f"{name} = {list(value) if isinstance(value, tuple) else value}\n")
+    for config in (Config(**{name: value}), parse([flag, said]), parse(["--config", str(file)])):
+        with pytest.raises(ConfigError) as error:
+            resolve(config, 1000, True, 4)
+        assert str(error.value) == f"{flag} {said}: {problem}"
+        assert resolve(config.replace(average_every=8), 1000, True, 4).workers == 4
+
+
+def test_the_noise_scale_is_of_summed_gradients() -> None:
+    with pytest.raises(ConfigError, match=r"^--noise-scale --average-every 8: is measured where gradients are summed"):
+        resolve(Config(noise_scale=True, average_every=8, microbatches=4), 1000, True, 4)
+
+
+def test_workers_are_kept_and_another_number_must_be_said() -> None:
+    before = resolve(Config(average_every=8, out="a", steps=20, microbatches=12, workers=4), 1000, True, 1)
+    for asked, workers in ({}, 4), ({"workers": 6}, 6), ({"workers": 4}, 4):
+        after = resolve(resumed(Config(resume=True, out="a", **asked), before), 1000, True, 2, before)
+        assert (after.workers, after.microbatches, after.averaged_at) == (workers, 12, ())
+    with pytest.raises(ConfigError, match=r"^--microbatches 12: 8 workers .*, or --workers 6"):
+        resolve(resumed(Config(resume=True, out="a", workers=8), before), 1000, True, 2, before)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"average_every": 4}, {"average_from": 9}, {"outer_lr": 0.5}, {"averaged_at": (3,)}]
+)
+def test_rounds_of_a_run_stay_what_they_are(changed: dict[str, Any]) -> None:
+    before = resolve(Config(average_every=8, out="a", steps=20), 1000, True, 1)
+    (name,) = changed
+    with pytest.raises(
+        ConfigError, match=rf"^--{name.replace('_', '-')} .*: the run in a has .* would change its results"
+    ):
+        resumed(Config(resume=True, out="a", **changed), before)
+
+
+def test_a_longer_run_keeps_its_old_last_step_as_the_end_of_a_round() -> None:
+    """Each time, if it was given more steps; what it was to have but never had does not count."""
+    run = resolve(Config(average_every=8, out="a", steps=20), 1000, True, 1)
+    for steps, ends in (
+        (30, (20,)),
+        (50, (20, 30)),
+        (40, (20, 30)),
+        (45, (20, 30, 40)),
+        (25, (20, 30, 40)),
+        (60, (20, 25)),
+    ):
+        run = resolve(resumed(Config(resume=True, out="a", steps=steps), run), 1000, True, 1, run)
+        assert run.averaged_at == ends
