@@ -130,7 +130,12 @@ class Log:
         self._recent, self._recent_seconds = self._recent + 1, self._recent_seconds + done.seconds
         self.known |= {"step": done.step} if done.loss is None else {"step": done.step, "loss": done.loss}
         if self._console and done.loss is not None and done.seconds:
-            self._console.progress(done.step, done.loss, self.rows / done.seconds)
+            self._console.progress(done.step, f"loss {done.loss:.4f}, {self.rows / done.seconds:,.0f} samples/s")
+
+    def moved(self, step: int) -> None:
+        """Show on the terminal that this rank has done a step, of which more is known later; not collective."""
+        if self._console:
+            self._console.progress(step)
 
     def step(self, done: Step) -> None:
         """Write the line of a step, with the least and the most time of any rank since the last such line."""
