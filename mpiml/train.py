@@ -151,10 +151,11 @@ def _loop(run: Run, start: int, store: Store, logger: log.Log, stop: StopRequest
         if done.left:
             logger.known |= {"step": store.save_round(done.left)}
             return True
+        newest = max((one.step for one in done.steps if one.logged), default=None)
         for one in done.steps:
             logger.timed(one)
             if one.logged:
-                logger.step(one)
+                logger.step(one, one.step == newest)
         step = done.steps[-1].step
         if done.due.save or done.stop:
             store.save(step)  # first: an evaluation may fail

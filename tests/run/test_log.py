@@ -178,6 +178,8 @@ def test_where_nobody_watches_a_step_is_a_line_now_and_then(
         log.timed(step_of(0.05, 2))
         log.step(DONE._replace(step=2))
         assert capsys.readouterr() == (said, "")
+        log.step(DONE._replace(step=2), newest=False)
+        assert capsys.readouterr() == ("", "")
 
 
 def test_where_somebody_watches_there_is_a_bar_and_lines_go_where_it_is(
