@@ -12,8 +12,8 @@ if __name__ == "__main__":
     start.begin("mpiml.examples.learning_apart")
     start.start_mpi()
 
+import contextlib
 import math
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -83,17 +83,20 @@ def reached(entries: Sequence[dict[str, Any]], problem: Problem, rows: float) ->
     return Reached(None, seconds, sent)
 
 
-def compare(name: str, team: Team, directory: Path) -> None:
-    """Train a problem with each of its flags, and print the table; collective."""
+def compare(name: str, team: Team, directory: Path) -> int:
+    """Train a problem with each of its flags, and print the table; collective. Returns the exit code."""
     problem = PROBLEMS[name]
     first = _config(name, "")
     data = open_dataset(first.data, Options(context=first.context, held_out=first.held_out))
     _say(team, f"{name}: {problem.settings}\n\n| flags | steps | seconds | MB sent |\n|---|---:|---:|---:|")
     for number, flags in enumerate(problem.cases):
         config = _config(name, flags).replace(out=str(directory / f"{name}-{number}"))
-        train(config, team.comm, data=data)
+        result = train(config, team.comm, data=data)
+        if result["status"] != "done":
+            return int(result["exit_code"])
         _say(team, _row(flags, team.on_rank_0(lambda: _reached(config, problem, data)), config.steps))  # noqa: B023
     _say(team, f"\nsteps, seconds and MB sent to other nodes up to a test {problem.score} of {problem.target}\n")
+    return 0
 
 
 def _config(name: str, flags: str) -> Config:
@@ -125,12 +128,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with Guard(team, PROGRAM):
             if unknown := [name for name in names if name not in PROBLEMS]:
                 raise ConfigError(f"{unknown[0]}: there are {', '.join(PROBLEMS)}").on_all_ranks()
-            directory = team.on_rank_0(lambda: Path(tempfile.mkdtemp(prefix="mpiml-")))
-        for name in names:
-            compare(name, team, directory)
-        if team.rank == 0:
-            shutil.rmtree(directory)
-        return 0
+        with contextlib.ExitStack() as at_end:
+            runs = tempfile.TemporaryDirectory(prefix="mpiml-") if team.rank == 0 else contextlib.nullcontext("")
+            directory = Path(team.broadcast(at_end.enter_context(runs)))
+            return next((code for name in names if (code := compare(name, team, directory))), 0)
     except BaseException as error:  # reported already
         return exit_code(error)
 
