@@ -35,6 +35,9 @@ for i in 1 2; do
     ip -n "$node" link set $link up
     ip netns exec "$node" tc qdisc add dev $link root tbf rate "$rate" burst 64kb latency 50ms
 done
+until [ "$(for i in 1 2; do ip -n "$MPIML_TWO_NODES-$i" link show $link; done | grep -c 'state UP')" = 2 ]; do
+    sleep 0.1 # the kernel takes a moment, and MPI takes no link that is down
+done
 
 mpirun=$(dirname "$(command -v "$1")")/mpirun
 launch=("$mpirun" -launcher ssh -launcher-exec "$here" -iface $link -hosts $net.1,$net.2 -ppn "${RANKS:-1}")
