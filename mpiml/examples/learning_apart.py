@@ -36,6 +36,8 @@ DILOCO = "--outer-lr 0.7 --outer-momentum 0.9"
 EVERY = [f"--average-every {steps}" for steps in (1, 4, 16, 64)]
 ALL = ["", *(f"{flags} --workers 4" for flags in EVERY), *(f"{flags} --workers 4 {DILOCO}" for flags in EVERY)]
 SLOW = ["", "--bucket 0.5", EVERY[1], EVERY[2], f"{EVERY[2]} {DILOCO}"]
+HEAD = "| flags | steps | MB sent | at 100 Mbit/s, computed (s) | seconds |\n|---|---:|---:|---:|---:|"
+LEGEND = "steps, MB sent to other nodes, seconds that a link of 100 Mbit/s takes for them, and seconds of training"
 EVALUATED = "--eval-every 16 --log-every 16 --save-every 0 --quiet"
 
 
@@ -88,14 +90,14 @@ def compare(name: str, team: Team, directory: Path) -> int:
     problem = PROBLEMS[name]
     first = _config(name, "")
     data = open_dataset(first.data, Options(context=first.context, held_out=first.held_out))
-    _say(team, f"{name}: {problem.settings}\n\n| flags | steps | seconds | MB sent |\n|---|---:|---:|---:|")
+    _say(team, f"{name}: {problem.settings}\n\n{HEAD}")
     for number, flags in enumerate(problem.cases):
         config = _config(name, flags).replace(out=str(directory / f"{name}-{number}"))
         result = train(config, team.comm, data=data)
         if result["status"] != "done":
             return int(result["exit_code"])
         _say(team, _row(flags, team.on_rank_0(lambda: _reached(config, problem, data)), config.steps))  # noqa: B023
-    _say(team, f"\nsteps, seconds and MB sent to other nodes up to a test {problem.score} of {problem.target}\n")
+    _say(team, f"\n{LEGEND} up to a test {problem.score} of {problem.target}\n")
     return 0
 
 
@@ -112,7 +114,8 @@ def _reached(config: Config, problem: Problem, data: Dataset) -> Reached:
 
 def _row(flags: str, good: Reached, steps: int | None) -> str:
     name, step = f"`{flags}`" if flags else "a sum at every step", good.step or f"not in {steps}"
-    return f"| {name} | {step} | {good.seconds:.1f} | {good.sent / 1e6:.1f} |"
+    sent = good.sent / 1e6
+    return f"| {name} | {step} | {sent:.1f} | {sent * 8 / 100:.1f} | {good.seconds:.1f} |"
 
 
 def _say(team: Team, text: str) -> None:
