@@ -5,6 +5,8 @@
 # make chaos                 jobs are killed, stopped, and worse, for a quarter of an hour    MINUTES=60 SEED=5 PARTS=kills,power
 # make example-cnn           digits as images, by convolution   on 4 ranks
 # make example-gpt           a language model of Python's own source, beside a bigram model
+# make example-apart         workers that learn apart, beside a sum at every step: about 3 minutes
+# make example-slow-network  the same on two nodes with a link of 100 Mbit/s between them; as root
 # make example-own           a program with its own model and data
 # make example-torch         a PyTorch model on 2 stages x 2 replicas
 # make example-scaling       studies of strong and of weak scaling on this machine, in runs/example-*
@@ -37,8 +39,8 @@ export OMPI_MCA_rmaps_base_oversubscribe ?= 1
 export OMPI_ALLOW_RUN_AS_ROOT ?= 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM ?= 1
 
-.PHONY: train test test-slurm lint bench chaos example-cnn example-gpt example-own example-torch example-scaling example-batches \
-	clean
+.PHONY: train test test-slurm lint bench chaos example-cnn example-gpt example-own example-torch example-scaling \
+	example-batches example-apart example-slow-network clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/installed
@@ -81,6 +83,13 @@ example-gpt: $(VENV)/installed
 
 example-own: $(VENV)/installed
 	$(MPIRUN) -n $(NP) $(BIN)/python -m mpiml.examples.own_model
+
+# Each rank is a node of its own, so that what they send to each other is counted.
+example-apart: $(VENV)/installed
+	MPIML_NODES=1,1 $(MPIRUN) -n 2 $(BIN)/python -m mpiml.examples.learning_apart $(ARGS)
+
+example-slow-network: $(VENV)/installed
+	tests/network/two_nodes.sh 100mbit $(BIN)/python -m mpiml.examples.learning_apart wide $(ARGS)
 
 example-scaling: $(VENV)/tested
 	for mode in strong weak; do \

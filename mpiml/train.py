@@ -119,7 +119,7 @@ def _run(run: Run, name: str, hold: Hold, notes: list[str], stop: StopRequest, b
     with log.Log(grid.team, hold.metrics, rows, metric, run.pace(), restored.history, cfg.evaluated) as logger:
         logger.open_console(restored.step + 1, cfg.steps, cfg.quiet)
         shape = sharing.grid_text(grid.stages, grid.replicas, cfg.microbatches, cfg.workers)
-        for line in [*warnings, *about, *notes, *restored.notes, shape]:
+        for line in [*warnings, *about, *notes, *restored.notes, shape, *sharing.workers_text(cfg, grid.replicas)]:
             logger.say(line)
         # Numbers that are not finite end the run, with a better message than NumPy's.
         with data.ahead, np.errstate(all="ignore"), trace.written(cfg.trace, grid, logger.say):
@@ -147,14 +147,15 @@ def _loop(run: Run, start: int, store: Store, logger: log.Log, stop: StopRequest
     """Train from the step after `start`. Returns whether it was asked to stop before the end."""
     step = start
     while step < run.config.steps and not run.best.enough:
-        done = run.advance(step + 1, stop)  # a step, or a round of workers; refuses what is not finite
+        done = run.advance(step + 1, stop, logger.moved)  # a step, or a round of workers; refuses what is not finite
         if done.left:
             logger.known |= {"step": store.save_round(done.left)}
             return True
+        newest = max((one.step for one in done.steps if one.logged), default=None)
         for one in done.steps:
             logger.timed(one)
             if one.logged:
-                logger.step(one)
+                logger.step(one, one.step == newest)
         step = done.steps[-1].step
         if done.due.save or done.stop:
             store.save(step)  # first: an evaluation may fail

@@ -63,11 +63,12 @@ class Console:
         if self._bar is None and time.monotonic() - self._last_line > CONSOLE_PAUSE:
             self.line(text)
 
-    def progress(self, step: int, loss: float, speed: float) -> None:
-        """Move the bar to a step."""
+    def progress(self, step: int, text: str | None = None) -> None:
+        """Move the bar to a step, unless it is further, and show a text beside it."""
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} samples/s", refresh=False)
-            self._bar.update(step - self._bar.n)
+            if text is not None:
+                self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(max(step - self._bar.n, 0))
 
     def close(self) -> None:
         if self._bar is not None:

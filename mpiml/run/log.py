@@ -130,10 +130,16 @@ class Log:
         self._recent, self._recent_seconds = self._recent + 1, self._recent_seconds + done.seconds
         self.known |= {"step": done.step} if done.loss is None else {"step": done.step, "loss": done.loss}
         if self._console and done.loss is not None and done.seconds:
-            self._console.progress(done.step, done.loss, self.rows / done.seconds)
+            self._console.progress(done.step, f"loss {done.loss:.4f}, {self.rows / done.seconds:,.0f} samples/s")
 
-    def step(self, done: Step) -> None:
-        """Write the line of a step, with the least and the most time of any rank since the last such line."""
+    def moved(self, step: int) -> None:
+        """Show on the terminal that this rank has done a step, of which more is known later; not collective."""
+        if self._console:
+            self._console.progress(step)
+
+    def step(self, done: Step, newest: bool = True) -> None:
+        """Write the line of a step, with the least and the most time of any rank since the last such line. It may be
+        shown on the terminal too if it is the `newest`."""
         shares = np.array(done.shares or self.team.clock.shares())
         own = np.array([*(shares - self._shares), self._recent_seconds, self.pace.crowded, done.sent - self._sent])
         self._shares, self._sent = shares, done.sent
@@ -145,7 +151,7 @@ class Log:
 
         def entry() -> dict[str, Any]:
             speed, times = self._times(everyones, steps)
-            if self._console:
+            if self._console and newest:
                 score = f"{self.metric} {done.score:.4f}"
                 text = f"step {done.step}  epoch {done.epoch}  loss {done.loss:.4f}  {score}  {speed:,.0f} samples/s"
                 self._console.now_and_then(text)

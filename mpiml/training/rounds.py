@@ -134,8 +134,11 @@ class Round:
             progress.done, progress.weight = int(left[STEPS][number]), float(left[WEIGHTS][number])
             progress.lines[...] = left[LINES][number]
 
-    def train(self, batches: Callable[[int], Sequence[Batch]], stop: Stop) -> None:
-        """Take the steps that are left, or fewer if a rank asks to stop and they would take too long."""
+    def train(
+        self, batches: Callable[[int], Sequence[Batch]], stop: Stop, moved: Callable[[int], None] = lambda step: None
+    ) -> None:
+        """Take the steps that are left, or fewer if a rank asks to stop and they would take too long; after each call
+        `moved` with its number."""
         clock, began = self.learners.grid.team.clock, perf_counter()
         first = min(progress.done for progress in self.progress) + 1
 
@@ -153,6 +156,7 @@ class Round:
             since = perf_counter()
             left = self._step(step, batches(step), leave)
             self.times[step] = Timed(perf_counter() - since, clock.shares(), self.learners.sent)
+            moved(step)
             if left:
                 self.learners.recall.ask()  # that of another rank of this worker may come too late: rank 0 leaves, too
                 return

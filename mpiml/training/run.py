@@ -92,18 +92,19 @@ class Run:
         """The vectors of the model that all have between rounds."""
         return self.learning.now.state
 
-    def advance(self, step: int, stop: Stop = NEVER) -> Advance:
+    def advance(self, step: int, stop: Stop = NEVER, moved: Callable[[int], None] = lambda step: None) -> Advance:
         """Train from `step` on until all ranks have one model: that step, or what is left of a round; collective.
 
         Args:
             stop: asks this rank to stop afterwards, or within a round.
+            moved: is called with the number of each step of a round when this rank has done it.
 
         Raises, on all ranks alike, NotFiniteError if a loss, a gradient or weights are not finite, and ConfigError if a
         decay of the user's own is not.
         """
         self.learning.begin(step)
         if self.calendar.apart(step):
-            return self._round(step, stop)
+            return self._round(step, stop, moved)
         due = self.calendar.due(step)
         done = self.step(step, due, stop.now)
         return Advance([done], due, done.stop)
@@ -135,13 +136,13 @@ class Run:
             noise=noise,
         )
 
-    def _round(self, step: int, stop: Stop) -> Advance:
+    def _round(self, step: int, stop: Stop, moved: Callable[[int], None]) -> Advance:
         """The steps of a round, of which `step` is the first."""
         began, steps, dues = perf_counter(), self.calendar.round_of(step), self.calendar.due
         logged = [step for step in steps if dues(step).log]
         left, self.learning.left = self.learning.left, None
         made = Round(self.learning.now, steps, logged, self.model.metric.columns, left)
-        made.train(self.data.ahead.batches, stop)
+        made.train(self.data.ahead.batches, stop, moved)
         made.meet(stop.now())
         if made.broken_off:
             return Advance([], Due(), True, made)

@@ -77,5 +77,18 @@ def idle_text(busy: int, idle: int, microbatches: int, workers: int | None = Non
     return [f"{busy + idle} ranks, but {keeps}: {_count(idle, 'rank')} idle"] if idle else []
 
 
+def workers_text(config: Config, replicas: int) -> list[str]:
+    """One line about the workers of a run with resolved settings and when they meet, if there are any."""
+    workers, rate, momentum = config.workers, config.outer_lr, config.outer_momentum
+    if not workers:
+        return []
+    text = _count(workers, "worker")
+    if workers != replicas:
+        text += f" of {replicas // workers} replicas" if workers < replicas else f", {workers // replicas} to a replica"
+    text += f": learning apart from step {max(config.average_from, 1)} on, averaged every "
+    text += _count(config.average_every, "step") if config.average_every > 1 else "step"
+    return [text + (f" by an outer step, rate {rate:g}, momentum {momentum:g}" if (rate, momentum) != (1, 0) else "")]
+
+
 def _count(number: int, thing: str) -> str:
     return f"{number} {thing}" + ("s" if number > 1 else "")

@@ -10,12 +10,13 @@ import subprocess
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mpiml.data.dataset import Dataset
-from mpiml.examples import gpt_stdlib
+from mpiml.examples import gpt_stdlib, learning_apart
 from tests.conftest import Job, launch
 
 ROOT = Path(__file__).parents[2]
@@ -142,3 +143,24 @@ def test_without_a_standard_library(
     assert str(library) in said
     assert "--data" in said
     assert gpt_stdlib.settings(["--data", "mine.txt"]).data == "mine.txt"
+
+
+def line(step: int, speed: float, sent: int) -> dict[str, Any]:
+    return {"step": step, "samples_per_second": speed, "seconds": {"bytes_sent": {"min": 0, "max": sent}}}
+
+
+@pytest.mark.parametrize(
+    ("score", "target", "expected"),
+    [("loss", 0.5, (8, 3.0, 30)), ("accuracy", 0.8, (8, 3.0, 30)), ("loss", 0.1, (None, 4.0, 35))],
+)
+def test_what_it_took_to_be_good_is_added_up_over_lines(score: str, target: float, expected: Any) -> None:
+    """Steps of 10 rows; the last four are not needed for the first two targets."""
+    poor, good = ({"loss": loss, "accuracy": 1 - loss, "rows": 7} for loss in (0.9, 0.2))
+    entries = [line(4, 40.0, 10), {"step": 4, "evaluation": poor}, line(8, 20.0, 20), {"step": 8, "evaluation": good}]
+    problem = learning_apart.Problem("", score, target, [])
+    assert learning_apart.reached([*entries, line(12, 40.0, 5)], problem, rows=10) == expected
+
+
+def test_a_problem_that_is_not_there_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    assert learning_apart.main(["letters"]) == 78
+    assert "letters: there are digits, gpt," in capfd.readouterr().err

@@ -179,6 +179,8 @@ def test_where_nobody_watches_a_step_is_a_line_now_and_then(
         log.timed(step_of(0.05, 2))
         log.step(DONE._replace(step=2))
         assert capsys.readouterr() == (said, "")
+        log.step(DONE._replace(step=2), newest=False)
+        assert capsys.readouterr() == ("", "")
 
 
 def test_where_somebody_watches_there_is_a_bar_and_lines_go_where_it_is(
@@ -250,13 +252,27 @@ def test_terminal_that_is_closed_ends_the_bar_and_not_the_run(monkeypatch: pytes
         assert console._bar is not None
         os.close(terminal)
         for step in range(2, 40):
-            console.progress(step, 0.5, 1000.0)
+            console.progress(step, "loss 0.5")
             console._last_line = 0.0
             console.line("an evaluation")
             console.now_and_then("a step")
         console.close()
         monkeypatch.undo()
         os.dup2(os.open(os.devnull, os.O_WRONLY), ours)  # for what the stream still holds
+
+
+def test_bar_moves_within_a_round_and_not_back(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "width", lambda: 80)
+    log.open_console(1, 100, quiet=False)
+    assert log._console is not None
+    bar = log._console._bar
+    assert bar is not None
+    with log:
+        for step in range(1, 9):
+            log.moved(step)
+        assert bar.n == 8
+        log.timed(step_of(0.5, 4))
+        assert (bar.n, bar.postfix) == (8, "loss 0.7500, 200 samples/s")
 
 
 def test_a_line_that_nobody_can_read_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,3 +105,12 @@ def test_a_step_is_saved_once(run: Run, tmp_path: Path, monkeypatch: pytest.Monk
         for step in (1, 1, 2):
             store.save(step)
     assert written == [1, 2]
+
+
+@pytest.mark.parametrize("run", [{"average_every": 4}], indirect=True)
+def test_each_step_of_a_round_is_seen_when_it_is_done(run: Run) -> None:
+    seen: list[int] = []
+    run.advance(1, moved=seen.append)
+    run.advance(5, moved=seen.append)
+    run.advance(9, moved=seen.append)
+    assert seen == [*range(1, 10)]
