@@ -17,8 +17,8 @@ from mpiml.errors import NotFiniteError
 from mpiml.nn.losses import Metric
 from mpiml.parallel.grid import Grid
 from mpiml.parallel.record import Record, Sums
-from mpiml.parallel.rounds import Rounds
 from mpiml.parallel.stage import Stage
+from mpiml.parallel.votes import Votes
 from mpiml.partition import part
 
 
@@ -59,9 +59,9 @@ class Evaluation:
         """
         with clock.booked("evaluation"):
             sums = Sums(2 + metric.columns, self.block[0])
-            rounds = Rounds(self.grid.team, self.grid.stages, stop) if stop else None
-            stage.evaluate(self._chunks(sums, rounds))
-            if rounds and not rounds.finish():
+            votes = Votes(self.grid.team, self.grid.stages, stop) if stop else None
+            stage.evaluate(self._chunks(sums, votes))
+            if votes and not votes.finish():
                 return None
             clock("communication")
             record = sums.over_all(self.grid.comm)
@@ -69,14 +69,14 @@ class Evaluation:
             raise not_finite(f"the {self.evaluated} loss is not finite after step {step} (chunk {record.bad_entry})")
         return record if record.weight else dataclasses.replace(record, loss=math.nan)
 
-    def _chunks(self, sums: Sums, rounds: Rounds | None) -> Iterator[tuple[Batch, NDArray[np.float64]]]:
-        """The chunks of this replica, each with a row for its sums, which are then added, while `rounds` goes on.
+    def _chunks(self, sums: Sums, votes: Votes | None) -> Iterator[tuple[Batch, NDArray[np.float64]]]:
+        """The chunks of this replica, each with a row for its sums, which are then added, while `votes` let it go on.
 
-        There are as many rounds as any replica has chunks.
+        There are as many votes as any replica has chunks.
         """
         batches = self.batches()
         for number in range(-(-self.chunks // self.grid.replicas)):
-            if rounds and not rounds.go_on():
+            if votes and not votes.go_on():
                 return
             if number < len(batches):
                 row = np.zeros((1, sums.columns))

@@ -16,7 +16,7 @@ from mpiml.run.checkpoint import Header
 from mpiml.run.directory import CHECKPOINTS
 from mpiml.run.result import read_result
 from mpiml.run.verified import Progress
-from mpiml.training import rounds
+from mpiml.training import accounts
 from mpiml.training.init_names import NameMap
 from mpiml.training.init_plan import Plan, plan
 from mpiml.training.place import BuiltModel
@@ -64,7 +64,7 @@ def take(
                 values[name][...] = value
             else:
                 constants[name] = value
-        within = ", within a round of workers: as before it" if rounds.STEPS in file.kinds else ""
+        within = ", within a round of workers: as before it" if accounts.STEPS in file.kinds else ""
         step = f" (step {saved.step}{within})" if saved else ""
         some = f": {planned.count()}" if len(planned.sources) < len(planned.wanted) else ""
         notes = [f"warning: skipped {problem}" for file, problem in skipped.items() if file.exists()]

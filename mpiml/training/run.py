@@ -141,29 +141,30 @@ class Run:
         began, steps, dues = perf_counter(), self.calendar.round_of(step), self.calendar.due
         logged = [step for step in steps if dues(step).log]
         left, self.learning.left = self.learning.left, None
-        made = Round(self.learning.now, steps, logged, self.model.metric.columns, left)
-        made.train(self.data.ahead.batches, stop, moved)
-        made.meet(stop.now())
-        if made.broken_off:
-            return Advance([], Due(), True, made)
-        made.share_out(perf_counter() - began)
-        return Advance([self._told(made, step) for step in steps], dues(steps[-1]), made.stop)
+        done = Round(self.learning.now, steps, logged, self.model.metric.columns, left)
+        done.train(self.data.ahead.batches, stop, moved)
+        done.meet(stop.now())
+        if done.broken_off:
+            return Advance([], Due(), True, done)
+        done.share_out(perf_counter() - began)
+        return Advance([self._of_round(done, step) for step in steps], dues(steps[-1]), done.stop)
 
-    def _told(self, made: Round, step: int) -> log.Step:
-        """A step of a round."""
-        told, times, logged = made.of_step(step), made.times.get(step, made.began), step in made.logged
-        workers = None
-        if told and logged:
-            workers = {"loss": {"min": told.least, "max": told.most}, "distance": made.distance}
+    def _of_round(self, done: Round, step: int) -> log.Step:
+        """A step of a round. Rank 0, which writes the log, knows all of it."""
+        of_all, times = done.summary(step), done.times.get(step, done.began)
+        logged, score, workers = step in done.reported.logged, None, None
+        if of_all and logged:
+            score = self.model.metric.value(of_all.metric)
+            workers = {"loss": {"min": of_all.least, "max": of_all.largest}, "distance": done.distance}
         return log.Step(
             step=step,
             epoch=self.epoch(step),
-            loss=told.loss / (told.weight or 1.0) if told else None,
-            score=self.model.metric.value(told.metric) if told and logged else None,
-            rate=told.rate if told else math.nan,
-            norm=told.norm if told else None,
+            loss=of_all.loss / (of_all.weight or 1.0) if of_all else None,
+            score=score,
+            rate=of_all.rate if of_all else math.nan,
+            norm=of_all.norm if of_all else None,
             seconds=times.seconds,
-            stop=made.stop,
+            stop=done.stop,
             logged=logged,
             shares=times.shares,
             sent=times.sent,

@@ -21,7 +21,7 @@ from mpiml.run.directory import CHECKPOINTS, CONFIG, sync_file
 from mpiml.run.metrics import cut_after, gradient_noise, last_known, missing, scores
 from mpiml.run.result import update_result
 from mpiml.run.verified import Progress
-from mpiml.training import rounds
+from mpiml.training import accounts
 from mpiml.training.arrays import from_arrays, needed_kinds, preparations, restore_constants, to_arrays
 from mpiml.training.hold import Hold
 from mpiml.training.look import Known
@@ -126,12 +126,12 @@ class Store:
             names: tuple[str, ...] = ()
             given: Mapping[str, Any] = {}
             notes = [f"warning: skipped {problem}" for problem in problems]
-            left = {name: saved.arrays[name] for name in rounds.NAMES if name in saved.arrays} if saved else {}
+            left = {name: saved.arrays[name] for name in accounts.NAMES if name in saved.arrays} if saved else {}
             if saved:
                 _check_same_run(run.config, saved)
                 names, given = run.learning.names(saved.step, bool(left)), saved.arrays
                 if left:
-                    rounds.check_left(left, saved.step, run.calendar, run.model.metric.columns, saved.origin)
+                    accounts.check_left(left, saved.step, run.calendar, run.model.metric.columns, saved.origin)
                 constants.check(saved.header, needed_kinds(layouts, names))
                 stages.extend(from_arrays(layouts, saved, names))
             elif run.config.init:
@@ -174,8 +174,8 @@ class Store:
         entries, kept, damaged = cut_after(metrics, step, due.log, due.evaluation or step == cfg.steps)
         if saved:
             before = settings_of(saved, (), {})
-            eval_every = -(-before.eval_every // (before.average_every or 1)) * (before.average_every or 1)
-            if lost := missing(entries, step, before.log_every, eval_every):
+            wait = before.average_every if before.eval_every else 0  # for the end of a round
+            if lost := missing(entries, step, before.log_every, before.eval_every + wait):
                 notes.append(f"warning: {metrics} has lost its lines of steps {lost[0]} to {lost[-1]}")
             notes += [] if left else [f"going on after step {step}"]
         elif cfg.resume:
@@ -197,9 +197,9 @@ class Store:
     def save_round(self, left: Round) -> int:
         """Write a checkpoint within a round that workers have left: of each of them, and how far it is. Returns its
         step, the last that all have done."""
-        progress = left.arrays()
+        arrays = accounts.arrays_of(left.workers, left.reported.logged, left.steps)
         self._left = self.run.learning.now.round_state()
-        self._write(int(progress[rounds.STEPS].min()), self._left, progress)
+        self._write(int(arrays[accounts.STEPS].min()), self._left, arrays)
         return self._saved
 
     def _write(self, step: int, state: State, more: Mapping[str, Any]) -> None:

@@ -27,6 +27,8 @@ from mpiml.training.noise import NoiseScale
 from mpiml.training.place import Agree, BuiltModel, another, gradients, place
 from mpiml.training.resolve import Resolved
 
+MOST_ARRAYS = 200_000  # of a checkpoint; the header of a safetensors file has room for some 100 bytes of each of 10^6
+
 
 @dataclass(frozen=True)
 class Ingredients:
@@ -87,6 +89,7 @@ class Learners:
             self.average = Average(of.grid, groups, workers, copies, config.memory, *outer)
             self.recall = Recall(of.grid.comm)
         self.state = self._state()
+        self.arrays = sum(len(layout.parameters) for layout in of.model.layouts)  # of a vector of the whole model
 
     def _learner(self, of: Ingredients, number: int, sum_: GradientSum, agree: Agree) -> Learner:
         config, grid = of.config, self._of_group
@@ -111,6 +114,13 @@ class Learners:
             rate=of.rate,
             noise=of.noise,
         )
+
+    @property
+    def may_leave(self) -> bool:
+        """Whether workers may leave a round: a checkpoint then has the arrays of each of them, for which its header
+        must have room."""
+        arrays = len(self.state.names) * self.arrays
+        return self.count * arrays <= MOST_ARRAYS
 
     def initialise(self, seed: int) -> None:
         """Give all learners first values; collective."""

@@ -13,7 +13,7 @@ from mpiml.config import Config
 from mpiml.data.dataset import open_dataset
 from mpiml.errors import ConfigError, OutputError, freed
 from mpiml.nn.parameters import Parameter
-from mpiml.training import rounds
+from mpiml.training import accounts
 from mpiml.training.calendar import Calendar
 from mpiml.training.run import unsaved
 
@@ -58,7 +58,7 @@ def left(**others: Any) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def test_a_round_that_was_left_goes_on() -> None:
-    rounds.check_left(left(), 7, CALENDAR, 2, "the file")
+    accounts.check_left(left(), 7, CALENDAR, 2, "the file")
 
 
 @pytest.mark.parametrize("steps", [6, 7, 43])
@@ -66,7 +66,7 @@ def test_a_round_that_was_left_cannot_become_shorter(steps: int) -> None:
     shorter = Calendar(CALENDAR.config.replace(steps=steps))
     text = f"--steps {steps}: the file was saved within the round of steps 5 to 44, .* at least 44 would work"
     with pytest.raises(ConfigError, match=text):
-        rounds.check_left(left(), 7, shorter, 2, "the file")
+        accounts.check_left(left(), 7, shorter, 2, "the file")
 
 
 @pytest.mark.parametrize(
@@ -86,12 +86,12 @@ def test_a_round_that_was_left_cannot_become_shorter(steps: int) -> None:
 )
 def test_other_arrays_are_refused(step: int, others: dict[str, Any], text: str) -> None:
     with pytest.raises(OutputError, match=text):
-        rounds.check_left(left(**others), step, CALENDAR, 2, "the file")
+        accounts.check_left(left(**others), step, CALENDAR, 2, "the file")
 
 
 def test_workers_that_a_run_does_not_have_are_refused() -> None:
     with pytest.raises(OutputError, match=r"round\.steps is int64"):
-        rounds.check_left(left(), 7, Calendar(Config(steps=80)), 2, "the file")
+        accounts.check_left(left(), 7, Calendar(Config(steps=80)), 2, "the file")
 
 
 class OneAsks:

@@ -18,7 +18,7 @@ from mpiml.data.dataset import Split
 from mpiml.data.sources import ArraySource
 from mpiml.errors import NotFiniteError
 from mpiml.parallel import grid as grids
-from mpiml.parallel import rounds
+from mpiml.parallel import votes as ballots
 from mpiml.parallel.record import Record
 from mpiml.parallel.stage import Computation, Stage
 from mpiml.team import Team
@@ -78,7 +78,7 @@ def test_the_first_chunk_that_is_not_finite_is_named(pipe: int, bad: float) -> N
 @pytest.mark.parametrize(("who", "when"), [(WORLD.size - 1, 0), (0, 2)])
 def test_all_ranks_leave_before_the_same_chunk_soon(pipe: int, who: int, when: int, monkeypatch: Any) -> None:
     """And no message is left over that a later evaluation would take for its own."""
-    monkeypatch.setattr(rounds, "PAUSE", 0.0)
+    monkeypatch.setattr(ballots, "PAUSE", 0.0)
     scored = Scored(np.arange(23.0 * WORLD.size), pipe)
     whole = scored.score()
     assert scored.score(lambda: who == WORLD.rank and scored.done >= when) is None
@@ -90,7 +90,7 @@ def test_all_ranks_leave_before_the_same_chunk_soon(pipe: int, who: int, when: i
 @pytest.mark.parametrize("pipe", PIPES)
 def test_who_asks_in_the_last_chunks_comes_too_late(pipe: int, monkeypatch: Any) -> None:
     """Those with fewer chunks than others take part all the same."""
-    monkeypatch.setattr(rounds, "PAUSE", 0.0)
+    monkeypatch.setattr(ballots, "PAUSE", 0.0)
     scored = Scored(np.arange(2.0 * pipe * WORLD.size + 1), pipe)
     asked: list[int] = []
 
@@ -106,7 +106,7 @@ def test_who_asks_in_the_last_chunks_comes_too_late(pipe: int, monkeypatch: Any)
 def test_quick_chunks_are_voted_on_seldom() -> None:
     """At a pause that the slowest rank sets for all."""
     asked = list[int]()
-    series = rounds.Rounds(Team(WORLD, Clock()), 1, lambda: bool(asked.append(1)))
+    series = ballots.Votes(Team(WORLD, Clock()), 1, lambda: bool(asked.append(1)))
     for _ in range(100):
         assert series.go_on()
         time.sleep(0.004 if WORLD.rank == 0 else 0.0)

@@ -1,4 +1,4 @@
-"""A round of workers: its lines, a worker that cannot go on, one that is left and gone on with, and hostile arrays."""
+"""A round of workers: its lines, a worker that cannot go on, and one that is left and gone on with."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 
 from mpiml.config import Config
 from mpiml.data.dataset import open_dataset
-from mpiml.errors import ConfigError, NotFiniteError, OutputError
-from mpiml.training.calendar import Calendar
-from mpiml.training.rounds import ENDS, LINES, LOGGED, STEPS, WEIGHTS, Round, check_left
+from mpiml.errors import NotFiniteError
+from mpiml.training.accounts import LINES, STEPS, WEIGHTS, arrays_of, check_left
+from mpiml.training.rounds import Round
 from mpiml.training.run import NEVER, Run, unsaved
 
-CALENDAR = Calendar(Config(steps=8, average_every=4, workers=4))
 Make = Callable[..., Run]
 
 
@@ -37,6 +36,10 @@ def run() -> Iterator[Make]:
     for one in made:
         one.data.ahead.__exit__(None, None, None)
         one.free()
+
+
+def arrays(left: Round) -> dict[str, NDArray[Any]]:
+    return arrays_of(left.workers, left.reported.logged, left.steps)
 
 
 def values(run: Run) -> bytes:
@@ -82,7 +85,7 @@ def test_a_worker_that_cannot_go_on_is_named(run: Make) -> None:
     for worker in (3, 2):
         one.learning.now.own[worker].stage.sum.values.vector[:] = np.nan
     made.train(one.data.ahead.batches, NEVER)
-    assert [progress.done for progress in made.progress] == [4, 4, 0, 0]
+    assert [account.done for account in made.accounts] == [4, 4, 0, 0]
     with pytest.raises(
         NotFiniteError, match=r"^worker 2: the loss is not finite in step 1 \(micro-batch 4, rank 0\)"
     ) as error:
@@ -105,12 +108,12 @@ def test_a_round_that_was_left_goes_on_where_it_was(run: Make, asked: int) -> No
     done = left.advance(5, Leave(asked))
     assert (done.stop, done.steps) == (True, [])
     assert done.left
-    arrays = done.left.arrays()
+    saved = arrays(done.left)
     state = left.learning.now.round_state()
-    check_left(arrays, int(arrays[STEPS].min()), left.calendar, left.model.metric.columns, "c")
-    assert set(arrays[STEPS]) == {5 + (asked - 1) // 4}
+    check_left(saved, int(saved[STEPS].min()), left.calendar, left.model.metric.columns, "c")
+    assert set(saved[STEPS]) == {5 + (asked - 1) // 4}
     after.learning.now.round_state().distribute(state.collect(), *state.names)
-    after.learning.left = arrays
+    after.learning.left = saved
     gone_on = after.advance(5)
     assert values(after) == values(whole)
     for now, was in zip(gone_on.steps, expected.steps, strict=True):
@@ -135,7 +138,7 @@ def test_workers_that_were_left_at_different_steps_end_alike(run: Make) -> None:
         one.advance(1)
         left = one.advance(5, Leave(asked)).left
         assert left
-        given.append((left.arrays(), one.learning.now.round_state().collect()))
+        given.append((arrays(left), one.learning.now.round_state().collect()))
     (early, vectors), (late, others) = given
     for name in (STEPS, WEIGHTS, LINES):
         early[name][2:] = late[name][2:]
@@ -150,68 +153,3 @@ def test_workers_that_were_left_at_different_steps_end_alike(run: Make) -> None:
 def test_one_that_asks_in_the_last_step_leaves_nothing(run: Make) -> None:
     done = run().advance(1, Leave(13))
     assert (len(done.steps), done.left) == (4, None)
-
-
-def arrays(**changes: NDArray[Any] | None) -> dict[str, NDArray[Any]]:
-    """Of 4 workers within steps 5 to 8, of which 6 is logged, with 3 columns of the metric."""
-    good: dict[str, Any] = {
-        STEPS: np.array([5, 6, 6, 7]),
-        WEIGHTS: np.full(4, 16.0),
-        LINES: np.zeros((4, 2, 7)),
-        LOGGED: np.array([6]),
-        ENDS: np.array([5, 8]),
-    }
-    good |= {f"round.{name}": array for name, array in changes.items()}
-    return {name: array for name, array in good.items() if array is not None}
-
-
-def test_good_arrays_are_taken() -> None:
-    check_left(arrays(), 5, CALENDAR, 3, "c")
-    check_left(arrays(logged=np.array([6, 8])), 5, CALENDAR, 3, "c")
-    check_left(arrays(logged=np.empty(0, np.int64), lines=np.zeros((4, 1, 7))), 5, CALENDAR, 3, "c")
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"steps": None},
-        {"weights": None},
-        {"lines": None},
-        {"logged": None},
-        {"steps": np.array([5.0, 6, 6, 4])},
-        {"steps": np.array([5, 6, 6, 4], np.int32)},
-        {"steps": np.array([[5, 6], [6, 4]])},
-        {"steps": np.array([5, 6, 6, 3])},
-        {"steps": np.array([5, 6, 6, 9])},
-        {"steps": np.array([5, 6, 6, -(2**63)])},
-        {"steps": np.empty(0, np.int64)},
-        {"weights": np.zeros(3)},
-        {"weights": np.zeros(4, np.float32)},
-        {"weights": np.zeros(())},
-        {"lines": np.zeros((4, 2, 6))},
-        {"lines": np.zeros((4, 3, 7))},
-        {"lines": np.zeros((4, 14))},
-        {"lines": np.zeros((4, 2, 7), np.complex128)},
-        {"logged": np.array([[6]])},
-        {"logged": np.array(6)},
-        {"logged": np.array([6.0])},
-        {"logged": np.array([4])},
-        {"logged": np.array([9]), "lines": np.zeros((4, 2, 7))},
-        {"logged": np.array([True])},
-        {"ends": None},
-        {"ends": np.array([5, 7]), "lines": np.zeros((4, 2, 7))},
-        {"ends": np.array([4, 8])},
-        {"ends": np.array([5])},
-        {"ends": np.array([5.0, 8.0])},
-    ],
-)
-def test_hostile_arrays_are_one_line_that_names_the_checkpoint(changes: dict[str, Any]) -> None:
-    with pytest.raises(OutputError, match=r"^c[: ]") as error:
-        check_left(arrays(**changes), 5, CALENDAR, 3, "c")
-    assert "\n" not in str(error.value)
-    assert len(str(error.value)) < 300
-
-
-def test_another_number_of_workers_is_refused_with_what_would_work() -> None:
-    with pytest.raises(ConfigError, match=r"^--workers 2: c was saved within a round of 4 workers, .* --workers 4"):
-        check_left(arrays(), 5, Calendar(Config(steps=8, average_every=4, workers=2)), 3, "c")

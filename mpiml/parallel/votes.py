@@ -14,7 +14,7 @@ from mpiml.team import Team, wait
 PAUSE = 0.2  # seconds between rounds of votes, roughly
 
 
-class Rounds:
+class Votes:
     """Rounds of votes on whether to stop, held now and then while ranks go through their chunks.
 
     Votes cast before a chunk are counted `lag` chunks later, because one stage of a pipeline may be that far ahead of
