@@ -66,8 +66,9 @@ def _check_flags(chosen: argparse.Namespace, config: Config) -> None:
         if name in (config.given or ()):
             why = "is the study's to choose" if name in CHOSEN else "is of no use to a study"
             raise ConfigError(f"{flag(name)} {why}; leave it out after --")
-    if chosen.batches and chosen.target is None:
-        raise ConfigError("--batches: these only train to a target; say which with --target X")
+    for name, there in (("batches", chosen.batches), ("trainings", chosen.trainings > 1)):
+        if there and chosen.target is None:
+            raise ConfigError(f"--{name}: these only train to a target; say which with --target X")
     if chosen.target is not None and config.average_every and not config.workers:
         every = f"--target with --average-every {config.average_every}"
         raise ConfigError(f"{every}: each grid would have other workers, and train another model; give --workers too")

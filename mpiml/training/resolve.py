@@ -111,7 +111,7 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int, befo
     Raises ConfigError for micro-batches that the replicas or the rows cannot share, for settings that do not fit the
     labels, and for a run that would go on with a learning rate that has fallen already.
     """
-    microbatches, workers = shared_out(config, rows, replicas)
+    microbatches, workers = shared_out(config, rows, replicas, before is not None)
     if before:
         config = rounds_kept(extended(config, before, rows), before, rows)
     elif config.classes is not None and (not classification or of_values(config)):

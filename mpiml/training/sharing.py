@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mpiml.config import Config
 from mpiml.errors import ConfigError
 from mpiml.parallel.tree import aligned
 
 
-def shared_out(config: Config, rows: int, replicas: int) -> tuple[int, int | None]:
+def shared_out(config: Config, rows: int, replicas: int, goes_on: bool = False) -> tuple[int, int | None]:
     """The numbers of micro-batches of a step and of workers, None if there are none.
 
-    Raises ConfigError for micro-batches that replicas, workers or rows cannot share.
+    A run that `goes_on` keeps its micro-batches. Raises ConfigError for micro-batches that replicas, workers or rows cannot share.
     """
     workers = (config.workers or replicas) if config.average_every else None
     if workers and workers % replicas and replicas % workers:
@@ -31,14 +33,22 @@ def shared_out(config: Config, rows: int, replicas: int) -> tuple[int, int | Non
     if microbatches > rows:
         raise ConfigError(f"--microbatches {microbatches}: the data set has only {rows} rows to share out")
     if workers and microbatches % workers:
-        below = microbatches // workers * workers
-        near = " or ".join(str(number) for number in (below, below + workers) if 0 < number <= rows)
-        fits = next(w for w in range(workers, 0, -1) if not (microbatches % w or (w % replicas and replicas % w)))
-        raise ConfigError(
-            f"--microbatches {microbatches}: {workers} workers need equally many each; {near} would work, or "
-            f"--workers {fits}"
-        )
+        raise _unequal(workers, microbatches, [] if goes_on else range(replicas, rows + 1))
     return microbatches, workers
+
+
+def _unequal(workers: int, microbatches: int, allowed: Sequence[int]) -> ConfigError:
+    """What is wrong with workers that do not divide the micro-batches, with what would work in place of either;
+    `allowed` are other numbers of micro-batches."""
+    divisors = [number for number in range(1, microbatches + 1) if microbatches % number == 0]
+    less, more = [w for w in divisors if w < workers][-1:], [w for w in divisors if w > workers][:1]
+    below = microbatches // workers * workers
+    ways = [f"--workers {' or '.join(map(str, less + more))}"]
+    ways += [f"--microbatches {number}" for number in (below, below + workers) if number in allowed]
+    return ConfigError(
+        f"--workers {workers} --microbatches {microbatches}: workers need equally many micro-batches each; "
+        f"{' or '.join(ways)} would work"
+    )
 
 
 def _fitting(most: int, workers: int) -> int:

@@ -14,7 +14,7 @@ from mpiml.config import Config
 from mpiml.scaling.epochs import EpochsLaw, Reached, fit_epochs
 from mpiml.scaling.jobs import jobs_of, run_directory
 from mpiml.scaling.laws import Interval
-from mpiml.scaling.plots import draw_epochs
+from mpiml.scaling.plots import draw, draw_epochs
 from mpiml.scaling.points import STUDY, Point, batches_to_train, points_of
 from mpiml.scaling.report import fit, fits_text, notes
 from mpiml.scaling.results import Study, load_study
@@ -256,6 +256,10 @@ def test_studies_that_do_not_know_their_rows_have_no_law(tmp_path: Path) -> None
     assert table(study)[2] == "| 64 | 1 | 40 |  |  |  |"
     assert study.lines[0].target
     assert study.lines[0].target.steps == 40
+
+
+def test_without_a_run_that_reached_the_target_there_is_no_plot_of_epochs(tmp_path: Path) -> None:
+    assert "epochs" not in draw(load_study(trained(tmp_path, dict.fromkeys(STEPS))), tmp_path)
 
 
 def test_the_plot_shows_runs_law_and_noise_scales(tmp_path: Path) -> None:

@@ -432,6 +432,7 @@ def test_nobody_needs_to_read_what_is_printed(module: str) -> None:
         (["run", "--ranks", "2", "--", "--hiden", "2"], "did you mean --hidden"),
         (["run", "--ranks", "2", "--sbatch", "--partition=x"], "--slurm, which is not given"),
         (["run", "--ranks", "2", "--target", "1", "--", "--eval-every", "0"], "--eval-every 0"),
+        (["run", "--ranks", "1", "--trainings", "3"], "--trainings: these only train to a target; say which with"),
         (["run", "--ranks", "1", "--batches", "32,64"], "--batches: these only train to a target; say which with"),
         (["run", "--ranks", "1", "--batches", "0,8", "--target", "1"], "--batches: must be whole numbers"),
         (["run", "--ranks", "1", "--batches", "8,9999", "--target", "1"], "9999: more than the 1437 rows to train on"),

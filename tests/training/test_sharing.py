@@ -3,6 +3,7 @@ which settings of workers a run may have, and which it keeps."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +49,22 @@ def test_what_fits(replicas: int, settings: dict[str, Any], expected: tuple[int,
         (
             4,
             {"workers": 8, "microbatches": 12},
-            "--microbatches 12: 8 workers need equally many each; 8 or 16 would work, or --workers 4",
+            "--workers 8 --microbatches 12: workers need equally many micro-batches each; "
+            "--workers 6 or 12 or --microbatches 8 or "
+            "--microbatches 16 would work",
         ),
         (
             1,
             {"workers": 4, "microbatches": 3},
-            "--microbatches 3: 4 workers need equally many each; 4 would work, or --workers 3",
+            "--workers 4 --microbatches 3: workers need equally many micro-batches each; "
+            "--workers 3 or --microbatches 4 would work",
         ),
         (
             1,
             {"workers": 4, "microbatches": 7, "rows": 7},
-            "--microbatches 7: 4 workers need equally many each; 4 would work, or --workers 1",
+            "--workers 4 --microbatches 7: workers need equally many micro-batches each; "
+            "--workers 1 or 7 or --microbatches 4 would "
+            "work",
         ),
         (
             4,
@@ -83,10 +89,12 @@ def test_what_is_said_to_work_works() -> None:
                     continue
                 with pytest.raises(ConfigError) as error:
                     shared(replicas, **settings)
-                numbers, fits = str(error.value).split(";")[1].split(" would work, or --workers ")
-                for number in numbers.split(" or "):
-                    assert shared(replicas, **settings | {"microbatches": int(number)})
-                assert shared(replicas, **settings | {"workers": int(fits)})
+                ways = re.findall(r"(microbatches|workers) (\d+)(?: or (\d+))?", str(error.value).split(";")[1])
+                assert {way[0] for way in ways} == {"workers", "microbatches"}
+                for way in ways:
+                    for number in filter(None, way[1:]):
+                        config = Config(**settings | {way[0]: int(number)})
+                        assert shared_out(config, 1000, busy(config, None, replicas))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +168,7 @@ def test_workers_are_kept_and_another_number_must_be_said() -> None:
     for asked, workers in ({}, 4), ({"workers": 6}, 6), ({"workers": 4}, 4):
         after = resolve(resumed(Config(resume=True, out="a", **asked), before), 1000, True, 2, before)
         assert (after.workers, after.microbatches, after.averaged_at) == (workers, 12, ())
-    with pytest.raises(ConfigError, match=r"^--microbatches 12: 8 workers .*, or --workers 6"):
+    with pytest.raises(ConfigError, match=r"^--workers 8 --microbatches 12: .* each; --workers 6 or 12 would work$"):
         resolve(resumed(Config(resume=True, out="a", workers=8), before), 1000, True, 2, before)
 
 
