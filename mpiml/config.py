@@ -156,25 +156,44 @@ class Config:
     average_every: int = setting(
         0,
         STEPS,
-        "steps that workers take by themselves, each with a part of the micro-batches, before their models are "
-        "averaged; 0: gradients are summed at every step",
+        "steps of a round: workers take them apart, each with its part of the micro-batches, and then average their "
+        "models; 0: no workers, gradients are summed at every step",
         low=0,
     )
     workers: int | None = setting(
-        None, STEPS, "how many learn by themselves (default: replicas)", low=1, on_resume=True
+        None,
+        STEPS,
+        "copies of the model that learn apart in rounds (default: replicas)",
+        low=1,
+        on_resume=True,
     )
-    average_from: int = setting(0, STEPS, "the first step for workers; up to it gradients are summed", low=0)
+    average_from: int = setting(
+        0, STEPS, "first step that workers take apart; before it, gradients are summed at every step", low=0
+    )
     outer_lr: float = setting(
-        1.0, STEPS, "part of the way from the last average to the new one that is gone; see --outer-momentum", low=0
+        1.0,
+        STEPS,
+        "learning rate of the outer step, which goes from the last average towards the new one; with 1 and no momentum "
+        "it ends there",
+        low=0,
     )
-    outer_momentum: float = setting(0.0, STEPS, "coefficient of Nesterov momentum in going there", low=0, below=1)
+    outer_momentum: float = setting(
+        0.0,
+        STEPS,
+        "coefficient of the outer step's Nesterov momentum; DiLoCo has 0.9, with --outer-lr 0.7",
+        low=0,
+        below=1,
+    )
     averaged_at: tuple[int, ...] = setting(
-        (), STEPS, "last steps that a run had before it was extended; is written by the run itself", low=1
+        (),
+        STEPS,
+        "steps with which the run was to end before it was given more; rounds end there too; written by the run itself",
+        low=1,
     )
     noise_scale: bool = setting(
         False,
         STEPS,
-        "measure, at steps that are logged, beyond which batch size more rows bring little; needs two micro-batches",
+        "measure, at logged steps, beyond which batch size more rows bring little; needs two or more micro-batches",
         on_resume=True,
     )
     shuffle: str = setting(
@@ -207,7 +226,7 @@ class Config:
         choices=["none", "linear", "sqrt"],
     )
     base_batch: int | None = setting(
-        None, OPTIMIZER, "rows per step that the learning rate is chosen for, if it is scaled", low=1
+        None, OPTIMIZER, "rows of a step for which the learning rate is right before it is scaled", low=1
     )
     momentum: float = setting(0.9, OPTIMIZER, "coefficient of momentum, nesterov and lars", low=0, below=1)
     betas: tuple[float, ...] = setting(
@@ -306,8 +325,8 @@ class Config:
     stop_grace: float = setting(
         60.0,
         RUN,
-        "seconds for which workers go on to their next average when the run is asked to stop; if it is further away, "
-        "each is saved by itself",
+        "most seconds that workers take to finish their round when the run is asked to stop; if that is not enough, "
+        "they stop within it, and each worker's model is saved",
         low=0,
         on_resume=True,
     )

@@ -164,7 +164,9 @@ def check(field: dataclasses.Field[Any], value: Any) -> None:
     if about["low"] is None:
         return
     for number in value if isinstance(value, tuple) else (value,):
-        if not (math.isfinite(number) and about["low"] <= number < about["below"]):
+        if not math.isfinite(number):
+            raise ConfigError(f"{what}: must be a finite number")
+        if not about["low"] <= number < about["below"]:
             limit = f" and less than {about['below']:g}" if about["below"] < math.inf else ""
             raise ConfigError(f"{what}: must be at least {about['low']:g}{limit}")
 

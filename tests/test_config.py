@@ -215,6 +215,7 @@ def test_underscores_and_lists_of_one_are_fine_in_a_file(tmp_path: Path) -> None
         (["--workers", "0"], ["--workers 0", "at least 1"]),
         (["--average-from", "1.5"], ["--average-from 1.5", "whole number"]),
         (["--outer-lr", "-0.5"], ["--outer-lr -0.5", "at least 0"]),
+        (["--outer-lr", "inf"], ["--outer-lr inf", "must be a finite number"]),
         (["--outer-lr", "inf"], ["--outer-lr inf"]),
         (["--outer-momentum", "1"], ["--outer-momentum 1", "at least 0", "less than 1"]),
         (["--averaged-at", "0"], ["--averaged-at 0", "at least 1"]),

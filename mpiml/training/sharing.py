@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from mpiml.config import Config
 from mpiml.errors import ConfigError
+from mpiml.nn import optimizers
 from mpiml.parallel.tree import aligned
 
 
 def shared_out(config: Config, rows: int, replicas: int, goes_on: bool = False) -> tuple[int, int | None]:
     """The numbers of micro-batches of a step and of workers, None if there are none.
 
-    A run that `goes_on` keeps its micro-batches. Raises ConfigError for micro-batches that replicas, workers or rows cannot share.
+    A run that `goes_on` keeps its micro-batches. Raises ConfigError for micro-batches that replicas, workers or rows
+    cannot share.
     """
     workers = (config.workers or replicas) if config.average_every else None
     if workers and workers % replicas and replicas % workers:
@@ -97,7 +100,17 @@ def workers_text(config: Config, replicas: int) -> list[str]:
         text += f" of {replicas // workers} replicas" if workers < replicas else f", {workers // replicas} to a replica"
     text += f": learning apart from step {max(config.average_from, 1)} on, averaged every "
     text += _count(config.average_every, "step") if config.average_every > 1 else "step"
-    return [text + (f" by an outer step, rate {rate:g}, momentum {momentum:g}" if (rate, momentum) != (1, 0) else "")]
+    text += f" by an outer step, rate {rate:g}, momentum {momentum:g}" if (rate, momentum) != (1, 0) else ""
+    if min(replicas, workers) > 1 and config.average_every < (sums := _sums(config)):
+        text += f"; that sends more than a sum at every step, which --average-every {math.ceil(sums)} does not"
+    return [text]
+
+
+def _sums(config: Config) -> float:
+    """How many sums of gradients send as much as an average: of the weights, and of each vector that is kept for them.
+    An outer step sends the weights on once more, which is half of a sum."""
+    kept = len(optimizers.build(config.optimizer, 0.0, 0.0).states) + (config.ema > 0)
+    return 1 + kept + ((config.outer_lr, config.outer_momentum) != (1, 0)) / 2
 
 
 def _count(number: int, thing: str) -> str:

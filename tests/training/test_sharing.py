@@ -215,13 +215,31 @@ def test_fewest_messages_are_those_of_each_workers_own_sum(
     ("replicas", "settings", "line"),
     [
         (4, {}, "4 workers: learning apart from step 1 on, averaged every 8 steps"),
-        (2, {"average_every": 1}, "4 workers, 2 to a replica: learning apart from step 1 on, averaged every step"),
+        (
+            2,
+            {"average_every": 1, "optimizer": "sgd"},
+            "4 workers, 2 to a replica: learning apart from step 1 on, averaged every step",
+        ),
         (
             8,
             {"average_from": 5, "outer_lr": 0.7},
             "4 workers of 2 replicas: learning apart from step 5 on, averaged every 8 steps by an outer step, "
             "rate 0.7, momentum 0",
         ),
+        (4, {"average_every": 3}, "4 workers: learning apart from step 1 on, averaged every 3 steps"),
+        (
+            4,
+            {"average_every": 2},
+            "4 workers: learning apart from step 1 on, averaged every 2 steps; that sends more than a sum at every "
+            "step, which --average-every 3 does not",
+        ),
+        (
+            4,
+            {"average_every": 1, "optimizer": "momentum", "outer_lr": 0.5, "ema": 0.9},
+            "4 workers: learning apart from step 1 on, averaged every step by an outer step, rate 0.5, momentum 0; "
+            "that sends more than a sum at every step, which --average-every 4 does not",
+        ),
+        (1, {"average_every": 2}, "4 workers, 4 to a replica: learning apart from step 1 on, averaged every 2 steps"),
     ],
 )
 def test_a_run_says_how_many_learn_apart_and_when_they_meet(replicas: int, settings: Any, line: str) -> None:
