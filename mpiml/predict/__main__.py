@@ -112,10 +112,11 @@ def predict(chosen: argparse.Namespace) -> int:
     one = max(predictor.grids(1, 1), key=lambda prediction: prediction.samples_per_second)
     best = {ranks: max(some, key=lambda one: one.samples_per_second) for ranks, some in grids.items() if some}
     print("\n".join(["", *_screen(best, one, node_ranks, predictor.target if predictor.law else None)]))
-    workers = predictor.config.workers
+    workers, given = predictor.config.workers, predictor.config.microbatches
+    few = f"--microbatches {given} are too few for" if given else "the batch has too few rows for the micro-batches of"
     for ranks in sorted(grids.keys() - best.keys()):
         or_workers = f", or no grid can share {workers} workers" if workers else ""
-        print(f"{plural(ranks, 'rank')}: the batch has too few rows for the micro-batches of any grid{or_workers}")
+        print(f"{plural(ranks, 'rank')}: {few} any grid{or_workers}")
     if predictor.law is not None:
         print("\n".join(_to_target(list(best.values()), predictor.law)))
     return 0
@@ -149,7 +150,7 @@ def _to_target(best: Sequence[Prediction], law: EpochsLaw) -> list[str]:
     known = [(one, one.seconds_to_target.value) for one in best if one.seconds_to_target]
     if known:
         least, seconds = min(known, key=lambda pair: pair[1])
-        more = "more take longer" if least.ranks < best[-1].ranks else "more may take less"
+        more = "more ranks take longer" if least.ranks < best[-1].ranks else "more ranks may take less"
         where = f"{plural(least.ranks, 'rank')} with a batch of {least.batch}, {rounded(seconds)} s; {more}"
         lines += [
             f"least seconds to the target: on {where}",

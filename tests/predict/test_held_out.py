@@ -141,14 +141,14 @@ def test_where_more_replicas_stop_paying(tmp_path: Path, capsys: pytest.CaptureF
     head = next(line for line in output.splitlines() if line.startswith("ranks"))
     assert head.endswith("epochs to 0.9  seconds to it (95 %)")
     assert "least seconds to the target: on 16 ranks with a batch of 960, " in output
-    assert "more may take less" in output
+    assert "more ranks may take less" in output
     assert "ASSUMED: the law" not in output
     output = predicted(study, capsys, "--ranks", "1,16,32,1024")
     assert "ASSUMED: the law of epochs also for batches of 1920, 61440; runs have 31.9 to 718 rows a step" in output
     (tmp_path / "slow").mkdir()
     slow = accurate(tmp_path / "slow", "weak", {32: 1, 128: 5, 512: 30})
     output = predicted(slow, capsys, "--ranks", "1,2,1024")
-    assert "; more take longer" in output
+    assert "; more ranks take longer" in output
 
 
 def test_predictions_do_not_measure_the_noise_scale(tmp_path: Path) -> None:

@@ -249,6 +249,9 @@ def test_grids_that_cannot_share_the_workers_are_left_out(tmp_path: Path, capsys
     }
     assert main(["predict", str(tmp_path), "--ranks", "5"]) == 0
     assert "5 ranks: the batch has too few rows for the micro-batches of any grid, or" in capsys.readouterr().out
+    (tmp_path / STUDY).write_text(json.dumps(study | {"settings": [*study["settings"], "--microbatches", "4"]}))
+    assert main(["predict", str(tmp_path), "--ranks", "64"]) == 0
+    assert "64 ranks: --microbatches 4 are too few for any grid\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"mode": "strong", "settings": [], "points": [{"x": 1}]}'])
