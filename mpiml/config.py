@@ -173,8 +173,8 @@ class Config:
     outer_lr: float = setting(
         1.0,
         STEPS,
-        "learning rate of the outer step, which goes from the last average towards the new one; with 1 and no momentum "
-        "it ends there",
+        "learning rate of the outer step, from the model at the start of a round towards the average; with 1 and no "
+        "momentum it ends there",
         low=0,
     )
     outer_momentum: float = setting(

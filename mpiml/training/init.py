@@ -64,7 +64,7 @@ def take(
                 values[name][...] = value
             else:
                 constants[name] = value
-        within = ", within a round of workers: as before it" if accounts.STEPS in file.kinds else ""
+        within = ", within a round of workers: the weights at its start" if accounts.STEPS in file.kinds else ""
         step = f" (step {saved.step}{within})" if saved else ""
         some = f": {planned.count()}" if len(planned.sources) < len(planned.wanted) else ""
         notes = [f"warning: skipped {problem}" for file, problem in skipped.items() if file.exists()]
