@@ -307,7 +307,7 @@ def test_every_character_survives_toml() -> None:
 
 @pytest.mark.parametrize("name", sorted(LAYOUT_AND_LOGGING | PLACES))
 def test_a_resumed_run_may_change_layout_length_logging_and_places(name: str) -> None:
-    before = Config(seed=8, microbatches=6, steps=30, pipe=2, cuts=(4,))
+    before = Config(seed=8, microbatches=6, steps=30, pipe=2, cuts=(4,), average_every=4)
     asked = parse(["--resume", *as_flags(name)] + (["--out", "runs/a"] if name not in ("out", "resume") else []))
     after = resumed(asked, before)
     assert getattr(after, name) == OTHERS[name][2]

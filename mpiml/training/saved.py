@@ -111,7 +111,7 @@ def may_become(stored: Config, field: dataclasses.Field[Any], value: Any) -> boo
     """Whether a stored run may be resumed with another value of a setting."""
     if field.name == "ignore":  # where it was not set, -1 was ignored, or did not occur
         return stored.ignore is None and value == -1
-    if field.name == "averaged_at":
+    if field.name in ("averaged_at", "workers"):
         return stored.average_every > 0
     if field.name in (*FALLING, *HISTORY):  # for more steps than before, which is checked when their number is known
         return stored.decay != "none"
@@ -120,7 +120,8 @@ def may_become(stored: Config, field: dataclasses.Field[Any], value: Any) -> boo
 
 def refusal(asked: Config, name: str, was: Any) -> ConfigError:
     """The error for a setting of a resumed run that must stay what it `was`."""
+    has = "none" if was in (None, ()) else text(was)
     return ConfigError(
-        f"{flag(name)} {text(getattr(asked, name))}: the run in {asked.out} has {text(was) or 'none'}, and another "
+        f"{flag(name)} {text(getattr(asked, name))}: the run in {asked.out} has {has}, and another "
         "value would change its results; leave the flag out, or start a new run with --init"
     )

@@ -172,6 +172,12 @@ def test_workers_are_kept_and_another_number_must_be_said() -> None:
         resolve(resumed(Config(resume=True, out="a", workers=8), before), 1000, True, 2, before)
 
 
+def test_a_run_without_workers_goes_on_without() -> None:
+    before = resolve(Config(out="a", steps=20), 1000, True, 1)
+    with pytest.raises(ConfigError, match=r"^--workers 4: the run in a has none, and another value would change"):
+        resumed(Config(resume=True, out="a", workers=4), before)
+
+
 @pytest.mark.parametrize(
     "changed", [{"average_every": 4}, {"average_from": 9}, {"outer_lr": 0.5}, {"averaged_at": (3,)}]
 )
