@@ -116,8 +116,15 @@ class Average:
             part[...] = self.copies[0].sum.values.vector[slice(*of)]
 
     def meet(self, counted: Sequence[bool], count: int, measure: bool) -> float | None:
-        """Give all workers the averages over the `count` of them that count, of this rank's `counted`, and do the outer
-        step. Returns the distance of the workers from their mean before, if it is to be measured."""
+        """Average over the workers that count, do the outer step, and give all workers the outcome.
+
+        Args:
+            counted: for each of this rank's workers, whether it counts.
+            count: how many of all workers do, at least 1.
+            measure: whether to measure how far apart they were.
+
+        Returns the root of the mean square of the workers' distances from their mean, None if it is not measured.
+        """
         self.clock("update")
         values = [copy.sum.values for copy in self.copies]
         mean = self._mean([self._gathered(one) for one in values], counted, count)

@@ -46,9 +46,9 @@ class Calendar:
         return step if step == steps[-1] else steps[0] - 1
 
     def due(self, step: int, last: bool = True) -> Due:
-        """What is to be done after a step: all of it, where it is done at all, after the last, unless not `last`.
+        """What is to be done after a step; saving and evaluating wait for the end of a round.
 
-        Saving and evaluating wait for the end of a round.
+        After the last step, whatever a run does now and then is done once more, unless `last` is False.
         """
         steps, config = self.round_of(step), self.config
         done = last and step == self.steps

@@ -246,7 +246,7 @@ class Learning:
         self.now.state.distribute(whole, *names)
 
     def names(self, step: int, left: bool) -> tuple[str, ...]:
-        """Of the vectors in a checkpoint of a step, which may be within a round that was left."""
+        """The names of the vectors in a checkpoint of a step; with `left`, of one within a round that was left."""
         names = (VALUES, *self.now.own[0].update.states)
         config = self._of.config
         outer = [OUTER] if self._calendar.apart(step) and is_outer(config.outer_lr, config.outer_momentum) else []
