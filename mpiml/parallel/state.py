@@ -64,16 +64,16 @@ class State:
 
     Args:
         names: of all vectors, the same on all ranks.
-        mine: what this rank has of them, by name.
+        own: what this rank has of them, by name.
         settle: collective; is called when this rank's parts have been distributed.
     """
 
     def __init__(
-        self, grid: Grid, names: Sequence[str], mine: Mapping[str, Part], dtype: DTypeLike, settle: Callable[[], object]
+        self, grid: Grid, names: Sequence[str], own: Mapping[str, Part], dtype: DTypeLike, settle: Callable[[], object]
     ):
         self.comm, self.clock, self.stages = grid.comm, grid.team.clock, grid.stages
-        self.names, self.parts, self.dtype, self.settle = tuple(names), mine, np.dtype(dtype), settle
-        known = {name: (part.size, list(part.held), list(part.collected)) for name, part in mine.items()}
+        self.names, self.parts, self.dtype, self.settle = tuple(names), own, np.dtype(dtype), settle
+        known = {name: (part.size, list(part.held), list(part.collected)) for name, part in own.items()}
         self.holdings: list[_Holding] = allgather(self.comm, _Holding(grid.stage, known))
 
     def collect(self, *names: str) -> list[dict[str, Vector]]:
