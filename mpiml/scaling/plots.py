@@ -140,7 +140,7 @@ def draw(study: Study, directory: Path) -> list[str]:
     rows = study.base.point.batch
     title = f"strong scaling, batch {rows}" if study.mode == "strong" else f"weak scaling, {rows} rows a rank"
     plots = PLOTS | ({"accuracy": draw_accuracy} if any(line.target for line in study.lines) else {})
-    plots |= {"epochs": draw_epochs} if several(study.trained) else {}
+    plots |= {"epochs": draw_epochs} if several(study.trained) and any(run.reached for run in study.trained) else {}
     for name, plot in plots.items():
         figure, axes = pyplot.subplots(figsize=(5, 3.75), layout="constrained")
         figure.suptitle(title, fontsize=10)

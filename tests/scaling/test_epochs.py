@@ -6,11 +6,13 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mpiml.config import Config
+from mpiml.scaling.__main__ import main
 from mpiml.scaling.epochs import EpochsLaw, Reached, fit_epochs
 from mpiml.scaling.jobs import jobs_of, run_directory
 from mpiml.scaling.laws import Interval
@@ -266,3 +268,15 @@ def test_the_plot_shows_runs_law_and_noise_scales(tmp_path: Path) -> None:
     assert shown["measured noise scale, median"] == [90, 90]
     assert shown["runs, between evaluations"] == [64, 128, 320, 640]
     assert (min(shown["E0 (1 + B / B_noise)"]), max(shown["E0 (1 + B / B_noise)"])) == pytest.approx((64, 640))
+
+
+@pytest.mark.parametrize("about", [{"target": 0.99}, {"rows": None}])
+def test_a_study_whose_runs_give_no_epochs_is_reported_without_their_plot(
+    tmp_path: Path, about: dict[str, Any]
+) -> None:
+    """None reached the target, or it is not known how many rows are an epoch."""
+    pytest.importorskip("matplotlib")
+    trained(tmp_path, STEPS, **about)
+    assert main(["report", str(tmp_path)]) == 0
+    assert (tmp_path / "accuracy.png").exists()
+    assert not (tmp_path / "epochs.png").exists()
