@@ -131,6 +131,17 @@ def test_no_parameter_is_negative() -> None:
     assert "grow as fast as the batch or faster; train with smaller ones" in steep.fit.verdict
 
 
+@pytest.mark.parametrize("batches", [(64, 128), (64, 128, 256)])
+def test_a_parameter_that_is_there_by_rounding_alone_is_0(batches: tuple[int, ...]) -> None:
+    """All batches take the same epochs, or epochs as many as they are large."""
+    level = fit_epochs([Reached(b, 3, 4) for b in batches], 0.9)
+    assert (level.slope, parameters(level)[1].value) == (0, math.inf)
+    assert level.fit.verdict == "undecided: epochs do not grow with the batch; train with larger ones"
+    steep = fit_epochs([Reached(b, b / 10, b / 10) for b in batches], 0.9)
+    assert (steep.constant, parameters(steep)[1].value) == (0, 0)
+    assert "grow as fast as the batch or faster; train with smaller ones" in steep.fit.verdict
+
+
 def test_what_the_law_does_not_describe_is_not_supported() -> None:
     jump = fit_epochs([Reached(b, e, e) for b, e in zip(BATCHES, (5, 5, 5, 5, 50, 5), strict=True)], 0.9)
     assert jump.fit.verdict.startswith("not supported: ")
