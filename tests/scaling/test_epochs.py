@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mpiml.config import Config
+from mpiml.errors import OutputError
 from mpiml.scaling.__main__ import main
 from mpiml.scaling.epochs import EpochsLaw, Reached, fit_epochs
 from mpiml.scaling.jobs import jobs_of, run_directory
@@ -291,3 +292,14 @@ def test_a_study_whose_runs_give_no_epochs_is_reported_without_their_plot(
     assert main(["report", str(tmp_path)]) == 0
     assert (tmp_path / "accuracy.png").exists()
     assert not (tmp_path / "epochs.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("step", "scores"), [(0, [{"accuracy": 1.0}]), (1, [{"accuracy": 1.0, "r2": 1.0}]), (1, [{"accuracy": 0.1}, {}])]
+)
+def test_damaged_evaluations_are_one_line(tmp_path: Path, step: int, scores: list[dict[str, float]]) -> None:
+    run = run_directory(trained(tmp_path, STEPS), Point(1, 1, 128, 1), 30)
+    lines = [{"step": step, "evaluation": {"loss": 1.0, "rows": 9} | each} for each in scores]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(OutputError, match=r"^\S+metrics\.jsonl is damaged: its evaluations are not of one metric"):
+        load_study(tmp_path)
