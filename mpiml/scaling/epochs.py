@@ -20,6 +20,7 @@ from mpiml.scaling.laws import LEVEL, Array, Fit, Interval, least_squares
 
 DRAWS = 10_000
 ROUGH = 0.10  # root mean square of the relative distances, up to which the law describes the runs roughly
+ROUNDING = 1e-9  # of one term of the law: the other is 0 if it is less, by the rounding of the fit
 BATCHES = "--batches N,N trains with more"
 
 
@@ -96,6 +97,8 @@ def fit_epochs(runs: Sequence[Reached], target: float) -> EpochsLaw:
     alike = [[run for run in runs if run.batch == batch] for batch in batches]
     means = {batch: mean_of(some).epochs for batch, some in zip(batches, alike, strict=True)}
     constant, slope = least_squares(means, lambda batch: [1.0, batch])
+    constant = constant if constant > ROUNDING * slope * batches[0] else 0.0
+    slope = slope if slope * batches[-1] > ROUNDING * constant else 0.0
     draws = _draws(alike, means) if len(batches) > 2 else None
     distances = [(constant + slope * batch) / epochs - 1 for batch, epochs in means.items()]
     rms, worst = float(np.sqrt(np.mean(np.square(distances)))), max(map(abs, distances))

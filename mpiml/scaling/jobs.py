@@ -138,5 +138,7 @@ def evaluations(run: Path) -> tuple[str, list[tuple[int, float]]]:
     scored = [(line["step"], line["evaluation"]) for _, line in entries if "evaluation" in line]
     if problems or not scored:
         raise OutputError(problems[0] if problems else f"{path} has no evaluation")
-    (metric,) = scored[0][1].keys() - EVALUATION
+    metric, *others = {name for _, scores in scored for name in scores.keys() - EVALUATION} or {""}
+    if others or scored[0][0] < 1 or not all(metric in scores for _, scores in scored):
+        raise OutputError(f"{path} is damaged: its evaluations are not of one metric, after steps from 1 on")
     return metric, [(step, -math.inf if scores[metric] is None else scores[metric]) for step, scores in scored]

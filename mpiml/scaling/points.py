@@ -17,6 +17,16 @@ POINTS = "points"  # a file for each repeat of a point
 TRAINING = "training"  # a run directory for each training run to a target
 JOBS = "jobs"  # SLURM scripts and their logs
 STUDY_KEYS = {"mode", "settings", "points"}  # that STUDY has at least,
+STUDY_KINDS = {
+    "mode": str,
+    "settings": list[str],
+    "points": list[dict[str, int | bool]],
+    "repeats": int,
+    "trainings": int,
+    "target": float | None,
+    "max_epochs": int | None,
+    "rows": int | None,
+}
 REPEAT_KEYS = {"step_seconds", "shares", "rows", "nodes", "cores", "threads", "environment"}  # and a file in POINTS
 
 
@@ -128,12 +138,19 @@ def read_study(directory: Path) -> dict[str, Any]:
     path = directory / STUDY
     if not path.exists():
         raise ConfigError(f"{directory} holds no study: python -m mpiml.scaling run --out {directory} makes one")
+    remedy = "delete it, and the command that made the study goes on with the points that are measured"
     content = _read(path, STUDY_KEYS)
     try:
-        return {**content, "points": [Point(**point) for point in content["points"]]}  # type: ignore[dict-item, index]
+        if content is None:
+            raise OutputError(f"{path} is damaged")
+        documents.check_fields(content, STUDY_KINDS, str(path))
+        if content.get("rows") is not None and content["rows"] < 1:
+            raise OutputError(f"{path} is damaged: rows is {content['rows']}, but a training set has at least 1")
+        return {**content, "points": [Point(**point) for point in content["points"]]}
     except TypeError:
-        remedy = "delete it, and the command that made the study goes on with the points that are measured"
-        raise OutputError(f"{path} is damaged; {remedy}") from None
+        raise OutputError(f"{path} is damaged: points have other fields; {remedy}") from None
+    except OutputError as error:
+        raise OutputError(f"{error}; {remedy}") from None
 
 
 def read_repeat(path: Path) -> dict[str, Any] | None:

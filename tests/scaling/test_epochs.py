@@ -6,11 +6,14 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mpiml.config import Config
+from mpiml.errors import OutputError
+from mpiml.scaling.__main__ import main
 from mpiml.scaling.epochs import EpochsLaw, Reached, fit_epochs
 from mpiml.scaling.jobs import jobs_of, run_directory
 from mpiml.scaling.laws import Interval
@@ -126,6 +129,17 @@ def test_no_parameter_is_negative() -> None:
     assert level.fit.verdict == "undecided: epochs do not grow with the batch; train with larger ones"
     steep = fit_epochs([Reached(b, b**1.2, b**1.2) for b in BATCHES], 0.9)
     assert (parameters(steep)[0].value, parameters(steep)[1].value) == (0, 0)
+    assert "grow as fast as the batch or faster; train with smaller ones" in steep.fit.verdict
+
+
+@pytest.mark.parametrize("batches", [(64, 128), (64, 128, 256)])
+def test_a_parameter_that_is_there_by_rounding_alone_is_0(batches: tuple[int, ...]) -> None:
+    """All batches take the same epochs, or epochs as many as they are large."""
+    level = fit_epochs([Reached(b, 3, 4) for b in batches], 0.9)
+    assert (level.slope, parameters(level)[1].value) == (0, math.inf)
+    assert level.fit.verdict == "undecided: epochs do not grow with the batch; train with larger ones"
+    steep = fit_epochs([Reached(b, b / 10, b / 10) for b in batches], 0.9)
+    assert (steep.constant, parameters(steep)[1].value) == (0, 0)
     assert "grow as fast as the batch or faster; train with smaller ones" in steep.fit.verdict
 
 
@@ -270,3 +284,26 @@ def test_the_plot_shows_runs_law_and_noise_scales(tmp_path: Path) -> None:
     assert shown["measured noise scale, median"] == [90, 90]
     assert shown["runs, between evaluations"] == [64, 128, 320, 640]
     assert (min(shown["E0 (1 + B / B_noise)"]), max(shown["E0 (1 + B / B_noise)"])) == pytest.approx((64, 640))
+
+
+@pytest.mark.parametrize("about", [{"target": 0.99}, {"rows": None}])
+def test_a_study_whose_runs_give_no_epochs_is_reported_without_their_plot(
+    tmp_path: Path, about: dict[str, Any]
+) -> None:
+    """None reached the target, or it is not known how many rows are an epoch."""
+    pytest.importorskip("matplotlib")
+    trained(tmp_path, STEPS, **about)
+    assert main(["report", str(tmp_path)]) == 0
+    assert (tmp_path / "accuracy.png").exists()
+    assert not (tmp_path / "epochs.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("step", "scores"), [(0, [{"accuracy": 1.0}]), (1, [{"accuracy": 1.0, "r2": 1.0}]), (1, [{"accuracy": 0.1}, {}])]
+)
+def test_damaged_evaluations_are_one_line(tmp_path: Path, step: int, scores: list[dict[str, float]]) -> None:
+    run = run_directory(trained(tmp_path, STEPS), Point(1, 1, 128, 1), 30)
+    lines = [{"step": step, "evaluation": {"loss": 1.0, "rows": 9} | each} for each in scores]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(OutputError, match=r"^\S+metrics\.jsonl is damaged: its evaluations are not of one metric"):
+        load_study(tmp_path)

@@ -196,7 +196,12 @@ def test_damaged_files_of_points_are_told_and_count_as_open(tmp_path: Path, text
     assert [job.done for job in jobs] == [job.path != path for job in jobs]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"mode": "strong", "settings": [], "points": [{"x": 1}]}'])
+GOOD = '{"mode": "strong", "settings": [], "points": []'
+DAMAGED = ["", "{", "[]", "{}", GOOD.replace("[]", '[{"x": 1}]'), f'{GOOD}, "rows": 0}}', f'{GOOD}, "rows": "9"}}']
+DAMAGED += [f'{GOOD}, "target": "high"}}', f'{GOOD}, "trainings": "2"}}']
+
+
+@pytest.mark.parametrize("text", DAMAGED)
 @pytest.mark.parametrize("command", ["run", "report"])
 def test_damaged_studies_are_refused(
     tmp_path: Path, text: str, command: str, capsys: pytest.CaptureFixture[str]

@@ -79,11 +79,14 @@ def test_good_arrays_are_taken() -> None:
         {"ends": np.array([4, 8])},
         {"ends": np.array([5])},
         {"ends": np.array([5.0, 8.0])},
+        {"ends": np.array(5)},
+        {"logged": np.array([np.nan])},
     ],
 )
 def test_hostile_arrays_are_one_line_that_names_the_checkpoint(changes: dict[str, Any]) -> None:
     with pytest.raises(OutputError, match=r"^c[: ]") as error:
         check_left(arrays(**changes), 5, CALENDAR, 3, "c")
+    assert any(text in str(error.value) for text in ["another round", *(f"round.{name}" for name in changes)])
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 300
 
@@ -91,3 +94,34 @@ def test_hostile_arrays_are_one_line_that_names_the_checkpoint(changes: dict[str
 def test_another_number_of_workers_is_refused_with_what_would_work() -> None:
     with pytest.raises(ConfigError, match=r"^--workers 2: c was saved within a round of 4 workers, .* --workers 4"):
         check_left(arrays(), 5, Calendar(Config(steps=8, average_every=4, workers=2)), 3, "c")
+
+
+LINE = np.zeros((4, 1, 7))
+
+
+@pytest.mark.parametrize("steps", [4, 5, 7])
+def test_a_round_that_was_left_cannot_become_shorter(steps: int) -> None:
+    shorter = Calendar(CALENDAR.config.replace(steps=steps))
+    text = f"^--steps {steps}: c was saved within the round of steps 5 to 8, .* at least 8 would work"
+    with pytest.raises(ConfigError, match=text):
+        check_left(arrays(), 5, shorter, 3, "c")
+
+
+@pytest.mark.parametrize(
+    ("step", "changes", "text"),
+    [
+        (4, {}, "steps 4 to 4"),
+        (9, {}, "steps 9 to 12"),
+        (4, {"ends": np.array([4, 4]), "steps": np.full(4, 4), "logged": np.array([4]), "lines": LINE}, "steps 4 to 4"),
+    ],
+)
+def test_a_round_of_other_steps_is_refused(step: int, changes: dict[str, Any], text: str) -> None:
+    """Also of steps whose gradients are summed."""
+    later = Calendar(CALENDAR.config.replace(steps=12, average_from=5))
+    with pytest.raises(OutputError, match=f"^c was saved within another round than {text}"):
+        check_left(arrays(**changes), step, later, 3, "c")
+
+
+def test_workers_that_a_run_does_not_have_are_refused() -> None:
+    with pytest.raises(OutputError, match=r"round\.steps is int64"):
+        check_left(arrays(), 5, Calendar(Config(steps=8)), 3, "c")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,12 +13,13 @@ from numpy.typing import NDArray
 
 from mpiml.config import Config
 from mpiml.data.dataset import open_dataset
-from mpiml.errors import NotFiniteError
+from mpiml.errors import NotFiniteError, freed
 from mpiml.training.accounts import LINES, STEPS, WEIGHTS, arrays_of, check_left
 from mpiml.training.rounds import Round
 from mpiml.training.run import NEVER, Run, unsaved
 
 Make = Callable[..., Run]
+WORLD = MPI.COMM_WORLD
 
 
 @pytest.fixture
@@ -153,3 +155,29 @@ def test_workers_that_were_left_at_different_steps_end_alike(run: Make) -> None:
 def test_one_that_asks_in_the_last_step_leaves_nothing(run: Make) -> None:
     done = run().advance(1, Leave(13))
     assert (len(done.steps), done.left) == (4, None)
+
+
+class OneAsks:
+    """A request to stop that only rank 1 has got, after a few steps."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def now(self) -> bool:
+        return False
+
+    def within(self, rest: float, step: float, copies: int) -> bool:
+        self.steps += 1
+        time.sleep(0.002)
+        return WORLD.rank == 1 and self.steps > 3
+
+
+@pytest.mark.mpi
+@pytest.mark.skipif(WORLD.size % 4 > 0, reason="needs two workers of two ranks")
+def test_all_leave_a_round_if_a_neighbour_of_rank_0_asks() -> None:
+    settings = Config(average_every=400, workers=2, microbatches=WORLD.size, steps=400, hidden=(4,), eval_every=0)
+    run = unsaved(WORLD, settings, open_dataset("digits"))
+    with freed(run, WORLD.size), run.data.ahead:
+        left = run.advance(1, OneAsks()).left
+    assert left
+    assert left.accounts[0].done < 200

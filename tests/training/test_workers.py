@@ -10,7 +10,9 @@ import pytest
 from mpi4py import MPI
 
 from mpiml.config import Config
-from mpiml.data.dataset import Dataset
+from mpiml.data.dataset import Dataset, open_dataset
+from mpiml.errors import freed
+from mpiml.nn.parameters import Parameter
 from mpiml.parallel.state import OUTER, VALUES
 from mpiml.training.run import Run, unsaved
 
@@ -121,3 +123,31 @@ def test_workers_have_one_mean_but_values_of_their_own(run: Make) -> None:
     assert len({own.tobytes() for own in owns}) == 1
     assert vectors(one)[VALUES] != before[VALUES]
     assert one.learning.now.sent == 0
+
+
+@pytest.mark.mpi
+def test_bytes_sent_go_on_when_workers_begin_to_learn_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPIML_NODES", ",".join("1" * WORLD.size))
+    settings = Config(average_every=2, average_from=3, workers=WORLD.size, steps=8, log_every=1, eval_every=0)
+    run = unsaved(WORLD, settings, open_dataset("digits"))
+    with freed(run, WORLD.size), run.data.ahead:
+        sent = [done.sent for step in (1, 2, 3, 5, 7) for done in run.advance(step).steps]
+    assert sent == sorted(sent)
+    assert WORLD.size == 1 or 0 < sent[0] < sent[1] < sent[3] < sent[5] < sent[7]
+    assert sent[1] == sent[2]  # nothing within a round
+
+
+def test_first_values_are_not_drawn_again_when_workers_begin_to_learn_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A PyTorch module's are those that it has, which are other ones by then."""
+    drawn, draw = [], Parameter._draw
+
+    def count(parameter: Parameter, *how: Any) -> int:
+        drawn.append(parameter.name)
+        return draw(parameter, *how)
+
+    monkeypatch.setattr(Parameter, "_draw", count)
+    run = unsaved(MPI.COMM_SELF, Config(average_every=2, average_from=2, workers=2, steps=3), open_dataset("digits"))
+    before = len(drawn)
+    with freed(run, 1), run.data.ahead:
+        assert [len(run.advance(step).steps) for step in (1, 2)] == [1, 2]
+    assert len(drawn) == before > 0
