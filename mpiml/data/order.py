@@ -67,10 +67,6 @@ class RowOrder:
         rows = self.shard(m)
         return rows.start + rows.step * self._order(epoch, m, len(rows))(*self._span(t, m))
 
-    def rows_of(self, step: int) -> int:
-        """The number of rows of step 1, 2, ... over all micro-batches."""
-        return sum(self.size(step, m) for m in range(self.microbatches))
-
     def smallest(self) -> int:
         """The rows of the smallest micro-batch of an epoch, over all shards; empty ones do not count."""
         return min(max(len(self.shard(m)) // self.steps_per_epoch, 1) for m in range(self.microbatches))

@@ -49,7 +49,12 @@ class Shards(RowOrder):
 
     def rows(self) -> RowNumbers:
         """The numbers of all rows of these shards, in rising order."""
-        return np.sort(np.concatenate([np.arange(0), *map(self.numbers, range(self.first, self.last))]))
+        if self.first == self.last:
+            return np.arange(0)
+        if not self.strided:
+            return np.arange(self.shard(self.first).start, self.shard(self.last - 1).stop)
+        rows = np.add.outer(np.arange(0, self.count, self.microbatches), np.arange(self.first, self.last)).ravel()
+        return rows[: np.searchsorted(rows, self.count)]
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of step 1, 2, ..., including empty ones."""

@@ -99,12 +99,17 @@ def examine(comm: MPI.Intracomm, age: float, blas_threads: int, wrong: str) -> F
         gemm=probes.at_once(comm, probes.gemm_rate),
         copy=probes.at_once(comm, probes.copy_rate),
         allreduce=[(size, probes.allreduce_time(comm, size)) for size in SIZES] if comm.size > 1 else [],
-        skew={first: clock_offset(comm, first) for first in firsts},
+        skew=_skew(comm, firsts),
         inside=None if neighbour is None else _link(comm, neighbour),
         between=_link(comm, firsts[1]) if len(firsts) > 1 else None,
         blas_threads=blas_threads,
         launch=wrong,
     )
+
+
+def _skew(comm: MPI.Intracomm, firsts: Sequence[int]) -> dict[int, float]:
+    offsets = comm.allgather(clock_offset(comm, firsts)[0])
+    return {first: offsets[first] for first in firsts}
 
 
 def _place(age: float) -> Place:

@@ -264,7 +264,7 @@ def _memory(plan: Plan) -> list[str]:
     values = f"one copy for each {owner}node" if plan.shared else f"a copy for each {owner}rank"
     text = [
         *table(lines, "r" * len(lines[0])),
-        f"memory of each stage's fullest rank; values: {values}; activations: measured on a forward pass",
+        f"memory of each stage's fullest rank; values: {values}; activations: kept for the backward pass",
         f"at most {size(plan.rank_bytes)} a rank and {size(plan.node_bytes)} a node, without data, Python, libraries",
         f"stages are idle for {plan.bubble:.0%} of the time of their passes ({plan.even_bubble:.0%} if all were equal)",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,6 +101,7 @@ class Log:
     ):
         self.team, self.metrics, self.rows, self.metric, self.evaluated = team, metrics, rows, metric, evaluated
         self.pace, self.known = pace, dict(known or {})
+        self._host = functools.cache(lambda rank: environment.host(metrics.parent, rank))
         self._named: set[int] = set()  # the slow ranks that a warning has named
         self.times = StepTimes()
         self._recent, self._recent_seconds = 0, 0.0  # steps since the last line
@@ -182,7 +184,7 @@ class Log:
         times["bytes_sent"] = {"min": int(low[-1]), "max": int(high[-1])}
         slow = None if crowded else self.pace.slowest(everyones[:, : len(SHARES)], slowest_step, steps)
         if slow:
-            host = environment.host(self.metrics.parent, slow.place)
+            host = self._host(slow.place)
             times["slowest"] = {
                 "rank": slow.rank,
                 "host": host,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from mpiml import documents
 from mpiml.errors import OutputError
 from mpiml.run.directory import write_atomically
 from mpiml.run.result import LINE_KINDS
+
+LARGE = ("seconds", "workers")  # fields that take most of the memory of a line, and that no run goes on with
 
 
 def content_of(metrics: Path) -> bytes:
@@ -22,8 +25,11 @@ def content_of(metrics: Path) -> bytes:
         raise
 
 
-def lines(metrics: Path, content: bytes) -> tuple[list[tuple[bytes, dict[str, Any]]], list[str]]:
-    """The good lines of a metrics file, each as bytes and as a run.result.Line, and a message for each other line.
+def lines(
+    metrics: Path, content: bytes, without: Collection[str] = ()
+) -> tuple[list[tuple[bytes, dict[str, Any]]], list[str]]:
+    """The good lines of a metrics file, each as bytes and as a run.result.Line but for some fields, and a message for
+    each other line.
 
     A last line without an end gets no message: a job that was killed while it wrote leaves one.
     """
@@ -33,7 +39,7 @@ def lines(metrics: Path, content: bytes) -> tuple[list[tuple[bytes, dict[str, An
         origin = f"{metrics}, line {number},"
         try:
             entry = documents.check_fields(documents.from_json(line, origin), LINE_KINDS, origin, ("step",))
-            good.append((line + b"\n", entry))
+            good.append((line + b"\n", {name: value for name, value in entry.items() if name not in without}))
         except OutputError as error:
             if number < len(raw):
                 problems.append(str(error))
@@ -63,7 +69,8 @@ def cut_after(
     The line of `step` and its evaluation are removed, too, unless it is to be `logged` and `scored`: they may have been
     written only because the run ended there, and a longer one has none. The file is replaced atomically.
 
-    Returns the entries of all good lines, of those that stay, and warnings about damaged ones.
+    Returns the entries of all good lines, of those that stay, and warnings about damaged ones; all without the fields
+    in LARGE.
     """
 
     def stays(entry: dict[str, Any]) -> bool:
@@ -72,7 +79,7 @@ def cut_after(
         return scored if "evaluation" in entry else logged
 
     content = content_of(metrics)
-    good, problems = lines(metrics, content)
+    good, problems = lines(metrics, content, LARGE)
     kept = [(line, entry) for line, entry in good if stays(entry)]
     if (left := b"".join(line for line, _ in kept)) != content:
         write_atomically(metrics, left)

@@ -79,10 +79,10 @@ class Pace:
         """The slowest replica of each stage in which it is much slower than the others."""
         slow = []
         replicas = len(self.microbatches)
-        for stage, times in enumerate((seconds.reshape(self.stages, replicas) / self.microbatches).tolist()):
-            replica = max(range(replicas), key=times.__getitem__)
-            slowest = times.pop(replica)
-            if times and slowest > SLOW * (usual := float(np.median(times))):
+        for stage, times in enumerate(seconds.reshape(self.stages, replicas) / self.microbatches):
+            replica = int(times.argmax())
+            slowest = float(times[replica])
+            if replicas > 1 and slowest > SLOW * (usual := float(np.median(np.delete(times, replica)))):
                 behind = (slowest - usual) * float(self.microbatches[replica])
                 place = stage * replicas + replica
                 slow.append(Slow(place, self.launched[place], activity, slowest / max(usual, 1e-9), behind))

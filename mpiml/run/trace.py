@@ -9,7 +9,7 @@ import itertools
 import json
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -27,7 +27,7 @@ from mpiml.team import Team, wait
 
 EVENTS = 500_000  # in a file, of all ranks: about 50 MB, which a browser still takes
 LEAST = 2_000  # of a rank, however many ranks there are
-
+TRACKS = EVENTS // LEAST  # of as many ranks a file has tracks
 
 Noted = tuple[float, int, str | None, str, int]  # the fields of an Event, which would take too long to create
 
@@ -154,12 +154,14 @@ def _write(path: Path, grid: Grid, clock: Recorder, ruler: Ruler) -> str:
     origin = np.array(times[:1])
     wait([grid.team.comm.Iallreduce(MPI.IN_PLACE, origin, MPI.MIN)])
     events = [Event(time, *event[1:]) for time, event in zip(times, kept, strict=True)]
-    everyones = grid.team.comm.gather(lines(1 + grid.team.comm.rank, spans(events, end), float(origin[0])))
+    drawn, rank = drawn_ranks(grid.team.size), grid.team.rank
+    own = lines(1 + rank, spans(events, end), float(origin[0])) if rank in drawn else ""
+    everyones = grid.team.comm.gather(own)
 
     def write() -> str:
         import gzip
 
-        content = to_json(everyones or [], tracks(grid), steps).encode()
+        content = to_json(list(filter(None, everyones or [])), tracks(grid), steps).encode()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, gzip.compress(content, 5, mtime=0) if path.suffix == ".gz" else content)
@@ -171,11 +173,18 @@ def _write(path: Path, grid: Grid, clock: Recorder, ruler: Ruler) -> str:
     return grid.team.on_rank_0(write)
 
 
-def tracks(grid: Grid) -> list[str]:
-    """The names of all ranks' tracks."""
-    places = [divmod(rank, grid.replicas) for rank in range(grid.team.size)]
-    named = zip(grid.team.launched, places, strict=True)
-    return [f"rank {name}: stage {stage}, replica {replica}" for name, (stage, replica) in named]
+def drawn_ranks(ranks: int) -> Sequence[int]:
+    """The ranks that a timeline shows: all, or TRACKS of them, evenly spaced from the first to the last."""
+    return range(ranks) if ranks <= TRACKS else [(ranks - 1) * track // (TRACKS - 1) for track in range(TRACKS)]
+
+
+def tracks(grid: Grid) -> dict[int, str]:
+    """The names of the tracks, by number: one more than the rank."""
+    names = {}
+    for rank in drawn_ranks(grid.team.size):
+        stage, replica = divmod(rank, grid.replicas)
+        names[1 + rank] = f"rank {grid.team.launched[rank]}: stage {stage}, replica {replica}"
+    return names
 
 
 def spans(events: Sequence[Event], end: float) -> Iterator[Span]:
@@ -217,10 +226,10 @@ def lines(track: int, rank_spans: Iterable[Span], origin: float) -> str:
     return ",\n".join(texts)
 
 
-def to_json(everyones: Sequence[str], names: Sequence[str], steps: str) -> str:
-    """The timeline from all ranks' lines and the names of their tracks."""
+def to_json(everyones: Sequence[str], names: Mapping[int, str], steps: str) -> str:
+    """The timeline from the ranks' lines and the names of their tracks."""
     head: list[dict[str, Any]] = [{"name": "process_name", "args": {"name": "mpiml.train"}}]
-    for track, name in enumerate(names, 1):
+    for track, name in names.items():
         head.append({"tid": track, "name": "thread_name", "args": {"name": name}})
         head.append({"tid": track, "name": "thread_sort_index", "args": {"sort_index": track}})
     texts = [json.dumps({"ph": "M", "pid": 1, **entry}) for entry in head]

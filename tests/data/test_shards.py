@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -100,12 +101,16 @@ def test_the_smallest_micro_batch_is_known(rows: int, microbatches: int, batch: 
     assert of.smallest() == min(len(rows) for step in epoch(of) for rows in step if len(rows))
 
 
-@every_case
-def test_every_replica_knows_the_rows_of_a_step(rows: int, microbatches: int, batch: int) -> None:
-    whole, _ = shards(rows, microbatches, batch)
-    last, _ = shards(rows, microbatches, batch, (microbatches - 1, microbatches))
-    for step in range(1, 3 * whole.steps_per_epoch + 1):
-        assert last.rows_of(step) == sum(batch.rows for batch in whole.batches(step))
+@pytest.mark.parametrize("strided", [False, True])
+def test_numbers_of_rows_take_no_more_memory_than_they_need(strided: bool) -> None:
+    of, _ = shards(1 << 20, 64, 1 << 10, (16, 48), strided=strided)
+    tracemalloc.start()
+    try:
+        kept = of.rows().nbytes
+        assert tracemalloc.get_traced_memory()[1] < 1.1 * kept
+    finally:
+        tracemalloc.stop()
+    assert kept == 8 << 19
 
 
 @every_case

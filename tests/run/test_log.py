@@ -19,6 +19,7 @@ from mpi4py import MPI
 from mpiml.clock import SHARES, Clock
 from mpiml.errors import OutputError
 from mpiml.run import console as module
+from mpiml.run import environment
 from mpiml.run.console import Console
 from mpiml.run.log import Evaluation, Log, Step
 from mpiml.run.metrics import cut_after, last_known
@@ -142,13 +143,16 @@ def test_a_line_has_the_least_and_the_most_of_any_rank_and_the_slowest_ranks_rat
 
 
 def test_a_rank_that_the_others_wait_for_is_named_in_the_line_and_once_on_the_terminal(
-    log: Log, capsys: pytest.CaptureFixture[str]
+    log: Log, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    reads, read = [], environment.read
+    monkeypatch.setattr(environment, "read", lambda run: reads.append(run) or read(run))
     log.open_console(1, 99, quiet=False)
     times = several(log)
     lines = [times(SLOW)[1].get("slowest") for _ in range(6)]
     named = {"rank": 2, "host": "node1", "activity": "compute", "times_median": 2.5}
     assert lines == [None, None, *[named] * 4]
+    assert len(reads) == 1  # environment.json has an entry for each rank
     assert capsys.readouterr().out == (
         "warning: the others wait for rank 2 (on node1): its time in compute is 2.5 times that of the other replicas\n"
     )
@@ -347,6 +351,16 @@ def test_what_is_cut_and_what_stays(tmp_path: Path) -> None:
     assert metrics.stat().st_ino == before
     assert cut_after(metrics, 4, logged=True, scored=False) == (entries[:3], entries[:2], [])
     assert cut_after(metrics, 4, logged=False, scored=False) == (entries[:2], entries[:1], [])
+
+
+def test_times_stay_in_the_file_and_not_in_memory(tmp_path: Path) -> None:
+    metrics, times = tmp_path / "metrics.jsonl", {name: {"min": 0.5, "max": 1.5} for name in SHARES}
+    entries = [{"step": step, "loss": 1.5, "seconds": times, "workers": {"loss": [1.0, 2.0]}} for step in (1, 2, 3)]
+    metrics.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    every, kept, _ = cut_after(metrics, 2, logged=True, scored=True)
+    assert every == [{"step": step, "loss": 1.5} for step in (1, 2, 3)]
+    assert kept == every[:2]
+    assert [json.loads(row) for row in metrics.read_text().splitlines()] == entries[:2]
 
 
 def test_the_last_known_values_may_be_missing(tmp_path: Path) -> None:

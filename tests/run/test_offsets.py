@@ -1,11 +1,14 @@
 """How far clocks are apart is found out through messages."""
 
+import math
 import statistics
+from collections.abc import Sequence
 from time import perf_counter
 
 import pytest
 from mpi4py import MPI
 
+from mpiml.run import offsets
 from mpiml.run.offsets import Ruler, clock_offset
 
 pytestmark = pytest.mark.mpi
@@ -13,11 +16,21 @@ WORLD = MPI.COMM_WORLD
 CLOSE = 0.005  # seconds: the ranks may share cores
 
 
-@pytest.mark.parametrize("rank", range(WORLD.size))
-def test_offset_of_a_clock_is_known_to_all(rank: int) -> None:
-    found = clock_offset(WORLD, rank, lambda: perf_counter() + 100 * WORLD.rank)
-    assert found == pytest.approx(100 * rank, abs=CLOSE)
-    assert WORLD.bcast(found) == found
+@pytest.mark.parametrize("ranks", [range(WORLD.size), [*reversed(range(WORLD.size))][:3]])
+def test_every_rank_knows_its_own_clock(ranks: Sequence[int]) -> None:
+    ahead, at = clock_offset(WORLD, ranks, lambda: perf_counter() + 100 * WORLD.rank)
+    expected = 100 * (WORLD.rank - ranks[0]) if WORLD.rank in ranks else 0
+    assert ahead == pytest.approx(expected, abs=CLOSE)
+    assert at == pytest.approx(perf_counter() + 100 * WORLD.rank, abs=1)
+
+
+def test_all_clocks_are_read_in_few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks take one, three or four take two, 1,000 take ten."""
+    rounds: list[int] = []
+    barrier = offsets.quiet_barrier
+    monkeypatch.setattr(offsets, "quiet_barrier", lambda comm: rounds.append(1) or barrier(comm))
+    clock_offset(WORLD, range(WORLD.size))
+    assert len(rounds) == 1 + math.ceil(math.log2(WORLD.size))
 
 
 def test_times_are_told_in_those_of_rank_0_though_clocks_drift() -> None:

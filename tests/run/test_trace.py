@@ -144,6 +144,21 @@ def test_steps_of_a_run_that_goes_on_are_those_of_this_job(tmp_path: Path) -> No
     assert json.loads(path.read_text())["otherData"] == {"steps": "5 to 8"}
 
 
+def test_of_many_ranks_some_are_drawn() -> None:
+    for ranks in (1, 250, 251, 1000, 102_400):
+        drawn = list(trace.drawn_ranks(ranks))
+        assert (drawn[0], drawn[-1], len(set(drawn))) == (0, ranks - 1, min(ranks, 250))
+
+
+@pytest.mark.mpi
+def test_a_file_has_the_tracks_of_the_ranks_that_are_drawn(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(trace, "TRACKS", 2)
+    path = Path(WORLD.bcast(str(tmp_path))) / "t.json"
+    traced(path, 3)
+    assert set(shown(path)) == {1, WORLD.size}
+    assert {event["tid"] for event in json.loads(path.read_text())["traceEvents"] if "tid" in event} == {1, WORLD.size}
+
+
 @pytest.mark.mpi
 def test_last_step_is_shown_even_if_it_does_not_fit(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(trace, "LEAST", 2)
