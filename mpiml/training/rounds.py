@@ -39,10 +39,9 @@ class Never:
         return False
 
 
-class Timed(NamedTuple):
-    """A step on this rank: its seconds; and seconds in each of clock.SHARES, and bytes sent, up to its end."""
+class Spent(NamedTuple):
+    """What this rank has spent up to the end of a step: seconds in each of clock.SHARES, and bytes sent."""
 
-    seconds: float
     shares: list[float]
     sent: int
 
@@ -67,7 +66,8 @@ class Round:
         left: the arrays of the round if it was left before, and goes on where all workers were, else None.
 
     Attributes:
-        times: of the steps that this job has done; `began` when the round began.
+        spent: at the logged steps that this job has done, and at the end; `began` when the round began.
+        seconds: of each step.
         workers: what each has done, once all have met; lines are on rank 0 only.
         stop: whether any rank asks to stop; broken_off: whether some workers have left the round because of that.
         distance: of the workers from their mean, if a step is logged.
@@ -81,8 +81,8 @@ class Round:
         self.reported = Reported.of(steps, logged, left)
         self.accounts = [Account.before(steps[0], self.reported, columns) for _ in learners.own]
         self.workers: list[Account] = []
-        self.began = Timed(0.0, learners.grid.team.clock.shares(), learners.sent)
-        self.times: dict[int, Timed] = {}
+        self.began, self.seconds = self._spent(), 0.0
+        self.spent: dict[int, Spent] = {}
         self.resumed, self.stop, self.broken_off = left is not None, False, False
         self.distance: float | None = None
         self._problems: dict[int, RunError] = {}  # of workers that cannot go on
@@ -97,12 +97,12 @@ class Round:
     ) -> None:
         """Take the steps that are left, or fewer if a rank asks to stop and they would take too long; after each call
         `moved` with its number."""
-        learners, clock, began = self.learners, self.learners.grid.team.clock, perf_counter()
+        learners, began = self.learners, perf_counter()
         first = min(account.done for account in self.accounts) + 1
         for step in range(first, self.steps[-1] + 1):
-            since = perf_counter()
             leaves = self._step(step, batches(step), partial(self._leaves, step, first, began, stop))
-            self.times[step] = Timed(perf_counter() - since, clock.shares(), learners.sent)
+            if step in self.reported.logged:
+                self.spent[step] = self._spent()
             moved(step)
             if leaves:
                 learners.recall.ask()  # that of another rank of this worker may come too late: rank 0 leaves, too
@@ -209,9 +209,11 @@ class Round:
     def share_out(self, seconds: float) -> None:
         """Let each step have taken an equal part of the seconds of the round on this rank, and what came after the last
         one belong to it. The times of a round that was left do not count: ranks have done different parts of it."""
-        clock, each = self.learners.grid.team.clock, 0.0 if self.resumed else seconds / len(self.steps)
-        self.times = {step: times._replace(seconds=each) for step, times in self.times.items()}
-        self.times[self.steps[-1]] = Timed(each, clock.shares(), self.learners.sent)
+        self.seconds = 0.0 if self.resumed else seconds / len(self.steps)
+        self.spent[self.steps[-1]] = self._spent()
+
+    def _spent(self) -> Spent:
+        return Spent(self.learners.grid.team.clock.shares(), self.learners.sent)
 
     def summary(self, step: int) -> Summary | None:
         """What all workers have done in a step, on rank 0; None elsewhere, and for steps that are not reported."""

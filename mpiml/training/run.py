@@ -151,7 +151,7 @@ class Run:
 
     def _of_round(self, done: Round, step: int) -> log.Step:
         """A step of a round. Rank 0, which writes the log, knows all of it."""
-        of_all, times = done.summary(step), done.times.get(step, done.began)
+        of_all, spent = done.summary(step), done.spent.get(step, done.began)
         logged, score, workers = step in done.reported.logged, None, None
         if of_all and logged:
             score = self.model.metric.value(of_all.metric)
@@ -163,11 +163,11 @@ class Run:
             score=score,
             rate=of_all.rate if of_all else math.nan,
             norm=of_all.norm if of_all else None,
-            seconds=times.seconds,
+            seconds=done.seconds,
             stop=done.stop,
             logged=logged,
-            shares=times.shares,
-            sent=times.sent,
+            shares=spent.shares,
+            sent=spent.sent,
             workers=workers,
         )
 
