@@ -97,8 +97,9 @@ class OrderedSum:
         self._totals = [(e, index) for e in self.exchanges for index in range(len(e.bucket.pieces))]
         self._receives = [request for e in self.exchanges for request in e.receives]
         self._sends = [request for e in self.exchanges for request in e.sends]
-        self.complete: Callable[[int], None] | None = self._complete if len(self.exchanges) > 1 else None
         self._alone = len(values.nodes) == 1  # no messages then
+        early = len(self.exchanges) > 1 and not self._alone
+        self.complete: Callable[[int], None] | None = self._complete if early else None
         self._begun = False
         self._merged = self._sent = 0  # buckets of this step
         self._before = 0  # buckets of all steps before, as posted
