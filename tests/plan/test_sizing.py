@@ -332,7 +332,7 @@ def test_a_real_run_allocates_and_sends_as_planned(
         {"workers": 2, "outer_momentum": 0.9},
         {"workers": 12, "memory": "private", "optimizer": "sgd", "ema": 0.9},
         {"workers": 2, "pipe": 2, "microbatches": 20, "dtype": "float64"},
-        {"workers": 2, "microbatches": 12, "bucket": 0.02, "rates": ("layers.2=0",)},
+        {"workers": 2, "microbatches": 20, "bucket": 0.02, "rates": ("layers.2=0",)},
         {"workers": 2, "allreduce": "mpi", "outer_lr": 0.7},
     ],
 )

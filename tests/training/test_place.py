@@ -33,7 +33,7 @@ def _last_node_shares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def settings(kind: str) -> Config:
-    return Config(average_every=2, workers=2, microbatches=8, steps=4, hidden=(4,), memory=kind, eval_every=0)
+    return Config(average_every=2, workers=2, microbatches=16, steps=4, hidden=(4,), memory=kind, eval_every=0)
 
 
 @pytest.mark.skipif(WORLD.size % 2 > 0, reason="needs two nodes")

@@ -28,7 +28,7 @@ def run() -> Iterator[Make]:
     x, y = random.standard_normal((64, 5)), random.integers(0, 3, 64)
 
     def make(**settings: Any) -> Run:
-        given = {"hidden": (4,), "steps": 6, "batch": 32, "microbatches": 8, "eval_every": 0, "dtype": "float64"}
+        given = {"hidden": (4,), "steps": 6, "batch": 32, "microbatches": 16, "eval_every": 0, "dtype": "float64"}
         made.append(unsaved(WORLD, Config(**given | settings), Dataset.from_arrays(x, y, x, y)))
         made[-1].data.ahead.__enter__()
         return made[-1]
