@@ -365,6 +365,12 @@ class Config:
         """What the rows are called that the run evaluates on: test or validation."""
         return "validation" if self.validation else "test"
 
+    @property
+    def outer_step(self) -> tuple[float, float] | None:
+        """Learning rate and momentum of the workers' outer step; None if they end at their average."""
+        outer = self.outer_lr, self.outer_momentum
+        return outer if self.average_every and outer != (1, 0) else None
+
     def replace(self, **changes: Any) -> Config:
         """A copy with other values."""
         return dataclasses.replace(self, **changes)

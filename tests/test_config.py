@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -298,6 +299,19 @@ def test_any_text_and_number_survive_toml(tmp_path: Path, data: str, lr: float) 
     config = Config(data=data, lr=lr)
     (tmp_path / "c.toml").write_text(config.to_toml(), encoding="utf-8")
     assert Config(**from_toml(tmp_path / "c.toml")) == config
+
+
+@pytest.mark.parametrize(
+    ("settings", "step"),
+    [
+        ({"average_every": 4}, None),
+        ({"average_every": 4, "outer_lr": 0.7}, (0.7, 0.0)),
+        ({"average_every": 4, "outer_momentum": 0.9}, (1.0, 0.9)),
+        ({}, None),
+    ],
+)
+def test_when_there_is_an_outer_step(settings: dict[str, Any], step: tuple[float, float] | None) -> None:
+    assert Config(**settings).outer_step == step
 
 
 def test_every_character_survives_toml() -> None:

@@ -33,11 +33,6 @@ from mpiml.team import wait
 from mpiml.vectors import Block, Vector, bytes_of, padded
 
 
-def is_outer(rate: float, momentum: float) -> bool:
-    """Whether an outer step ends elsewhere than at the mean."""
-    return rate != 1 or momentum > 0
-
-
 class Average:
     """Averages what this rank holds of its own workers with other ranks of its lane; collective to make and to use.
 
@@ -47,11 +42,11 @@ class Average:
         workers: how many there are, a multiple of `groups`.
         copies: of this rank's workers, in order; their values are placed alike.
         memory: "shared", "private" or "auto", as of `share`.
-        rate, momentum: of the outer step.
+        outer: rate and momentum of the outer step; None if workers end at the mean.
 
     Attributes:
-        start: this rank's part of the values at the start of the round, and velocity: of the outer step; both of the
-            ranges `own` of the vector of values.
+        start: this rank's part of the values at the start of the round, and velocity: of the outer step, if there is
+            one; both of the ranges `own` of the vector of values.
         finite: whether all values to which this rank's part of the last outer step led are finite.
     """
 
@@ -62,16 +57,9 @@ class Average:
         workers: int,
         copies: Sequence[Update],
         memory: str,
-        rate: float = 1.0,
-        momentum: float = 0.0,
+        outer: tuple[float, float] | None = None,
     ):
-        self.comm, self.clock, self.copies, self.rate, self.momentum = (
-            grid.comm,
-            grid.team.clock,
-            copies,
-            rate,
-            momentum,
-        )
+        self.comm, self.clock, self.copies, self.outer = grid.comm, grid.team.clock, copies, outer
         like = copies[0].sum.values
         self.held, dtype = like.held, like.vector.dtype
         self._length = sum(stop - start for start, stop in self.held)
@@ -82,7 +70,8 @@ class Average:
         node, _ = share(grid.comm, self._local, slots * each, each, memory)
         self.values = Values(self._lane, node, size, self._blocks(like), dtype)
         self.sum = OrderedSum(self.values, workers, self.clock)
-        self.start, self.velocity = (vectors.zeros(sum(b - a for a, b in self.values.held), dtype) for _ in range(2))
+        self.start = vectors.zeros(sum(stop - start for start, stop in self.values.held), dtype)
+        self.velocity = np.zeros_like(self.start) if outer else None
         self.own = [of for a, b in self.values.held for of in within(self.held, a, b)]
         self.finite = True
         self._counts = copies[0].counts  # of the replicas that hold the same, this one's part counts
@@ -95,11 +84,6 @@ class Average:
             kind = piece.decay, piece.momentum, piece.rate
             blocks += [Block(first + start, first + stop, *kind) for start, stop in piece.blocks]
         return sorted(blocks, key=lambda block: block.start)
-
-    @property
-    def outer(self) -> bool:
-        """Whether the outer step ends elsewhere than at the mean."""
-        return is_outer(self.rate, self.momentum)
 
     def parts(self, vector: Vector) -> Part:
         """What this rank has of a vector in the layout of `start`."""
@@ -129,8 +113,8 @@ class Average:
         values = [copy.sum.values for copy in self.copies]
         mean = self._mean([self._gathered(one) for one in values], counted, count)
         distance = self._distance(mean, counted, count) if measure else None
-        if self.outer:
-            self._outer_step()
+        if self.outer and self.velocity is not None:
+            self._outer_step(self.velocity, *self.outer)
         for one in values:
             for of in self.held:
                 one.vector[slice(*of)] = mean[place(self.held, *of)]
@@ -193,21 +177,21 @@ class Average:
         self.clock("update")
         return math.sqrt(exact.rounded(total)[0] / count)
 
-    def _outer_step(self) -> None:
+    def _outer_step(self, velocities: Vector, rate: float, momentum: float) -> None:
         """Go from the values at the start of the round by the outer step, in the place of the mean."""
         self.finite = True
         for piece in self.values.pieces:
             if piece.momentum is not None:
                 continue  # a running average has no gradient
             where = place(self.values.held, piece.start, piece.stop)
-            start, velocity = self.start[where], self.velocity[where]
+            start, velocity = self.start[where], velocities[where]
             mean = self.values.vector[piece.start : piece.stop]
             delta = start - mean
-            np.multiply(velocity, self.momentum, out=velocity)
+            np.multiply(velocity, momentum, out=velocity)
             np.add(velocity, delta, out=velocity)
-            np.multiply(velocity, self.momentum, out=mean)
+            np.multiply(velocity, momentum, out=mean)
             np.add(mean, delta, out=mean)
-            np.multiply(mean, self.rate, out=mean)
+            np.multiply(mean, rate, out=mean)
             np.subtract(start, mean, out=mean)
             self.finite = self.finite and vectors.is_finite(mean)
         self.clock("communication")

@@ -182,7 +182,7 @@ def averaging(job: Job, stage: int) -> Averaging:
         slots[lane] = depths(job.groups, workers) * vector[lane]
         of_nodes = sharers(homes[:, member], shared)
         having[lane] = np.repeat(of_nodes, of_nodes)
-    return Averaging(mean, slots + mean.gradients_in + mean.packed + 2 * mean.slices, vector, having)
+    return Averaging(mean, slots + mean.gradients_in + mean.packed + (1 + outer(job)) * mean.slices, vector, having)
 
 
 def _held(job: Job, stage: int) -> list[list[Block]]:
@@ -203,7 +203,7 @@ def states(job: Job) -> int:
 
 def outer(job: Job) -> bool:
     """Whether workers have an outer step, with a velocity."""
-    return bool(job.config.workers) and (job.config.outer_lr, job.config.outer_momentum) != (1, 0)
+    return job.config.outer_step is not None
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def idle_text(busy: int, idle: int, microbatches: int, workers: int | None = Non
 
 def workers_text(config: Config, replicas: int) -> list[str]:
     """One line about the workers of a run with resolved settings and when they meet, if there are any."""
-    workers, rate, momentum = config.workers, config.outer_lr, config.outer_momentum
+    workers, outer = config.workers, config.outer_step
     if not workers:
         return []
     text = _count(workers, "worker")
@@ -100,7 +100,7 @@ def workers_text(config: Config, replicas: int) -> list[str]:
         text += f" of {replicas // workers} replicas" if workers < replicas else f", {workers // replicas} to a replica"
     text += f": learning apart from step {max(config.average_from, 1)} on, averaged every "
     text += _count(config.average_every, "step") if config.average_every > 1 else "step"
-    text += f" by an outer step, rate {rate:g}, momentum {momentum:g}" if (rate, momentum) != (1, 0) else ""
+    text += " by an outer step, rate {:g}, momentum {:g}".format(*outer) if outer else ""
     if min(replicas, workers) > 1 and config.average_every < (sums := _sums(config)):
         text += f"; that sends more than a sum at every step, which --average-every {math.ceil(sums)} does not"
     return [text]
@@ -110,7 +110,7 @@ def _sums(config: Config) -> float:
     """How many sums of gradients send as much as an average: of the weights, and of each vector that is kept for them.
     An outer step sends the weights on once more, which is half of a sum."""
     kept = len(optimizers.build(config.optimizer, 0.0, 0.0).states) + (config.ema > 0)
-    return 1 + kept + ((config.outer_lr, config.outer_momentum) != (1, 0)) / 2
+    return 1 + kept + bool(config.outer_step) / 2
 
 
 def _count(number: int, thing: str) -> str:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mpiml.data.shards import Shards
 from mpiml.nn import optimizers
 from mpiml.nn.parameters import Layout
-from mpiml.parallel.average import Average, is_outer
+from mpiml.parallel.average import Average
 from mpiml.parallel.gradient_sum import GradientSum
 from mpiml.parallel.grid import Grid
 from mpiml.parallel.recall import Recall
@@ -85,8 +85,7 @@ class Learners:
         copies = [learner.update for learner in self.own]
         self.average: Average | None = None
         if apart:
-            outer = config.outer_lr, config.outer_momentum
-            self.average = Average(of.grid, groups, workers, copies, config.memory, *outer)
+            self.average = Average(of.grid, groups, workers, copies, config.memory, config.outer_step)
             self.recall = Recall(of.grid.comm)
         self.state = self._state()
         self.arrays = sum(len(layout.parameters) for layout in of.model.layouts)  # of a vector of the whole model
@@ -138,10 +137,14 @@ class Learners:
 
     def _state(self) -> State:
         first = self.own[0]
-        mine = parts(first.stage.sum.values, first.update.states, first.grid.replica, collected=self.first == 0)
-        if self.average and self.average.outer:
-            mine[OUTER] = self.average.parts(self.average.velocity)
-        return State(self.grid, tuple(mine), mine, self._layout.dtype, self._settle)
+        held = parts(first.stage.sum.values, first.update.states, first.grid.replica, collected=self.first == 0)
+        held |= self._outer()
+        return State(self.grid, tuple(held), held, self._layout.dtype, self._settle)
+
+    def _outer(self) -> dict[str, Part]:
+        """What this rank has of the velocity of the outer step, if there is one."""
+        average = self.average
+        return {OUTER: average.parts(average.velocity)} if average and average.velocity is not None else {}
 
     def _settle(self) -> None:
         """Give all learners of this rank, and all ranks of each, what the first has been given."""
@@ -157,22 +160,19 @@ class Learners:
         """The vectors of a round that is not over: each worker's, and as the model's values those at its start."""
         assert self.average, "there are rounds of workers only"
         first, names = self.own[0], (VALUES, *self.own[0].update.states)
-        mine: dict[str, Part] = {}
+        held: dict[str, Part] = {}
         for number, learner in enumerate(self.own, self.first):
             of_worker = parts(learner.stage.sum.values, learner.update.states, learner.grid.replica)
             updated = learner.stage.sum.values.updated
             moving, fixed = _divided(of_worker[VALUES], updated)
-            mine |= {worker_name(number, name): part for name, part in (of_worker | {VALUES: moving}).items()}
+            held |= {worker_name(number, name): part for name, part in (of_worker | {VALUES: moving}).items()}
             if learner is first:
                 start = self.average.parts(self.average.start)
-                size, held, collected = fixed
-                collected = collected if self.first == 0 else []
-                mine[VALUES] = Part(size, {**start.held, **held}, [*start.collected, *collected])
+                once = fixed.collected if self.first == 0 else []
+                held[VALUES] = Part(fixed.size, {**start.held, **fixed.held}, [*start.collected, *once])
         every = [worker_name(number, name) for number in range(self.count) for name in names]
-        outer = [OUTER] if self.average.outer else []
-        if outer:
-            mine[OUTER] = self.average.parts(self.average.velocity)
-        return State(self.grid, (VALUES, *outer, *every), mine, self._layout.dtype, self._settle_round)
+        outer = self._outer()
+        return State(self.grid, (VALUES, *outer, *every), held | outer, self._layout.dtype, self._settle_round)
 
     def _settle_round(self) -> None:
         """Give all ranks of each worker its values, and all workers what nobody updates."""
@@ -249,7 +249,7 @@ class Learning:
         """The names of the vectors in a checkpoint of a step; with `left`, of one within a round that was left."""
         names = (VALUES, *self.now.own[0].update.states)
         config = self._of.config
-        outer = [OUTER] if self._calendar.apart(step) and is_outer(config.outer_lr, config.outer_momentum) else []
+        outer = [OUTER] if self._calendar.apart(step) and config.outer_step else []
         every = [worker_name(number, name) for number in range(config.workers or 1) for name in names]
         return (VALUES, *outer, *every) if left else (*names, *outer)
 

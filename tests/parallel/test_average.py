@@ -13,7 +13,7 @@ from mpiml.config import Config
 from mpiml.nn import optimizers
 from mpiml.nn.parameters import Layout, Parameter, Statistic, constant
 from mpiml.parallel import grid as grids
-from mpiml.parallel.average import Average, is_outer
+from mpiml.parallel.average import Average
 from mpiml.parallel.grid import Grid
 from mpiml.parallel.update import Update
 from mpiml.team import Team, wait
@@ -104,7 +104,7 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Iterator[Build]:
         where: str = SHARED,
         optimizer: str = "momentum",
         dtype: str = "float64",
-        **outer: float,
+        outer: tuple[float, float] | None = None,
     ) -> Workers:
         replicas = WORLD.size // pipe
         if WORLD.size % pipe or (workers % replicas and replicas % workers):
@@ -123,7 +123,7 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Iterator[Build]:
         sums = [first, *(another(first, group, layout, microbatches) for _ in range(workers // groups - 1))]
         rule = optimizers.build(optimizer, 0.9, 0.0, (0.9, 0.999))
         copies = [Update(group.team, group.replica, one, rule, 0.0, lambda step: 10) for one in sums]
-        average = Average(grid, groups, workers, copies, memory, **outer)
+        average = Average(grid, groups, workers, copies, memory, outer)
         number = grid.replica * groups // replicas * (workers // groups)
         made.append(Workers(workers, microbatches, number, grid, group, layout, copies, average))
         return made[-1]
@@ -191,7 +191,7 @@ def test_a_worker_that_does_not_count_is_left_out(build: Build, workers: int, pi
 @everywhere
 def test_the_distance_is_the_root_of_the_mean_square(build: Build, workers: int, pipe: int, where: str) -> None:
     """Over all stages, of what optimizers change, before the outer step, from the workers that count."""
-    made = build(workers, pipe, where, rate=0.7, momentum=0.9)
+    made = build(workers, pipe, where, outer=(0.7, 0.9))
     counted = [w != 1 for w in range(workers)]
     stages = [[vector(made.layout, w, stage) for w in range(workers)] for stage in range(pipe)]
     made.average.begin()
@@ -208,7 +208,7 @@ def test_the_distance_is_the_root_of_the_mean_square(build: Build, workers: int,
 @everywhere
 def test_the_outer_rule_with_a_gradient_that_is_always_two(build: Build, workers: int, pipe: int, where: str) -> None:
     """Three steps from 1 lead to -5, and twice the way to there to -11; three more to -23, and three more to -35."""
-    made, real = build(workers, pipe, where, "sgd", rate=2.0), kinds(layout_of())[0]
+    made, real = build(workers, pipe, where, "sgd", outer=(2.0, 0.0)), kinds(layout_of())[0]
     made.write([is_real(made.layout) * 1.0] * workers)
     seen = []
     for round_ in range(3):
@@ -224,7 +224,7 @@ def test_the_outer_rule_with_a_gradient_that_is_always_two(build: Build, workers
 @everywhere
 def test_a_quadratic_by_hand(build: Build, workers: int, pipe: int, where: str) -> None:
     """Workers with valleys of their own, inner momentum 0.9, outer rate 0.7 and momentum 0.9."""
-    made, rounds, steps, lr = build(workers, pipe, where, rate=0.7, momentum=0.9), 3, 3, 0.05
+    made, rounds, steps, lr = build(workers, pipe, where, outer=(0.7, 0.9)), 3, 3, 0.05
     real, _ = kinds(made.layout)
     steep = [1.0 + w for w in range(workers)]
     valley = [vector(made.layout, w, made.grid.stage) for w in range(workers)]
@@ -257,7 +257,7 @@ def test_a_quadratic_by_hand(build: Build, workers: int, pipe: int, where: str) 
 
 @pytest.mark.parametrize("where", [SHARED, NODES])
 def test_running_averages_have_no_outer_step_and_what_is_fixed_stays(build: Build, where: str) -> None:
-    made = build(WORLD.size, 1, where, rate=0.5, momentum=0.9)
+    made = build(WORLD.size, 1, where, outer=(0.5, 0.9))
     real, statistic = kinds(made.layout)
     values = [is_real(made.layout) * float(w) for w in range(WORLD.size)]
     mean = (WORLD.size - 1) / 2
@@ -272,16 +272,11 @@ def test_running_averages_have_no_outer_step_and_what_is_fixed_stays(build: Buil
     assert set(after[made.layout.updated :]) == {3.0}
 
 
-@pytest.mark.parametrize(("rate", "momentum", "is_one"), [(1.0, 0.0, False), (0.7, 0.0, True), (1.0, 0.9, True)])
-def test_when_there_is_an_outer_step(rate: float, momentum: float, is_one: bool) -> None:
-    assert is_outer(rate, momentum) is is_one
-
-
 @everywhere
 def test_what_is_collected_of_start_and_velocity_has_each_element_once(
     build: Build, workers: int, pipe: int, where: str
 ) -> None:
-    made = build(workers, pipe, where, rate=0.7, momentum=0.9)
+    made = build(workers, pipe, where, outer=(0.7, 0.9))
     part = made.average.parts(made.average.velocity)
     count = np.zeros(part.size, int)
     for start, stop in part.collected:
