@@ -13,7 +13,7 @@ from mpiml.data.dataset import Dataset
 from mpiml.data.fingerprint import difference
 from mpiml.errors import DataError, OutputError
 from mpiml.flags import flag
-from mpiml.parallel.state import VALUES, State
+from mpiml.parallel.state import VALUES
 from mpiml.run import checkpoint, environment, step_files, verified
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.run.deadline import Deadline
@@ -104,7 +104,6 @@ class Store:
         self.run, self.hold, self.deadline = run, hold, deadline
         self.team, self.clock = run.grid.team, run.grid.team.clock
         self._saved = 0  # the step of the last checkpoint
-        self._left: State | None = None  # the vectors of a round that workers have left
         states, layouts = len(run.state.names) - 1, run.model.layouts
         size = sum((layout.size + states * layout.updated) * layout.dtype.itemsize for layout in layouts)
         deadline.expect(size + sum(array.nbytes for array in run.model.constants.arrays.values()))
@@ -150,17 +149,20 @@ class Store:
         start, self._saved, names, left = self.team.on_rank_0(read)
         if names:
             run.learning.begin(start.step + 1)
-            state = run.learning.now.round_state() if left else run.state
-            state.distribute(stages, *names)
+            run.learning.left = left or None
+            run.learning.saved_state.distribute(stages, *names)
             restore_constants(constants, self.team, changed)
-        run.learning.left = left or None
-        for scored in start.scores:
-            run.best.add(*scored)
-        if run.noise:
-            run.noise.averages = start.noise
+        self._remember(start)
         if start.step:  # the job before may have been killed before it did so
             self.team.on_rank_0(self._prune)
         return start
+
+    def _remember(self, start: Restored) -> None:
+        """Know what the run has learned from its log: which evaluations are the best, and how noisy gradients are."""
+        for scored in start.scores:
+            self.run.best.add(*scored)
+        if self.run.noise:
+            self.run.noise.averages = start.noise
 
     def _cut_log(self, saved: Checkpoint | None, left: bool, notes: list[str]) -> Restored:
         """Rank 0: cut the log to what was there when a checkpoint was written, or when the round began that was `left`
@@ -192,19 +194,19 @@ class Store:
     def save(self, step: int) -> None:
         """Write the checkpoint of a step, unless that is done, when the metrics so far are on disk."""
         if step != self._saved:
-            self._write(step, self.run.state, {})
+            self._write(step)
 
     def save_round(self, left: Round) -> int:
         """Write a checkpoint within a round that workers have left: of each of them, and how far it is. Returns its
         step, the last that all have done."""
-        arrays = accounts.arrays_of(left.workers, left.reported.logged, left.steps)
-        self._left = self.run.learning.now.round_state()
-        self._write(int(arrays[accounts.STEPS].min()), self._left, arrays)
+        of_workers = accounts.arrays_of(left.workers, left.reported.logged, left.steps)
+        self.run.learning.left = of_workers
+        self._write(int(of_workers[accounts.STEPS].min()))
         return self._saved
 
-    def _write(self, step: int, state: State, more: Mapping[str, Any]) -> None:
-        """Write the checkpoint of a step, with the vectors of a state and `more` arrays."""
+    def _write(self, step: int) -> None:
         run, began = self.run, time.monotonic()
+        state, left = run.learning.saved_state, run.learning.left or {}
         with self.clock.booked("checkpoint"):
             stages = state.collect()
 
@@ -213,7 +215,7 @@ class Store:
                 self.hold.check()
                 sync_file(self.hold.metrics)
                 model = run.model
-                arrays = to_arrays(model.layouts, stages, *state.names) | dict(model.constants.arrays) | dict(more)
+                arrays = to_arrays(model.layouts, stages, *state.names) | dict(model.constants.arrays) | dict(left)
                 for preparation in run.data.preparations:
                     arrays |= preparation.arrays()
                 saved = Checkpoint(step, run.config.to_toml(), arrays, model.task.to_json(), model.constants.entries)
@@ -223,7 +225,7 @@ class Store:
 
             self.team.on_rank_0(write)
         self._saved = step
-        if not more:
+        if not left:
             self.deadline.saved(time.monotonic() - began)
 
     def save_best(self, step: int) -> None:
@@ -249,8 +251,7 @@ class Store:
         """The SHA-256 of all weights in layer order, the same for every layout; within a round, of those before it."""
         run = self.run
         with self.clock.booked("checkpoint"):
-            left = self._left or (run.learning.now.round_state() if run.learning.left else None)
-            stages = (left or run.state).collect(VALUES)
+            stages = run.learning.saved_state.collect(VALUES)
 
             def compute() -> str:
                 self.clock("checkpoint")

@@ -219,7 +219,7 @@ class Learning:
     """Those who learn at the step that comes next.
 
     Attributes:
-        left: the arrays with which the next round goes on where it was left, if it was.
+        left: the accounts of workers in a round that was left, with which the next one goes on; None between rounds.
     """
 
     def __init__(self, of: Ingredients, calendar: Calendar):
@@ -233,6 +233,11 @@ class Learning:
         """Those who learn."""
         assert self._now, "making them has failed"
         return self._now
+
+    @property
+    def saved_state(self) -> State:
+        """The vectors that a checkpoint has: of all workers within a round that was left, else of the common model."""
+        return self.now.round_state() if self.left else self.now.state
 
     def begin(self, step: int) -> None:
         """Be ready for a step; collective. When workers begin to learn apart, each goes on with the common model."""
