@@ -17,7 +17,7 @@ from mpiml.scaling.laws import Interval
 from mpiml.scaling.points import STUDY, Point
 from tests.predict.test_predictor import known
 from tests.scaling.test_epochs import STEPS, trained
-from tests.scaling.test_study import train_to
+from tests.scaling.test_results import train_to
 
 RUNS = {64: Reached(64, 3, 4), 128: Reached(128, 4, 6), 320: Reached(320, 5, 10), 640: Reached(640, 0, 10)}
 

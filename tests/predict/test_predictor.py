@@ -22,7 +22,8 @@ from mpiml.predict.step import step_time
 from mpiml.scaling.points import POINTS, STUDY, Point
 from mpiml.training.job import Job, job_of
 from tests.conftest import mpirun
-from tests.scaling.test_study import command, made
+from tests.scaling.test_results import made
+from tests.scaling.test_study import command
 
 NETWORK = Link.assumed(1e-3, 1e6)
 ROWS = 40

@@ -22,7 +22,7 @@ from mpiml.scaling.points import STUDY, Point, batches_to_train, points_of
 from mpiml.scaling.report import fit, fits_text, notes
 from mpiml.scaling.results import Study, load_study
 from mpiml.scaling.trained import law_of, training_rows, training_table
-from tests.scaling.test_study import legend, made, train_to
+from tests.scaling.test_results import legend, made, train_to
 
 # Rows of a batch and mean epochs to the target of ResNet-50 in MLPerf Training.
 MLPERF = [(1632, 35.0), (3264, 35.2), (4096, 40.0), (8192, 42.0), (13056, 45.4)]
