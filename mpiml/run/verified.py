@@ -1,4 +1,5 @@
-"""Named arrays and texts in one safetensors file, whose content is verified by a digest when it is read."""
+"""Named arrays and texts in one safetensors file, which one rank writes and reads; verified by digests when it is read.
+Files of which every rank has a part are written by mpiml.run.saving, and read by mpiml.run.loading."""
 
 from __future__ import annotations
 
@@ -7,8 +8,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpiml.clock import unwatched
-from mpiml.documents import check_regular
 from mpiml.errors import OutputError
-from mpiml.run.directory import PART, named_errors, replacing
+from mpiml.run import digests
+from mpiml.run.contents import Contents, Texts, contents_in
+from mpiml.run.digests import BLOCK, Kind, content, little
+from mpiml.run.directory import named_errors, replacing
 
 Array = NDArray[Any]
 Arrays = Mapping[str, Array]
-Texts = Mapping[str, str]
-Kind = tuple[str, tuple[int, ...]]  # an array's dtype and shape
 Progress = Callable[[], object]  # called after each part of a long piece of work
-KINDS = {"F": ("float", (16, 32, 64)), "I": ("int", (8, 16, 32, 64)), "U": ("uint", (8, 16, 32, 64))}
-DTYPES = {f"{kind}{bits}": f"{name}{bits}" for kind, (name, sizes) in KINDS.items() for bits in sizes}
-DTYPES |= {"BOOL": "bool", "BF16": "bfloat16", "C64": "complex64"}  # by their names in safetensors
-
-
-def digest(arrays: Iterable[tuple[str, Array]], progress: Progress = unwatched) -> str:
-    """SHA-256 of named arrays in the given order: each one's name, shape, dtype and bytes, little-endian."""
-    sha = hashlib.sha256()
-    for name, array in arrays:
-        little = _little(array)
-        sha.update(f"{name} {list(array.shape)} {little.dtype.name}\n".encode())
-        content = _bytes(little)
-        for first in range(0, len(content), PART):
-            sha.update(content[first : first + PART])
-            progress()
-    return sha.hexdigest()
+PART = 1 << 20  # elements that are read or hashed at once: whole blocks
 
 
 def write(path: Path, arrays: Arrays, texts: Texts, progress: Progress = unwatched, replace: bool = False) -> None:
@@ -51,94 +36,59 @@ def write(path: Path, arrays: Arrays, texts: Texts, progress: Progress = unwatch
 
     Raises OutputError if it cannot be written.
     """
+    if not replace and stays(path, progress):
+        return
+    contents = Contents.of(kinds_of(arrays), texts)
+    known = {name: _digest(name, arrays[name], progress) for name in arrays}
+    with replacing(path, "write the checkpoint", progress) as file:
+        file.write(contents.header(known))
+        for name in contents.starts:
+            file.write(content(little(arrays[name])))
+
+
+def stays(path: Path, progress: Progress = unwatched) -> bool:
+    """Whether there is a whole file of that name; a damaged one is renamed. Raises OutputError if it cannot be."""
     with named_errors("write the checkpoint", path):
-        if path.exists() and not replace:
+        if path.exists():
             with contextlib.suppress(OutputError):
-                read(path, lambda name: False, progress)
-                return  # it is whole
+                read(path, lambda name: True, progress, keep=False)
+                return True
             others = (path.with_suffix(f".damaged{number or ''}") for number in itertools.count())
             os.rename(path, next(other for other in others if not other.exists()))
-        _write(path, arrays, {**texts, "sha256": _content(texts, sorted(arrays.items()), progress)}, progress)
+    return False
 
 
-def _write(path: Path, arrays: Arrays, metadata: Mapping[str, str], progress: Progress) -> None:
-    """Write a safetensors file: the length of the header in 8 bytes, the header, and the arrays one after another, the
-    widest dtype first, so that all are aligned (https://huggingface.co/docs/safetensors, "Format").
+def read(
+    path: Path, wanted: Callable[[str], bool], progress: Progress = unwatched, keep: bool = True
+) -> tuple[dict[str, Array], Texts]:
+    """The arrays whose names are wanted, which are verified, and the texts of a file; without `keep` no arrays.
 
-    The library would choose name and mode of the unfinished file itself, and report no progress.
+    Raises OutputError if it cannot be read or is damaged.
     """
-    ordered = [(name, _little(array)) for name, array in sorted(arrays.items())]
-    ordered.sort(key=lambda named: -named[1].dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for name, array in ordered:
-        dtype = f"{array.dtype.kind.upper()}{8 * array.dtype.itemsize}" if array.dtype.kind != "b" else "BOOL"
-        header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [end, end + array.nbytes]}
-        end += array.nbytes
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    with replacing(path, "write the checkpoint", progress) as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for _, array in ordered:
-            file.write(_bytes(array))
-
-
-def _little(array: Array) -> Array:
-    return np.asarray(array, array.dtype.newbyteorder("<"), order="C")
-
-
-def _bytes(array: Array) -> memoryview:
-    return array.reshape(-1).view(np.uint8).data
-
-
-def read(path: Path, wanted: Callable[[str], bool], progress: Progress = unwatched) -> tuple[dict[str, Array], Texts]:
-    """The arrays whose names are wanted, and the texts of a file, all of which is verified. Raises OutputError if it
-    cannot be read or is damaged."""
-    kept: dict[str, Array] = {}
-
-    def each(file: Any) -> Iterator[tuple[str, Array]]:
-        for name in sorted(file.keys()):
-            array = file.get_tensor(name)
-            if wanted(name):
-                kept[name] = array
-            yield name, array
-
-    with opened(path) as file:
-        texts = file.metadata() or {}
-        claimed = texts.pop("sha256", "")
-        computed = _content(texts, each(file), progress)
-    if claimed != computed:
+    contents, kept = contents_in(path), dict[str, Array]()
+    whole = contents.digests is None  # one digest of all that it says, in the place of some for each array
+    total = hashlib.sha256()
+    for name in sorted(contents.kinds):
+        if not (whole or wanted(name)):
+            continue
+        array = _array(path, contents, name, progress)
+        if whole:
+            _add(total, name, array, progress)
+        elif _digest(name, array, progress) != contents.digests[name]:  # type: ignore[index]
+            raise OutputError(f"{path} is damaged: {name} does not match its SHA-256")
+        if keep and wanted(name):
+            kept[name] = array
+    texts = dict(contents.texts)
+    if whole and _of_all(texts, total.hexdigest()) != texts.pop("sha256", ""):
         raise OutputError(f"{path} is damaged: its content does not match its SHA-256")
     return kept, texts
 
 
 def head(path: Path) -> tuple[dict[str, Kind], Texts]:
-    """The kinds of a file's arrays by name, and its texts; nothing else of it is read, or verified. Raises OutputError
-    if it has none."""
-    with opened(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        kinds = {
-            name: (DTYPES.get(part.get_dtype(), part.get_dtype()), tuple(part.get_shape()))
-            for name, part in slices.items()
-        }
-        return kinds, file.metadata() or {}
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file to read in a block. Raises OutputError if it cannot be opened, or read in the block."""
-    import safetensors
-
-    try:
-        check_regular(path)
-        with safetensors.safe_open(path, framework="numpy") as file:
-            yield file
-    except OutputError:
-        raise
-    except OSError as error:
-        raise OutputError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception as error:  # safetensors has its own class of error for damaged files
-        raise OutputError(f"{path} is damaged: {error}") from None
+    """The kinds of a file's arrays by name, and its texts; nothing else of it is read. Raises OutputError if it has
+    none."""
+    contents = contents_in(path)
+    return dict(contents.kinds), contents.texts
 
 
 def kinds_of(arrays: Arrays) -> dict[str, Kind]:
@@ -146,7 +96,63 @@ def kinds_of(arrays: Arrays) -> dict[str, Kind]:
     return {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
 
 
-def _content(texts: Texts, arrays: Iterable[tuple[str, Array]], progress: Progress = unwatched) -> str:
-    """SHA-256 of the whole content of a file; the arrays are in the order of their names."""
+def read_into(descriptor: int, start: int, elements: Array, progress: Progress = unwatched) -> None:
+    """Read contiguous elements from a place in an open file. Raises OSError if they cannot be read, EOFError if the
+    file is shorter."""
+    for first in range(0, elements.size, PART):
+        part = elements[first : first + PART]
+        rest = content(part)
+        at = start + first * elements.itemsize
+        while rest:
+            count = os.preadv(descriptor, [rest], at)
+            if not count:
+                raise EOFError
+            rest, at = rest[count:], at + count
+        if not part.dtype.newbyteorder("<").isnative:
+            part.byteswap(inplace=True)
+        progress()
+
+
+def _array(path: Path, contents: Contents, name: str, progress: Progress) -> Array:
+    dtype, shape = contents.kinds[name]
+    try:
+        array = np.empty(shape, np.dtype(dtype))
+    except (TypeError, ValueError, MemoryError) as error:
+        raise OutputError(f"cannot read {path}: {name} is {dtype} {shape}: {error}") from None
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            read_into(descriptor, contents.starts[name], array.reshape(-1), progress)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise OutputError(f"cannot read {path}: {error.strerror or error}") from None
+    except EOFError:
+        raise OutputError(f"{path} is damaged: it ends within {name}") from None
+    return array
+
+
+def _digest(name: str, array: Array, progress: Progress) -> bytes:
+    flat, blocks = little(array).reshape(-1), []
+    for first in range(0, flat.size, PART):
+        blocks.append(digests.of_blocks(flat[first : first + PART]))
+        progress()
+    return digests.of_array(name, (array.dtype.name, array.shape), b"".join(blocks))
+
+
+def _add(total: Any, name: str, array: Array, progress: Progress) -> None:
+    """Count an array in the SHA-256 over all arrays of a file that has one digest: name, shape, dtype, bytes."""
+    total.update(f"{name} {list(array.shape)} {array.dtype.name}\n".encode())
+    flat = little(array).reshape(-1)
+    for first in range(0, flat.size, PART):
+        total.update(content(flat[first : first + PART]))
+        progress()
+
+
+def _of_all(texts: Texts, arrays: str) -> str:
+    """The SHA-256 of the content of a file that has one digest, by that of its arrays."""
     head = json.dumps({**texts, "sha256": ""}, sort_keys=True)
-    return hashlib.sha256(f"{head}{digest(arrays, progress)}".encode()).hexdigest()
+    return hashlib.sha256(f"{head}{arrays}".encode()).hexdigest()
+
+
+assert PART % BLOCK == 0
