@@ -297,6 +297,14 @@ class Config:
     save_every: int = setting(
         100, RUN, "steps between checkpoints, also after the last; 0: never", low=0, on_resume=True
     )
+    save: str = setting(
+        "auto",
+        RUN,
+        "async: training goes on while a checkpoint is written, from a copy; sync: it waits; auto: async where memory "
+        "for copies is available",
+        choices=["auto", "async", "sync"],
+        on_resume=True,
+    )
     keep: int = setting(3, RUN, "checkpoints that are kept, the newest", low=1, on_resume=True)
     keep_best: int = setting(
         0, RUN, "checkpoints that are kept besides, of the best evaluations", low=0, on_resume=True

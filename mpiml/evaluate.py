@@ -85,13 +85,12 @@ from mpiml.parallel.stage import Stage
 from mpiml.parallel.state import VALUES
 from mpiml.partition import check_ranks
 from mpiml.run import one_job
-from mpiml.run.checkpoint import Checkpoint
 from mpiml.run.console import say
 from mpiml.run.failure import Guard, exit_code
 from mpiml.run.process import prepare_process
 from mpiml.run.watch import Watch
 from mpiml.team import Team, share_cores
-from mpiml.training.arrays import needed_kinds, restore_constants, restore_values
+from mpiml.training.arrays import needed_kinds
 from mpiml.training.data import hold, open_data
 from mpiml.training.evaluation import Evaluation
 from mpiml.training.look import look_at
@@ -104,6 +103,7 @@ from mpiml.training.stored import (
     check_data,
     check_validation,
     check_wanted,
+    read_model,
     reading,
     stored_model,
     with_zeros,
@@ -162,36 +162,30 @@ def evaluate(
     asked["validation"] = None if validation else 0.0  # None: as in the run
     code = {"data": data, "model": model, "loss": loss, "metric": metric}
     load = functools.partial(stored_model, run, checkpoint, asked, code, raw_weights)
-    predicted, weights = Predicted(predictions, probabilities), list[Checkpoint]()  # weights on rank 0
+    predicted = Predicted(predictions, probabilities)
     with Guard(team, PROGRAM) as guard:
         one_job.check_size(MPI.COMM_WORLD.size)
         team.check_alike(one_job.software())
-        stored = team.on_rank_0(lambda: _stored(load, asked, predicted, weights))
+        stored = team.on_rank_0(lambda: _stored(load, asked, predicted))
         team.together(lambda: check_ranks(team.size, pipe))
         with Watch(team.comm.Dup(), team.clock, stored.config.stall_timeout, guard.fail), np.errstate(all="ignore"):
-            return _evaluate(stored, weights, data, asked, model, predicted, team)
+            return _evaluate(stored, load, data, asked, model, predicted, team)
 
 
-def _stored(
-    load: Callable[[], tuple[StoredModel, Checkpoint]],
-    asked: Mapping[str, Any],
-    predicted: Predicted,
-    weights: list[Checkpoint],
-) -> StoredModel:
-    """The model of a run or a file, which is added to `weights`; on rank 0. Raises ConfigError for predictions that
-    cannot be written, and for rows to validate on that the run has not."""
+def _stored(load: Callable[..., StoredModel], asked: Mapping[str, Any], predicted: Predicted) -> StoredModel:
+    """The model of a run or a file; on rank 0. Raises ConfigError for predictions that cannot be written, and for rows
+    to validate on that the run has not."""
     check_path(predicted)
-    stored, saved = load()
+    stored = load()
     if predicted.probabilities and not (stored.task.classification or binary(stored.config, False)):
         raise ConfigError("--probabilities: the run is a regression, which has none")
     check_validation(stored.config, asked)
-    weights.append(saved)
     return stored
 
 
 def _evaluate(
     stored: StoredModel,
-    weights: list[Checkpoint],
+    load: Callable[..., StoredModel],
     data: Any,
     asked: Mapping[str, Any],
     model: Model | None,
@@ -208,19 +202,20 @@ def _evaluate(
     name = dataset.name if given is not None else config.data
     made = None if isinstance(model, str) else model
     with freed(grids.build(team, config.pipe), team.size) as grid:
-        scores = _scored(stored, weights, dataset, made, predictions, grid)
-    return {"run": str(stored.run), "step": stored.step, "data": name} | scores
+        step, scores = _scored(stored, load, dataset, made, predictions, grid)
+    return {"run": str(stored.run), "step": step, "data": name} | scores
 
 
 def _scored(
     stored: StoredModel,
-    weights: list[Checkpoint],
+    load: Callable[..., StoredModel],
     data: Dataset,
     model: Model | None,
     predictions: Predicted,
     grid: Grid,
-) -> dict[str, Any]:
-    """The sums over the test rows; collective over the grid."""
+) -> tuple[int, dict[str, Any]]:
+    """The step of the checkpoint and the sums over the test rows; collective over the grid. `load`, on rank 0, is
+    what is stored by now but for damaged files."""
     config, task, team = stored.config, stored.task, grid.team
     share_cores(grid.node.size * config.threads, grid.cores)
     tests = Evaluation(data.test, config.eval_rows, grid, config.dtype, config.evaluated)
@@ -234,11 +229,10 @@ def _scored(
     built, computation = build_stage(config, task, grid, model, data.test.w is not None)
     layouts, metric = built.layouts, built.metric
     # Before memory that only a forged checkpoint asks for is.
-    team.on_rank_0(lambda: built.constants.check(weights[0].header, needed_kinds(layouts, (VALUES,))))
-    restore_constants(built.constants, team, weights[0].arrays if weights else {})
+    team.on_rank_0(lambda: built.constants.check(stored.header, needed_kinds(layouts, (VALUES,))))
     values, problem = place_values(config, grid, layouts[grid.stage])
     with freed(values, grid.comm.size):
-        restore_values(values, grid, layouts, weights)
+        stored = read_model(stored, load, built.constants, values, layouts[grid.stage], grid)
         for note in [*stored.notes, *data.notes, *seen.notes, *([f"warning: {problem}"] if problem else [])]:
             if grid.comm.rank == 0:
                 say(note, sys.stderr)
@@ -252,8 +246,9 @@ def _scored(
             kept.write(Path(predictions.file or ""), tests)
         score = team.on_rank_0(lambda: metric.value(record.metric) if tests.split.labelled else 0.0)
     if not tests.split.labelled:
-        return {"rows": len(tests.split)}
-    return {"rows": len(tests.split), f"{config.evaluated}_loss": record.mean_loss, metric.name: score}
+        return stored.step, {"rows": len(tests.split)}
+    scores = {f"{config.evaluated}_loss": record.mean_loss, metric.name: score}
+    return stored.step, {"rows": len(tests.split)} | scores
 
 
 def text(result: Mapping[str, Any]) -> str:

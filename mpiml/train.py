@@ -43,8 +43,9 @@ from mpiml.training import resolve, sharing
 from mpiml.training.data import open_data
 from mpiml.training.hold import Hold
 from mpiml.training.model import Model
+from mpiml.training.restoring import Restored, check_saved, known_data
 from mpiml.training.run import Run, assemble
-from mpiml.training.storage import Restored, Store, check_saved, known_data
+from mpiml.training.storage import Store
 
 if __name__ == "__main__":
     start.begun()
@@ -110,20 +111,28 @@ def _train(asked: Config, model: Model | None, data: Any, hold: Hold, guard: Gua
 
 def _run(run: Run, name: str, hold: Hold, notes: list[str], stop: StopRequest, began: float) -> dict[str, Any]:
     """Train what is assembled, in its directory. Returns the content of result.json."""
+    grid, about = run.grid, hold.opened(run, name)
+    with freed(Store(run, hold, stop.deadline), grid.team.size) as store:
+        return _go_on(run, store, hold, [*about, *notes], stop, began)
+
+
+def _go_on(run: Run, store: Store, hold: Hold, notes: list[str], stop: StopRequest, began: float) -> dict[str, Any]:
+    """Train from where the run left off. Returns the content of result.json."""
     cfg, grid, data = run.config, run.grid, run.data
-    about = hold.opened(run, name)
-    store = Store(run, hold, stop.deadline)
+    asked = stop.others
+    stop.others = lambda: asked() or store.failed
     restored = store.restore()
-    warnings = hold.begun(run)
+    warnings, waits = hold.begun(run), store.claim()
     rows, metric = data.shards.rows_per_step, run.model.metric.name
     with log.Log(grid.team, hold.metrics, rows, metric, run.pace(), restored.history, cfg.evaluated) as logger:
         logger.open_console(restored.step + 1, cfg.steps, cfg.quiet)
         shape = sharing.grid_text(grid.stages, grid.replicas, cfg.microbatches, cfg.workers)
-        for line in [*warnings, *about, *notes, *restored.notes, shape, *sharing.workers_text(cfg, grid.replicas)]:
+        for line in [*warnings, *notes, *restored.notes, *waits, shape, *sharing.workers_text(cfg, grid.replicas)]:
             logger.say(line)
         # Numbers that are not finite end the run, with a better message than NumPy's.
         with data.ahead, np.errstate(all="ignore"), trace.written(cfg.trace, grid, logger.say):
             stopped = _begin(run, restored, store, logger, stop) or _loop(run, restored.step, store, logger, stop)
+            store.settle()
             done = DONE | {"reason": run.best.reason}
             ended = {"status": "stopped", "exit_code": SAVED, "reason": stop.reason()} if stopped else done
             outcome = {"step": restored.step} | ended | logger.known | store.saved()
@@ -145,9 +154,15 @@ def _begin(run: Run, restored: Restored, store: Store, logger: log.Log, stop: St
 
 def _loop(run: Run, start: int, store: Store, logger: log.Log, stop: StopRequest) -> bool:
     """Train from the step after `start`. Returns whether it was asked to stop before the end."""
+
+    def moved(step: int) -> None:
+        logger.moved(step)
+        store.tick()
+
     step = start
     while step < run.config.steps and not run.best.enough:
-        done = run.advance(step + 1, stop, logger.moved)  # a step, or a round of workers; refuses what is not finite
+        done = run.advance(step + 1, stop, moved)  # a step, or a round of workers; refuses what is not finite
+        store.tick()
         if done.left:
             logger.known |= {"step": store.save_round(done.left)}
             return True
@@ -158,7 +173,7 @@ def _loop(run: Run, start: int, store: Store, logger: log.Log, stop: StopRequest
                 logger.step(one, one.step == newest)
         step = done.steps[-1].step
         if done.due.save or done.stop:
-            store.save(step)  # first: an evaluation may fail
+            store.save(step, step < run.config.steps and not done.stop)  # first: an evaluation may fail
         scored = not done.due.evaluation or _scored(run, step, store, logger, stop)
         if not scored or (done.stop and step < run.config.steps and not run.best.enough):
             store.save(step)

@@ -21,6 +21,7 @@ from mpiml.loop.checks import check_comm, check_path, check_whole
 from mpiml.loop.guard import PROGRAM, called, clock, deadlines
 from mpiml.run import step_files, verified
 from mpiml.run.console import say
+from mpiml.run.contents import CODES, contents_in
 from mpiml.run.directory import LEFT_OF_CHECKPOINTS, named_errors, sweep, sync
 from mpiml.run.step_files import DIGITS
 from mpiml.team import Team
@@ -154,7 +155,7 @@ class Checkpoints:
             raise ConfigError(f"save: meta is not what JSON can say: {error}") from None
         named = _named(arrays)
         for name, array in named.items():
-            if array.dtype.kind == "V" or array.dtype.name not in verified.DTYPES.values():  # V: not NumPy's own
+            if array.dtype.kind == "V" or array.dtype.name not in CODES:  # V: not NumPy's own
                 what = f"save: {name} is {array.dtype}, which checkpoints cannot hold"
                 raise ConfigError(f"{what}: save numbers of NumPy's own types, and texts in `meta`")
         texts = {"format": FORMAT, "step": str(step), "meta": text}
@@ -162,9 +163,10 @@ class Checkpoints:
         step_files.prune(self.directory, step, self.keep)
 
     def _load(self, path: Path) -> Saved:
-        if verified.head(path)[1].get("format") != FORMAT:
+        if contents_in(path).texts.get("format") != FORMAT:
             raise OutputError(f"{path} is not a checkpoint of a loop of one's own")
-        arrays, texts = verified.read(path, lambda name: True, clock().progress)
+        arrays, contents = verified.read(path, lambda name: True, clock().progress)
+        texts = contents.texts
         meta = from_json(texts.get("meta", ""), f"{path}: meta")
         if not isinstance(meta, dict):
             raise OutputError(f"{path} is damaged: meta is {shown(meta)}, but must be an object")

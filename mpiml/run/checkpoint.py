@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from mpiml.clock import unwatched
 from mpiml.documents import AVERAGE, texts
-from mpiml.errors import NotFiniteError, OutputError
+from mpiml.errors import OutputError
 from mpiml.run import step_files, verified
-from mpiml.run.step_files import file_name, listed, prune
-from mpiml.run.verified import Arrays, Kind, Progress, kinds_of
+from mpiml.run.contents import Contents, contents_in
+from mpiml.run.digests import Kind
+from mpiml.run.step_files import listed
+from mpiml.run.verified import Arrays, Progress
 
-FORMAT = "mpiml-1"
+FORMAT = "mpiml-2"
+BEFORE = "mpiml-1"  # has one digest of all that a file says
 # Prefixes of names of arrays that are not the model's: the last three are of workers (mpiml.training.workers).
 STATES = ("optimizer.", "outer.", "worker.", "round.")
 BESIDE = (*STATES, "data.", AVERAGE)
@@ -43,19 +44,21 @@ class Checkpoint:
         constants: the entry of each of the model's constants, by name: "array" if it is one of these, else a checksum;
             None if the file has no entries.
         origin: the file that it was read from, for messages. Its content is data that anybody may have written.
+        contents: what else there is in the file, of which `arrays` are only those that were wanted.
     """
 
     step: int
     config: str
     arrays: Arrays
-    task: str = ""
-    constants: Mapping[str, str] | None = None
+    task: str
+    constants: Mapping[str, str] | None
+    contents: Contents
     origin: str = "the checkpoint"
 
     @property
     def header(self) -> Header:
         """What there is to know of the model without its arrays' values."""
-        return Header(self.origin, kinds_of(self.arrays), self.constants)
+        return Header(self.origin, self.contents.kinds, self.constants)
 
 
 def is_of_model(name: str) -> bool:
@@ -63,45 +66,29 @@ def is_of_model(name: str) -> bool:
     return not name.startswith(STATES)
 
 
-def save(
-    directory: Path, checkpoint: Checkpoint, keep: int, progress: Progress = unwatched, best: Collection[int] = ()
-) -> Path:
-    """Write a checkpoint, as `verified.write`, then `prune`.
-
-    Raises NotFiniteError for weights that are not finite, OutputError if the file cannot be written. Constants, such as
-    a mask of -inf, may be what they are.
-    """
-    constants = checkpoint.constants or {}
-    for name, array in checkpoint.arrays.items():
-        if name not in constants and not np.isfinite(array).all():
-            raise NotFiniteError(f"{name} is not finite after step {checkpoint.step}; nothing of it is saved")
-        progress()
-    path = directory / file_name(checkpoint.step)
-    metadata = {"format": FORMAT, "step": str(checkpoint.step), "config": checkpoint.config, "task": checkpoint.task}
-    if checkpoint.constants is not None:
-        metadata["constants"] = json.dumps(checkpoint.constants)
-    verified.write(path, checkpoint.arrays, metadata, progress)
-    prune(directory, checkpoint.step, keep, best)
-    return path
+def texts_of(step: int, config: str, task: str, constants: Mapping[str, str] | None) -> dict[str, str]:
+    """The metadata of a checkpoint, fields as of Checkpoint."""
+    metadata = {"format": FORMAT, "step": str(step), "config": config, "task": task}
+    return metadata if constants is None else metadata | {"constants": json.dumps(constants)}
 
 
 def load(path: Path, wanted: Callable[[str], bool] = lambda name: True, progress: Progress = unwatched) -> Checkpoint:
-    """Read a checkpoint, verify all of it, and keep the arrays whose names are wanted.
+    """Read a checkpoint's texts and the arrays whose names are wanted, and verify these.
 
     Raises OutputError if it cannot be read or is damaged.
     """
-    if verified.head(path)[1].get("format") != FORMAT:
+    if contents_in(path).texts.get("format") not in (FORMAT, BEFORE):
         raise OutputError(f"{path} is not a checkpoint of mpiml")
-    kept, metadata = verified.read(path, wanted, progress)
-    step = step_files.step_in(metadata, path)
-    config, task = metadata.get("config", ""), metadata.get("task", "")
-    return Checkpoint(step, config, kept, task, _constants(metadata, path), str(path))
+    kept, contents = verified.read(path, wanted, progress)
+    texts = contents.texts
+    config, task = texts.get("config", ""), texts.get("task", "")
+    return Checkpoint(step_files.step_in(texts, path), config, kept, task, _constants(texts, path), contents, str(path))
 
 
 def header(path: Path) -> Header:
     """The header of a checkpoint; nothing else of it is read. Raises OutputError if it has none."""
-    kinds, metadata = verified.head(path)
-    return Header(str(path), kinds, _constants(metadata, path))
+    contents = contents_in(path)
+    return Header(str(path), contents.kinds, _constants(contents.texts, path))
 
 
 def _constants(metadata: Mapping[str, str], path: Path) -> dict[str, str] | None:

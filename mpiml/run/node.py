@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 from collections.abc import Iterator, Mapping
@@ -34,6 +35,30 @@ class Process:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def memory_available() -> int:
+    """The bytes of memory that are left for programs on this node, or in the job or container that this process is in:
+    memory that holds copies of files is."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    left = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)
+    for group in _memory_groups():
+        for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+            with contextlib.suppress(OSError, ValueError):  # of the other version, or without a limit ("max")
+                most, now = (int((group / name).read_text()) for name in (limit, used))
+                statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                left = min(left, most - now + int(statistics["inactive_file"]))
+    return max(left, 0)
+
+
+def _memory_groups() -> Iterator[Path]:
+    """The control groups that limit the memory of this process, the innermost first."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            root = Path("/sys/fs/cgroup") / controllers
+            group = root / path.lstrip("/")
+            yield from [group, *(parent for parent in group.parents if parent.is_relative_to(root))]
 
 
 def kernel() -> str:

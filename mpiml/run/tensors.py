@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from mpiml.clock import unwatched
 from mpiml.documents import check_regular
 from mpiml.errors import OutputError
-from mpiml.run import checkpoint, verified
+from mpiml.run import checkpoint
 from mpiml.run.checkpoint import Header
+from mpiml.run.contents import DIGESTS, contents_in, opened
 from mpiml.run.verified import Progress
 
-OWN = ("task", "sha256")  # in the metadata of checkpoints, damaged ones too; others may have a "config"
+OWN = ("task", "sha256", DIGESTS)  # in the metadata of checkpoints, damaged ones too; others may have a "config"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 SAVE = "in Python, safetensors.torch.save_file(model.state_dict(), 'model.safetensors') writes one"
 
@@ -26,8 +27,7 @@ def header(path: Path) -> tuple[Header, bool]:
     """The header of a safetensors file, and whether another program wrote it, so that it is no checkpoint. Complex
     arrays of such a file are real ones, pairs on one more axis. Raises OutputError for all other files."""
     _check_safetensors(path)
-    with verified.opened(path) as opened:
-        foreign = (opened.metadata() or {}).keys().isdisjoint(OWN)
+    foreign = contents_in(path).texts.keys().isdisjoint(OWN)
     file = checkpoint.header(path)
     pairs = {name: ("float32", (*kind[1], 2)) for name, kind in file.kinds.items() if kind[0] == "complex64"}
     return file._replace(kinds={**file.kinds, **pairs}) if foreign else file, foreign
@@ -36,32 +36,21 @@ def header(path: Path) -> tuple[Header, bool]:
 def arrays(path: Path, names: Iterable[str], progress: Progress = unwatched) -> Iterator[NDArray[Any]]:
     """The arrays of these names, of the kinds that `header` says, but bfloat16 as float32: one after the other, so that
     no two need memory at once. Raises OutputError if they cannot be read."""
-    offsets = _offsets(path)
-    with verified.opened(path) as file:
+    starts = contents_in(path).starts
+    with opened(path) as file:
         for name in names:
             if file.get_slice(name).get_dtype() == "BF16":
-                array = _bfloat16(path, *offsets[name]).reshape(file.get_slice(name).get_shape())
+                shape = file.get_slice(name).get_shape()
+                array = _bfloat16(path, starts[name], math.prod(shape)).reshape(shape)
             else:
                 array = file.get_tensor(name)
             yield array[..., None].view(np.float32) if array.dtype.kind == "c" else array
             progress()
 
 
-def _offsets(path: Path) -> dict[str, tuple[int, int]]:
-    """Where each array begins and ends in a file; its header has been checked."""
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        entries = json.loads(file.read(size))
-    return {
-        name: (8 + size + entry["data_offsets"][0], 8 + size + entry["data_offsets"][1])
-        for name, entry in entries.items()
-        if name != "__metadata__"
-    }
-
-
-def _bfloat16(path: Path, start: int, stop: int) -> NDArray[np.float32]:
+def _bfloat16(path: Path, start: int, count: int) -> NDArray[np.float32]:
     """Numbers of which a file has the upper halves of float32, which NumPy has no type for."""
-    upper = np.fromfile(path, "<u2", (stop - start) // 2, offset=start)
+    upper = np.fromfile(path, "<u2", count, offset=start)
     return (upper.astype(np.uint32) << 16).view(np.float32)
 
 

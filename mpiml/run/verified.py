@@ -1,9 +1,10 @@
 """Named arrays and texts in one safetensors file, which one rank writes and reads; verified by digests when it is read.
-Files of which every rank has a part are written by mpiml.run.saving, and read by mpiml.run.loading."""
+Files of which every rank has a part are written by mpiml.run.saving, and read by mpiml.run.shared_file."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -19,7 +20,7 @@ from mpiml.clock import unwatched
 from mpiml.errors import OutputError
 from mpiml.run import digests
 from mpiml.run.contents import Contents, Texts, contents_in
-from mpiml.run.digests import BLOCK, Kind, content, little
+from mpiml.run.digests import Kind, content, little
 from mpiml.run.directory import named_errors, replacing
 
 Array = NDArray[Any]
@@ -60,8 +61,8 @@ def stays(path: Path, progress: Progress = unwatched) -> bool:
 
 def read(
     path: Path, wanted: Callable[[str], bool], progress: Progress = unwatched, keep: bool = True
-) -> tuple[dict[str, Array], Texts]:
-    """The arrays whose names are wanted, which are verified, and the texts of a file; without `keep` no arrays.
+) -> tuple[dict[str, Array], Contents]:
+    """The arrays whose names are wanted, which are verified, and what else the file holds; without `keep` no arrays.
 
     Raises OutputError if it cannot be read or is damaged.
     """
@@ -81,14 +82,7 @@ def read(
     texts = dict(contents.texts)
     if whole and _of_all(texts, total.hexdigest()) != texts.pop("sha256", ""):
         raise OutputError(f"{path} is damaged: its content does not match its SHA-256")
-    return kept, texts
-
-
-def head(path: Path) -> tuple[dict[str, Kind], Texts]:
-    """The kinds of a file's arrays by name, and its texts; nothing else of it is read. Raises OutputError if it has
-    none."""
-    contents = contents_in(path)
-    return dict(contents.kinds), contents.texts
+    return kept, dataclasses.replace(contents, texts=texts)
 
 
 def kinds_of(arrays: Arrays) -> dict[str, Kind]:
@@ -153,6 +147,3 @@ def _of_all(texts: Texts, arrays: str) -> str:
     """The SHA-256 of the content of a file that has one digest, by that of its arrays."""
     head = json.dumps({**texts, "sha256": ""}, sort_keys=True)
     return hashlib.sha256(f"{head}{arrays}".encode()).hexdigest()
-
-
-assert PART % BLOCK == 0

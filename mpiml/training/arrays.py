@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mpiml import documents
@@ -12,14 +12,15 @@ from mpiml.data.fill import Filling
 from mpiml.data.normalize import Normalization
 from mpiml.data.preparation import Preparation
 from mpiml.nn.parameters import Layout, Parameter, Shape
-from mpiml.parallel.grid import Grid
-from mpiml.parallel.state import EMA, OUTER, VALUES, State, parts
-from mpiml.parallel.values import Values
+from mpiml.parallel.slices import Range
+from mpiml.parallel.state import EMA, OUTER, VALUES
 from mpiml.run import checkpoint, verified
 from mpiml.run.checkpoint import Checkpoint
-from mpiml.run.verified import Kind
+from mpiml.run.digests import Kind
+from mpiml.run.segments import Segment
 from mpiml.team import Team
 from mpiml.training.constants import Constants
+from mpiml.vectors import Vector
 
 WORKER = re.compile(r"worker\.[0-9]+\.")  # how the names of a worker's vectors begin
 PART = 1 << 22  # elements of a constant that are sent at once
@@ -61,22 +62,19 @@ def _names(layout: Layout, vector: str) -> dict[Parameter, str]:
     return {p: prefix + p.name for p in layout.parameters if there(p)}
 
 
-def from_arrays(layouts: Sequence[Layout], saved: Checkpoint, names: Sequence[str]) -> list[Mapping[str, Any]]:
-    """The reverse of `to_arrays`, for some vectors, of a checkpoint that has been checked."""
-    stages = [{name: layout.zeros(updated=name != VALUES) for name in names} for layout in layouts]
-    for name, target in to_arrays(layouts, stages, *names).items():
-        target[...] = saved.arrays[name]
-    return list(stages)
-
-
-def restore_values(values: Values, grid: Grid, layouts: Sequence[Layout], weights: list[Checkpoint]) -> None:
-    """Give every rank the values that it holds, from a checkpoint, the only one of `weights` on rank 0, which is taken
-    out to free its memory; collective."""
-    stages: list[Mapping[str, Any]] = []
-    grid.team.clock("checkpoint")
-    grid.team.on_rank_0(lambda: stages.extend(from_arrays(layouts, weights.pop(), (VALUES,))))
-    mine = parts(values, {}, grid.replica)
-    State(grid, (VALUES,), mine, values.vector.dtype, values.publish).distribute(stages, VALUES)
+def segments(
+    layout: Layout, vector: str, ranges: Mapping[Range, Vector], other: Callable[[str], str] = lambda name: name
+) -> list[Segment]:
+    """What a rank has of a vector of its stage, ranges of it, as segments of a checkpoint's arrays, which may have
+    `other` names there."""
+    found = []
+    for parameter, name in _names(layout, vector).items():
+        begin = layout.offsets[parameter]
+        for (start, stop), view in ranges.items():
+            first, last = max(start, begin), min(stop, begin + parameter.size)
+            if first < last:
+                found.append(Segment(other(name), first - begin, view[first - start : last - start]))
+    return found
 
 
 def restore_constants(constants: Constants, team: Team, saved: Mapping[str, Any]) -> None:

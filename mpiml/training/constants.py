@@ -14,7 +14,7 @@ from mpiml.nn.base import Layer, constants
 from mpiml.nn.parameters import ARRAY, Constant
 from mpiml.run import checkpoint, verified
 from mpiml.run.checkpoint import Header
-from mpiml.run.verified import Kind
+from mpiml.run.digests import Kind
 
 
 @dataclass(frozen=True)

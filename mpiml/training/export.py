@@ -33,7 +33,7 @@ def trained(file: str | Path, model: Model | None = None, average: bool = False)
     saved = checkpoint.load(Path(file), checkpoint.is_of_model)
     task, config = Task.of_checkpoint(saved), settings_of(saved, ("model",), {"model": model})
     if average:
-        saved.arrays = averaged_weights(saved, config)
+        saved.arrays = averaged_weights(saved, config, saved.arrays)
     layers = model_for(config, task, None if isinstance(model, str) else model)
     constants = Constants.of(layers)
     constants.check(saved.header, {p.name: (config.dtype, p.shape) for p in parameters(layers)})

@@ -11,12 +11,10 @@ from mpiml import documents
 from mpiml.config import FALLING, Config
 from mpiml.errors import DataError, OutputError
 from mpiml.run import checkpoint, environment, lock, step_files
-from mpiml.run.checkpoint import Checkpoint
 from mpiml.run.console import say
 from mpiml.run.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, RunDirectory, holds_run, write_atomically
 from mpiml.run.failure import Guard
 from mpiml.run.result import Result, read_result, write_result
-from mpiml.run.verified import Progress
 from mpiml.team import Team
 from mpiml.training.resolve import absolute
 from mpiml.training.run import Run
@@ -65,7 +63,6 @@ class Hold:
         self.guard = guard
         self._directory: RunDirectory | None = None  # on rank 0
         self._before: dict[str, Any] = {}  # the result of the job before
-        self._newest: tuple[Checkpoint | None, list[str]] | None = None  # what `newest` has read
 
     def __enter__(self) -> Hold:
         return self
@@ -89,15 +86,6 @@ class Hold:
     def checkpoints(self) -> Path:
         """The directory of checkpoints."""
         return self.path / CHECKPOINTS
-
-    def newest(self, progress: Progress, again: bool = False) -> tuple[Checkpoint | None, list[str]]:
-        """Rank 0: the newest whole checkpoint, and what is wrong with newer ones, as `checkpoint.newest`.
-
-        With `again` it stays in memory, for the next call to return, so that it is read and verified once.
-        """
-        newest = self._newest or checkpoint.newest(self.checkpoints, progress=progress)
-        self._newest = newest if again else None
-        return newest
 
     def check(self) -> None:
         """Rank 0: raise DirectoryError if another job has taken the directory."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mpiml import documents
 from mpiml.config import FALLING, OF_THE_JOB, Config, from_toml, settings
@@ -14,10 +14,10 @@ from mpiml.errors import ConfigError, OutputError
 from mpiml.flags import flag, from_table, text
 from mpiml.nn.rates import history
 from mpiml.run.checkpoint import Checkpoint
-from mpiml.run.verified import Arrays
 from mpiml.training.calendar import Calendar
 from mpiml.usercode import is_name
 
+T = TypeVar("T")
 CODE = tuple(field.name for field in settings() if field.metadata["named"])  # the settings that may name some
 HISTORY = ("lr_history", "averaged_at")  # which the run itself adds to, when it is extended
 
@@ -69,15 +69,15 @@ def step_of_weights(saved: Checkpoint, config: Config) -> int:
     return Calendar(config).common(saved.step)
 
 
-def averaged_weights(saved: Checkpoint, config: Config) -> Arrays:
-    """A checkpoint's arrays with the average of each weight in the place of the weight. Raises OutputError if there are
-    no averages."""
+def averaged_weights(saved: Checkpoint, config: Config, arrays: Mapping[str, T]) -> dict[str, T]:
+    """Something of a checkpoint's arrays, by name, with that of the average of each weight in the place of the weight.
+    Raises OutputError if there are no averages."""
     if (step := step_of_weights(saved, config)) < saved.step:
         raise OutputError(
             f"{saved.origin} has no average of the weights: it was saved within a round of workers, and has the "
             f"weights themselves, as they were after step {step}; take these, or finish the round with --resume"
         )
-    return documents.averaged(saved.arrays, saved.origin)
+    return documents.averaged(arrays, saved.origin)
 
 
 def _checked(config: Config) -> Config:

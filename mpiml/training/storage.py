@@ -1,101 +1,41 @@
-"""The state of a run: restored where it left off, or begun anew, and saved in the run's directory."""
+"""The state of a run in its directory: restored where it left off, or begun anew, and saved."""
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from mpiml.config import Config
-from mpiml.config import settings as all_settings
-from mpiml.data.dataset import Dataset
-from mpiml.data.fingerprint import difference
-from mpiml.errors import DataError, OutputError
-from mpiml.flags import flag
-from mpiml.parallel.state import VALUES
-from mpiml.run import checkpoint, environment, step_files, verified
-from mpiml.run.checkpoint import Checkpoint
+import numpy as np
+from mpi4py import MPI
+
+from mpiml.errors import RunError
+from mpiml.parallel.state import VALUES, State
+from mpiml.run import digests, shared_file, step_files
+from mpiml.run.checkpoint import texts_of
+from mpiml.run.contents import Contents
 from mpiml.run.deadline import Deadline
-from mpiml.run.directory import CHECKPOINTS, CONFIG, sync_file
-from mpiml.run.metrics import cut_after, gradient_noise, last_known, missing, scores
+from mpiml.run.digests import little
+from mpiml.run.directory import sync_file
+from mpiml.run.node import memory_available
 from mpiml.run.result import update_result
-from mpiml.run.verified import Progress
+from mpiml.run.saving import File, Saver, size_of_copies
+from mpiml.run.segments import Segment
+from mpiml.run.verified import Array, kinds_of, stays
 from mpiml.training import accounts
-from mpiml.training.arrays import from_arrays, needed_kinds, preparations, restore_constants, to_arrays
+from mpiml.training.arrays import needed_kinds, segments
 from mpiml.training.hold import Hold
-from mpiml.training.look import Known
-from mpiml.training.noise import Pair, averages_of
-from mpiml.training.place import BuiltModel
+from mpiml.training.restoring import Restored, Restoring
 from mpiml.training.rounds import Round
 from mpiml.training.run import Run
-from mpiml.training.saved import may_become, settings_of
-from mpiml.training.task import Seen
 
-
-def check_saved(cfg: Config, model: BuiltModel) -> None:
-    """Raise OutputError if what the run is to begin with, its own checkpoints or else --init, is of another model:
-    before anything is written, and before memory that only a damaged file asks for is. Rank 0 calls it."""
-    if cfg.resume and _has_checkpoints(cfg):
-        needed = needed_kinds(model.layouts, (VALUES,))
-        checkpoint.check_newest(Path(cfg.out or "") / CHECKPOINTS, lambda saved: model.constants.check(saved, needed))
-    elif cfg.init:
-        from mpiml.training import init  # on one rank, of a few runs
-
-        init.check(cfg, model)
-
-
-def _has_checkpoints(cfg: Config) -> bool:
-    checkpoints = Path(cfg.out or "") / CHECKPOINTS
-    return checkpoints.is_dir() and bool(step_files.listed(checkpoints))
-
-
-def known_data(cfg: Config, data: Dataset, hold: Hold, progress: Progress) -> Known:
-    """What a run that is to go on knows of its data. Rank 0 calls it. `progress` is called while a checkpoint is read,
-    which `hold` keeps until it is restored.
-
-    Raises DataError if `data` are not the run's, OutputError for a run directory that is damaged.
-    """
-    if not cfg.resume:
-        return Known()
-    path = Path(cfg.out or "")
-    before = environment.data(path)
-    if before and (other := difference(data.fingerprint, before, "in the run so far")):
-        raise DataError(f"{cfg.data} holds other data than the run in {path} was trained on: {other}")
-    seen = Seen.of_json(environment.look(path)) if before and cfg.look != "all" else None
-    if seen and not seen.is_of(data, cfg.classes, data.ignored(cfg.ignore)):
-        seen = None
-    before_model = None
-    if (cfg.normalize or cfg.fill is not None) and _has_checkpoints(cfg):
-        newest, _ = hold.newest(progress, again=True)
-        if newest:
-            _check_same_run(cfg, newest)
-            before_model = preparations(newest, cfg, data.train.x.shape)
-    return Known(seen, before_model)
-
-
-class Restored(NamedTuple):
-    """Where a run goes on.
-
-    Attributes:
-        step: the last one that is done; within a round of workers, the last before it.
-        notes: what a person should know.
-        history: the step of its checkpoint and the last results in its log, under the names of result.json.
-        scores: (step, score) of each evaluation in its log, by what --best names.
-        unscored: whether `step` has been saved, but its evaluation, which comes after that, is not in the log.
-        noise: the averages of the gradient's noise in its log.
-    """
-
-    step: int
-    notes: list[str]
-    history: dict[str, Any]
-    scores: list[tuple[int, float | None]]
-    unscored: bool
-    noise: Pair
+MOST = 0.5  # of a node's memory that is available, copies may take so much
 
 
 class Store:
-    """The state of a run in its directory. Every method is collective. `deadline` learns how long saving takes.
+    """The state of a run in its directory. Every method but `tick` is collective. `deadline` learns how long saving
+    takes.
 
     Raises DirectoryError, on all ranks alike, where it would write and another job has taken the directory.
     """
@@ -103,130 +43,122 @@ class Store:
     def __init__(self, run: Run, hold: Hold, deadline: Deadline):
         self.run, self.hold, self.deadline = run, hold, deadline
         self.team, self.clock = run.grid.team, run.grid.team.clock
-        self._saved = 0  # the step of the last checkpoint
+        self._saver = Saver(self.team, run.grid.node)
+        self._saved, self._began, self._background = 0, 0.0, False  # the step of the last save, and when it began
         states, layouts = len(run.state.names) - 1, run.model.layouts
         size = sum((layout.size + states * layout.updated) * layout.dtype.itemsize for layout in layouts)
         deadline.expect(size + sum(array.nbytes for array in run.model.constants.arrays.values()))
 
     def restore(self) -> Restored:
         """Put the state of the newest good checkpoint, or weights and constants of --init, in place."""
-        run, progress = self.run, self.clock.progress
-        layouts, constants = run.model.layouts, run.model.constants
-        newest: list[tuple[Checkpoint | None, list[str]]] = []  # on rank 0, the one that is whole; problems of others
-        stages: list[Mapping[str, Any]] = []  # on rank 0, of each stage its vectors
-        changed: dict[str, Any] = {}  # on rank 0, the constants that are others than the model's
-
-        def begins() -> bool:
-            newest.append(self.hold.newest(progress))
-            return bool(run.config.init) and not newest[0][0]
-
-        def read() -> tuple[Restored, int, tuple[str, ...], dict[str, Any]]:
-            saved, problems = newest.pop()
-            names: tuple[str, ...] = ()
-            given: Mapping[str, Any] = {}
-            notes = [f"warning: skipped {problem}" for problem in problems]
-            left = {name: saved.arrays[name] for name in accounts.NAMES if name in saved.arrays} if saved else {}
-            if saved:
-                _check_same_run(run.config, saved)
-                names, given = run.learning.names(saved.step, bool(left)), saved.arrays
-                if left:
-                    accounts.check_left(left, saved.step, run.calendar, run.model.metric.columns, saved.origin)
-                constants.check(saved.header, needed_kinds(layouts, names))
-                stages.extend(from_arrays(layouts, saved, names))
-            elif run.config.init:
-                from mpiml.training import init
-
-                values, names = to_arrays(layouts, stages, VALUES), (VALUES,)
-                given, of_init = init.take(run.config, run.model, values, progress)
-                notes += of_init
-            changed.update((name, given[name]) for name in constants.changed(given))
-            # Nothing can be refused any more, so now the log may change.
-            return self._cut_log(saved, bool(left), notes), saved.step if saved else 0, names, left
-
-        self.clock("checkpoint")
-        if self.team.on_rank_0(begins):
-            stages.extend(run.state.collect(VALUES))  # first values as they are drawn
-        start, self._saved, names, left = self.team.on_rank_0(read)
-        if names:
-            run.learning.begin(start.step + 1)
-            run.learning.left = left or None
-            run.learning.saved_state.distribute(stages, *names)
-            restore_constants(constants, self.team, changed)
-        self._remember(start)
-        if start.step:  # the job before may have been killed before it did so
-            self.team.on_rank_0(self._prune)
-        return start
-
-    def _remember(self, start: Restored) -> None:
-        """Know what the run has learned from its log: which evaluations are the best, and how noisy gradients are."""
-        for scored in start.scores:
+        restored = Restoring(self.run, self.hold, self._saver.first_node).restore()
+        self._saved = restored.saved
+        for scored in restored.scores:
             self.run.best.add(*scored)
         if self.run.noise:
-            self.run.noise.averages = start.noise
+            self.run.noise.averages = restored.noise
+        if restored.step:  # the job before may have been killed before it did so
+            self.team.on_rank_0(self._prune)
+        return restored
 
-    def _cut_log(self, saved: Checkpoint | None, left: bool, notes: list[str]) -> Restored:
-        """Rank 0: cut the log to what was there when a checkpoint was written, or when the round began that was `left`
-        then; without one, to nothing."""
-        run, metrics, step = self.run, self.hold.metrics, saved.step if saved else 0
-        cfg, round_ = run.config, run.calendar.round_of(max(step, 1))
-        if left:
-            notes.append(f"going on within the round of steps {round_[0]} to {round_[-1]}")
-            step = round_[0] - 1
-        due = run.calendar.due(step)
-        entries, kept, damaged = cut_after(metrics, step, due.log, due.evaluation or step == cfg.steps)
-        if saved:
-            before = settings_of(saved, (), {})
-            wait = before.average_every if before.eval_every else 0  # for the end of a round
-            if lost := missing(entries, step, before.log_every, before.eval_every + wait):
-                notes.append(f"warning: {metrics} has lost its lines of steps {lost[0]} to {lost[-1]}")
-            notes += [] if left else [f"going on after step {step}"]
-        elif cfg.resume:
-            notes.append(f"no checkpoint in {self.hold.path} yet: starting at step 0")
-        notes += damaged
-        if saved and "init" in (cfg.given or ()):
-            notes.append(f"--init {cfg.init} is not read: it is for a run's first step")
-        scored = any("evaluation" in entry and entry["step"] == step for entry in kept)
-        unscored = saved is not None and not left and due.evaluation and not scored
-        history = last_known(kept, run.model.metric.name, cfg.evaluated) | ({"step": saved.step} if saved else {})
-        noise = averages_of(gradient_noise(kept))
-        return Restored(step, notes, history, scores(kept, run.best.name), unscored, noise)
+    def claim(self) -> list[str]:
+        """Claim memory for saving while training goes on, as --save asks. Returns what a person should know."""
+        config = self.run.config
+        if config.save == "sync" or not config.save_every:
+            return []
+        size = size_of_copies(self._segments(self.run.learning.saved_state))
+        of_node, least = self._of_nodes(size)
+        if config.save == "auto" and of_node > MOST * least:
+            gb = f"{of_node / 1e9:.1f} GB a node, where {least / 1e9:.1f} GB are available"
+            return [f"training waits for saves: to go on meanwhile would take {gb}"]
+        self._background = True
+        self._saver.claim(size)
+        return []
 
-    def save(self, step: int) -> None:
-        """Write the checkpoint of a step, unless that is done, when the metrics so far are on disk."""
+    def save(self, step: int, going_on: bool = True) -> None:
+        """Write the checkpoint of a step, unless that is done, when the metrics so far are on disk. It is saved when
+        `settle` returns; if training is `going_on`, that may be later."""
         if step != self._saved:
-            self._write(step)
+            self._write(step, {}, going_on and self._background)
 
     def save_round(self, left: Round) -> int:
         """Write a checkpoint within a round that workers have left: of each of them, and how far it is. Returns its
         step, the last that all have done."""
         of_workers = accounts.arrays_of(left.workers, left.reported.logged, left.steps)
         self.run.learning.left = of_workers
-        self._write(int(of_workers[accounts.STEPS].min()))
+        self._write(int(of_workers[accounts.STEPS].min()), of_workers, background=False)
         return self._saved
 
-    def _write(self, step: int) -> None:
-        run, began = self.run, time.monotonic()
-        state, left = run.learning.saved_state, run.learning.left or {}
+    def _write(self, step: int, left: Mapping[str, Array], background: bool) -> None:
+        state, others = self.run.learning.saved_state, self._others(left)
+
+        def prepare() -> File:
+            self.clock("checkpoint")
+            self.hold.check()
+            sync_file(self.hold.metrics)
+            path = self.hold.checkpoints / step_files.file_name(step)
+            run = self.run
+            texts = texts_of(step, run.config.to_toml(), run.model.task.to_json(), run.model.constants.entries)
+            kinds = needed_kinds(run.model.layouts, state.names) | kinds_of(others)
+            contents = None if stays(path, self.clock.progress) else Contents.of(kinds, texts)
+            return File(path, contents, self._ending(step), lambda: self._noted(step))
+
         with self.clock.booked("checkpoint"):
-            stages = state.collect()
-
-            def write() -> None:
-                self.clock("checkpoint")
-                self.hold.check()
-                sync_file(self.hold.metrics)
-                model = run.model
-                arrays = to_arrays(model.layouts, stages, *state.names) | dict(model.constants.arrays) | dict(left)
-                for preparation in run.data.preparations:
-                    arrays |= preparation.arrays()
-                saved = Checkpoint(step, run.config.to_toml(), arrays, model.task.to_json(), model.constants.entries)
-                kept = run.config.keep, self.clock.progress, run.best.steps
-                checkpoint.save(self.hold.checkpoints, saved, *kept)
-                update_result(self.hold.path, {"step": step, "saved": step} | run.best.result(self.hold.path))
-
-            self.team.on_rank_0(write)
+            self._saver.settle()
+            began = time.monotonic()
+            constants = self.run.model.constants.entries
+            own = [Segment(n, 0, little(a).reshape(-1), n not in constants) for n, a in others.items()]
+            self._saver.begin(prepare, [*self._segments(state), *own], background)
         self._saved = step
         if not left:
             self.deadline.saved(time.monotonic() - began)
+
+    def _others(self, left: Mapping[str, Array]) -> dict[str, Array]:
+        """The arrays of a checkpoint that are no parts of vectors, which are rank 0's."""
+        if self.team.rank:
+            return {}
+        arrays = dict(self.run.model.constants.arrays) | dict(left)
+        for preparation in self.run.data.preparations:
+            arrays |= preparation.arrays()
+        return arrays
+
+    def _segments(self, state: State, *names: str) -> list[Segment]:
+        """What is saved of this rank's parts of vectors (default: all)."""
+        layout, parts = self.run.model.layouts[self.run.grid.stage], state.parts
+        return [
+            segment
+            for name in names or state.names
+            if name in parts
+            for segment in segments(layout, name, {of: parts[name].held[of] for of in parts[name].collected})
+        ]
+
+    def _ending(self, step: int) -> Callable[[], Callable[[], object]]:
+        """What is done, in a thread of rank 0, when a checkpoint has its name."""
+
+        def ending() -> Callable[[], object]:
+            self.hold.check()
+            best = self.run.best.steps
+            return lambda: step_files.prune(self.hold.checkpoints, step, self.run.config.keep, best)
+
+        return ending
+
+    def _noted(self, step: int) -> None:
+        """Rank 0: note in the result that a step is saved."""
+        update_result(self.hold.path, {"step": step, "saved": step} | self.run.best.result(self.hold.path))
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows that a save has failed, so that the run is to stop."""
+        return self._saver.failed
+
+    def tick(self) -> None:
+        """Go on with a save, in no time; not collective."""
+        self._saver.tick()
+
+    def settle(self) -> None:
+        """Return when all that has been saved is on disk. Raises OutputError or NotFiniteError if it could not be."""
+        with self.clock.booked("checkpoint"):
+            self._saver.settle()
 
     def save_best(self, step: int) -> None:
         """Save a step that is one of the best by now, and remove the checkpoints of those that no longer are."""
@@ -237,7 +169,10 @@ class Store:
             self._prune()
             update_result(self.hold.path, self.run.best.result(self.hold.path))
 
-        self.team.on_rank_0(keep)
+        if self._saver.busy:
+            self._saver.afterwards(keep)
+        else:
+            self.team.on_rank_0(keep)
 
     def _prune(self) -> None:
         step_files.prune(self.hold.checkpoints, self._saved, self.run.config.keep, self.run.best.steps)
@@ -248,16 +183,12 @@ class Store:
         return {"saved": self._saved} | best
 
     def digest(self) -> str:
-        """The SHA-256 of all weights in layer order, the same for every layout; within a round, of those before it."""
+        """The SHA-256 of all weights, the same for every layout; within a round, of those before it."""
         run = self.run
         with self.clock.booked("checkpoint"):
-            stages = run.learning.saved_state.collect(VALUES)
-
-            def compute() -> str:
-                self.clock("checkpoint")
-                return verified.digest(to_arrays(run.model.layouts, stages, VALUES).items(), self.clock.progress)
-
-            return self.team.on_rank_0(compute)
+            own = self._segments(run.learning.saved_state, VALUES)
+            known = shared_file.digests_of(self.team, own, needed_kinds(run.model.layouts, (VALUES,)))
+            return self.team.broadcast(digests.of_arrays(known))
 
     def finish(self, outcome: Mapping[str, Any]) -> dict[str, Any]:
         """Write how the run ended. Returns the whole result."""
@@ -269,14 +200,16 @@ class Store:
 
         return self.team.on_rank_0(write)
 
+    def free(self) -> None:
+        """Settle what has been begun, and give back what the MPI library holds."""
+        with contextlib.suppress(RunError):  # another one is on its way
+            self._saver.settle()
+        self._saver.free()
 
-def _check_same_run(cfg: Config, saved: Checkpoint) -> None:
-    """Raise OutputError if a checkpoint has settings that these may not go on with."""
-    stored = settings_of(saved, (), {})
-    for field in all_settings():
-        now, was = getattr(cfg, field.name), getattr(stored, field.name)
-        if now != was and not may_become(stored, field, now):
-            raise OutputError(
-                f"{saved.origin} has {flag(field.name)} {was}, but {CONFIG} {now}: they are of different runs, or "
-                f"{CONFIG} is damaged; if you remove it, --resume takes the checkpoint's settings"
-            )
+    def _of_nodes(self, size: int) -> tuple[int, int]:
+        """The most bytes that the ranks of a node need, of which each needs `size`, and the least that a node has."""
+        total = np.array([size], np.int64)
+        self.team.wait([self.run.grid.node.Iallreduce(MPI.IN_PLACE, total)])
+        most = np.array([total[0], -memory_available()], np.int64)
+        self.team.wait([self.team.comm.Iallreduce(MPI.IN_PLACE, most, MPI.MAX)])
+        return int(most[0]), -int(most[1])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,20 +18,33 @@ from mpiml.data.fingerprint import difference
 from mpiml.data.inputs import inputs_of, shapes
 from mpiml.data.preparation import Preparation
 from mpiml.data.sources import Zeros
+from mpiml.documents import AVERAGE
 from mpiml.errors import ConfigError, DataError, OutputError
+from mpiml.nn.parameters import Layout
+from mpiml.parallel.grid import Grid
+from mpiml.parallel.state import VALUES, parts
+from mpiml.parallel.values import Values
 from mpiml.run import checkpoint as checkpoints
-from mpiml.run import environment, step_files
-from mpiml.run.checkpoint import Checkpoint
+from mpiml.run import environment, shared_file, step_files
+from mpiml.run.checkpoint import Checkpoint, Header
+from mpiml.run.contents import Contents
 from mpiml.run.directory import CHECKPOINTS, CONFIG
 from mpiml.training import resolve
-from mpiml.training.arrays import preparations
+from mpiml.training.arrays import preparations, restore_constants, segments
+from mpiml.training.constants import Constants
 from mpiml.training.saved import averaged_weights, code_of, settings_in, settings_of, step_of_weights
 from mpiml.training.task import Task
 
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A checkpoint's model without its weights, and `run`, the directory that it is of; the same on all ranks."""
+    """A checkpoint's model without its weights; the same on all ranks.
+
+    Attributes:
+        run: the directory that it is of.
+        contents, header: of the checkpoint; of the header those arrays that are taken.
+        averaged: whether averages of weights are taken in their place.
+    """
 
     config: Config
     step: int
@@ -37,27 +52,41 @@ class StoredModel:
     preparations: list[Preparation]
     run: Path
     notes: list[str]
+    contents: Contents
+    header: Header
+    averaged: bool
+
+    def name_of(self, weight: str) -> str:
+        """The name of the array that is taken for a weight."""
+        average = AVERAGE + weight
+        return average if self.averaged and average in self.contents.kinds else weight
 
 
 def stored_model(
-    run: str | None, file: str | None, asked: Mapping[str, Any], named: Mapping[str, Any], raw: bool = False
-) -> tuple[StoredModel, Checkpoint]:
-    """The model of a run's newest checkpoint or of `file`, and that checkpoint without optimizer state; on rank 0. If
-    the run keeps an average of its weights, that is in their place, unless the `raw` weights are asked for.
+    run: str | None,
+    file: str | None,
+    asked: Mapping[str, Any],
+    named: Mapping[str, Any],
+    raw: bool,
+    damaged: Mapping[Path, str] = MappingProxyType({}),
+) -> StoredModel:
+    """The model of a run's newest checkpoint or of `file`; on rank 0. If the run keeps an average of its weights, that
+    is in their place, unless the `raw` weights are asked for.
 
-    Settings that are asked for, and not None, take the place of the run's; `named` are those that may name code.
+    Settings that are asked for, and not None, take the place of the run's; `named` are those that may name code. Of
+    files that are `damaged` it is known what is wrong with them.
     """
     own: dict[str, str] = {}
     problems: list[str] = []
     if file is not None:
         if Path(file).is_dir():
             raise ConfigError(f"--checkpoint {file}: is a directory, not a file; a run is scored with --run")
-        saved, path = checkpoints.load(Path(file), checkpoints.is_of_model), Path(file).absolute().parent.parent
+        saved, path = _loaded(Path(file), damaged), Path(file).absolute().parent.parent
     else:
         path = Path(run or "")
         if not (path / CHECKPOINTS).is_dir():
             raise ConfigError(f"--run {run}: " + ("holds no run" if path.is_dir() else "there is no such directory"))
-        saved, problems = _newest(path / CHECKPOINTS)
+        saved, problems = _newest(path / CHECKPOINTS, damaged)
         if (path / CONFIG).exists():
             own = code_of(settings_in(path / CONFIG))
     given = {name: value for name, value in named.items() if value is not None}
@@ -73,20 +102,28 @@ def stored_model(
     prepared = preparations(saved, config, task.shape)
     notes = [f"warning: skipped {problem}" for problem in problems]
     step = step_of_weights(saved, config)
-    if config.ema and not raw:
-        saved.arrays = averaged_weights(saved, config)
+    averaged, header = bool(config.ema) and not raw, saved.header
+    if averaged:
+        header = header._replace(kinds=averaged_weights(saved, config, header.kinds))
         notes.append(f"the average of the weights is scored, as in the run (--ema {config.ema}; see --raw-weights)")
     elif step < saved.step:
         notes.append(f"{saved.origin} was saved within a round of workers: the weights are those after step {step}")
-    return StoredModel(config, step, task, prepared, path, notes), saved
+    return StoredModel(config, step, task, prepared, path, notes, saved.contents, header, averaged)
 
 
-def _newest(directory: Path) -> tuple[Checkpoint, list[str]]:
+def _loaded(path: Path, damaged: Mapping[Path, str]) -> Checkpoint:
+    """A checkpoint with those arrays that say what is done to inputs."""
+    if path in damaged:
+        raise OutputError(damaged[path])
+    return checkpoints.load(path, lambda name: name.startswith("data."))
+
+
+def _newest(directory: Path, damaged: Mapping[Path, str]) -> tuple[Checkpoint, list[str]]:
     """The newest whole checkpoint, and what is wrong with newer ones. The run may remove files meanwhile."""
     while True:
         files = step_files.listed(directory)
         try:
-            saved, problems = checkpoints.newest(directory, checkpoints.is_of_model)
+            saved, problems = step_files.newest(directory, lambda path: _loaded(path, damaged))
         except OutputError:
             if files == step_files.listed(directory):
                 raise
@@ -153,3 +190,47 @@ def check_wanted(data: Dataset, predictions: str | None) -> None:
             f"{data.name}: the rows have no labels, so that there is nothing to score; write predictions with "
             "--predictions FILE, or say which are the labels (y_test; in a table, --label NAME)"
         )
+
+
+def _add_constants(path: Path, constants: Constants, given: dict[str, Any]) -> None:
+    given.update(checkpoints.load(path, lambda name: name in constants.arrays).arrays)
+
+
+def read_model(
+    stored: StoredModel,
+    again: Callable[[Mapping[Path, str]], StoredModel],
+    constants: Constants,
+    values: Values,
+    layout: Layout,
+    grid: Grid,
+) -> StoredModel:
+    """Read weights and constants of a stored model, each rank what it needs; collective.
+
+    If the file is damaged, or gone because the run goes on, `again` is called on rank 0 with what is wrong with damaged
+    ones; it returns the model to read in its place. Returns the model that has been read. Raises OutputError, on all
+    ranks alike, if there is none.
+    """
+    team, given, damaged = grid.team, dict[str, Any](), dict[Path, str]()  # the last two on rank 0
+    team.clock("checkpoint")
+    first_node, of_values = team.broadcast(grid.node.size), parts(values, {}, grid.replica)[VALUES]
+    while True:
+        path = Path(stored.header.origin)
+        into = segments(layout, VALUES, of_values.held, stored.name_of)
+        counted = segments(layout, VALUES, {of: of_values.held[of] for of in of_values.collected}, stored.name_of)
+        try:
+            team.on_rank_0(functools.partial(_add_constants, path, constants, given))
+            shared_file.load(team, first_node, path, stored.contents, into, counted)
+            break
+        except OutputError as error:
+            problem = str(error)
+
+            def older(path: Path = path, problem: str = problem) -> StoredModel:
+                if path.exists():
+                    damaged[path] = problem
+                return again(damaged)
+
+            stored = team.on_rank_0(older)
+    restore_constants(constants, team, given)
+    with team.clock.doing("joining"):
+        values.publish()
+    return stored

@@ -1,0 +1,72 @@
+"""Work in a thread, which makes no MPI calls, while this process goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from mpiml.clock import Clock
+from mpiml.errors import OutputError, RunError
+from mpiml.run.verified import Progress
+
+NICE = 15  # of 19: while training keeps a core busy, the thread gets some per cent of it
+NAP = 1e-3  # seconds
+
+
+class Work(threading.Thread):
+    """Does `action(progress)`, which calls `progress` after each part.
+
+    Args:
+        yields: whether it leaves cores to others that need them: if nobody waits for it.
+
+    Attributes:
+        error: that ended it, if any: a RunError; an OSError becomes an OutputError that begins with `what`.
+    """
+
+    def __init__(self, action: Callable[[Progress], object], what: str, yields: bool):
+        super().__init__(name="mpiml-save", daemon=True)  # a disk that does not answer must not keep a process
+        self.error: RunError | None = None
+        self._action, self._what, self._yields, self._moves = action, what, yields, 0
+        self.start()
+
+    def run(self) -> None:
+        if self._yields:
+            with contextlib.suppress(OSError, AttributeError):  # of a thread, in Linux
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+        try:
+            self._action(self._moved)
+        except RunError as error:
+            self.error = error
+        except Exception as error:
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            self.error = OutputError(f"{self._what}: {reason}")
+
+    def _moved(self) -> None:
+        self._moves += 1
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return not self.is_alive()
+
+    def finish(self, clock: Clock) -> None:
+        """Return when it has ended; meanwhile its progress is that of `clock`."""
+        while self.is_alive():
+            before = self._moves
+            time.sleep(NAP)
+            if self._moves != before:
+                clock.progress()
+
+
+def all_done(work: list[Work]) -> bool:
+    """Whether all of it has ended."""
+    return all(one.done for one in work)
+
+
+def first_error(work: list[Work]) -> Any:
+    """The first error of any of it, or None."""
+    return next((one.error for one in work if one.error), None)

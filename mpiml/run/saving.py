@@ -1,0 +1,301 @@
+"""Writing a file of whose arrays every rank has segments: each writes its own, mostly while training goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from mpi4py import MPI
+from numpy.typing import NDArray
+
+from mpiml.errors import RunError
+from mpiml.run import segments, shared_file
+from mpiml.run.background import Work
+from mpiml.run.contents import Contents
+from mpiml.run.digests import SIZE, blocks_in
+from mpiml.run.directory import named_errors, sync, temporary
+from mpiml.run.segments import Segment, Span
+from mpiml.run.verified import Progress
+from mpiml.run.writing import exchanged, write, write_for_others
+from mpiml.team import Team
+from mpiml.vectors import ALIGNMENT
+
+ACTION = "write the checkpoint"
+
+
+class File(NamedTuple):
+    """A file that is to be written.
+
+    Attributes:
+        path: its name when it is whole.
+        contents: without digests; None if a whole file of that name is there, which stays.
+        ending: is called on rank 0 when all but the header is on disk; what it returns, in a thread when the file has
+            its name.
+        ended: is called on rank 0 after that.
+    """
+
+    path: Path
+    contents: Contents | None
+    ending: Callable[[], Callable[[], object]]
+    ended: Callable[[], object]
+
+
+@dataclass
+class _Save:
+    """A save on this rank, until all ranks know how it went.
+
+    Attributes:
+        path, unfinished: the name of the file, and its name meanwhile.
+        rows: of this rank's segments.
+        work: hashing and writing them.
+        hashed: digests of their blocks.
+        error: what else went wrong on this rank.
+        sent: the gathering of all ranks' digests on rank 0.
+        file, all_rows, received: on rank 0.
+        finishing: on rank 0, the end of the work on the file; lost: it comes to no good.
+        after: what is to be done on rank 0 then.
+        over: whether there is nothing left to do on this rank.
+    """
+
+    path: Path
+    unfinished: Path
+    file: File | None
+    rows: NDArray[np.int64]
+    all_rows: list[NDArray[np.int64]] = field(default_factory=list)
+    work: list[Work] = field(default_factory=list)
+    hashed: bytearray = field(default_factory=bytearray)
+    error: RunError | None = None
+    sent: MPI.Request | None = None
+    received: list[NDArray[np.uint8]] = field(default_factory=list)
+    finishing: Work | None = None
+    lost: bool = False
+    after: list[Callable[[], object]] = field(default_factory=list)
+    over: bool = False
+
+    @property
+    def problem(self) -> RunError | None:
+        """What went wrong on this rank."""
+        every = [*self.work, *([self.finishing] if self.finishing else [])]
+        return self.error or next((work.error for work in every if work.error), None)
+
+    @property
+    def what(self) -> str:
+        """How a message begins."""
+        return f"cannot {ACTION} {self.path}"
+
+
+class Saver:
+    """Writes files of which every rank has a part; collective to make, to begin and to settle.
+
+    Each rank hashes and writes its own segments, in two threads. The digests then go to rank 0, which writes the header
+    with them, and gives the file its name when all is safe on disk. In the background, a rank copies its segments and
+    goes on training meanwhile; it calls `tick` now and then. A file is begun when the one before is settled.
+
+    If not all ranks see the directory, those of rank 0's node write for all, and never in the background.
+
+    Args:
+        team: the ranks, those of a node next to each other, rank 0's first.
+        node: those of this rank's node.
+    """
+
+    def __init__(self, team: Team, node: MPI.Intracomm):
+        self.team, self.clock = Team(MPI.Intracomm(team.comm.Dup()), team.clock), team.clock
+        self.first_node = team.broadcast(node.size)
+        self._copies = np.empty(0, np.uint8)
+        self._save: _Save | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a file is not settled; the same on all ranks."""
+        return self._save is not None
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows that the file in flight has failed."""
+        return self._save is not None and self._save.problem is not None
+
+    def claim(self, size: int) -> None:
+        """Have memory for copies of so many bytes, so that its pages exist before they are needed."""
+        if size > self._copies.size:
+            self._copies = np.empty(size, np.uint8)
+            self._copies.fill(1)
+
+    def begin(self, prepare: Callable[[], File], own: Sequence[Segment], background: bool = False) -> None:
+        """Begin to write a file, and unless it is to be written in the background, settle it; collective.
+
+        Args:
+            prepare: is called on rank 0.
+            own: this rank's segments; all ranks together have each element of the file's arrays once.
+
+        Raises, on all ranks alike, the RunError that `prepare` raises, or as `settle`, also for the file before.
+        """
+        self.settle()
+        files: list[File] = []  # on rank 0
+
+        def create() -> tuple[Path, Path, Contents | None]:
+            files.append(file := prepare())
+            unfinished = temporary(file.path)
+            if file.contents:
+                with named_errors(ACTION, file.path), open(unfinished, "xb") as empty:
+                    empty.truncate(file.contents.size)
+            else:
+                file.ending()()
+                file.ended()
+            return file.path, unfinished, file.contents
+
+        path, unfinished, contents = self.team.on_rank_0(create)
+        if contents is None:
+            return
+        descriptor, seen = shared_file.opened(self.team.comm, unfinished, os.O_WRONLY)
+        if background := background and seen:
+            own = self._copied(own)
+        rows = shared_file.rows(own, sorted(contents.kinds))
+        save = self._save = _Save(path, unfinished, files[0] if files else None, rows)
+        save.all_rows = [of.reshape(-1, 3) for of in shared_file.gathered(self.team.comm, rows.reshape(-1))]
+        spans = segments.spans(own, contents.starts)
+        if seen and self.first_node < self.team.size:
+            spans = exchanged(self.team, spans, contents.first)
+        there = seen or self.team.rank < self.first_node
+        save.work = [
+            Work(lambda progress: shared_file.hash_all(own, save.hashed, progress), save.what, background),
+            Work(lambda progress: write(descriptor, spans if there else [], progress), save.what, background),
+        ]
+        if not seen:
+            save.error = write_for_others(self.team, self.first_node, unfinished, spans, save.what)
+        if not background:
+            self.settle()
+
+    def tick(self) -> None:
+        """Go on with the file in flight."""
+        save = self._save
+        if save is None or save.over or not all(work.done for work in save.work):
+            return
+        if save.sent is None:
+            self._send_digests(save)
+        elif save.sent.Test():
+            if save.file is None:
+                save.over = True
+            elif save.finishing is None:
+                save.finishing = self._finish(save, save.file)
+            elif save.finishing.done:
+                self._end(save, save.file)
+
+    def afterwards(self, action: Callable[[], object]) -> None:
+        """Let rank 0 do something when the file in flight has its name, which it may have already."""
+        save = self._save
+        assert save, "it is not settled"
+        if save.over:
+            self._do(save, action)
+        else:
+            save.after.append(action)
+
+    def settle(self) -> None:
+        """Return when the file in flight, if there is one, has its name; collective.
+
+        Raises, on all ranks alike, the error of the first rank on which something went wrong; then there is no file.
+        """
+        save = self._save
+        if save is None:
+            return
+        for work in save.work:
+            with self.clock.doing("checkpoint"):
+                work.finish(self.clock)
+        while not save.over:
+            self.tick()
+            if save.finishing:
+                with self.clock.doing("checkpoint"):
+                    save.finishing.finish(self.clock)
+            elif save.sent:
+                self.team.wait([save.sent])
+        self._save = None
+
+        def check() -> None:
+            if save.problem:
+                raise save.problem
+
+        self.team.together(check)
+
+    def free(self) -> None:
+        """Give back the communicator; collective."""
+        self.team.comm.Free()
+
+    def _copied(self, own: Sequence[Segment]) -> list[Segment]:
+        self.claim(size_of_copies(own))
+        copies, at = [], 0
+        for segment in own:
+            copy = self._copies[at : at + segment.values.nbytes].view(segment.values.dtype)
+            np.copyto(copy, segment.values)
+            copies.append(segment._replace(values=copy))
+            at += _padded(segment)
+        return copies
+
+    def _send_digests(self, save: _Save) -> None:
+        """Let rank 0 have the digests of this rank's blocks, and whether something went wrong here."""
+        message = np.zeros(_message(save.rows), np.uint8)
+        message[0] = save.problem is not None
+        message[1 : 1 + len(save.hashed)] = np.frombuffer(save.hashed, np.uint8)
+        receive = None
+        if save.file is not None:
+            sizes = [_message(rows) for rows in save.all_rows]
+            everything = np.empty(sum(sizes), np.uint8)
+            save.received, receive = np.split(everything, np.cumsum(sizes)[:-1]), (everything, sizes)
+        save.sent = self.team.comm.Igatherv(message, receive)
+
+    def _finish(self, save: _Save, file: File) -> Work:
+        """Rank 0: write the header, and give the file its name; or remove what is there."""
+        then: Callable[[], object] = lambda: None  # noqa: E731
+        try:
+            then = file.ending()
+        except RunError as error:
+            save.error = error
+        save.lost = save.problem is not None or any(message[0] for message in save.received)
+
+        def finish(progress: Progress) -> None:
+            try:
+                if not save.lost:
+                    blocks = [(rows, of[1:].tobytes()) for rows, of in zip(save.all_rows, save.received, strict=True)]
+                    assert file.contents, "there is something to write"
+                    kinds = file.contents.kinds
+                    header = file.contents.header(shared_file.of_arrays(sorted(kinds), kinds, blocks))
+                    write(os.open(save.unfinished, os.O_WRONLY), [Span(0, memoryview(header))], progress)
+                    os.replace(save.unfinished, file.path)
+                    sync(file.path.parent)
+                    then()
+            finally:
+                with contextlib.suppress(OSError):
+                    save.unfinished.unlink()
+
+        return Work(finish, save.what, yields=False)
+
+    def _end(self, save: _Save, file: File) -> None:
+        """Rank 0: do what comes after the work on the file."""
+        save.lost = save.lost or save.problem is not None
+        for action in (file.ended, *save.after):
+            self._do(save, action)
+        save.over = True
+
+    def _do(self, save: _Save, action: Callable[[], object]) -> None:
+        if save.file is not None and not save.lost:
+            try:
+                action()
+            except RunError as error:
+                save.error = error
+
+
+def size_of_copies(own: Sequence[Segment]) -> int:
+    """The bytes that copies of segments take."""
+    return sum(map(_padded, own))
+
+
+def _padded(segment: Segment) -> int:
+    return -(-segment.values.nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _message(rows: NDArray[np.int64]) -> int:
+    """The bytes that a rank with these rows sends to rank 0 about a save."""
+    return 1 + SIZE * sum(blocks_in(count) for *_, count in rows.tolist())
