@@ -232,7 +232,7 @@ def _scored(
     team.on_rank_0(lambda: built.constants.check(stored.header, needed_kinds(layouts, (VALUES,))))
     values, problem = place_values(config, grid, layouts[grid.stage])
     with freed(values, grid.comm.size):
-        stored = read_model(stored, load, built.constants, values, layouts[grid.stage], grid)
+        stored = read_model(stored, load, built.constants, values, layouts, grid)
         for note in [*stored.notes, *data.notes, *seen.notes, *([f"warning: {problem}"] if problem else [])]:
             if grid.comm.rank == 0:
                 say(note, sys.stderr)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 
-from mpiml.bench import formats, layers, modules, processes, steps, sums
+from mpiml.bench import formats, layers, modules, processes, saving, steps, sums
 from mpiml.bench.rows import Ratio
 from mpiml.run.failure import run_job
 from mpiml.run.process import prepare_process
@@ -29,6 +29,7 @@ FUNCTIONS: list[Callable[..., Ratio]] = [
     *(steps.by_hand, steps.page_faults, steps.traced, steps.torch_ddp, steps.torch_pipeline, steps.pipeline),
     *(steps.weak_scaling, steps.oversubscribed, steps.workers, sums.allreduce, sums.bandwidth, sums.own_sum),
     *(sums.record, sums.record_milliseconds),
+    *(saving.save, saving.save_stall, saving.save_beside, saving.resume),
     *(
         layers.torch_step,
         layers.torch_memory,

@@ -72,6 +72,7 @@ DATA = "data-parallel training"
 MODULES = "a PyTorch module: samples/s / PyTorch's"
 LOOP = "PyTorch's loop with mpiml.torch.DataParallel: samples/s / of another loop"
 PIPE = "pipeline"
+SAVES = "a checkpoint of 286 MB, 784-4500-4500-10 with Adam, on a local disk"
 FILES = "training on shuffled rows of a file of 200 MB: samples/s / on the same rows in memory"
 OTHER = "start and memory"
 
@@ -199,6 +200,15 @@ ROWS = [
         for h, b, x in (("256", "256", 2.5), ("512", "256", 1.4), ("1024", "512", 1.0))
     ),
     Row(PIPE, "throughput / that of one rank x 2 x (1 - bubble)", 2, ("pipeline", "1024", "1024", "8"), at_least=0.90),
+    *(
+        Row(SAVES, text, 2, (name, "4500"), at_most, at_least)
+        for name, text, at_most, at_least in (
+            ("save", "saved while training waits: bytes/s / of dd or SHA-256, the slower here", None, 0.8),
+            ("save_stall", "saved in the background: time that training stands still / of such a save", 0.1, None),
+            ("save_beside", "steps meanwhile, on ranks that keep all cores busy: time / without", 1.05, None),
+            ("resume", "read and verified: bytes/s / of SHA-256", None, 0.8),
+        )
+    ),
     *(
         Row(FILES, text, 1, ("from_file", name, "200"), at_least=least)
         for text, name, least in (

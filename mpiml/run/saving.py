@@ -115,6 +115,11 @@ class Saver:
         return self._save is not None
 
     @property
+    def working(self) -> bool:
+        """Whether this rank still has something to do for the file in flight."""
+        return self._save is not None and not self._save.over
+
+    @property
     def failed(self) -> bool:
         """Whether this rank knows that the file in flight has failed."""
         return self._save is not None and self._save.problem is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +86,20 @@ def digests_of(team: Team, own: Sequence[Segment], kinds: Mapping[str, Kind]) ->
 
 
 def load(
-    team: Team, first_node: int, path: Path, contents: Contents, into: Sequence[Segment], counted: Sequence[Segment]
+    team: Team,
+    first_node: int,
+    path: Path,
+    contents: Contents,
+    names: Iterable[str],
+    into: Sequence[Segment],
+    counted: Sequence[Segment],
 ) -> None:
-    """Read parts of a file that is there on rank 0; collective.
+    """Read arrays of a file that is there on rank 0, each rank what it needs of them; collective.
 
     If not all ranks see the file, the `first_node` ranks of rank 0's node read for the others.
 
     Args:
+        names: of all arrays that are read, the same on all ranks.
         into: what this rank needs: their values are written.
         counted: those of them, or parts of them, that this rank verifies: all ranks together each element once.
 
@@ -125,8 +132,6 @@ def load(
         if descriptor >= 0:
             os.close(descriptor)
     team.together(check)
-    kinds = {name: contents.kinds[name] for name in sorted({s.name for s in counted})}
-    names = team.broadcast(sorted(set().union(*team.allgather(set(kinds)))))
     known = digests_of(team, counted, {name: contents.kinds[name] for name in names})
 
     def compare() -> None:

@@ -169,8 +169,9 @@ class Restoring:
             if part := state.parts.get(name):
                 into += segments(layout, name, part.held)
                 counted += segments(layout, name, {of: part.held[of] for of in part.collected})
+        names = needed_kinds(self.run.model.layouts, source.names)
         try:
-            shared_file.load(self.team, self.first_node, source.path, source.contents, into, counted)
+            shared_file.load(self.team, self.first_node, source.path, source.contents, names, into, counted)
         except OutputError as error:
             self._problems.append(str(error))
             return False

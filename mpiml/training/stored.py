@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -30,7 +30,7 @@ from mpiml.run.checkpoint import Checkpoint, Header
 from mpiml.run.contents import Contents
 from mpiml.run.directory import CHECKPOINTS, CONFIG
 from mpiml.training import resolve
-from mpiml.training.arrays import preparations, restore_constants, segments
+from mpiml.training.arrays import needed_kinds, preparations, restore_constants, segments
 from mpiml.training.constants import Constants
 from mpiml.training.saved import averaged_weights, code_of, settings_in, settings_of, step_of_weights
 from mpiml.training.task import Task
@@ -201,7 +201,7 @@ def read_model(
     again: Callable[[Mapping[Path, str]], StoredModel],
     constants: Constants,
     values: Values,
-    layout: Layout,
+    layouts: Sequence[Layout],
     grid: Grid,
 ) -> StoredModel:
     """Read weights and constants of a stored model, each rank what it needs; collective.
@@ -215,11 +215,12 @@ def read_model(
     first_node, of_values = team.broadcast(grid.node.size), parts(values, {}, grid.replica)[VALUES]
     while True:
         path = Path(stored.header.origin)
+        names, layout = map(stored.name_of, needed_kinds(layouts, (VALUES,))), layouts[grid.stage]
         into = segments(layout, VALUES, of_values.held, stored.name_of)
         counted = segments(layout, VALUES, {of: of_values.held[of] for of in of_values.collected}, stored.name_of)
         try:
             team.on_rank_0(functools.partial(_add_constants, path, constants, given))
-            shared_file.load(team, first_node, path, stored.contents, into, counted)
+            shared_file.load(team, first_node, path, stored.contents, names, into, counted)
             break
         except OutputError as error:
             problem = str(error)
