@@ -34,8 +34,8 @@ MOST = 0.5  # of a node's memory that is available, copies may take so much
 
 
 class Store:
-    """The state of a run in its directory. Every method but `tick` is collective. `deadline` learns how long saving
-    takes.
+    """The state of a run in its directory. Every method but `tick` is collective. On rank 0, `deadline` learns how long
+    saving takes.
 
     Raises DirectoryError, on all ranks alike, where it would write and another job has taken the directory.
     """
@@ -44,7 +44,7 @@ class Store:
         self.run, self.hold, self.deadline = run, hold, deadline
         self.team, self.clock = run.grid.team, run.grid.team.clock
         self._saver = Saver(self.team, run.grid.node)
-        self._saved, self._began, self._background = 0, 0.0, False  # the step of the last save, and when it began
+        self._saved, self._background = 0, False  # the step of the last save
         states, layouts = len(run.state.names) - 1, run.model.layouts
         size = sum((layout.size + states * layout.updated) * layout.dtype.itemsize for layout in layouts)
         deadline.expect(size + sum(array.nbytes for array in run.model.constants.arrays.values()))
@@ -101,7 +101,7 @@ class Store:
             texts = texts_of(step, run.config.to_toml(), run.model.task.to_json(), run.model.constants.entries)
             kinds = needed_kinds(run.model.layouts, state.names) | kinds_of(others)
             contents = None if stays(path, self.clock.progress) else Contents.of(kinds, texts)
-            return File(path, contents, self._ending(step), lambda: self._noted(step))
+            return File(path, contents, self._ending(step), lambda: self._noted(step, began if not left else None))
 
         with self.clock.booked("checkpoint"):
             self._saver.settle()
@@ -110,8 +110,6 @@ class Store:
             own = [Segment(n, 0, little(a).reshape(-1), n not in constants) for n, a in others.items()]
             self._saver.begin(prepare, [*self._segments(state), *own], background)
         self._saved = step
-        if not left:
-            self.deadline.saved(time.monotonic() - began)
 
     def _others(self, left: Mapping[str, Array]) -> dict[str, Array]:
         """The arrays of a checkpoint that are no parts of vectors, which are rank 0's."""
@@ -142,8 +140,10 @@ class Store:
 
         return ending
 
-    def _noted(self, step: int) -> None:
-        """Rank 0: note in the result that a step is saved."""
+    def _noted(self, step: int, began: float | None) -> None:
+        """Rank 0: note that a step is saved, in the result and, if the time counts since it `began`, for the end."""
+        if began is not None:
+            self.deadline.saved(time.monotonic() - began)
         update_result(self.hold.path, {"step": step, "saved": step} | self.run.best.result(self.hold.path))
 
     @property
