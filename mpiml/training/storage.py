@@ -21,7 +21,7 @@ from mpiml.run.directory import CHECKPOINTS, CONFIG, sync_file
 from mpiml.run.metrics import cut_after, gradient_noise, last_known, missing, scores
 from mpiml.run.result import update_result
 from mpiml.run.verified import Progress
-from mpiml.training import accounts
+from mpiml.training import accounts, first_values
 from mpiml.training.arrays import from_arrays, needed_kinds, preparations, restore_constants, to_arrays
 from mpiml.training.hold import Hold
 from mpiml.training.look import Known
@@ -120,6 +120,10 @@ class Store:
             newest.append(self.hold.newest(progress))
             return bool(run.config.init) and not newest[0][0]
 
+        self.clock("checkpoint")
+        begun = self.team.on_rank_0(begins)
+        of_init, notes_of_init = first_values.take(run, progress) if begun else ({}, [])
+
         def read() -> tuple[Restored, int, tuple[str, ...], dict[str, Any]]:
             saved, problems = newest.pop()
             names: tuple[str, ...] = ()
@@ -133,25 +137,18 @@ class Store:
                     accounts.check_left(left, saved.step, run.calendar, run.model.metric.columns, saved.origin)
                 constants.check(saved.header, needed_kinds(layouts, names))
                 stages.extend(from_arrays(layouts, saved, names))
-            elif run.config.init:
-                from mpiml.training import init
-
-                values, names = to_arrays(layouts, stages, VALUES), (VALUES,)
-                given, of_init = init.take(run.config, run.model, values, progress)
-                notes += of_init
+            else:
+                given, notes = of_init, [*notes, *notes_of_init]
             changed.update((name, given[name]) for name in constants.changed(given))
             # Nothing can be refused any more, so now the log may change.
             return self._cut_log(saved, bool(left), notes), saved.step if saved else 0, names, left
 
-        self.clock("checkpoint")
-        if self.team.on_rank_0(begins):
-            stages.extend(run.state.collect(VALUES))  # first values as they are drawn
         start, self._saved, names, left = self.team.on_rank_0(read)
         if names:
             run.learning.begin(start.step + 1)
             run.learning.left = left or None
             run.learning.saved_state.distribute(stages, *names)
-            restore_constants(constants, self.team, changed)
+        restore_constants(constants, self.team, changed)
         self._remember(start)
         if start.step:  # the job before may have been killed before it did so
             self.team.on_rank_0(self._prune)
