@@ -240,8 +240,8 @@ class Learning:
         return self.now.round_state() if self.left else self.now.state
 
     def begin(self, step: int) -> None:
-        """Be ready for a step; collective. When workers begin to learn apart, each goes on with the common model, which
-        each rank keeps its part of while there is neither the memory of before nor that of afterwards."""
+        """Be ready for a step; collective. When workers begin to learn apart, each goes on with the common model: while
+        the memory of before is free and that of afterwards is not there yet, each rank has a copy of its part."""
         if self._calendar.apart(step) == self.now.apart:
             return
         common, sent = self.now.state.copied(), self.now.sent
