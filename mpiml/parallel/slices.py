@@ -2,9 +2,10 @@
 
 import itertools
 import math
-from bisect import bisect_left
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,17 @@ def within(ranges: Sequence[Range], start: int, stop: int) -> list[Range]:
         parts += [(low, high)] if low < high else []
         before += last - first
     return cut(parts)
+
+
+def overlaps(ranges: Sequence[Range], others: Sequence[Range]) -> Iterator[tuple[Range, slice]]:
+    """Where ranges overlap others, in order: the range, and which part of it. Both are sorted, and no two of one list
+    overlap."""
+    for start, stop in ranges:
+        for index in range(bisect_right(others, start, key=itemgetter(1)), len(others)):
+            low, high = others[index]
+            if low >= stop:
+                break
+            yield (start, stop), slice(max(low, start) - start, min(high, stop) - start)
 
 
 def pieces(run: Sequence[Block]) -> list[Piece]:

@@ -1,8 +1,8 @@
-"""The vectors of the whole model: collected on rank 0 from the ranks that hold their parts, and distributed again."""
+"""The vectors of the whole model: how their parts go from the ranks that have them to the ranks that need them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +10,7 @@ from mpi4py import MPI
 from numpy.typing import DTypeLike
 
 from mpiml.parallel.grid import Grid
-from mpiml.parallel.slices import Range, cut, place
+from mpiml.parallel.slices import Range, cut, overlaps, place
 from mpiml.parallel.values import Values
 from mpiml.team import allgather, wait
 from mpiml.vectors import Vector
@@ -18,6 +18,10 @@ from mpiml.vectors import Vector
 VALUES = "values"
 EMA = "ema"  # the average of the values over the steps
 OUTER = "outer"  # the velocity of the outer step (mpiml.parallel.average)
+POSTED = 64  # messages that a rank begins, and those with one more pair of ranks, before it waits for them
+Key = tuple[int, str]  # a stage, and the name of one of its vectors
+Ranges = Mapping[Key, Sequence[Range]]  # sorted
+Views = Mapping[Key, Mapping[Range, Vector]]  # the same, with where they lie; sorted
 
 
 class Part(NamedTuple):
@@ -50,12 +54,31 @@ def parts(values: Values, states: Mapping[str, Vector], replica: int, collected:
     return {VALUES: of_values} | of_states
 
 
-class _Holding(NamedTuple):
-    """What other ranks know of a rank: its stage, and of each vector the whole size, and the ranges that the rank needs
-    and those that are collected from it."""
+class Source(NamedTuple):
+    """Parts of vectors on the ranks that have them: over all ranks each element at most once.
 
-    stage: int
-    vectors: dict[str, tuple[int, list[Range], list[Range]]]
+    Attributes:
+        ranges: of each rank that has some, by rank; the same on all ranks.
+        own: this rank's.
+    """
+
+    ranges: Mapping[int, Ranges]
+    own: Views
+
+
+def of_rank_0(key: Key, start: int, stop: int, part: Vector | None) -> Source:
+    """vector[start:stop], which rank 0 alone has; elsewhere `part` is None."""
+    of = start, stop
+    return Source({0: {key: [of]}}, {} if part is None else {key: {of: part}})
+
+
+class _Holding(NamedTuple):
+    """What other ranks know of a rank: of each of its vectors the whole size, the ranges that it needs, and those that
+    are collected from it."""
+
+    sizes: dict[Key, int]
+    held: Ranges
+    collected: Ranges
 
 
 class State:
@@ -65,16 +88,61 @@ class State:
     Args:
         names: of all vectors, the same on all ranks.
         own: what this rank has of them, by name.
-        settle: collective; is called when this rank's parts have been distributed.
+        settle: collective; is called when this rank's parts have their values.
     """
 
     def __init__(
         self, grid: Grid, names: Sequence[str], own: Mapping[str, Part], dtype: DTypeLike, settle: Callable[[], object]
     ):
         self.comm, self.clock, self.stages = grid.comm, grid.team.clock, grid.stages
-        self.names, self.parts, self.dtype, self.settle = tuple(names), own, np.dtype(dtype), settle
-        known = {name: (part.size, list(part.held), list(part.collected)) for name, part in own.items()}
-        self.holdings: list[_Holding] = allgather(self.comm, _Holding(grid.stage, known))
+        self.stage, self.names, self.dtype, self.settle = grid.stage, tuple(names), np.dtype(dtype), settle
+        self.parts = own
+        self._held: Views = {(self.stage, name): dict(sorted(part.held.items())) for name, part in own.items()}
+        sizes = {(self.stage, name): part.size for name, part in own.items()}
+        collected = {(self.stage, name): sorted(part.collected) for name, part in own.items()}
+        held = {key: list(views) for key, views in self._held.items()}
+        self.holdings: list[_Holding] = allgather(self.comm, _Holding(sizes, held, collected))
+
+    def copied(self, *names: str) -> Source:
+        """Copies of what is collected (default: of all vectors), which another state can take when the memory of this
+        one is free again."""
+        ranges = {
+            rank: {key: of for key, of in holding.collected.items() if key[1] in (names or self.names)}
+            for rank, holding in enumerate(self.holdings)
+        }
+        own = ranges[self.comm.rank].items()
+        return Source(ranges, {key: {of: self._held[key][of].copy() for of in collected} for key, collected in own})
+
+    def take(self, sources: Iterable[Source]) -> None:
+        """Give every rank what it needs of some sources, one after another; the rest stays as it is."""
+        for source in sources:
+            self._receive(source)
+        self.settle()
+
+    def _receive(self, source: Source) -> None:
+        """Each rank sends to those after it, the nearest first, and receives from those before it. It begins all
+        messages of one distance before it waits: so of the ranks that wait, those at the least distance wait only for
+        messages that both ends have begun, and no rank waits for ever."""
+        rank, size, requests = self.comm.rank, self.comm.size, list[MPI.Request]()
+        givers = {(rank - giver) % size for giver in source.ranges}
+        for distance in sorted(givers.union(range(size) if source.own else ())):
+            giver, taker = (rank - distance) % size, (rank + distance) % size
+            incoming = list(_parts(self._held, source.ranges.get(giver, {})))
+            outgoing = list(_parts(source.own, self.holdings[taker].held))
+            if not distance:
+                for target, part in zip(incoming, outgoing, strict=True):
+                    target[...] = part
+                continue
+            requests += [self.comm.Irecv(part, giver) for part in incoming]
+            requests += [self.comm.Isend(part, taker) for part in outgoing]
+            if len(requests) >= POSTED:
+                self._wait(requests)
+        self._wait(requests)
+
+    def _wait(self, requests: list[MPI.Request]) -> None:
+        with self.clock.doing("joining"):
+            wait(requests)
+        requests.clear()
 
     def collect(self, *names: str) -> list[dict[str, Vector]]:
         """Each stage's vectors of these names (default: all), on rank 0; empty dictionaries elsewhere."""
@@ -83,37 +151,35 @@ class State:
         for name in names or self.names:
             if self.comm.rank:
                 own = self.parts.get(name)
-                requests += [self.comm.Isend(own.held[of], 0) for of in own.collected] if own else []
+                requests += [self.comm.Isend(own.held[of], 0) for of in sorted(own.collected)] if own else []
                 continue
             for rank, holding in enumerate(self.holdings):
-                size, _, collected = holding.vectors.get(name, (0, [], []))
-                if name in holding.vectors and name not in whole[holding.stage]:
-                    whole[holding.stage][name] = np.zeros(size, self.dtype)
-                for start, stop in collected:
-                    target = whole[holding.stage][name][start:stop]
-                    if rank:
-                        requests.append(self.comm.Irecv(target, rank))
-                    else:
-                        target[...] = self.parts[name].held[start, stop]
+                for stage, size in ((key[0], size) for key, size in holding.sizes.items() if key[1] == name):
+                    vector = whole[stage].setdefault(name, np.zeros(size, self.dtype))
+                    for start, stop in holding.collected[stage, name]:
+                        if rank:
+                            requests.append(self.comm.Irecv(vector[start:stop], rank))
+                        else:
+                            vector[start:stop] = self.parts[name].held[start, stop]
         with self.clock.doing("joining"):
             wait(requests)
         return whole
 
     def distribute(self, whole: Sequence[Mapping[str, Any]], *names: str) -> None:
         """The reverse: rank 0 gives every rank its parts of these vectors (default: all) of `whole`."""
-        requests: list[MPI.Request] = []
-        for name in names or self.names:
-            if self.comm.rank:
-                own = self.parts.get(name)
-                requests += [self.comm.Irecv(part, 0) for part in own.held.values()] if own else []
-                continue
-            for rank, holding in enumerate(self.holdings):
-                for start, stop in holding.vectors.get(name, (0, [], []))[1]:
-                    source = whole[holding.stage][name][start:stop]
-                    if rank:
-                        requests.append(self.comm.Isend(source, rank))
-                    else:
-                        self.parts[name].held[start, stop][...] = source
-        with self.clock.doing("joining"):
-            wait(requests)
-            self.settle()
+
+        def sources() -> Iterator[Source]:
+            for stage in range(self.stages):
+                for name in names or self.names:
+                    sizes = {holding.sizes.get((stage, name), 0) for holding in self.holdings}
+                    vector = whole[stage][name] if self.comm.rank == 0 else None
+                    yield of_rank_0((stage, name), 0, max(sizes), vector)
+
+        self.take(sources())
+
+
+def _parts(own: Views, others: Ranges) -> Iterator[Vector]:
+    """The parts of a rank's vectors that lie in others' ranges, in the same order at both ends of a message."""
+    for key in sorted(own.keys() & others.keys()):
+        for of, part in overlaps(list(own[key]), others[key]):
+            yield own[key][of][part]

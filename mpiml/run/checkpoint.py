@@ -72,14 +72,16 @@ def texts_of(step: int, config: str, task: str, constants: Mapping[str, str] | N
     return metadata if constants is None else metadata | {"constants": json.dumps(constants)}
 
 
-def load(path: Path, wanted: Callable[[str], bool] = lambda name: True, progress: Progress = unwatched) -> Checkpoint:
-    """Read a checkpoint's texts and the arrays whose names are wanted, and verify these.
+def load(
+    path: Path, wanted: Callable[[str], bool] = lambda name: True, progress: Progress = unwatched, keep: bool = True
+) -> Checkpoint:
+    """Read a checkpoint's texts and the arrays whose names are wanted, and verify these; without `keep` it has none.
 
     Raises OutputError if it cannot be read or is damaged.
     """
     if contents_in(path).texts.get("format") not in (FORMAT, BEFORE):
         raise OutputError(f"{path} is not a checkpoint of mpiml")
-    kept, contents = verified.read(path, wanted, progress)
+    kept, contents = verified.read(path, wanted, progress, keep)
     texts = contents.texts
     config, task = texts.get("config", ""), texts.get("task", "")
     return Checkpoint(step_files.step_in(texts, path), config, kept, task, _constants(texts, path), contents, str(path))

@@ -33,9 +33,11 @@ def header(path: Path) -> tuple[Header, bool]:
     return file._replace(kinds={**file.kinds, **pairs}) if foreign else file, foreign
 
 
-def arrays(path: Path, names: Iterable[str], progress: Progress = unwatched) -> Iterator[NDArray[Any]]:
-    """The arrays of these names, of the kinds that `header` says, but bfloat16 as float32: one after the other, so that
-    no two need memory at once. Raises OutputError if they cannot be read."""
+def arrays(
+    path: Path, names: Iterable[str], progress: Progress = unwatched, foreign: bool = True
+) -> Iterator[NDArray[Any]]:
+    """The arrays of these names, of the kinds that `header` says (with `foreign`, as it does), but bfloat16 as float32:
+    one after the other, so that no two need memory at once. Raises OutputError if they cannot be read."""
     starts = contents_in(path).starts
     with opened(path) as file:
         for name in names:
@@ -44,7 +46,7 @@ def arrays(path: Path, names: Iterable[str], progress: Progress = unwatched) -> 
                 array = _bfloat16(path, starts[name], math.prod(shape)).reshape(shape)
             else:
                 array = file.get_tensor(name)
-            yield array[..., None].view(np.float32) if array.dtype.kind == "c" else array
+            yield array[..., None].view(np.float32) if foreign and array.dtype.kind == "c" else array
             progress()
 
 

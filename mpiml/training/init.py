@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,40 +38,49 @@ def check(config: Config, model: BuiltModel) -> None:
     raise problems[-1]
 
 
-def take(
-    config: Config, model: BuiltModel, values: Mapping[str, Array], progress: Progress
-) -> tuple[dict[str, Array], list[str]]:
-    """Write what --init gives over the `values` of parameters and averages, by name.
+def take(config: Config, model: BuiltModel, progress: Progress) -> tuple[Iterator[tuple[str, Array]], list[str]]:
+    """What --init gives.
 
-    Returns the constants that it gives, by name, and what a person should know. Raises as `check`, and OutputError for
-    a damaged file; of a run's, the first that is whole is taken.
+    Returns (name, value) of each parameter, average and constant that it gives, which is read only then; and what a
+    person should know. Raises as `check`, and OutputError for a damaged file; of a run's, the first that is whole is
+    taken. So does the iterator for values that cannot be taken.
     """
     skipped: dict[Path, OutputError] = {}
     for path in _to_try(config):
         try:
             file, foreign = tensors.header(path)
-            saved = None if foreign else checkpoint.load(path, checkpoint.is_of_model, progress)
         except OutputError as error:
             skipped[path] = error
             continue
         planned = _plan(config, model, file, foreign)
-        names, constants = [source.name for source in planned.sources.values()], dict[str, Array]()
-        arrays = [saved.arrays[name] for name in names] if saved else tensors.arrays(path, names, progress)
-        for name, array in zip(planned.sources, arrays, strict=True):
-            planned.check_shared(source := planned.sources[name], _differing(path, source.others, array, progress))
-            value = planned.value(name, array)
-            if name in values:
-                values[name][...] = value
-            else:
-                constants[name] = value
+        read = {name for source in planned.sources.values() for name in (source.name, *source.others)}
+        try:
+            step = None if foreign else checkpoint.load(path, read.__contains__, progress, keep=False).step
+        except OutputError as error:
+            skipped[path] = error
+            continue
         within = ", within a round of workers: the weights at its start" if accounts.STEPS in file.kinds else ""
-        step = f" (step {saved.step}{within})" if saved else ""
+        of_step = "" if step is None else f" (step {step}{within})"
         some = f": {planned.count()}" if len(planned.sources) < len(planned.wanted) else ""
         notes = [f"warning: skipped {problem}" for file, problem in skipped.items() if file.exists()]
-        return constants, [*notes, f"first weights from {path}{step}{some}", *planned.notes()]
+        notes += [f"first weights from {path}{of_step}{some}", *planned.notes()]
+        return _values(path, planned, progress), notes
     if len(skipped) == 1:
         raise skipped.popitem()[1]
     raise OutputError(f"no checkpoint in {config.init} can be used: {'; '.join(map(str, skipped.values()))}")
+
+
+def _values(path: Path, planned: Plan, progress: Progress) -> Iterator[tuple[str, Array]]:
+    """The values that are taken of a file, by name; of each no more is kept when the next is read."""
+    arrays = tensors.arrays(path, [source.name for source in planned.sources.values()], progress, planned.foreign)
+
+    def value(name: str, array: Array) -> Array:
+        source = planned.sources[name]
+        planned.check_shared(source, _differing(path, source.others, array, progress))
+        return planned.value(name, array)
+
+    for name in planned.sources:
+        yield name, value(name, next(arrays))
 
 
 def _differing(path: Path, names: Sequence[str], array: Array, progress: Progress) -> list[str]:

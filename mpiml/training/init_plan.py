@@ -99,7 +99,7 @@ class Plan:
         if np.dtype(wanted.dtype).kind in "iu" and array.dtype.kind == "f":
             array = array.round()
         with np.errstate(over="ignore", invalid="ignore"):
-            value = array.astype(wanted.dtype)
+            value = array.astype(wanted.dtype, order="C", copy=False)
         if not (wanted.constant or np.isfinite(value).all()):
             as_type = f" as {wanted.dtype}" if np.isfinite(array).all() else ""
             raise OutputError(f"{self.file.origin}: {source.name} is not finite{as_type}; nothing of it is taken")

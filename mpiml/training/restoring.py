@@ -23,8 +23,8 @@ from mpiml.run.directory import CHECKPOINTS, CONFIG
 from mpiml.run.metrics import cut_after, gradient_noise, last_known, missing, scores
 from mpiml.run.segments import Segment
 from mpiml.run.verified import Progress
-from mpiml.training import accounts
-from mpiml.training.arrays import needed_kinds, preparations, restore_constants, segments, to_arrays
+from mpiml.training import accounts, first_values
+from mpiml.training.arrays import needed_kinds, preparations, restore_constants, segments
 from mpiml.training.hold import Hold
 from mpiml.training.look import Known
 from mpiml.training.noise import Pair, averages_of
@@ -98,7 +98,7 @@ class Restored(NamedTuple):
     noise: Pair
 
 
-class Source(NamedTuple):
+class Continuation(NamedTuple):
     """A checkpoint to go on from, as all ranks know it.
 
     Attributes:
@@ -140,7 +140,7 @@ class Restoring:
         # Nothing can be refused any more, so now the log may change.
         return self.team.on_rank_0(self._cut_log)
 
-    def _source(self, path: Path) -> Source | None:
+    def _source(self, path: Path) -> Continuation | None:
         """Rank 0: what a checkpoint is, all of which but vectors is read and verified; None if it is damaged."""
         run, layouts, constants = self.run, self.run.model.layouts, self.run.model.constants
         try:
@@ -157,9 +157,9 @@ class Restoring:
         self._saved, names = saved, run.learning.names(saved.step, bool(left))
         constants.check(saved.header, needed_kinds(layouts, names))
         start = run.calendar.round_of(saved.step)[0] - 1 if left else saved.step
-        return Source(path, saved.contents, start, names, left)
+        return Continuation(path, saved.contents, start, names, left)
 
-    def _read(self, source: Source) -> bool:
+    def _read(self, source: Continuation) -> bool:
         """Read the vectors of a checkpoint, each rank what it needs; collective. Returns False if it is damaged."""
         learning, layout = self.run.learning, self.run.model.layouts[self.run.grid.stage]
         learning.begin(source.start + 1)
@@ -182,21 +182,8 @@ class Restoring:
 
     def _init(self) -> None:
         """Take what --init gives of the values that all ranks have; collective."""
-        from mpiml.training import init
-
-        run = self.run
-        state, given = run.learning.saved_state, dict[str, Any]()
-        stages = state.collect(VALUES)
-
-        def take() -> None:
-            values = to_arrays(run.model.layouts, stages, VALUES)
-            of_file, notes = init.take(run.config, run.model, values, self.progress)
-            given.update(of_file)
-            self._notes += notes
-
-        self.team.on_rank_0(take)
-        run.learning.begin(1)
-        run.learning.saved_state.distribute(stages, VALUES)
+        self.run.learning.begin(1)
+        given, self._notes = first_values.take(self.run, self.progress)
         self._restore_constants(given)
 
     def _restore_constants(self, given: Mapping[str, Any]) -> None:

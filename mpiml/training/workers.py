@@ -240,15 +240,16 @@ class Learning:
         return self.now.round_state() if self.left else self.now.state
 
     def begin(self, step: int) -> None:
-        """Be ready for a step; collective. When workers begin to learn apart, each goes on with the common model."""
+        """Be ready for a step; collective. When workers begin to learn apart, each goes on with the common model: while
+        the memory of before is free and that of afterwards is not there yet, each rank has a copy of its part."""
         if self._calendar.apart(step) == self.now.apart:
             return
-        names, whole, sent = self.now.state.names, self.now.state.collect(), self.now.sent
+        common, sent = self.now.state.copied(), self.now.sent
         self.now.free()
         layout, self._now = self._of.layout, None
         layout.bind(np.zeros(layout.size, layout.dtype))  # takes no memory, and lets go of that of before
         self._now = self._at(step, sent)
-        self.now.state.distribute(whole, *names)
+        self.now.state.take([common])
 
     def names(self, step: int, left: bool) -> tuple[str, ...]:
         """The names of the vectors in a checkpoint of a step; with `left`, of one within a round that was left."""

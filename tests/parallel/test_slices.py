@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 
 from mpiml.parallel import slices
-from mpiml.parallel.slices import bounds, bucket_size, buckets, cut, owned, pieces, place
+from mpiml.parallel.slices import Range, bounds, bucket_size, buckets, cut, overlaps, owned, pieces, place
 from mpiml.vectors import PIECE
 
 
@@ -137,3 +137,24 @@ def test_pieces_hold_each_block_once_and_fit_the_cache(seed: int, longest: int) 
     for left, right in itertools.pairwise(joined):
         kinds = [(piece.decay, piece.momentum, piece.rate, piece.matrix) for piece in (left, right)]
         assert kinds[0] != kinds[1] or left.start + PIECE < right.start + right.blocks[0][1], "could be joined"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_overlaps_are_the_elements_that_both_have(seed: int) -> None:
+    draw = random.Random(seed)
+
+    def ranges() -> list[Range]:
+        ends = sorted(draw.sample(range(40), 2 * draw.randint(0, 8)))
+        if seed % 2:  # without gaps
+            return list(itertools.pairwise(ends))
+        return list(zip(ends[::2], ends[1::2], strict=True))
+
+    one, other = ranges(), ranges()
+    runs = [range(of[0] + part.start, of[0] + part.stop) for of, part in overlaps(one, other)]
+    assert all(runs)
+    assert all(part.stop <= of[1] - of[0] for of, part in overlaps(one, other))
+    assert [i for run in runs for i in run] == [
+        i for i in range(40) if all(any(a <= i < b for a, b in r) for r in (one, other))
+    ]
+    back = [range(of[0] + part.start, of[0] + part.stop) for of, part in overlaps(other, one)]
+    assert back == runs

@@ -36,6 +36,8 @@ def test_arrays_of_another_program(tmp_path: Path) -> None:
     z, a, n = tensors.arrays(tmp_path / "f.safetensors", ["z", "a", "n"])
     assert (z.tolist(), n) == ([[1, 2]], 7)
     np.testing.assert_array_equal(a, VALUES["a"])
+    (own,) = tensors.arrays(tmp_path / "f.safetensors", ["z"], foreign=False)
+    assert own.tolist() == VALUES["z"].tolist()
 
 
 def test_bfloat16_is_the_upper_half_of_float32(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from mpiml.nn.layers import Flatten, Linear, ReLU
 from mpiml.run import tensors
 from mpiml.run.checkpoint import Header
 from mpiml.train import train
+from mpiml.training import first_values
 from tests.data import samples
 
 FLAGS: dict[str, Any] = {"hidden": (8,), "batch": 20, "microbatches": 2, "quiet": True, "lr": 0.0, "optimizer": "sgd"}
@@ -192,6 +194,30 @@ def test_a_number_that_is_not_finite_ends_the_job_before_its_first_step(first: d
     with pytest.raises(OutputError, match=r"bad.safetensors: 3.bias is not finite; nothing of it is taken"):
         job("refused", init="bad.safetensors")
     assert not list(Path("refused/checkpoints").iterdir())
+
+
+def test_of_a_file_two_arrays_at_most_are_in_memory(
+    first: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One as it is there, and as it becomes; whoever wrote the file, and however many there are."""
+    take, peaks = first_values.take, list[int]()
+
+    def measured(*of: Any) -> Any:
+        tracemalloc.start()
+        taken = take(*of)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        return taken
+
+    monkeypatch.setattr(first_values, "take", measured)
+    wide = {"hidden": (256,) * 12}
+    weights = job("wide", **wide)
+    save_file({name[7:]: np.ascontiguousarray(array.T) for name, array in weights.items()}, "f.safetensors")
+    assert same(job("own", **wide, seed=3, init="wide"), weights)
+    assert same(job("foreign", **wide, seed=3, init="f.safetensors"), weights)
+    largest = max(array.nbytes for array in weights.values())
+    assert max(peaks) < 2.5 * largest < sum(array.nbytes for array in weights.values()) / 4
+    assert len(peaks) == 2
 
 
 def test_evaluating_and_going_on_need_no_init(first: dict[str, np.ndarray], capsys: Any) -> None:

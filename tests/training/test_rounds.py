@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mpiml.config import Config
 from mpiml.data.dataset import open_dataset
 from mpiml.errors import NotFiniteError, freed
+from mpiml.parallel.state import Source
 from mpiml.training.accounts import LINES, STEPS, WEIGHTS, arrays_of, check_left
 from mpiml.training.rounds import Round
 from mpiml.training.run import NEVER, Run, unsaved
@@ -114,7 +115,7 @@ def test_a_round_that_was_left_goes_on_where_it_was(run: Make, asked: int) -> No
     state = left.learning.now.round_state()
     check_left(saved, int(saved[STEPS].min()), left.calendar, left.model.metric.columns, "c")
     assert set(saved[STEPS]) == {5 + (asked - 1) // 4}
-    after.learning.now.round_state().distribute(state.collect(), *state.names)
+    after.learning.now.round_state().take([state.copied()])
     after.learning.left = saved
     gone_on = after.advance(5)
     assert values(after) == values(whole)
@@ -134,19 +135,19 @@ def test_workers_that_were_left_at_different_steps_end_alike(run: Make) -> None:
     whole, after = run(), run()
     whole.advance(1)
     whole.advance(5)
-    given: list[tuple[dict[str, NDArray[Any]], Any]] = []
+    given: list[tuple[dict[str, NDArray[Any]], Source]] = []
     for asked in (1, 9):
         one = run()
         one.advance(1)
         left = one.advance(5, Leave(asked)).left
         assert left
-        given.append((arrays(left), one.learning.now.round_state().collect()))
+        given.append((arrays(left), one.learning.now.round_state().copied()))
     (early, vectors), (late, others) = given
     for name in (STEPS, WEIGHTS, LINES):
         early[name][2:] = late[name][2:]
-    vectors[0] |= {name: array for name, array in others[0].items() if name.startswith(("worker.2.", "worker.3."))}
+    of_others = {key: views for key, views in others.own.items() if key[1].startswith(("worker.2.", "worker.3."))}
     assert early[STEPS].tolist() == [5, 5, 7, 7]
-    after.learning.now.round_state().distribute(vectors, *vectors[0])
+    after.learning.now.round_state().take([vectors._replace(own=vectors.own | of_others)])
     after.learning.left = early
     after.advance(5)
     assert values(after) == values(whole)

@@ -15,6 +15,7 @@ from mpiml.errors import freed
 from mpiml.nn.parameters import Parameter
 from mpiml.parallel.state import OUTER, VALUES
 from mpiml.training.run import Run, unsaved
+from tests.parallel.gathered import gathered
 
 Make = Callable[..., Run]
 WORLD = MPI.COMM_WORLD
@@ -40,14 +41,14 @@ def run() -> Iterator[Make]:
 
 
 def trained(run: Run, first: int = 1) -> dict[str, bytes]:
-    """Train to the end; the vectors of the model then, on rank 0."""
+    """Train to the end; the vectors of the model then."""
     while first <= run.config.steps:
         first = run.advance(first).steps[-1].step + 1
     return vectors(run)
 
 
 def vectors(run: Run) -> dict[str, bytes]:
-    return {name: vector.tobytes() for name, vector in run.state.collect()[0].items()}
+    return {name: vector.tobytes() for (_, name), vector in gathered(run.state).items()}
 
 
 @pytest.mark.mpi
@@ -58,10 +59,9 @@ def test_averaging_plain_steps_at_every_step_is_summing(run: Make) -> None:
         trained(run(**settings)),
         trained(run(**settings, average_every=1, workers=4 if WORLD.size != 3 else 1)),
     )
-    if WORLD.rank == 0:
-        one, other = (np.frombuffer(each[VALUES]) for each in (summed, apart))
-        np.testing.assert_allclose(other, one, rtol=1e-12, atol=1e-12)
-        assert (one.tobytes() == other.tobytes()) is (WORLD.size == 3)  # of one worker these are the same steps
+    one, other = (np.frombuffer(each[VALUES]) for each in (summed, apart))
+    np.testing.assert_allclose(other, one, rtol=1e-12, atol=1e-12)
+    assert (one.tobytes() == other.tobytes()) is (WORLD.size == 3)  # of one worker these are the same steps
 
 
 @pytest.mark.mpi
@@ -91,8 +91,7 @@ def test_workers_begin_with_the_common_model(run: Make, outer: dict[str, float])
     assert after == before
     assert not any(velocity)
     assert late.learning.names(4, left=False) == (VALUES, "mean", "variance", *((OUTER,) if outer else ()))
-    copies = {learner.stage.sum.values.vector.tobytes() for learner in late.learning.now.own}
-    assert len(copies) == 1
+    assert {learner.stage.sum.values.vector.tobytes() for learner in late.learning.now.own} == {before[VALUES]}
     for name in ("mean", "variance"):
         assert len({learner.update.states[name].tobytes() for learner in late.learning.now.own}) == 1
         assert all(learner.update.states[name].any() for learner in late.learning.now.own)
@@ -101,7 +100,34 @@ def test_workers_begin_with_the_common_model(run: Make, outer: dict[str, float])
     }
     assert [step.step for step in late.advance(4).steps] == [4, 5]
     assert len({learner.stage.sum.values.vector.tobytes() for learner in late.learning.now.own}) == 1
-    assert (vectors(late) != before) is (WORLD.rank == 0)
+    assert vectors(late) != before
+
+
+@pytest.mark.mpi
+@pytest.mark.parametrize(
+    "settings", [{}, {"memory": "private"}, {"pipe": 2}, {"nodes": "1,1,1,1"}, {"allreduce": "mpi"}]
+)
+def test_every_rank_begins_with_the_common_model(
+    run: Make, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not trained included; whether a worker has several ranks or a rank several workers."""
+    if WORLD.size % settings.get("pipe", 1):
+        return
+    if nodes := settings.pop("nodes", ""):
+        monkeypatch.setenv("MPIML_NODES", nodes)
+    workers = WORLD.size if WORLD.size == 3 else 2
+    apart = {"average_every": 2, "workers": workers, "average_from": 2, "microbatches": 12}
+    late = run(optimizer="adam", rates=("layers.2.*=0",), hidden=(40, 20), **apart, **settings)
+    late.advance(1)
+    before = gathered(late.state)
+    late.learning.begin(2)
+    now, stage = late.learning.now, late.grid.stage
+    assert all(learner.stage.sum.values.vector.tobytes() == before[stage, VALUES].tobytes() for learner in now.own)
+    for name, part in now.state.parts.items():
+        assert all(view.tobytes() == before[stage, name][slice(*of)].tobytes() for of, view in part.held.items())
+    for name, state in now.own[0].update.states.items():
+        assert state.any()
+        assert all(learner.update.states[name].tobytes() == state.tobytes() for learner in now.own)
 
 
 def test_names_within_a_round_are_of_all_workers(run: Make) -> None:
