@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,14 @@ from safetensors.numpy import load_file
 
 from mpiml.config import Config, parse
 from mpiml.errors import ConfigError, DataError, OutputError
+from mpiml.evaluate import evaluate
 from mpiml.nn import base as nn
 from mpiml.nn.layers import Linear
 from mpiml.nn.losses import R2, mean_squared_error
 from mpiml.nn.parameters import Layout
 from mpiml.run import checkpoint, step_files
 from mpiml.run.checkpoint import Checkpoint
+from mpiml.run.contents import contents_in
 from mpiml.train import train
 from mpiml.training.constants import Constants
 from mpiml.training.model import Scoring
@@ -27,7 +31,7 @@ from mpiml.training.place import BuiltModel
 from mpiml.training.restoring import check_saved
 from mpiml.training.task import Task
 from tests.data import samples
-from tests.forging import ARRAYS, forge, save_changed
+from tests.forging import ARRAYS, forge, in_format_before, save_changed
 
 SHORT: dict[str, Any] = {"steps": 6, "hidden": (4,), "log_every": 1, "eval_every": 2, "save_every": 2, "quiet": True}
 
@@ -44,16 +48,26 @@ def test_metrics_are_left_alone_when_checkpoints_are_gone(tmp_path: Path) -> Non
         assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_checkpoint_is_read_once(tmp_path: Path, monkeypatch: Any) -> None:
-    """Though its mean and deviation are needed before the model is made, and its weights after."""
-    load, read = checkpoint.load, list[str]()
+def test_arrays_of_the_newest_checkpoint_alone_are_read_and_once(tmp_path: Path, monkeypatch: Any) -> None:
+    """But mean and deviation of the inputs, which are needed before the model is made too."""
+    read = dict[int, int]()
     config = Config(**SHORT, normalize=True, out=str(tmp_path))
     train(config)
-    monkeypatch.setattr(checkpoint, "load", lambda path, *others: read.append(path.name) or load(path, *others))
-    train(config.replace(steps=8, save_every=9, resume=True))
-    assert read == ["step-000000006.safetensors"]
+    monkeypatch.setattr(os, "preadv", functools.partial(counted, read, os.preadv))
+    train(config.replace(steps=8, save_every=0, resume=True))
+    contents = contents_in(tmp_path / "checkpoints" / "step-000000006.safetensors")
+    twice = {contents.starts[name] for name in ("data.mean", "data.scale")}
+    assert sum(read.values()) == contents.size - contents.first + 2 * 64 * 8
+    assert all(read[start] == 2 * 64 * 8 for start in twice)
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     assert train(config.replace(out=str(tmp_path / "empty"), resume=True))["step"] == 6
+
+
+def counted(read: dict[int, int], preadv: Any, descriptor: int, into: Any, at: int) -> int:
+    """Count the bytes that are read from each place in files."""
+    count: int = preadv(descriptor, into, at)
+    read[at] = read.get(at, 0) + count
+    return count
 
 
 def test_lines_that_a_power_failure_took_are_named(tmp_path: Path, capsys: Any) -> None:
@@ -171,6 +185,68 @@ def test_another_directory_and_a_place_of_its_own_for_each_jobs_data(
         job(out=run, resume=True, steps=8)
     goes_on = job(out=run, resume=True, steps=8, data="d.npz", init="no.safetensors")
     assert goes_on["weights_sha256"] == whole["weights_sha256"]
+
+
+def scored(run: str) -> dict[str, Any]:
+    return evaluate(run, comm=MPI.COMM_SELF)
+
+
+def test_a_run_goes_on_from_a_checkpoint_in_the_format_before(begun: Path) -> None:
+    whole, score = job(data="d.npz", steps=8, out="whole", init=FIRST), scored("run")
+    for file in Path("run/checkpoints").iterdir():
+        in_format_before(file)
+    assert scored("run") == score
+    assert job(out="run", resume=True, steps=8)["weights_sha256"] == whole["weights_sha256"]
+    in_format_before(Path(FIRST))
+    assert job(data="d.npz", steps=8, out="again", init=FIRST)["weights_sha256"] == whole["weights_sha256"]
+
+
+def damage(file: Path, name: str) -> None:
+    """Change a byte of an array."""
+    content = bytearray(file.read_bytes())
+    content[contents_in(file).starts[name] + 5] ^= 1
+    file.write_bytes(content)
+
+
+WEIGHT = "layers.1.weight"
+
+
+@pytest.mark.parametrize(
+    ("before", "name", "noticed"),
+    [
+        (False, WEIGHT, True),
+        (False, f"optimizer.mean.{WEIGHT}", False),
+        (True, WEIGHT, True),
+        (True, f"optimizer.mean.{WEIGHT}", True),
+    ],
+)
+def test_damage_is_noticed_by_those_who_use_what_is_damaged(
+    begun: Path, capfd: pytest.CaptureFixture[str], before: bool, name: str, noticed: bool
+) -> None:
+    """A resumed run uses all, an evaluation weights alone; files with one SHA-256 of all are verified as a whole."""
+    whole = job(data="d.npz", steps=8, out="whole", init=FIRST)
+    job(data="d.npz", steps=4, out="damaged", init=FIRST, save_every=2)
+    older, newest = sorted(Path("damaged/checkpoints").iterdir())
+    for file in (older, newest) if before else ():
+        in_format_before(file)
+    damage(newest, name)
+    assert scored("damaged")["step"] == (2 if noticed else 4)
+    assert ("warning: skipped" in capfd.readouterr().err) is noticed
+    shutil.copytree("damaged", "lost")
+    assert job(out="damaged", resume=True, steps=8, quiet=False)["weights_sha256"] == whole["weights_sha256"]
+    assert "000004.safetensors is damaged: " in capfd.readouterr().out
+    damage(Path("lost/checkpoints") / older.name, name)
+    with pytest.raises(OutputError, match=r"no checkpoint in .* can be used: .*000004.* is damaged.*000002.*damaged"):
+        job(out="lost", resume=True, steps=8)
+
+
+def test_an_older_checkpoint_of_another_model_is_not_scored(begun: Path) -> None:
+    """In the place of a damaged one."""
+    job(data="d.npz", steps=4, out="other", hidden=(9,))
+    shutil.copy("other/checkpoints/step-000000004.safetensors", "run/checkpoints/step-000000003.safetensors")
+    damage(Path("run/checkpoints/step-000000004.safetensors"), WEIGHT)
+    with pytest.raises(OutputError, match=r"000003.safetensors: layers.1.weight is float32 .*, the model's float32"):
+        scored("run")
 
 
 def test_another_part_is_trained_from_the_same_weights(begun: Path) -> None:
