@@ -95,7 +95,7 @@ from mpiml.training.data import hold, open_data
 from mpiml.training.evaluation import Evaluation
 from mpiml.training.look import look_at
 from mpiml.training.model import Model
-from mpiml.training.place import build_stage, place_values
+from mpiml.training.place import BuiltModel, build_stage, place_values
 from mpiml.training.predictions import Predicted, Predictions, check_path
 from mpiml.training.resolve import binary
 from mpiml.training.stored import (
@@ -228,11 +228,11 @@ def _scored(
     tests.split = prepared(tests.split, stored.preparations, config.dtype)
     built, computation = build_stage(config, task, grid, model, data.test.w is not None)
     layouts, metric = built.layouts, built.metric
-    # Before memory that only a forged checkpoint asks for is.
-    team.on_rank_0(lambda: built.constants.check(stored.header, needed_kinds(layouts, (VALUES,))))
+    check = functools.partial(_checked, built)
+    team.on_rank_0(lambda: check(stored))  # before memory that only a forged checkpoint asks for is
     values, problem = place_values(config, grid, layouts[grid.stage])
     with freed(values, grid.comm.size):
-        stored = read_model(stored, load, built.constants, values, layouts, grid)
+        stored = read_model(stored, lambda bad: check(load(damaged=bad)), built.constants, values, layouts, grid)
         for note in [*stored.notes, *data.notes, *seen.notes, *([f"warning: {problem}"] if problem else [])]:
             if grid.comm.rank == 0:
                 say(note, sys.stderr)
@@ -249,6 +249,12 @@ def _scored(
         return stored.step, {"rows": len(tests.split)}
     scores = {f"{config.evaluated}_loss": record.mean_loss, metric.name: score}
     return stored.step, {"rows": len(tests.split)} | scores
+
+
+def _checked(built: BuiltModel, stored: StoredModel) -> StoredModel:
+    """The stored model. Raises OutputError unless it is of the model that has been built."""
+    built.constants.check(stored.header, needed_kinds(built.layouts, (VALUES,)))
+    return stored
 
 
 def text(result: Mapping[str, Any]) -> str:

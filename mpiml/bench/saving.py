@@ -17,7 +17,8 @@ from mpiml.parallel.state import State
 from mpiml.run import shared_file
 from mpiml.run.checkpoint import texts_of
 from mpiml.run.contents import Contents, contents_in
-from mpiml.run.saving import File, Saver, size_of_copies
+from mpiml.run.saving import File, Saver
+from mpiml.run.segments import size_of_copies
 from mpiml.team import quiet_barrier
 from mpiml.training.arrays import needed_kinds, segments
 

@@ -41,7 +41,7 @@ class Work(threading.Thread):
             self._action(self._moved)
         except RunError as error:
             self.error = error
-        except Exception as error:
+        except BaseException as error:  # whatever ended it, its work is not done
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             self.error = OutputError(f"{self._what}: {reason}")
 

@@ -37,26 +37,30 @@ class Process:
             self._descriptor = -1
 
 
-def memory_available() -> int:
+def memory_available(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
     """The bytes of memory that are left for programs on this node, or in the job or container that this process is in:
-    memory that holds copies of files is."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    memory that holds copies of files is. 0 if unknown."""
+    try:
+        lines = (proc / "meminfo").read_text().splitlines()
+    except OSError:  # it is not Linux
+        return 0
     left = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)
-    for group in _memory_groups():
+    for group in _memory_groups(proc, groups):
         for limit, used in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
-            with contextlib.suppress(OSError, ValueError):  # of the other version, or without a limit ("max")
+            with contextlib.suppress(OSError, ValueError, KeyError):  # of the other version, or without limit ("max")
                 most, now = (int((group / name).read_text()) for name in (limit, used))
                 statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
                 left = min(left, most - now + int(statistics["inactive_file"]))
     return max(left, 0)
 
 
-def _memory_groups() -> Iterator[Path]:
+def _memory_groups(proc: Path, groups: Path) -> Iterator[Path]:
     """The control groups that limit the memory of this process, the innermost first."""
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    file = proc / "self" / "cgroup"
+    for line in file.read_text().splitlines() if file.exists() else []:
         _, controllers, path = line.split(":", 2)
         if controllers in ("", "memory"):
-            root = Path("/sys/fs/cgroup") / controllers
+            root = groups / controllers
             group = root / path.lstrip("/")
             yield from [group, *(parent for parent in group.parents if parent.is_relative_to(root))]
 

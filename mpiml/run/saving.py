@@ -13,7 +13,7 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from mpiml.errors import RunError
+from mpiml.errors import OutputError, RunError
 from mpiml.run import segments, shared_file
 from mpiml.run.background import Work
 from mpiml.run.contents import Contents
@@ -21,9 +21,8 @@ from mpiml.run.digests import SIZE, blocks_in
 from mpiml.run.directory import named_errors, sync, temporary
 from mpiml.run.segments import Segment, Span
 from mpiml.run.verified import Progress
-from mpiml.run.writing import exchanged, write, write_for_others
+from mpiml.run.writing import create, exchanged, write, write_for_others
 from mpiml.team import Team
-from mpiml.vectors import ALIGNMENT
 
 ACTION = "write the checkpoint"
 
@@ -142,23 +141,24 @@ class Saver:
         self.settle()
         files: list[File] = []  # on rank 0
 
-        def create() -> tuple[Path, Path, Contents | None]:
+        def prepared() -> tuple[Path, Path, Contents | None]:
             files.append(file := prepare())
             unfinished = temporary(file.path)
             if file.contents:
-                with named_errors(ACTION, file.path), open(unfinished, "xb") as empty:
-                    empty.truncate(file.contents.size)
+                with named_errors(ACTION, file.path):
+                    create(unfinished, file.contents.size)
             else:
                 file.ending()()
                 file.ended()
             return file.path, unfinished, file.contents
 
-        path, unfinished, contents = self.team.on_rank_0(create)
+        path, unfinished, contents = self.team.on_rank_0(prepared)
         if contents is None:
             return
         descriptor, seen = shared_file.opened(self.team.comm, unfinished, os.O_WRONLY)
         if background := background and seen:
-            own = self._copied(own)
+            self.claim(segments.size_of_copies(own))
+            own = segments.copied(own, self._copies)
         rows = shared_file.rows(own, sorted(contents.kinds))
         save = self._save = _Save(path, unfinished, files[0] if files else None, rows)
         save.all_rows = [of.reshape(-1, 3) for of in shared_file.gathered(self.team.comm, rows.reshape(-1))]
@@ -170,8 +170,11 @@ class Saver:
             Work(lambda progress: shared_file.hash_all(own, save.hashed, progress), save.what, background),
             Work(lambda progress: write(descriptor, spans if there else [], progress), save.what, background),
         ]
+        if there and descriptor < 0:
+            save.error = OutputError(f"{save.what}: it cannot be opened")
         if not seen:
-            save.error = write_for_others(self.team, self.first_node, unfinished, spans, save.what)
+            error = write_for_others(self.team, self.first_node, unfinished, spans, save.what)
+            save.error = save.error or error
         if not background:
             self.settle()
 
@@ -229,16 +232,6 @@ class Saver:
         """Give back the communicator; collective."""
         self.team.comm.Free()
 
-    def _copied(self, own: Sequence[Segment]) -> list[Segment]:
-        self.claim(size_of_copies(own))
-        copies, at = [], 0
-        for segment in own:
-            copy = self._copies[at : at + segment.values.nbytes].view(segment.values.dtype)
-            np.copyto(copy, segment.values)
-            copies.append(segment._replace(values=copy))
-            at += _padded(segment)
-        return copies
-
     def _send_digests(self, save: _Save) -> None:
         """Let rank 0 have the digests of this rank's blocks, and whether something went wrong here."""
         message = np.zeros(_message(save.rows), np.uint8)
@@ -290,15 +283,6 @@ class Saver:
                 action()
             except RunError as error:
                 save.error = error
-
-
-def size_of_copies(own: Sequence[Segment]) -> int:
-    """The bytes that copies of segments take."""
-    return sum(map(_padded, own))
-
-
-def _padded(segment: Segment) -> int:
-    return -(-segment.values.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _message(rows: NDArray[np.int64]) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpiml.run.digests import SIZE, blocks_in, content, little
-from mpiml.vectors import BLOCK
+from mpiml.vectors import ALIGNMENT, BLOCK
 
 Array = NDArray[Any]
 # A rank writes whole units of a file of its own, in bytes: clients of network file systems write pages as a whole, so
@@ -51,6 +51,26 @@ class Edge(NamedTuple):
     start: int
     stop: int
     rank: int
+
+
+def size_of_copies(own: Sequence[Segment]) -> int:
+    """The bytes that copies of segments take."""
+    return sum(map(_padded, own))
+
+
+def copied(own: Sequence[Segment], memory: NDArray[np.uint8]) -> list[Segment]:
+    """Copies of segments, in memory for these."""
+    copies, at = list[Segment](), 0
+    for segment in own:
+        copy = memory[at : at + segment.values.nbytes].view(segment.values.dtype)
+        np.copyto(copy, segment.values)
+        copies.append(segment._replace(values=copy))
+        at += _padded(segment)
+    return copies
+
+
+def _padded(segment: Segment) -> int:
+    return -(-segment.values.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def spans(segments: Sequence[Segment], starts: Mapping[str, int]) -> list[Span]:
@@ -107,6 +127,8 @@ def digests_of(parts: Sequence[tuple[NDArray[np.int64], bytes]], sizes: Sequence
         at = 0
         for number, first, count in rows.tolist():
             length, place = SIZE * blocks_in(count), SIZE * (first // BLOCK)
+            if any(every[number][place : place + length]):
+                raise ValueError(f"elements {first} to {first + count} of array {number} are there twice")
             every[number][place : place + length] = digests[at : at + length]
             at, missing = at + length, missing - length
     if missing:

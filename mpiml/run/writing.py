@@ -17,6 +17,16 @@ from mpiml.run.verified import Progress
 from mpiml.team import Team
 
 
+def create(path: Path, size: int) -> None:
+    """Create a file of zeros. Raises OSError; then there is none."""
+    with open(path, "xb") as empty:
+        try:
+            empty.truncate(size)
+        except OSError:  # larger than files may be
+            path.unlink()
+            raise
+
+
 def write(descriptor: int, spans: Sequence[Span], progress: Progress) -> None:
     """Write spans into an open file, flush it to disk part by part, and close it; -1 is no file. Raises OSError."""
     if descriptor < 0:

@@ -20,8 +20,8 @@ from mpiml.run.digests import little
 from mpiml.run.directory import sync_file
 from mpiml.run.node import memory_available
 from mpiml.run.result import update_result
-from mpiml.run.saving import File, Saver, size_of_copies
-from mpiml.run.segments import Segment
+from mpiml.run.saving import File, Saver
+from mpiml.run.segments import Segment, size_of_copies
 from mpiml.run.verified import Array, kinds_of, stays
 from mpiml.training import accounts
 from mpiml.training.arrays import needed_kinds, segments
@@ -44,7 +44,7 @@ class Store:
         self.run, self.hold, self.deadline = run, hold, deadline
         self.team, self.clock = run.grid.team, run.grid.team.clock
         self._saver = Saver(self.team, run.grid.node)
-        self._saved, self._background = 0, False  # the step of the last save
+        self._saved, self._background = 0, False  # the step of the last save; whether training may go on meanwhile
         states, layouts = len(run.state.names) - 1, run.model.layouts
         size = sum((layout.size + states * layout.updated) * layout.dtype.itemsize for layout in layouts)
         deadline.expect(size + sum(array.nbytes for array in run.model.constants.arrays.values()))
@@ -66,7 +66,7 @@ class Store:
         config = self.run.config
         if config.save == "sync" or not config.save_every:
             return []
-        size = size_of_copies(self._segments(self.run.learning.saved_state))
+        size = size_of_copies(self._everything(self._others({})))
         of_node, least = self._of_nodes(size)
         if config.save == "auto" and of_node > MOST * least:
             gb = f"{of_node / 1e9:.1f} GB a node, where {least / 1e9:.1f} GB are available"
@@ -90,7 +90,7 @@ class Store:
         return self._saved
 
     def _write(self, step: int, left: Mapping[str, Array], background: bool) -> None:
-        state, others = self.run.learning.saved_state, self._others(left)
+        names, others = self.run.learning.saved_state.names, self._others(left)
 
         def prepare() -> File:
             self.clock("checkpoint")
@@ -99,16 +99,14 @@ class Store:
             path = self.hold.checkpoints / step_files.file_name(step)
             run = self.run
             texts = texts_of(step, run.config.to_toml(), run.model.task.to_json(), run.model.constants.entries)
-            kinds = needed_kinds(run.model.layouts, state.names) | kinds_of(others)
+            kinds = needed_kinds(run.model.layouts, names) | kinds_of(others)
             contents = None if stays(path, self.clock.progress) else Contents.of(kinds, texts)
             return File(path, contents, self._ending(step), lambda: self._noted(step, began if not left else None))
 
         with self.clock.booked("checkpoint"):
             self._saver.settle()
             began = time.monotonic()
-            constants = self.run.model.constants.entries
-            own = [Segment(n, 0, little(a).reshape(-1), n not in constants) for n, a in others.items()]
-            self._saver.begin(prepare, [*self._segments(state), *own], background)
+            self._saver.begin(prepare, self._everything(others), background)
         self._saved = step
 
     def _others(self, left: Mapping[str, Array]) -> dict[str, Array]:
@@ -119,6 +117,12 @@ class Store:
         for preparation in self.run.data.preparations:
             arrays |= preparation.arrays()
         return arrays
+
+    def _everything(self, others: Mapping[str, Array]) -> list[Segment]:
+        """What this rank has of a checkpoint: of vectors, and other arrays."""
+        constants = self.run.model.constants.entries
+        own = [Segment(n, 0, little(a).reshape(-1), n not in constants) for n, a in others.items()]
+        return [*self._segments(self.run.learning.saved_state), *own]
 
     def _segments(self, state: State, *names: str) -> list[Segment]:
         """What is saved of this rank's parts of vectors (default: all)."""

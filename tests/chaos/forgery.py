@@ -1,8 +1,7 @@
-"""Checkpoints whose SHA-256 is right and whose content is not; and `python -m tests.chaos.forgery FILE` exports one."""
+"""Checkpoints with right digests over wrong content; and `python -m tests.chaos.forgery FILE` exports one."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -13,7 +12,9 @@ import numpy as np
 import safetensors.numpy
 
 from mpiml.errors import RunError
-from mpiml.run import verified
+from mpiml.run.contents import DIGESTS, Contents
+from mpiml.run.verified import kinds_of
+from tests.forging import digest_of_array
 
 CANARY = "CHAOS_CANARY"  # the file that code writes to which should not have run
 MODULE = "tests.chaos.canary"
@@ -24,14 +25,13 @@ Arrays = dict[str, Any]
 def forged(
     content: bytes, metadata: Mapping[str, str | None], arrays: Callable[[Arrays], Arrays] = lambda same: same
 ) -> bytes:
-    """A checkpoint with other metadata and arrays, and the SHA-256 that goes with them; None takes something away."""
+    """A checkpoint with other metadata and arrays, and the digests that go with them; None takes something away."""
     size = int.from_bytes(content[:8], "little")
-    meta = {**json.loads(content[8 : 8 + size])["__metadata__"], **metadata, "sha256": ""}
-    meta = {name: text for name, text in meta.items() if text is not None}
+    meta = json.loads(content[8 : 8 + size])["__metadata__"] | metadata | {"sha256": None, DIGESTS: None}
     changed = arrays(safetensors.numpy.load(content))
-    head = json.dumps(meta, sort_keys=True) + verified.digest(sorted(changed.items()))
-    meta["sha256"] = hashlib.sha256(head.encode()).hexdigest()
-    return safetensors.numpy.save({name: np.ascontiguousarray(a) for name, a in changed.items()}, meta)
+    contents = Contents.of(kinds_of(changed), {name: text for name, text in meta.items() if text is not None})
+    header = contents.header({name: digest_of_array(name, array) for name, array in changed.items()})
+    return header + b"".join(changed[name].tobytes() for name in contents.starts)
 
 
 def environment(canary: Path) -> dict[str, str]:
@@ -103,7 +103,7 @@ def _metadata(config: str, task: dict[str, Any]) -> dict[str, dict[str, str | No
     }
     steps = {"nothing": None, "text": "abc", "-5": "-5", "10^30": "1" + "0" * 30, "5000 digits": "9" * 5000}
     forgeries |= {f"step of {what}": {"step": text} for what, text in steps.items()}
-    return forgeries | {"format of another kind": {"format": "mpiml-2"}, "deep config": {"config": f"a = {DEEP}"}}
+    return forgeries | {"format of another kind": {"format": "mpiml-9"}, "deep config": {"config": f"a = {DEEP}"}}
 
 
 def _arrays() -> dict[str, Callable[[Arrays], Arrays]]:

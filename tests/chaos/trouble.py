@@ -14,7 +14,7 @@ from mpi4py import MPI
 
 from mpiml.data.dataset import Dataset, open_dataset
 from mpiml.nn.layers import At, Flatten, Layer, Linear, ReLU
-from mpiml.parallel.state import State
+from mpiml.run.saving import Saver
 
 PHASE, WAY, RANK = os.environ.get("CHAOS_TROUBLE", "none:none:-1").split(":")
 HIT = MPI.COMM_WORLD.rank == int(RANK)
@@ -80,7 +80,7 @@ trouble.at("import")
 if PHASE == "atexit" and HIT:
     atexit.register(WAYS[WAY])
 if PHASE == "checkpoint":
-    trouble.before(State, "collect", PHASE)
+    trouble.before(Saver, "begin", PHASE)
 if PHASE == "write":
     trouble.before(os, "fsync", PHASE)
 

@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import zlib
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from mpiml.run import checkpoint, step_files
 from mpiml.train import train
 from mpiml.training.export import torch_state_dict, trained
 from tests.conftest import launch
+from tests.forging import save_changed
 
 torch = pytest.importorskip("torch")
 
@@ -145,7 +145,7 @@ def test_constants_that_are_in_no_checkpoint_must_be_those_of_the_run(tmp_path: 
     refused(config, file, net(2), r"^layers\.1\.step: not what the checkpoint was trained with: .*safetensors has the")
     saved = checkpoint.load(file)
     assert saved.constants == {"layers.1.step": saved.constants["layers.1.step"]} if saved.constants else False
-    trained(checkpoint.save(tmp_path, replace(saved, constants=None), 1), net(2))  # it does not tell
+    trained(save_changed(tmp_path, saved, constants=None), net(2))  # it does not tell
     goes_on(config, file, net(1))
 
 
@@ -165,7 +165,7 @@ def test_constants_of_older_checkpoints_are_compared(tmp_path: Path) -> None:
     file.unlink()
     told = {"layers.1.bias": "190a55ad", "layers.1.weight": f"{zlib.crc32(np.ones((8, 64), 'f4')):08x}"}
     arrays = {name: array for name, array in saved.arrays.items() if name not in told}
-    checkpoint.save(file.parent, replace(saved, constants=told, arrays=arrays), 1)
+    save_changed(file.parent, saved, constants=told, arrays=arrays)
     refused(
         config, file, net(2), r"^layers\.1\.weight: not what the checkpoint was trained with: .*safetensors has the"
     )
@@ -192,7 +192,7 @@ def test_constants_that_do_not_fit_are_named(tmp_path: Path, change: Any, words:
     file.unlink()
     arrays = saved.arrays | {"layers.1.scale": change(saved.arrays["layers.1.scale"])}
     arrays = {name: array for name, array in arrays.items() if array is not None}
-    checkpoint.save(file.parent, replace(saved, arrays=arrays), 1)
+    save_changed(file.parent, saved, arrays=arrays)
     before = [path.read_bytes() for path in (file, tmp_path / "run" / "metrics.jsonl")]
     refused(config, file, net, words)
     assert [path.read_bytes() for path in (file, tmp_path / "run" / "metrics.jsonl")] == before

@@ -16,6 +16,7 @@ import pytest
 from tests.conftest import COMMANDS, LIMIT, Job, jobs_of, launch, launch_all, mpirun, write_commands
 from tests.data import samples
 from tests.data.samples import ARRAYS
+from tests.forging import save
 
 pytestmark = pytest.mark.contract
 
@@ -57,7 +58,7 @@ def test_checkpoint_holds_mean_and_scale_and_a_resumed_run_uses_them(train: Any)
     loaded = checkpoint.load(cut.run / name)
     arrays = dict(loaded.arrays) | {"data.mean": loaded.arrays["data.mean"] + 1}
     (cut.run / name).unlink()
-    checkpoint.save(cut.run / "checkpoints", checkpoint.Checkpoint(5, loaded.config, arrays), 9)
+    save(cut.run / "checkpoints", 5, arrays, loaded.config, keep=9)
     shifted = train(0, "--resume --steps 10", out="cut")
     assert shifted.code == 0, shifted.err
     assert shifted.result["weights_sha256"] != whole.result["weights_sha256"]

@@ -17,6 +17,7 @@ from mpiml.evaluate import evaluate
 from mpiml.nn.layers import Conv2d, Layer
 from mpiml.run import checkpoint, step_files
 from mpiml.train import train
+from tests.forging import save_changed
 
 pytestmark = pytest.mark.contract
 Arrays = dict[str, np.ndarray]
@@ -120,7 +121,7 @@ def forget(run: Path) -> None:
     saved.config = line.sub("", saved.config)
     saved.task = json.dumps({key: value for key, value in json.loads(saved.task).items() if key != "ignore"})
     (run / "checkpoints" / step_files.file_name(saved.step)).unlink()
-    checkpoint.save(run / "checkpoints", saved, 1)
+    save_changed(run / "checkpoints", saved)
 
 
 def predicted(run: Path, made: Arrays, **asked: Any) -> np.ndarray:

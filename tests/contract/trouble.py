@@ -16,9 +16,9 @@ from mpiml.data.dataset import Dataset, Split, open_dataset
 from mpiml.data.sources import Source
 from mpiml.nn.layers import At, Layer
 from mpiml.nn.perceptrons import mlp
-from mpiml.parallel.state import State
 from mpiml.run import watch
 from mpiml.run.failure import exit_code
+from mpiml.run.saving import Saver
 from mpiml.train import train
 from mpiml.training.storage import Store
 
@@ -155,13 +155,13 @@ def at_end(store: Store, outcome: Any) -> Any:
 
 def in_save(*arguments: Any) -> Any:
     trouble("save")
-    return collect(*arguments)
+    return begin(*arguments)
 
 
 if KIND in ("kill-launcher", "unnoticed"):
     watch.LOOK = 0.1
 finish, Store.finish = Store.finish, at_end  # type: ignore[method-assign]
-collect, State.collect = State.collect, in_save  # type: ignore[method-assign]
+begin, Saver.begin = Saver.begin, in_save  # type: ignore[method-assign]
 digits = open_dataset("digits")
 data = Dataset(Split(TroubledSource(digits.train.x), TroubledSource(digits.train.y)), digits.test, "digits")
 try:

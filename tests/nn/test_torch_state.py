@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,8 @@ from mpiml.errors import OutputError
 from mpiml.nn import base as nn
 from mpiml.nn.parameters import Layout
 from mpiml.run import checkpoint
-from mpiml.run.checkpoint import Checkpoint
 from mpiml.training.constants import Constants
-from tests.forging import forge
+from tests.forging import forge, save, save_changed
 
 torch = pytest.importorskip("torch")
 from mpiml.nn.torch_modules import TorchLayer, as_layers  # noqa: E402
@@ -127,7 +125,7 @@ def saved(path: Path, module: TorchLayer, **others: Any) -> Path:
     entries = {name: constant.entry for name, constant in constants.items()}
     kept = {name: array for name, array in arrays.items() if array is not None}
     path.mkdir(exist_ok=True)
-    return checkpoint.save(path, Checkpoint(1, "", kept, "", entries), 1)
+    return save(path, 1, kept, constants=entries)
 
 
 def test_a_checkpoint_goes_into_a_fresh_module_whole(tmp_path: Path) -> None:
@@ -175,14 +173,12 @@ def test_of_what_is_in_no_checkpoint_the_checksum_is_compared(tmp_path: Path) ->
     entries = {name: constant.checksum for name, constant in nn.constants([layer(1)]).items()}
     none = dict.fromkeys(name for name, c in layer(1).own_constants().items() if c.saved)
     older = checkpoint.load(saved(tmp_path / "older", layer(1), **none))
-    path = checkpoint.save(tmp_path / "older", replace(older, step=2, constants=entries), 1)
+    path = save_changed(tmp_path / "older", older, step=2, constants=entries)
     load_into(Kept(1), path)
     load_into(Kept(1).double(), path)
     with pytest.raises(ValueError, match=r"^layers.0.fixed is not what .*safetensors was trained with"):
         load_into(Kept(2), path)
-    load_into(
-        Kept(2), checkpoint.save(tmp_path / "older", replace(older, step=3, constants=None), 1)
-    )  # it does not tell
+    load_into(Kept(2), save_changed(tmp_path / "older", older, step=3, constants=None))  # it does not tell
 
 
 def test_averages_and_complex_weights_come_as_real_numbers(tmp_path: Path) -> None:
@@ -191,7 +187,7 @@ def test_averages_and_complex_weights_come_as_real_numbers(tmp_path: Path) -> No
     arrays = {"bias": [1, 2], "running_mean": [3, 4], "running_var": [5, 6], "num_batches_tracked": 7.9999}
     arrays["weight"] = [[1, 2], [3, 4]]
     named = {f"layers.0.{name}": np.array(values, "f4") for name, values in arrays.items()}
-    load_into(module, checkpoint.save(tmp_path, Checkpoint(1, "", named, "", {}), 1))
+    load_into(module, save(tmp_path, 1, named, constants={}))
     assert module.weight.tolist() == [1 + 2j, 3 + 4j]
     assert (module.running_mean.tolist(), module.running_var.tolist()) == ([3, 4], [5, 6])
     assert (module.num_batches_tracked.item(), module.num_batches_tracked.dtype) == (8, torch.int64)
@@ -204,7 +200,7 @@ def test_averages_of_weights_come_if_they_are_asked_for(tmp_path: Path) -> None:
         load_into(Kept(2), path, average=True)
     whole = checkpoint.load(path)
     arrays = {**whole.arrays, "ema.layers.0.first.weight": average}
-    path = checkpoint.save(tmp_path, replace(whole, step=2, arrays=arrays), 1)
+    path = save_changed(tmp_path, whole, step=2, arrays=arrays)
     for module, expected in (
         (load_into(Kept(2), path), trained.parameters["first.weight"].value),
         (load_into(Kept(2), path, average=True), average),

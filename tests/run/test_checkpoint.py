@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import stat
@@ -14,10 +13,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from mpiml.clock import Clock
 from mpiml.errors import NotFiniteError, OutputError
-from mpiml.run import checkpoint, directory, step_files, verified
-from mpiml.run.checkpoint import Checkpoint, Header
-from tests.forging import ARRAYS, forge
+from mpiml.run import checkpoint, step_files, verified
+from mpiml.run.checkpoint import Header
+from mpiml.vectors import BLOCK
+from tests.forging import ARRAYS, forge, in_format_before, save
 
 STATE = {
     "a.wide": np.arange(12, dtype=np.float32).reshape(3, 4).T,  # not as it lies in memory
@@ -28,12 +29,12 @@ STATE = {
 }
 
 
-def state(step: int, arrays: Any = STATE) -> Checkpoint:
-    return Checkpoint(step, 'data = "ü"\n', arrays, "{}", {"c": "array"})
+def saved(path: Path, step: int = 3, arrays: Any = STATE, **more: Any) -> Path:
+    return save(path, step, arrays, 'data = "ü"\n', "{}", {"c": "array"}, **more)
 
 
 def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
-    path = checkpoint.save(tmp_path, state(3), 1)
+    path = saved(tmp_path, 3)
     for arrays in (load_file(path), checkpoint.load(path).arrays):
         assert {name: (a.shape, a.dtype.name) for name, a in arrays.items()} == {
             name: (a.shape, a.dtype.name) for name, a in STATE.items()
@@ -50,32 +51,21 @@ def test_the_library_reads_what_is_written(tmp_path: Path) -> None:
 def test_the_mode_follows_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        path = checkpoint.save(tmp_path, state(3), 1)
+        path = saved(tmp_path, 3)
     finally:
         os.umask(before)
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
-def test_each_part_of_looking_hashing_writing_and_reading_is_progress(tmp_path: Path, monkeypatch: Any) -> None:
-    """Between two fsyncs there is a sign of life, and none has much to do."""
-    for module in (verified, directory):
-        monkeypatch.setattr(module, "PART", 1 << 10)
-    moves, at_sync, fsync = [], list[int](), os.fsync
-
-    def counted(descriptor: int) -> None:
-        at_sync.append(len(moves))
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", counted)
-    arrays = {"w": np.ones(1000), "v": np.ones(500)}
-    path = checkpoint.save(tmp_path, state(1, arrays), 1, lambda: moves.append(1))
-    assert len(at_sync) >= 12
-    assert len(set(at_sync[:-1])) == len(at_sync[:-1])
-    assert at_sync[0] >= 2 + 8 + 4  # looked at, and hashed
-    moves.clear()
+def test_each_part_of_reading_and_verifying_is_progress(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(verified, "PART", BLOCK)
+    moves, arrays = [], {"w": np.ones(3 * BLOCK), "v": np.ones(BLOCK + 1)}
+    path = saved(tmp_path, 1, arrays)
     assert checkpoint.newest(tmp_path, progress=lambda: moves.append(1))[0]
-    assert len(moves) == 8 + 4
-    assert checkpoint.save(tmp_path, state(1, arrays), 1, lambda: moves.append(1)) == path
+    assert len(moves) == 2 * (3 + 2)
+    clock = Clock()
+    assert saved(tmp_path, 1, arrays, clock=clock) == path
+    assert clock.moves >= 2 * (3 + 2)
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -85,14 +75,14 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: Any, call
 
     monkeypatch.setattr(os, call, full)
     with pytest.raises(OutputError, match=r"cannot write the checkpoint .*/step-000000003.safetensors: No space"):
-        checkpoint.save(tmp_path, state(3), 1)
+        saved(tmp_path, 3)
     assert not list(tmp_path.iterdir())
 
 
 def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
     steps = (7, 999_999_999, 1_000_000_000, 20_000_000_000)
     for step in steps:
-        checkpoint.save(tmp_path, state(step), 3)
+        saved(tmp_path, step, keep=3)
     found, problems = checkpoint.newest(tmp_path)
     assert (found.step if found else None, problems) == (steps[-1], [])
     assert [path.name for path in step_files.listed(tmp_path)] == [
@@ -105,7 +95,7 @@ def test_only_files_of_checkpoints_are_listed(tmp_path: Path) -> None:
     for name in ("step-x.safetensors", "step-000000004.damaged", "step-000000004.safetensors.bak", "other"):
         (tmp_path / name).write_text("")
     assert step_files.listed(tmp_path) == []
-    checkpoint.save(tmp_path, state(1), 1)
+    saved(tmp_path, 1)
     assert step_files.listed(tmp_path) == [tmp_path / step_files.file_name(1)]
 
 
@@ -123,16 +113,16 @@ def test_a_directory_that_cannot_be_read_is_not_empty(tmp_path: Path, monkeypatc
 
 def test_who_tidies_up_at_the_same_time_fails_no_save(tmp_path: Path, monkeypatch: Any) -> None:
     for step in (1, 2):
-        checkpoint.save(tmp_path, state(step), 9)
-    listed = checkpoint.listed
+        saved(tmp_path, step, keep=9)
+    listed = step_files.listed
 
     def and_tidied(path: Path) -> list[Path]:
         there = listed(path)
         (path / step_files.file_name(1)).unlink()
         return there
 
-    monkeypatch.setattr(checkpoint, "listed", and_tidied)
-    checkpoint.save(tmp_path, state(3), 1)
+    monkeypatch.setattr(step_files, "listed", and_tidied)
+    saved(tmp_path, 3)
     assert listed(tmp_path) == [tmp_path / step_files.file_name(3)]
 
 
@@ -162,7 +152,7 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path: Path, make: Any) -> Non
     for read in (checkpoint.load, checkpoint.header):
         with pytest.raises(OutputError, match="is not a regular file"):
             read(path)
-    checkpoint.save(tmp_path, Checkpoint(6, "", ARRAYS), 3)
+    saved(tmp_path, 6, ARRAYS)
     newest, problems = checkpoint.newest(tmp_path)
     assert newest
     assert newest.step == 6
@@ -173,7 +163,7 @@ def test_a_directory_that_is_named_like_a_checkpoint_stays_and_does_not_count(tm
     odd = tmp_path / step_files.file_name(1)
     odd.mkdir()
     for step in range(2, 6):
-        checkpoint.save(tmp_path, Checkpoint(step, "", ARRAYS), 2)
+        saved(tmp_path, step, ARRAYS, keep=2)
     assert odd.is_dir()
     assert step_files.listed(tmp_path) == [tmp_path / step_files.file_name(step) for step in (5, 4)]
 
@@ -228,7 +218,7 @@ def test_constants_of_any_kind_and_value_come_back(tmp_path: Path) -> None:
         "none": np.ones((0, 2)),
     }
     told = {name: "array" for name in arrays if name != "w"} | {"beside": "1a2b3c4d"}
-    path = checkpoint.save(tmp_path, Checkpoint(3, "", arrays, "", told), 1)
+    path = save(tmp_path, 3, arrays, constants=told)
     read, header = checkpoint.load(path), checkpoint.header(path)
     assert read.constants == header.constants == told
     assert header == read.header
@@ -239,14 +229,14 @@ def test_constants_of_any_kind_and_value_come_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path, bad: float) -> None:
-    with pytest.raises(NotFiniteError, match="v is not finite after step 3; nothing of it is saved"):
-        checkpoint.save(tmp_path, state(3, {"a": np.ones(3), "v": np.array([1.0, bad])}), 1)
+    with pytest.raises(NotFiniteError, match=r"^v is not finite, so nothing is saved$"):
+        saved(tmp_path, 3, {"a": np.ones(3), "v": np.array([1.0, bad])})
     assert not list(tmp_path.iterdir())
 
 
 def test_the_newest_are_kept_and_later_ones_do_not_count(tmp_path: Path) -> None:
     for step in (8, 9, 1, 2, 3):  # as of a run that went on after step 0, its later checkpoints being damaged, say
-        checkpoint.save(tmp_path, state(step), 2)
+        saved(tmp_path, step, keep=2)
     assert [step_files.step_of(path) for path in step_files.listed(tmp_path)] == [9, 8, 3, 2]
 
 
@@ -268,30 +258,30 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path, keep: int, best: tuple
 
 
 def test_nothing_is_removed_before_the_new_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint.save(tmp_path, state(1), 1)
-    checkpoint.save(tmp_path, state(2), 1, best=[1])
+    saved(tmp_path, 1)
+    saved(tmp_path, 2, best=[1])
     assert len(step_files.listed(tmp_path)) == 2
 
     def failing(*arguments: object) -> None:
-        raise OutputError("no room")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(verified, "_write", failing)
+        patch.setattr(os, "replace", failing)
         with pytest.raises(OutputError):
-            checkpoint.save(tmp_path, state(3), 1)
+            saved(tmp_path, 3)
     assert len(step_files.listed(tmp_path)) == 2
-    checkpoint.save(tmp_path, state(3), 1, best=[2])
+    saved(tmp_path, 3, best=[2])
     assert [step_files.step_of(path) for path in step_files.listed(tmp_path)] == [3, 2]
 
 
 def test_a_whole_file_is_left_alone_and_a_damaged_one_kept_aside(tmp_path: Path) -> None:
-    path = checkpoint.save(tmp_path, state(3), 1)
+    path = saved(tmp_path, 3)
     before = path.stat().st_ino
-    assert checkpoint.save(tmp_path, state(3, {"other": np.ones(3)}), 1) == path
+    assert saved(tmp_path, 3, {"other": np.ones(3)}) == path
     assert path.stat().st_ino == before
     for number in range(3):
         path.write_bytes(b"damaged %d" % number)
-        assert checkpoint.save(tmp_path, state(3), 1) == path
+        assert saved(tmp_path, 3) == path
         assert checkpoint.load(path).step == 3
     aside = {file.name: file.read_bytes() for file in tmp_path.iterdir() if file != path}
     assert aside == {
@@ -304,7 +294,7 @@ def test_a_whole_file_is_left_alone_and_a_damaged_one_kept_aside(tmp_path: Path)
 def test_the_newest_that_verifies_is_read_and_what_is_wrong_with_newer_ones_is_said(tmp_path: Path) -> None:
     assert checkpoint.newest(tmp_path) == (None, [])
     for step in (1, 2, 3):
-        checkpoint.save(tmp_path, state(step), 9)
+        saved(tmp_path, step, keep=9)
     for path in step_files.listed(tmp_path)[:2]:
         path.write_bytes(path.read_bytes()[:-1])
     newest, problems = checkpoint.newest(tmp_path)
@@ -318,15 +308,35 @@ def test_the_newest_that_verifies_is_read_and_what_is_wrong_with_newer_ones_is_s
     assert str(error.value).startswith(f"no checkpoint in {tmp_path} can be used: {problems[0]}; {problems[1]}; ")
 
 
-def test_a_byte_that_has_changed_is_noticed_wherever_it_is(tmp_path: Path) -> None:
-    path = checkpoint.save(tmp_path, state(3, {"w": np.arange(4.0)}), 1)
+def in_format_of_now(path: Path) -> Path:
+    return path
+
+
+@pytest.mark.parametrize("written", [in_format_of_now, in_format_before])
+def test_a_byte_that_has_changed_is_noticed_wherever_it_is(tmp_path: Path, written: Any) -> None:
+    path = written(saved(tmp_path, 3, {"w": np.arange(4.0)}))
+    assert checkpoint.load(path).step == 3
     whole = path.read_bytes()
-    for place in (len(whole) - 1, whole.index(b"data = "), whole.index(b'"step": "3"') + len(b'"step": "')):
+    for place in range(len(whole)):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(OutputError, match=r"step-000000003.safetensors is (damaged: |not a checkpoint of mpiml)"):
+            checkpoint.load(path)
+    for length in range(0, len(whole), 9):
+        path.write_bytes(whole[:length])
         with pytest.raises(OutputError, match=r"step-000000003.safetensors is damaged: "):
             checkpoint.load(path)
-    path.write_bytes(whole)
-    assert checkpoint.load(path).step == 3
+
+
+def test_a_checkpoint_in_the_format_before_is_read_and_kept(tmp_path: Path) -> None:
+    path = in_format_before(saved(tmp_path, 3))
+    read = checkpoint.load(path)
+    assert (read.step, read.config, read.task, read.constants) == (3, 'data = "ü"\n', "{}", {"c": "array"})
+    assert read.contents.digests is None
+    assert checkpoint.header(path) == read.header
+    for name, array in STATE.items():
+        assert read.arrays[name].tobytes() == np.ascontiguousarray(array.astype(read.arrays[name].dtype)).tobytes()
+    before = path.read_bytes()
+    assert saved(tmp_path, 3).read_bytes() == before
 
 
 def test_a_file_of_another_program_is_no_checkpoint(tmp_path: Path) -> None:
@@ -337,26 +347,26 @@ def test_a_file_of_another_program_is_no_checkpoint(tmp_path: Path) -> None:
             checkpoint.load(path)
 
 
-def test_only_arrays_that_are_wanted_are_kept_and_all_are_verified(tmp_path: Path) -> None:
-    path = checkpoint.save(tmp_path, state(3, {"a": np.ones(3), "optimizer.mean.a": np.zeros(3)}), 1)
-    assert list(checkpoint.load(path, lambda name: not name.startswith("optimizer.")).arrays) == ["a"]
-    path.write_bytes(path.read_bytes()[:-1] + b"\1")  # of the one that is not wanted
-    with pytest.raises(OutputError, match="does not match its SHA-256"):
-        checkpoint.load(path, lambda name: not name.startswith("optimizer."))
+def of_model(name: str) -> bool:
+    return not name.startswith("optimizer.")
 
 
-def test_a_digest_is_of_names_shapes_dtypes_and_bytes_in_little_endian() -> None:
-    def of(name: str, array: Any) -> str:
-        return verified.digest([(name, array)])
-
-    array = np.arange(6.0)
-    expected = hashlib.sha256(b"w [2, 3] float64\n" + array.astype("<f8").tobytes()).hexdigest()
-    assert of("w", array.reshape(2, 3)) == expected
-    assert of("w", array.reshape(2, 3).astype(">f8")) == expected
-    assert of("w", np.asfortranarray(array.reshape(2, 3))) == expected
-    others = [of("v", array.reshape(2, 3)), of("w", array), of("w", array.reshape(2, 3).view(np.int64))]
-    others.append(verified.digest([("w", array[:3]), ("w", array[3:])]))
-    assert len({expected, *others}) == 5
+def test_only_arrays_that_are_wanted_are_read_and_verified(tmp_path: Path) -> None:
+    """Of a file with one SHA-256 of all that it says, all are."""
+    arrays = {"a": np.ones(3), "optimizer.mean.a": np.zeros(3)}
+    path, before = saved(tmp_path, 3, arrays), in_format_before(saved(tmp_path, 4, arrays, keep=2))
+    for damaged, refused in ((path, False), (before, True)):
+        assert list(checkpoint.load(damaged, of_model).arrays) == ["a"]
+        damaged.write_bytes(damaged.read_bytes()[:-1] + b"\1")  # of the one that is not wanted
+        with pytest.raises(OutputError, match="does not match its SHA-256"):
+            checkpoint.load(damaged)
+        if refused:
+            with pytest.raises(OutputError, match="its content does not match its SHA-256"):
+                checkpoint.load(damaged, of_model)
+        else:
+            assert list(checkpoint.load(damaged, of_model).arrays) == ["a"]
+    with pytest.raises(OutputError, match=r"step-000000003.safetensors is damaged: optimizer.mean.a does not match"):
+        checkpoint.load(path, lambda name: name.startswith("optimizer."))
 
 
 def test_the_last_step_is_that_of_the_newest_file(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mpiml.run.node import Process, kernel
+from mpiml.run.node import Process, kernel, memory_available
 
 SCRIPT = """
 import os, signal, sys, time
@@ -91,3 +91,63 @@ def test_processes_of_a_machine_have_the_same_kernel(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Path, "read_text", no_such)
     assert kernel() == ""
+
+
+GB = 1 << 30
+LIMITS = {
+    "v2, a limit": ("0::/job/step\n", {"job/step": ("memory.max", 4 * GB, "memory.current", 3 * GB)}, GB),
+    "v2, files count as left": ("0::/job\n", {"job": ("memory.max", 4 * GB, "memory.current", 3 * GB, GB)}, 2 * GB),
+    "v2, none": ("0::/job\n", {"job": ("memory.max", "max", "memory.current", 3 * GB)}, 8 * GB),
+    "v2, of a group around it": (
+        "0::/job/step/task\n",
+        {
+            "job/step/task": ("memory.max", "max", "memory.current", GB),
+            "job": ("memory.max", 6 * GB, "memory.current", GB),
+        },
+        5 * GB,
+    ),
+    "v2, of a container": ("0::/\n", {".": ("memory.max", 2 * GB, "memory.current", GB)}, GB),
+    "v2, used up": ("0::/job\n", {"job": ("memory.max", GB, "memory.current", 2 * GB)}, 0),
+    "v1": (
+        "5:cpu,cpuacct:/other\n4:memory:/slurm/job\n0::/\n",
+        {"memory/slurm/job": ("memory.limit_in_bytes", 3 * GB, "memory.usage_in_bytes", GB, GB // 2)},
+        2 * GB + GB // 2,
+    ),
+    "v1, no limit": (
+        "4:memory:/\n",
+        {"memory": ("memory.limit_in_bytes", 1 << 62, "memory.usage_in_bytes", GB)},
+        8 * GB,
+    ),
+    "none that says anything": ("0::/job\n", {}, 8 * GB),
+    "no groups": (None, {}, 8 * GB),
+}
+
+
+@pytest.mark.parametrize("which", LIMITS)
+def test_memory_that_is_left_is_the_least_of_the_node_and_of_the_groups_of_the_process(
+    tmp_path: Path, which: str
+) -> None:
+    own, groups, left = LIMITS[which]
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text(f"MemTotal: 99999999 kB\nMemAvailable:   {8 << 20} kB\nCached: 7 kB\n")
+    if own is not None:
+        (tmp_path / "proc/self/cgroup").write_text(own)
+    for name, (limit, most, used, now, *files) in groups.items():
+        group = tmp_path / "groups" / name
+        group.mkdir(parents=True, exist_ok=True)
+        (group / limit).write_text(f"{most}\n")
+        (group / used).write_text(f"{now}\n")
+        (group / "memory.stat").write_text(f"anon 77\ninactive_file {(files or [0])[0]}\nactive_file 5\n")
+    assert memory_available(tmp_path / "proc", tmp_path / "groups") == left
+
+
+def test_memory_that_is_left_on_a_machine_that_says_nothing(tmp_path: Path) -> None:
+    assert memory_available(tmp_path, tmp_path) == 0
+    assert memory_available() > 0
+    (tmp_path / "meminfo").write_text(f"MemAvailable: {8 << 20} kB\n")
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self/cgroup").write_text("0::/job\n")
+    (tmp_path / "job").mkdir()
+    for name, text in (("memory.max", str(GB)), ("memory.current", "1"), ("memory.stat", "anon 5\n")):
+        (tmp_path / "job" / name).write_text(text)
+    assert memory_available(tmp_path, tmp_path) == 8 * GB  # of another kernel, whose groups do not say enough

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -12,21 +14,38 @@ from mpiml.nn.layers import BatchNorm2d, Linear
 from mpiml.nn.parameters import Layout
 from mpiml.parallel.state import EMA, VALUES
 from mpiml.run import verified
-from mpiml.run.checkpoint import Checkpoint
-from mpiml.training.arrays import from_arrays, needed_kinds, preparations, to_arrays
-from tests.forging import ARRAYS
+from mpiml.training.arrays import needed_kinds, preparations, segments, to_arrays
+from mpiml.vectors import BLOCK
+from tests.forging import ARRAYS, loaded
 
 
-def test_arrays_come_back_under_their_names() -> None:
+def test_arrays_have_the_kinds_that_are_needed() -> None:
     layers = [Linear(4, 3)]
     nn.name(layers)
     (layout,) = stages = [Layout(nn.parameters(layers), "float32")]
     values = [{VALUES: np.arange(layout.size, dtype="f"), "mean": np.ones(layout.size, "f")}]
     arrays = to_arrays(stages, values, VALUES, "mean")
     assert verified.kinds_of(arrays) == needed_kinds(stages, (VALUES, "mean"))
-    (restored,) = from_arrays(stages, Checkpoint(1, "", arrays), (VALUES, "mean"))
-    back = to_arrays(stages, [restored], VALUES, "mean")
-    assert all((back[name] == array).all() for name, array in arrays.items())
+
+
+def test_segments_are_what_a_rank_has_of_each_array_and_begin_with_blocks() -> None:
+    layers = [Linear(200, 100), Linear(100, 3)]
+    nn.name(layers)
+    stages = [Layout(nn.parameters(layers), "float32")]
+    vector = np.arange(stages[0].size, dtype="f")
+    cuts = [0, *(block.stop for block in stages[0].blocks()[:-1]), stages[0].size]
+    for held in ({(0, len(vector)): vector}, {(a, b): vector[a:b] for a, b in itertools.pairwise(cuts)}):
+        back = {name: np.zeros(shape, dtype) for name, (dtype, shape) in needed_kinds(stages, ("mean",)).items()}
+        for name, first, values, finite in segments(stages[0], "mean", held):
+            assert finite
+            assert first % BLOCK == 0
+            assert values.base is not None, "a rank's own memory"
+            back[name].reshape(-1)[first : first + values.size] += values
+        expected = to_arrays(stages, [{"mean": vector}], "mean")
+        assert back.keys() == expected.keys()
+        assert all((back[name] == array).all() for name, array in expected.items())
+    (only,) = segments(stages[0], VALUES, {(0, 5): vector[:5]}, lambda name: f"ema.{name}")
+    assert (only.name, only.first, only.values.tolist()) == ("ema.layers.0.bias", 0, [0, 1, 2, 3, 4])
 
 
 def test_averages_are_of_parameters_alone_and_have_names_of_their_own() -> None:
@@ -45,10 +64,10 @@ def test_averages_are_of_parameters_alone_and_have_names_of_their_own() -> None:
 def test_inputs_are_prepared_by_arrays_of_their_shape(changes: dict[str, np.ndarray]) -> None:
     good = {"data.mean": np.zeros(4), "data.scale": np.ones(4), "data.fill": np.arange(4.0)}
     config = Config(fill="mean", normalize=True)
-    filling, normalization = preparations(Checkpoint(1, "", ARRAYS | good), config, (4,))
+    filling, normalization = preparations(loaded(ARRAYS | good), config, (4,))
     assert filling.arrays()["data.fill"].sum() == 6
     assert normalization.arrays()["data.scale"].sum() == 4
-    assert preparations(Checkpoint(1, "", ARRAYS), Config(), (4,)) == []
+    assert preparations(loaded(ARRAYS), Config(), (4,)) == []
     for arrays in (ARRAYS | good | changes, ARRAYS):
         with pytest.raises(OutputError, match=r"data\.(mean|scale|fill)"):
-            preparations(Checkpoint(1, "", arrays), config, (4,))
+            preparations(loaded(arrays), config, (4,))

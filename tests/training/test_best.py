@@ -18,9 +18,10 @@ from mpiml.config import Config
 from mpiml.data.dataset import Dataset
 from mpiml.errors import ConfigError, RunError
 from mpiml.nn.losses import Accuracy
-from mpiml.run import checkpoint, step_files, verified
+from mpiml.run import checkpoint, step_files
 from mpiml.run.log import Log
 from mpiml.run.process import StopRequest
+from mpiml.run.saving import Saver
 from mpiml.train import train
 from mpiml.training import storage
 from mpiml.training.best import Best, best_of
@@ -275,9 +276,10 @@ def killing(monkeypatch: pytest.MonkeyPatch, at: int) -> Callable[[], int]:
         return call
 
     places = (
-        (verified, "_write"),
-        (checkpoint, "prune"),
-        (step_files, "prune"),
+        (Saver, "begin"),
+        (Saver, "_send_digests"),
+        (Saver, "_finish"),
+        (Saver, "_end"),
         (storage, "update_result"),
         (Log, "evaluation"),
     )

@@ -17,11 +17,10 @@ from mpiml.errors import OutputError
 from mpiml.nn import layers as nn
 from mpiml.nn.perceptrons import mlp
 from mpiml.run import checkpoint, step_files
-from mpiml.run.checkpoint import Checkpoint
 from mpiml.train import train
 from mpiml.training.export import torch_state_dict, trained
 from tests.conftest import launch
-from tests.forging import forge
+from tests.forging import forge, save
 
 pytestmark = pytest.mark.contract
 
@@ -83,7 +82,7 @@ def test_checkpoint_of_another_model(run: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"a.safetensors has no average of the weights, as a run with --ema keeps"):
         trained(forge(tmp_path / "a.safetensors"), average=True)
     saved = checkpoint.load(file(run))
-    old = checkpoint.save(tmp_path, Checkpoint(4, saved.config, saved.arrays), 1)
+    old = save(tmp_path, 4, saved.arrays, saved.config)
     with pytest.raises(OutputError, match="does not say what its model takes"):
         trained(old)
 

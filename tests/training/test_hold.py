@@ -16,14 +16,15 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from mpiml.config import parse
+from mpiml.config import Config, parse
 from mpiml.data.dataset import Dataset
 from mpiml.errors import ConfigError, DataError, DirectoryError, OutputError, RunError
 from mpiml.evaluate import evaluate
-from mpiml.run import directory, environment
+from mpiml.run import directory, environment, step_files
 from mpiml.train import train
-from mpiml.training.hold import Hold
+from mpiml.training.hold import Hold, _check_nothing_vanished, _finished, settings
 from mpiml.training.run import Run
+from tests.forging import forge
 
 WORLD = MPI.COMM_WORLD
 
@@ -199,3 +200,58 @@ def test_rank_0_waits_where_nobody_takes_it_for_stuck(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Hold, "begun", timed)
     train(parse(f"--out {WORLD.bcast(str(tmp_path / 'run'))} --hidden 4 --quiet --steps 1".split()), WORLD, data=rows())
     assert WORLD.rank or waited[0] > 0.3
+
+
+@pytest.mark.parametrize(
+    ("result", "gone"),
+    [
+        ({"status": "running", "step": 50, "saved": 50}, True),
+        ({"status": "done", "step": 99, "saved": 99}, True),
+        ({"status": "failed", "step": 50, "saved": 50}, True),  # a job that went on, and was refused
+        ({"status": "failed", "step": 99, "saved": 0}, False),  # before its first save
+        ({"status": "stopped", "step": 0, "saved": 0}, False),  # before its first step
+        ({}, False),
+    ],
+)
+def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(tmp_path: Path, result: Any, gone: bool) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    if gone:
+        step = result["saved"]
+        with pytest.raises(OutputError, match=rf"are gone, of which the last was of step {step}: put them back"):
+            _check_nothing_vanished(tmp_path, result)
+        (tmp_path / "checkpoints" / "step-000000050.safetensors").write_text("")
+    _check_nothing_vanished(tmp_path, result)
+
+
+def test_a_run_without_config_toml_takes_settings_from_its_checkpoint_and_code_from_flags(tmp_path: Path) -> None:
+    config = 'model = "my:net"\nloss = "my:loss"\nbatch = 7\nhidden = []\n'
+    forge(tmp_path / "checkpoints" / step_files.file_name(6), config)
+    asked = parse(["--resume", "--out", str(tmp_path)])
+    with pytest.raises(ConfigError, match=r"names code, .*: repeat --model my:net --loss my:loss$"):
+        settings(asked)
+    named = parse(["--resume", "--out", str(tmp_path), "--model", "my:net", "--loss", "my:loss"])
+    going_on, stored = settings(named)
+    assert stored is not None
+    assert (going_on.model, going_on.batch, stored.batch) == ("my:net", 7, 7)
+    (tmp_path / "config.toml").write_text(config)  # which the user points at
+    assert settings(asked)[0].loss == "my:loss"
+
+
+def test_a_damaged_config_of_a_run_is_one_line(tmp_path: Path) -> None:
+    asked = parse(["--resume", "--out", str(tmp_path)])
+    for text in ("]]]", "a = " + "[" * 100_000):
+        (tmp_path / "config.toml").write_text(text)
+        with pytest.raises(OutputError, match=rf"^{tmp_path}/config.toml is damaged: "):
+            settings(asked)
+    for text in ("nonsense = 1", "batch = 0", 'batch = "x"'):
+        (tmp_path / "config.toml").write_text(text)
+        with pytest.raises(ConfigError, match=rf"^{tmp_path}/config.toml: "):
+            settings(asked)
+
+
+def test_a_done_result_needs_no_more(tmp_path: Path) -> None:
+    config = Config(resume=True, out=str(tmp_path), steps=8, quiet=True)
+    assert _finished(config, {}) is None
+    for text, done in (('{"status": "done", "step": 8}', True), ('{"status": "done"}', False)):
+        assert bool(_finished(config, json.loads(text))) is done
+    assert (_finished(config, {"status": "done", "step": 9, "exit_code": None}) or {})["exit_code"] == 0

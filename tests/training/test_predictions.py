@@ -15,6 +15,7 @@ from mpiml.errors import ConfigError, DataError
 from mpiml.evaluate import evaluate
 from mpiml.run import checkpoint
 from mpiml.train import train
+from tests.forging import save_changed
 
 NAMES = ("rose", "ti, n", 'say "a"')
 
@@ -99,7 +100,7 @@ def test_gaps_are_filled_as_the_checkpoint_says(run: Path) -> None:
     saved.arrays["data.fill"][1] += 9
     for file in (run / "checkpoints").iterdir():
         file.unlink()
-    checkpoint.save(run / "checkpoints", saved, keep=1)
+    save_changed(run / "checkpoints", saved)
     assert scored(run)["test_loss"] != whole["test_loss"]
     on, whole_on = (job(out=out, resume=True, steps=9)["weights_sha256"] for out in ("run", "whole"))
     assert on != whole_on

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from mpiml.clock import Clock
 from mpiml.config import Config
 from mpiml.data.dataset import open_dataset
 from mpiml.errors import NotFiniteError, freed
-from mpiml.run import checkpoint
+from mpiml.run import step_files
 from mpiml.run.deadline import Deadline
 from mpiml.run.failure import Guard
+from mpiml.run.saving import File, Saver
 from mpiml.training.calendar import Due
 from mpiml.training.hold import Hold
 from mpiml.training.run import Run, unsaved
@@ -91,13 +92,17 @@ def test_an_evaluation_of_the_average_leaves_the_weights_alone(run: Run) -> None
 
 def test_a_step_is_saved_once(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[int] = []
-    save = checkpoint.save
+    begin = Saver.begin
 
-    def counted(directory: Path, saved: checkpoint.Checkpoint, *more: Any) -> None:
-        written.append(saved.step)
-        save(directory, saved, *more)
+    def counted(saver: Saver, prepare: Callable[[], File], *more: Any) -> None:
+        def noted() -> File:
+            file = prepare()
+            written.append(step_files.step_of(file.path))
+            return file
 
-    monkeypatch.setattr(checkpoint, "save", counted)
+        begin(saver, noted, *more)
+
+    monkeypatch.setattr(Saver, "begin", counted)
     monkeypatch.chdir(tmp_path)
     with Hold(Guard(run.grid.team, "mpiml.train")) as hold:
         hold.opened(run, "digits")

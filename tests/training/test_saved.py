@@ -14,6 +14,7 @@ from mpiml.errors import ConfigError, OutputError
 from mpiml.flags import flag
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.training.saved import CODE, code_of, settings_of
+from tests.forging import loaded
 
 OWN = (
     'model = "evil:net"\nloss = "evil:loss"\nmetric = "evil.metrics:F1"\ndata = "evil:load"\ntransform = "evil:turn"\n'
@@ -22,7 +23,7 @@ OWN = (
 
 
 def saved(config: str) -> Checkpoint:
-    return Checkpoint(1, config, {"layers.0.weight": np.zeros(1)}, origin="step-1.safetensors")
+    return loaded({"layers.0.weight": np.zeros(1)}, config, "step-1.safetensors")
 
 
 def test_all_names_that_are_missing_are_named_at_once_as_flags() -> None:

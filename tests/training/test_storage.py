@@ -1,73 +1,21 @@
-"""What a run begins with, and goes on from: files that anybody may have written, or that lie elsewhere now."""
+"""What a run leaves in its directory, and when."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from mpi4py import MPI
-from safetensors.numpy import load_file
 
-from mpiml.config import Config, parse
-from mpiml.errors import ConfigError, DataError, DirectoryError, OutputError
-from mpiml.nn import base as nn
-from mpiml.nn.layers import Linear
-from mpiml.nn.losses import R2, mean_squared_error
-from mpiml.nn.parameters import Layout
-from mpiml.parallel.state import State
-from mpiml.run import checkpoint, lock, step_files
-from mpiml.run.checkpoint import Checkpoint
+from mpiml.config import Config
+from mpiml.errors import DirectoryError
+from mpiml.run import lock, step_files
 from mpiml.train import train
-from mpiml.training import hold
-from mpiml.training.constants import Constants
-from mpiml.training.hold import _check_nothing_vanished, _finished
-from mpiml.training.model import Scoring
-from mpiml.training.place import BuiltModel
-from mpiml.training.storage import Store, check_saved
-from mpiml.training.task import Task
-from tests.data import samples
-from tests.forging import ARRAYS, forge
+from mpiml.training.storage import Store
 
 SHORT: dict[str, Any] = {"steps": 6, "hidden": (4,), "log_every": 1, "eval_every": 2, "save_every": 2, "quiet": True}
-
-
-@pytest.mark.parametrize(
-    ("result", "gone"),
-    [
-        ({"status": "running", "step": 50, "saved": 50}, True),
-        ({"status": "done", "step": 99, "saved": 99}, True),
-        ({"status": "failed", "step": 50, "saved": 50}, True),  # a job that went on, and was refused
-        ({"status": "failed", "step": 99, "saved": 0}, False),  # before its first save
-        ({"status": "stopped", "step": 0, "saved": 0}, False),  # before its first step
-        ({}, False),
-    ],
-)
-def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(tmp_path: Path, result: Any, gone: bool) -> None:
-    (tmp_path / "checkpoints").mkdir()
-    if gone:
-        step = result["saved"]
-        with pytest.raises(OutputError, match=rf"are gone, of which the last was of step {step}: put them back"):
-            _check_nothing_vanished(tmp_path, result)
-        (tmp_path / "checkpoints" / "step-000000050.safetensors").write_text("")
-    _check_nothing_vanished(tmp_path, result)
-
-
-def test_metrics_are_left_alone_when_checkpoints_are_gone(tmp_path: Path) -> None:
-    config = Config(**SHORT, out=str(tmp_path))
-    train(config)
-    before = (tmp_path / "metrics.jsonl").read_bytes()
-    for path in (tmp_path / "checkpoints").iterdir():
-        path.unlink()
-    for _ in range(2):
-        with pytest.raises(OutputError, match="are gone, of which the last was of step 6"):
-            train(config.replace(steps=8, resume=True))
-        assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 def test_metrics_are_on_disk_before_what_goes_with_them(tmp_path: Path, monkeypatch: Any) -> None:
@@ -82,7 +30,8 @@ def test_metrics_are_on_disk_before_what_goes_with_them(tmp_path: Path, monkeypa
     def checked(source: Path, target: Path) -> None:
         what = "done" if '"done"' in source.read_text(errors="replace") else target.suffix
         if what in (".safetensors", "done"):
-            assert synced[-1] == metrics.stat().st_size > 0, target
+            steps = [json.loads(line)["step"] for line in metrics.read_bytes()[: synced[-1]].splitlines()]
+            assert synced[-1] == metrics.stat().st_size if what == "done" else step_files.step_of(target) in steps
             renamed.append(what)
         replace(source, target)
 
@@ -92,38 +41,17 @@ def test_metrics_are_on_disk_before_what_goes_with_them(tmp_path: Path, monkeypa
     assert renamed == [".safetensors"] * 3 + ["done"]
 
 
-def test_a_checkpoint_is_read_once(tmp_path: Path, monkeypatch: Any) -> None:
-    """Though its mean and deviation are needed before the model is made, and its weights after."""
-    load, read = checkpoint.load, list[str]()
-    config = Config(**SHORT, normalize=True, out=str(tmp_path))
-    train(config)
-    monkeypatch.setattr(checkpoint, "load", lambda path, *others: read.append(path.name) or load(path, *others))
-    train(config.replace(steps=8, save_every=9, resume=True))
-    assert read == ["step-000000006.safetensors"]
-    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
-    assert train(config.replace(out=str(tmp_path / "empty"), resume=True))["step"] == 6
-
-
-def test_lines_that_a_power_failure_took_are_named(tmp_path: Path, capsys: Any) -> None:
-    config = Config(**SHORT, out=str(tmp_path))
-    train(config)
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "metrics.jsonl").write_text("".join(lines[:3]))  # steps 1, 2, evaluation 2
-    train(config.replace(steps=8, resume=True, quiet=False))
-    assert "metrics.jsonl has lost its lines of steps 3 to 6" in capsys.readouterr().out
-
-
 def test_a_job_whose_directory_is_taken_saves_nothing_more(tmp_path: Path, monkeypatch: Any) -> None:
     """And says nothing in result.json, which is the other job's."""
-    collect = State.collect
+    segments = Store._segments
     other = lock.Owner("t", "node7", "k2", "17", "18")
 
     def taken(*arguments: Any) -> Any:
         if (tmp_path / "checkpoints" / "step-000000002.safetensors").exists():
             (tmp_path / ".lock").write_bytes(other.line())
-        return collect(*arguments)
+        return segments(*arguments)
 
-    monkeypatch.setattr(State, "collect", taken)
+    monkeypatch.setattr(Store, "_segments", taken)
     with pytest.raises(DirectoryError, match=r"taken over by another job \(process 17 on node7\)"):
         train(Config(**SHORT, out=str(tmp_path)))
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000000002.safetensors"]
@@ -147,7 +75,9 @@ def test_a_job_whose_directory_is_taken_does_not_say_that_it_is_done(tmp_path: P
     assert json.loads((tmp_path / "result.json").read_text()) == {"status": "running", "of": "the other"}
 
 
-def test_a_result_tells_of_the_last_save_while_the_run_goes_on(tmp_path: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("way", ["sync", "async"])
+def test_a_result_tells_of_the_last_save_while_the_run_goes_on(tmp_path: Path, monkeypatch: Any, way: str) -> None:
+    """Of one that is written meanwhile, when it is on disk."""
     results: list[tuple[int, int]] = []
     save = Store.save
 
@@ -157,221 +87,7 @@ def test_a_result_tells_of_the_last_save_while_the_run_goes_on(tmp_path: Path, m
         results.append((result["step"], result["saved"]))
 
     monkeypatch.setattr(Store, "save", saved)
-    assert train(Config(**SHORT, out=str(tmp_path)))["saved"] == 6
-    assert results == [(2, 2), (4, 4), (6, 6)]
-
-
-def test_what_a_run_has_reached_outlives_a_refusal(tmp_path: Path) -> None:
-    """A checkpoint of another run has come into its directory."""
-    mine, other = tmp_path / "mine", tmp_path / "other"
-    before = train(Config(**SHORT, out=str(mine)))
-    train(Config(**SHORT | {"lr": 0.5}, out=str(other)))
-    shutil.copy(other / "checkpoints" / "step-000000006.safetensors", mine / "checkpoints")
-    with open(mine / "metrics.jsonl", "a") as metrics:
-        metrics.write('{"step": 7, "loss": 1.0}\n')  # which a resume after step 6 would cut off
-    before_files = [(mine / name).read_bytes() for name in ("config.toml", "metrics.jsonl")]
-    with pytest.raises(OutputError, match="they are of different runs"):
-        train(Config(**SHORT | {"steps": 8}, out=str(mine), resume=True))
-    result = json.loads((mine / "result.json").read_text())
-    assert result["status"] == "failed"
-    assert {name: result[name] for name in ("accuracy", "weights_sha256")} == {
-        name: before[name] for name in ("accuracy", "weights_sha256")
-    }
-    assert [(mine / name).read_bytes() for name in ("config.toml", "metrics.jsonl")] == before_files
-
-
-def test_a_refused_job_leaves_what_the_last_one_has_reached(tmp_path: Path) -> None:
-    before = train(Config(**SHORT, out=str(tmp_path)))
-    with pytest.raises(ConfigError, match="--batch 7"):
-        train(Config(batch=7, steps=8, resume=True, out=str(tmp_path), given=frozenset({"batch", "steps"})))
-    after = json.loads((tmp_path / "result.json").read_text())
-    assert (after["status"], after["exit_code"], after["step"]) == ("failed", 78, 6)
-    assert {key: after[key] for key in ("accuracy", "loss", "weights_sha256", "saved")} == {
-        key: before[key] for key in ("accuracy", "loss", "weights_sha256", "saved")
-    }
-
-
-TASK = Task((4,), (), True, 3, 0)
-
-
-def layouts(*layers: Linear) -> list[Layout]:
-    """A stage for each layer."""
-    nn.name(layers)
-    return [Layout(nn.parameters([layer]), "float32") for layer in layers]
-
-
-def built(stages: list[Layout]) -> BuiltModel:
-    return BuiltModel(TASK, stages, Scoring(mean_squared_error, R2(3), None), Constants(), (1, ""), [])
-
-
-def test_shapes_are_compared_before_memory_is_asked_for(tmp_path: Path) -> None:
-    huge = layouts(Linear(4, 10**12), Linear(10**12, 3))
-    file = forge(tmp_path / "small.safetensors")
-    for config in (Config(init=str(file)), resumed(forge(tmp_path / "run" / "checkpoints" / step_files.file_name(6)))):
-        with pytest.raises(OutputError, match=r"layers.0.weight is float32 \(4, 3\), the model's float32 \(4, 10+\)"):
-            check_saved(config, built(huge))
-
-
-def test_a_longer_model_is_another_one(tmp_path: Path) -> None:
-    more = {"layers.1.weight": np.ones((3, 3), "f")}
-    first = forge(tmp_path / "longer.safetensors", arrays=ARRAYS | more | {"optimizer.mean.layers.0.bias": np.ones(3)})
-    newest = forge(tmp_path / "run" / "checkpoints" / step_files.file_name(6), arrays=ARRAYS | more)
-    for config in (Config(init=str(first)), resumed(newest)):
-        with pytest.raises(OutputError, match=r"safetensors has layers.1.weight, which the model does not have"):
-            check_saved(config, built(layouts(Linear(4, 3))))
-    forge(newest)
-    for config in (Config(init=str(newest)), resumed(newest), parse(["--resume", "--out", str(tmp_path / "new")])):
-        check_saved(config, built(layouts(Linear(4, 3))))
-
-
-def resumed(file: Path) -> Config:
-    return parse(["--resume", "--out", str(file.parent.parent)])
-
-
-def test_a_run_without_config_toml_takes_settings_from_its_checkpoint_and_code_from_flags(tmp_path: Path) -> None:
-    config = 'model = "my:net"\nloss = "my:loss"\nbatch = 7\nhidden = []\n'
-    asked = resumed(forge(tmp_path / "checkpoints" / step_files.file_name(6), config))
-    with pytest.raises(ConfigError, match=r"names code, .*: repeat --model my:net --loss my:loss$"):
-        hold.settings(asked)
-    named = parse(["--resume", "--out", str(tmp_path), "--model", "my:net", "--loss", "my:loss"])
-    going_on, stored = hold.settings(named)
-    assert stored is not None
-    assert (going_on.model, going_on.batch, stored.batch) == ("my:net", 7, 7)
-    (tmp_path / "config.toml").write_text(config)  # which the user points at
-    assert hold.settings(asked)[0].loss == "my:loss"
-
-
-def test_a_damaged_config_of_a_run_is_one_line(tmp_path: Path) -> None:
-    asked = parse(["--resume", "--out", str(tmp_path)])
-    for text in ("]]]", "a = " + "[" * 100_000):
-        (tmp_path / "config.toml").write_text(text)
-        with pytest.raises(OutputError, match=rf"^{tmp_path}/config.toml is damaged: "):
-            hold.settings(asked)
-    for text in ("nonsense = 1", "batch = 0", 'batch = "x"'):
-        (tmp_path / "config.toml").write_text(text)
-        with pytest.raises(ConfigError, match=rf"^{tmp_path}/config.toml: "):
-            hold.settings(asked)
-
-
-def test_a_done_result_needs_no_more(tmp_path: Path) -> None:
-    config = Config(resume=True, out=str(tmp_path), steps=8, quiet=True)
-    assert _finished(config, {}) is None
-    for text, done in (('{"status": "done", "step": 8}', True), ('{"status": "done"}', False)):
-        assert bool(_finished(config, json.loads(text))) is done
-    assert (_finished(config, {"status": "done", "step": 9, "exit_code": None}) or {})["exit_code"] == 0
-
-
-FLAGS: dict[str, Any] = {"hidden": (8,), "batch": 20, "microbatches": 2, "quiet": True}
-FIRST = "first/checkpoints/step-000000002.safetensors"
-ENDS = ("first", 2), ("head", 2), ("all", 1)
-
-
-def job(**settings: Any) -> dict[str, Any]:
-    """What becomes of a job of one rank."""
-    return train(Config(**FLAGS | settings), MPI.COMM_SELF)
-
-
-@pytest.fixture
-def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The directory in which a run began, all of whose paths were given as they are from there."""
-    samples.npz(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    job(data="d.npz", steps=2, out="first")
-    job(data="d.npz", steps=4, out="run", init=FIRST)
-    return tmp_path
-
-
-def test_another_directory_and_a_place_of_its_own_for_each_jobs_data(
-    begun: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = job(data="d.npz", steps=8, out="whole", init=FIRST)
-    shutil.rmtree("first")
-    monkeypatch.chdir(tmp_path_factory.mktemp("other"))
-    run = str(begun / "run")
-    assert job(out=run, resume=True, steps=6)["step"] == 6
-    shutil.move(begun / "d.npz", "d.npz")
-    with pytest.raises(
-        DataError, match=r"cannot read .*d.npz: No such file.*; if the run's data lie elsewhere .* by --data$"
-    ):
-        job(out=run, resume=True, steps=8)
-    goes_on = job(out=run, resume=True, steps=8, data="d.npz", init="no.safetensors")
-    assert goes_on["weights_sha256"] == whole["weights_sha256"]
-
-
-def test_another_part_is_trained_from_the_same_weights(begun: Path) -> None:
-    """A run with other --rates begins with the values of one, and keeps no state of what it does not train."""
-    job(data="d.npz", steps=2, out="head", init=FIRST, rates=("*=0", "layers.3=1"))
-    job(data="d.npz", steps=1, out="all", init="head/checkpoints/step-000000002.safetensors")
-    first, head, whole = (load_file(f"{run}/checkpoints/step-00000000{n}.safetensors") for run, n in ENDS)
-    for name in first:
-        weight = name.removeprefix("optimizer.mean.").removeprefix("optimizer.variance.")
-        frozen = not weight.startswith("layers.3.")
-        assert name in whole
-        assert (name in head) is not (frozen and name != weight)
-        assert name != weight or np.array_equal(head[name], first[name]) is frozen
-        assert name != weight or not np.array_equal(head[name], whole[name])
-    assert job(data="d.npz", out="head", resume=True, steps=3)["step"] == 3
-    with pytest.raises(ConfigError, match=r"^--rates layers.1=0: the run in head has \*=0,layers.3=1, and another"):
-        job(out="head", resume=True, steps=4, rates=("layers.1=0",))
-
-
-def test_other_data_are_refused_wherever_they_lie(begun: Path) -> None:
-    Path("job2").mkdir()
-    arrays = dict(np.load("d.npz"))
-    np.savez("job2/d.npz", **arrays | {"x_train": arrays["x_train"] + 1})
-    with pytest.raises(DataError, match=r"job2/d.npz holds other data than the run in run was trained on: d.npz has "):
-        job(out="run", resume=True, steps=6, data="job2/d.npz")
-    shutil.copy("d.npz", "job2/d.npz")
-    Path("run/environment.json").unlink()
-    with pytest.raises(DataError, match=r"^--data job2/d.npz: the run in run has .*d.npz, and without its environment"):
-        job(out="run", resume=True, steps=6, data="job2/d.npz")
-
-
-def test_a_newest_checkpoint_of_another_optimizer_is_refused(begun: Path) -> None:
-    """Though an older one fits."""
-    saved = checkpoint.load(max(Path("run/checkpoints").iterdir()))
-    arrays = {name: array for name, array in saved.arrays.items() if not name.startswith("optimizer.mean.")}
-    checkpoint.save(Path("run/checkpoints"), Checkpoint(5, saved.config, arrays, saved.task, {}), 9)
-    with pytest.raises(
-        OutputError, match=r"step-000000005.safetensors has no optimizer.mean.layers.*another .*optimizer"
-    ):
-        job(out="run", resume=True, steps=6)
-
-
-def test_an_average_goes_on_with_its_run_but_begins_anew_with_init(begun: Path) -> None:
-    job(data="d.npz", steps=4, out="averaged", ema=0.9)
-    file = max(Path("averaged/checkpoints").iterdir())
-    job(data="d.npz", steps=1, out="anew", ema=0.9, lr=0.0, init=str(file))
-    saved = checkpoint.load(file)
-    weights = {name: array for name, array in saved.arrays.items() if name.startswith("layers.")}
-    anew = checkpoint.load(max(Path("anew/checkpoints").iterdir())).arrays
-    for name, array in weights.items():
-        np.testing.assert_array_equal(anew[name], array)
-        np.testing.assert_array_equal(anew[f"ema.{name}"], array)
-        assert not np.array_equal(saved.arrays[f"ema.{name}"], array)
-    checkpoint.save(file.parent, dataclasses.replace(saved, step=5, arrays=weights | others(saved)), 9)
-    with pytest.raises(OutputError, match=r"step-000000005.safetensors has no ema\.layers"):
-        job(out="averaged", resume=True, steps=6)
-
-
-def others(saved: Checkpoint) -> dict[str, Any]:
-    """The optimizer's arrays."""
-    return {name: array for name, array in saved.arrays.items() if name.startswith("optimizer.")}
-
-
-def test_first_weights_are_needed_until_there_is_a_checkpoint(begun: Path) -> None:
-    job(data="d.npz", steps=4, out="unsaved", init=FIRST, save_every=0)
-    shutil.rmtree("first")
-    with pytest.raises(OutputError, match=f"cannot read .*/{FIRST}"):
-        job(out="unsaved", resume=True, steps=6)
-
-
-def test_another_numpy_than_the_last_jobs_is_told_and_kept(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = Path("run/environment.json")
-    file.write_text(file.read_text().replace(np.__version__, "1.0.0"))
-    job(out="run", resume=True, steps=5, quiet=False)
-    assert f"warning: since the last job NumPy is {np.__version__} (was 1.0.0): bits may" in capsys.readouterr().out
-    assert json.loads(file.read_text())["earlier"] == [{"until": 4, "NumPy": "1.0.0"}]
-    job(out="run", resume=True, steps=6, quiet=False)
-    assert "since the last job" not in capsys.readouterr().out
-    assert json.loads(file.read_text())["earlier"] == [{"until": 4, "NumPy": "1.0.0"}]
+    assert train(Config(**SHORT, out=str(tmp_path), save=way))["saved"] == 6
+    assert [one == two for one, two in results] == [True] * 3
+    assert [step for step, _ in results] == [2, 4, 6] if way == "sync" else results[2][0] == 6
+    assert all(saved in (step - 2, step) for step, (saved, _) in zip((2, 4, 6), results, strict=True))

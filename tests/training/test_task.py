@@ -9,10 +9,11 @@ import pytest
 from mpiml.errors import OutputError
 from mpiml.run.checkpoint import Checkpoint
 from mpiml.training.task import Task
+from tests.forging import loaded
 
 
 def saved(task: str) -> Checkpoint:
-    return Checkpoint(1, "", {}, task, None, "step-1.safetensors")
+    return loaded({}, task=task, origin="step-1.safetensors")
 
 
 def test_a_task_is_read_back_and_old_ones_ignore_minus_one() -> None:
