@@ -19,11 +19,10 @@ from mpiml.run.background import Work
 from mpiml.run.contents import Contents
 from mpiml.run.digests import SIZE, blocks_in
 from mpiml.run.directory import named_errors, sync, temporary
-from mpiml.run.segments import Segment, Span
+from mpiml.run.segments import Copies, Segment, Span
 from mpiml.run.verified import Progress
-from mpiml.run.writing import exchanged, write, write_for_others
+from mpiml.run.writing import create_empty, exchanged, write, write_for_others
 from mpiml.team import Team
-from mpiml.vectors import ALIGNMENT
 
 ACTION = "write the checkpoint"
 
@@ -84,6 +83,11 @@ class _Save:
         return self.error or next((work.error for work in every if work.error), None)
 
     @property
+    def seconds(self) -> float:
+        """For how long this rank has been at work."""
+        return max(work.seconds for work in self.work) + (self.finishing.seconds if self.finishing else 0.0)
+
+    @property
     def what(self) -> str:
         """How a message begins."""
         return f"cannot {ACTION} {self.path}"
@@ -106,7 +110,8 @@ class Saver:
     def __init__(self, team: Team, node: MPI.Intracomm):
         self.team, self.clock = Team(MPI.Intracomm(team.comm.Dup()), team.clock), team.clock
         self.first_node = team.broadcast(node.size)
-        self._copies = np.empty(0, np.uint8)
+        self.copies = Copies()
+        self.seconds = 0.0  # that this rank has worked on the last file
         self._save: _Save | None = None
 
     @property
@@ -124,12 +129,6 @@ class Saver:
         """Whether this rank knows that the file in flight has failed."""
         return self._save is not None and self._save.problem is not None
 
-    def claim(self, size: int) -> None:
-        """Have memory for copies of so many bytes, so that its pages exist before they are needed."""
-        if size > self._copies.size:
-            self._copies = np.empty(size, np.uint8)
-            self._copies.fill(1)
-
     def begin(self, prepare: Callable[[], File], own: Sequence[Segment], background: bool = False) -> None:
         """Begin to write a file, and unless it is to be written in the background, settle it; collective.
 
@@ -146,8 +145,8 @@ class Saver:
             files.append(file := prepare())
             unfinished = temporary(file.path)
             if file.contents:
-                with named_errors(ACTION, file.path), open(unfinished, "xb") as empty:
-                    empty.truncate(file.contents.size)
+                with named_errors(ACTION, file.path):
+                    create_empty(unfinished, file.contents.size)
             else:
                 file.ending()()
                 file.ended()
@@ -156,39 +155,50 @@ class Saver:
         path, unfinished, contents = self.team.on_rank_0(create)
         if contents is None:
             return
-        descriptor, seen = shared_file.opened(self.team.comm, unfinished, os.O_WRONLY)
+        descriptor, unopened, seen = shared_file.opened(self.team.comm, unfinished, os.O_WRONLY)
         if background := background and seen:
-            own = self._copied(own)
+            own = self.copies.of(own)
         rows = shared_file.rows(own, sorted(contents.kinds))
-        save = self._save = _Save(path, unfinished, files[0] if files else None, rows)
+        save = _Save(path, unfinished, files[0] if files else None, rows)
         save.all_rows = [of.reshape(-1, 3) for of in shared_file.gathered(self.team.comm, rows.reshape(-1))]
         spans = segments.spans(own, contents.starts)
         if seen and self.first_node < self.team.size:
             spans = exchanged(self.team, spans, contents.first)
         there = seen or self.team.rank < self.first_node
+
+        def write_own(progress: Progress) -> None:
+            if there and unopened:
+                raise unopened
+            write(descriptor, spans if there else [], progress)
+
         save.work = [
             Work(lambda progress: shared_file.hash_all(own, save.hashed, progress), save.what, background),
-            Work(lambda progress: write(descriptor, spans if there else [], progress), save.what, background),
+            Work(write_own, save.what, background),
         ]
         if not seen:
             save.error = write_for_others(self.team, self.first_node, unfinished, spans, save.what)
+        self._save = save  # which is complete only now: what interrupts this before must not let `free` finish the file
         if not background:
             self.settle()
 
     def tick(self) -> None:
         """Go on with the file in flight."""
         save = self._save
-        if save is None or save.over or not all(work.done for work in save.work):
+        if save is None or save.over:
+            return
+        self.seconds = save.seconds
+        if not all(work.done for work in save.work):
             return
         if save.sent is None:
             self._send_digests(save)
-        elif save.sent.Test():
-            if save.file is None:
-                save.over = True
-            elif save.finishing is None:
-                save.finishing = self._finish(save, save.file)
-            elif save.finishing.done:
-                self._end(save, save.file)
+        if save.sent and not save.sent.Test():
+            return
+        if save.file is None:
+            save.over = True
+        elif save.finishing is None:
+            save.finishing = self._finish(save, save.file)
+        elif save.finishing.done:
+            self._end(save, save.file)
 
     def afterwards(self, action: Callable[[], object]) -> None:
         """Let rank 0 do something when the file in flight has its name, which it may have already."""
@@ -229,16 +239,6 @@ class Saver:
         """Give back the communicator; collective."""
         self.team.comm.Free()
 
-    def _copied(self, own: Sequence[Segment]) -> list[Segment]:
-        self.claim(size_of_copies(own))
-        copies, at = [], 0
-        for segment in own:
-            copy = self._copies[at : at + segment.values.nbytes].view(segment.values.dtype)
-            np.copyto(copy, segment.values)
-            copies.append(segment._replace(values=copy))
-            at += _padded(segment)
-        return copies
-
     def _send_digests(self, save: _Save) -> None:
         """Let rank 0 have the digests of this rank's blocks, and whether something went wrong here."""
         message = np.zeros(_message(save.rows), np.uint8)
@@ -255,7 +255,8 @@ class Saver:
         """Rank 0: write the header, and give the file its name; or remove what is there."""
         then: Callable[[], object] = lambda: None  # noqa: E731
         try:
-            then = file.ending()
+            with named_errors(ACTION, file.path):
+                then = file.ending()
         except RunError as error:
             save.error = error
         save.lost = save.problem is not None or any(message[0] for message in save.received)
@@ -287,18 +288,10 @@ class Saver:
     def _do(self, save: _Save, action: Callable[[], object]) -> None:
         if save.file is not None and not save.lost:
             try:
-                action()
+                with named_errors(ACTION, save.path):
+                    action()
             except RunError as error:
                 save.error = error
-
-
-def size_of_copies(own: Sequence[Segment]) -> int:
-    """The bytes that copies of segments take."""
-    return sum(map(_padded, own))
-
-
-def _padded(segment: Segment) -> int:
-    return -(-segment.values.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _message(rows: NDArray[np.int64]) -> int:

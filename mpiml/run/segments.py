@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpiml.run.digests import SIZE, blocks_in, content, little
-from mpiml.vectors import BLOCK
+from mpiml.vectors import ALIGNMENT, BLOCK
 
 Array = NDArray[Any]
 # A rank writes whole units of a file of its own, in bytes: clients of network file systems write pages as a whole, so
@@ -32,6 +32,40 @@ class Segment(NamedTuple):
     first: int
     values: Array
     finite: bool = True
+
+
+class Copies:
+    """Memory for copies of segments."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.uint8)
+
+    def claim(self, size: int) -> None:
+        """Have so many bytes, so that their pages exist before they are needed."""
+        if size > self._memory.size:
+            self._memory = np.empty(0, np.uint8)  # first let go of those of before
+            self._memory = np.empty(size, np.uint8)
+            self._memory.fill(1)
+
+    def of(self, own: Sequence[Segment]) -> list[Segment]:
+        """Copies of segments, which take the place of those of before."""
+        self.claim(size_of_copies(own))
+        copies, at = [], 0
+        for segment in own:
+            copy = self._memory[at : at + segment.values.nbytes].view(segment.values.dtype)
+            np.copyto(copy, segment.values)
+            copies.append(segment._replace(values=copy))
+            at += _padded(segment)
+        return copies
+
+
+def size_of_copies(own: Sequence[Segment]) -> int:
+    """The bytes that copies of segments take."""
+    return sum(map(_padded, own))
+
+
+def _padded(segment: Segment) -> int:
+    return -(-segment.values.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 class Span(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,17 @@ from mpiml.run.directory import PART
 from mpiml.run.segments import Edge, Span
 from mpiml.run.verified import Progress
 from mpiml.team import Team
+
+
+def create_empty(path: Path, size: int) -> None:
+    """Create a file of so many bytes, which take no room yet. Raises OSError; then there is none."""
+    with open(path, "xb") as file:
+        try:
+            file.truncate(size)
+        except OSError:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            raise
 
 
 def write(descriptor: int, spans: Sequence[Span], progress: Progress) -> None:
