@@ -17,7 +17,8 @@ from mpiml.parallel.state import State
 from mpiml.run import shared_file
 from mpiml.run.checkpoint import texts_of
 from mpiml.run.contents import Contents, contents_in
-from mpiml.run.saving import File, Saver, size_of_copies
+from mpiml.run.saving import File, Saver
+from mpiml.run.segments import size_of_copies
 from mpiml.team import quiet_barrier
 from mpiml.training.arrays import needed_kinds, segments
 
@@ -40,7 +41,7 @@ class Saving:
         layout = layouts[self.run.grid.stage]
         self.own = [segment for name in state.names for segment in segments(layout, name, _collected(state, name))]
         self.contents = Contents.of(needed_kinds(layouts, state.names), texts_of(1, "", "", {}))
-        self.saver.claim(size_of_copies(self.own))
+        self.saver.copies.claim(size_of_copies(self.own))
 
     def begin(self, background: bool) -> None:
         """Begin to save."""
