@@ -93,7 +93,7 @@ def shimmed(
     if half:
         shutil.copytree(half.path, run)
     more = {"CHAOS_DIRECTORY": str(run), "CHAOS_RECORD": str(record), "CHAOS_FAIL": fail, "CHAOS_RANK": str(rank)}
-    flags = ["--save", save, "--resume", "--out", run]
+    flags = ["--save", save, "--pipe", ranks or 1, "--resume", "--out", run]  # each rank has a part to save
     with Job(ranks, *reference.arguments, *flags, module="tests.chaos.shim", **more) as job:
         return job.wait(LIMIT), recorded(record)
 

@@ -62,7 +62,7 @@ def record(path: Path, reference: Reference) -> list[dict]:
     run, log = path / "run", path / "calls"
     path.mkdir()
     more = {"CHAOS_DIRECTORY": str(run), "CHAOS_RECORD": str(log), "CHAOS_RANK": "all"}
-    with Job(2, *reference.arguments, "--out", run, module="tests.chaos.shim", **more) as job:
+    with Job(2, *reference.arguments, "--pipe", 2, "--out", run, module="tests.chaos.shim", **more) as job:
         ended = job.wait(LIMIT)
     assert ended.code == 0, f"a run that is recorded fails: {ended.text}"
     calls = recorded(log)
