@@ -41,7 +41,7 @@ class Saving:
         layout = layouts[self.run.grid.stage]
         self.own = [segment for name in state.names for segment in segments(layout, name, _collected(state, name))]
         self.contents = Contents.of(needed_kinds(layouts, state.names), texts_of(1, "", "", {}))
-        self.saver.claim(size_of_copies(self.own))
+        self.saver.copies.claim(size_of_copies(self.own))
 
     def begin(self, background: bool) -> None:
         """Begin to save."""

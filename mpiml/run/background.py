@@ -7,7 +7,6 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 from mpiml.clock import Clock
 from mpiml.errors import OutputError, RunError
@@ -30,6 +29,7 @@ class Work(threading.Thread):
     def __init__(self, action: Callable[[Progress], object], what: str, yields: bool):
         super().__init__(name="mpiml-save", daemon=True)  # a disk that does not answer must not keep a process
         self.error: RunError | None = None
+        self._began, self._ended = time.monotonic(), 0.0
         self._action, self._what, self._yields, self._moves = action, what, yields, 0
         self.start()
 
@@ -45,6 +45,8 @@ class Work(threading.Thread):
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             self.error = OutputError(f"{self._what}: {reason}")
 
+        self._ended = time.monotonic()
+
     def _moved(self) -> None:
         self._moves += 1
 
@@ -53,6 +55,11 @@ class Work(threading.Thread):
         """Whether it has ended."""
         return not self.is_alive()
 
+    @property
+    def seconds(self) -> float:
+        """How long it has taken so far."""
+        return (self._ended or time.monotonic()) - self._began
+
     def finish(self, clock: Clock) -> None:
         """Return when it has ended; meanwhile its progress is that of `clock`."""
         while self.is_alive():
@@ -60,13 +67,3 @@ class Work(threading.Thread):
             time.sleep(NAP)
             if self._moves != before:
                 clock.progress()
-
-
-def all_done(work: list[Work]) -> bool:
-    """Whether all of it has ended."""
-    return all(one.done for one in work)
-
-
-def first_error(work: list[Work]) -> Any:
-    """The first error of any of it, or None."""
-    return next((one.error for one in work if one.error), None)

@@ -13,15 +13,15 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from mpiml.errors import OutputError, RunError
+from mpiml.errors import RunError
 from mpiml.run import segments, shared_file
 from mpiml.run.background import Work
 from mpiml.run.contents import Contents
 from mpiml.run.digests import SIZE, blocks_in
 from mpiml.run.directory import named_errors, sync, temporary
-from mpiml.run.segments import Segment, Span
+from mpiml.run.segments import Copies, Segment, Span
 from mpiml.run.verified import Progress
-from mpiml.run.writing import create, exchanged, write, write_for_others
+from mpiml.run.writing import create_empty, exchanged, write, write_for_others
 from mpiml.team import Team
 
 ACTION = "write the checkpoint"
@@ -83,6 +83,11 @@ class _Save:
         return self.error or next((work.error for work in every if work.error), None)
 
     @property
+    def seconds(self) -> float:
+        """For how long this rank has been at work."""
+        return max(work.seconds for work in self.work) + (self.finishing.seconds if self.finishing else 0.0)
+
+    @property
     def what(self) -> str:
         """How a message begins."""
         return f"cannot {ACTION} {self.path}"
@@ -105,7 +110,8 @@ class Saver:
     def __init__(self, team: Team, node: MPI.Intracomm):
         self.team, self.clock = Team(MPI.Intracomm(team.comm.Dup()), team.clock), team.clock
         self.first_node = team.broadcast(node.size)
-        self._copies = np.empty(0, np.uint8)
+        self.copies = Copies()
+        self.seconds = 0.0  # that this rank has worked on the last file
         self._save: _Save | None = None
 
     @property
@@ -122,12 +128,6 @@ class Saver:
     def failed(self) -> bool:
         """Whether this rank knows that the file in flight has failed."""
         return self._save is not None and self._save.problem is not None
-
-    def claim(self, size: int) -> None:
-        """Have memory for copies of so many bytes, so that its pages exist before they are needed."""
-        if size > self._copies.size:
-            self._copies = np.empty(size, np.uint8)
-            self._copies.fill(1)
 
     def begin(self, prepare: Callable[[], File], own: Sequence[Segment], background: bool = False) -> None:
         """Begin to write a file, and unless it is to be written in the background, settle it; collective.
@@ -146,7 +146,7 @@ class Saver:
             unfinished = temporary(file.path)
             if file.contents:
                 with named_errors(ACTION, file.path):
-                    create(unfinished, file.contents.size)
+                    create_empty(unfinished, file.contents.size)
             else:
                 file.ending()()
                 file.ended()
@@ -155,43 +155,50 @@ class Saver:
         path, unfinished, contents = self.team.on_rank_0(prepared)
         if contents is None:
             return
-        descriptor, seen = shared_file.opened(self.team.comm, unfinished, os.O_WRONLY)
+        descriptor, unopened, seen = shared_file.opened(self.team.comm, unfinished, os.O_WRONLY)
         if background := background and seen:
-            self.claim(segments.size_of_copies(own))
-            own = segments.copied(own, self._copies)
+            own = self.copies.of(own)
         rows = shared_file.rows(own, sorted(contents.kinds))
-        save = self._save = _Save(path, unfinished, files[0] if files else None, rows)
+        save = _Save(path, unfinished, files[0] if files else None, rows)
         save.all_rows = [of.reshape(-1, 3) for of in shared_file.gathered(self.team.comm, rows.reshape(-1))]
         spans = segments.spans(own, contents.starts)
         if seen and self.first_node < self.team.size:
             spans = exchanged(self.team, spans, contents.first)
         there = seen or self.team.rank < self.first_node
+
+        def write_own(progress: Progress) -> None:
+            if there and unopened:
+                raise unopened
+            write(descriptor, spans if there else [], progress)
+
         save.work = [
             Work(lambda progress: shared_file.hash_all(own, save.hashed, progress), save.what, background),
-            Work(lambda progress: write(descriptor, spans if there else [], progress), save.what, background),
+            Work(write_own, save.what, background),
         ]
-        if there and descriptor < 0:
-            save.error = OutputError(f"{save.what}: it cannot be opened")
         if not seen:
-            error = write_for_others(self.team, self.first_node, unfinished, spans, save.what)
-            save.error = save.error or error
+            save.error = write_for_others(self.team, self.first_node, unfinished, spans, save.what)
+        self._save = save  # which is complete only now: what interrupts this before must not let `free` finish the file
         if not background:
             self.settle()
 
     def tick(self) -> None:
         """Go on with the file in flight."""
         save = self._save
-        if save is None or save.over or not all(work.done for work in save.work):
+        if save is None or save.over:
+            return
+        self.seconds = save.seconds
+        if not all(work.done for work in save.work):
             return
         if save.sent is None:
             self._send_digests(save)
-        elif save.sent.Test():
-            if save.file is None:
-                save.over = True
-            elif save.finishing is None:
-                save.finishing = self._finish(save, save.file)
-            elif save.finishing.done:
-                self._end(save, save.file)
+        if save.sent and not save.sent.Test():
+            return
+        if save.file is None:
+            save.over = True
+        elif save.finishing is None:
+            save.finishing = self._finish(save, save.file)
+        elif save.finishing.done:
+            self._end(save, save.file)
 
     def afterwards(self, action: Callable[[], object]) -> None:
         """Let rank 0 do something when the file in flight has its name, which it may have already."""
@@ -248,7 +255,8 @@ class Saver:
         """Rank 0: write the header, and give the file its name; or remove what is there."""
         then: Callable[[], object] = lambda: None  # noqa: E731
         try:
-            then = file.ending()
+            with named_errors(ACTION, file.path):
+                then = file.ending()
         except RunError as error:
             save.error = error
         save.lost = save.problem is not None or any(message[0] for message in save.received)
@@ -280,7 +288,8 @@ class Saver:
     def _do(self, save: _Save, action: Callable[[], object]) -> None:
         if save.file is not None and not save.lost:
             try:
-                action()
+                with named_errors(ACTION, save.path):
+                    action()
             except RunError as error:
                 save.error = error
 

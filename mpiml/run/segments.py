@@ -34,6 +34,40 @@ class Segment(NamedTuple):
     finite: bool = True
 
 
+class Copies:
+    """Memory for copies of segments."""
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.uint8)
+
+    def claim(self, size: int) -> None:
+        """Have so many bytes, so that their pages exist before they are needed."""
+        if size > self._memory.size:
+            self._memory = np.empty(0, np.uint8)  # first let go of those of before
+            self._memory = np.empty(size, np.uint8)
+            self._memory.fill(1)
+
+    def of(self, own: Sequence[Segment]) -> list[Segment]:
+        """Copies of segments, which take the place of those of before."""
+        self.claim(size_of_copies(own))
+        copies, at = [], 0
+        for segment in own:
+            copy = self._memory[at : at + segment.values.nbytes].view(segment.values.dtype)
+            np.copyto(copy, segment.values)
+            copies.append(segment._replace(values=copy))
+            at += _padded(segment)
+        return copies
+
+
+def size_of_copies(own: Sequence[Segment]) -> int:
+    """The bytes that copies of segments take."""
+    return sum(map(_padded, own))
+
+
+def _padded(segment: Segment) -> int:
+    return -(-segment.values.nbytes // ALIGNMENT) * ALIGNMENT
+
+
 class Span(NamedTuple):
     """Bytes of a file, from its byte `start` on."""
 
@@ -51,26 +85,6 @@ class Edge(NamedTuple):
     start: int
     stop: int
     rank: int
-
-
-def size_of_copies(own: Sequence[Segment]) -> int:
-    """The bytes that copies of segments take."""
-    return sum(map(_padded, own))
-
-
-def copied(own: Sequence[Segment], memory: NDArray[np.uint8]) -> list[Segment]:
-    """Copies of segments, in memory for these."""
-    copies, at = list[Segment](), 0
-    for segment in own:
-        copy = memory[at : at + segment.values.nbytes].view(segment.values.dtype)
-        np.copyto(copy, segment.values)
-        copies.append(segment._replace(values=copy))
-        at += _padded(segment)
-    return copies
-
-
-def _padded(segment: Segment) -> int:
-    return -(-segment.values.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def spans(segments: Sequence[Segment], starts: Mapping[str, int]) -> list[Span]:

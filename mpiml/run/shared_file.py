@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,14 +25,17 @@ HASHED = 16 * BLOCK  # elements that are looked at and hashed at once: they stay
 Blocks = tuple[NDArray[np.int64], bytes]  # rows and digests, as of segments.digests_of
 
 
-def opened(comm: MPI.Intracomm, path: Path, flags: int) -> tuple[int, bool]:
-    """The descriptor of a file that is there on rank 0, or -1; and whether all ranks see the file; collective."""
-    descriptor = -1
-    with contextlib.suppress(OSError):  # on another node's disk
+def opened(comm: MPI.Intracomm, path: Path, flags: int) -> tuple[int, OSError | None, bool]:
+    """The descriptor of a file that is there on rank 0, or -1 and why it cannot be opened here: on another node because
+    it is not there, say; and whether all ranks have opened it. Collective."""
+    descriptor, problem = -1, None
+    try:
         descriptor = os.open(path, flags)
-    seen = np.array([descriptor >= 0], np.int64)
+    except OSError as error:
+        problem = error
+    seen = np.array([problem is None], np.int64)
     wait([comm.Iallreduce(MPI.IN_PLACE, seen, MPI.MIN)])
-    return descriptor, bool(seen[0])
+    return descriptor, problem, bool(seen[0])
 
 
 def gathered(comm: MPI.Intracomm, array: NDArray[Any]) -> list[NDArray[Any]]:
@@ -105,12 +107,14 @@ def load(
 
     Raises OutputError, on all ranks alike, if the file cannot be read, or an array does not match its digest.
     """
-    descriptor, seen = opened(team.comm, path, os.O_RDONLY)
+    descriptor, unopened, seen = opened(team.comm, path, os.O_RDONLY)
     problem: OutputError | None = None
 
     def read(start: int, elements: NDArray[Any]) -> None:
         nonlocal problem
         try:
+            if unopened:
+                raise unopened
             read_into(descriptor, start, elements, team.clock.progress)
         except OSError as error:
             problem = OutputError(f"cannot read {path}: {error.strerror or error}")

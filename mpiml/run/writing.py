@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +18,14 @@ from mpiml.run.verified import Progress
 from mpiml.team import Team
 
 
-def create(path: Path, size: int) -> None:
-    """Create a file of zeros. Raises OSError; then there is none."""
-    with open(path, "xb") as empty:
+def create_empty(path: Path, size: int) -> None:
+    """Create a file of so many bytes, which take no room yet. Raises OSError; then there is none."""
+    with open(path, "xb") as file:
         try:
-            empty.truncate(size)
-        except OSError:  # larger than files may be
-            path.unlink()
+            file.truncate(size)
+        except OSError:
+            with contextlib.suppress(OSError):
+                path.unlink()
             raise
 
 

@@ -170,6 +170,9 @@ class Restoring:
                 into += segments(layout, name, part.held)
                 counted += segments(layout, name, {of: part.held[of] for of in part.collected})
         names = needed_kinds(self.run.model.layouts, source.names)
+        for name in state.parts.keys() - source.names:  # what the checkpoint has not is as at the beginning
+            for view in state.parts[name].held.values():
+                view.fill(0)
         try:
             shared_file.load(self.team, self.first_node, source.path, source.contents, names, into, counted)
         except OutputError as error:

@@ -34,8 +34,8 @@ MOST = 0.5  # of a node's memory that is available, copies may take so much
 
 
 class Store:
-    """The state of a run in its directory. Every method but `tick` is collective. On rank 0, `deadline` learns how long
-    saving takes.
+    """The state of a run in its directory. Every method but `tick` is collective. `deadline` learns how long saving
+    takes.
 
     Raises DirectoryError, on all ranks alike, where it would write and another job has taken the directory.
     """
@@ -44,7 +44,8 @@ class Store:
         self.run, self.hold, self.deadline = run, hold, deadline
         self.team, self.clock = run.grid.team, run.grid.team.clock
         self._saver = Saver(self.team, run.grid.node)
-        self._saved, self._background = 0, False  # the step of the last save; whether training may go on meanwhile
+        self._saved, self._background = 0, False  # the step of the last save
+        self._untimed = False  # whether the deadline does not know how long the last save in the background took
         states, layouts = len(run.state.names) - 1, run.model.layouts
         size = sum((layout.size + states * layout.updated) * layout.dtype.itemsize for layout in layouts)
         deadline.expect(size + sum(array.nbytes for array in run.model.constants.arrays.values()))
@@ -66,13 +67,14 @@ class Store:
         config = self.run.config
         if config.save == "sync" or not config.save_every:
             return []
-        size = size_of_copies(self._everything(self._others({})))
+        size = size_of_copies(self._of_rank(self.run.learning.saved_state, self._others({})))
         of_node, least = self._of_nodes(size)
         if config.save == "auto" and of_node > MOST * least:
             gb = f"{of_node / 1e9:.1f} GB a node, where {least / 1e9:.1f} GB are available"
             return [f"training waits for saves: to go on meanwhile would take {gb}"]
         self._background = True
-        self._saver.claim(size)
+        self.deadline.expect_in_flight()
+        self._saver.copies.claim(size)
         return []
 
     def save(self, step: int, going_on: bool = True) -> None:
@@ -90,7 +92,7 @@ class Store:
         return self._saved
 
     def _write(self, step: int, left: Mapping[str, Array], background: bool) -> None:
-        names, others = self.run.learning.saved_state.names, self._others(left)
+        state, others = self.run.learning.saved_state, self._others(left)
 
         def prepare() -> File:
             self.clock("checkpoint")
@@ -99,15 +101,29 @@ class Store:
             path = self.hold.checkpoints / step_files.file_name(step)
             run = self.run
             texts = texts_of(step, run.config.to_toml(), run.model.task.to_json(), run.model.constants.entries)
-            kinds = needed_kinds(run.model.layouts, names) | kinds_of(others)
+            kinds = needed_kinds(run.model.layouts, state.names) | kinds_of(others)
             contents = None if stays(path, self.clock.progress) else Contents.of(kinds, texts)
-            return File(path, contents, self._ending(step), lambda: self._noted(step, began if not left else None))
+            return File(path, contents, self._ending(step), lambda: self._noted(step))
 
+        self.settle()
         with self.clock.booked("checkpoint"):
-            self._saver.settle()
             began = time.monotonic()
-            self._saver.begin(prepare, self._everything(others), background)
-        self._saved = step
+            self._saver.begin(prepare, self._of_rank(state, others), background)
+        self._saved, self._untimed = step, self._saver.working
+        if not (left or self._untimed):  # a round that was left has more to save
+            self.deadline.saved(time.monotonic() - began)
+
+    def _time(self) -> None:
+        """Let the deadline know how long a save in the background takes."""
+        if self._untimed:
+            self._untimed = self._saver.working
+            (self.deadline.saving if self._untimed else self.deadline.saved)(self._saver.seconds)
+
+    def _of_rank(self, state: State, others: Mapping[str, Array]) -> list[Segment]:
+        """What this rank saves: its parts of vectors, and other arrays."""
+        constants = self.run.model.constants.entries
+        own = [Segment(name, 0, little(array).reshape(-1), name not in constants) for name, array in others.items()]
+        return [*self._segments(state), *own]
 
     def _others(self, left: Mapping[str, Array]) -> dict[str, Array]:
         """The arrays of a checkpoint that are no parts of vectors, which are rank 0's."""
@@ -117,12 +133,6 @@ class Store:
         for preparation in self.run.data.preparations:
             arrays |= preparation.arrays()
         return arrays
-
-    def _everything(self, others: Mapping[str, Array]) -> list[Segment]:
-        """What this rank has of a checkpoint: of vectors, and other arrays."""
-        constants = self.run.model.constants.entries
-        own = [Segment(n, 0, little(a).reshape(-1), n not in constants) for n, a in others.items()]
-        return [*self._segments(self.run.learning.saved_state), *own]
 
     def _segments(self, state: State, *names: str) -> list[Segment]:
         """What is saved of this rank's parts of vectors (default: all)."""
@@ -136,18 +146,17 @@ class Store:
 
     def _ending(self, step: int) -> Callable[[], Callable[[], object]]:
         """What is done, in a thread of rank 0, when a checkpoint has its name."""
+        best = self.run.best.steps  # of now: when the file has its name, the best may be a step that is not saved yet
 
         def ending() -> Callable[[], object]:
             self.hold.check()
-            best = self.run.best.steps
             return lambda: step_files.prune(self.hold.checkpoints, step, self.run.config.keep, best)
 
         return ending
 
-    def _noted(self, step: int, began: float | None) -> None:
-        """Rank 0: note that a step is saved, in the result and, if the time counts since it `began`, for the end."""
-        if began is not None:
-            self.deadline.saved(time.monotonic() - began)
+    def _noted(self, step: int) -> None:
+        """Rank 0: note in the result that a step is saved."""
+        self.hold.check()
         update_result(self.hold.path, {"step": step, "saved": step} | self.run.best.result(self.hold.path))
 
     @property
@@ -158,19 +167,22 @@ class Store:
     def tick(self) -> None:
         """Go on with a save, in no time; not collective."""
         self._saver.tick()
+        self._time()
 
     def settle(self) -> None:
         """Return when all that has been saved is on disk. Raises OutputError or NotFiniteError if it could not be."""
         with self.clock.booked("checkpoint"):
             self._saver.settle()
+        self._time()
 
     def save_best(self, step: int) -> None:
         """Save a step that is one of the best by now, and remove the checkpoints of those that no longer are."""
         self.save(step)
+        best = self.run.best.steps
 
         def keep() -> None:
             self.hold.check()
-            self._prune()
+            step_files.prune(self.hold.checkpoints, step, self.run.config.keep, best)
             update_result(self.hold.path, self.run.best.result(self.hold.path))
 
         if self._saver.busy:

@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,24 @@ DOUBTFUL = 6  # so many changes of names are looked at one by one; with older on
 
 @dataclass
 class File:
-    """The bytes that a program sees, and those that are on the disk for certain."""
+    """The bytes that a program sees, and those that are on the disk for certain; and changes, which a sync by the rank
+    that has made them brings there: other ranks may be on other nodes."""
 
     content: bytes = b""
     safe: bytes = b""
+    unsafe: list[Mapping[str, Any]] = field(default_factory=list)
+
+    def change(self, call: Mapping[str, Any]) -> None:
+        """A write, or a change of its size."""
+        self.content = altered(self.content, call)
+        self.unsafe.append(call)
+
+    def sync(self, rank: int) -> None:
+        """Bring what a rank has changed to the disk."""
+        for call in self.unsafe:
+            if call["rank"] == rank:
+                self.safe = altered(self.safe, call)
+        self.unsafe = [call for call in self.unsafe if call["rank"] != rank]
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,7 @@ class Disk:
                 self.files.append(File())
                 self._change((path, len(self.files) - 1))
             elif call["truncates"]:
-                self._file(path).content = b""
+                self._file(path).change({**call, "kind": "truncate", "size": 0})
         elif kind == "mkdir":
             self._change((path, DIRECTORY))
         elif kind == "unlink":
@@ -59,10 +73,9 @@ class Disk:
         elif kind == "link":
             self._change((call["to"], self.names[path]))
         elif kind == "sync":
-            self._sync(path)
+            self._sync(path, call["rank"])
         elif kind in ("write", "truncate", "extend"):
-            file = self._file(path)
-            file.content = altered(file.content, call)
+            self._file(path).change(call)
 
     def now(self) -> Tree:
         """What a program sees, and all that is left if it is killed."""
@@ -100,12 +113,12 @@ class Disk:
             for lost in itertools.combinations(doubtful, count):
                 yield [change for i, change in enumerate(self._changes) if i not in lost]
 
-    def _sync(self, path: str) -> None:
+    def _sync(self, path: str, rank: int) -> None:
         number = self.names[path]
         if number == DIRECTORY:
             self._safe |= {i for i, change in enumerate(self._changes) if change.directory == path}
         else:
-            self.files[number].safe = self.files[number].content
+            self.files[number].sync(rank)
         self._journalled = len(self._changes)
 
     def _change(self, *names: tuple[str, int | None]) -> None:

@@ -18,6 +18,8 @@ from tests.chaos.jobs import Job, kill
 from tests.chaos.runs import COMMON, Lab, Reference, newest, records_differ, resumed, strange, weights_differ
 
 SETTINGS = f"{COMMON} --hidden 32,32,32 --dropout 0.1 --keep-best 1 --steps 60"
+SAVES = ("sync", "async", "async")  # --save; the second kind mostly
+SAVE_EVERY = (1, 2, 3)
 WORKERS = (
     f"{SETTINGS} --workers 4 --average-every 9 --average-from 10 --outer-lr 0.7 --outer-momentum 0.9 --ema 0.9 "
     "--stop-grace 0"
@@ -30,14 +32,17 @@ LIMIT = 15.0  # seconds in which a job is gone
 
 @dataclass(frozen=True)
 class Kill:
-    """Who is killed on which layout, and how many seconds after the start."""
+    """Who is killed on which layout, how many seconds after the start, and how the job saves."""
 
     layout: tuple[int, int]
     victim: str
     moment: float
+    save: str
+    every: int
 
     def __str__(self) -> str:
-        return f"{self.what} of {self.layout[0]} in {self.layout[1]} stages after {self.moment:.2f} s"
+        where = f"{self.layout[0]} in {self.layout[1]} stages"
+        return f"{self.what} of {where} after {self.moment:.2f} s, --save {self.save} every {self.every}"
 
     @property
     def what(self) -> str:
@@ -66,7 +71,10 @@ def _cases(reference: Reference, victims: Sequence[str], rng: Random) -> Iterato
 def random_kills(rng: Random, seconds: float, victims: Sequence[str]) -> list[Kill]:
     """One to three kills within the time that a run takes."""
     moments = [rng.uniform(0.02, 1.1 * seconds + 0.3) for _ in range(rng.choice((1, 1, 2, 3)))]
-    return [Kill(rng.choice(LAYOUTS), rng.choice(victims), moment) for moment in moments]
+    return [
+        Kill(rng.choice(LAYOUTS), rng.choice(victims), moment, rng.choice(SAVES), rng.choice(SAVE_EVERY))
+        for moment in moments
+    ]
 
 
 def trial(path: Path, reference: Reference, kills: list[Kill], last: tuple[int, int], pick: float) -> Iterator[Verdict]:
@@ -74,7 +82,8 @@ def trial(path: Path, reference: Reference, kills: list[Kill], last: tuple[int, 
     run, before = path / "run", 0
     for stroke in kills:
         ranks, stages = stroke.layout
-        with Job(ranks, *reference.arguments, "--pipe", stages, "--resume", "--out", run) as job:
+        flags = ["--pipe", stages, "--save", stroke.save, "--save-every", stroke.every, "--resume", "--out", run]
+        with Job(ranks, *reference.arguments, *flags) as job:
             time.sleep(stroke.moment)
             hit = strike(job, stroke.victim, pick)
             ended = job.wait(LIMIT)

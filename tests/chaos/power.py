@@ -58,11 +58,11 @@ def cases(lab: Lab, rng: Random) -> Iterator[Case]:
 
 
 def record(path: Path, reference: Reference) -> list[dict]:
-    """The calls of a run on its directory."""
+    """The calls of a run on its directory, of two ranks, which write checkpoints together while they train."""
     run, log = path / "run", path / "calls"
     path.mkdir()
-    more = {"CHAOS_DIRECTORY": str(run), "CHAOS_RECORD": str(log)}
-    with Job(0, *reference.arguments, "--out", run, module="tests.chaos.shim", **more) as job:
+    more = {"CHAOS_DIRECTORY": str(run), "CHAOS_RECORD": str(log), "CHAOS_RANK": "all"}
+    with Job(2, *reference.arguments, "--pipe", 2, "--out", run, module="tests.chaos.shim", **more) as job:
         ended = job.wait(LIMIT)
     assert ended.code == 0, f"a run that is recorded fails: {ended.text}"
     calls = recorded(log)

@@ -1,7 +1,8 @@
 """Runs mpiml.train with its calls on a directory recorded, or one of them failing: `python -m tests.chaos.shim ...`.
 
 The environment says which: CHAOS_DIRECTORY, CHAOS_RECORD (a file that gets one line of JSON for each call), CHAOS_FAIL
-("17:28": call 17 fails with error 28). Of a job of several ranks, rank 0 is concerned.
+("17:28": call 17 fails with error 28), and CHAOS_RANK, of a job of several, 0 by default: the one that is concerned, or
+"all" of them.
 
 Whatever is done to files through Python passes here, for `open` is made of the same calls of `os`.
 """
@@ -9,12 +10,15 @@ Whatever is done to files through Python passes here, for `open` is made of the 
 from __future__ import annotations
 
 import builtins
+import contextlib
+import fcntl
 import io
 import json
 import os
 import runpy
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 MODULE = "mpiml.train"
@@ -36,7 +40,8 @@ class File(io.FileIO):
         return size
 
     def close(self) -> None:
-        path = "" if self.closed or not self.closefd else SHIM.paths.pop(self.fileno(), "")
+        with SHIM.lock:
+            path = "" if self.closed or not self.closefd else SHIM.paths.pop(self.fileno(), "")
         super().close()
         if path:
             SHIM.call("close", path, lambda: None)
@@ -45,13 +50,16 @@ class File(io.FileIO):
 class Shim:
     """Stands between Python and the operating system for all calls that concern one directory.
 
+    Threads and ranks make their calls one after the other, so that these are recorded as they were made.
+
     Attributes:
-        paths: of the open descriptors that are of files in the directory.
+        paths: of the open descriptors that are of files in the directory; `lock` for its changes.
     """
 
-    def __init__(self, directory: str, record: str, fail: str):
+    def __init__(self, directory: str, record: str, fail: str, rank: int = 0):
         self.directory = os.path.realpath(directory)
         self.paths: dict[int, str] = {}
+        self.lock, self._rank = threading.RLock(), rank
         self._log = REAL["open"](record, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if record else -1
         self._fails_at, self._error = map(int, fail.split(":")) if fail else (0, 0)
         self._count = 0
@@ -66,16 +74,34 @@ class Shim:
 
     def call(self, kind: str, path: str, real: Callable[[], Any], **more: Any) -> Any:
         """Make a call, if it is not the one that fails, and record it when it has succeeded."""
-        self._count += 1
-        if self._count == self._fails_at:
-            self._note(kind, path, fails=self._error)
-            raise OSError(self._error, os.strerror(self._error), path)
-        value = real()
-        self._note(kind, path, **{key: get(value) if callable(get) else get for key, get in more.items()})
-        return value
+        with self.lock, self._turn():
+            self._count += 1
+            if self._count == self._fails_at:
+                self._note(kind, path, fails=self._error)
+                raise OSError(self._error, os.strerror(self._error), path)
+            value = real()
+            self._note(kind, path, **{key: get(value) if callable(get) else get for key, get in more.items()})
+            return value
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """No other rank makes a call in this block."""
+        if self._log >= 0:
+            fcntl.flock(self._log, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            if self._log >= 0:
+                fcntl.flock(self._log, fcntl.LOCK_UN)
 
     def _note(self, kind: str, path: str, **more: Any) -> None:
-        line = {"call": self._count, "kind": kind, "path": os.path.relpath(path, self.directory), **more}
+        line = {
+            "call": self._count,
+            "rank": self._rank,
+            "kind": kind,
+            "path": os.path.relpath(path, self.directory),
+            **more,
+        }
         if self._log >= 0:
             REAL["write"](self._log, json.dumps(line).encode() + b"\n")
 
@@ -85,12 +111,14 @@ class Shim:
             return REAL["open"](path, flags, mode, dir_fd=dir_fd)
         kind = "create" if flags & CREATES else "open"
         real = lambda: REAL["open"](path, flags, mode, dir_fd=dir_fd)  # noqa: E731
-        descriptor = self.call(kind, where, real, truncates=bool(flags & os.O_TRUNC))
-        self.paths[descriptor] = where
+        with self.lock:
+            descriptor = self.call(kind, where, real, truncates=bool(flags & os.O_TRUNC))
+            self.paths[descriptor] = where
         return descriptor
 
     def close(self, descriptor: int) -> None:
-        path = self.paths.pop(descriptor, "")
+        with self.lock:
+            path = self.paths.pop(descriptor, "")
         REAL["close"](descriptor)
         if path:  # that a call fails which has closed the file is what some file systems do
             self.call("close", path, lambda: None)
@@ -107,6 +135,9 @@ class Shim:
     def pwrite(self, descriptor: int, data: Any, offset: int) -> int:
         content = lambda n: bytes(memoryview(data).cast("B")[:n]).hex()  # noqa: E731
         return self._on(descriptor, "write", lambda: REAL["pwrite"](descriptor, data, offset), at=offset, data=content)
+
+    def preadv(self, descriptor: int, buffers: Any, offset: int) -> int:
+        return self._on(descriptor, "read", lambda: REAL["preadv"](descriptor, buffers, offset))
 
     def truncate(self, name: Any, size: int) -> None:
         self._on(name, "truncate", lambda: REAL["truncate"](name, size), size=size)
@@ -139,9 +170,10 @@ class Shim:
     def rename(self, old: Any, new: Any, *, src_dir_fd: int | None = None, dst_dir_fd: int | None = None) -> None:
         source, target = self.path(old, src_dir_fd), self.path(new, dst_dir_fd)
         real = lambda: REAL["replace"](old, new, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)  # noqa: E731
-        self._on(source or old, "rename", real, to=os.path.relpath(target or os.fspath(new), self.directory))
-        self._forget(target)
-        self.paths = {number: target if path == source else path for number, path in self.paths.items()}
+        with self.lock:
+            self._on(source or old, "rename", real, to=os.path.relpath(target or os.fspath(new), self.directory))
+            self._forget(target)
+            self.paths = {number: target if path == source else path for number, path in self.paths.items()}
 
     def link(self, old: Any, new: Any, **more: Any) -> None:
         real = lambda: REAL["link"](old, new, **more)  # noqa: E731
@@ -162,8 +194,8 @@ class Shim:
 
     def install(self) -> None:
         """Take the place of Python's own calls."""
-        own = "open close write pwrite truncate posix_fallocate fsync unlink mkdir rmdir scandir listdir rename link"
-        for name in own.split():
+        own = "open close write pwrite preadv truncate posix_fallocate fsync unlink mkdir rmdir scandir listdir rename"
+        for name in (*own.split(), "link"):
             setattr(os, name, getattr(self, name))
         os.remove, os.replace, os.fdatasync, os.ftruncate = self.unlink, self.rename, self.fsync, self.truncate
         builtins.open = io.open = self.open_file
@@ -174,13 +206,15 @@ class Shim:
 
     def _forget(self, path: str) -> None:
         """What is written to a file that has lost its name is of no concern."""
-        self.paths = {number: other for number, other in self.paths.items() if other != path}
+        with self.lock:
+            self.paths = {number: other for number, other in self.paths.items() if other != path}
 
 
 if __name__ == "__main__":
-    if next((os.environ[name] for name in RANK if name in os.environ), "0") == "0":
+    number = next((os.environ[name] for name in RANK if name in os.environ), "0")
+    if os.environ.get("CHAOS_RANK", "0") in (number, "all"):
         given = (os.environ.get(f"CHAOS_{name}", "") for name in ("DIRECTORY", "RECORD", "FAIL"))
-        SHIM = Shim(*given)
+        SHIM = Shim(*given, rank=int(number))
         SHIM.install()
     sys.argv[0] = MODULE
     runpy.run_module(MODULE, run_name="__main__", alter_sys=True)

@@ -43,7 +43,7 @@ os.replace(run / "part" / "bytes", run / "whole")
 def call(kind: str, path: str, **more: Any) -> dict[str, Any]:
     if kind == "write":
         more = {"at": 0, **more, "data": more["data"].hex()}
-    return {"call": 1, "kind": kind, "path": path, "truncates": True, **more}
+    return {"call": 1, "rank": 0, "kind": kind, "path": path, "truncates": True, **more}
 
 
 def disk(*calls: dict[str, Any]) -> Disk:
@@ -74,6 +74,15 @@ def test_file_that_was_synced_before_it_was_renamed_is_whole_under_either_name()
 def test_name_is_safe_when_its_directory_is_synced() -> None:
     assert any("name" not in state for state in states(*SYNCED, journal=False))
     assert all(state["name"] == b"abcd" for state in states(*SYNCED, call("sync", "."), journal=False))
+
+
+def test_sync_brings_to_the_disk_what_the_same_rank_has_written() -> None:
+    model = disk(call("create", "new"), call("truncate", "new", size=9), call("write", "new", data=b"abcd"))
+    model.follow(call("write", "new", at=4, data=b"efgh") | {"rank": 1})
+    model.follow(call("sync", "new") | {"rank": 1})
+    assert model.files[0].safe == bytes(4) + b"efgh"
+    model.follow(call("sync", "new"))
+    assert model.files[0].safe == model.files[0].content == b"abcdefgh\0"
 
 
 def test_journal_keeps_the_order_of_names() -> None:

@@ -80,6 +80,25 @@ def test_two_saves_are_kept_as_long_as_the_slowest_was(clock: Time) -> None:
     assert clock.last_step(limit, 1.0) == pytest.approx(600 - 30 - 80, abs=2)
 
 
+def test_another_save_is_kept_if_one_may_be_in_flight(clock: Time) -> None:
+    limit = Deadline(600.0)
+    limit.expect_in_flight()
+    limit.saved(40)
+    assert clock.last_step(limit, 1.0) == pytest.approx(600 - 30 - 120, abs=2)
+
+
+def test_a_save_that_is_not_over_counts_as_soon_as_it_is_slower_than_was_known(clock: Time) -> None:
+    for before in (10, 100):
+        limit = Deadline(600.0)
+        limit.saved(before)
+        limit.saving(60)
+        assert clock.last_step(limit, 1.0) == pytest.approx(600 - 30 - 2 * max(before, 60), abs=2)
+    guessed = Deadline(600.0)
+    guessed.expect(5_000_000_000)
+    guessed.saving(60)
+    assert clock.last_step(guessed, 1.0) == pytest.approx(600 - 30 - 200, abs=2)
+
+
 def test_a_save_that_has_not_been_timed_is_guessed_from_its_size(clock: Time) -> None:
     limit = Deadline(600.0)
     limit.expect(5_000_000_000)
