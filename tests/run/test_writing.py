@@ -13,7 +13,7 @@ import pytest
 
 from mpiml.run import writing
 from mpiml.run.segments import Span
-from mpiml.run.writing import create, write
+from mpiml.run.writing import create_empty, write
 
 
 def spans() -> tuple[bytes, list[Span]]:
@@ -22,7 +22,7 @@ def spans() -> tuple[bytes, list[Span]]:
 
 
 def opened(path: Path) -> int:
-    create(path, 10_000)
+    create_empty(path, 10_000)
     return os.open(path, os.O_WRONLY)
 
 
@@ -82,11 +82,11 @@ def test_a_file_that_is_too_large_is_not_left(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            create(tmp_path / "f", 10_000)
+            create_empty(tmp_path / "f", 10_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not list(tmp_path.iterdir())
-    create(tmp_path / "f", 10_000)
+    create_empty(tmp_path / "f", 10_000)
     with pytest.raises(FileExistsError):
-        create(tmp_path / "f", 10_000)
+        create_empty(tmp_path / "f", 10_000)
     assert (tmp_path / "f").read_bytes() == bytes(10_000)
