@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 from mpi4py import MPI
-from numpy.typing import DTypeLike
 
 from mpiml.parallel.grid import Grid
 from mpiml.parallel.slices import Range, cut, overlaps, place
@@ -73,10 +71,9 @@ def of_rank_0(key: Key, start: int, stop: int, part: Vector | None) -> Source:
 
 
 class _Holding(NamedTuple):
-    """What other ranks know of a rank: of each of its vectors the whole size, the ranges that it needs, and those that
-    are collected from it."""
+    """What other ranks know of a rank: of each of its vectors the ranges that it needs, and those that are collected
+    from it."""
 
-    sizes: dict[Key, int]
     held: Ranges
     collected: Ranges
 
@@ -91,24 +88,20 @@ class State:
         settle: collective; is called when this rank's parts have their values.
     """
 
-    def __init__(
-        self, grid: Grid, names: Sequence[str], own: Mapping[str, Part], dtype: DTypeLike, settle: Callable[[], object]
-    ):
-        self.comm, self.clock, self.stages = grid.comm, grid.team.clock, grid.stages
-        self.stage, self.names, self.dtype, self.settle = grid.stage, tuple(names), np.dtype(dtype), settle
-        self.parts = own
+    def __init__(self, grid: Grid, names: Sequence[str], own: Mapping[str, Part], settle: Callable[[], object]):
+        self.comm, self.clock, self.stage = grid.comm, grid.team.clock, grid.stage
+        self.names, self.parts, self.settle = tuple(names), own, settle
         self._held: Views = {(self.stage, name): dict(sorted(part.held.items())) for name, part in own.items()}
-        sizes = {(self.stage, name): part.size for name, part in own.items()}
-        collected = {(self.stage, name): sorted(part.collected) for name, part in own.items()}
         held = {key: list(views) for key, views in self._held.items()}
-        self.holdings: list[_Holding] = allgather(self.comm, _Holding(sizes, held, collected))
+        collected = {(self.stage, name): sorted(part.collected) for name, part in own.items()}
+        self._holdings = allgather(self.comm, _Holding(held, collected))
 
     def copied(self, *names: str) -> Source:
         """Copies of what is collected (default: of all vectors), which another state can take when the memory of this
         one is free again."""
         ranges = {
             rank: {key: of for key, of in holding.collected.items() if key[1] in (names or self.names)}
-            for rank, holding in enumerate(self.holdings)
+            for rank, holding in enumerate(self._holdings)
         }
         own = ranges[self.comm.rank].items()
         return Source(ranges, {key: {of: self._held[key][of].copy() for of in collected} for key, collected in own})
@@ -128,7 +121,7 @@ class State:
         for distance in sorted(givers.union(range(size) if source.own else ())):
             giver, taker = (rank - distance) % size, (rank + distance) % size
             incoming = list(_parts(self._held, source.ranges.get(giver, {})))
-            outgoing = list(_parts(source.own, self.holdings[taker].held))
+            outgoing = list(_parts(source.own, self._holdings[taker].held))
             if not distance:
                 for target, part in zip(incoming, outgoing, strict=True):
                     target[...] = part
@@ -143,39 +136,6 @@ class State:
         with self.clock.doing("joining"):
             wait(requests)
         requests.clear()
-
-    def collect(self, *names: str) -> list[dict[str, Vector]]:
-        """Each stage's vectors of these names (default: all), on rank 0; empty dictionaries elsewhere."""
-        whole: list[dict[str, Vector]] = [{} for _ in range(self.stages)]
-        requests: list[MPI.Request] = []
-        for name in names or self.names:
-            if self.comm.rank:
-                own = self.parts.get(name)
-                requests += [self.comm.Isend(own.held[of], 0) for of in sorted(own.collected)] if own else []
-                continue
-            for rank, holding in enumerate(self.holdings):
-                for stage, size in ((key[0], size) for key, size in holding.sizes.items() if key[1] == name):
-                    vector = whole[stage].setdefault(name, np.zeros(size, self.dtype))
-                    for start, stop in holding.collected[stage, name]:
-                        if rank:
-                            requests.append(self.comm.Irecv(vector[start:stop], rank))
-                        else:
-                            vector[start:stop] = self.parts[name].held[start, stop]
-        with self.clock.doing("joining"):
-            wait(requests)
-        return whole
-
-    def distribute(self, whole: Sequence[Mapping[str, Any]], *names: str) -> None:
-        """The reverse: rank 0 gives every rank its parts of these vectors (default: all) of `whole`."""
-
-        def sources() -> Iterator[Source]:
-            for stage in range(self.stages):
-                for name in names or self.names:
-                    sizes = {holding.sizes.get((stage, name), 0) for holding in self.holdings}
-                    vector = whole[stage][name] if self.comm.rank == 0 else None
-                    yield of_rank_0((stage, name), 0, max(sizes), vector)
-
-        self.take(sources())
 
 
 def _parts(own: Views, others: Ranges) -> Iterator[Vector]:

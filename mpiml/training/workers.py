@@ -139,7 +139,7 @@ class Learners:
         first = self.own[0]
         held = parts(first.stage.sum.values, first.update.states, first.grid.replica, collected=self.first == 0)
         held |= self._outer()
-        return State(self.grid, tuple(held), held, self._layout.dtype, self._settle)
+        return State(self.grid, tuple(held), held, self._settle)
 
     def _outer(self) -> dict[str, Part]:
         """What this rank has of the velocity of the outer step, if there is one."""
@@ -172,7 +172,7 @@ class Learners:
                 held[VALUES] = Part(fixed.size, {**start.held, **fixed.held}, [*start.collected, *once])
         every = [worker_name(number, name) for number in range(self.count) for name in names]
         outer = self._outer()
-        return State(self.grid, (VALUES, *outer, *every), held | outer, self._layout.dtype, self._settle_round)
+        return State(self.grid, (VALUES, *outer, *every), held | outer, self._settle_round)
 
     def _settle_round(self) -> None:
         """Give all ranks of each worker its values, and all workers what nobody updates."""

@@ -10,7 +10,8 @@ def gathered(state: State) -> dict[Key, Vector]:
     """All vectors by stage and name, on every rank; collective."""
     sizes = {(state.stage, name): part.size for name, part in state.parts.items()}
     every = state.comm.allgather((sizes, state.copied().own))
-    whole = {key: np.zeros(size, state.dtype) for sizes, _ in every for key, size in sizes.items()}
+    dtype = next(view.dtype for _, own in every for views in own.values() for view in views.values())
+    whole = {key: np.zeros(size, dtype) for sizes, _ in every for key, size in sizes.items()}
     for _, own in every:
         for key, views in own.items():
             for (start, stop), view in views.items():

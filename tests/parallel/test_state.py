@@ -78,12 +78,7 @@ def build(pipe: int, divided: bool = True, bucket: int = 0, of_node: int = 1) ->
     MADE.append(values)
     size = sum(stop - start for start, stop in values.held)
     mine = parts(values, {name: zeros(size, layout.dtype) for name in NAMES[1:]}, grid.replica)
-    return grid, values, State(grid, NAMES, mine, layout.dtype, values.publish)
-
-
-def same(left: Whole, right: Whole, names: tuple[str, ...]) -> bool:
-    pairs = [(a[name], b[name]) for a, b in zip(left, right, strict=True) for name in names]
-    return all(a.tobytes() == b.tobytes() for a, b in pairs)
+    return grid, values, State(grid, NAMES, mine, values.publish)
 
 
 def fill(state: State, vectors: Whole) -> None:
@@ -208,74 +203,3 @@ def test_arrays_that_rank_0_alone_has(divided: bool, bucket: int, of_node: int, 
 
     state.take(sources())
     assert holds(values, state, expected)
-
-
-@pytest.mark.parametrize("pipe", [1, 2, 3, 4, 8, 16])
-@pytest.mark.parametrize(("divided", "bucket", "of_node"), LAYOUTS)
-def test_what_is_distributed_is_collected_again(divided: bool, bucket: int, of_node: int, pipe: int) -> None:
-    if WORLD.size % pipe:
-        return
-    grid, values, state = build(pipe, divided, bucket, of_node)
-    root = grid.comm.rank == 0
-    good = []
-    for salt in (0.5, 7.25):
-        state.distribute(whole(pipe, salt) if root else [])
-        expected = whole(pipe, salt)[grid.stage]
-        good.append(values.vector.tobytes() == expected[VALUES].tobytes())
-        for name in NAMES:
-            held = state.parts[name].held
-            good.append(
-                {of: part.tobytes() for of, part in held.items()}
-                == {of: expected[name][slice(*of)].tobytes() for of in held}
-            )
-            good.append(set(slices.cut(values.held)) <= set(held))
-        WORLD.Barrier()  # before the next round writes to memory that others still look at
-        back = state.collect()
-        good.append(same(back, whole(pipe, salt), NAMES) if root else back == [{}] * pipe)
-    assert all(good)
-
-
-class Short(MPI.Intracomm):
-    """A communicator of a library that takes no long messages."""
-
-    def Isend(self, buf: Vector, *place: int) -> MPI.Request:
-        assert len(buf) <= slices.MESSAGE
-        return super().Isend(buf, *place)
-
-
-@pytest.mark.parametrize("divided", [True, False])
-def test_long_vectors_go_in_parts(monkeypatch: pytest.MonkeyPatch, divided: bool) -> None:
-    monkeypatch.setattr(slices, "MESSAGE", 5000)
-    grid, values, state = build(1, divided)
-    state.comm = Short(grid.comm)
-    for names in (NAMES, (VALUES,)):
-        state.distribute(whole(1, 1.0) if WORLD.rank == 0 else [], *names)
-        assert values.vector.tobytes() == whole(1, 1.0)[0][VALUES].tobytes()
-        back = state.collect(*names)
-        assert same(back, whole(1, 1.0), names) if WORLD.rank == 0 else back == [{}]
-
-
-@pytest.mark.parametrize("pipe", [1, 2, 4])
-def test_some_vectors_alone(pipe: int) -> None:
-    if WORLD.size % pipe:
-        return
-    grid, _, state = build(pipe)
-    root = grid.comm.rank == 0
-    state.distribute(whole(pipe, 1.0) if root else [])
-    state.distribute(whole(pipe, 2.0) if root else [], VALUES)
-    values, mean = state.collect(VALUES), state.collect("mean")
-    if root:
-        assert set(values[0]) == {VALUES}
-        assert same(values, whole(pipe, 2.0), (VALUES,))
-        assert same(mean, whole(pipe, 1.0), ("mean",))
-    else:
-        assert values == mean == [{}] * pipe
-
-
-def test_collected_vectors_are_copies() -> None:
-    grid, values, state = build(1)
-    state.distribute(whole(1, 1.0) if grid.comm.rank == 0 else [])
-    for vectors in state.collect():
-        for vector in vectors.values():
-            vector.fill(0)
-    assert values.vector.tobytes() == whole(1, 1.0)[0][VALUES].tobytes()
