@@ -26,12 +26,10 @@ class Part(NamedTuple):
     """What a rank has of a vector of its stage.
 
     Attributes:
-        size: of the whole vector.
         held: the ranges that the rank needs, each one message, with where they lie.
         collected: those of them that are collected from this rank: over all ranks each element once.
     """
 
-    size: int
     held: Mapping[Range, Vector]
     collected: Sequence[Range]
 
@@ -44,9 +42,9 @@ def parts(values: Values, states: Mapping[str, Vector], replica: int, collected:
     once = collected and replica in {holder for holder, _, _ in values.holders}
     views = {(start, stop): values.vector[start:stop] for start, stop in [*held, *fixed]}
     first = fixed if collected and replica == 0 else []
-    of_values = Part(size, views, [*(held if once else []), *first])
+    of_values = Part(views, [*(held if once else []), *first])
     of_states = {
-        name: Part(updated, {of: state[place(values.held, *of)] for of in held}, held if once else [])
+        name: Part({of: state[place(values.held, *of)] for of in held}, held if once else [])
         for name, state in states.items()
     }
     return {VALUES: of_values} | of_states

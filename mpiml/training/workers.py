@@ -169,7 +169,7 @@ class Learners:
             if learner is first:
                 start = self.average.parts(self.average.start)
                 once = fixed.collected if self.first == 0 else []
-                held[VALUES] = Part(fixed.size, {**start.held, **fixed.held}, [*start.collected, *once])
+                held[VALUES] = Part({**start.held, **fixed.held}, [*start.collected, *once])
         every = [worker_name(number, name) for number in range(self.count) for name in names]
         outer = self._outer()
         return State(self.grid, (VALUES, *outer, *every), held | outer, self._settle_round)
@@ -210,7 +210,7 @@ def _divided(values: Part, updated: int) -> tuple[Part, Part]:
 
     def those(fixed: bool) -> Part:
         held = {of: view for of, view in values.held.items() if (of[0] >= updated) == fixed}
-        return Part(values.size if fixed else updated, held, [of for of in values.collected if of in held])
+        return Part(held, [of for of in values.collected if of in held])
 
     return those(False), those(True)
 

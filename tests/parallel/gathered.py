@@ -7,13 +7,12 @@ from mpiml.vectors import Vector
 
 
 def gathered(state: State) -> dict[Key, Vector]:
-    """All vectors by stage and name, on every rank; collective."""
-    sizes = {(state.stage, name): part.size for name, part in state.parts.items()}
-    every = state.comm.allgather((sizes, state.copied().own))
-    dtype = next(view.dtype for _, own in every for views in own.values() for view in views.values())
-    whole = {key: np.zeros(size, dtype) for sizes, _ in every for key, size in sizes.items()}
-    for _, own in every:
+    """All vectors by stage and name, up to the last element that a rank has, on every rank; collective."""
+    whole: dict[Key, Vector] = {}
+    for own in state.comm.allgather(state.copied().own):
         for key, views in own.items():
             for (start, stop), view in views.items():
+                missing = max(stop - len(whole.get(key, ())), 0)
+                whole[key] = np.pad(whole.get(key, view[:0]), (0, missing))
                 whole[key][start:stop] = view
     return whole

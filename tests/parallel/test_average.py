@@ -278,7 +278,7 @@ def test_what_is_collected_of_start_and_velocity_has_each_element_once(
 ) -> None:
     made = build(workers, pipe, where, outer=(0.7, 0.9))
     part = made.average.parts(made.average.velocity)
-    count = np.zeros(part.size, int)
+    count = np.zeros(made.layout.updated, int)
     for start, stop in part.collected:
         count[start:stop] += 1
     total = sum(of for stage, of in WORLD.allgather((made.grid.stage, count)) if stage == made.grid.stage)

@@ -91,7 +91,7 @@ def test_workers_begin_with_the_common_model(run: Make, outer: dict[str, float])
     assert after == before
     assert not any(velocity)
     assert late.learning.names(4, left=False) == (VALUES, "mean", "variance", *((OUTER,) if outer else ()))
-    assert {learner.stage.sum.values.vector.tobytes() for learner in late.learning.now.own} == {before[VALUES]}
+    assert all(own.stage.sum.values.vector.tobytes().startswith(before[VALUES]) for own in late.learning.now.own)
     for name in ("mean", "variance"):
         assert len({learner.update.states[name].tobytes() for learner in late.learning.now.own}) == 1
         assert all(learner.update.states[name].any() for learner in late.learning.now.own)
@@ -122,7 +122,8 @@ def test_every_rank_begins_with_the_common_model(
     before = gathered(late.state)
     late.learning.begin(2)
     now, stage = late.learning.now, late.grid.stage
-    assert all(learner.stage.sum.values.vector.tobytes() == before[stage, VALUES].tobytes() for learner in now.own)
+    common = before[stage, VALUES].tobytes()
+    assert all(learner.stage.sum.values.vector.tobytes().startswith(common) for learner in now.own)
     for name, part in now.state.parts.items():
         assert all(view.tobytes() == before[stage, name][slice(*of)].tobytes() for of, view in part.held.items())
     for name, state in now.own[0].update.states.items():
