@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
+from mpi4py import MPI
 
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset, Split
 from mpiml.data.fill import MEAN, Filling, present
-from mpiml.data.fingerprint import Fingerprint, difference
+from mpiml.data.fingerprint import Fingerprint, difference, properties
 from mpiml.data.normalize import Normalization, moments
 from mpiml.data.preparation import Preparation, prepared
 from mpiml.data.shards import Shards
@@ -36,16 +37,16 @@ def open_data(
     """
     elsewhere = "; if the run's data lie elsewhere in this job, say where by --data"
 
-    def opened() -> tuple[Dataset, Fingerprint]:
+    def opened() -> Dataset:
         try:
-            opened = resolve.open_data(config, data, task, tests_only)
-            return opened, opened.fingerprint
+            return resolve.open_data(config, data, task, tests_only)
         except DataError as error:
             stored = config.resume and "data" not in (config.given or ())
             raise DataError(f"{error}{elsewhere if stored else ''}") from error
 
     team.clock("data")
-    dataset, fingerprint = team.together(naming(team, opened))
+    dataset = team.together(naming(team, opened))
+    fingerprint = _fingerprint(team, dataset)
     first = team.broadcast(fingerprint)
 
     def same() -> None:
@@ -55,6 +56,18 @@ def open_data(
 
     team.together(naming(team, same))
     return dataset
+
+
+def _fingerprint(team: Team, data: Dataset) -> Fingerprint:
+    """The fingerprint of a data set; collective. The ranks of a node read its files in turn; those that are other files
+    on some rank, it reads itself."""
+    node, origin = Team(MPI.Intracomm(team.comm.Split_type(MPI.COMM_TYPE_SHARED)), team.clock), data.origin
+    own = team.together(naming(team, lambda: properties(origin.files[node.rank :: node.size])))
+    origin.known = {identity: text for read in node.allgather(own) for identity, text in read.items()}
+    node.comm.Free()
+    fingerprint = team.together(naming(team, lambda: data.fingerprint))
+    origin.known = {}
+    return fingerprint
 
 
 def hold(data: Dataset, grid: Grid, train: Indices | None, test: Indices, both: bool = False) -> None:
