@@ -104,6 +104,21 @@ def allgather(comm: MPI.Intracomm, value: T) -> list[T]:
     return [pickle.loads(everything[start:stop]) for start, stop in itertools.pairwise(ends)]
 
 
+def reduced(comm: MPI.Intracomm, value: T, join: Callable[[T, T], T]) -> T:
+    """What `join` makes of the values of all ranks, in their order, on rank 0; of some of them on other ranks.
+    Collective. Runs of ranks are joined in pairs, all pairs at once: no rank has the values of all."""
+    distance = 1
+    while distance < comm.size:
+        if comm.rank % (2 * distance):
+            wait([comm.isend(value, comm.rank - distance)])
+            break
+        if (other := comm.rank + distance) < comm.size:
+            until(lambda other=other: comm.iprobe(other))  # type: ignore[misc]
+            value = join(value, comm.recv(source=other))
+        distance *= 2
+    return value
+
+
 class Team:
     """Ranks that act together, and the clock of this rank.
 

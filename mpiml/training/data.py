@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,7 +19,7 @@ from mpiml.data.sources import Indices, Source
 from mpiml.errors import ConfigError, DataError
 from mpiml.parallel.grid import Grid
 from mpiml.parallel.tree import Range, added
-from mpiml.team import Team, until
+from mpiml.team import Team, reduced
 from mpiml.training import resolve
 from mpiml.training.task import Task
 from mpiml.usercode import is_name
@@ -147,34 +147,13 @@ def _of_all(
         each = (measured(split_.x, shards.numbers(m), clock.progress) for m in block)
         return added([(m, m + 1) for m in block], each, microbatches)
 
-    ranges, sums = team.together(here)
-    for other in _partners(grid) if grid.stage == 0 else ():
-        if other < grid.replica:
-            team.wait([grid.data.isend((ranges, sums), other)])
-        else:
-            others_ranges, others_sums = _received(grid, other)
-            ranges, sums = added(ranges + others_ranges, sums + others_sums, microbatches)
-    return team.on_rank_0(lambda: made(*sums))
-
-
-def _partners(grid: Grid) -> Iterator[int]:
-    """The replicas from which this one receives, in this order, and then the one to which it sends, so that the first
-    replica comes to have what all have, in pairs."""
-    distance = 1
-    while distance < grid.replicas:
-        if grid.replica % (2 * distance):
-            yield grid.replica - distance
-            return
-        if grid.replica + distance < grid.replicas:
-            yield grid.replica + distance
-        distance *= 2
-
-
-def _received(grid: Grid, replica: int) -> Any:
-    """What that replica sends to this one."""
-    with grid.team.clock.doing("joining"):
-        until(lambda: grid.data.iprobe(replica))
-        return grid.data.recv(source=replica)
+    sums = team.together(here)
+    if grid.stage == 0:
+        with clock.doing("joining"):
+            sums = reduced(
+                grid.data, sums, lambda one, other: added(one[0] + other[0], one[1] + other[1], microbatches)
+            )
+    return team.on_rank_0(lambda: made(*sums[1]))
 
 
 def naming(team: Team, action: Callable[[], T]) -> Callable[[], T]:
