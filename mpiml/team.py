@@ -23,7 +23,7 @@ LONGEST = 2e-3
 PART = 1 / 16  # a nap lasts at most this fraction of the time waited so far
 # If every thread has a core, this many times as many yields, about a millisecond: a nap lasts longer than asked for.
 PATIENCE = 40
-MESSAGE = 1 << 26  # bytes of an array that are sent at once: MPI libraries count them in 32 bits
+MESSAGE = 1 << 26  # bytes that are sent at once: MPI libraries count them in 32 bits
 ENVELOPE = 4096  # bytes of a broadcast's first message
 _yields = YIELDS
 
@@ -87,8 +87,8 @@ def broadcast(comm: MPI.Intracomm, value: T, root: int = 0) -> T:
     wait([comm.Ibcast(first, root)])
     size = int.from_bytes(first[:8])
     rest = bytearray(content[ENVELOPE - 8 :] if comm.rank == root else max(size - (ENVELOPE - 8), 0))
-    if rest:
-        wait([comm.Ibcast(rest, root)])
+    for begin in range(0, len(rest), MESSAGE):
+        wait([comm.Ibcast(memoryview(rest)[begin : begin + MESSAGE], root)])
     received: T = value if comm.rank == root else pickle.loads(first[8 : 8 + size] + rest)
     return received
 

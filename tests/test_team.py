@@ -20,8 +20,10 @@ LAST, MIDDLE = WORLD.size - 1, WORLD.size // 2
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("root", [0, -1])
-def test_broadcast_of_every_length(root: int) -> None:
-    """Around the length at which a second message is needed, too."""
+@pytest.mark.parametrize("longest", [40, team.MESSAGE])
+def test_broadcast_of_every_length(root: int, longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Around the length at which a second message is needed, too, and where this is cut."""
+    monkeypatch.setattr(team, "MESSAGE", longest)
     root %= WORLD.size
     for length in (0, 1, *range(ENVELOPE - 100, ENVELOPE + 20), 100_000):
         text = bytes(index % 251 for index in range(length))
