@@ -23,7 +23,7 @@ LONGEST = 2e-3
 PART = 1 / 16  # a nap lasts at most this fraction of the time waited so far
 # If every thread has a core, this many times as many yields, about a millisecond: a nap lasts longer than asked for.
 PATIENCE = 40
-MESSAGE = 1 << 26  # bytes of an array that are sent at once: MPI libraries count them in 32 bits
+MESSAGE = 1 << 26  # bytes that are sent at once: MPI libraries count them in 32 bits
 ENVELOPE = 4096  # bytes of a broadcast's first message
 _yields = YIELDS
 
@@ -87,8 +87,8 @@ def broadcast(comm: MPI.Intracomm, value: T, root: int = 0) -> T:
     wait([comm.Ibcast(first, root)])
     size = int.from_bytes(first[:8])
     rest = bytearray(content[ENVELOPE - 8 :] if comm.rank == root else max(size - (ENVELOPE - 8), 0))
-    if rest:
-        wait([comm.Ibcast(rest, root)])
+    for begin in range(0, len(rest), MESSAGE):
+        wait([comm.Ibcast(memoryview(rest)[begin : begin + MESSAGE], root)])
     received: T = value if comm.rank == root else pickle.loads(first[8 : 8 + size] + rest)
     return received
 
@@ -102,6 +102,21 @@ def allgather(comm: MPI.Intracomm, value: T) -> list[T]:
     everything = bytearray(ends[-1])
     wait([comm.Iallgatherv(content, [everything, sizes.tolist()])])
     return [pickle.loads(everything[start:stop]) for start, stop in itertools.pairwise(ends)]
+
+
+def reduced(comm: MPI.Intracomm, value: T, join: Callable[[T, T], T]) -> T:
+    """What `join` makes of the values of all ranks, in their order, on rank 0; of some of them on other ranks.
+    Collective. Runs of ranks are joined in pairs, all pairs at once: no rank has the values of all."""
+    distance = 1
+    while distance < comm.size:
+        if comm.rank % (2 * distance):
+            wait([comm.isend(value, comm.rank - distance)])
+            break
+        if (other := comm.rank + distance) < comm.size:
+            until(lambda other=other: comm.iprobe(other))  # type: ignore[misc]
+            value = join(value, comm.recv(source=other))
+        distance *= 2
+    return value
 
 
 class Team:

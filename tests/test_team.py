@@ -12,7 +12,7 @@ from mpi4py import MPI
 from mpiml import team
 from mpiml.clock import BLOCKED_ON_OTHERS, Clock
 from mpiml.errors import ConfigError, DataError, RunError
-from mpiml.team import ENVELOPE, Team, allgather, broadcast, until
+from mpiml.team import ENVELOPE, Team, allgather, broadcast, reduced, until
 
 WORLD = MPI.COMM_WORLD
 LAST, MIDDLE = WORLD.size - 1, WORLD.size // 2
@@ -20,8 +20,10 @@ LAST, MIDDLE = WORLD.size - 1, WORLD.size // 2
 
 @pytest.mark.mpi
 @pytest.mark.parametrize("root", [0, -1])
-def test_broadcast_of_every_length(root: int) -> None:
-    """Around the length at which a second message is needed, too."""
+@pytest.mark.parametrize("longest", [40, team.MESSAGE])
+def test_broadcast_of_every_length(root: int, longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Around the length at which a second message is needed, too, and where this is cut."""
+    monkeypatch.setattr(team, "MESSAGE", longest)
     root %= WORLD.size
     for length in (0, 1, *range(ENVELOPE - 100, ENVELOPE + 20), 100_000):
         text = bytes(index % 251 for index in range(length))
@@ -32,6 +34,21 @@ def test_broadcast_of_every_length(root: int) -> None:
 def test_allgather_of_values_of_all_lengths() -> None:
     found = allgather(WORLD, ["x" * WORLD.rank * 5000, WORLD.rank, None])
     assert found == [["x" * rank * 5000, rank, None] for rank in range(WORLD.size)]
+
+
+@pytest.mark.mpi
+def test_reduced_joins_all_values_in_the_order_of_ranks_and_no_rank_many() -> None:
+    joins = list[int]()
+
+    def join(one: list[int], other: list[int]) -> list[int]:
+        joins.append(1)
+        return one + other
+
+    value = reduced(WORLD, [WORLD.rank], join)
+    assert value[0] == WORLD.rank
+    assert len(joins) <= (WORLD.size - 1).bit_length()
+    if WORLD.rank == 0:
+        assert value == list(range(WORLD.size))
 
 
 def test_a_long_wait_asks_seldom_and_a_short_one_often(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from mpiml.data.fingerprint import Fingerprint, of_files, of_values
+from mpiml.data.fingerprint import Fingerprint, Properties, of_files, of_values
 from mpiml.data.formats import Options, open_files
 from mpiml.data.inputs import inputs_of, source_of
 from mpiml.data.labels import ProbabilitySource, ValueSource, WeightSource, stored
@@ -89,6 +89,7 @@ class Dataset:
         check: raises DataError for damage that reading rows would not show; one rank's call is enough.
         cut: whether a part of the training data was set aside as test rows when it was opened.
         notes: what a person should know.
+        known: properties of files that other ranks of the node have read, which the fingerprint then does not.
 
     Raises DataError if the four sources do not fit together.
     """
@@ -105,6 +106,8 @@ class Dataset:
     notes: Sequence[str] = field(default=())
 
     def __post_init__(self) -> None:
+        self.known: Properties = {}
+        self._origin: Dataset | None = None
         none: Any = self.test
         if none is None:
             self.test = self.train.subset(NO_ROWS)
@@ -163,8 +166,13 @@ class Dataset:
     def replace(self, **changes: Any) -> Dataset:
         """A copy with other values, which is known by the same fingerprint: the data are the same."""
         other = dataclasses.replace(self, **changes)
-        other.fingerprint = self.fingerprint
+        other._origin = self.origin
         return other
+
+    @property
+    def origin(self) -> Dataset:
+        """The data set of which this one is a copy with changes, whose fingerprint it has."""
+        return self._origin or self
 
     def with_tests(self, fraction: float, seed: int, said: bool, evaluated: bool) -> Dataset:
         """This data set, with a fraction of its training rows as test rows, chosen by the seed, if it has none.
@@ -208,13 +216,15 @@ class Dataset:
     @functools.cached_property
     def fingerprint(self) -> Fingerprint:
         """Sizes and checksums of samples of the files and columns: almost surely different for different data."""
+        if self.origin is not self:
+            return self.origin.fingerprint
         splits = [(which, s) for which, s in (("train", self.train), ("test", self.test)) if not _without_rows(s)]
         named = {f"{c}_{which}": getattr(s, c) for which, s in splits for c in "xyw"}
         columns = {name: stored(column) for name, column in named.items() if column is not None}
         texts = {name: f"{len(column):,} rows of {column.shape} {column.dtype}" for name, column in columns.items()}
         for name, column in columns.items() if not self.files else ():
             texts[name] += of_values(column)
-        return of_files(self.files) + [list(item) for item in texts.items()]
+        return of_files(self.files, self.known) + [list(item) for item in texts.items()]
 
     @property
     def classification(self) -> bool:

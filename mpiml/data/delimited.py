@@ -6,15 +6,15 @@ import csv
 import itertools
 import re
 import reprlib
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpiml.data.sources import Indices, Rows, file_size, runs
+from mpiml.data.records import Records
+from mpiml.data.sources import Indices, Rows, file_size
 from mpiml.data.tables import GAPS, Table, dropping
 from mpiml.errors import DataError
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from mpiml.data.formats import Options
 
 SEPARATORS = (",", ";", "\t", "|")
-DECIMAL_COMMA = re.compile(rb'[;"\n] *[+-]?\d*,\d+(?:[eE][+-]?\d+)? *["\r\n;]')  # a number between semicolons
 INTEGER = re.compile(r"[+-]*[0-9]+")
 SHOWN = 10  # columns in a message
 LINES = 4096  # lines that are parsed at once
@@ -43,15 +42,15 @@ class CSV(Table):
             raise DataError(f"{path} is empty")
         sample = self._sample()
         self.separator = max(SEPARATORS, key=lambda separator: _fit(sample, separator))
-        self.decimal, self.multiline = ".", False
-        records = self._count()
+        self.records = Records(path, self.separator)
+        self.decimal = self.records.decimal
         with open(path, "rb") as file:
-            header, first = [*itertools.islice(self._texts(file), 2), (2, "")][:2]
+            header, first = [*itertools.islice(self._texts(self.records.all(file)), 2), (2, "")][:2]
         if "\r" in header[1].strip():
             raise DataError(f"{path}: its lines end in a carriage return alone; save it with line feeds")
         names = [" ".join(name.strip().splitlines()) for name in self._fields(header)]
         super().__init__(path, names, options)
-        self.length = records - 1
+        self.length = self.records.count - 1
         rows = [row for row in _rows(sample, self.separator)[1:] if len(row) == len(self.names)]
         seen = "".join(row[position] for row in rows for position in self.inputs)
         if "." in seen and "," not in seen:  # the number with a comma is in a column that is left out
@@ -71,7 +70,11 @@ class CSV(Table):
     def distinct(self) -> set[str]:
         position = self.label or 0
         with open(self.path, "rb") as file:
-            rows = csv.reader((text for _, text in self._texts(file)), delimiter=self.separator, skipinitialspace=True)
+            rows = csv.reader(
+                (text for _, text in self._texts(self.records.all(file))),
+                delimiter=self.separator,
+                skipinitialspace=True,
+            )
             try:
                 next(rows)
                 fields = {row[position] for row in rows if len(row) > position}
@@ -81,7 +84,7 @@ class CSV(Table):
 
     def read(self, rows: Indices) -> tuple[Rows, Rows]:
         x, y = np.empty((len(rows), len(self.inputs))), np.zeros(len(rows), self.y_dtype)
-        lines, done = self._lines(rows), 0
+        lines, done = self._texts(self.records.of(rows)), 0
         while batch := list(itertools.islice(lines, LINES)):
             last = done + len(batch)
             x[done:last], labels = self._parse(batch)
@@ -103,49 +106,8 @@ class CSV(Table):
                     break
         return lines
 
-    def _count(self) -> int:
-        """The number of records, the header included; also whether some go over several lines, and whether numbers have
-        decimal commas."""
-        records = lines = quotes = 0
-        begins, tail = 1, b""  # the line in which the last record begins, and the end of what has been read
-        with open(self.path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                tail = (tail + chunk[-4096:])[-4096:]
-                if self.separator == ";" and self.decimal == "." and b"," in chunk and DECIMAL_COMMA.search(chunk):
-                    self.decimal = ","
-                if not quotes % 2 and b'"' not in chunk:
-                    ends = chunk.count(b"\n")
-                    lines, records, begins = lines + ends, records + ends, lines + ends + 1
-                    continue
-                raw = np.frombuffer(chunk, np.uint8)
-                marks, breaks = np.flatnonzero(raw == ord('"')), np.flatnonzero(raw == ord("\n"))
-                outside = np.flatnonzero((np.searchsorted(marks, breaks) + quotes) % 2 == 0)
-                self.multiline |= len(outside) < len(breaks)
-                if len(outside):
-                    begins = lines + int(outside[-1]) + 2
-                lines, records, quotes = lines + len(breaks), records + len(outside), quotes + len(marks)
-        if quotes % 2:
-            raise DataError(f"{self.path}, line {begins}: a quotation mark is not closed")
-        ended = tail[len(tail.rstrip(b"\r\n")) :].count(b"\n")
-        return records + 1 - ended  # without empty lines at the end
-
-    def _texts(self, file: IO[bytes]) -> Iterator[Line]:
-        """All records of the open file."""
-        if not self.multiline:
-            return ((number, self._text(line, number)) for number, line in enumerate(file, 1))
-        return ((number, self._text(line, number)) for number, line in _joined(file))
-
-    def _lines(self, rows: Indices) -> Iterator[Line]:
-        """The records of these rows."""
-        with open(self.path, "rb") as file:
-            records = _joined(file) if self.multiline else enumerate(file, 1)
-            at = -1  # the header
-            for first, last in runs(rows):
-                start, stop = int(rows[first]), int(rows[last - 1]) + 1
-                deque(itertools.islice(records, start - at), maxlen=0)
-                for number, line in itertools.islice(records, stop - start):
-                    yield number, self._text(line, number)
-                at = stop
+    def _texts(self, records: Iterable[tuple[int, bytes]]) -> Iterator[Line]:
+        return ((number, self._text(record, number)) for number, record in records)
 
     def _parse(self, batch: Sequence[Line]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Inputs and labels of these records. Where NumPy cannot read them at once, goes field by field, to put NaN
@@ -270,18 +232,6 @@ class CSV(Table):
 
     def _where(self, line: Line) -> str:
         return f"{self.path}, line {line[0]}"
-
-
-def _joined(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Like enumerate(file, 1), with lines put together that a field in quotes joins."""
-    lines: list[bytes] = []
-    quotes = 0
-    for number, line in enumerate(file, 1):
-        lines.append(line)
-        quotes += line.count(b'"')
-        if quotes % 2 == 0:
-            yield number - len(lines) + 1, b"".join(lines)
-            lines.clear()
 
 
 def _rows(lines: Sequence[str], separator: str) -> list[list[str]]:

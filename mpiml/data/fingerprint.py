@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,17 +23,28 @@ ARRAY = 1 << 22  # bytes of an array in memory that are sampled at most
 SIZED = " bytes, samples"  # in the properties of files alone
 
 Fingerprint = list[list[str]]  # of each file or column [name, properties]; equal on all ranks and after a resumption
+Identity = tuple[int, ...]  # of a file on a node: device, inode, size, time of its last change
+Properties = Mapping[Identity, str]  # of files
 
 
-def of_files(files: Sequence[Path]) -> Fingerprint:
-    """For each file its path below their common directory, its size, and a hash of its samples."""
+def of_files(files: Sequence[Path], known: Properties = MappingProxyType({})) -> Fingerprint:
+    """For each file its path below their common directory, its size, and a hash of its samples, which are read unless
+    the file's properties are `known` from other ranks of the node."""
     root = os.path.commonpath([path.parent for path in files]) if files else ""
-    return [[os.path.relpath(path, root), _of_file(path)] for path in files]
+    return [[os.path.relpath(path, root), _of_file(path, known)[1]] for path in files]
 
 
-def _of_file(path: Path) -> str:
+def properties(files: Sequence[Path]) -> Properties:
+    """The properties of files, for `of_files` on other ranks of the node."""
+    return dict(_of_file(path) for path in files)
+
+
+def _of_file(path: Path, known: Properties = MappingProxyType({})) -> tuple[Identity, str]:
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        identity, size = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns), status.st_size
+        if identity in known:
+            return identity, known[identity]
         sampled = hashlib.blake2b(digest_size=16)
         with open(path, "rb", buffering=0) as file:
             for sample in range(SAMPLES if size > SAMPLE else 1):
@@ -40,7 +52,7 @@ def _of_file(path: Path) -> str:
                 sampled.update(file.read(SAMPLE))
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
-    return f"{size:,}{SIZED} {sampled.hexdigest()}"
+    return identity, f"{size:,}{SIZED} {sampled.hexdigest()}"
 
 
 def of_array(array: NDArray[Any]) -> str:

@@ -3,6 +3,7 @@ else."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -60,6 +61,18 @@ class RowOrder:
         """The number of rows of micro-batch m of step 1, 2, ..."""
         a, b = self._span((step - 1) % self.steps_per_epoch, m)
         return b - a
+
+    def total(self, step: int, first: int, last: int) -> int:
+        """The number of rows of micro-batches first..last-1 of a step, as of `size`."""
+        t, steps = (step - 1) % self.steps_per_epoch, self.steps_per_epoch
+        whole, rest = (of_shards[first:last] for of_shards in self._rows_per_step)
+        offsets = steps * np.arange(first, last) // self.microbatches
+        return int((whole + (rest * (t + 1) + offsets) // steps - (rest * t + offsets) // steps).sum())
+
+    @functools.cached_property
+    def _rows_per_step(self) -> tuple[RowNumbers, RowNumbers]:
+        """Of each shard the whole number of rows for each step of an epoch, and how many are left."""
+        return np.divmod([len(self.shard(m)) for m in range(self.microbatches)], self.steps_per_epoch)
 
     def at(self, step: int, m: int) -> RowNumbers:
         """The numbers of the rows of micro-batch m of step 1, 2, ..."""

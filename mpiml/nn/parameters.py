@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import heapq
 import itertools
 import math
 import zlib
@@ -21,7 +22,7 @@ from mpiml.vectors import Block, Vector
 Shape = tuple[int, ...]
 Init = Callable[[np.random.Generator, int], NDArray[np.float64]]
 ARRAY = "array"  # the entry of a constant that is an array of the checkpoint
-CHUNK = 1 << 18  # elements that are initialised at once: first values are drawn in float64, twice the size of float32
+CHUNK = 1 << 18  # elements that are initialised at once, from one generator: they are drawn in float64, 2 MiB
 
 
 class Parameter:
@@ -29,8 +30,9 @@ class Parameter:
 
     Args:
         shape: of the array; for a linear weight (inputs, outputs).
-        init: (generator, count) -> the next `count` first values, float64; called until the array is full. The
-            whole array may be drawn twice, because ranks compare checksums of first values.
+        init: (generator, count) -> the next `count` first values, float64; called until the array is full, with
+            another generator for each chunk of the array. The calls for an array are made in order by one rank, and
+            may be made twice, because ranks compare checksums of first values.
         decay: whether weight decay applies; by default only if the array has more than one axis.
 
     Attributes:
@@ -62,28 +64,35 @@ class Parameter:
         """Whether nothing changes the array; running averages go on."""
         return self.momentum is None and self.rate == 0
 
-    def initialise(self, values: Vector, seed: int) -> None:
-        """Write first values, a function of (seed, name) alone. Raises ConfigError if they differ from those that ranks
-        have compared."""
-        checksum = self._draw(seed, values)
+    def initialise(self, values: Vector, seed: int, elements: range) -> None:
+        """Write the first values of `elements`, one of `drawn_apart`, to their places in `values`. Raises ConfigError
+        if they differ from those that ranks have compared."""
+        checksum = self._draw(seed, elements, values)
         if self._compared not in (None, checksum):
             what = f"{self.name} gets different first values each time they are drawn"
             raise ConfigError(f"{what}; its init must draw them from the generator that it is called with")
         self._compared = None
 
+    def drawn_apart(self) -> list[range]:
+        """Elements that different ranks may initialise: chunks, or the whole array where `init` may know how often it
+        has been called."""
+        length = CHUNK if isinstance(self.init, NamedInit) else max(self.size, 1)
+        return [range(start, min(start + length, self.size)) for start in range(0, self.size, length)]
+
     def described(self, seed: int) -> str:
         """A text that must be equal on all ranks: shape, kind, and how first values are drawn, or their checksum."""
-        self._compared = None if isinstance(self.init, NamedInit) else self._draw(seed)
+        self._compared = None if isinstance(self.init, NamedInit) else self._draw(seed, range(self.size))
         how = self.init.text if isinstance(self.init, NamedInit) else f"checksum {self._compared:08x}"
         kind = f", momentum {self.momentum}" if self.momentum is not None else ", decays" if self.decay else ""
         return f"{self.shape}{kind}{'' if self.rate == 1 else f', rate x {self.rate}'}, {how}"
 
-    def _draw(self, seed: int, out: Vector | None = None) -> int:
-        """Draw first values, and write them to `out` if given. Returns their checksum, or 0 if `init` is NamedInit."""
-        random, checksum = generator(seed, "init", self.name), 0
-        for start in range(0, self.size, CHUNK):
-            count = min(CHUNK, self.size - start)
-            chunk = self.init(random, count)
+    def _draw(self, seed: int, elements: range, out: Vector | None = None) -> int:
+        """Draw the first values of some chunks, each a function of (seed, name, number of the chunk), and write them to
+        `out` if given. Returns their checksum, or 0 if `init` is NamedInit."""
+        checksum = 0
+        for start in elements[::CHUNK]:
+            count = min(CHUNK, elements.stop - start)
+            chunk = self.init(generator(seed, "init", self.name, start // CHUNK), count)
             if np.size(chunk) not in (1, count):
                 raise ConfigError(f"{self.name}: its init gives {np.size(chunk)} first values where {count} are needed")
             if out is not None:
@@ -230,13 +239,24 @@ class Layout:
             parameter.value = view
 
     def initialise(self, values: Vector, seed: int, worker: int = 0, workers: int = 1) -> None:
-        """Write first values, each parameter's a function of (seed, its name) alone.
+        """Write first values, each a function of seed, name of the parameter and number of the chunk alone.
 
-        Worker `worker` of `workers` that write into one vector initialises every `workers`-th parameter.
+        Worker `worker` of `workers` that write into one vector initialises its share.
         """
-        for parameter in self.parameters[worker::workers]:
+        for parameter, elements in self.shares(workers)[worker]:
             offset = self.offsets[parameter]
-            parameter.initialise(values[offset : offset + parameter.size], seed)
+            parameter.initialise(values[offset : offset + parameter.size], seed, elements)
+
+    def shares(self, workers: int) -> list[list[tuple[Parameter, range]]]:
+        """What each of so many workers initialises: about equally many elements."""
+        shares: list[list[tuple[Parameter, range]]] = [[] for _ in range(workers)]
+        least = [(0, worker) for worker in range(workers)]  # a heap of (elements, worker)
+        apart = [(parameter, elements) for parameter in self.parameters for elements in parameter.drawn_apart()]
+        for parameter, elements in sorted(apart, key=lambda each: len(each[1]), reverse=True):
+            count, worker = least[0]
+            shares[worker].append((parameter, elements))
+            heapq.heapreplace(least, (count + len(elements), worker))
+        return shares
 
 
 @dataclass(frozen=True)

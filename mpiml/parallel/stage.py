@@ -11,6 +11,7 @@ from mpi4py import MPI
 from numpy.typing import DTypeLike, NDArray
 
 from mpiml.clock import Clock
+from mpiml.parallel import slices
 from mpiml.parallel.gradient_sum import GradientSum
 from mpiml.parallel.schedules import Schedule
 from mpiml.team import until, wait
@@ -32,6 +33,14 @@ class Batch(Protocol):
     def y(self) -> NDArray[np.generic]: ...
 
     def w(self) -> Array | None: ...
+
+
+def _parts(array: Array) -> list[Array]:
+    """An array's elements, cut so that each part fits into a message."""
+    elements = array.reshape(-1)
+    if len(elements) <= slices.MESSAGE:
+        return [elements]
+    return [elements[start:stop] for start, stop in slices.cut([(0, len(elements))])]
 
 
 @dataclass
@@ -111,11 +120,12 @@ class Stage:
         """Receive into a fresh array, because backward passes still read the arrays of earlier messages. Raises
         ValueError if the message has another size."""
         self.clock("waiting")
-        array, status = np.empty(shape, self.computation.dtype), MPI.Status()
-        request = self.comm.Irecv(array, source)
-        until(lambda: request.Test(status))
+        array, status, count = np.empty(shape, self.computation.dtype), MPI.Status(), 0
+        for part in _parts(array):
+            request = self.comm.Irecv(part, source)
+            until(lambda request=request: request.Test(status))  # type: ignore[misc]
+            count += status.Get_count(MPI.Datatype.fromcode(array.dtype.char))
         self.clock("compute")
-        count = status.Get_count(MPI.Datatype.fromcode(array.dtype.char))
         if count != array.size:
             raise ValueError(f"stage {source} sent {count} values, but {array.size} are needed, of shape {shape}")
         return array
@@ -124,7 +134,7 @@ class Stage:
         """Send without blocking. A request keeps its array alive, so each send drops the requests that are complete."""
         self.clock.mark("send", batch.index)
         self._sent = [request for request in self._sent if not request.Test()]
-        self._sent.append(self.comm.Isend(np.ascontiguousarray(array), target))
+        self._sent += [self.comm.Isend(part, target) for part in _parts(np.ascontiguousarray(array))]
 
     def _finish_sends(self) -> None:
         self.clock("waiting")

@@ -130,7 +130,7 @@ def sum_plan(replica: int, nodes: Sequence[int], total: int) -> SumPlan:
         low, high = sent.covers
         inside = [c for c in local if low <= c.covers[0] and c.covers[1] <= high]
         contents.append((sent.partial, inside, _reduce(inside, total)[0]))
-    counts = _own(replica, replicas, total)[0]
+    counts = _own(replica, replicas, total)
     return SumPlan(
         microbatches=part(replica, replicas, total),
         depth=depth(replica, replicas, total),
@@ -166,17 +166,25 @@ def _home(replica: int, nodes: Sequence[int]) -> tuple[int, int]:
 
 def depth(replica: int, replicas: int, total: int) -> int:
     """How many vectors a replica needs for the sum of its own micro-batches."""
-    return 1 + max(slots(_own(replica, replicas, total)[0]), default=0)
+    return 1 + max(slots(_own(replica, replicas, total)), default=0)
 
 
 def partials(replica: int, replicas: int, total: int) -> list[Range]:
-    """The partial sums of a replica: what its own micro-batches are once it has added up all that it can alone."""
-    return _own(replica, replicas, total)[1]
+    """The partial sums of a replica: what its own micro-batches are once it has added up all that it can alone, the
+    largest nodes of the tree that lie within them."""
+    (low, high), ranges = part(replica, replicas, total), list[Range]()
+    while low < high:
+        size = low & -low or 1 << total.bit_length()
+        while min(low + size, total) > high:
+            size //= 2
+        ranges.append((low, min(low + size, total)))
+        low = ranges[-1][1]
+    return ranges
 
 
-def _own(replica: int, replicas: int, total: int) -> tuple[list[int], list[Range]]:
-    """The sum of a replica's own micro-batches, as of shift_reduce."""
-    return shift_reduce([(m, m + 1) for m in range(*part(replica, replicas, total))], total)
+def _own(replica: int, replicas: int, total: int) -> list[int]:
+    """How a replica adds up its own micro-batches: the counts of shift_reduce."""
+    return shift_reduce([(m, m + 1) for m in range(*part(replica, replicas, total))], total)[0]
 
 
 def _reduce(contributions: Iterable[Contribution], total: int) -> tuple[list[int], list[Range]]:

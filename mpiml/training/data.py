@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
+from mpi4py import MPI
 
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset, Split
 from mpiml.data.fill import MEAN, Filling, present
-from mpiml.data.fingerprint import Fingerprint, difference
+from mpiml.data.fingerprint import Fingerprint, difference, properties
 from mpiml.data.normalize import Normalization, moments
 from mpiml.data.preparation import Preparation, prepared
 from mpiml.data.shards import Shards
@@ -18,7 +19,7 @@ from mpiml.data.sources import Indices, Source
 from mpiml.errors import ConfigError, DataError
 from mpiml.parallel.grid import Grid
 from mpiml.parallel.tree import Range, added
-from mpiml.team import Team, until
+from mpiml.team import Team, reduced
 from mpiml.training import resolve
 from mpiml.training.task import Task
 from mpiml.usercode import is_name
@@ -36,16 +37,16 @@ def open_data(
     """
     elsewhere = "; if the run's data lie elsewhere in this job, say where by --data"
 
-    def opened() -> tuple[Dataset, Fingerprint]:
+    def opened() -> Dataset:
         try:
-            opened = resolve.open_data(config, data, task, tests_only)
-            return opened, opened.fingerprint
+            return resolve.open_data(config, data, task, tests_only)
         except DataError as error:
             stored = config.resume and "data" not in (config.given or ())
             raise DataError(f"{error}{elsewhere if stored else ''}") from error
 
     team.clock("data")
-    dataset, fingerprint = team.together(naming(team, opened))
+    dataset = team.together(naming(team, opened))
+    fingerprint = _fingerprint(team, dataset)
     first = team.broadcast(fingerprint)
 
     def same() -> None:
@@ -55,6 +56,18 @@ def open_data(
 
     team.together(naming(team, same))
     return dataset
+
+
+def _fingerprint(team: Team, data: Dataset) -> Fingerprint:
+    """The fingerprint of a data set; collective. The ranks of a node read its files in turn; those that are other files
+    on some rank, it reads itself."""
+    node, origin = Team(MPI.Intracomm(team.comm.Split_type(MPI.COMM_TYPE_SHARED)), team.clock), data.origin
+    own = team.together(naming(team, lambda: properties(origin.files[node.rank :: node.size])))
+    origin.known = {identity: text for read in node.allgather(own) for identity, text in read.items()}
+    node.comm.Free()
+    fingerprint = team.together(naming(team, lambda: data.fingerprint))
+    origin.known = {}
+    return fingerprint
 
 
 def hold(data: Dataset, grid: Grid, train: Indices | None, test: Indices, both: bool = False) -> None:
@@ -134,34 +147,13 @@ def _of_all(
         each = (measured(split_.x, shards.numbers(m), clock.progress) for m in block)
         return added([(m, m + 1) for m in block], each, microbatches)
 
-    ranges, sums = team.together(here)
-    for other in _partners(grid) if grid.stage == 0 else ():
-        if other < grid.replica:
-            team.wait([grid.data.isend((ranges, sums), other)])
-        else:
-            others_ranges, others_sums = _received(grid, other)
-            ranges, sums = added(ranges + others_ranges, sums + others_sums, microbatches)
-    return team.on_rank_0(lambda: made(*sums))
-
-
-def _partners(grid: Grid) -> Iterator[int]:
-    """The replicas from which this one receives, in this order, and then the one to which it sends, so that the first
-    replica comes to have what all have, in pairs."""
-    distance = 1
-    while distance < grid.replicas:
-        if grid.replica % (2 * distance):
-            yield grid.replica - distance
-            return
-        if grid.replica + distance < grid.replicas:
-            yield grid.replica + distance
-        distance *= 2
-
-
-def _received(grid: Grid, replica: int) -> Any:
-    """What that replica sends to this one."""
-    with grid.team.clock.doing("joining"):
-        until(lambda: grid.data.iprobe(replica))
-        return grid.data.recv(source=replica)
+    sums = team.together(here)
+    if grid.stage == 0:
+        with clock.doing("joining"):
+            sums = reduced(
+                grid.data, sums, lambda one, other: added(one[0] + other[0], one[1] + other[1], microbatches)
+            )
+    return team.on_rank_0(lambda: made(*sums[1]))
 
 
 def naming(team: Team, action: Callable[[], T]) -> Callable[[], T]:

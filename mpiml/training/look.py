@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from mpiml.data.shards import Shards, classes_seen, starved
 from mpiml.data.sources import Indices, Source
 from mpiml.errors import ConfigError, DataError
 from mpiml.parallel.grid import Grid
+from mpiml.team import reduced
 from mpiml.training.data import columns_of, has, naming, with_rank
 from mpiml.training.task import Seen, declared
 
@@ -77,12 +78,15 @@ def look_at(
         team.clock("data")
         return list(itertools.starmap(look, columns))
 
-    everyones = team.allgather(team.together(naming(team, read)))
-    for (split_, _, column), findings in zip(columns, zip(*everyones, strict=True), strict=True):
+    own = team.together(naming(team, read))
+    with team.clock.doing("joining"):
+        everyones = reduced(team.comm, own, lambda *two: list(itertools.starmap(operator.or_, zip(*two, strict=True))))
+    for (split_, _, column), findings, joined in zip(columns, own, team.broadcast(everyones), strict=True):
         source: Source = getattr(split_, column)
         limit, ask = limits.get(column), doubt and source is data.train.y
         wrong = functools.partial(problem, data, column, classes=limit, doubt=ask, trained_on=train is not None)
-        _add(seen, data, column, source, _sound(grid, source, findings, wrong))
+        _check(grid, source, findings, joined, wrong)
+        _add(seen, data, column, source, joined)
     return seen
 
 
@@ -102,19 +106,22 @@ def _add(seen: Seen, data: Dataset, column: str, source: Source, joined: Finding
         seen.notes.append(f"{source.name}: {note}")
 
 
-def _sound(
-    grid: Grid, source: Source, findings: Sequence[Findings], problem_of: Callable[[Findings], tuple[str, int] | None]
-) -> Findings:
-    """The findings of all ranks in a column, joined. Raises DataError, on all alike, for what cannot be used."""
-    joined = functools.reduce(operator.or_, findings)
+def _check(
+    grid: Grid,
+    source: Source,
+    own: Findings,
+    joined: Findings,
+    problem_of: Callable[[Findings], tuple[str, int] | None],
+) -> None:
+    """Raise DataError, on all ranks alike, if what all have found in a column, `joined`, cannot be used; collective."""
     if wrong := problem_of(joined):
+        findings = grid.team.allgather(own)
         problems = [problem_of(one) for one in findings]
         reader = next((rank for rank, one in enumerate(problems) if one and one[1] == wrong[1]), None)
         if reader is None:  # no rank by itself sees it
             reader = next(r for r, one in enumerate(findings) if one.lowest == joined.lowest)
         error = DataError(f"{source.name}: {wrong[0]} {wrong[1]}")
         raise with_rank(error, grid.team, reader).on_all_ranks(grid.team.launched[reader])
-    return joined
 
 
 def checked(data: Dataset, needed: Seen, ignore: int | None, gaps: bool) -> tuple[Split, Split]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -96,8 +97,9 @@ class Learners:
         first = number * microbatches
         optimizer = optimizers.build(config.optimizer, config.momentum, config.weight_decay, config.betas)
 
+        @functools.lru_cache(1)  # it is asked for by each piece of the update
         def rows(step: int) -> int:
-            return sum(of.shards.size(step, m) for m in range(first, first + microbatches))
+            return of.shards.total(step, first, first + microbatches)
 
         observe = of.noise.count if of.noise else None
         computation = dataclasses.replace(of.computation, gradients=gradients(self._layout, sum_))

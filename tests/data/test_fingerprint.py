@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from mpiml.data import fingerprint
 from mpiml.data.dataset import Dataset, Split, open_dataset
-from mpiml.data.fingerprint import SAMPLE, difference, of_array, of_files
+from mpiml.data.fingerprint import SAMPLE, difference, of_array, of_files, properties
 from mpiml.data.formats import Options
 from mpiml.data.sources import ArraySource
 from mpiml.errors import DataError
@@ -42,6 +43,22 @@ def test_first_and_last_byte_count_always(tmp_path: Path, size: int, where: str)
     assert text is not None
     assert text.startswith(f"d.bin has {size:,} bytes, samples ")
     assert text.endswith(" before")
+
+
+def test_what_is_known_of_a_file_is_not_that_of_another_one(tmp_path: Path) -> None:
+    """Ranks of a node that read files in turn may have different files of one name."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for directory, content in ((here, b"one"), (there, b"two")):
+        directory.mkdir()
+        (directory / "d.bin").write_bytes(content)
+        os.utime(directory / "d.bin", (1, 1))
+    known = dict.fromkeys(properties([here / "d.bin"]), "known")
+    assert of_files([here / "d.bin"], known) == [["d.bin", "known"]]
+    assert of_files([there / "d.bin"], known) == of_files([there / "d.bin"])
+    (here / "link").symlink_to(here / "d.bin")
+    assert of_files([here / "link"], known)[0][1] == "known"
+    (here / "d.bin").write_bytes(b"longer")
+    assert of_files([here / "d.bin"], known)[0][1] == properties([here / "d.bin"]).popitem()[1]
 
 
 def test_every_byte_of_a_small_file_counts(tmp_path: Path) -> None:

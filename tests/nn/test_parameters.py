@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from mpiml.errors import ConfigError
 from mpiml.nn import layers as nn
-from mpiml.nn import optimizers
+from mpiml.nn import optimizers, parameters
 from mpiml.nn.layers import LayerNorm, Linear, ReLU, Residual
-from mpiml.nn.parameters import Gradients, Layout, Parameter, Statistic, constant
+from mpiml.nn.parameters import Gradients, Layout, Parameter, Statistic, constant, normal, uniform
 from mpiml.nn.perceptrons import mlp
 from mpiml.vectors import ALIGNMENT, BLOCK, Operands
 from tests.nn.cases import named
@@ -211,6 +212,45 @@ def test_first_values_depend_on_seed_and_name_alone(part: slice, dtype: str) -> 
     assert named(some, values)
     for name, view in named(some, values).items():
         np.testing.assert_array_equal(view, named(whole, everything)[name])
+
+
+def ordered() -> Callable[[np.random.Generator, int], np.ndarray]:
+    """An init that knows how often it has been called, as one does that hands out an array that exists."""
+    calls = itertools.count()
+    return lambda random, count: random.random(count) + next(calls)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 7])
+def test_first_values_are_the_same_from_any_number_of_workers(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parameters, "CHUNK", 8)
+
+    def layout() -> Layout:
+        inits = [normal(1.0), uniform(2.0), ordered(), normal(1.0)]
+        made = [Parameter((size,), init) for size, init in zip((50, 8, 20, 3), inits, strict=True)]
+        for number, parameter in enumerate(made):
+            parameter.name = f"layers.{number}.weight"
+        return Layout(made, "float64")
+
+    one, many = layout(), layout()
+    expected, values = one.zeros(), many.zeros()
+    one.initialise(expected, 3)
+    for worker in reversed(range(workers)):
+        many.initialise(values, 3, worker, workers)
+    np.testing.assert_array_equal(values, expected)
+    assert len(set(values[values != 0])) == 50 + 8 + 20 + 3
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4, 8])
+def test_workers_draw_equally_many_first_values(workers: int) -> None:
+    """Of a few large parameters, too, and where weights and biases take turns."""
+    shapes = [(7000, 4096), (4096,), (4096, 4096), (4096,), (1000, 4096), (1000,)]
+    made = [Parameter(shape, normal(1.0)) for shape in shapes]
+    layout = Layout([*made, Parameter((800, 4096), ordered())], "float32")
+    shares = layout.shares(workers)
+    counts = [sum(len(elements) for _, elements in share) for share in shares]
+    assert sum(counts) == sum(parameter.size for parameter in layout.parameters)
+    assert max(counts) - min(counts) <= parameters.CHUNK
+    assert sum(counts) / max(counts) > 0.95 * workers
 
 
 def test_first_values_differ_between_seeds_and_names() -> None:

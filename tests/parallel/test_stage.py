@@ -1,7 +1,8 @@
-"""Messages between stages: as long as they must be, or refused on the rank that gets them."""
+"""Messages between stages: as long as they must be, or refused on the rank that gets them; long ones in parts."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from mpi4py import MPI
 
 from mpiml.clock import Clock
+from mpiml.parallel import slices
 from mpiml.parallel.stage import Computation, Stage
 
 pytestmark = pytest.mark.mpi
@@ -21,13 +23,25 @@ class Rows:
     index, rows = 0, 3
 
     def x(self) -> Any:
-        return np.ones((3, 4), np.float32)
+        return np.arange(12, dtype=np.float32).reshape(3, 4)
 
     def y(self) -> Any:
         return np.zeros(3, int)
 
     def w(self) -> None:
         return None
+
+
+COMPUTATION = Computation(
+    forward=lambda x, at: (x, lambda dy, grads: None),
+    at=lambda *place: None,
+    objective=lambda y, labels, weights, measured, at: ([float(y.sum()), 3.0], y),
+    x_shape=(4,),
+    y_shape=(4,),
+    dtype=np.float32,
+    learns=False,
+    learned=False,
+)
 
 
 @pytest.mark.parametrize("columns", [4, 2, 0])
@@ -37,21 +51,38 @@ def test_a_message_that_is_too_short_is_refused(columns: int) -> None:
         return
     pair = WORLD.Split(WORLD.rank // 2, WORLD.rank)
     if pair.size == 2:
-        computation = Computation(
-            forward=lambda x, at: (x[:, :columns] if pair.rank == 0 else x, lambda dy, grads: None),
-            at=lambda *place: None,
-            objective=lambda y, labels, weights, measured, at: ([float(y.sum()), 3.0], y),
-            x_shape=(4,),
-            y_shape=(4,),
-            dtype=np.float32,
-            learns=False,
-            learned=False,
-        )
+        shorter = lambda x, at: (x[:, :columns] if pair.rank == 0 else x, lambda dy, grads: None)  # noqa: E731
+        computation = dataclasses.replace(COMPUTATION, forward=shorter)
         record = np.zeros((1, 2))
         if pair.rank == 1 and columns < 4:
             with pytest.raises(ValueError, match=rf"stage 0 sent {3 * columns} values, but 12 are needed"):
                 Stage(pair, computation, Clock()).evaluate([(Rows(), record[0])])
         else:
             Stage(pair, computation, Clock()).evaluate([(Rows(), record[0])])
-            assert record.tolist() == [[12.0, 3.0] if pair.rank == 1 else [0.0, 0.0]]
+            assert record.tolist() == [[66.0, 3.0] if pair.rank == 1 else [0.0, 0.0]]
+    pair.Free()
+
+
+class Short(MPI.Intracomm):
+    """A communicator of a library that takes no long messages."""
+
+    def Isend(self, buf: Any, *place: int) -> MPI.Request:
+        assert len(buf) <= slices.MESSAGE
+        return super().Isend(buf, *place)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3])
+def test_a_long_message_goes_in_parts(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries of MPI 3 count the elements of a message in C's int."""
+    if WORLD.size < 2:
+        return
+    monkeypatch.setattr(slices, "MESSAGE", 4)
+    pair = WORLD.Split(WORLD.rank // 2, WORLD.rank)
+    if pair.size == 2:
+        stage = Stage(Short(pair), COMPUTATION, Clock())
+        if pair.rank == 0:
+            stage._send(1, Rows().x()[:rows], Rows())
+            stage._finish_sends()
+        else:
+            np.testing.assert_array_equal(stage._receive(0, (rows, 4)), Rows().x()[:rows])
     pair.Free()

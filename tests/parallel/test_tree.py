@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -186,11 +185,12 @@ def test_partners_share_the_links(nodes: list[int]) -> None:
         assert max(loads) - min(loads) <= 1
 
 
-def test_partials_cover_the_block() -> None:
-    for replica in range(5):
-        covers = partials(replica, 5, 37)
-        assert (covers[0][0], covers[-1][1]) == part(replica, 5, 37)
-        assert all(a[1] == b[0] for a, b in itertools.pairwise(covers))
+def test_partials_are_what_a_replica_is_left_with() -> None:
+    cases = [(replicas, total) for total in (*range(1, 40), 96, 100, 127, 128, 129) for replicas in range(1, total + 3)]
+    for replicas, total in cases:
+        for replica in range(replicas):
+            own = [(m, m + 1) for m in range(*part(replica, replicas, total))]
+            assert partials(replica, replicas, total) == shift_reduce(own, total)[1]
 
 
 @pytest.mark.parametrize(

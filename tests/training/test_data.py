@@ -1,9 +1,12 @@
-"""What inputs are filled and normalised with has the same bits on every grid."""
+"""Data on all ranks: what inputs are filled and normalised with has the same bits on every grid; who reads what."""
 
 from __future__ import annotations
 
 import functools
 import operator
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +14,15 @@ from mpi4py import MPI
 
 from mpiml.clock import Clock
 from mpiml.config import Config
+from mpiml.data import fingerprint
 from mpiml.data.dataset import Dataset
 from mpiml.data.normalize import Normalization, moments
 from mpiml.data.shards import Shards
 from mpiml.parallel import grid as grids
 from mpiml.partition import part
 from mpiml.team import Team
-from mpiml.training.data import prepare
+from mpiml.training import resolve
+from mpiml.training.data import open_data, prepare
 
 pytestmark = pytest.mark.mpi
 WORLD = MPI.COMM_WORLD
@@ -66,3 +71,26 @@ def test_another_order_is_worth_avoiding() -> None:
     other = Normalization.of(in_order)
     assert not np.array_equal((mean, scale), (other.mean, other.scale))
     np.testing.assert_allclose((mean, scale), (other.mean, other.scale), rtol=1e-9)
+
+
+def test_the_ranks_of_a_node_read_files_in_turn_for_the_fingerprint(tmp_path: Path, monkeypatch: Any) -> None:
+    """Of a data set with changes, too: here, rows to validate on."""
+    path = WORLD.bcast(tmp_path)
+    read, sample = list[Path](), fingerprint._of_file
+
+    def noted(file: Path, known: fingerprint.Properties = MappingProxyType({})) -> tuple[fingerprint.Identity, str]:
+        identity, text = sample(file, known)
+        read.extend([] if identity in known else [file])
+        return identity, text
+
+    if WORLD.rank == 0:
+        for number in range(9):
+            (path / f"{number}.txt").write_text(f"{number}" * 100)
+    WORLD.barrier()
+    monkeypatch.setattr(fingerprint, "_of_file", noted)
+    config = Config(data=str(path), context=4, model="gpt", validation=0.2)
+    data = open_data(config, Team(WORLD, Clock()))
+    assert len(read) in (9 // WORLD.size, -(-9 // WORLD.size))
+    alone = resolve.open_data(config)
+    assert data.fingerprint == alone.fingerprint
+    assert len(read) > 9
