@@ -13,7 +13,6 @@ from mpi4py import MPI
 from mpiml.bench.models import Trainer, perceptron
 from mpiml.bench.pairs import PAIRS, ratio, seconds
 from mpiml.bench.rows import Ratio
-from mpiml.parallel.state import State
 from mpiml.run import shared_file
 from mpiml.run.checkpoint import texts_of
 from mpiml.run.contents import Contents, contents_in
@@ -39,7 +38,7 @@ class Saving:
         self.saver = Saver(self.run.grid.team, self.run.grid.node)
         state, layouts = self.run.state, self.run.model.layouts
         layout = layouts[self.run.grid.stage]
-        self.own = [segment for name in state.names for segment in segments(layout, name, _collected(state, name))]
+        self.own = [segment for name in state.names for segment in segments(layout, name, state.parts[name].collected)]
         self.contents = Contents.of(needed_kinds(layouts, state.names), texts_of(1, "", "", {}))
         self.saver.copies.claim(size_of_copies(self.own))
 
@@ -75,11 +74,6 @@ class Saving:
             subprocess.run(command, check=True)
             Path("dd").unlink()
         quiet_barrier(WORLD)
-
-
-def _collected(state: State, name: str) -> dict[tuple[int, int], np.ndarray]:
-    part = state.parts[name]
-    return {of: part.held[of] for of in part.collected}
 
 
 def save(hidden: str) -> Ratio:

@@ -92,7 +92,7 @@ class Average:
             views[start, stop] = vector[first : first + stop - start]
             first += stop - start
         once = self._counts and self._lane.rank in {holder for holder, _, _ in self.values.holders}
-        return Part(views, list(views) if once else [])
+        return Part(views, views if once else {})
 
     def begin(self) -> None:
         """Note the values at the start of a round."""

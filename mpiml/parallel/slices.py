@@ -6,13 +6,26 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from mpiml.vectors import PIECE, Block
 
 Range = tuple[int, int]
+
+
+class Run(Protocol):
+    """Anything that covers a range."""
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def stop(self) -> int: ...
+
+
+T = TypeVar("T", bound=Run)
 MESSAGE = 1 << 30  # elements of a message: before MPI 4, libraries count them in C's int
 
 
@@ -59,7 +72,7 @@ def cut(ranges: Sequence[Range]) -> list[Range]:
     return [(a, min(a + MESSAGE, stop)) for start, stop in ranges for a in range(start, stop, MESSAGE)]
 
 
-def owned(blocks: Sequence[Block], owners: int) -> list[Sequence[Block]]:
+def owned(blocks: Sequence[T], owners: int) -> list[Sequence[T]]:
     """The run of blocks that each owner gets: one after another, of nearly equal length; some may be empty."""
     starts = [block.start for block in blocks]
     first, stop = bounds(blocks)
@@ -67,9 +80,16 @@ def owned(blocks: Sequence[Block], owners: int) -> list[Sequence[Block]]:
     return [blocks[a:b] for a, b in itertools.pairwise(cuts)]
 
 
-def bounds(run: Sequence[Block]) -> tuple[int, int]:
+def bounds(run: Sequence[Run]) -> tuple[int, int]:
     """Where a run of blocks starts and stops."""
     return (run[0].start, run[-1].stop) if run else (0, 0)
+
+
+def dealt(ranges: Sequence[Range], pieces: Sequence[Piece], share: int, shares: int) -> list[Range]:
+    """What share number `share` of `shares` nearly equal ones is of ranges that these pieces make up."""
+    first, last = bounds(owned(sorted(pieces, key=lambda piece: piece.start), shares)[share])
+    overlap = [(max(start, first), min(stop, last)) for start, stop in ranges]
+    return [(start, stop) for start, stop in overlap if start < stop]
 
 
 def place(ranges: Sequence[Range], start: int, stop: int) -> slice:
@@ -89,18 +109,19 @@ def within(ranges: Sequence[Range], start: int, stop: int) -> list[Range]:
         low, high = max(first, first + start - before), min(last, first + stop - before)
         parts += [(low, high)] if low < high else []
         before += last - first
-    return cut(parts)
+    return parts
 
 
 def overlaps(ranges: Sequence[Range], others: Sequence[Range]) -> Iterator[tuple[Range, slice]]:
-    """Where ranges overlap others, in order: the range, and which part of it. Both are sorted, and no two of one list
-    overlap."""
+    """Where ranges overlap others, in order: the range, and which part of it, cut to fit into messages. Both lists are
+    sorted, and no two ranges of one overlap."""
     for start, stop in ranges:
         for index in range(bisect_right(others, start, key=itemgetter(1)), len(others)):
             low, high = others[index]
             if low >= stop:
                 break
-            yield (start, stop), slice(max(low, start) - start, min(high, stop) - start)
+            for first, last in cut([(max(low, start), min(high, stop))]):
+                yield (start, stop), slice(first - start, last - start)
 
 
 def pieces(run: Sequence[Block]) -> list[Piece]:

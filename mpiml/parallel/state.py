@@ -8,7 +8,7 @@ from typing import NamedTuple
 from mpi4py import MPI
 
 from mpiml.parallel.grid import Grid
-from mpiml.parallel.slices import Range, cut, overlaps, place
+from mpiml.parallel.slices import Range, dealt, overlaps, place
 from mpiml.parallel.values import Values
 from mpiml.team import allgather, wait
 from mpiml.vectors import Vector
@@ -23,31 +23,33 @@ Views = Mapping[Key, Mapping[Range, Vector]]  # the same, with where they lie; s
 
 
 class Part(NamedTuple):
-    """What a rank has of a vector of its stage.
+    """What a rank has of a vector of its stage, ranges of it with where they lie.
 
     Attributes:
-        held: the ranges that the rank needs, each one message, with where they lie.
-        collected: those of them that are collected from this rank: over all ranks each element once.
+        held: those that the rank needs.
+        collected: those that are collected from this rank, whole blocks: over all ranks each element once.
     """
 
     held: Mapping[Range, Vector]
-    collected: Sequence[Range]
+    collected: Mapping[Range, Vector]
 
 
-def parts(values: Values, states: Mapping[str, Vector], replica: int, collected: bool = True) -> dict[str, Part]:
+def parts(values: Values, states: Mapping[str, Vector], share: tuple[int, int] = (0, 1)) -> dict[str, Part]:
     """What a rank has of the values of its stage and of its state vectors, which are of the parts of the values that it
-    holds, one after another. Nothing is collected unless it is `collected` from this copy of the model."""
-    held, size, updated = cut(values.held), values.vector.size, values.updated
-    fixed = cut([(updated, size)]) if values.memory.rank == 0 else []  # which nobody updates
-    once = collected and replica in {holder for holder, _, _ in values.holders}
-    views = {(start, stop): values.vector[start:stop] for start, stop in [*held, *fixed]}
-    first = fixed if collected and replica == 0 else []
-    of_values = Part(views, [*(held if once else []), *first])
-    of_states = {
-        name: Part({of: state[place(values.held, *of)] for of in held}, held if once else [])
-        for name, state in states.items()
-    }
-    return {VALUES: of_values} | of_states
+    holds, one after another. `share`: which it is of how many ranks that hold the same; each gives a part of it."""
+    vector, updated = values.vector, values.updated
+    of_rank = dealt(values.held, values.pieces, *share) if values.comm.rank in values.owners else []
+    fixed = {(updated, vector.size): vector[updated:]} if updated < vector.size else {}  # which nobody updates
+
+    def views(ranges: Sequence[Range], name: str) -> dict[Range, Vector]:
+        if name == VALUES:
+            return {(start, stop): vector[start:stop] for start, stop in ranges}
+        return {of: states[name][place(values.held, *of)] for of in ranges}
+
+    every = {name: Part(views(values.held, name), views(of_rank, name)) for name in (VALUES, *states)}
+    own, once = every[VALUES], fixed if values.comm.rank == share[0] == 0 else {}
+    every[VALUES] = Part({**own.held, **(fixed if values.memory.rank == 0 else {})}, {**own.collected, **once})
+    return every
 
 
 class Source(NamedTuple):
@@ -102,7 +104,7 @@ class State:
             for rank, holding in enumerate(self._holdings)
         }
         own = ranges[self.comm.rank].items()
-        return Source(ranges, {key: {of: self._held[key][of].copy() for of in collected} for key, collected in own})
+        return Source(ranges, {k: {of: self.parts[k[1]].collected[of].copy() for of in ofs} for k, ofs in own})
 
     def take(self, sources: Iterable[Source]) -> None:
         """Give every rank what it needs of some sources, one after another; the rest stays as it is."""

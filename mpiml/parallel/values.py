@@ -59,6 +59,7 @@ class Values:
         nodes: how many replicas each node has, in order.
         buckets: from the end of the vector to its start, as a backward pass writes gradients.
         holders: (replica, start, stop) of parts that make up what is updated, each element once.
+        owners: the replicas that hold any.
         held: (start, stop) of the parts that this replica updates; pieces: the same, cut to fit a cache.
         sent: the bytes that this replica has sent to other nodes, of sums too.
     """
@@ -82,6 +83,7 @@ class Values:
             for owner, (start, stop) in enumerate(bucket.slices)
             if stop > start
         ]
+        self.owners = {owner for owner, _, _ in self.holders}
         self.held = [(start, stop) for owner, start, stop in self.holders if owner == comm.rank]
         self.pieces = [piece for bucket in self.buckets for piece in bucket.pieces]
         self.sent = self._given = 0

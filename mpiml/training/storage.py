@@ -141,7 +141,7 @@ class Store:
             segment
             for name in names or state.names
             if name in parts
-            for segment in segments(layout, name, {of: parts[name].held[of] for of in parts[name].collected})
+            for segment in segments(layout, name, parts[name].collected)
         ]
 
     def _ending(self, step: int) -> Callable[[], Callable[[], object]]:

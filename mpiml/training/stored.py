@@ -212,12 +212,12 @@ def read_model(
     """
     team, given, damaged = grid.team, dict[str, Any](), dict[Path, str]()  # the last two on rank 0
     team.clock("checkpoint")
-    first_node, of_values = team.broadcast(grid.node.size), parts(values, {}, grid.replica)[VALUES]
+    first_node, of_values = team.broadcast(grid.node.size), parts(values, {})[VALUES]
     while True:
         path = Path(stored.header.origin)
         names, layout = map(stored.name_of, needed_kinds(layouts, (VALUES,))), layouts[grid.stage]
         into = segments(layout, VALUES, of_values.held, stored.name_of)
-        counted = segments(layout, VALUES, {of: of_values.held[of] for of in of_values.collected}, stored.name_of)
+        counted = segments(layout, VALUES, of_values.collected, stored.name_of)
         try:
             team.on_rank_0(functools.partial(_add_constants, path, constants, given))
             shared_file.load(team, first_node, path, stored.contents, names, into, counted)

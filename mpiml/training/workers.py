@@ -19,6 +19,7 @@ from mpiml.parallel.gradient_sum import GradientSum
 from mpiml.parallel.grid import Grid
 from mpiml.parallel.recall import Recall
 from mpiml.parallel.schedules import SCHEDULES
+from mpiml.parallel.slices import Range
 from mpiml.parallel.stage import Computation, TrainingStage
 from mpiml.parallel.state import OUTER, VALUES, Part, State, parts
 from mpiml.parallel.update import Update
@@ -27,6 +28,7 @@ from mpiml.training.learner import Learner
 from mpiml.training.noise import NoiseScale
 from mpiml.training.place import Agree, BuiltModel, another, gradients, place
 from mpiml.training.resolve import Resolved
+from mpiml.vectors import Vector
 
 MOST_ARRAYS = 200_000  # of a checkpoint; the header of a safetensors file has room for some 100 bytes of each of 10^6
 
@@ -139,9 +141,16 @@ class Learners:
 
     def _state(self) -> State:
         first = self.own[0]
-        held = parts(first.stage.sum.values, first.update.states, first.grid.replica, collected=self.first == 0)
-        held |= self._outer()
+        values, of_worker = first.stage.sum.values, self._share(first)
+        groups, each = self.count // len(self.own), of_worker[1]
+        share = self.first // len(self.own) * each + of_worker[0], groups * each
+        held = parts(values, first.update.states, share) | self._outer()
         return State(self.grid, tuple(held), held, self._settle)
+
+    def _share(self, learner: Learner) -> tuple[int, int]:
+        """Which this rank is of how many that hold the same of a learner's vectors."""
+        alike = learner.stage.sum.values.comm.size < learner.grid.replicas  # each of these has a copy of its own
+        return (learner.grid.replica, learner.grid.replicas) if alike else (0, 1)
 
     def _outer(self) -> dict[str, Part]:
         """What this rank has of the velocity of the outer step, if there is one."""
@@ -164,14 +173,14 @@ class Learners:
         first, names = self.own[0], (VALUES, *self.own[0].update.states)
         held: dict[str, Part] = {}
         for number, learner in enumerate(self.own, self.first):
-            of_worker = parts(learner.stage.sum.values, learner.update.states, learner.grid.replica)
+            of_worker = parts(learner.stage.sum.values, learner.update.states, self._share(learner))
             updated = learner.stage.sum.values.updated
             moving, fixed = _divided(of_worker[VALUES], updated)
             held |= {worker_name(number, name): part for name, part in (of_worker | {VALUES: moving}).items()}
             if learner is first:
                 start = self.average.parts(self.average.start)
-                once = fixed.collected if self.first == 0 else []
-                held[VALUES] = Part({**start.held, **fixed.held}, [*start.collected, *once])
+                once = fixed.collected if self.first == 0 else {}
+                held[VALUES] = Part({**start.held, **fixed.held}, {**start.collected, **once})
         every = [worker_name(number, name) for number in range(self.count) for name in names]
         outer = self._outer()
         return State(self.grid, (VALUES, *outer, *every), held | outer, self._settle_round)
@@ -210,11 +219,11 @@ def worker_name(number: int, name: str) -> str:
 def _divided(values: Part, updated: int) -> tuple[Part, Part]:
     """What a rank has of the values that are updated, as a vector of their own, and of those that are not."""
 
-    def those(fixed: bool) -> Part:
-        held = {of: view for of, view in values.held.items() if (of[0] >= updated) == fixed}
-        return Part(held, [of for of in values.collected if of in held])
+    def those(views: Mapping[Range, Vector], fixed: bool) -> dict[Range, Vector]:
+        return {of: view for of, view in views.items() if (of[0] >= updated) == fixed}
 
-    return those(False), those(True)
+    moving, others = (Part(those(values.held, fixed), those(values.collected, fixed)) for fixed in (False, True))
+    return moving, others
 
 
 class Learning:

@@ -77,7 +77,7 @@ def build(pipe: int, divided: bool = True, bucket: int = 0, of_node: int = 1) ->
     values = Values(comm, memory, layout.size, layout.blocks(), layout.dtype, bucket)
     MADE.append(values)
     size = sum(stop - start for start, stop in values.held)
-    mine = parts(values, {name: zeros(size, layout.dtype) for name in NAMES[1:]}, grid.replica)
+    mine = parts(values, {name: zeros(size, layout.dtype) for name in NAMES[1:]})
     return grid, values, State(grid, NAMES, mine, values.publish)
 
 
