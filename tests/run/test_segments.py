@@ -70,7 +70,7 @@ def test_spans_lie_where_their_arrays_do_in_little_endian() -> None:
 def test_copies_are_aligned_and_stay_what_they_were() -> None:
     arrays = [np.arange(5.0), np.arange(3, dtype="u1"), np.zeros(0), np.arange(70, dtype=">f4"), np.array([True])]
     own = [Segment(f"a{number}", 0, array, number != 1) for number, array in enumerate(arrays)]
-    memory, before = Copies(), [array.tobytes() for array in arrays]
+    before, memory = [array.tobytes() for array in arrays], Copies()
     memory.claim(size_of_copies(own))
     copies = memory.of(own)
     for array in arrays:
@@ -78,8 +78,11 @@ def test_copies_are_aligned_and_stay_what_they_were() -> None:
     assert [copy.values.tobytes() for copy in copies] == before
     assert [copy._replace(values=None) for copy in copies] == [one._replace(values=None) for one in own]
     places = [copy.values.ctypes.data - copies[0].values.ctypes.data for copy in copies]
+    assert places == [0, 64, 128, 128, 128 + 320]
     assert all(place % ALIGNMENT == 0 for place in places)
-    assert places[-1] < size_of_copies(own)
+    assert size_of_copies(own) == places[-1] + ALIGNMENT
+    again = memory.of(own[:1])
+    assert np.shares_memory(again[0].values, copies[0].values), "it was enough"
 
 
 def parts_of(rng: Random, arrays: list[np.ndarray], ranks: int) -> list[list[tuple[int, int, int]]]:
