@@ -77,8 +77,8 @@ def test_copies_are_aligned_and_stay_what_they_were() -> None:
         array[...] = 0
     assert [copy.values.tobytes() for copy in copies] == before
     assert [copy._replace(values=None) for copy in copies] == [one._replace(values=None) for one in own]
-    places = [copy.values.ctypes.data - copies[0].values.ctypes.data for copy in copies]
-    assert places == [0, 64, 128, 128, 128 + 320]
+    places = [copy.values.ctypes.data - copies[0].values.ctypes.data for copy in copies if copy.values.size]
+    assert places == [0, 64, 128, 128 + 320]
     assert all(place % ALIGNMENT == 0 for place in places)
     assert size_of_copies(own) == places[-1] + ALIGNMENT
     again = memory.of(own[:1])
