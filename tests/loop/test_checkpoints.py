@@ -14,6 +14,7 @@ from mpiml.loop.checkpoints import Checkpoints
 from mpiml.run import verified
 from tests.chaos.disk import Disk, Tree, build, recorded
 from tests.conftest import launch
+from tests.forging import write_before
 
 COMM = MPI.COMM_WORLD
 
@@ -92,6 +93,21 @@ def test_the_newest_are_kept_and_a_damaged_one_is_skipped(directory: Path, capsy
         names = sorted(path.name for path in directory.iterdir())
         assert names[-1] == "step-000000003.safetensors"
         assert not any(name.endswith(".partial") for name in names)
+
+
+def test_a_checkpoint_with_one_sha256_of_all_comes_back(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, MPI.COMM_SELF)
+    checkpoints.save(1, {"w": np.arange(4.0)}, meta={"a": 1})
+    (file,) = tmp_path.iterdir()
+    arrays, contents = verified.read(file, lambda name: True)
+    write_before(file, arrays, contents.texts)
+    saved = checkpoints.newest()
+    assert saved
+    assert (saved.step, saved.meta, saved.arrays["w"].tolist()) == (1, {"a": 1}, [0, 1, 2, 3])
+    content = file.read_bytes()
+    file.write_bytes(content[:-3] + bytes([content[-3] ^ 1]) + content[-2:])
+    with pytest.raises(OutputError, match="its content does not match its SHA-256"):
+        checkpoints.newest()
 
 
 @pytest.mark.mpi

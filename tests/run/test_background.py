@@ -50,8 +50,10 @@ def test_its_progress_is_that_of_who_waits() -> None:
             stop.set()
 
     def action(progress: Progress) -> None:
-        while not stop.wait(0.001):
+        for _ in range(2000):
             progress()
+            if stop.wait(0.001):
+                return
 
     work = Work(action, "", yields=False)
     assert not work.done
