@@ -213,5 +213,5 @@ def test_save_that_fails_asks_nobody_else_to_stop(run: Path, monkeypatch: Any) -
     monkeypatch.setenv("DISK", "full:0:3")
     with StopRequest() as stop:
         with pytest.raises(OutputError, match="No space left on device"):
-            train(Config(**SETTINGS | {"steps": 100_000}, save_every=2, eval_every=0, save="async", out=str(run)))
+            train(Config(**SETTINGS | {"steps": 300}, save_every=100, eval_every=0, save="async", out=str(run)))
         assert not stop.asked
