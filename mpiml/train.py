@@ -175,7 +175,7 @@ def _loop(run: Run, start: int, store: Store, logger: log.Log, stop: StopRequest
             store.save(step, step < run.config.steps and not done.stop)  # first: an evaluation may fail
         scored = not done.due.evaluation or _scored(run, step, store, logger, stop)
         if not scored or (done.stop and step < run.config.steps and not run.best.enough):
-            store.save(step)
+            store.save(step, going_on=False)
             return True
     return False
 
