@@ -67,16 +67,18 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> list[Job]:
             (asked, f"DISK=term:1:8 {RUN} --save async"),
             (asked, f"--resume --steps {STEPS}"),
             (path / "closed", f"DISK=unseen:1 {RUN} --save async"),
+            (path / "nodes", f"{NODES} DISK=slow {RUN} --save async"),
         ],
     )
 
 
 def test_file_is_the_same_whoever_writes_it_and_when(jobs: Sequence[Job]) -> None:
-    whole, sync, slow, unseen, *_ = jobs
-    assert [job.code for job in (whole, sync, slow, unseen)] == [0, 0, 0, 0], [job.err for job in jobs]
+    whole, sync, slow, unseen, *_, nodes = jobs
+    for job in (whole, sync, slow, unseen, nodes):
+        assert job.code == 0, job.err
     of_steps = files(whole.run)
     assert len(of_steps) == STEPS // 2
-    assert files(slow.run) == of_steps
+    assert files(slow.run) == files(nodes.run) == of_steps
     assert of_steps.items() <= files(unseen.run).items()  # which has gone on
     for name in of_steps:  # the setting is in the header
         waited, other = (checkpoint.load(run / "checkpoints" / name) for run in (sync.run, whole.run))
