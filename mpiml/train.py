@@ -119,8 +119,7 @@ def _run(run: Run, name: str, hold: Hold, notes: list[str], stop: StopRequest, b
 def _go_on(run: Run, store: Store, hold: Hold, notes: list[str], stop: StopRequest, began: float) -> dict[str, Any]:
     """Train from where the run left off. Returns the content of result.json."""
     cfg, grid, data = run.config, run.grid, run.data
-    asked = stop.others
-    stop.others = lambda: asked() or store.failed
+    stop.broken = lambda: store.failed
     restored = store.restore()
     warnings, waits = hold.begun(run), store.claim()
     rows, metric = data.shards.rows_per_step, run.model.metric.name
@@ -176,14 +175,20 @@ def _loop(run: Run, start: int, store: Store, logger: log.Log, stop: StopRequest
             store.save(step, step < run.config.steps and not done.stop)  # first: an evaluation may fail
         scored = not done.due.evaluation or _scored(run, step, store, logger, stop)
         if not scored or (done.stop and step < run.config.steps and not run.best.enough):
-            store.save(step)
+            store.save(step, going_on=False)
             return True
     return False
 
 
 def _scored(run: Run, step: int, store: Store, logger: log.Log, stop: StopRequest) -> bool:
     """Evaluate, and save the step if it is one of the best or the end. Returns False if a stop cut that short."""
-    evaluation = run.evaluate(step, stop.at_once)
+    store.before_evaluation()
+
+    def broken_off() -> bool:
+        store.tick()
+        return stop.at_once()
+
+    evaluation = run.evaluate(step, broken_off)
     if evaluation is None:
         return False
     logger.evaluation(evaluation)

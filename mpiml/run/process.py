@@ -95,6 +95,7 @@ class StopRequest:
     def __init__(self, deadline: Deadline | None = None, grace: float = 0.0) -> None:
         self.deadline, self.grace = deadline or Deadline(), grace
         self.others: Callable[[], bool] = lambda: False  # whether another rank reports a stop request
+        self.broken: Callable[[], bool] = lambda: False  # whether the run must end with an error, which nobody asks for
         self.asked = False  # by a signal
         self._asked_at = 0.0
         self._before: dict[int, tuple[Any, Any]] = {}  # of each signal that is taken: Python's and C's handlers
@@ -127,7 +128,7 @@ class StopRequest:
 
     def _asked_anywhere(self) -> bool:
         self.asked = self.asked or self.others()
-        return self.asked
+        return self.asked or self.broken()
 
     def within(self, rest: float, step: float, copies: int) -> bool:
         """Whether to stop within a round, of which `rest` seconds are left, before another step of `step` seconds, and

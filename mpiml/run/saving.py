@@ -155,12 +155,12 @@ class Saver:
         path, unfinished, contents = self.team.on_rank_0(prepared)
         if contents is None:
             return
-        descriptor, unopened, seen = shared_file.opened(self.team.comm, unfinished, os.O_WRONLY)
+        descriptor, unopened, seen = shared_file.opened(self.team, unfinished, os.O_WRONLY)
         if background := background and seen:
             own = self.copies.of(own)
         rows = shared_file.rows(own, sorted(contents.kinds))
         save = _Save(path, unfinished, files[0] if files else None, rows)
-        save.all_rows = [of.reshape(-1, 3) for of in shared_file.gathered(self.team.comm, rows.reshape(-1))]
+        save.all_rows = [of.reshape(-1, 3) for of in shared_file.gathered(self.team, rows.reshape(-1))]
         spans = segments.spans(own, contents.starts)
         if seen and self.first_node < self.team.size:
             spans = exchanged(self.team, spans, contents.first)

@@ -18,14 +18,14 @@ from mpiml.run.digests import Kind, little
 from mpiml.run.directory import PART
 from mpiml.run.segments import Segment, Span
 from mpiml.run.verified import Progress, read_into
-from mpiml.team import Team, wait
+from mpiml.team import Team
 from mpiml.vectors import BLOCK
 
 HASHED = 16 * BLOCK  # elements that are looked at and hashed at once: they stay in a cache meanwhile
 Blocks = tuple[NDArray[np.int64], bytes]  # rows and digests, as of segments.digests_of
 
 
-def opened(comm: MPI.Intracomm, path: Path, flags: int) -> tuple[int, OSError | None, bool]:
+def opened(team: Team, path: Path, flags: int) -> tuple[int, OSError | None, bool]:
     """The descriptor of a file that is there on rank 0, or -1 and why it cannot be opened here: on another node because
     it is not there, say; and whether all ranks have opened it. Collective."""
     descriptor, problem = -1, None
@@ -34,17 +34,17 @@ def opened(comm: MPI.Intracomm, path: Path, flags: int) -> tuple[int, OSError | 
     except OSError as error:
         problem = error
     seen = np.array([problem is None], np.int64)
-    wait([comm.Iallreduce(MPI.IN_PLACE, seen, MPI.MIN)])
+    team.wait([team.comm.Iallreduce(MPI.IN_PLACE, seen, MPI.MIN)])
     return descriptor, problem, bool(seen[0])
 
 
-def gathered(comm: MPI.Intracomm, array: NDArray[Any]) -> list[NDArray[Any]]:
+def gathered(team: Team, array: NDArray[Any]) -> list[NDArray[Any]]:
     """The 1-D arrays of all ranks, on rank 0; elsewhere none. Collective."""
-    sizes = np.zeros(comm.size, np.int64)
-    wait([comm.Igather(np.array([array.size]), sizes if comm.rank == 0 else None)])
+    sizes = np.zeros(team.size, np.int64)
+    team.wait([team.comm.Igather(np.array([array.size]), None if team.rank else sizes)])
     everything = np.empty(sizes.sum(), array.dtype)
-    wait([comm.Igatherv(array, (everything, sizes.tolist()) if comm.rank == 0 else None)])
-    return np.split(everything, np.cumsum(sizes)[:-1]) if comm.rank == 0 else []
+    team.wait([team.comm.Igatherv(array, None if team.rank else (everything, sizes.tolist()))])
+    return [] if team.rank else np.split(everything, np.cumsum(sizes)[:-1])
 
 
 def rows(own: Sequence[Segment], names: Sequence[str]) -> NDArray[np.int64]:
@@ -80,9 +80,8 @@ def digests_of(team: Team, own: Sequence[Segment], kinds: Mapping[str, Kind]) ->
     """
     names, hashed = sorted(kinds), bytearray()
     hash_all([segment._replace(finite=False) for segment in own], hashed, team.clock.progress)
-    with team.clock.doing("joining"):
-        every = gathered(team.comm, rows(own, names).reshape(-1))
-        of_blocks = gathered(team.comm, np.frombuffer(hashed, np.uint8))
+    every = gathered(team, rows(own, names).reshape(-1))
+    of_blocks = gathered(team, np.frombuffer(hashed, np.uint8))
     blocks = [(of.reshape(-1, 3), each.tobytes()) for of, each in zip(every, of_blocks, strict=True)]
     return {} if team.rank else of_arrays(names, kinds, blocks)
 
@@ -107,7 +106,7 @@ def load(
 
     Raises OutputError, on all ranks alike, if the file cannot be read, or an array does not match its digest.
     """
-    descriptor, unopened, seen = opened(team.comm, path, os.O_RDONLY)
+    descriptor, unopened, seen = opened(team, path, os.O_RDONLY)
     problem: OutputError | None = None
 
     def read(start: int, elements: NDArray[Any]) -> None:

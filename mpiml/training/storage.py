@@ -45,6 +45,7 @@ class Store:
         self.team, self.clock = run.grid.team, run.grid.team.clock
         self._saver = Saver(self.team, run.grid.node)
         self._saved, self._background = 0, False  # the step of the last save
+        self._evaluates = False  # whether this job has begun an evaluation
         self._untimed = False  # whether the deadline does not know how long the last save in the background took
         states, layouts = len(run.state.names) - 1, run.model.layouts
         size = sum((layout.size + states * layout.updated) * layout.dtype.itemsize for layout in layouts)
@@ -174,6 +175,13 @@ class Store:
         with self.clock.booked("checkpoint"):
             self._saver.settle()
         self._time()
+
+    def before_evaluation(self) -> None:
+        """Before the first evaluation of a job, have on disk what has been saved: if it fails where steps do not, it
+        will fail again, and going on must begin after those steps."""
+        if not self._evaluates:
+            self._evaluates = True
+            self.settle()
 
     def save_best(self, step: int) -> None:
         """Save a step that is one of the best by now, and remove the checkpoints of those that no longer are."""

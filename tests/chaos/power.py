@@ -117,7 +117,7 @@ def trial(path: Path, reference: Reference, state: State) -> Iterator[Verdict]:
     run = path / "run"
     build(state.tree, run)
     before = result(run)
-    ended = resumed(run, reference)
+    ended = resumed(run, reference, 0, "--pipe", 1)
     why = weights_differ(run, ended, reference)
     start = next((int(match[1]) for match in START.finditer(ended.text)), 0)
     if not why and start < state.checkpoint:

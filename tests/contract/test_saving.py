@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 
 from mpiml.config import Config
+from mpiml.errors import OutputError
 from mpiml.run import checkpoint, step_files
 from mpiml.run.background import Work
+from mpiml.run.process import StopRequest
 from mpiml.train import train
+from mpiml.training.run import Run
 from tests.conftest import Job, launch, launch_all
 
 pytestmark = pytest.mark.contract
@@ -64,16 +67,18 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> list[Job]:
             (asked, f"DISK=term:1:8 {RUN} --save async"),
             (asked, f"--resume --steps {STEPS}"),
             (path / "closed", f"DISK=unseen:1 {RUN} --save async"),
+            (path / "nodes", f"{NODES} DISK=slow {RUN} --save async"),
         ],
     )
 
 
 def test_file_is_the_same_whoever_writes_it_and_when(jobs: Sequence[Job]) -> None:
-    whole, sync, slow, unseen, *_ = jobs
-    assert [job.code for job in (whole, sync, slow, unseen)] == [0, 0, 0, 0], [job.err for job in jobs]
+    whole, sync, slow, unseen, *_, nodes = jobs
+    for job in (whole, sync, slow, unseen, nodes):
+        assert job.code == 0, job.err
     of_steps = files(whole.run)
     assert len(of_steps) == STEPS // 2
-    assert files(slow.run) == of_steps
+    assert files(slow.run) == files(nodes.run) == of_steps
     assert of_steps.items() <= files(unseen.run).items()  # which has gone on
     for name in of_steps:  # the setting is in the header
         waited, other = (checkpoint.load(run / "checkpoints" / name) for run in (sync.run, whole.run))
@@ -187,3 +192,28 @@ def test_best_checkpoint_stays_until_a_better_one_is_on_disk(run: Path, monkeypa
     train(Config(**settings, out=str(run)))
     assert (4, [3, 4]) in pruned
     assert (6, [6]) in pruned
+
+
+def test_first_evaluation_begins_when_the_save_before_it_is_on_disk(run: Path, monkeypatch: Any) -> None:
+    """If it fails, the run goes on after those steps. Later ones are not waited for."""
+    evaluate, saved = Run.evaluate, list[list[int]]()
+
+    def noted(*arguments: Any) -> Any:
+        saved.append(steps_saved(run))
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(Run, "evaluate", noted)
+    monkeypatch.setenv("DISK", "slow")
+    train(Config(**SETTINGS | {"steps": 4}, save_every=2, eval_every=2, save="async", out=str(run)))
+    assert saved == [[2], [2, 4]]  # the last one waits
+    train(Config(**SETTINGS | {"steps": 10}, save_every=2, eval_every=2, resume=True, out=str(run)))
+    assert [steps[-1] for steps in saved[2:]] == [6, 6, 10]
+
+
+def test_save_that_fails_asks_nobody_else_to_stop(run: Path, monkeypatch: Any) -> None:
+    """Neither a program that trains within a block of its own."""
+    monkeypatch.setenv("DISK", "full:0:3")
+    with StopRequest() as stop:
+        with pytest.raises(OutputError, match="No space left on device"):
+            train(Config(**SETTINGS | {"steps": 300}, save_every=100, eval_every=0, save="async", out=str(run)))
+        assert not stop.asked
