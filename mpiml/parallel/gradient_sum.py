@@ -15,11 +15,11 @@ from mpi4py import MPI
 
 from mpiml import vectors
 from mpiml.clock import Clock
-from mpiml.parallel.exchange import Exchange
+from mpiml.parallel.exchange import Exchange, HalvingExchange
 from mpiml.parallel.slices import cut
 from mpiml.parallel.tree import SumPlan, sum_plan
 from mpiml.parallel.values import Values
-from mpiml.team import wait
+from mpiml.team import until, wait
 from mpiml.vectors import PIECE, Vector
 
 
@@ -93,7 +93,8 @@ class OrderedSum:
         self.slots = self.everyone[self._memory.rank]
         depth = max(len(self.plan.contributions), *(len(m.contributions) for m in self.plan.messages), 1)
         scratch = [vectors.empty(PIECE, dtype) for _ in range(min(depth, 2 * microbatches.bit_length()))]
-        self.exchanges = [Exchange(values, bucket, self.plan, self.everyone, scratch) for bucket in values.buckets]
+        kind = HalvingExchange if values.rounds else Exchange
+        self.exchanges = [kind(values, bucket, self.plan, self.everyone, scratch) for bucket in values.buckets]
         self._totals = [(e, index) for e in self.exchanges for index in range(len(e.bucket.pieces))]
         self._receives = [request for e in self.exchanges for request in e.receives]
         self._sends = [request for e in self.exchanges for request in e.sends]
@@ -114,6 +115,7 @@ class OrderedSum:
     def start(self) -> None:
         self._begin()
         self._send(len(self.exchanges))
+        until(self._advance)
         wait(self._receives)
 
     def total(self, index: int, out: Vector) -> Vector:
@@ -157,6 +159,7 @@ class OrderedSum:
         self._memory.post(self._before + self._merged)
         with self._clock.booked("communication"):
             self._send(self._memory.posted() - self._before)
+            self._advance()
             if self._receives:
                 MPI.Prequest.Testall(self._receives)  # messages move only while the MPI library is called
 
@@ -166,6 +169,11 @@ class OrderedSum:
             exchange.send()
             self.values.sent += exchange.bytes
             self._sent += 1
+
+    def _advance(self) -> bool:
+        """Do what can be done now for the buckets that are being exchanged, and return whether these are done but for
+        receives."""
+        return not [exchange for exchange in self.exchanges[: self._sent] if not exchange.advance()]
 
     def _finish(self) -> None:
         """The step is over: nobody needs its slots and messages any more."""

@@ -15,9 +15,10 @@ from mpiml.config import Config
 from mpiml.nn import base as nn
 from mpiml.nn.losses import Metric
 from mpiml.nn.parameters import Gradients, Layout
+from mpiml.parallel import halving
 from mpiml.parallel.gradient_sum import GradientSum, LibrarySum, OrderedSum
 from mpiml.parallel.grid import Grid
-from mpiml.parallel.memory import PrivateMemory, SharedMemory, share
+from mpiml.parallel.memory import Memory, PrivateMemory, SharedMemory, share
 from mpiml.parallel.record import Agreement, Record, agree
 from mpiml.parallel.slices import elements
 from mpiml.parallel.stage import Computation
@@ -150,11 +151,21 @@ def place(
     of_node, another = share(everyone, grid.node, 0, needed, "private" if problem else config.memory)
     notes = [f"warning: {text}" for text in (problem, another) if text]
     abroad = any(allgather(everyone, memory.ranks < grid.replicas))  # on one node there are no messages
-    values = Values(grid.data, memory, *flat, elements(config.bucket, layout.dtype) if abroad else 0)
+    halved = _halved(everyone, grid, memory, layout, microbatches)
+    values = Values(grid.data, memory, *flat, elements(config.bucket, layout.dtype) if abroad else 0, halved)
     sum_ = OrderedSum(values, microbatches, grid.team.clock)
     if isinstance(of_node, SharedMemory):
         return sum_, Agreement(grid, of_node, microbatches, columns), notes
     return sum_, private, notes
+
+
+def _halved(everyone: MPI.Intracomm, grid: Grid, memory: Memory, layout: Layout, microbatches: int) -> bool:
+    """Whether the nodes of this stage exchange by halving: if it is faster in all grids, because ranks of equal number
+    must hold the same parts in all of them."""
+    nodes = [ranks for rank, ranks in allgather(grid.data, (memory.rank, memory.ranks)) if rank == 0]
+    faster = halving.faster(nodes, microbatches, layout.blocks(), layout.dtype.itemsize)
+    of_stage = {count for stage, count in allgather(everyone, (grid.stage, faster * len(nodes))) if stage == grid.stage}
+    return faster and len(of_stage) == 1
 
 
 def another(sum_: GradientSum, grid: Grid, layout: Layout, microbatches: int) -> GradientSum:

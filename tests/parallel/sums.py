@@ -86,14 +86,20 @@ def feed(sum_: GradientSum, parts: Sequence[Array], stride: int = 0) -> None:
 
 
 def make(
-    kind: type, layout: Layout, microbatches: int, comm: MPI.Intracomm = WORLD, where: str = "private", bucket: int = 0
+    kind: type,
+    layout: Layout,
+    microbatches: int,
+    comm: MPI.Intracomm = WORLD,
+    where: str = "private",
+    bucket: int = 0,
+    halved: bool = False,
 ) -> Any:
     """A sum whose ranks live on one node ("shared"), on nodes of three and fewer ("nodes"; "fenced": where stores may
-    be reordered), or each by itself."""
+    be reordered), of two ("pairs"), or each by itself."""
     flat = (layout.size, layout.blocks(), layout.dtype)
     memory: Memory = PrivateMemory()
     if where != "private":
-        at_once = comm.size if where == "shared" else 3
+        at_once = comm.size if where == "shared" else 2 if where == "pairs" else 3
         local = comm.Split(comm.rank // at_once, comm.rank)
         slot, values = (bytes_of(size, layout.dtype) for size in (layout.updated, layout.size))
         shared = FencedMemory if where == "fenced" else SharedMemory
@@ -101,7 +107,7 @@ def make(
     if kind is LibrarySum:
         MADE.append(LibrarySum(comm, Values(MPI.COMM_SELF, memory, *flat), microbatches))
     else:
-        MADE.append(OrderedSum(Values(comm, memory, *flat, bucket), microbatches))
+        MADE.append(OrderedSum(Values(comm, memory, *flat, bucket, halved), microbatches))
     return MADE[-1]
 
 

@@ -7,7 +7,7 @@ import pytest
 from mpi4py import MPI
 
 from mpiml.nn.parameters import Layout
-from mpiml.parallel import slices
+from mpiml.parallel import halving, slices
 from mpiml.parallel.gradient_sum import LibrarySum, OrderedSum
 from mpiml.vectors import BLOCK
 from tests.parallel.sums import (
@@ -40,6 +40,30 @@ def test_ordered_sum_has_the_bits_of_the_tree(size: str, microbatches: int, dtyp
     layout = layout_of(size, dtype)
     sum_ = make(OrderedSum, layout, microbatches, where=where)
     assert all(has_the_bits_of_the_tree(sum_, layout, microbatches, step) for step in range(2))
+
+
+@pytest.mark.parametrize("bucket", [0, 40_000])
+@pytest.mark.parametrize("where", ["private", "pairs"])
+@pytest.mark.parametrize("size", ["tiny", "small", "large"])
+def test_halving_has_the_bits_of_the_tree(size: str, where: str, bucket: int) -> None:
+    """For several micro-batches on each rank, also when steps are dropped before or after their exchange."""
+    each = 1 if where == "private" else 2
+    if WORLD.size % each or WORLD.size == each:
+        return
+    layout, microbatches = layout_of(size, "float32"), 4 * WORLD.size // each
+    sum_ = make(OrderedSum, layout, microbatches, where=where, bucket=bucket, halved=True)
+    parts = [scattered(layout, m) for m in range(microbatches)]
+    for start in (False, True):
+        feed(sum_, parts, 5_000)
+        if start:
+            sum_.start()
+        sum_.drop()
+        assert has_the_bits_of_the_tree(sum_, layout, microbatches, start, 5_000)
+    nodes = WORLD.size // each
+    assert len({owner for owner, _, _ in sum_.values.holders}) <= halving.owners(nodes) * each
+    before = sum_.values.sent
+    assert has_the_bits_of_the_tree(sum_, layout, microbatches, 7)
+    assert sum_.values.sent - before == sum(each.bytes for each in sum_.exchanges) + sum_.values._given
 
 
 def test_a_stage_without_parameters() -> None:
