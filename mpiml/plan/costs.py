@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from mpiml.nn import base as nn
 from mpiml.parallel.schedules import SCHEDULES
 from mpiml.parallel.simulator import Simulation, simulate
-from mpiml.plan.sums import Counts, averaging, depths, states, traffic
+from mpiml.plan.exchanges import Counts, depths, traffic
+from mpiml.plan.sums import averaging, states
 from mpiml.training.job import Job, sharers
 from mpiml.training.stages import StageDesign
 from mpiml.vectors import bytes_of

@@ -11,6 +11,7 @@ from mpiml.command import count, size, table
 from mpiml.nn import base as nn
 from mpiml.nn.parameters import Shape
 from mpiml.plan import activations, costs, sums
+from mpiml.plan.exchanges import depths, halved
 from mpiml.training.job import Job, kind
 from mpiml.training.sharing import grid_text
 
@@ -69,8 +70,8 @@ class Plan:
         bubble: the part of the passes' time in which these stages are idle; even_bubble: if all had equal work.
         stages: where workers learn apart, if they do.
         rank_bytes, node_bytes: held by the fullest rank and the fullest node; of shared values a rank's share counts.
-        node_out, round_out: bytes that the busiest node sends to others for the gradient sum in a step, and for the
-            averages of a round.
+        node_out, round_out: the most bytes that a node sends to others for the gradient sum in a step, and for the
+            averages of a round; node_in, round_in: that a node receives.
         workers, average_every: how many workers learn apart, if any do, and for how many steps.
         checkpoint, round_checkpoint: bytes of vectors in a checkpoint, and in one within a round.
     """
@@ -95,7 +96,9 @@ class Plan:
     node_bytes: int
     wires: list[Wire]
     node_out: float
+    node_in: float
     round_out: float
+    round_in: float
     workers: int
     average_every: int
     checkpoint: int
@@ -112,6 +115,7 @@ def plan(job: Job, data: str) -> Plan:
     flops = sum(stage.flops for stage in job.stages)
     passes = max(job.passes(replica) for replica in range(job.replicas))
     workers, average_from = job.config.workers or 0, job.config.average_from
+    gradients, averages = sums.of_sums(job), sums.of_averages(job) if workers else ()
     return Plan(
         grid=grid_text(len(job.stages), job.replicas, job.microbatches, job.config.workers),
         ranks=job.ranks,
@@ -132,8 +136,10 @@ def plan(job: Job, data: str) -> Plan:
         rank_bytes=int(max(max(memory.held) for each in memories for memory in each)),
         node_bytes=max(map(costs.fullest_node, phases, memories)),
         wires=[*wires(job), *(_before(phase, average_from) for phase in before)],
-        node_out=_busiest(sums.of_sums(job)),
-        round_out=_busiest(sums.of_averages(job)) if workers else 0.0,
+        node_out=_most(gradients, "abroad"),
+        node_in=_most(gradients, "received"),
+        round_out=_most(averages, "abroad"),
+        round_in=_most(averages, "received"),
         workers=workers,
         average_every=job.config.average_every,
         checkpoint=_checkpoint(job, 0),
@@ -141,9 +147,9 @@ def plan(job: Job, data: str) -> Plan:
     )
 
 
-def _busiest(sent: Sequence[sums.Sent]) -> float:
-    """The bytes that the busiest node sends to others."""
-    return float(np.sum([one.abroad for one in sent], axis=0).max())
+def _most(sent: Sequence[sums.Sent], way: str) -> float:
+    """The most bytes that a node sends to others or receives from them."""
+    return float(np.max(sum(getattr(one, way) for one in sent)))
 
 
 def _checkpoint(job: Job, workers: int) -> int:
@@ -174,7 +180,7 @@ def _stage(job: Job, number: int, memory: costs.StageMemory, flops: int) -> Stag
         in_flight=int(memory.in_flight.max()),
         copies=job.copies,
         values=memory.values,
-        gradient_vectors=int(sums.depths(job.members, job.worker_microbatches)[fullest % job.members]),
+        gradient_vectors=int(depths(job.members, job.worker_microbatches)[fullest % job.members]),
         gradients=int(memory.gradients[fullest]),
         state=int(memory.state[fullest]),
         activations=int(memory.activations[fullest]),
@@ -204,7 +210,10 @@ def _summed(job: Job) -> list[Wire]:
     if job.config.allreduce == "mpi":
         return [_library(job)]
     gradients, values = sums.of_sums(job)
-    return [_wire("partial sums of gradients", gradients), _wire("values", values)]
+    stages = [number for number in range(len(job.stages)) if halved(job, number)]
+    how = "by halving" if len(stages) == len(job.stages) else f"by halving in stages {', '.join(map(str, stages))}"
+    how = f", {how}" if stages else ""
+    return [_wire(f"partial sums of gradients{how}", gradients), _wire(f"values{how}", values)]
 
 
 def _before(job: Job, first: int) -> Wire:
@@ -279,7 +288,8 @@ def _several(count: int, each: float) -> str:
 def _wires(plan: Plan) -> list[str]:
     lines = [["sent in a step", "between nodes", "on nodes"]]
     lines += [[wire.what, size(wire.between), size(wire.within)] for wire in plan.wires]
-    busiest = f"the busiest node sends {size(plan.node_out)} for the gradient sums"
+    most = f"a node sends at most {size(plan.node_out)} and receives {size(plan.node_in)} for the gradient sums"
     if plan.workers:
-        busiest += f", and {size(plan.round_out)} every {plan.average_every} steps for the averages"
-    return [*table(lines, "lrr"), *([busiest] if plan.node_out or plan.round_out else [])]
+        of_round = f"sends {size(plan.round_out)} and receives {size(plan.round_in)}"
+        most += f", and {of_round} every {plan.average_every} steps for the averages"
+    return [*table(lines, "lrr"), *([most] if plan.node_out or plan.round_out else [])]

@@ -11,10 +11,10 @@ from mpi4py import MPI
 
 from mpiml.config import Config
 from mpiml.parallel import grid as grids
-from mpiml.parallel import slices, tree
+from mpiml.parallel import halving, slices, tree
 from mpiml.parallel.memory import SharedMemory
 from mpiml.parallel.values import TAGS
-from mpiml.plan import costs, sums
+from mpiml.plan import costs, exchanges, sums
 from mpiml.plan.sizing import plan
 from mpiml.team import Team
 from mpiml.training.job import Job, sharers
@@ -31,10 +31,13 @@ GRIDS = [(ranks, node) for ranks in (1, 2, 3, 4, 5, 7, 8) for node in (1, 2, 3, 
 
 @pytest.mark.parametrize(("ranks", "node_ranks"), GRIDS)
 @pytest.mark.parametrize("microbatches", [8, 12, 37])
-def test_messages_are_those_of_the_tree(ranks: int, node_ranks: int, microbatches: int) -> None:
-    """For any grid, from the plans that replicas really follow."""
+def test_messages_are_those_of_the_tree(
+    ranks: int, node_ranks: int, microbatches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For any grid, from the plans that replicas really follow in a direct exchange."""
+    monkeypatch.setattr(halving, "FEWEST", ranks + 1)
     made = job(ranks, node_ranks, microbatches=microbatches)
-    traffic, nodes = sums.traffic(made, 0), sharers(made.homes(0), made.shared)
+    traffic, nodes = exchanges.traffic(made, 0), sharers(made.homes(0), made.shared)
     sizes = traffic.slices
     assert sizes.sum() == bytes_of(made.stages[0].layout.size, "float32") - padding(made)
     for replica in range(ranks):
@@ -42,12 +45,15 @@ def test_messages_are_those_of_the_tree(ranks: int, node_ranks: int, microbatche
         assert traffic.gradients_out[replica] == sum(sizes[message.owner] for message in own.messages)
         assert traffic.packed[replica] == sum(sizes[m.owner] for m in own.messages if len(m.contributions) > 1)
         assert traffic.gradients_in[replica] == sizes[replica] * sum(c.node is not None for c in own.contributions)
-        partners, _ = tree.links(replica, nodes)
+        partners, owners = tree.links(replica, nodes)
+        assert traffic.values_in[replica] == sum(sizes[owner] for owner in owners)
         assert traffic.values_out[replica] == sizes[replica] * len(partners)
     homes = made.homes(0)
     for node in set(homes):
         assert traffic.gradients_abroad[node] == traffic.gradients_out[homes == node].sum()
+        assert traffic.gradients_received[node] == traffic.gradients_in[homes == node].sum()
         assert traffic.values_abroad[node] == traffic.values_out[homes == node].sum()
+        assert traffic.values_received[node] == traffic.values_in[homes == node].sum()
 
 
 def padding(made: Job) -> int:
@@ -60,11 +66,11 @@ def padding(made: Job) -> int:
 
 def test_private_memory_sends_on_nodes_too() -> None:
     made = job(4, 2, memory="private", microbatches=4)
-    traffic = sums.traffic(made, 0)
+    traffic = exchanges.traffic(made, 0)
     assert traffic.gradients_out.sum() == 3 * traffic.slices.sum()
     assert traffic.gradients_abroad.sum() == 2 * traffic.slices.sum()
     assert traffic.values_abroad.sum() == 2 * traffic.slices.sum()
-    assert sums.traffic(job(4, 2, allreduce="mpi"), 0).gradients_out.sum() == 0
+    assert exchanges.traffic(job(4, 2, allreduce="mpi"), 0).gradients_out.sum() == 0
 
 
 def test_the_library_moves_at_least_this() -> None:
@@ -78,7 +84,7 @@ def test_a_node_holds_one_copy_of_values() -> None:
     assert private.node_bytes - shared.node_bytes > 2.5 * shared.stages[0].values  # and messages
     assert shared.node_bytes == shared.stages[0].values + 4 * (
         shared.stages[0].gradients + shared.stages[0].activations
-    ) + 2 * int(sums.traffic(job(4), 0).slices.sum())
+    ) + 2 * int(exchanges.traffic(job(4), 0).slices.sum())
 
 
 class Recording(MPI.Intracomm):
@@ -145,12 +151,12 @@ def test_a_real_run_allocates_and_sends_as_planned(
     assert isinstance(data, Recording)
     assert isinstance(pipe, Recording)
 
-    traffic, held = sums.traffic(made, stage), costs.stage_memory(made, stage, 0.0)
+    traffic, held = exchanges.traffic(made, stage), costs.stage_memory(made, stage, 0.0)
     assert data.total("gradients out") == traffic.gradients_out[replica]
     assert data.total("gradients in") == traffic.gradients_in[replica]
     assert data.total("values out") == traffic.values_out[replica]
-    owners = tree.links(replica, sharers(made.homes(stage), made.shared))[1]
-    assert data.total("values in") == sum(traffic.slices[owner] for owner in owners)
+    assert data.total("values in") == traffic.values_in[replica]
+    assert bool(sum_.values.rounds) == bool(exchanges.halved(made, stage))
     assert sum(kind.endswith("out") for kind, *_ in data.notes) <= traffic.messages[replica]  # nothing is not sent
     assert sum(bytes_of(slot.size, slot.dtype) for slot in sum_.slots) == held.gradients[replica]
     assert bytes_of(sum_.values.vector.size, sum_.values.vector.dtype) == held.values
@@ -192,7 +198,7 @@ def test_workers_allocate_and_send_as_planned(
     made = job(WORLD.size, node_ranks, **settings)
     run = unsaved(WORLD, made.config, arrays(120))
     learners, stage, replica = run.learning.now, run.grid.stage, run.grid.replica
-    average, traffic = learners.average, sums.traffic(made, stage)
+    average, traffic = learners.average, exchanges.traffic(made, stage)
     planned, held = sums.averaging(made, stage), costs.stage_memory(made, stage, 0.0)
     assert average, "workers have one"
 

@@ -13,7 +13,7 @@ import pytest
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
 from mpiml.errors import ConfigError
-from mpiml.plan import sums
+from mpiml.plan import exchanges, sums
 from mpiml.predict import predictor
 from mpiml.predict.__main__ import main
 from mpiml.predict.calibration import curves_of
@@ -89,7 +89,7 @@ def test_two_nodes_by_hand() -> None:
     """One block belongs to rank 0, another to rank 1: each node sends the other's part, and gets it back."""
     here, apart = job(2, 2, microbatches=2), job(2, 1, microbatches=2)
     within, between = (step_time(one, machine(), NETWORK) for one in (here, apart))
-    traffic = sums.traffic(apart, 0)
+    traffic = exchanges.traffic(apart, 0)
     busiest = traffic.gradients_out.max() + traffic.values_out.max()  # one after the other
     record = 1e-3 + 8 * (2 + 2 * 69) / 1e6  # two flags; loss and weight, as digits
     exchanged = busiest / 1e6 + traffic.messages.max() * 1e-3
