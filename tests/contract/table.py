@@ -81,6 +81,8 @@ NODES = named(
     (6, "--pipe 2 --bucket 0.0005", "3,3"),
     (8, "--bucket 0.0005", "2,2,2,2"),
     (8, "--pipe 4 --schedule gpipe --bucket 0.0005", "2,4,2"),
+    (12, "--memory private", ""),  # twelve nodes exchange by halving
+    (12, "--bucket 0.0005", ",".join("1" * 12)),
 )
 LAYOUTS = {"alone": Layout(0)} | KINDS | GRIDS | NODES
 
