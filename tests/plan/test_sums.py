@@ -64,6 +64,29 @@ def padding(made: Job) -> int:
     return 4 * (between + made.stages[0].layout.size - ends[-1][1])
 
 
+def test_nodes_that_halve() -> None:
+    """Each gets less than one block of all others, in few messages; a lane packs its part where ranks share memory."""
+    pairs, single = job(16, 2, microbatches=16), job(16, 1, microbatches=16)
+    assert (exchanges.halved(pairs, 0), exchanges.halved(single, 0)) == ((8, 2), (16, 1))
+    assert exchanges.halved(job(16, 2, microbatches=24), 0) is None
+    assert exchanges.halved(job(16, 2, allreduce="mpi"), 0) is None
+    vector = 4 * made_of(pairs)
+    for made, others, messages, packed in ((pairs, 7, 6, 8 * vector), (single, 15, 8, 0)):
+        traffic = exchanges.traffic(made, 0)
+        sent = [traffic.gradients_out, traffic.gradients_in, traffic.values_out, traffic.values_in]
+        assert len({each.sum() for each in [*sent, traffic.gradients_abroad, traffic.values_received]}) == 1
+        assert max(traffic.gradients_abroad.max(), traffic.gradients_received.max()) < others * traffic.slices.max()
+        assert traffic.messages.max() <= messages
+        assert traffic.packed.sum() == pytest.approx(packed, rel=0.01)
+        assert traffic.slices.sum() == pytest.approx(vector, rel=0.01)
+    assert ", by halving" in screen(plan(pairs, "arrays"))
+
+
+def made_of(made: Job) -> int:
+    """The elements from the first block to the last."""
+    return slices.bounds(made.stages[0].layout.blocks())[1]
+
+
 def test_private_memory_sends_on_nodes_too() -> None:
     made = job(4, 2, memory="private", microbatches=4)
     traffic = exchanges.traffic(made, 0)
@@ -126,10 +149,14 @@ class Recording(MPI.Intracomm):
         {"microbatches": 19, "bucket": 0.02, "rates": ("layers.2=0",)},
     ],
 )
-@pytest.mark.parametrize("node_ranks", [1, 2, 3, 16])
+@pytest.mark.parametrize(("node_ranks", "few"), [(1, True), (1, False), (2, True), (2, False), (3, False), (16, False)])
 def test_a_real_run_allocates_and_sends_as_planned(
-    settings: dict[str, Any], node_ranks: int, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], node_ranks: int, few: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where as few nodes as there are here halve."""
+    if few:
+        monkeypatch.setattr(halving, "FEWEST", 2)
+        monkeypatch.setattr(halving, "GAIN", np.inf)
     if WORLD.size % settings.get("pipe", 1):
         return
     nodes = [min(node_ranks, WORLD.size - first) for first in range(0, WORLD.size, node_ranks)]
