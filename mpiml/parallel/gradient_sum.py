@@ -102,6 +102,7 @@ class OrderedSum:
         early = len(self.exchanges) > 1 and not self._alone
         self.complete: Callable[[int], None] | None = self._complete if early else None
         self._begun = False
+        self._moving: list[Exchange] = []  # buckets of which more than receiving is left to do
         self._merged = self._sent = 0  # buckets of this step
         self._before = 0  # buckets of all steps before, as posted
 
@@ -167,13 +168,15 @@ class OrderedSum:
         """Send those of the first `count` buckets that are not sent yet."""
         for exchange in self.exchanges[self._sent : max(count, 0)]:
             exchange.send()
+            self._moving.append(exchange)
             self.values.sent += exchange.bytes
             self._sent += 1
 
     def _advance(self) -> bool:
-        """Do what can be done now for the buckets that are being exchanged, and return whether these are done but for
-        receives."""
-        return not [exchange for exchange in self.exchanges[: self._sent] if not exchange.advance()]
+        """Do what can be done now for the buckets that are being exchanged, and return whether nothing but receiving is
+        left to do."""
+        self._moving = [exchange for exchange in self._moving if not exchange.advance()]
+        return not self._moving
 
     def _finish(self) -> None:
         """The step is over: nobody needs its slots and messages any more."""

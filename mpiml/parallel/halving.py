@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from mpiml.parallel.slices import Range, bounds, owned
 from mpiml.vectors import Block
 
-# What is assumed of a machine when an exchange is chosen: seconds until a message arrives, and that a rank needs to
-# send one and to receive one; bytes per second of a node's link, and that a rank adds up, and that it updates.
-LATENCY, OVERHEAD = 2e-6, 1e-6
-LINK, ADD, UPDATE = 10e9, 4e9, 1e9
-FEWEST = 8  # nodes, for which halving saves enough messages
-GAIN = 0.9  # of the time of the direct exchange, whose additions lie in cache and which overlaps more with passes
+# What is assumed of a fast network when an exchange is chosen, as in LogGP (Alexandrov et al., SPAA 1995): seconds
+# until a message arrives, that a core needs to send one or to receive one, and that a node's link needs for each.
+LATENCY, OVERHEAD, GAP = 1.5e-6, 0.5e-6, 1e-8
+# Bytes per second of a node's link, that a core adds up, and that it updates, which moves four times as much memory.
+LINK, ADD, UPDATE = 12.5e9, 4e9, 1e9
+# The fewest nodes that halve: fewer have at most 30 others, which by these constants send to a core in 30 microseconds,
+# and in each round of halving a node waits for one that may be late.
+FEWEST = 32
+CLEARLY = 2 / 3  # of the time of the direct exchange, or less: the constants are none of the machine's own
 
 
 @dataclass(frozen=True)
@@ -48,10 +51,9 @@ def share(node: int, nodes: int) -> int | None:
 
 
 def lanes(run: Sequence[Block], nodes: int, of_node: int) -> list[list[Sequence[Block]]]:
-    """The shares of each lane in a run of blocks, which its nodes own in the end; one lane after the other."""
-    count = owners(nodes)
-    shares = owned(run, count * of_node)
-    return [shares[lane * count : (lane + 1) * count] for lane in range(of_node)]
+    """The shares of each lane in a run of blocks, which its nodes own in the end. Where lanes have fewer blocks than
+    shares, those of neighbouring lanes are in other shares, so that they belong to other nodes."""
+    return [owned(part, owners(nodes), lane / of_node) for lane, part in enumerate(owned(run, of_node))]
 
 
 def of_replicas(shares: Sequence[Sequence[Sequence[Block]]], nodes: int) -> list[Sequence[Block]]:
@@ -106,8 +108,8 @@ def fits(nodes: Sequence[int], microbatches: int) -> bool:
 
 
 def faster(nodes: Sequence[int], microbatches: int, blocks: Sequence[Block], item: int) -> bool:
-    """Whether halving can be used, and is expected to be faster than the direct exchange (mpiml.parallel.exchange) of
-    a vector of these blocks with `item` bytes an element.
+    """Whether halving can be used, and is clearly faster than the direct exchange (mpiml.parallel.exchange) of a vector
+    of these blocks with `item` bytes an element, by the constants above.
 
     A direct exchange sends all messages at once, but one for every other node, and where a vector has few blocks for so
     many nodes, whole blocks from all nodes to one. Halving waits in each round; where owners are fewer, each updates
@@ -116,16 +118,17 @@ def faster(nodes: Sequence[int], microbatches: int, blocks: Sequence[Block], ite
     count, of_node = len(nodes), nodes[0]
     if not blocks or count < FEWEST or not fits(nodes, microbatches):
         return False
-    slices = [item * (stop - start) for start, stop in map(bounds, owned(blocks, count * of_node))]
-    to_node = (count - 1) * max(sum(slices[first : first + of_node]) for first in range(0, len(slices), of_node))
-    direct = LATENCY + (count - 1) * OVERHEAD + to_node / LINK + max(slices) * ((count - 1) / ADD + 1 / UPDATE)
     vector = item * (blocks[-1].stop - blocks[0].start)
     block = item * max(block.stop - block.start for block in blocks)
-    lane = max(vector / of_node, block)
-    halves = [max(lane / (2 << level), block) for level in range((count - 1).bit_length())]
-    moved = sum(half / ADD + min(half * of_node, vector) / LINK for half in halves)
-    halved = most_messages(count) * (LATENCY + OVERHEAD) + moved + max(lane / owners(count), block) / UPDATE
-    return halved < GAIN * direct
+    slices = [item * (stop - start) for start, stop in map(bounds, owned(blocks, count * of_node))]
+    to_node = (count - 1) * max(sum(slices[first : first + of_node]) for first in range(0, len(slices), of_node))
+    largest, message = max(slices), 2 * OVERHEAD + of_node * GAP
+    direct = 2 * (LATENCY + (count - 1) * message + to_node / LINK) + largest * ((count - 1) / ADD + 1 / UPDATE)
+    parts = [1 / (2 << level) for level in range((count - 1).bit_length())]  # of the vector that a round moves
+    moved = sum(max(vector * part, block) for part in parts) / LINK
+    added = sum(max(vector / of_node * part, block) for part in parts) / ADD
+    updated = max(vector / of_node / owners(count), block) / UPDATE
+    return 2 * (most_messages(count) * (LATENCY + message) + moved) + added + updated < CLEARLY * direct
 
 
 @functools.cache

@@ -109,6 +109,21 @@ def halved(job: Job, stage: int) -> tuple[int, int] | None:
     return len(nodes), nodes[0]
 
 
+def exchange_text(job: Job) -> str:
+    """How the nodes that have a stage exchange its sums; nothing where none has to."""
+    groups = [homes for stage in range(len(job.stages)) for homes in job.group_homes(stage)]
+    if job.config.allreduce == "mpi" or all(len(sharers(homes, job.shared)) == 1 for homes in groups):
+        return ""
+    halve = {stage: nodes for stage in range(len(job.stages)) if (nodes := halved(job, stage))}
+    if not halve:
+        return "nodes exchange sums directly"
+    stages = "" if len(halve) == len(job.stages) else f" of stages {', '.join(map(str, halve))}"
+    counts = sorted({count for count, _ in halve.values() if halving.owners(count) < count})
+    few = " or ".join(f"{halving.owners(count):,} of {count:,}" for count in counts)
+    text = f"nodes exchange sums{stages} by halving"
+    return f"{text}; {few} nodes hold optimizer state and update" if few else text
+
+
 def _halved(shares: Counts, item: int, homes: Counts, all_nodes: int, packs: bool) -> Traffic:
     """The messages of a sum by halving (mpiml.parallel.halving).
 
@@ -119,10 +134,13 @@ def _halved(shares: Counts, item: int, homes: Counts, all_nodes: int, packs: boo
     """
     _, lanes, count, _ = shares.shape
     nodes, made = len(homes) // lanes, Traffic.none(len(homes), all_nodes)
-    starts, stops = np.where(shares[..., 0] < shares[..., 1], shares[..., 0], shares.max()), shares[..., 1]
+    # Shares lie one after another, some of them empty: where the first one from here on starts, the last one stops.
+    starts = np.where(shares[..., 0] < shares[..., 1], shares[..., 0], shares.max(initial=0))
+    starts = np.minimum.accumulate(starts[..., ::-1], -1)[..., ::-1]
+    stops = np.maximum.accumulate(shares[..., 1], -1)
 
     def lengths(first: int, last: int) -> Counts:
-        sizes: Counts = stops[..., first:last].max(-1) - starts[..., first:last].min(-1)
+        sizes: Counts = stops[..., last - 1] - starts[..., first]
         return np.maximum(sizes, 0) * item
 
     for node in range(nodes):

@@ -11,7 +11,7 @@ from mpiml.command import count, size, table
 from mpiml.nn import base as nn
 from mpiml.nn.parameters import Shape
 from mpiml.plan import activations, costs, sums
-from mpiml.plan.exchanges import depths, halved
+from mpiml.plan.exchanges import depths, exchange_text
 from mpiml.training.job import Job, kind
 from mpiml.training.sharing import grid_text
 
@@ -72,6 +72,7 @@ class Plan:
         rank_bytes, node_bytes: held by the fullest rank and the fullest node; of shared values a rank's share counts.
         node_out, round_out: the most bytes that a node sends to others for the gradient sum in a step, and for the
             averages of a round; node_in, round_in: that a node receives.
+        exchange: how nodes exchange the sums of gradients; empty if they need not.
         workers, average_every: how many workers learn apart, if any do, and for how many steps.
         checkpoint, round_checkpoint: bytes of vectors in a checkpoint, and in one within a round.
     """
@@ -99,6 +100,7 @@ class Plan:
     node_in: float
     round_out: float
     round_in: float
+    exchange: str
     workers: int
     average_every: int
     checkpoint: int
@@ -140,6 +142,7 @@ def plan(job: Job, data: str) -> Plan:
         node_in=_most(gradients, "received"),
         round_out=_most(averages, "abroad"),
         round_in=_most(averages, "received"),
+        exchange=exchange_text(job),
         workers=workers,
         average_every=job.config.average_every,
         checkpoint=_checkpoint(job, 0),
@@ -210,10 +213,7 @@ def _summed(job: Job) -> list[Wire]:
     if job.config.allreduce == "mpi":
         return [_library(job)]
     gradients, values = sums.of_sums(job)
-    stages = [number for number in range(len(job.stages)) if halved(job, number)]
-    how = "by halving" if len(stages) == len(job.stages) else f"by halving in stages {', '.join(map(str, stages))}"
-    how = f", {how}" if stages else ""
-    return [_wire(f"partial sums of gradients{how}", gradients), _wire(f"values{how}", values)]
+    return [_wire("partial sums of gradients", gradients), _wire("values", values)]
 
 
 def _before(job: Job, first: int) -> Wire:
@@ -292,4 +292,5 @@ def _wires(plan: Plan) -> list[str]:
     if plan.workers:
         of_round = f"sends {size(plan.round_out)} and receives {size(plan.round_in)}"
         most += f", and {of_round} every {plan.average_every} steps for the averages"
-    return [*table(lines, "lrr"), *([most] if plan.node_out or plan.round_out else [])]
+    exchange = [plan.exchange] if plan.exchange else []
+    return [*table(lines, "lrr"), *exchange, *([most] if plan.node_out or plan.round_out else [])]

@@ -116,13 +116,36 @@ def test_where_partial_sums_of_nodes_are_nodes_of_the_tree(nodes: list[int], mic
     assert halving.fits(nodes, microbatches) == fits
 
 
-def test_few_nodes_exchange_directly_and_many_halve() -> None:
-    def chosen(nodes: int, of_node: int, blocks: int) -> bool:
-        vector = [Block(start, start + BLOCK, True) for start in range(0, blocks * BLOCK, BLOCK)]
-        return halving.faster([of_node] * nodes, nodes * of_node, vector, 4)
+def blocks(elements: int) -> list[Block]:
+    return [Block(start, min(start + BLOCK, elements), True) for start in range(0, elements, BLOCK)]
 
-    assert [chosen(nodes, 2, 1) for nodes in (2, 4, 16, 64)] == [False, False, True, True]
-    assert [chosen(nodes, 64, 1000) for nodes in (16, 64, 1000, 1024)] == [False, False, True, True]
-    assert not chosen(12, 1, 120)  # eight owners would update more than twelve
-    assert not chosen(16, 2, 0)
-    assert not halving.faster([2] * 64, 192, [Block(0, 5, True)], 4)
+
+@pytest.mark.parametrize(
+    ("elements", "nodes", "of_node", "faster"),
+    [
+        *[(10**6, nodes, 64, True) for nodes in (157, 1000, 10_000)],
+        *[(10**7, 157, 64, False), (10**7, 1000, 64, True), (10**7, 1000, 1, True)],
+        *[(10**8, 1000, 64, False), (10**8, 10_000, 64, True), (10**9, 10_000, 64, False)],
+        (10**4, halving.FEWEST, 1, True),
+        (10**4, halving.FEWEST - 1, 1, False),
+        (10**6, halving.FEWEST, 1, False),  # bytes count there, and not messages
+        (0, 1000, 1, False),
+    ],
+)
+def test_many_nodes_halve_what_is_short_for_so_many(elements: int, nodes: int, of_node: int, faster: bool) -> None:
+    assert halving.faster([of_node] * nodes, nodes * of_node, blocks(elements), 4) == faster
+
+
+def test_who_cannot_halve_does_not() -> None:
+    assert halving.faster([2] * 64, 128, blocks(5), 4)
+    assert not halving.faster([2] * 64, 192, blocks(5), 4)
+
+
+@pytest.mark.parametrize("of_node", [1, 4, 16, 64])
+def test_few_blocks_belong_to_many_nodes(of_node: int) -> None:
+    """Else one node would receive nearly everything."""
+    for run in (blocks(5), blocks(64 * BLOCK), blocks(61 * BLOCK - 7)):
+        shares = halving.lanes(run, 64, of_node)
+        assert [block for lane in shares for share in lane for block in share] == run
+        owned = [sum(len(lane[share]) for lane in shares) for share in range(64)]
+        assert max(owned) <= 2
