@@ -81,11 +81,19 @@ class OrderedSum:
         microbatches: of a step, over all replicas.
         clock: books the time that a backward pass spends on messages.
         like: a sum of the same kind, in which another copy of the model has its turn: the slots are shared.
+        leaf: micro-batches that a leaf of the tree has.
     """
 
-    def __init__(self, values: Values, microbatches: int, clock: Clock | None = None, like: OrderedSum | None = None):
+    def __init__(
+        self,
+        values: Values,
+        microbatches: int,
+        clock: Clock | None = None,
+        like: OrderedSum | None = None,
+        leaf: int = 1,
+    ):
         self.values, self._memory, self._clock = values, values.memory, clock or Clock()
-        self.plan = sum_plan(values.comm.rank, values.nodes, microbatches)
+        self.plan = sum_plan(values.comm.rank, values.nodes, microbatches, leaf)
         dtype = values.vector.dtype
         self.everyone: list[list[Vector]] = (
             like.everyone if like else self._memory.own(self.plan.depth, values.updated, dtype)
@@ -194,14 +202,16 @@ class LibrarySum:
         comm: the replicas of the stage.
         values: this replica's own copy, over MPI.COMM_SELF.
         microbatches: of a step, over all replicas.
-        like: as of OrderedSum.
+        like, leaf: as of OrderedSum.
     """
 
     complete: Callable[[int], None] | None = None
 
-    def __init__(self, comm: MPI.Intracomm, values: Values, microbatches: int, like: LibrarySum | None = None):
+    def __init__(
+        self, comm: MPI.Intracomm, values: Values, microbatches: int, like: LibrarySum | None = None, leaf: int = 1
+    ):
         self.comm, self.values = comm, values
-        self.plan = sum_plan(comm.rank, [1] * comm.size, microbatches)
+        self.plan = sum_plan(comm.rank, [1] * comm.size, microbatches, leaf)
         dtype = values.vector.dtype
         self.slots: list[Vector] = like.slots if like else values.memory.own(self.plan.depth, values.updated, dtype)[0]
 

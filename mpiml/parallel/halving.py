@@ -100,14 +100,14 @@ def _reversed(number: int, bits: int) -> int:
     return int(f"{number:0{bits}b}"[::-1], 2) if bits else 0
 
 
-def fits(nodes: Sequence[int], microbatches: int) -> bool:
-    """Whether each node's partial sum is a node of the tree over `microbatches`, on the same level: there are several
-    nodes, with equally many replicas as `nodes` says, and a power of two of micro-batches for each."""
-    each, rest = divmod(microbatches, len(nodes))
+def fits(nodes: Sequence[int], leaves: int) -> bool:
+    """Whether each node's partial sum is a node of the tree over `leaves`, on the same level: there are several nodes,
+    with equally many replicas as `nodes` says, and a power of two of leaves for each."""
+    each, rest = divmod(leaves, len(nodes))
     return len(nodes) > 1 and len(set(nodes)) == 1 and not rest and each.bit_count() == 1
 
 
-def faster(nodes: Sequence[int], microbatches: int, blocks: Sequence[Block], item: int) -> bool:
+def faster(nodes: Sequence[int], leaves: int, blocks: Sequence[Block], item: int) -> bool:
     """Whether halving can be used, and is clearly faster than the direct exchange (mpiml.parallel.exchange) of a vector
     of these blocks with `item` bytes an element, by the constants above.
 
@@ -116,7 +116,7 @@ def faster(nodes: Sequence[int], microbatches: int, blocks: Sequence[Block], ite
     more.
     """
     count, of_node = len(nodes), nodes[0]
-    if not blocks or count < FEWEST or not fits(nodes, microbatches):
+    if not blocks or count < FEWEST or not fits(nodes, leaves):
         return False
     vector = item * (blocks[-1].stop - blocks[0].start)
     block = item * max(block.stop - block.start for block in blocks)

@@ -63,7 +63,7 @@ def stage_memory(job: Job, stage: int, row_bytes: float) -> StageMemory:
     return StageMemory(
         in_flight=flights,
         values=values,
-        gradients=np.tile(depths(job.members, job.worker_microbatches), job.groups) * vector,
+        gradients=np.tile(depths(job.members, job.worker_microbatches, job.config.leaf), job.groups) * vector,
         state=states(job) * job.copies * sums.slices,
         activations=(flights * job.microbatch_rows * row_bytes).astype(np.int64),
         messages=sums.gradients_in + sums.packed,

@@ -20,17 +20,17 @@ Counts = NDArray[np.int64]  # bytes or messages: a number for each replica of a 
 
 
 @functools.cache
-def node_partials(first: int, count: int, replicas: int, microbatches: int) -> tuple[int, int]:
+def node_partials(first: int, count: int, replicas: int, leaves: int) -> tuple[int, int]:
     """How many partial sums `count` replicas of one memory are left with, and how many of them have several sources."""
-    ranges = [covers for replica in range(first, first + count) for covers in partials(replica, replicas, microbatches)]
-    left = shift_reduce(ranges, microbatches)[1]
+    ranges = [covers for replica in range(first, first + count) for covers in partials(replica, replicas, leaves)]
+    left = shift_reduce(ranges, leaves)[1]
     return len(left), len(set(left) - set(ranges))
 
 
 @functools.cache
-def depths(replicas: int, microbatches: int) -> Counts:
+def depths(replicas: int, microbatches: int, leaf: int = 1) -> Counts:
     """For each replica, how many gradient vectors it needs (mpiml.parallel.tree)."""
-    return np.array([depth(replica, replicas, microbatches) for replica in range(replicas)])
+    return np.array([depth(replica, replicas, microbatches, leaf) for replica in range(replicas)])
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def traffic(job: Job, stage: int) -> Traffic:
             [[list(map(bounds, lane)) for lane in halving.lanes(run, *nodes)] for run in runs_of_buckets(job, stage)],
             np.int64,
         )
-        packs = node_partials(0, nodes[1], job.members, job.worker_microbatches)[1] > 0
+        packs = node_partials(0, nodes[1], job.members, job.worker_leaves)[1] > 0
         for group, homes in enumerate(job.group_homes(stage)):
             part = _halved(shares, item, homes, job.nodes, packs)
             everything.add(part, slice(group * job.members, (group + 1) * job.members))
@@ -93,7 +93,7 @@ def traffic(job: Job, stage: int) -> Traffic:
     runs = owned_runs(job, stage)
     limits = np.array([[bounds(blocks) for blocks in run] for run in runs], np.int64).reshape(-1, job.members, 2)
     for group, homes in enumerate(job.group_homes(stage)):
-        part = direct(np.diff(limits)[..., 0], item, homes, job.nodes, job.shared, job.worker_microbatches)
+        part = direct(np.diff(limits)[..., 0], item, homes, job.nodes, job.shared, job.worker_leaves)
         everything.add(part, slice(group * job.members, (group + 1) * job.members))
     return everything
 
@@ -104,7 +104,7 @@ def halved(job: Job, stage: int) -> tuple[int, int] | None:
         return None
     layout, groups = job.stages[stage].layout, {tuple(sharers(homes, job.shared)) for homes in job.group_homes(stage)}
     nodes = next(iter(groups))
-    if len(groups) > 1 or not halving.faster(nodes, job.worker_microbatches, layout.blocks(), layout.dtype.itemsize):
+    if len(groups) > 1 or not halving.faster(nodes, job.worker_leaves, layout.blocks(), layout.dtype.itemsize):
         return None
     return len(nodes), nodes[0]
 

@@ -119,7 +119,7 @@ def plan(job: Job, data: str) -> Plan:
     workers, average_from = job.config.workers or 0, job.config.average_from
     gradients, averages = sums.of_sums(job), sums.of_averages(job) if workers else ()
     return Plan(
-        grid=grid_text(len(job.stages), job.replicas, job.microbatches, job.config.workers),
+        grid=grid_text(len(job.stages), job.replicas, job.microbatches, job.config.workers, job.config.leaf),
         ranks=job.ranks,
         nodes=job.nodes,
         node_ranks=job.node_ranks,
@@ -183,7 +183,7 @@ def _stage(job: Job, number: int, memory: costs.StageMemory, flops: int) -> Stag
         in_flight=int(memory.in_flight.max()),
         copies=job.copies,
         values=memory.values,
-        gradient_vectors=int(depths(job.members, job.worker_microbatches)[fullest % job.members]),
+        gradient_vectors=int(depths(job.members, job.worker_microbatches, job.config.leaf)[fullest % job.members]),
         gradients=int(memory.gradients[fullest]),
         state=int(memory.state[fullest]),
         activations=int(memory.activations[fullest]),

@@ -47,7 +47,7 @@ def step_time(job: Job, machine: Machine, network: Link) -> StepTime:
     run = simulate(SCHEDULES[job.config.schedule], len(stages), count, forward, backward, sends)
     compute = count * (sum(forward) + sum(backward)) / len(stages)
     ends = (0, job.members - 1)
-    fewest = min(len(partials(replica, job.members, job.worker_microbatches)) for replica in ends)
+    fewest = min(len(partials(replica, job.members, job.worker_leaves)) for replica in ends)
     adds = [(count - fewest) * stage.layout.updated * speeds.add for stage in job.stages]  # of its own micro-batches
     exchanged, updated = zip(*(_sum(job, stage, speeds, network) for stage in stages), strict=True)
     record = speeds.step + _all_nodes(_nodes(job), network, sums.RECORD)
@@ -95,7 +95,7 @@ def _sum(job: Job, stage: int, speeds: Speeds, network: Link) -> tuple[float, fl
         sent = 2 * layout.updated * layout.dtype.itemsize * (nodes - 1) / nodes
         rounds = 2 * (nodes - 1) * network.latency
         return sent / network.bandwidth + rounds, layout.updated * (speeds.update + speeds.add)
-    own = partials(0, job.members, job.worker_microbatches)
+    own = partials(0, job.members, job.worker_leaves)
     groups = max((sharers(homes, job.shared) for homes in job.group_homes(stage)), key=len)
     messages, item = traffic(job, stage), layout.dtype.itemsize
     update = float(messages.slices.max()) / item * speeds.update

@@ -357,6 +357,8 @@ FEATURES = {
         "--model cnn --norm batch --channels 2 --batch 100 --microbatches 13 --ignore 7 --noise-scale --clip 0.3 "
         f"{SHORT} --log-every 2"
     ),
+    # Six leaves of four micro-batches, whose gradients are looked at one by one; fewer than ranks where it goes on.
+    "leaf": Feature(f"{DIGITS} --microbatches 24 --leaf 4 --clip 0.3 --noise-scale", (*ALL, *HALVED)),
     # Rounds on whose ends neither evaluations nor saves fall, and of which the last is short.
     "workers": Feature(
         f"{DIGITS} --microbatches 12 --hidden 20,8 --workers 4 --average-every 4 --clip 0.3 --save-every 5 "
@@ -372,8 +374,8 @@ FEATURES = {
     ),
     # More than replicas; many of them have no row in a step, and some in a whole round.
     "workers-without-rows": Feature(
-        f"{FEW} --batch 1 --microbatches 24 --workers 12 --average-every 2 --optimizer momentum --dtype float64 "
-        "--log-every 3",
+        f"{FEW} --batch 1 --microbatches 24 --leaf 2 --workers 12 --average-every 2 --optimizer momentum "
+        "--dtype float64 --log-every 3",
         ("data", "grid", "nodes", "private", "resumed"),
         few_rows,
     ),

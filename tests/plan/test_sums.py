@@ -69,6 +69,7 @@ def test_nodes_that_halve(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs, single, odd = (job(ranks, of_node, microbatches=ranks) for ranks, of_node in ((16, 2), (16, 1), (12, 1)))
     assert [exchanges.halved(made, 0) for made in (pairs, single, odd)] == [(8, 2), (16, 1), (12, 1)]
     assert exchanges.halved(job(16, 2, microbatches=24), 0) is None
+    assert exchanges.halved(job(16, 2, microbatches=48, leaf=3), 0) == (8, 2)
     assert exchanges.halved(job(16, 2, allreduce="mpi"), 0) is None
     vector = 4 * made_of(pairs)
     for made, others, messages, packed in ((pairs, 7, 6, 8 * vector), (single, 15, 8, 0), (odd, 11, 8, 0)):
@@ -146,6 +147,7 @@ class Recording(MPI.Intracomm):
         {"pipe": 2, "microbatches": 11, "schedule": "gpipe"},
         {"pipe": 2, "optimizer": "sgd", "ema": 0.9},
         {"microbatches": 19, "bucket": 0.02},
+        {"microbatches": 24, "leaf": 6},
         {"pipe": 4, "memory": "private", "dtype": "float64"},
         {"pipe": 2, "rates": ("layers.0=0",), "cuts": (1,)},
         {"microbatches": 19, "bucket": 0.02, "rates": ("layers.2=0",)},
@@ -210,7 +212,7 @@ def test_a_real_run_allocates_and_sends_as_planned(
     [
         {"workers": 2, "outer_momentum": 0.9},
         {"workers": 12, "memory": "private", "optimizer": "sgd", "ema": 0.9},
-        {"workers": 2, "pipe": 2, "microbatches": 20, "dtype": "float64"},
+        {"workers": 2, "pipe": 2, "microbatches": 20, "leaf": 5, "dtype": "float64"},
         {"workers": 2, "microbatches": 20, "bucket": 0.02, "rates": ("layers.2=0",)},
         {"workers": 2, "allreduce": "mpi", "outer_lr": 0.7},
     ],

@@ -253,6 +253,10 @@ def test_grids_that_cannot_share_the_workers_are_left_out(tmp_path: Path, capsys
     (tmp_path / STUDY).write_text(json.dumps(study | {"settings": [*study["settings"], "--microbatches", "4"]}))
     assert main(["predict", str(tmp_path), "--ranks", "64"]) == 0
     assert "64 ranks: --microbatches 4 are too few for any grid\n" in capsys.readouterr().out
+    (tmp_path / STUDY).write_text(json.dumps(study | {"settings": [*study["settings"], "--leaf", "3"]}))
+    assert main(["predict", str(tmp_path), "--ranks", "1,2", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)["predictions"]
+    assert {one["microbatches"] % (3 * one["ranks"] // one["stages"]) for one in content} == {0}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"mode": "strong", "settings": [], "points": [{"x": 1}]}'])
