@@ -153,6 +153,13 @@ class Config:
     microbatches: int | None = setting(
         None, STEPS, "micro-batches per step, over all ranks (default: replicas, or 2 x stages x replicas)", low=1
     )
+    leaf: int = setting(
+        1,
+        STEPS,
+        "micro-batches that are added one after another, a leaf of the tree of the gradient sum; replicas have whole "
+        "leaves; large ones need less memory",
+        low=1,
+    )
     average_every: int = setting(
         0,
         STEPS,

@@ -6,9 +6,16 @@ from collections.abc import Sequence
 from mpiml.errors import ConfigError
 
 
-def part(index: int, parts: int, total: int) -> tuple[int, int]:
-    """The index-th of `parts` contiguous, nearly equal parts of 0..total-1, as (start, stop)."""
-    return total * index // parts, total * (index + 1) // parts
+def part(index: int, parts: int, total: int, leaf: int = 1) -> tuple[int, int]:
+    """The index-th of `parts` contiguous, nearly equal parts of 0..total-1, as (start, stop). They are made of whole
+    runs of `leaf` numbers, which divides the total, as replicas have whole leaves of micro-batches."""
+    leaves = total // leaf
+    return leaves * index // parts * leaf, leaves * (index + 1) // parts * leaf
+
+
+def part_of(number: int, parts: int, total: int, leaf: int = 1) -> int:
+    """In which of those parts a number is."""
+    return (parts * (number // leaf + 1) - 1) // (total // leaf)
 
 
 def check_ranks(ranks: int, pipe: int) -> None:

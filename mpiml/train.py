@@ -100,7 +100,7 @@ def _train(asked: Config, model: Model | None, data: Any, hold: Hold, guard: Gua
             if cfg.resume and (done := hold.finished(team, resolved, before)):  # --epochs has become steps
                 return done
             known = team.on_rank_0(lambda: known_data(resolved, dataset, hold, team.clock.progress))
-            idle = sharing.idle_text(team.size, crew.idle, resolved.microbatches, resolved.workers)
+            idle = sharing.idle_text(team.size, crew.idle, resolved.microbatches, resolved.workers, resolved.leaf)
             with freed(grids.build(team, cfg.pipe), team.size) as grid:
                 run = assemble(resolved, dataset, grid, model, check_saved, known)
                 with freed(run, team.size):
@@ -125,7 +125,7 @@ def _go_on(run: Run, store: Store, hold: Hold, notes: list[str], stop: StopReque
     rows, metric = data.shards.rows_per_step, run.model.metric.name
     with log.Log(grid.team, hold.metrics, rows, metric, run.pace(), restored.history, cfg.evaluated) as logger:
         logger.open_console(restored.step + 1, cfg.steps, cfg.quiet)
-        shape = sharing.grid_text(grid.stages, grid.replicas, cfg.microbatches, cfg.workers)
+        shape = sharing.grid_text(grid.stages, grid.replicas, cfg.microbatches, cfg.workers, cfg.leaf)
         for line in [*warnings, *notes, *restored.notes, *waits, shape, *sharing.workers_text(cfg, grid.replicas)]:
             logger.say(line)
         # Numbers that are not finite end the run, with a better message than NumPy's.

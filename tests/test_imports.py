@@ -16,7 +16,7 @@ PAGE = PACKAGE / "README.md"
 # What works where MPI does not: on a login node, or in a program that starts MPI jobs.
 NO_MPI = [
     *("mpiml.nn", "mpiml.data", "mpiml.flags", "mpiml.config", "mpiml.command"),
-    *(f"mpiml.parallel.{name}" for name in ("tree", "slices", "schedules", "simulator")),
+    *(f"mpiml.parallel.{name}" for name in ("tree", "slices", "halving", "schedules", "simulator")),
     *("mpiml.run.checkpoint", "mpiml.run.launcher"),
     *(
         f"mpiml.training.{name}"

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from mpiml.errors import ConfigError
-from mpiml.partition import balanced, check_cuts, check_ranks
+from mpiml.partition import balanced, check_cuts, check_ranks, part, part_of
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,18 @@ def test_refused_grids_say_what_would_work(ranks: int, pipe: int, message: str) 
 @pytest.mark.parametrize(("ranks", "pipe"), [(1, 1), (6, 1), (6, 2), (6, 3), (6, 6), (16, 4)])
 def test_good_grids(ranks: int, pipe: int) -> None:
     check_ranks(ranks, pipe)
+
+
+@pytest.mark.parametrize(("parts", "total", "leaf"), [(5, 37, 1), (3, 12, 4), (4, 24, 2), (5, 60, 4), (7, 3, 1)])
+def test_parts_are_one_after_another_and_made_of_whole_leaves(parts: int, total: int, leaf: int) -> None:
+    cut = [part(index, parts, total, leaf) for index in range(parts)]
+    assert [number for start, stop in cut for number in range(start, stop)] == list(range(total))
+    assert all(start % leaf == stop % leaf == 0 for start, stop in cut)
+    lengths = [(stop - start) // leaf for start, stop in cut]
+    assert max(lengths) - min(lengths) <= 1
+    assert [part_of(m, parts, total, leaf) for m in range(total)] == [
+        index for index, (start, stop) in enumerate(cut) for _ in range(start, stop)
+    ]
 
 
 def dearest(costs: list[int], cuts: list[int]) -> int:

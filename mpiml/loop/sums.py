@@ -23,7 +23,7 @@ from mpiml.loop.checks import (
 from mpiml.loop.flat import Flat, FlatSums
 from mpiml.loop.guard import called, clock
 from mpiml.parallel import grid as grids
-from mpiml.partition import part
+from mpiml.partition import part, part_of
 from mpiml.run.process import reuse_memory
 from mpiml.team import Team, share_cores
 
@@ -110,7 +110,7 @@ class Sum:
     def rank_of(self, m: int) -> int:
         """The rank that puts micro-batch m, as the launcher numbers ranks."""
         team = self._grid.team
-        return next(team.launched[r] for r in range(team.size) if m < part(r, team.size, self.microbatches)[1])
+        return team.launched[part_of(m, team.size, self.microbatches)]
 
     def put(self, m: int, arrays: Any = None, weight: float = 1.0, loss: float = 0.0) -> None:
         """Add `weight` times the arrays of micro-batch m, one of this rank's, in their order; without `arrays`, what is

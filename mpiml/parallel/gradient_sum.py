@@ -15,11 +15,11 @@ from mpi4py import MPI
 
 from mpiml import vectors
 from mpiml.clock import Clock
-from mpiml.parallel.exchange import Exchange
+from mpiml.parallel.exchange import Exchange, HalvingExchange
 from mpiml.parallel.slices import cut
 from mpiml.parallel.tree import SumPlan, sum_plan
 from mpiml.parallel.values import Values
-from mpiml.team import wait
+from mpiml.team import until, wait
 from mpiml.vectors import PIECE, Vector
 
 
@@ -81,11 +81,19 @@ class OrderedSum:
         microbatches: of a step, over all replicas.
         clock: books the time that a backward pass spends on messages.
         like: a sum of the same kind, in which another copy of the model has its turn: the slots are shared.
+        leaf: micro-batches that a leaf of the tree has.
     """
 
-    def __init__(self, values: Values, microbatches: int, clock: Clock | None = None, like: OrderedSum | None = None):
+    def __init__(
+        self,
+        values: Values,
+        microbatches: int,
+        clock: Clock | None = None,
+        like: OrderedSum | None = None,
+        leaf: int = 1,
+    ):
         self.values, self._memory, self._clock = values, values.memory, clock or Clock()
-        self.plan = sum_plan(values.comm.rank, values.nodes, microbatches)
+        self.plan = sum_plan(values.comm.rank, values.nodes, microbatches, leaf)
         dtype = values.vector.dtype
         self.everyone: list[list[Vector]] = (
             like.everyone if like else self._memory.own(self.plan.depth, values.updated, dtype)
@@ -93,7 +101,8 @@ class OrderedSum:
         self.slots = self.everyone[self._memory.rank]
         depth = max(len(self.plan.contributions), *(len(m.contributions) for m in self.plan.messages), 1)
         scratch = [vectors.empty(PIECE, dtype) for _ in range(min(depth, 2 * microbatches.bit_length()))]
-        self.exchanges = [Exchange(values, bucket, self.plan, self.everyone, scratch) for bucket in values.buckets]
+        kind = HalvingExchange if values.rounds else Exchange
+        self.exchanges = [kind(values, bucket, self.plan, self.everyone, scratch) for bucket in values.buckets]
         self._totals = [(e, index) for e in self.exchanges for index in range(len(e.bucket.pieces))]
         self._receives = [request for e in self.exchanges for request in e.receives]
         self._sends = [request for e in self.exchanges for request in e.sends]
@@ -101,6 +110,7 @@ class OrderedSum:
         early = len(self.exchanges) > 1 and not self._alone
         self.complete: Callable[[int], None] | None = self._complete if early else None
         self._begun = False
+        self._moving: list[Exchange] = []  # buckets of which more than receiving is left to do
         self._merged = self._sent = 0  # buckets of this step
         self._before = 0  # buckets of all steps before, as posted
 
@@ -114,6 +124,7 @@ class OrderedSum:
     def start(self) -> None:
         self._begin()
         self._send(len(self.exchanges))
+        until(self._advance)
         wait(self._receives)
 
     def total(self, index: int, out: Vector) -> Vector:
@@ -157,6 +168,7 @@ class OrderedSum:
         self._memory.post(self._before + self._merged)
         with self._clock.booked("communication"):
             self._send(self._memory.posted() - self._before)
+            self._advance()
             if self._receives:
                 MPI.Prequest.Testall(self._receives)  # messages move only while the MPI library is called
 
@@ -164,8 +176,15 @@ class OrderedSum:
         """Send those of the first `count` buckets that are not sent yet."""
         for exchange in self.exchanges[self._sent : max(count, 0)]:
             exchange.send()
+            self._moving.append(exchange)
             self.values.sent += exchange.bytes
             self._sent += 1
+
+    def _advance(self) -> bool:
+        """Do what can be done now for the buckets that are being exchanged, and return whether nothing but receiving is
+        left to do."""
+        self._moving = [exchange for exchange in self._moving if not exchange.advance()]
+        return not self._moving
 
     def _finish(self) -> None:
         """The step is over: nobody needs its slots and messages any more."""
@@ -183,14 +202,16 @@ class LibrarySum:
         comm: the replicas of the stage.
         values: this replica's own copy, over MPI.COMM_SELF.
         microbatches: of a step, over all replicas.
-        like: as of OrderedSum.
+        like, leaf: as of OrderedSum.
     """
 
     complete: Callable[[int], None] | None = None
 
-    def __init__(self, comm: MPI.Intracomm, values: Values, microbatches: int, like: LibrarySum | None = None):
+    def __init__(
+        self, comm: MPI.Intracomm, values: Values, microbatches: int, like: LibrarySum | None = None, leaf: int = 1
+    ):
         self.comm, self.values = comm, values
-        self.plan = sum_plan(comm.rank, [1] * comm.size, microbatches)
+        self.plan = sum_plan(comm.rank, [1] * comm.size, microbatches, leaf)
         dtype = values.vector.dtype
         self.slots: list[Vector] = like.slots if like else values.memory.own(self.plan.depth, values.updated, dtype)[0]
 

@@ -63,21 +63,23 @@ class Agreement:
         memory: of all ranks of this node.
         microbatches: of a step, over all ranks.
         columns: the most that a step's rows have.
+        leaf: micro-batches that replicas have at least, and whole runs of.
     """
 
-    def __init__(self, grid: Grid, memory: SharedMemory, microbatches: int, columns: int):
+    def __init__(self, grid: Grid, memory: SharedMemory, microbatches: int, columns: int, leaf: int = 1):
         self.comm, self.memory, self.leaders, ranks = grid.comm, memory, grid.leaders, memory.ranks
-        self._first, _ = part(grid.replica, grid.replicas, microbatches)
-        self._most = _numbers_a_column(grid.replicas, microbatches)
+        self._first, _ = part(grid.replica, grid.replicas, microbatches, leaf)
+        self._most = _numbers_a_column(grid.replicas, microbatches, leaf)
         self._flags = memory.common(ranks * 2, np.float64).reshape(ranks, 2)
         self._own_flags = self._flags[memory.rank]
         self._written = memory.common(ranks * self._most * columns, np.float64)
         self._result = memory.common(2 + columns, np.float64)
 
     @staticmethod
-    def bytes_needed(ranks: int, replicas: int, microbatches: int, columns: int) -> int:
+    def bytes_needed(ranks: int, replicas: int, microbatches: int, columns: int, leaf: int = 1) -> int:
         """The bytes that an Agreement allocates of the memory of a node's `ranks`, by `common`."""
-        return 8 * (ranks * (2 + _numbers_a_column(replicas, microbatches) * columns) + 2 + columns) + 3 * ALIGNMENT
+        numbers = _numbers_a_column(replicas, microbatches, leaf)
+        return 8 * (ranks * (2 + numbers * columns) + 2 + columns) + 3 * ALIGNMENT
 
     def __call__(self, rows: Rows, broken: bool = False, stop: bool = False) -> Record:
         """As `agree`, for a step."""
@@ -134,9 +136,9 @@ def agree(comm: MPI.Intracomm, rows: Rows, broken: bool = False, stop: bool = Fa
     return sums.over_all(comm, broken, stop)
 
 
-def _numbers_a_column(replicas: int, microbatches: int) -> int:
+def _numbers_a_column(replicas: int, microbatches: int, leaf: int) -> int:
     """How many numbers a rank writes for each column."""
-    return min(-(-microbatches // replicas), DIGITS)
+    return min(-(-microbatches // leaf // replicas) * leaf, DIGITS)
 
 
 def _as_digits(written: NDArray[np.float64]) -> Digits:

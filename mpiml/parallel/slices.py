@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from mpiml.vectors import PIECE, Block
+from mpiml.vectors import BLOCK, PIECE, Block
 
 Range = tuple[int, int]
 
@@ -72,11 +72,13 @@ def cut(ranges: Sequence[Range]) -> list[Range]:
     return [(a, min(a + MESSAGE, stop)) for start, stop in ranges for a in range(start, stop, MESSAGE)]
 
 
-def owned(blocks: Sequence[T], owners: int) -> list[Sequence[T]]:
-    """The run of blocks that each owner gets: one after another, of nearly equal length; some may be empty."""
+def owned(blocks: Sequence[T], owners: int, late: float = 0.0) -> list[Sequence[T]]:
+    """The run of blocks that each owner gets: one after another, of nearly equal length; some may be empty. Runs begin
+    `late` blocks further on in the list of owners, 0 to 1: where blocks are few, others get them."""
     starts = [block.start for block in blocks]
     first, stop = bounds(blocks)
-    cuts = [bisect_left(starts, first + (stop - first) * owner / owners) for owner in range(owners)] + [len(blocks)]
+    begin, length = first - late * min(BLOCK, stop - first), stop - first
+    cuts = [bisect_left(starts, begin + length * owner / owners) for owner in range(owners)] + [len(blocks)]
     return [blocks[a:b] for a, b in itertools.pairwise(cuts)]
 
 

@@ -1,8 +1,8 @@
 """The canonical order of the gradient sum, and how the replicas of a stage share the work; no MPI.
 
-The sum over micro-batches 0..total-1 is a balanced binary tree: node (l, i) covers [i 2^l, (i+1) 2^l) clipped to
-`total`, and a missing right child passes the left one up. Whichever ranks hold the operands, each addition has the
-same two, so the sum has the same bits on every layout.
+The sum over leaves 0..total-1 is a balanced binary tree: node (l, i) covers [i 2^l, (i+1) 2^l) clipped to `total`, and
+a missing right child passes the left one up. A leaf is a micro-batch, or a run of `leaf` of them, added one after the
+other. Whichever ranks hold the operands, each addition has the same two, so the sum has the same bits on every layout.
 """
 
 import itertools
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def shift_reduce(ranges: Iterable[Range], total: int) -> tuple[list[int], list[Range]]:
-    """Plan the sum of contributions that cover `ranges` of micro-batches and come in this order.
+    """Plan the sum of contributions that cover `ranges` of leaves and come in this order.
 
     Returns for each contribution how many times the top of the stack is added into the one below it once the
     contribution has been pushed; and the ranges that stay on the stack at the end: the canonical tree's maximal nodes.
@@ -65,7 +65,7 @@ def slots(counts: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class Contribution:
-    """Partial sum number `partial`, of the micro-batches `covers`: of local rank `rank`, or of another node `node`."""
+    """Partial sum number `partial`, of the leaves `covers`: of local rank `rank`, or of another node `node`."""
 
     covers: Range
     partial: int
@@ -104,9 +104,10 @@ class SumPlan:
     messages: list[Message]
 
 
-def sum_plan(replica: int, nodes: Sequence[int], total: int) -> SumPlan:
-    """The plan of one replica for a step of `total` micro-batches. `nodes` are the numbers of replicas on each node, in
-    replica order; those of a node share memory."""
+def sum_plan(replica: int, nodes: Sequence[int], microbatches: int, leaf: int = 1) -> SumPlan:
+    """The plan of one replica for a step of so many micro-batches, `leaf` to a leaf. `nodes` are the numbers of
+    replicas on each node, in replica order; those of a node share memory."""
+    total = microbatches // leaf
     *firsts, replicas = itertools.accumulate(nodes, initial=0)
     home, _ = _home(replica, nodes)
 
@@ -123,17 +124,17 @@ def sum_plan(replica: int, nodes: Sequence[int], total: int) -> SumPlan:
 
     contributions = [c for node in range(len(nodes)) for c in (of_ranks(node) if node == home else of_node(node))]
     root_counts, root = _reduce(contributions, total)
-    assert root == [(0, total)], f"the plan sums {root} instead of all {total} micro-batches"
+    assert root == [(0, total)], f"the plan sums {root} instead of all {total} leaves"
 
     local, contents = of_ranks(home), []
     for sent in of_node(home):
         low, high = sent.covers
         inside = [c for c in local if low <= c.covers[0] and c.covers[1] <= high]
         contents.append((sent.partial, inside, _reduce(inside, total)[0]))
-    counts = _own(replica, replicas, total)
+    counts = _own(replica, replicas, microbatches, leaf)
     return SumPlan(
-        microbatches=part(replica, replicas, total),
-        depth=depth(replica, replicas, total),
+        microbatches=part(replica, replicas, microbatches, leaf),
+        depth=depth(replica, replicas, microbatches, leaf),
         counts=counts,
         slots=slots(counts),
         contributions=contributions,
@@ -164,14 +165,15 @@ def _home(replica: int, nodes: Sequence[int]) -> tuple[int, int]:
     return max((node, first) for node, first in enumerate(firsts) if first <= replica)
 
 
-def depth(replica: int, replicas: int, total: int) -> int:
-    """How many vectors a replica needs for the sum of its own micro-batches."""
-    return 1 + max(slots(_own(replica, replicas, total)), default=0)
+def depth(replica: int, replicas: int, microbatches: int, leaf: int = 1) -> int:
+    """How many vectors a replica needs for the sum of its own micro-batches: as many as for its leaves, and one more
+    for what is added to a leaf."""
+    return 1 + max(slots(_of_leaves(replica, replicas, microbatches // leaf)), default=0) + (leaf > 1)
 
 
 def partials(replica: int, replicas: int, total: int) -> list[Range]:
-    """The partial sums of a replica: what its own micro-batches are once it has added up all that it can alone, the
-    largest nodes of the tree that lie within them."""
+    """The partial sums of a replica: what its own leaves are once it has added up all that it can alone, the largest
+    nodes of the tree that lie within them."""
     (low, high), ranges = part(replica, replicas, total), list[Range]()
     while low < high:
         size = low & -low or 1 << total.bit_length()
@@ -182,9 +184,19 @@ def partials(replica: int, replicas: int, total: int) -> list[Range]:
     return ranges
 
 
-def _own(replica: int, replicas: int, total: int) -> list[int]:
-    """How a replica adds up its own micro-batches: the counts of shift_reduce."""
-    return shift_reduce([(m, m + 1) for m in range(*part(replica, replicas, total))], total)[0]
+def _own(replica: int, replicas: int, microbatches: int, leaf: int) -> list[int]:
+    """How a replica sums its own micro-batches, with counts as of shift_reduce: those of a leaf are added to its first,
+    and after the last one the leaf is merged into what lies below it."""
+    counts = []
+    for merged in _of_leaves(replica, replicas, microbatches // leaf):
+        counts += [0, *[1] * (leaf - 1)]
+        counts[-1] += merged
+    return counts
+
+
+def _of_leaves(replica: int, replicas: int, total: int) -> list[int]:
+    """How a replica adds up its own leaves: the counts of shift_reduce."""
+    return shift_reduce([(one, one + 1) for one in range(*part(replica, replicas, total))], total)[0]
 
 
 def _reduce(contributions: Iterable[Contribution], total: int) -> tuple[list[int], list[Range]]:
@@ -192,5 +204,5 @@ def _reduce(contributions: Iterable[Contribution], total: int) -> tuple[list[int
 
 
 def aligned(replicas: int, total: int) -> bool:
-    """Whether every replica's micro-batches sum to one node of the tree, which keeps messages shortest."""
+    """Whether every replica's leaves sum to one node of the tree, which keeps messages shortest."""
     return all(len(partials(replica, replicas, total)) == 1 for replica in range(replicas))

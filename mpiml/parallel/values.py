@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mpi4py import MPI
 from numpy.typing import DTypeLike
 
+from mpiml.parallel import halving
 from mpiml.parallel.memory import Memory
 from mpiml.parallel.slices import Piece, Range, bounds, bucket_size, buckets, owned, pieces
 from mpiml.parallel.tree import links
@@ -26,6 +27,7 @@ class Bucket:
     Attributes:
         slices: (start, stop) of each replica's slice, within the whole vector.
         pieces: this replica's slice, cut to fit a cache.
+        shares: with halving, (start, stop) of the slices of this replica's lane, in the order of the vector.
         tag: of messages with values; partial sum p has tag + 1 + p. Tags tell buckets apart, because an MPI library may
             start requests in any order.
     """
@@ -35,6 +37,12 @@ class Bucket:
     slices: list[Range]
     pieces: list[Piece]
     tag: int
+    shares: list[Range]
+
+    def span(self, of: Range) -> Range:
+        """(start, stop) of some neighbouring shares."""
+        parts = [(start, stop) for start, stop in self.shares[slice(*of)] if stop > start]
+        return (parts[0][0], parts[-1][1]) if parts else (0, 0)
 
 
 class Values:
@@ -51,12 +59,15 @@ class Values:
         memory: of this node's replicas.
         size, blocks, dtype: of the flat vector; size in elements.
         bucket: elements of a bucket, or more if there would be too many buckets; 0 for one bucket.
+        halved: whether nodes exchange by halving (mpiml.parallel.halving), for which they need equally many replicas.
+            Those with equal numbers on their nodes are a lane, which has a part of the vector.
 
     Attributes:
         vector: all values of the stage.
         updated: how many of them are updated, the first ones; vectors of gradients have this size.
         matrices: how many parameters have norms of their own.
         nodes: how many replicas each node has, in order.
+        rounds: of this node, with halving; empty without.
         buckets: from the end of the vector to its start, as a backward pass writes gradients.
         holders: (replica, start, stop) of parts that make up what is updated, each element once.
         owners: the replicas that hold any.
@@ -65,7 +76,14 @@ class Values:
     """
 
     def __init__(
-        self, comm: MPI.Intracomm, memory: Memory, size: int, blocks: Sequence[Block], dtype: DTypeLike, bucket: int = 0
+        self,
+        comm: MPI.Intracomm,
+        memory: Memory,
+        size: int,
+        blocks: Sequence[Block],
+        dtype: DTypeLike,
+        bucket: int = 0,
+        halved: bool = False,
     ):
         self.comm, self.memory = comm, memory
         self.vector = memory.common(size, dtype)
@@ -73,8 +91,10 @@ class Values:
         self.matrices = 1 + max((block.matrix for block in blocks if block.matrix is not None), default=-1)
         neighbours = allgather(comm, (memory.rank, memory.ranks))
         self.nodes = [ranks for rank, ranks in neighbours if rank == 0]
+        self.rounds = halving.rounds(comm.rank // memory.ranks, len(self.nodes)) if halved else []
         highest = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 32767  # which every library has
-        longest = bucket_size(bucket, self.updated, comm.size, (highest + 1) // TAGS)
+        messages = 2 * memory.ranks if halved else comm.size  # which make up a bucket
+        longest = bucket_size(bucket, self.updated, messages, (highest + 1) // TAGS)
         runs = buckets(blocks, longest)
         self.buckets = [self._bucket(run, TAGS * number) for number, run in enumerate(runs)]
         self.holders = [
@@ -87,39 +107,68 @@ class Values:
         self.held = [(start, stop) for owner, start, stop in self.holders if owner == comm.rank]
         self.pieces = [piece for bucket in self.buckets for piece in bucket.pieces]
         self.sent = self._given = 0
-        self._takes: list[MPI.Prequest] = []
-        self._gives: list[MPI.Prequest] = []
-        self._plan_messages()
+        self._rounds: list[tuple[list[MPI.Prequest], list[MPI.Prequest]]] = []
+        if halved:
+            self._plan_rounds()
+        else:
+            self._plan_messages()
 
     def _bucket(self, run: Sequence[Block], tag: int) -> Bucket:
-        of_replicas = owned(run, self.comm.size)
-        slices = [bounds(blocks) for blocks in of_replicas]
-        return Bucket(*bounds(run), slices, pieces(of_replicas[self.comm.rank]), tag)
+        of_lane, of_replicas = list[Sequence[Block]](), owned(run, self.comm.size)
+        if self.rounds:
+            lanes = halving.lanes(run, len(self.nodes), self.memory.ranks)
+            of_lane, of_replicas = lanes[self.memory.rank], halving.of_replicas(lanes, len(self.nodes))
+        slices, own = [bounds(blocks) for blocks in of_replicas], pieces(of_replicas[self.comm.rank])
+        return Bucket(*bounds(run), slices, own, tag, [bounds(blocks) for blocks in of_lane])
 
     def _plan_messages(self) -> None:
+        """Each owner gives its slice to its partners on all other nodes."""
         others, owners = links(self.comm.rank, self.nodes)
-        for bucket in self.buckets:
-            start, stop = bucket.slices[self.comm.rank]
+        gives = [(bucket, bucket.slices[self.comm.rank], other) for bucket in self.buckets for other in others]
+        takes = [(bucket, bucket.slices[owner], owner) for bucket in self.buckets for owner in owners]
+        self._add_round(takes, gives)
+
+    def _plan_rounds(self) -> None:
+        """The rounds of the sum backwards: what a node kept goes to where the sum of it came from, and what it sent
+        comes back."""
+        for one in reversed(self.rounds):
+            source = [] if one.source is None else [self.in_lane(one.source)]
+            gives = [(bucket, bucket.span(one.kept), other) for bucket in self.buckets for other in source]
+            takes = [(b, b.span(part), self.in_lane(node)) for b in self.buckets for node, part in one.sends]
+            self._add_round(takes, gives)
+
+    def _add_round(
+        self, takes: Sequence[tuple[Bucket, Range, int]], gives: Sequence[tuple[Bucket, Range, int]]
+    ) -> None:
+        """Plan messages that are on their way at once: (bucket, range, from or to this replica)."""
+        sends, receives = list[MPI.Prequest](), list[MPI.Prequest]()
+        for bucket, (start, stop), other in gives:
             if stop > start:
-                part = self.vector[start:stop]
-                self._gives += [self.comm.Send_init(part, other, bucket.tag) for other in others]
-                self._given += part.nbytes * len(others)
-            for owner in owners:
-                start, stop = bucket.slices[owner]
-                if stop > start:
-                    self._takes.append(self.comm.Recv_init(self.vector[start:stop], owner, bucket.tag))
+                sends.append(self.comm.Send_init(self.vector[start:stop], other, bucket.tag))
+                self._given += self.vector[start:stop].nbytes
+        for bucket, (start, stop), other in takes:
+            if stop > start:
+                receives.append(self.comm.Recv_init(self.vector[start:stop], other, bucket.tag))
+        self._rounds.append((receives, sends))
+
+    def in_lane(self, node: int) -> int:
+        """The replica of this one's lane on another node."""
+        return node * self.memory.ranks + self.memory.rank
 
     def publish(self, others: Sequence[MPI.Request] = ()) -> None:
         """Give the values of this replica's parts to all replicas; collective over them. Afterwards all hold equal
         values, and `others`, further requests, are complete on all ranks of the node."""
-        MPI.Prequest.Startall(self._takes)
-        MPI.Prequest.Startall(self._gives)
+        for takes, _ in self._rounds:
+            MPI.Prequest.Startall(takes)
+        for takes, gives in self._rounds:
+            MPI.Prequest.Startall(gives)
+            wait([*others, *gives, *takes])
         self.sent += self._given
-        wait([*others, *self._gives, *self._takes])
         self.memory.barrier()
 
     def free(self) -> None:
         """Give back what the MPI library holds for these values."""
-        for requests in (self._takes, self._gives):
-            while requests:
-                requests.pop().Free()
+        for one in self._rounds:
+            for requests in one:
+                while requests:
+                    requests.pop().Free()

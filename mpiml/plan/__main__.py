@@ -42,7 +42,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     data = open_data(config)
     working = busy(config, None, chosen.ranks)
     made = plan(job_of(config, working, chosen.node_ranks or chosen.ranks, data), data.name)
-    idle = idle_text(working, chosen.ranks - working, made.microbatches, made.workers)
+    idle = idle_text(working, chosen.ranks - working, made.microbatches, made.workers, config.leaf)
     print(to_json(asdict(made), indent=2) if chosen.json else "\n".join([*idle, screen(made)]))
     return 0
 

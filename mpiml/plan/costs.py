@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from mpiml.nn import base as nn
 from mpiml.parallel.schedules import SCHEDULES
 from mpiml.parallel.simulator import Simulation, simulate
-from mpiml.plan.sums import Counts, averaging, depths, states, traffic
+from mpiml.plan.exchanges import Counts, depths, traffic
+from mpiml.plan.sums import averaging, states
 from mpiml.training.job import Job, sharers
 from mpiml.training.stages import StageDesign
 from mpiml.vectors import bytes_of
@@ -62,7 +63,7 @@ def stage_memory(job: Job, stage: int, row_bytes: float) -> StageMemory:
     return StageMemory(
         in_flight=flights,
         values=values,
-        gradients=np.tile(depths(job.members, job.worker_microbatches), job.groups) * vector,
+        gradients=np.tile(depths(job.members, job.worker_microbatches, job.config.leaf), job.groups) * vector,
         state=states(job) * job.copies * sums.slices,
         activations=(flights * job.microbatch_rows * row_bytes).astype(np.int64),
         messages=sums.gradients_in + sums.packed,

@@ -11,6 +11,7 @@ from mpiml.command import count, size, table
 from mpiml.nn import base as nn
 from mpiml.nn.parameters import Shape
 from mpiml.plan import activations, costs, sums
+from mpiml.plan.exchanges import depths, exchange_text
 from mpiml.training.job import Job, kind
 from mpiml.training.sharing import grid_text
 
@@ -69,8 +70,9 @@ class Plan:
         bubble: the part of the passes' time in which these stages are idle; even_bubble: if all had equal work.
         stages: where workers learn apart, if they do.
         rank_bytes, node_bytes: held by the fullest rank and the fullest node; of shared values a rank's share counts.
-        node_out, round_out: bytes that the busiest node sends to others for the gradient sum in a step, and for the
-            averages of a round.
+        node_out, round_out: the most bytes that a node sends to others for the gradient sum in a step, and for the
+            averages of a round; node_in, round_in: that a node receives.
+        exchange: how nodes exchange the sums of gradients; empty if they need not.
         workers, average_every: how many workers learn apart, if any do, and for how many steps.
         checkpoint, round_checkpoint: bytes of vectors in a checkpoint, and in one within a round.
     """
@@ -95,7 +97,10 @@ class Plan:
     node_bytes: int
     wires: list[Wire]
     node_out: float
+    node_in: float
     round_out: float
+    round_in: float
+    exchange: str
     workers: int
     average_every: int
     checkpoint: int
@@ -112,8 +117,9 @@ def plan(job: Job, data: str) -> Plan:
     flops = sum(stage.flops for stage in job.stages)
     passes = max(job.passes(replica) for replica in range(job.replicas))
     workers, average_from = job.config.workers or 0, job.config.average_from
+    gradients, averages = sums.of_sums(job), sums.of_averages(job) if workers else ()
     return Plan(
-        grid=grid_text(len(job.stages), job.replicas, job.microbatches, job.config.workers),
+        grid=grid_text(len(job.stages), job.replicas, job.microbatches, job.config.workers, job.config.leaf),
         ranks=job.ranks,
         nodes=job.nodes,
         node_ranks=job.node_ranks,
@@ -132,8 +138,11 @@ def plan(job: Job, data: str) -> Plan:
         rank_bytes=int(max(max(memory.held) for each in memories for memory in each)),
         node_bytes=max(map(costs.fullest_node, phases, memories)),
         wires=[*wires(job), *(_before(phase, average_from) for phase in before)],
-        node_out=_busiest(sums.of_sums(job)),
-        round_out=_busiest(sums.of_averages(job)) if workers else 0.0,
+        node_out=_most(gradients, "abroad"),
+        node_in=_most(gradients, "received"),
+        round_out=_most(averages, "abroad"),
+        round_in=_most(averages, "received"),
+        exchange=exchange_text(job),
         workers=workers,
         average_every=job.config.average_every,
         checkpoint=_checkpoint(job, 0),
@@ -141,9 +150,9 @@ def plan(job: Job, data: str) -> Plan:
     )
 
 
-def _busiest(sent: Sequence[sums.Sent]) -> float:
-    """The bytes that the busiest node sends to others."""
-    return float(np.sum([one.abroad for one in sent], axis=0).max())
+def _most(sent: Sequence[sums.Sent], way: str) -> float:
+    """The most bytes that a node sends to others or receives from them."""
+    return float(np.max(sum(getattr(one, way) for one in sent)))
 
 
 def _checkpoint(job: Job, workers: int) -> int:
@@ -174,7 +183,7 @@ def _stage(job: Job, number: int, memory: costs.StageMemory, flops: int) -> Stag
         in_flight=int(memory.in_flight.max()),
         copies=job.copies,
         values=memory.values,
-        gradient_vectors=int(sums.depths(job.members, job.worker_microbatches)[fullest % job.members]),
+        gradient_vectors=int(depths(job.members, job.worker_microbatches, job.config.leaf)[fullest % job.members]),
         gradients=int(memory.gradients[fullest]),
         state=int(memory.state[fullest]),
         activations=int(memory.activations[fullest]),
@@ -279,7 +288,9 @@ def _several(count: int, each: float) -> str:
 def _wires(plan: Plan) -> list[str]:
     lines = [["sent in a step", "between nodes", "on nodes"]]
     lines += [[wire.what, size(wire.between), size(wire.within)] for wire in plan.wires]
-    busiest = f"the busiest node sends {size(plan.node_out)} for the gradient sums"
+    most = f"a node sends at most {size(plan.node_out)} and receives {size(plan.node_in)} for the gradient sums"
     if plan.workers:
-        busiest += f", and {size(plan.round_out)} every {plan.average_every} steps for the averages"
-    return [*table(lines, "lrr"), *([busiest] if plan.node_out or plan.round_out else [])]
+        of_round = f"sends {size(plan.round_out)} and receives {size(plan.round_in)}"
+        most += f", and {of_round} every {plan.average_every} steps for the averages"
+    exchange = [plan.exchange] if plan.exchange else []
+    return [*table(lines, "lrr"), *exchange, *([most] if plan.node_out or plan.round_out else [])]

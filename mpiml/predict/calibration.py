@@ -125,7 +125,7 @@ class Calibration:
         self.comm, self.config, self.data = comm, config.replace(**together), data
         self.nodes = nodes_of_ranks(comm)
         self.node = MPI.Intracomm(comm.Split(self.nodes[comm.rank]))
-        self.layers = job_of(self.config.replace(pipe=1, cuts=(), microbatches=2), 1, 1, data).stages[0].layers
+        self.layers = job_of(self.config.replace(pipe=1, cuts=(), microbatches=2, leaf=1), 1, 1, data).stages[0].layers
         self.rows = [1 << power for power in range((config.batch - 1).bit_length())] + [config.batch]
 
     def machine(self) -> Machine:
@@ -150,7 +150,7 @@ class Calibration:
 
     def _speeds(self, comm: MPI.Intracomm, measure: Measure) -> Speeds:
         """The speeds of ranks that each compute a model of their own, and meet in `comm` at every step."""
-        config = self.config.replace(pipe=1, cuts=(), microbatches=2, bucket=0.0)
+        config = self.config.replace(pipe=1, cuts=(), microbatches=2, leaf=1, bucket=0.0)
         run = unsaved(MPI.COMM_SELF, config, self.data, self.layers)
         own = Pieces(run, self.layers)
         curves = curves_of([measure(repeated(own.step(rows))) for rows in self.rows], len(self.layers))

@@ -80,12 +80,13 @@ class Predictor:
 
     def _microbatches(self, stages: int, replicas: int, batch: int) -> list[int]:
         """Numbers of micro-batches that such a grid can share out; none if it cannot share the workers."""
-        workers = (self.config.workers or replicas) if self.config.average_every else 1
+        workers, leaf = (self.config.workers or replicas) if self.config.average_every else 1, self.config.leaf
         if workers % replicas and replicas % workers:
             return []
         if given := self.config.microbatches:
-            return [given] if replicas <= given <= batch and given % workers == 0 else []
-        parts = max(replicas, workers)
+            fits = replicas * leaf <= given <= batch and given % (workers * leaf) == 0
+            return [given] if fits else []
+        parts = max(replicas, workers) * leaf
         each = sorted({1} | ({stages * 2**power for power in range(5)} if stages > 1 else set()))
         return [count * parts for count in each if count * parts <= batch]
 

@@ -16,7 +16,7 @@ from mpiml.parallel.schedules import SCHEDULES
 from mpiml.parallel.simulator import simulate
 from mpiml.parallel.tree import partials
 from mpiml.plan import sums
-from mpiml.plan.sums import Traffic
+from mpiml.plan.exchanges import Traffic, halved, traffic
 from mpiml.predict.machine import Link, Machine, Speeds
 from mpiml.training.job import Job, sharers
 
@@ -47,7 +47,7 @@ def step_time(job: Job, machine: Machine, network: Link) -> StepTime:
     run = simulate(SCHEDULES[job.config.schedule], len(stages), count, forward, backward, sends)
     compute = count * (sum(forward) + sum(backward)) / len(stages)
     ends = (0, job.members - 1)
-    fewest = min(len(partials(replica, job.members, job.worker_microbatches)) for replica in ends)
+    fewest = min(len(partials(replica, job.members, job.worker_leaves)) for replica in ends)
     adds = [(count - fewest) * stage.layout.updated * speeds.add for stage in job.stages]  # of its own micro-batches
     exchanged, updated = zip(*(_sum(job, stage, speeds, network) for stage in stages), strict=True)
     record = speeds.step + _all_nodes(_nodes(job), network, sums.RECORD)
@@ -95,11 +95,14 @@ def _sum(job: Job, stage: int, speeds: Speeds, network: Link) -> tuple[float, fl
         sent = 2 * layout.updated * layout.dtype.itemsize * (nodes - 1) / nodes
         rounds = 2 * (nodes - 1) * network.latency
         return sent / network.bandwidth + rounds, layout.updated * (speeds.update + speeds.add)
-    own = partials(0, job.members, job.worker_microbatches)
+    own = partials(0, job.members, job.worker_leaves)
     groups = max((sharers(homes, job.shared) for homes in job.group_homes(stage)), key=len)
-    traffic, item = sums.traffic(job, stage), layout.dtype.itemsize
-    update = float(traffic.slices.max()) / item * speeds.update
-    return _exchange(traffic, network), update + _added(traffic, item, speeds.add, len(own), groups)
+    messages, item = traffic(job, stage), layout.dtype.itemsize
+    update = float(messages.slices.max()) / item * speeds.update
+    if halved(job, stage):
+        added = messages.packed.max() * (len(own) * groups[0] - 1) + messages.gradients_in.max()
+        return _exchange(messages, network), update + float(added) / item * speeds.add
+    return _exchange(messages, network), update + _added(messages, item, speeds.add, len(own), groups)
 
 
 def _average(job: Job, stage: int, speeds: Speeds, network: Link) -> tuple[float, float]:
@@ -112,23 +115,26 @@ def _average(job: Job, stage: int, speeds: Speeds, network: Link) -> tuple[float
     copying = float(averaging.vector.max()) / item * 2 * job.copies * speeds.add
     adding = _added(mean, item, speeds.add, len(partials(0, job.groups, workers)), groups)
     own = float(averaging.vector.max()) / item * (job.copies - 1) * speeds.add
-    published = mean.values_abroad * sums.outer(job) + sums.traffic(job, stage).values_abroad
-    exchanged = means * _exchange(mean, network) + float(published.max()) / network.bandwidth
+    step = traffic(job, stage)
+    sent = mean.values_abroad * sums.outer(job) + step.values_abroad
+    received = mean.values_received * sums.outer(job) + step.values_received
+    exchanged = means * _exchange(mean, network) + float(max(sent.max(), received.max())) / network.bandwidth
     return exchanged, means * (copying + own + adding)
 
 
-def _exchange(traffic: Traffic, network: Link) -> float:
-    """Seconds of the messages of a sum: the busiest node's bytes, one after the other."""
-    sent = float(traffic.gradients_abroad.max() + traffic.values_abroad.max())
-    return sent / network.bandwidth + float(traffic.messages.max()) * network.latency
+def _exchange(messages: Traffic, network: Link) -> float:
+    """Seconds of the messages of a sum: the bytes of the node that sends or receives most, one after the other."""
+    gradients = max(messages.gradients_abroad.max(), messages.gradients_received.max())
+    values = max(messages.values_abroad.max(), messages.values_received.max())
+    return float(gradients + values) / network.bandwidth + float(messages.messages.max()) * network.latency
 
 
-def _added(traffic: Traffic, item: int, add: float, own: int, groups: list[int]) -> float:
+def _added(messages: Traffic, item: int, add: float, own: int, groups: list[int]) -> float:
     """Seconds of adding up the slice of the rank with the largest: `own` partial sums of each rank that shares its
     memory, of `groups`, and one of each other memory."""
-    largest = float(traffic.slices.max()) / item
+    largest = float(messages.slices.max()) / item
     sources = own * groups[0] + len(groups) - 1
-    return add * (largest * (sources - 1) + float(traffic.packed.max()) / item * (groups[0] - 1))
+    return add * (largest * (sources - 1) + float(messages.packed.max()) / item * (groups[0] - 1))
 
 
 def _nodes(job: Job) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mpiml import documents
 from mpiml.errors import ConfigError, OutputError
+from mpiml.training.sharing import usual
 
 # What a study's directory holds:
 STUDY = "study.json"  # its settings and points
@@ -67,6 +68,7 @@ def points_of(
     batch: int,
     microbatches: int | None,
     workers: int | None = None,
+    leaf: int = 1,
 ) -> list[Point]:
     """All points of a study, in order.
 
@@ -76,6 +78,7 @@ def points_of(
         batch: rows of a step; in weak scaling, rows for each rank.
         microbatches: micro-batches of a step; None for the number that mpiml.train chooses on the grid.
         workers: how many there are, if their number is given; each needs equally many micro-batches.
+        leaf: micro-batches of a leaf, of which each replica and worker has whole ones.
 
     Raises ConfigError if a number of ranks cannot be used.
     """
@@ -86,15 +89,17 @@ def points_of(
             listed = ",".join(map(str, pipes))
             raise ConfigError(f"--ranks {count}: none of --pipes {listed} divides it; add 1 to --pipes")
         for stages in fitting:
-            rows, parts = batch * (count if mode == "weak" else 1), max(count // stages, workers or 1)
-            chosen = microbatches or (parts if stages == 1 else min(2 * stages * parts, rows))
+            rows = batch * (count if mode == "weak" else 1)
+            chosen = microbatches or usual(stages, count // stages, workers, leaf, rows)
             if chosen > rows:
                 raise ConfigError(f"--ranks {count}: a batch of {rows} rows cannot be cut into {chosen} micro-batches")
             points.append(Point(count, stages, rows, chosen))
-    if microbatches and microbatches < max(point.ranks // point.stages for point in points):
-        raise ConfigError(f"--microbatches {microbatches}: fewer than the replicas of the largest point")
-    alone = {workers or 1, *(same_parts(mode, point) for point in points)}
-    bases = (Point(1, 1, batch, count) for count in sorted(alone) if count % (workers or 1) == 0)
+    if microbatches and microbatches // leaf < max(point.ranks // point.stages for point in points):
+        of_leaf = f" --leaf {leaf}" if leaf > 1 else ""
+        raise ConfigError(f"--microbatches {microbatches}{of_leaf}: fewer than the replicas of the largest point")
+    unit = (workers or 1) * leaf
+    alone = {unit, *(same_parts(mode, point) for point in points)}
+    bases = (Point(1, 1, batch, count) for count in sorted(alone) if count % unit == 0)
     return points + [replace(point, extra=True) for point in bases if point not in points]
 
 

@@ -36,7 +36,7 @@ def run(chosen: argparse.Namespace) -> int:
     """
     config = parse(chosen.settings)
     _check_flags(chosen, config)
-    given = chosen.pipes, config.batch, config.microbatches, config.workers
+    given = chosen.pipes, config.batch, config.microbatches, config.workers, config.leaf
     points = points_of(chosen.mode, sorted({1, *chosen.ranks}), *given)
     points += batches_to_train(chosen.batches, points)
     plain = parse(unmeasured(chosen.settings))

@@ -69,6 +69,11 @@ class Job:
         return self.microbatches // (self.config.workers or 1)
 
     @property
+    def worker_leaves(self) -> int:
+        """The leaves of the tree over these."""
+        return self.worker_microbatches // self.config.leaf
+
+    @property
     def nodes(self) -> int:
         return -(-self.ranks // self.node_ranks)
 
@@ -88,7 +93,7 @@ class Job:
 
     def passes(self, replica: int) -> int:
         """How many micro-batches a replica computes in a step, of each of its workers in turn."""
-        first, last = part(replica % self.members, self.members, self.worker_microbatches)
+        first, last = part(replica % self.members, self.members, self.worker_microbatches, self.config.leaf)
         return last - first
 
     def homes(self, stage: int) -> NDArray[np.int64]:
@@ -157,7 +162,7 @@ class Unplaced:
 
 def unplaced(config: Config, data: Dataset) -> Unplaced:
     """The job that mpiml.train would start with these settings. Raises ConfigError or DataError as it would."""
-    alone = config.replace(pipe=1, cuts=(), microbatches=config.workers or 1, noise_scale=False)
+    alone = config.replace(pipe=1, cuts=(), microbatches=config.workers or 1, leaf=1, noise_scale=False)
     config = resolve(alone, len(data.train), data.classification, 1)
     task = Task.of(data, needs(data, config.classes, config.ignore))
     layers = model_for(config, task, None)

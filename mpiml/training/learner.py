@@ -17,6 +17,7 @@ from mpiml.parallel.grid import Grid
 from mpiml.parallel.record import Record, agree
 from mpiml.parallel.stage import Batch, TrainingStage
 from mpiml.parallel.update import Update
+from mpiml.partition import part_of
 from mpiml.run import log
 from mpiml.training.evaluation import not_finite
 from mpiml.training.noise import NoiseScale
@@ -40,6 +41,7 @@ class Learner:
     Attributes:
         name: in front of messages; empty if it is the run's only one.
         first, microbatches: the number of its first micro-batch of a step, and how many it has on all its ranks.
+        leaf: micro-batches of a leaf of the gradient sum.
         grid: its ranks.
         agree: (rows of this rank's micro-batches, not finite, stop) -> the step record, the same on all its ranks.
         rate: the learning rate of a step.
@@ -49,6 +51,7 @@ class Learner:
     name: str
     first: int
     microbatches: int
+    leaf: int
     grid: Grid
     stage: TrainingStage
     update: Update
@@ -133,7 +136,7 @@ class Learner:
             error = not_finite(f"{self.name}weights are not finite after step {step - 1}")
         elif record.bad_entry is not None:
             grid, entry = self.grid, record.bad_entry
-            replica = (grid.replicas * (entry + 1) - 1) // self.microbatches
+            replica = part_of(entry, grid.replicas, self.microbatches, self.leaf)
             rank = grid.team.launched[grid.rank_of(grid.stages - 1, replica)]
             where = f"micro-batch {self.first + entry}, rank {rank}"
             error = not_finite(f"{self.name}the loss is not finite in step {step} ({where})", rank)

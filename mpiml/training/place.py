@@ -15,9 +15,10 @@ from mpiml.config import Config
 from mpiml.nn import base as nn
 from mpiml.nn.losses import Metric
 from mpiml.nn.parameters import Gradients, Layout
+from mpiml.parallel import halving
 from mpiml.parallel.gradient_sum import GradientSum, LibrarySum, OrderedSum
 from mpiml.parallel.grid import Grid
-from mpiml.parallel.memory import PrivateMemory, SharedMemory, share
+from mpiml.parallel.memory import Memory, PrivateMemory, SharedMemory, share
 from mpiml.parallel.record import Agreement, Record, agree
 from mpiml.parallel.slices import elements
 from mpiml.parallel.stage import Computation
@@ -139,32 +140,42 @@ def place(
     `everyone`, whose grids are cut alike, and who all get the same kind. Returns these two and notes to print.
     """
     flat = (layout.size, layout.blocks(), layout.dtype)
-    private = functools.partial(agree, grid.comm, first=part(grid.replica, grid.replicas, microbatches)[0])
+    private = functools.partial(agree, grid.comm, first=part(grid.replica, grid.replicas, microbatches, config.leaf)[0])
     if config.allreduce == "mpi":
         copy = Values(MPI.COMM_SELF, PrivateMemory(), *flat)
-        return LibrarySum(grid.data, copy, microbatches), private, []
-    slots = depth(grid.replica, grid.replicas, microbatches)
+        return LibrarySum(grid.data, copy, microbatches, leaf=config.leaf), private, []
+    slots = depth(grid.replica, grid.replicas, microbatches, config.leaf)
     values_bytes, slot_bytes = (bytes_of(size, layout.dtype) for size in (layout.size, layout.updated))
     memory, problem = share(everyone, grid.local, slots * slot_bytes, values_bytes, config.memory)
-    needed = Agreement.bytes_needed(grid.node.size, grid.replicas, microbatches, columns)
+    needed = Agreement.bytes_needed(grid.node.size, grid.replicas, microbatches, columns, config.leaf)
     of_node, another = share(everyone, grid.node, 0, needed, "private" if problem else config.memory)
     notes = [f"warning: {text}" for text in (problem, another) if text]
     abroad = any(allgather(everyone, memory.ranks < grid.replicas))  # on one node there are no messages
-    values = Values(grid.data, memory, *flat, elements(config.bucket, layout.dtype) if abroad else 0)
-    sum_ = OrderedSum(values, microbatches, grid.team.clock)
+    halved = _halved(everyone, grid, memory, layout, microbatches // config.leaf)
+    values = Values(grid.data, memory, *flat, elements(config.bucket, layout.dtype) if abroad else 0, halved)
+    sum_ = OrderedSum(values, microbatches, grid.team.clock, leaf=config.leaf)
     if isinstance(of_node, SharedMemory):
-        return sum_, Agreement(grid, of_node, microbatches, columns), notes
+        return sum_, Agreement(grid, of_node, microbatches, columns, config.leaf), notes
     return sum_, private, notes
 
 
-def another(sum_: GradientSum, grid: Grid, layout: Layout, microbatches: int) -> GradientSum:
+def _halved(everyone: MPI.Intracomm, grid: Grid, memory: Memory, layout: Layout, leaves: int) -> bool:
+    """Whether the nodes of this stage exchange by halving: if it is faster in all grids, because ranks of equal number
+    must hold the same parts in all of them."""
+    nodes = [ranks for rank, ranks in allgather(grid.data, (memory.rank, memory.ranks)) if rank == 0]
+    faster = halving.faster(nodes, leaves, layout.blocks(), layout.dtype.itemsize)
+    of_stage = {count for stage, count in allgather(everyone, (grid.stage, faster * len(nodes))) if stage == grid.stage}
+    return faster and len(of_stage) == 1
+
+
+def another(sum_: GradientSum, grid: Grid, layout: Layout, microbatches: int, leaf: int) -> GradientSum:
     """The sum of another copy of the model, which takes turns with that of `sum_` on the same rank of a grid with one
     replica: values of its own, with the same slots; collective."""
     values = Values(MPI.COMM_SELF, PrivateMemory(), layout.size, layout.blocks(), layout.dtype)
     if isinstance(sum_, OrderedSum):
-        return OrderedSum(values, microbatches, grid.team.clock, like=sum_)
+        return OrderedSum(values, microbatches, grid.team.clock, sum_, leaf)
     assert isinstance(sum_, LibrarySum), "there are two kinds"
-    return LibrarySum(grid.data, values, microbatches, like=sum_)
+    return LibrarySum(grid.data, values, microbatches, sum_, leaf)
 
 
 def gradients(layout: Layout, sum_: GradientSum) -> list[Gradients]:

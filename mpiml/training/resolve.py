@@ -226,7 +226,8 @@ def check_rows(config: Resolved, least: int, layer: str, smallest: int, rows: in
         return
     most_steps, fewer = rows // config.microbatches // least, rows // -(-rows // config.batch) // least
     ways = [f"--batch {-(-rows // most_steps)}"] if most_steps else []
-    ways += [f"--microbatches {fewer}"] if fewer >= replicas else []
+    fewer -= fewer % config.leaf
+    ways += [f"--microbatches {fewer}"] if fewer >= replicas * config.leaf else []
     raise ConfigError(
         f"{layer} cannot be trained on micro-batches of fewer than {least} rows, but with --batch {config.batch} and "
         f"--microbatches {config.microbatches} some have {smallest}; "

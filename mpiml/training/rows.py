@@ -90,7 +90,7 @@ def tried(config: Resolved, data: RunData, grid: Grid) -> RunData:
 
 def _cutter(config: Resolved, data: Dataset, grid: Grid) -> Callable[[Split], Shards]:
     """What cuts a split into the shards of this rank's replica; collective."""
-    first, last = part(grid.replica, grid.replicas, config.microbatches)
+    first, last = part(grid.replica, grid.replicas, config.microbatches, config.leaf)
     return functools.partial(
         Shards,
         microbatches=config.microbatches,

@@ -196,7 +196,8 @@ class Run:
     def pace(self) -> Pace:
         """What compares the times of this run's ranks."""
         grid, config = self.grid, self.config
-        blocks = (part(replica, grid.replicas, config.microbatches) for replica in range(grid.replicas))
+        replicas = range(grid.replicas)
+        blocks = (part(replica, grid.replicas, config.microbatches, config.leaf) for replica in replicas)
         crowded = grid.node.size * config.threads > grid.cores
         return Pace(grid.stages, [stop - start for start, stop in blocks], grid.team.launched, crowded)
 

@@ -23,35 +23,60 @@ def shared_out(config: Config, rows: int, replicas: int, goes_on: bool = False) 
         raise ConfigError(f"--workers {workers}: {_count(replicas, 'replica')} cannot share them; {fits} could")
     if workers and workers > rows:
         raise ConfigError(f"--workers {workers}: the data set has only {rows} rows to share out")
-    parts = max(replicas, workers or 1)
-    default = parts if config.pipe == 1 else min(2 * config.pipe * parts, rows)
-    microbatches = config.microbatches or default - default % (workers or 1)
-    if microbatches < replicas:
-        ranks = replicas * config.pipe
-        fits = next(s for s in range(config.pipe, ranks + 1) if ranks % s == 0 and ranks // s <= microbatches)
+    parts, leaf = max(replicas, workers or 1), config.leaf
+    microbatches = config.microbatches or usual(config.pipe, replicas, workers, leaf, rows)
+    given = f"--microbatches {microbatches}" + (f" --leaf {leaf}" if leaf > 1 else "")
+    if microbatches % leaf:
+        raise _unequal(workers or 1, leaf, microbatches, range(replicas, rows + 1))
+    if microbatches // leaf < replicas:
+        ranks, leaves = replicas * config.pipe, microbatches // leaf
+        fits = next(s for s in range(config.pipe, ranks + 1) if ranks % s == 0 and ranks // s <= leaves)
         raise ConfigError(
-            f"--microbatches {microbatches}: {replicas} replicas need at least one each; "
-            f"at least {replicas}, or fewer replicas (--pipe {fits}, say)"
+            f"{given}: {replicas} replicas need at least one {'leaf ' if leaf > 1 else ''}each; "
+            f"at least {replicas * leaf}, or fewer replicas (--pipe {fits}, say)"
         )
     if microbatches > rows:
-        raise ConfigError(f"--microbatches {microbatches}: the data set has only {rows} rows to share out")
-    if workers and microbatches % workers:
-        raise _unequal(workers, microbatches, [] if goes_on else range(replicas, rows + 1))
+        fewer = f"; --leaf {rows // parts} would work" if not config.microbatches and rows >= parts else ""
+        raise ConfigError(f"{given}: the data set has only {rows} rows to share out{fewer}")
+    if workers and microbatches % (workers * leaf):
+        raise _unequal(workers, leaf, microbatches, range(replicas, 0 if goes_on else rows + 1))
     return microbatches, workers
 
 
-def _unequal(workers: int, microbatches: int, allowed: Sequence[int]) -> ConfigError:
-    """What is wrong with workers that do not divide the micro-batches, with what would work in place of either;
-    `allowed` are other numbers of micro-batches."""
-    divisors = [number for number in range(1, microbatches + 1) if microbatches % number == 0]
-    less, more = [w for w in divisors if w < workers][-1:], [w for w in divisors if w > workers][:1]
-    below = microbatches // workers * workers
-    ways = [f"--workers {' or '.join(map(str, less + more))}"]
-    ways += [f"--microbatches {number}" for number in (below, below + workers) if number in allowed]
-    return ConfigError(
-        f"--workers {workers} --microbatches {microbatches}: workers need equally many micro-batches each; "
-        f"{' or '.join(ways)} would work"
-    )
+def usual(stages: int, replicas: int, workers: int | None, leaf: int, rows: int) -> int:
+    """How many micro-batches a step has where that is not said: one for each replica or worker, in pipelines twice as
+    many as stages, and whole leaves for each."""
+    parts = max(replicas, workers or 1)
+    count = max(parts if stages == 1 else min(2 * stages * parts, rows), parts * leaf)
+    return count - count % ((workers or 1) * leaf)
+
+
+def _unequal(workers: int, leaf: int, microbatches: int, allowed: range) -> ConfigError:
+    """What is wrong with micro-batches that do not make equally many whole leaves for each worker, with what would work
+    in place of one of the three; `allowed` are numbers of leaves, from that of replicas on, and of micro-batches. It is
+    empty if only workers may change."""
+    unit = workers * leaf
+    ways = []
+    if workers > 1:
+        ways += _either("workers", workers, [w for w in range(1, microbatches + 1) if not microbatches % (w * leaf)])
+    if leaf > 1 and allowed:
+        each = range(1, microbatches // allowed.start + 1)
+        ways += _either("leaf", leaf, [one for one in each if not microbatches % (workers * one)])
+    below, least = microbatches // unit * unit, -(-allowed.start // workers) * unit
+    near = sorted({max(below, least), max(below + unit, least)})
+    ways += [f"--microbatches {number}" for number in near if number in allowed]
+    said = [f"--workers {workers}"] * (workers > 1) + [f"--leaf {leaf}"] * (leaf > 1)
+    need = "workers need equally many micro-batches each" if leaf == 1 else f"leaves need {leaf} micro-batches each"
+    need += ", and workers equally many leaves each" if min(workers, leaf) > 1 else ""
+    few = f"the data set has too few rows for {_count(allowed.start, 'replica')}"
+    remedy = f"{' or '.join(ways)} would work" if ways else few
+    return ConfigError(f"{' '.join(said)} --microbatches {microbatches}: {need}; {remedy}")
+
+
+def _either(name: str, value: int, fitting: Sequence[int]) -> list[str]:
+    """The flag with the fitting values next to this one."""
+    near = [one for one in fitting if one < value][-1:] + [one for one in fitting if one > value][:1]
+    return [f"--{name} {' or '.join(map(str, near))}"] if near else []
 
 
 def _fitting(most: int, workers: int) -> int:
@@ -64,29 +89,30 @@ def busy(config: Config, before: Config | None, ranks: int) -> int:
     make replicas, or has workers that so many replicas cannot share. `before` as of `resolve.resolve`."""
     replicas = ranks // config.pipe
     if before and config.microbatches:
-        replicas = min(replicas, config.microbatches)
+        replicas = min(replicas, config.microbatches // config.leaf)
     if config.average_every and config.workers:
         replicas = _fitting(replicas, config.workers)
     return replicas * config.pipe
 
 
-def grid_text(stages: int, replicas: int, microbatches: int, workers: int | None = None) -> str:
+def grid_text(stages: int, replicas: int, microbatches: int, workers: int | None = None, leaf: int = 1) -> str:
     """One line on a grid, with the flags that repeat the run's arithmetic on another."""
-    ranks, of_workers = stages * replicas, f"--workers {workers} " if workers else ""
-    text = f"{_count(ranks, 'rank')} = {_count(stages, 'stage')} x {_count(replicas, 'replica')}"
-    text += f"; {of_workers}--microbatches {microbatches} repeats these bits on any grid"
+    text = f"{_count(stages * replicas, 'rank')} = {_count(stages, 'stage')} x {_count(replicas, 'replica')}"
+    flags = [f"--workers {workers}"] * bool(workers) + [f"--leaf {leaf}"] * (leaf > 1)
+    text += f"; {' '.join([*flags, f'--microbatches {microbatches}'])} repeats these bits on any grid"
     learners = workers or 1
-    each, sharing = microbatches // learners, max(replicas // learners, 1)  # of a learner: micro-batches, replicas
+    each, sharing = microbatches // learners // leaf, max(replicas // learners, 1)  # of a learner: leaves, replicas
     if not aligned(sharing, each):
         power = 1 << (each // sharing).bit_length() - 1
-        text += f" (--microbatches {power * sharing * learners} would need the fewest messages on this one)"
+        text += f" (--microbatches {power * sharing * learners * leaf} would need the fewest messages on this one)"
     return text
 
 
-def idle_text(busy: int, idle: int, microbatches: int, workers: int | None = None) -> list[str]:
+def idle_text(busy: int, idle: int, microbatches: int, workers: int | None = None, leaf: int = 1) -> list[str]:
     """One line about ranks without work, if there are any."""
-    keeps = f"--workers {workers} and " if workers else ""
-    keeps += f"--microbatches {microbatches} of the run {'keep' if workers else 'keeps'} {busy} busy"
+    flags = [f"--workers {workers}"] * bool(workers) + [f"--leaf {leaf}"] * (leaf > 1)
+    keeps = " and ".join([*flags, f"--microbatches {microbatches}"])
+    keeps += f" of the run {'keep' if flags else 'keeps'} {busy} busy"
     return [f"{busy + idle} ranks, but {keeps}: {_count(idle, 'rank')} idle"] if idle else []
 
 

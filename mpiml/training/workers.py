@@ -82,7 +82,8 @@ class Learners:
         sum_, agree, self.notes = place(
             config, of.grid.comm, grid, self._layout, microbatches, 2 + of.model.metric.columns
         )
-        sums = [sum_, *(another(sum_, grid, self._layout, microbatches) for _ in range(workers // groups - 1))]
+        others = range(workers // groups - 1)
+        sums = [sum_, *(another(sum_, grid, self._layout, microbatches, config.leaf) for _ in others)]
         self.own = [self._learner(of, self.first + turn, one, agree) for turn, one in enumerate(sums)]
         self._layout.bind(sum_.values.vector)
         copies = [learner.update for learner in self.own]
@@ -109,6 +110,7 @@ class Learners:
             name=f"worker {number}: " if self.apart else "",
             first=first,
             microbatches=microbatches,
+            leaf=config.leaf,
             grid=grid,
             stage=TrainingStage(grid.pipe, computation, sum_, SCHEDULES[config.schedule], grid.team.clock, observe),
             update=Update(grid.team, grid.replica, sum_, optimizer, config.clip, rows, config.ema),

@@ -14,6 +14,7 @@ from tests.data import samples
 from tests.data.samples import ARRAYS, FORMATS
 
 ALL = ("data", "pipe", "grid", "nodes", "early", "private", "resumed")
+HALVED = ("halved", "twelve")  # as some nodes may sum; how many fit depends on the number of micro-batches
 ROWS = ("data", "pipe", "grid", "resumed")  # which rows a rank reads and what is done to them: no matter to the sum
 FILES = ("data", "pipe")  # how rows are read: one rank reads inputs and labels, or either of them
 
@@ -321,7 +322,7 @@ FLOWERS += " --microbatches 6"
 DRAWN = NOISY.replace("noise:noisy", "drawing:drawn")
 
 FEATURES = {
-    "perceptron": Feature(PERCEPTRON),
+    "perceptron": Feature(PERCEPTRON, (*ALL, *HALVED)),
     "double": Feature(DOUBLE),
     "library": Feature(f"{DOUBLE} --allreduce mpi", ()),
     "momentum": Feature(f"{DIGITS} --optimizer momentum --activation tanh --weight-decay 0.01 --decay step"),
@@ -329,7 +330,8 @@ FEATURES = {
     # Matrices of several blocks, which replicas share.
     "lamb": Feature(
         f"{DIGITS} --optimizer lamb --lr 0.005 --lr-scaling sqrt --base-batch 45 --hidden 400,50 --log-every 4 "
-        "--ema 0.8 --dtype float64"
+        "--ema 0.8 --dtype float64",
+        (*ALL, "halved"),
     ),
     "lars": Feature(
         f"{AVERAGES} --optimizer lars --weight-decay 0.01 --rates layers.0=0,layers.6=10,*.bias=3", write=images
@@ -355,21 +357,25 @@ FEATURES = {
         "--model cnn --norm batch --channels 2 --batch 100 --microbatches 13 --ignore 7 --noise-scale --clip 0.3 "
         f"{SHORT} --log-every 2"
     ),
+    # Six leaves of four micro-batches, whose gradients are looked at one by one; fewer than ranks where it goes on.
+    "leaf": Feature(f"{DIGITS} --microbatches 24 --leaf 4 --clip 0.3 --noise-scale", (*ALL, *HALVED)),
     # Rounds on whose ends neither evaluations nor saves fall, and of which the last is short.
     "workers": Feature(
         f"{DIGITS} --microbatches 12 --hidden 20,8 --workers 4 --average-every 4 --clip 0.3 --save-every 5 "
-        "--eval-every 3 --steps 18"
+        "--eval-every 3 --steps 18",
+        (*ALL, "twelve"),
     ),
     # From the middle on, with all that is averaged, and parts that are not trained.
     "diloco": Feature(
         f"{AVERAGES} --model cnn --dropout 0.1 --microbatches 12 --workers 2 --average-every 3 --average-from 4 "
         "--outer-lr 0.7 --outer-momentum 0.9 --ema 0.8 --save-every 6 --rates layers.0=0,layers.4=0 --steps 14",
-        write=images,
+        (*ALL, "twelve"),
+        images,
     ),
     # More than replicas; many of them have no row in a step, and some in a whole round.
     "workers-without-rows": Feature(
-        f"{FEW} --batch 1 --microbatches 24 --workers 12 --average-every 2 --optimizer momentum --dtype float64 "
-        "--log-every 3",
+        f"{FEW} --batch 1 --microbatches 24 --leaf 2 --workers 12 --average-every 2 --optimizer momentum "
+        "--dtype float64 --log-every 3",
         ("data", "grid", "nodes", "private", "resumed"),
         few_rows,
     ),
@@ -400,7 +406,8 @@ FEATURES = {
     "going-on": Feature(
         f"{DIGITS} --model cnn --norm batch --channels 2 --validation 0.2 --keep-best 2 --keep 1 --patience 6 "
         "--best accuracy --eval-every 2 --ema 0.3 --clip 0.3 --decay linear --lr 0.2 --lr-floor 0.01 --steps 24 "
-        "--rates *=0.5,layers.1=0,*.bias=3 --seed 2"
+        "--rates *=0.5,layers.1=0,*.bias=3 --seed 2",
+        (*ALL, "halved"),
     ),
     "strided": Feature(f"{DIGITS} --shards strided", ROWS),
     "normalized": Feature(f"{DIGITS} --normalize", ROWS),

@@ -27,18 +27,20 @@ class Layout:
 
     Attributes:
         resumed: whether the run goes on from the first checkpoint of the run alone.
+        halved: whether nodes must exchange by halving, however few they are.
     """
 
     ranks: int
     flags: str = ""
     nodes: str = ""
     resumed: bool = False
+    halved: bool = False
 
     @property
     def words(self) -> str:
         """The layout in a command: environment and flags."""
         nodes = f"MPIML_NODES={self.nodes} " if self.nodes else ""
-        return f"{nodes}{self.flags}{' --resume' if self.resumed else ''}"
+        return f"{'HALVE=1 ' if self.halved else ''}{nodes}{self.flags}{' --resume' if self.resumed else ''}"
 
 
 def named(*layouts: tuple[int, str, str]) -> dict[str, Layout]:
@@ -55,6 +57,8 @@ KINDS = {
     "stages": Layout(5, "--pipe 5 --cuts 1,4,5,9"),  # for --rates: the first, the third and the last are not trained
     "private": Layout(3, "--memory private"),
     "resumed": Layout(4, "--pipe 2 --prefetch 2", resumed=True),
+    "halved": Layout(6, "--bucket 0.0001", "2,2,2", halved=True),
+    "twelve": Layout(12, "--memory private", resumed=True, halved=True),  # each a node for itself
 }
 GRIDS = named(
     (2, "", ""),

@@ -66,8 +66,10 @@ def tree(parts: Sequence[Array], low: int, size: int) -> Array:
     return left if middle >= len(parts) else left + tree(parts, middle, size // 2)
 
 
-def serial_sum(parts: Sequence[Array]) -> Array:
-    return tree(parts, 0, 1 << (len(parts) - 1).bit_length())
+def serial_sum(parts: Sequence[Array], leaf: int = 1) -> Array:
+    """The sum of micro-batches, of which runs of `leaf` are added one after the other."""
+    leaves = [functools.reduce(np.add, parts[first : first + leaf]) for first in range(0, len(parts), leaf)]
+    return tree(leaves, 0, 1 << (len(leaves) - 1).bit_length())
 
 
 def feed(sum_: GradientSum, parts: Sequence[Array], stride: int = 0) -> None:
@@ -86,30 +88,39 @@ def feed(sum_: GradientSum, parts: Sequence[Array], stride: int = 0) -> None:
 
 
 def make(
-    kind: type, layout: Layout, microbatches: int, comm: MPI.Intracomm = WORLD, where: str = "private", bucket: int = 0
+    kind: type,
+    layout: Layout,
+    microbatches: int,
+    comm: MPI.Intracomm = WORLD,
+    where: str = "private",
+    bucket: int = 0,
+    halved: bool = False,
+    leaf: int = 1,
 ) -> Any:
     """A sum whose ranks live on one node ("shared"), on nodes of three and fewer ("nodes"; "fenced": where stores may
-    be reordered), or each by itself."""
+    be reordered), of two ("pairs"), or each by itself."""
     flat = (layout.size, layout.blocks(), layout.dtype)
     memory: Memory = PrivateMemory()
     if where != "private":
-        at_once = comm.size if where == "shared" else 3
+        at_once = comm.size if where == "shared" else 2 if where == "pairs" else 3
         local = comm.Split(comm.rank // at_once, comm.rank)
         slot, values = (bytes_of(size, layout.dtype) for size in (layout.updated, layout.size))
         shared = FencedMemory if where == "fenced" else SharedMemory
-        memory = shared(local, depth(comm.rank, comm.size, microbatches) * slot, values)
+        memory = shared(local, depth(comm.rank, comm.size, microbatches, leaf) * slot, values)
     if kind is LibrarySum:
-        MADE.append(LibrarySum(comm, Values(MPI.COMM_SELF, memory, *flat), microbatches))
+        MADE.append(LibrarySum(comm, Values(MPI.COMM_SELF, memory, *flat), microbatches, leaf=leaf))
     else:
-        MADE.append(OrderedSum(Values(comm, memory, *flat, bucket), microbatches))
+        MADE.append(OrderedSum(Values(comm, memory, *flat, bucket, halved), microbatches, leaf=leaf))
     return MADE[-1]
 
 
-def has_the_bits_of_the_tree(sum_: OrderedSum, layout: Layout, microbatches: int, step: int, stride: int = 0) -> bool:
+def has_the_bits_of_the_tree(
+    sum_: OrderedSum, layout: Layout, microbatches: int, step: int, stride: int = 0, leaf: int = 1
+) -> bool:
     """Whether a step, in which nothing may be left of the one before, sums what it should, and all ranks get it."""
     good = []
     parts = [scattered(layout, step, m) for m in range(microbatches)]
-    expected = serial_sum(parts)
+    expected = serial_sum(parts, leaf)
     feed(sum_, parts, stride)
     sum_.start()
     for index, piece in enumerate(sum_.values.pieces):

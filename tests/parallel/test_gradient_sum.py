@@ -7,7 +7,7 @@ import pytest
 from mpi4py import MPI
 
 from mpiml.nn.parameters import Layout
-from mpiml.parallel import slices
+from mpiml.parallel import halving, slices
 from mpiml.parallel.gradient_sum import LibrarySum, OrderedSum
 from mpiml.vectors import BLOCK
 from tests.parallel.sums import (
@@ -40,6 +40,40 @@ def test_ordered_sum_has_the_bits_of_the_tree(size: str, microbatches: int, dtyp
     layout = layout_of(size, dtype)
     sum_ = make(OrderedSum, layout, microbatches, where=where)
     assert all(has_the_bits_of_the_tree(sum_, layout, microbatches, step) for step in range(2))
+
+
+@pytest.mark.parametrize("bucket", [0, 40_000])
+@pytest.mark.parametrize("where", ["private", "shared", "nodes"])
+@pytest.mark.parametrize(("microbatches", "leaf"), [(24, 2), (44, 4), (80, 5)])
+def test_leaves_have_the_bits_of_runs(microbatches: int, leaf: int, where: str, bucket: int) -> None:
+    layout = layout_of("small" if bucket == 0 else "large", "float32")
+    sum_ = make(OrderedSum, layout, microbatches, where=where, bucket=bucket, leaf=leaf)
+    assert all(has_the_bits_of_the_tree(sum_, layout, microbatches, step, 5_000, leaf) for step in range(2))
+
+
+@pytest.mark.parametrize("bucket", [0, 40_000])
+@pytest.mark.parametrize("where", ["private", "pairs"])
+@pytest.mark.parametrize("size", ["tiny", "small", "large"])
+def test_halving_has_the_bits_of_the_tree(size: str, where: str, bucket: int) -> None:
+    """For several leaves on each rank, also when steps are dropped before or after their exchange."""
+    each = 1 if where == "private" else 2
+    if WORLD.size % each or WORLD.size == each:
+        return
+    leaf = 3 if size == "small" else 1
+    layout, microbatches = layout_of(size, "float32"), 4 * WORLD.size // each * leaf
+    sum_ = make(OrderedSum, layout, microbatches, where=where, bucket=bucket, halved=True, leaf=leaf)
+    parts = [scattered(layout, m) for m in range(microbatches)]
+    for start in (False, True):
+        feed(sum_, parts, 5_000)
+        if start:
+            sum_.start()
+        sum_.drop()
+        assert has_the_bits_of_the_tree(sum_, layout, microbatches, start, 5_000, leaf)
+    nodes = WORLD.size // each
+    assert len({owner for owner, _, _ in sum_.values.holders}) <= halving.owners(nodes) * each
+    before = sum_.values.sent
+    assert has_the_bits_of_the_tree(sum_, layout, microbatches, 7, leaf=leaf)
+    assert sum_.values.sent - before == sum(each.bytes for each in sum_.exchanges) + sum_.values._given
 
 
 def test_a_stage_without_parameters() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import pytest
 
-from mpiml.parallel.tree import SumPlan, added, aligned, links, partials, partners, shift_reduce, slots, sum_plan
+from mpiml.parallel.tree import SumPlan, added, aligned, depth, links, partials, partners, shift_reduce, slots, sum_plan
 from mpiml.partition import part
 
 LAYOUTS = [
@@ -37,13 +38,15 @@ def root_size(total: int) -> int:
     return size
 
 
-def expression(low: int, size: int, total: int) -> str:
-    """The definition: a node is its two halves added up, and a missing right half passes the left one up."""
+def expression(low: int, size: int, total: int, leaf: int = 1) -> str:
+    """The definition: a node is its two halves added up, and a missing right half passes the left one up; a leaf is a
+    run of micro-batches, added one after the other."""
     if size == 1:
-        return str(low)
+        first, *others = range(low * leaf, (low + 1) * leaf)
+        return functools.reduce(lambda so_far, m: f"({so_far}+{m})", others, str(first))
     half = size // 2
-    left = expression(low, half, total)
-    return left if low + half >= total else f"({left}+{expression(low + half, half, total)})"
+    left = expression(low, half, total, leaf)
+    return left if low + half >= total else f"({left}+{expression(low + half, half, total, leaf)})"
 
 
 def maximal(start: int, stop: int, low: int, size: int, total: int) -> Iterator[tuple[int, int]]:
@@ -109,6 +112,7 @@ def reduce(parts: list[str], counts: list[int]) -> str:
 def own_sums(own: SumPlan) -> list[str]:
     """What lies in a replica's slots after its last micro-batch; a slot in use is never written to."""
     held: list[str] = []
+    assert own.depth == 1 + max(own.slots, default=0)
     for index, m in enumerate(range(*own.microbatches)):
         assert own.slots[index] == len(held)
         held.append(str(m))
@@ -130,9 +134,9 @@ def send_all(plans: list[SumPlan], held: list[list[str]], firsts: list[int]) -> 
     return sent
 
 
-def simulate(nodes: list[int], total: int) -> None:
+def simulate(nodes: list[int], total: int, leaf: int = 1) -> None:
     replicas, firsts = sum(nodes), [sum(nodes[:node]) for node in range(len(nodes))]
-    plans = [sum_plan(replica, nodes, total) for replica in range(replicas)]
+    plans = [sum_plan(replica, nodes, total, leaf) for replica in range(replicas)]
     held = [own_sums(own) for own in plans]
     sent = send_all(plans, held, firsts)
     for owner, own in enumerate(plans):
@@ -143,7 +147,7 @@ def simulate(nodes: list[int], total: int) -> None:
                 parts.append(held[first + one.rank][one.partial])
             else:
                 parts.append(sent.pop((partners(owner, nodes)[one.node], owner, one.partial)))
-        assert reduce(parts, own.root_counts) == expression(0, root_size(total), total)
+        assert reduce(parts, own.root_counts) == expression(0, root_size(total // leaf), total // leaf, leaf)
     assert not sent, "messages that nobody expects"
 
 
@@ -151,6 +155,24 @@ def simulate(nodes: list[int], total: int) -> None:
 @pytest.mark.parametrize("nodes", LAYOUTS, ids=str)
 def test_every_layout_builds_the_canonical_tree(nodes: list[int], total: int) -> None:
     simulate(nodes, total)
+
+
+@pytest.mark.parametrize(("total", "leaf"), [(48, 2), (51, 3), (64, 4), (112, 7)])
+@pytest.mark.parametrize("nodes", LAYOUTS, ids=str)
+def test_leaves_are_runs_of_micro_batches(nodes: list[int], total: int, leaf: int) -> None:
+    simulate(nodes, total, leaf)
+
+
+@pytest.mark.parametrize(
+    ("replica", "replicas", "total", "leaf", "expected"),
+    [
+        *[(0, 1, 64, leaf, vectors) for leaf, vectors in ((1, 7), (2, 7), (4, 6), (8, 5), (32, 3), (64, 2))],
+        *[(5, 16, 48 * 16, leaf, vectors) for leaf, vectors in ((1, 7), (3, 6), (48, 2))],
+    ],
+)
+def test_large_leaves_need_few_vectors(replica: int, replicas: int, total: int, leaf: int, expected: int) -> None:
+    """Two and one for each level of the tree over a replica's own leaves."""
+    assert depth(replica, replicas, total, leaf) == expected
 
 
 @pytest.mark.parametrize("nodes", LAYOUTS, ids=str)

@@ -16,7 +16,13 @@ WORLD = MPI.COMM_WORLD
 MADE_OF = [Parameter(shape, constant(0.0)) for shape in [(300, 500), (500,), (70, 90), (7, 1001), (3,)]]
 MADE_OF[2].rate = 0.0
 LAYOUT = Layout(MADE_OF, "float32")
-GRIDS = [(of_node, bucket) for of_node in (1, 2, 3, 16) for bucket in (0, 40_000)]
+GRIDS = [
+    (of_node, bucket, halved)
+    for of_node in (1, 2, 3, 16)
+    for bucket in (0, 40_000)
+    for halved in (False, True)
+    if not halved or (WORLD.size > of_node and WORLD.size % of_node == 0)
+]
 MADE: list[Values] = []
 
 
@@ -28,11 +34,11 @@ def _free_values() -> Iterator[None]:
         MADE.pop().free()
 
 
-def values_of(of_node: int, bucket: int) -> Values:
+def values_of(of_node: int, bucket: int, halved: bool = False) -> Values:
     """Values of replicas of which `of_node` share memory."""
     node = WORLD.Split(WORLD.rank // of_node, WORLD.rank)
     memory = PrivateMemory() if of_node == 1 else SharedMemory(node, 0, bytes_of(LAYOUT.size, LAYOUT.dtype))
-    MADE.append(Values(WORLD, memory, LAYOUT.size, LAYOUT.blocks(), LAYOUT.dtype, bucket))
+    MADE.append(Values(WORLD, memory, LAYOUT.size, LAYOUT.blocks(), LAYOUT.dtype, bucket, halved))
     return MADE[-1]
 
 
@@ -44,9 +50,9 @@ def is_real() -> np.ndarray:
     return real
 
 
-@pytest.mark.parametrize(("of_node", "bucket"), GRIDS)
-def test_each_element_has_one_holder(of_node: int, bucket: int) -> None:
-    values = values_of(of_node, bucket)
+@pytest.mark.parametrize(("of_node", "bucket", "halved"), GRIDS)
+def test_each_element_has_one_holder(of_node: int, bucket: int, halved: bool) -> None:
+    values = values_of(of_node, bucket, halved)
     count = np.zeros(LAYOUT.size, int)
     for _, start, stop in values.holders:
         count[start:stop] += 1
@@ -65,9 +71,9 @@ def test_nodes_are_the_replicas_that_share_memory(of_node: int) -> None:
     assert (values.memory.rank, values.memory.ranks) == (WORLD.rank % of_node, values.nodes[WORLD.rank // of_node])
 
 
-@pytest.mark.parametrize(("of_node", "bucket"), GRIDS)
-def test_all_replicas_get_what_holders_publish(of_node: int, bucket: int) -> None:
-    values = values_of(of_node, bucket)
+@pytest.mark.parametrize(("of_node", "bucket", "halved"), GRIDS)
+def test_all_replicas_get_what_holders_publish(of_node: int, bucket: int, halved: bool) -> None:
+    values = values_of(of_node, bucket, halved)
     good = []
     for step in range(3):
         expected = np.where(is_real(), np.arange(LAYOUT.size) % 1000 + 1000 * step, 0).astype("float32")

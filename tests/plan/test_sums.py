@@ -11,11 +11,12 @@ from mpi4py import MPI
 
 from mpiml.config import Config
 from mpiml.parallel import grid as grids
-from mpiml.parallel import slices, tree
+from mpiml.parallel import halving, slices, tree
 from mpiml.parallel.memory import SharedMemory
 from mpiml.parallel.values import TAGS
-from mpiml.plan import costs, sums
-from mpiml.plan.sizing import plan
+from mpiml.plan import costs, exchanges, sums
+from mpiml.plan.exchanges import exchange_text
+from mpiml.plan.sizing import plan, screen
 from mpiml.team import Team
 from mpiml.training.job import Job, sharers
 from mpiml.training.run import unsaved
@@ -34,7 +35,7 @@ GRIDS = [(ranks, node) for ranks in (1, 2, 3, 4, 5, 7, 8) for node in (1, 2, 3, 
 def test_messages_are_those_of_the_tree(ranks: int, node_ranks: int, microbatches: int) -> None:
     """For any grid, from the plans that replicas really follow."""
     made = job(ranks, node_ranks, microbatches=microbatches)
-    traffic, nodes = sums.traffic(made, 0), sharers(made.homes(0), made.shared)
+    traffic, nodes = exchanges.traffic(made, 0), sharers(made.homes(0), made.shared)
     sizes = traffic.slices
     assert sizes.sum() == bytes_of(made.stages[0].layout.size, "float32") - padding(made)
     for replica in range(ranks):
@@ -42,12 +43,15 @@ def test_messages_are_those_of_the_tree(ranks: int, node_ranks: int, microbatche
         assert traffic.gradients_out[replica] == sum(sizes[message.owner] for message in own.messages)
         assert traffic.packed[replica] == sum(sizes[m.owner] for m in own.messages if len(m.contributions) > 1)
         assert traffic.gradients_in[replica] == sizes[replica] * sum(c.node is not None for c in own.contributions)
-        partners, _ = tree.links(replica, nodes)
+        partners, owners = tree.links(replica, nodes)
+        assert traffic.values_in[replica] == sum(sizes[owner] for owner in owners)
         assert traffic.values_out[replica] == sizes[replica] * len(partners)
     homes = made.homes(0)
     for node in set(homes):
         assert traffic.gradients_abroad[node] == traffic.gradients_out[homes == node].sum()
+        assert traffic.gradients_received[node] == traffic.gradients_in[homes == node].sum()
         assert traffic.values_abroad[node] == traffic.values_out[homes == node].sum()
+        assert traffic.values_received[node] == traffic.values_in[homes == node].sum()
 
 
 def padding(made: Job) -> int:
@@ -58,13 +62,41 @@ def padding(made: Job) -> int:
     return 4 * (between + made.stages[0].layout.size - ends[-1][1])
 
 
+def test_nodes_that_halve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each gets less than one block of all others, in few messages; a lane packs its part where ranks share memory."""
+    assert ("directly" in exchange_text(job(4, 2)), exchange_text(job(4))) == (True, "")
+    monkeypatch.setattr(halving, "FEWEST", 8)
+    pairs, single, odd = (job(ranks, of_node, microbatches=ranks) for ranks, of_node in ((16, 2), (16, 1), (12, 1)))
+    assert [exchanges.halved(made, 0) for made in (pairs, single, odd)] == [(8, 2), (16, 1), (12, 1)]
+    assert exchanges.halved(job(16, 2, microbatches=24), 0) is None
+    assert exchanges.halved(job(16, 2, microbatches=48, leaf=3), 0) == (8, 2)
+    assert exchanges.halved(job(16, 2, allreduce="mpi"), 0) is None
+    vector = 4 * made_of(pairs)
+    for made, others, messages, packed in ((pairs, 7, 6, 8 * vector), (single, 15, 8, 0), (odd, 11, 8, 0)):
+        traffic = exchanges.traffic(made, 0)
+        sent = [traffic.gradients_out, traffic.gradients_in, traffic.values_out, traffic.values_in]
+        assert len({each.sum() for each in [*sent, traffic.gradients_abroad, traffic.values_received]}) == 1
+        assert max(traffic.gradients_abroad.max(), traffic.gradients_received.max()) < others * traffic.slices.max()
+        assert traffic.messages.max() <= messages
+        assert traffic.packed.sum() == pytest.approx(packed, rel=0.01)
+        assert traffic.slices.sum() == pytest.approx(vector, rel=0.01)
+    assert not exchanges.traffic(odd, 0).slices[8:].any()
+    assert "nodes exchange sums by halving\n" in screen(plan(pairs, "arrays"))
+    assert "by halving; 8 of 12 nodes hold optimizer state and update\n" in screen(plan(odd, "arrays"))
+
+
+def made_of(made: Job) -> int:
+    """The elements from the first block to the last."""
+    return slices.bounds(made.stages[0].layout.blocks())[1]
+
+
 def test_private_memory_sends_on_nodes_too() -> None:
     made = job(4, 2, memory="private", microbatches=4)
-    traffic = sums.traffic(made, 0)
+    traffic = exchanges.traffic(made, 0)
     assert traffic.gradients_out.sum() == 3 * traffic.slices.sum()
     assert traffic.gradients_abroad.sum() == 2 * traffic.slices.sum()
     assert traffic.values_abroad.sum() == 2 * traffic.slices.sum()
-    assert sums.traffic(job(4, 2, allreduce="mpi"), 0).gradients_out.sum() == 0
+    assert exchanges.traffic(job(4, 2, allreduce="mpi"), 0).gradients_out.sum() == 0
 
 
 def test_the_library_moves_at_least_this() -> None:
@@ -78,7 +110,7 @@ def test_a_node_holds_one_copy_of_values() -> None:
     assert private.node_bytes - shared.node_bytes > 2.5 * shared.stages[0].values  # and messages
     assert shared.node_bytes == shared.stages[0].values + 4 * (
         shared.stages[0].gradients + shared.stages[0].activations
-    ) + 2 * int(sums.traffic(job(4), 0).slices.sum())
+    ) + 2 * int(exchanges.traffic(job(4), 0).slices.sum())
 
 
 class Recording(MPI.Intracomm):
@@ -115,15 +147,20 @@ class Recording(MPI.Intracomm):
         {"pipe": 2, "microbatches": 11, "schedule": "gpipe"},
         {"pipe": 2, "optimizer": "sgd", "ema": 0.9},
         {"microbatches": 19, "bucket": 0.02},
+        {"microbatches": 24, "leaf": 6},
         {"pipe": 4, "memory": "private", "dtype": "float64"},
         {"pipe": 2, "rates": ("layers.0=0",), "cuts": (1,)},
         {"microbatches": 19, "bucket": 0.02, "rates": ("layers.2=0",)},
     ],
 )
-@pytest.mark.parametrize("node_ranks", [1, 2, 3, 16])
+@pytest.mark.parametrize(("node_ranks", "few"), [(1, True), (1, False), (2, True), (2, False), (3, False), (16, False)])
 def test_a_real_run_allocates_and_sends_as_planned(
-    settings: dict[str, Any], node_ranks: int, monkeypatch: pytest.MonkeyPatch
+    settings: dict[str, Any], node_ranks: int, few: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where as few nodes as there are here halve."""
+    if few:
+        monkeypatch.setattr(halving, "FEWEST", 2)
+        monkeypatch.setattr(halving, "CLEARLY", np.inf)
     if WORLD.size % settings.get("pipe", 1):
         return
     nodes = [min(node_ranks, WORLD.size - first) for first in range(0, WORLD.size, node_ranks)]
@@ -145,12 +182,12 @@ def test_a_real_run_allocates_and_sends_as_planned(
     assert isinstance(data, Recording)
     assert isinstance(pipe, Recording)
 
-    traffic, held = sums.traffic(made, stage), costs.stage_memory(made, stage, 0.0)
+    traffic, held = exchanges.traffic(made, stage), costs.stage_memory(made, stage, 0.0)
     assert data.total("gradients out") == traffic.gradients_out[replica]
     assert data.total("gradients in") == traffic.gradients_in[replica]
     assert data.total("values out") == traffic.values_out[replica]
-    owners = tree.links(replica, sharers(made.homes(stage), made.shared))[1]
-    assert data.total("values in") == sum(traffic.slices[owner] for owner in owners)
+    assert data.total("values in") == traffic.values_in[replica]
+    assert bool(sum_.values.rounds) == bool(exchanges.halved(made, stage))
     assert sum(kind.endswith("out") for kind, *_ in data.notes) <= traffic.messages[replica]  # nothing is not sent
     assert sum(bytes_of(slot.size, slot.dtype) for slot in sum_.slots) == held.gradients[replica]
     assert bytes_of(sum_.values.vector.size, sum_.values.vector.dtype) == held.values
@@ -175,7 +212,7 @@ def test_a_real_run_allocates_and_sends_as_planned(
     [
         {"workers": 2, "outer_momentum": 0.9},
         {"workers": 12, "memory": "private", "optimizer": "sgd", "ema": 0.9},
-        {"workers": 2, "pipe": 2, "microbatches": 20, "dtype": "float64"},
+        {"workers": 2, "pipe": 2, "microbatches": 20, "leaf": 5, "dtype": "float64"},
         {"workers": 2, "microbatches": 20, "bucket": 0.02, "rates": ("layers.2=0",)},
         {"workers": 2, "allreduce": "mpi", "outer_lr": 0.7},
     ],
@@ -192,7 +229,7 @@ def test_workers_allocate_and_send_as_planned(
     made = job(WORLD.size, node_ranks, **settings)
     run = unsaved(WORLD, made.config, arrays(120))
     learners, stage, replica = run.learning.now, run.grid.stage, run.grid.replica
-    average, traffic = learners.average, sums.traffic(made, stage)
+    average, traffic = learners.average, exchanges.traffic(made, stage)
     planned, held = sums.averaging(made, stage), costs.stage_memory(made, stage, 0.0)
     assert average, "workers have one"
 

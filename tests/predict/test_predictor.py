@@ -13,7 +13,7 @@ import pytest
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
 from mpiml.errors import ConfigError
-from mpiml.plan import sums
+from mpiml.plan import exchanges, sums
 from mpiml.predict import predictor
 from mpiml.predict.__main__ import main
 from mpiml.predict.calibration import curves_of
@@ -89,7 +89,7 @@ def test_two_nodes_by_hand() -> None:
     """One block belongs to rank 0, another to rank 1: each node sends the other's part, and gets it back."""
     here, apart = job(2, 2, microbatches=2), job(2, 1, microbatches=2)
     within, between = (step_time(one, machine(), NETWORK) for one in (here, apart))
-    traffic = sums.traffic(apart, 0)
+    traffic = exchanges.traffic(apart, 0)
     busiest = traffic.gradients_out.max() + traffic.values_out.max()  # one after the other
     record = 1e-3 + 8 * (2 + 2 * 69) / 1e6  # two flags; loss and weight, as digits
     exchanged = busiest / 1e6 + traffic.messages.max() * 1e-3
@@ -253,6 +253,10 @@ def test_grids_that_cannot_share_the_workers_are_left_out(tmp_path: Path, capsys
     (tmp_path / STUDY).write_text(json.dumps(study | {"settings": [*study["settings"], "--microbatches", "4"]}))
     assert main(["predict", str(tmp_path), "--ranks", "64"]) == 0
     assert "64 ranks: --microbatches 4 are too few for any grid\n" in capsys.readouterr().out
+    (tmp_path / STUDY).write_text(json.dumps(study | {"settings": [*study["settings"], "--leaf", "3"]}))
+    assert main(["predict", str(tmp_path), "--ranks", "1,2", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)["predictions"]
+    assert {one["microbatches"] % (3 * one["ranks"] // one["stages"]) for one in content} == {0}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"mode": "strong", "settings": [], "points": [{"x": 1}]}'])

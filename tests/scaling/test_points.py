@@ -37,6 +37,14 @@ def test_workers_have_equally_many_micro_batches(mode: str, alone: list[int]) ->
     assert [p.microbatches for p in points if p.ranks == 1] == alone
 
 
+def test_replicas_have_whole_leaves() -> None:
+    points = points_of("strong", [1, 2, 8], [1, 2], 64, None, None, 3)
+    assert [p.microbatches for p in points if not p.extra] == [3, 6, 3, 24, 15]  # two for each stage, and one left out
+    assert [p.microbatches for p in points if p.ranks == 1] == [3, 6, 15, 24]
+    with pytest.raises(ConfigError, match="--microbatches 12 --leaf 3: fewer than the replicas of the largest point"):
+        points_of("strong", [1, 8], [1], 64, 12, None, 3)
+
+
 @pytest.mark.parametrize(
     ("ranks", "pipes", "batch", "microbatches", "named"),
     [([1, 3], [2], 64, None, "--ranks 3"), ([1, 8], [1], 4, None, "--ranks 8"), ([1, 8], [1], 64, 4, "4: fewer")],

@@ -55,6 +55,22 @@ def test_weights_that_nobody_sees_are_refused_by_the_next_step(run: Run) -> None
         run.step(2)
 
 
+@pytest.mark.mpi
+def test_leaves_say_which_micro_batches_a_rank_has() -> None:
+    """One whose replica has nothing but NaN is named; another leaf would name another rank."""
+    ranks, bad = MPI.COMM_WORLD.size, MPI.COMM_WORLD.size // 2
+    config = Config(microbatches=6 * ranks + 3, leaf=3, memory="private", hidden=(4,), steps=9, eval_every=0)
+    made = unsaved(MPI.COMM_WORLD, config, open_dataset("digits"))
+    first, last = bad * (2 * ranks + 1) // ranks * 3, made.data.shards.last
+    with freed(made, ranks), made.data.ahead, np.errstate(all="ignore"):
+        assert made.pace().microbatches[MPI.COMM_WORLD.rank] == last - made.data.shards.first
+        assert made.pace().microbatches.sum() == 6 * ranks + 3
+        if MPI.COMM_WORLD.rank == bad:
+            made.stage.sum.values.vector[:] = np.nan
+        with pytest.raises(NotFiniteError, match=rf"step 1 \(micro-batch {first}, rank {bad}\)"):
+            made.step(1)
+
+
 def test_a_step_is_measured_if_it_is_logged_and_asks_once_for_a_stop(run: Run) -> None:
     asked = []
     plain = run.step(1, stop=lambda: bool(asked.append(1)))

@@ -3,6 +3,7 @@ which settings of workers a run may have, and which it keeps."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,11 @@ def shared(replicas: int, rows: int = 1000, **settings: Any) -> tuple[int, int |
         (6, {"average_every": 5, "workers": 3, "microbatches": 6}, (6, 3)),
         (1, {"average_every": 5, "workers": 6, "pipe": 2, "rows": 20}, (18, 6)),  # equally many each
         (1, {"average_every": 5, "workers": 6, "pipe": 2, "rows": 6}, (6, 6)),
+        (4, {"leaf": 6}, (24, None)),  # a leaf each
+        (2, {"leaf": 3, "pipe": 3}, (12, None)),
+        (2, {"leaf": 5, "pipe": 3}, (10, None)),  # of twelve
+        (4, {"leaf": 6, "microbatches": 48}, (48, None)),
+        (2, {"leaf": 3, "average_every": 5, "workers": 4}, (12, 4)),
     ],
 )
 def test_what_fits(replicas: int, settings: dict[str, Any], expected: tuple[int, int | None]) -> None:
@@ -71,12 +77,83 @@ def test_what_fits(replicas: int, settings: dict[str, Any], expected: tuple[int,
             {"workers": 1, "microbatches": 3},
             "--microbatches 3: 4 replicas need at least one each; at least 4, or fewer replicas (--pipe 2, say)",
         ),
+        (
+            2,
+            {"workers": 2, "leaf": 4, "microbatches": 12},
+            "--workers 2 --leaf 4 --microbatches 12: leaves need 4 micro-batches each, and workers equally many leaves "
+            "each; --workers 1 or 3 or --leaf 3 or 6 or --microbatches 8 or --microbatches 16 would work",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_line_with_what_would(replicas: int, settings: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError) as error:
         shared(replicas, average_every=5, **settings)
     assert str(error.value) == text
+
+
+@pytest.mark.parametrize(
+    ("replicas", "settings", "text"),
+    [
+        (
+            2,
+            {"leaf": 4, "microbatches": 10},
+            "--leaf 4 --microbatches 10: leaves need 4 micro-batches each; "
+            "--leaf 2 or 5 or --microbatches 8 or --microbatches 12 would work",
+        ),
+        (
+            4,
+            {"leaf": 16, "microbatches": 10},
+            "--leaf 16 --microbatches 10: leaves need 16 micro-batches each; --leaf 2 or --microbatches 64 would work",
+        ),
+        (
+            4,
+            {"leaf": 16, "microbatches": 3, "rows": 9},
+            "--leaf 16 --microbatches 3: leaves need 16 micro-batches each; "
+            "the data set has too few rows for 4 replicas",
+        ),
+        (
+            4,
+            {"leaf": 4, "microbatches": 8},
+            "--microbatches 8 --leaf 4: 4 replicas need at least one leaf each; at least 16, or fewer replicas "
+            "(--pipe 2, say)",
+        ),
+        (
+            4,
+            {"leaf": 6, "rows": 20},
+            "--microbatches 24 --leaf 6: the data set has only 20 rows to share out; --leaf 5 would work",
+        ),
+        (
+            4,
+            {"leaf": 6, "microbatches": 24, "rows": 20},
+            "--microbatches 24 --leaf 6: the data set has only 20 rows to share out",
+        ),
+    ],
+)
+def test_leaves_that_do_not_fit_are_one_line_with_what_would(
+    replicas: int, settings: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        shared(replicas, **settings)
+    assert str(error.value) == text
+
+
+def test_what_is_said_to_work_with_leaves_works() -> None:
+    for replicas, workers, leaf in itertools.product((1, 2, 3, 4), (1, 2, 4, 6), (2, 3, 5)):
+        for microbatches in range(1, 32) if not (workers % replicas and replicas % workers) else ():
+            settings = {"average_every": 5, "workers": workers, "microbatches": microbatches, "leaf": leaf}
+            try:
+                assert shared(replicas, **settings) == (microbatches, workers)
+                assert microbatches % (workers * leaf) == 0
+                continue
+            except ConfigError as error:
+                said = str(error)
+            if "would work" not in said:
+                assert microbatches // leaf < replicas
+                continue
+            for name, *values in re.findall(r"(microbatches|workers|leaf) (\d+)(?: or (\d+))?", said.split(";")[1]):
+                for value in filter(None, values):
+                    config = Config(**settings | {name: int(value)})
+                    assert shared_out(config, 1000, busy(config, None, replicas))
 
 
 def test_what_is_said_to_work_works() -> None:
@@ -125,6 +202,11 @@ def test_a_run_that_goes_on_has_no_more_replicas_than_micro_batches() -> None:
     assert busy(config.replace(average_every=0, workers=None), config, 16) == 4
 
 
+def test_a_run_that_goes_on_has_no_more_replicas_than_leaves() -> None:
+    config = Config(microbatches=24, leaf=4)
+    assert (busy(config, config, 16), busy(config, None, 16)) == (6, 16)
+
+
 def test_lines_on_a_grid_and_on_ranks_without_work() -> None:
     assert grid_text(2, 4, 8, 4) == (
         "8 ranks = 2 stages x 4 replicas; --workers 4 --microbatches 8 repeats these bits on any grid"
@@ -134,6 +216,13 @@ def test_lines_on_a_grid_and_on_ranks_without_work() -> None:
         "8 ranks, but --workers 3 and --microbatches 12 of the run keep 6 busy: 2 ranks idle"
     ]
     assert idle_text(8, 0, 12, 3) == []
+    assert grid_text(1, 4, 24, None, 6) == (
+        "4 ranks = 1 stage x 4 replicas; --leaf 6 --microbatches 24 repeats these bits on any grid"
+    )
+    assert "(--microbatches 12 would need the fewest" in grid_text(1, 2, 18, None, 6)
+    assert idle_text(6, 2, 24, None, 4) == [
+        "8 ranks, but --leaf 4 and --microbatches 24 of the run keep 6 busy: 2 ranks idle"
+    ]
 
 
 WORKERS = [
