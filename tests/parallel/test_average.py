@@ -120,7 +120,7 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Iterator[Build]:
             **vars(Config(memory=memory, microbatches=1, steps=1, lr=1.0, decay_steps=1, weight_decay=0.0))
         )
         first, *_ = place(config, grid.comm, group, layout, microbatches, 2)
-        sums = [first, *(another(first, group, layout, microbatches) for _ in range(workers // groups - 1))]
+        sums = [first, *(another(first, group, layout, microbatches, 1) for _ in range(workers // groups - 1))]
         rule = optimizers.build(optimizer, 0.9, 0.0, (0.9, 0.999))
         copies = [Update(group.team, group.replica, one, rule, 0.0, lambda step: 10) for one in sums]
         average = Average(grid, groups, workers, copies, memory, outer)
