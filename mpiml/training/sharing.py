@@ -31,9 +31,11 @@ def shared_out(config: Config, rows: int, replicas: int, goes_on: bool = False) 
     if microbatches // leaf < replicas:
         ranks, leaves = replicas * config.pipe, microbatches // leaf
         fits = next(s for s in range(config.pipe, ranks + 1) if ranks % s == 0 and ranks // s <= leaves)
+        smaller = [one for one in range(1, microbatches // replicas + 1) if not microbatches % ((workers or 1) * one)]
         raise ConfigError(
             f"{given}: {replicas} replicas need at least one {'leaf ' if leaf > 1 else ''}each; "
-            f"at least {replicas * leaf}, or fewer replicas (--pipe {fits}, say)"
+            f"at least {replicas * leaf}, {f'--leaf {smaller[-1]}, ' if smaller else ''}"
+            f"or fewer replicas (--pipe {fits}, say)"
         )
     if microbatches > rows:
         fewer = f"; --leaf {rows // parts} would work" if not config.microbatches and rows >= parts else ""

@@ -20,16 +20,16 @@ WORLD = MPI.COMM_WORLD
 LAST = WORLD.size - 1
 
 
-def own(table: NDArray[np.float64]) -> dict[str, Any]:
+def own(table: NDArray[np.float64], leaf: int = 1) -> dict[str, Any]:
     """The rows of this rank, as arguments of `agree`."""
-    first, stop = part(WORLD.rank, WORLD.size, len(table))
+    first, stop = part(WORLD.rank, WORLD.size, len(table), leaf)
     return {"rows": table[first:stop], "first": first}
 
 
-def agreement_of(entries: int, columns: int) -> Agreement:
+def agreement_of(entries: int, columns: int, leaf: int = 1) -> Agreement:
     grid = grids.build(Team(WORLD, Clock()), 1)
-    memory = SharedMemory(grid.node, 0, Agreement.bytes_needed(grid.node.size, WORLD.size, entries, columns))
-    return Agreement(grid, memory, entries, columns)
+    memory = SharedMemory(grid.node, 0, Agreement.bytes_needed(grid.node.size, WORLD.size, entries, columns, leaf))
+    return Agreement(grid, memory, entries, columns, leaf)
 
 
 @pytest.mark.mpi
@@ -106,13 +106,13 @@ def test_steps_may_have_fewer_columns_than_the_most(entries: int) -> None:
 
 
 @pytest.mark.mpi
-@pytest.mark.parametrize("entries", [16, 100 * WORLD.size])
-def test_agreements_name_the_first_bad_entry(entries: int) -> None:
-    agreement, table = agreement_of(entries, 2), np.ones((entries, 2))
+@pytest.mark.parametrize(("entries", "leaf"), [(16, 1), (35, 7), (100 * WORLD.size, 1), (100 * WORLD.size, 50)])
+def test_agreements_name_the_first_bad_entry(entries: int, leaf: int) -> None:
+    agreement, table = agreement_of(entries, 2, leaf), np.ones((entries, 2))
     table[[7, 13], 0] = math.nan, math.inf
-    assert agreement(own(table)["rows"]).bad_entry == 7
+    assert agreement(own(table, leaf)["rows"]).bad_entry == 7
     table[7, 0] = 0
-    record = agreement(own(table)["rows"])
+    record = agreement(own(table, leaf)["rows"])
     assert (record.bad_entry, record.loss, record.weight) == (13, math.inf, entries)
 
 

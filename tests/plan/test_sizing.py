@@ -41,6 +41,7 @@ def test_memory_by_hand() -> None:
     first, second = made.stages
     assert (first.values, second.values) == (4 * 144, 64 * 2 + 4 * 64 - 64)  # 4 of a bias take a line of 16
     assert (first.gradient_vectors, first.gradients) == (3, 3 * first.values)  # a tree over four needs three
+    assert plan(job(4, pipe=2, hidden=(16,), microbatches=8, leaf=4), "arrays").stages[0].gradient_vectors == 2
     assert first.state == 2 * 4 * 144  # AdamW; two replicas, but one block for each of the two parameters
     assert second.messages == first.messages == 0
 

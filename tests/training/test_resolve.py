@@ -175,19 +175,21 @@ def test_what_was_asked_for_is_no_reason_to_refuse_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "batch", "microbatches"), [(100, 30, 24), (97, 8, 5), (64, 3, 2), (9, 1, 2), (11, 4, 9)]
+    ("rows", "batch", "microbatches", "leaf"),
+    [(100, 30, 24, 1), (97, 8, 5, 1), (64, 3, 2, 1), (9, 1, 2, 1), (11, 4, 9, 1), (100, 30, 24, 4), (97, 30, 18, 6)],
 )
 @pytest.mark.parametrize("least", [1, 2, 5])
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_micro_batches_that_are_too_small_are_refused_with_what_would_work(
-    rows: int, batch: int, microbatches: int, least: int, replicas: int
+    rows: int, batch: int, microbatches: int, leaf: int, least: int, replicas: int
 ) -> None:
     def smallest(batch: int, microbatches: int) -> int:
         source = ArraySource(np.zeros(rows))
         return Shards(Split(source, source), microbatches, batch, 0, 0, microbatches, "float64").smallest()
 
     def check(**settings: int) -> None:
-        config = resolve(Config(**{"batch": batch, "microbatches": microbatches} | settings), rows, True, replicas)
+        chosen = Config(**{"batch": batch, "microbatches": microbatches, "leaf": leaf} | settings)
+        config = resolve(chosen, rows, True, replicas)
         check_rows(config, least, "layers.1", smallest(config.batch, config.microbatches), rows, replicas)
 
     if smallest(batch, microbatches) >= least:
@@ -200,7 +202,8 @@ def test_micro_batches_that_are_too_small_are_refused_with_what_would_work(
     ways = re.findall(r"--(batch|microbatches) (\d+)(?= or| would)", str(e.value))
     assert bool(ways) == any(
         smallest(b, m) >= least
-        for b, m in [(batch, m) for m in range(replicas, rows)] + [(b, microbatches) for b in range(1, rows + 1)]
+        for b, m in [(batch, m) for m in range(replicas * leaf, rows, leaf)]
+        + [(b, microbatches) for b in range(1, rows + 1)]
     )
     for name, value in ways:
         check(**{name: int(value)})

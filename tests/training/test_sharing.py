@@ -114,8 +114,14 @@ def test_what_does_not_fit_is_one_line_with_what_would(replicas: int, settings: 
         (
             4,
             {"leaf": 4, "microbatches": 8},
-            "--microbatches 8 --leaf 4: 4 replicas need at least one leaf each; at least 16, or fewer replicas "
-            "(--pipe 2, say)",
+            "--microbatches 8 --leaf 4: 4 replicas need at least one leaf each; "
+            "at least 16, --leaf 2, or fewer replicas (--pipe 2, say)",
+        ),
+        (
+            4,
+            {"leaf": 6, "microbatches": 18, "pipe": 3},
+            "--microbatches 18 --leaf 6: 4 replicas need at least one leaf each; "
+            "at least 24, --leaf 3, or fewer replicas (--pipe 4, say)",
         ),
         (
             4,
