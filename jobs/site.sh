@@ -27,13 +27,19 @@ if [[ -z ${SLURM_JOB_END_TIME:-} ]] && end=$(squeue --noheader --job "$SLURM_JOB
     SLURM_JOB_END_TIME=$(date --date "$end" +%s) && export SLURM_JOB_END_TIME
 fi
 
+# everywhere COMMAND: run it once on each node, for at most `limit` seconds if that is set.
+everywhere() {
+    local nodes=${SLURM_JOB_NUM_NODES:-1}
+    ${limit:+timeout -k 5 "$limit"} srun --nodes="$nodes" ${SLURM_JOB_NODELIST:+--nodelist="$SLURM_JOB_NODELIST"} \
+        --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task=1 --overlap "$@"
+}
+
 # stage_software: copy the virtual environment of $PYTHON, and mpiml into it, to the directory $STAGE of each node, such
 # as /dev/shm: one archive that SLURM hands from node to node. Each rank looks up some 1,600 files there as it starts,
 # instead of on a file system that all nodes share. Modules of yours are still taken from the job's directory. The copy
 # goes when the job ends; a job that is killed leaves it behind.
 stage_software() {
-    local to=$STAGE/mpiml-$SLURM_JOB_ID nodes=${SLURM_JOB_NUM_NODES:-1} prefix site from
-    local everywhere=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task=1 --overlap)
+    local to=$STAGE/mpiml-$SLURM_JOB_ID prefix site from
     read -r prefix site from < <("$PYTHON" -c 'import mpiml, pathlib, sys, sysconfig
 if sys.prefix != sys.base_prefix:
     site = pathlib.Path(sysconfig.get_path("purelib")).relative_to(sys.prefix)
@@ -43,16 +49,16 @@ if sys.prefix != sys.base_prefix:
         return
     fi
     # shellcheck disable=SC2064  # the names as they are now
-    trap "${everywhere[*]} rm -rf '$to' '$to.tar' '$to.all'" EXIT
+    trap "everywhere rm -rf '$to' '$to.tar' '$to.all'" EXIT
     if tar -cf "$to.all" --transform "s,^mpiml,$site/mpiml,SH" -C "$prefix" . -C "$from" mpiml &&
-        sbcast --force "$to.all" "$to.tar" && "${everywhere[@]}" bash -c \
+        sbcast --force "$to.all" "$to.tar" && everywhere bash -c \
         "mkdir -p '$to' && tar -xf '$to.tar' -C '$to' && echo '$PWD' >'$to/$site/here.pth'"; then
         PYTHON=$to/bin/python
         [[ $PROGRAM != -m* ]] || export PYTHONSAFEPATH=1   # or Python would look into this directory first
     else
         echo "STAGE=$STAGE: could not copy the software there; $PYTHON is used where it is" >&2
     fi
-    "${everywhere[@]}" rm -f "$to.tar" "$to.all"
+    everywhere rm -f "$to.tar" "$to.all"
 }
 
 # train FLAGS: start the run, or go on with it. Call it in a subshell, which becomes the launcher: a signal to it

@@ -31,6 +31,8 @@ NODES = (
     "odd1",
     "s0",
     "s1",
+    *(f"fewer{number}" for number in range(5)),
+    *(f"mpirun{number}" for number in range(3)),
 )  # that they have more CPUs than the machine does not matter
 PR_SET_CHILD_SUBREAPER = 36  # of prctl(2)
 READY = "ready"
@@ -69,6 +71,8 @@ PartitionName=low Nodes=low0 PriorityTier=1 PreemptMode=REQUEUE GraceTime=20
 PartitionName=urgent Nodes=low0 PriorityTier=10 PreemptMode=OFF
 PartitionName=odd Nodes=odd[0-1]
 PartitionName=studies Nodes=s[0-1]
+PartitionName=fewer Nodes=fewer[0-4]
+PartitionName=mpirun Nodes=mpirun[0-2]
 """
 
 

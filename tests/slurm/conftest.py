@@ -67,15 +67,23 @@ class Cluster:
         return self.show(job)
 
     def fail(self, node: str) -> None:
-        """Kill all that runs on a node, and set it down, as SLURM does when a node is silent for long enough.
+        """Kill all that runs on a node, and set it down, as SLURM does when a node is silent for long enough."""
+        self.kill(node)
+        self.set_down(node)
 
-        What was killed is told by the node's mounts; a SLURM without them is only told that the node is down.
-        """
+    def kill(self, node: str) -> bool:
+        """Kill all that runs on a node; False if that cannot be told from what runs on others, by its mounts."""
         mounts = os.readlink(f"/proc/{(self.path / f'slurmd-{node}.pid').read_text().strip()}/ns/mnt")
-        for process in Path("/proc").glob("[0-9]*") if mounts != os.readlink("/proc/self/ns/mnt") else ():
-            with contextlib.suppress(OSError):  # it may have ended by itself
-                if os.readlink(process / "ns" / "mnt") == mounts:
-                    os.kill(int(process.name), signal.SIGKILL)
+        if mounts == os.readlink("/proc/self/ns/mnt"):
+            return False
+        for number in (signal.SIGSTOP, signal.SIGKILL):  # as if all ended at once: nobody sees the end of another
+            for process in processes_with(mounts):
+                with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+                    os.kill(process, number)
+        return True
+
+    def set_down(self, node: str) -> None:
+        """Tell SLURM that a node has failed."""
         self.call("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
 
     def log(self, out: str) -> str:
@@ -88,16 +96,32 @@ class Cluster:
         path = self.path / out / name
         return json.loads(path.read_text()) if path.exists() else {}
 
+    def step(self, out: str) -> int:
+        """The last step in the log of a run; 0 if there is none."""
+        path = self.path / out / "metrics.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        return int(json.loads(lines[-1])["step"]) if lines else 0
+
     def checkpoints(self, out: str) -> list[Path]:
         """The checkpoints of a run."""
         return sorted((self.path / out / "checkpoints").glob("step-*"))
 
 
-def wait_until(condition: Any, what: str, limit: float = LIMIT) -> None:
+def processes_with(mounts: str) -> list[int]:
+    """The processes with these mounts, srun first: it would still end its processes on other nodes."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if os.readlink(process / "ns" / "mnt") == mounts:
+                found.append(((process / "comm").read_text() != "srun\n", int(process.name)))
+    return [process for _, process in sorted(found)]
+
+
+def wait_until(condition: Any, what: str, limit: float = LIMIT, pause: float = 0.3) -> None:
     deadline = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.3)
+        time.sleep(pause)
 
 
 @pytest.fixture(scope="session")

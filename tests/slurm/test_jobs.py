@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ class Ended:
     job: dict[str, str]
     result: dict[str, Any]
     log: str
+    seconds: float = 0  # from the failure of a node to the next step
 
     @property
     def restarts(self) -> int:
@@ -89,6 +91,52 @@ def node_down(cluster: Cluster) -> Ended:
     wait_for_checkpoint(cluster, job, "node-down")
     cluster.fail(cluster.show(job)["NodeList"])
     return ended(cluster, job, "node-down")
+
+
+def seconds_to_next_step(cluster: Cluster, out: str) -> float:
+    """The time until a run that a node has just failed goes on in its job: until it has made a step again."""
+    began = time.monotonic()
+    wait_until(lambda: "going on after step" in cluster.log(out), f"{out} to go on")
+    before = cluster.step(out)
+    wait_until(lambda: cluster.step(out) > before, f"a step of {out}", pause=0.05)
+    return time.monotonic() - began
+
+
+def fewer(cluster: Cluster, out: str, **environment: str) -> tuple[str, list[str]]:
+    """The number and nodes of a job that has saved, on three nodes of the partition that is named as the run."""
+    flags = f"--partition={out} --nodes=3 --ntasks-per-node=2"
+    job = cluster.submit(flags, "train_resume.sbatch", f"{FLAGS} --log-every 1", out, **SLOW, POLL="1", **environment)
+    wait_for_checkpoint(cluster, job, out)
+    host, nodes = (
+        cluster.show(job)["BatchHost"],
+        cluster.call("scontrol", "show", "hostnames", cluster.show(job)["NodeList"]),
+    )
+    return job, [host, *(node for node in nodes.split() if node != host)]
+
+
+@scenario
+def fewer_nodes(cluster: Cluster) -> Ended:
+    """A node fails, then the one of the script, then there are three nodes again."""
+    job, nodes = fewer(cluster, "fewer")
+    cluster.fail(nodes[1])
+    seconds = seconds_to_next_step(cluster, "fewer")
+    saved = cluster.checkpoints("fewer")[-1]
+    wait_until(lambda: cluster.checkpoints("fewer")[-1] > saved, "a checkpoint of two nodes")
+    assert cluster.result("fewer")["ranks"] == 4
+    cluster.fail(nodes[0])
+    end = ended(cluster, job, "fewer")
+    return replace(end, seconds=seconds)
+
+
+@scenario
+def fewer_nodes_under_mpirun(cluster: Cluster) -> Ended:
+    """A node fails, and the launcher notices; SLURM does when the run goes on."""
+    job, nodes = fewer(cluster, "mpirun", LAUNCH="mpirun -n 6")
+    if not cluster.kill(nodes[1]):
+        cluster.set_down(nodes[1])
+    seconds = seconds_to_next_step(cluster, "mpirun")
+    cluster.set_down(nodes[1])
+    return replace(ended(cluster, job, "mpirun"), seconds=seconds)
 
 
 @scenario
@@ -220,6 +268,22 @@ def test_node_down(end: Ended, uninterrupted: str) -> None:
     assert_same_end(end, uninterrupted)
     assert end.restarts == 1
     assert "going on after step" in end.log
+
+
+def test_fewer_nodes(end: Ended, uninterrupted: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_same_end(end, uninterrupted)
+    assert (end.restarts, end.result["ranks"]) == (1, 6), end.log
+    assert end.log.count("going on with these after step-") == 1
+    with capsys.disabled():
+        print(f"\nsrun: {end.seconds:.1f} s from the failure of a node to the next step on the others")
+
+
+def test_fewer_nodes_under_mpirun(end: Ended, uninterrupted: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_same_end(end, uninterrupted)
+    assert (end.restarts, end.result["ranks"]) == (0, 4), end.log
+    assert end.log.count("going on with these after step-") == 1
+    with capsys.disabled():
+        print(f"\nmpirun: {end.seconds:.1f} s from the failure of a node to the next step on the others")
 
 
 def test_array(end: Ended, uninterrupted: str) -> None:
