@@ -53,7 +53,8 @@ def test_a_file_is_read_also_through_a_link(tmp_path: Path) -> None:
     ids=["empty", "cut", "endless", "deep", "digits", "surrogate", "key", "binary", "zeros"],
 )
 def test_what_is_no_json_is_one_line(text: str | bytes) -> None:
-    assert refusal(documents.from_json, text, "r.json").startswith("r.json is damaged: ")
+    for content in (text, text.encode() if isinstance(text, str) else text):
+        assert refusal(documents.from_json, content, "r.json").startswith("r.json is damaged: ")
 
 
 @pytest.mark.parametrize(
