@@ -168,7 +168,7 @@ def _halved(everyone: MPI.Intracomm, grid: Grid, memory: Memory, layout: Layout,
     return faster and len(of_stage) == 1
 
 
-def another(sum_: GradientSum, grid: Grid, layout: Layout, microbatches: int, leaf: int) -> GradientSum:
+def another(sum_: GradientSum, grid: Grid, layout: Layout, microbatches: int, leaf: int = 1) -> GradientSum:
     """The sum of another copy of the model, which takes turns with that of `sum_` on the same rank of a grid with one
     replica: values of its own, with the same slots; collective."""
     values = Values(MPI.COMM_SELF, PrivateMemory(), layout.size, layout.blocks(), layout.dtype)
