@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -133,7 +134,8 @@ def load(
             relayed(team, first_node, spans, lambda start, view: read(start, np.frombuffer(view, np.uint8)), False)
     finally:
         if descriptor >= 0:
-            os.close(descriptor)
+            with contextlib.suppress(OSError):  # all has been read
+                os.close(descriptor)
     team.together(check)
     known = digests_of(team, counted, {name: contents.kinds[name] for name in names})
 

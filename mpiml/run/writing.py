@@ -20,13 +20,14 @@ from mpiml.team import Team
 
 def create_empty(path: Path, size: int) -> None:
     """Create a file of so many bytes, which take no room yet. Raises OSError; then there is none."""
-    with open(path, "xb") as file:
-        try:
+    created = open(path, "xb")  # noqa: SIM115 (closing it may fail, too)
+    try:
+        with created as file:
             file.truncate(size)
-        except OSError:
-            with contextlib.suppress(OSError):
-                path.unlink()
-            raise
+    except OSError:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
 
 
 def write(descriptor: int, spans: Sequence[Span], progress: Progress) -> None:

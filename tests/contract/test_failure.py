@@ -179,7 +179,7 @@ def test_gradient_that_is_not_finite_stops_though_the_loss_is_finite(train_all: 
     rng = np.random.default_rng(0)
     x, y = np.full((64, 4), 1e20, np.float32), rng.normal(size=64).astype(np.float32)
     np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    flags = f"--data {tmp_path}/d.npz --hidden 4 --steps 4 --optimizer sgd --lr 1 --log-every"
+    flags = f"--data {tmp_path}/d.npz --hidden 16 --steps 4 --optimizer sgd --lr 1 --log-every"
     logged, unlogged = train_all(2, f"{flags} 1", f"{flags} 9")
     for job, reason in ((logged, "the gradient is not finite in step 1"), (unlogged, "after step 1;")):
         assert job.code == 70, job.out

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -217,3 +220,19 @@ def test_save_that_fails_asks_nobody_else_to_stop(run: Path, monkeypatch: Any) -
         with pytest.raises(OutputError, match="No space left on device"):
             train(Config(**SETTINGS | {"steps": 300}, save_every=100, eval_every=0, save="async", out=str(run)))
         assert not stop.asked
+
+
+def test_file_that_has_been_read_may_be_closed_with_an_error(run: Path, monkeypatch: Any) -> None:
+    train(Config(**SETTINGS | {"steps": 4}, save_every=2, eval_every=0, out=str(run)))
+    close, failed = os.close, list[str]()
+
+    def failing(descriptor: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        close(descriptor)
+        if path.endswith(".safetensors") and "load" in {frame.name for frame in traceback.extract_stack()[-2:]}:
+            failed.append(path)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "close", failing)
+    train(Config(**SETTINGS | {"steps": 6}, save_every=2, eval_every=0, resume=True, out=str(run)))
+    assert len(failed) == 1
