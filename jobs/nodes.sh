@@ -41,7 +41,7 @@ watch_nodes() {
     watchers=
     [[ $NODES == *,* ]] || return   # SLURM itself requeues a job that loses its only node
     [[ $other != "$SLURMD_NODENAME" ]] || other=${NODES%%,*}
-    end_if_stuck "$1" &
+    end_if_stuck "$1" &>/dev/null &
     watchers=$!
     srun --nodes=1 --ntasks=1 --cpus-per-task=1 --overlap --nodelist="$other" bash -c \
         "$(declare -f nodes_in nodes_of_job requeue_without stand_by); POLL=$POLL; stand_by $SLURMD_NODENAME" &>/dev/null &
@@ -73,7 +73,7 @@ requeue_without() {
     local nodes
     if [[ $(sinfo --noheader --nodes "$1" --format %T) == down* ]] ||
         { nodes=$(nodes_of_job) && [[ ,$nodes, != *,$1,* ]]; }; then
-        scontrol requeue "$SLURM_JOB_ID"
+        scontrol requeue "$SLURM_JOB_ID" && exit
     fi
 }
 
