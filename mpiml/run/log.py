@@ -106,6 +106,7 @@ class Log:
         self.times = StepTimes()
         self._recent, self._recent_seconds = 0, 0.0  # steps since the last line
         self._shares, self._sent = np.array(team.clock.shares()), 0
+        self._before = self._shares  # what was spent before the first step
         self._console: Console | None = None
 
     def open_console(self, first: int, last: int, quiet: bool) -> None:
@@ -220,7 +221,7 @@ class Log:
 
     def where_the_time_went(self) -> dict[str, float]:
         """The mean over ranks of each share of the time of all steps."""
-        own = np.array(self.team.clock.shares())
+        own = self.team.clock.shares() - self._before
         total = np.empty_like(own)
         self.team.wait([self.team.comm.Iallreduce(own, total)])
         return dict(zip(SHARES, (total / max(total.sum(), 1e-9)).tolist(), strict=True))

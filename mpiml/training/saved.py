@@ -95,7 +95,8 @@ def resumed(asked: Config, stored: Config) -> Config:
     changes: dict[str, Any] = {name: getattr(asked, name) for name in OF_THE_JOB} | {"given": given}
     for field in settings():
         value, was = getattr(asked, field.name), getattr(stored, field.name)
-        if field.name not in given or value == was or (value == "auto" and field.name != "memory"):
+        settled = value == "auto" and not field.metadata["on_resume"]  # by the first job
+        if field.name not in given or value == was or settled:
             continue
         if field.name in HISTORY or not may_become(stored, field, value):
             raise refusal(asked, field.name, was)

@@ -71,8 +71,8 @@ class Store:
         size = size_of_copies(self._of_rank(self.run.learning.saved_state, self._others({})))
         of_node, least = self._of_nodes(size)
         if config.save == "auto" and of_node > MOST * least:
-            gb = f"{of_node / 1e9:.1f} GB a node, where {least / 1e9:.1f} GB are available"
-            return [f"training waits for saves: to go on meanwhile would take {gb}"]
+            there = f"{least / 1e9:.2g} GB are available" if least else "how much is available is not known"
+            return [f"training waits for saves: copies take {of_node / 1e9:.2g} GB a node, and {there}; see --save"]
         self._background = True
         self.deadline.expect_in_flight()
         self._saver.copies.claim(size)

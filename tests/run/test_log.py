@@ -36,6 +36,7 @@ def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Log:
     """The log of a run of one rank, where nobody sits at a terminal; it says nothing yet."""
     monkeypatch.setattr(module, "width", lambda: None)
     team = Team(MPI.COMM_SELF, Clock())
+    team.clock.seconds["data"] = 7.0  # before the first step
     return Log(team, tmp_path / "metrics.jsonl", ROWS, "accuracy", Pace(1, [1], [0], crowded=False))
 
 

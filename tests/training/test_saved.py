@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import mpiml
-from mpiml.config import Config
+from mpiml.config import Config, parse
 from mpiml.errors import ConfigError, OutputError
 from mpiml.flags import flag
 from mpiml.run.checkpoint import Checkpoint
-from mpiml.training.saved import CODE, code_of, settings_of
+from mpiml.training.saved import CODE, code_of, resumed, settings_of
 from tests.forging import loaded
 
 OWN = (
@@ -79,3 +79,10 @@ def test_every_setting_that_is_followed_to_code_says_so() -> None:
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "named" and len(node.args) == 2:
                 followed |= {ast.literal_eval(node.args[1])} if isinstance(node.args[1], ast.Constant) else set()
     assert followed == {flag(name) for name in CODE}
+
+
+def test_auto_takes_the_place_of_what_a_job_was_told_but_not_of_what_a_run_has_settled_on() -> None:
+    before = Config(save="async", memory="private", loss="mse", out="a")
+    flags = "--resume --out a --save auto --memory auto --loss auto"
+    after = resumed(parse(flags.split()), before)
+    assert (after.save, after.memory, after.loss) == ("auto", "auto", "mse")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 from mpiml.config import Config
 from mpiml.errors import DirectoryError
 from mpiml.run import lock, step_files
+from mpiml.run.saving import Saver
 from mpiml.train import train
+from mpiml.training import storage
 from mpiml.training.storage import Store
 
 SHORT: dict[str, Any] = {"steps": 6, "hidden": (4,), "log_every": 1, "eval_every": 2, "save_every": 2, "quiet": True}
@@ -91,3 +94,31 @@ def test_a_result_tells_of_the_last_save_while_the_run_goes_on(tmp_path: Path, m
     assert [one == two for one, two in results] == [True] * 3
     assert [step for step, _ in results] == [2, 4, 6] if way == "sync" else results[2][0] == 6
     assert all(saved in (step - 2, step) for step, (saved, _) in zip((2, 4, 6), results, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("left", "save", "said"),
+    [
+        (2.0, "auto", None),
+        (1.9, "auto", r"copies take 0\.0014 GB a node, and 0\.0027 GB are available; see --save"),
+        (0.0, "auto", "copies take .* GB a node, and how much is available is not known; see --save"),
+        (0.0, "async", None),
+    ],
+)
+def test_copies_take_half_of_the_memory_that_is_left_or_training_waits(
+    tmp_path: Path, monkeypatch: Any, capsys: Any, left: float, save: str, said: str | None
+) -> None:
+    """There is `left` times the memory that copies take: weights, biases and Adam's moments of them, on 64 bytes."""
+    begun, begin = list[bool](), Saver.begin
+    copies = 3 * (4 * (64 * 1600 + 1600 + 1600 * 10) + 64)
+
+    def noted(self: Saver, prepare: Any, own: Any, background: bool = False) -> None:
+        begun.append(background)
+        begin(self, prepare, own, background)
+
+    monkeypatch.setattr(Saver, "begin", noted)
+    monkeypatch.setattr(storage, "memory_available", lambda: int(left * copies))
+    train(Config(**SHORT | {"hidden": (1600,), "save": save, "quiet": False}, out=str(tmp_path)))
+    waits = re.search("training waits for saves: (.*)", capsys.readouterr().out)
+    assert re.fullmatch(said, waits[1]) if waits and said else waits is said
+    assert begun[:-1] == [not said] * (len(begun) - 1)
