@@ -109,15 +109,21 @@ def fits(nodes: Sequence[int], leaves: int) -> bool:
 
 def faster(nodes: Sequence[int], leaves: int, blocks: Sequence[Block], item: int) -> bool:
     """Whether halving can be used, and is clearly faster than the direct exchange (mpiml.parallel.exchange) of a vector
-    of these blocks with `item` bytes an element, by the constants above.
+    of these blocks with `item` bytes an element, by the constants above."""
+    if not blocks or len(nodes) < FEWEST or not fits(nodes, leaves):
+        return False
+    direct, halved = seconds(len(nodes), nodes[0], blocks, item)
+    return halved < CLEARLY * direct
+
+
+def seconds(count: int, of_node: int, blocks: Sequence[Block], item: int) -> tuple[float, float]:
+    """Seconds of a sum and its update by the constants above, on `count` nodes with `of_node` replicas each: by direct
+    exchange, by halving.
 
     A direct exchange sends all messages at once, but one for every other node, and where a vector has few blocks for so
     many nodes, whole blocks from all nodes to one. Halving waits in each round; where owners are fewer, each updates
     more.
     """
-    count, of_node = len(nodes), nodes[0]
-    if not blocks or count < FEWEST or not fits(nodes, leaves):
-        return False
     vector = item * (blocks[-1].stop - blocks[0].start)
     block = item * max(block.stop - block.start for block in blocks)
     slices = [item * (stop - start) for start, stop in map(bounds, owned(blocks, count * of_node))]
@@ -128,7 +134,7 @@ def faster(nodes: Sequence[int], leaves: int, blocks: Sequence[Block], item: int
     moved = sum(max(vector * part, block) for part in parts) / LINK
     added = sum(max(vector / of_node * part, block) for part in parts) / ADD
     updated = max(vector / of_node / owners(count), block) / UPDATE
-    return 2 * (most_messages(count) * (LATENCY + message) + moved) + added + updated < CLEARLY * direct
+    return direct, 2 * (most_messages(count) * (LATENCY + message) + moved) + added + updated
 
 
 @functools.cache

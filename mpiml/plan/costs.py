@@ -15,6 +15,7 @@ from mpiml.nn import base as nn
 from mpiml.parallel.schedules import SCHEDULES
 from mpiml.parallel.simulator import Simulation, simulate
 from mpiml.plan.exchanges import Counts, depths, traffic
+from mpiml.plan.saving import copies
 from mpiml.plan.sums import averaging, states
 from mpiml.training.job import Job, sharers
 from mpiml.training.stages import StageDesign
@@ -31,6 +32,7 @@ class StageMemory:
         in_flight: the most micro-batches in flight.
         values: of one copy of the model.
         average: what the average of workers takes.
+        copies: of what is saved, so that training goes on meanwhile.
         common: a rank's share of what it has together with others: of the values of its copies, and of means.
     """
 
@@ -41,12 +43,14 @@ class StageMemory:
     activations: Counts
     messages: Counts
     average: Counts
+    copies: Counts
     common: NDArray[np.float64]
 
     @property
     def held(self) -> NDArray[np.float64]:
         """All that is a rank's, or its share."""
-        return self.gradients + self.state + self.activations + self.messages + self.average + self.common
+        every = self.gradients + self.state + self.activations + self.messages + self.average + self.copies
+        return every + self.common
 
 
 def stage_memory(job: Job, stage: int, row_bytes: float) -> StageMemory:
@@ -57,8 +61,8 @@ def stage_memory(job: Job, stage: int, row_bytes: float) -> StageMemory:
     flights = np.array([in_flight(job.config.schedule, len(job.stages), stage, count) for count in passes])
     having = np.concatenate([np.repeat(n, n) for n in (sharers(h, job.shared) for h in job.group_homes(stage))])
     common, average = job.copies * values / having, np.zeros(job.replicas, np.int64)
-    if job.config.workers:
-        of_average = averaging(job, stage)
+    of_average = averaging(job, stage) if job.config.workers else None
+    if of_average:
         common, average = common + of_average.vector / of_average.sharers, of_average.memory
     return StageMemory(
         in_flight=flights,
@@ -68,6 +72,7 @@ def stage_memory(job: Job, stage: int, row_bytes: float) -> StageMemory:
         activations=(flights * job.microbatch_rows * row_bytes).astype(np.int64),
         messages=sums.gradients_in + sums.packed,
         average=average,
+        copies=copies(job, stage, of_average),
         common=common,
     )
 

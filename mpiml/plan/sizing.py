@@ -10,7 +10,7 @@ import numpy as np
 from mpiml.command import count, size, table
 from mpiml.nn import base as nn
 from mpiml.nn.parameters import Shape
-from mpiml.plan import activations, costs, sums
+from mpiml.plan import activations, costs, saving, sums
 from mpiml.plan.exchanges import depths, exchange_text
 from mpiml.training.job import Job, kind
 from mpiml.training.sharing import grid_text
@@ -33,7 +33,7 @@ class LayerLine:
 class StageLine:
     """A stage: its first and last layer, its share of the operations, the most micro-batches in flight, and the bytes
     that its fullest rank holds: `values` of each of its `copies` of the model, each one for all of the copy's ranks on
-    a node if `Plan.shared`; `average`: for the averages of workers."""
+    a node if `Plan.shared`; `average`: for the averages of workers; `copy`: of what it saves."""
 
     first: int
     last: int
@@ -48,6 +48,7 @@ class StageLine:
     activations: int
     messages: int
     average: int
+    copy: int
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class Plan:
         shared: whether the ranks of a node hold one copy of the values.
         bubble: the part of the passes' time in which these stages are idle; even_bubble: if all had equal work.
         stages: where workers learn apart, if they do.
-        rank_bytes, node_bytes: held by the fullest rank and the fullest node; of shared values a rank's share counts.
+        rank_bytes, node_bytes: held by the fullest rank and the fullest node, with copies of what is saved; of shared
+            values a rank's share counts.
         node_out, round_out: the most bytes that a node sends to others for the gradient sum in a step, and for the
             averages of a round; node_in, round_in: that a node receives.
         exchange: how nodes exchange the sums of gradients; empty if they need not.
@@ -145,21 +147,14 @@ def plan(job: Job, data: str) -> Plan:
         exchange=exchange_text(job),
         workers=workers,
         average_every=job.config.average_every,
-        checkpoint=_checkpoint(job, 0),
-        round_checkpoint=_checkpoint(job, workers) if workers else 0,
+        checkpoint=saving.checkpoint(job, 0),
+        round_checkpoint=saving.checkpoint(job, workers) if workers else 0,
     )
 
 
 def _most(sent: Sequence[sums.Sent], way: str) -> float:
     """The most bytes that a node sends to others or receives from them."""
     return float(np.max(sum(getattr(one, way) for one in sent)))
-
-
-def _checkpoint(job: Job, workers: int) -> int:
-    """The bytes of a checkpoint's vectors: of the model, and of so many workers that each have their own."""
-    states = sums.states(job)
-    updated = (0 if workers else states) + sums.outer(job) + workers * (1 + states)
-    return sum((s.layout.size + updated * s.layout.updated) * s.layout.dtype.itemsize for s in job.stages)
 
 
 def _layers(job: Job) -> list[LayerLine]:
@@ -189,6 +184,7 @@ def _stage(job: Job, number: int, memory: costs.StageMemory, flops: int) -> Stag
         activations=int(memory.activations[fullest]),
         messages=int(memory.messages[fullest]),
         average=int(memory.average[fullest]),
+        copy=int(memory.copies[fullest]),
     )
 
 
@@ -261,24 +257,28 @@ def screen(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> list[str]:
     heads = ["stage", "layers", "work", "in flight", "values", "gradients", "optimizer", "activations", "messages"]
-    lines = [heads + ["averages"] * bool(plan.workers)]
+    copied = any(stage.copy for stage in plan.stages)
+    lines = [heads + ["averages"] * bool(plan.workers) + ["copies"] * copied]
     for index, stage in enumerate(plan.stages):
         held = [
             _several(stage.copies, stage.values),
             _several(stage.gradient_vectors, stage.gradients // stage.gradient_vectors),
         ]
-        held += map(size, (stage.state, stage.activations, stage.messages, stage.average)[: len(lines[0]) - 6])
+        more = [stage.average] * bool(plan.workers) + [stage.copy] * copied
+        held += map(size, (stage.state, stage.activations, stage.messages, *more))
         lines.append([str(index), f"{stage.first}-{stage.last}", f"{stage.share:.0%}", str(stage.in_flight), *held])
     owner = "worker and " if plan.workers else ""
     values = f"one copy for each {owner}node" if plan.shared else f"a copy for each {owner}rank"
-    text = [
+    saved = f"a checkpoint has {size(plan.checkpoint)}"
+    saved += f", within a round {size(plan.round_checkpoint)}" if plan.workers else ""
+    saved += "; copies: to go on while it is written, if memory is available (--save)" if copied else ""
+    return [
         *table(lines, "r" * len(lines[0])),
         f"memory of each stage's fullest rank; values: {values}; activations: kept for the backward pass",
         f"at most {size(plan.rank_bytes)} a rank and {size(plan.node_bytes)} a node, without data, Python, libraries",
+        saved,
         f"stages are idle for {plan.bubble:.0%} of the time of their passes ({plan.even_bubble:.0%} if all were equal)",
     ]
-    within = f"a checkpoint has {size(plan.checkpoint)}, within a round {size(plan.round_checkpoint)}"
-    return [*text, within] if plan.workers else text
 
 
 def _several(count: int, each: float) -> str:

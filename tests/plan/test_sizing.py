@@ -46,6 +46,25 @@ def test_memory_by_hand() -> None:
     assert second.messages == first.messages == 0
 
 
+def test_copies_of_what_is_saved_by_hand() -> None:
+    """Each rank copies what it owns, and the first of a stage what nobody updates."""
+    settings: dict[str, Any] = {"pipe": 2, "hidden": (16,), "microbatches": 8}
+    made = plan(job(4, **settings), "arrays")
+    first, second = made.stages
+    assert (first.copy, second.copy) == (3 * 4 * 144, 3 * 4 * 80)  # values and two states; one replica owns all
+    assert made.checkpoint == 3 * 4 * (144 + 80)
+    assert f"{second.copy} B" in screen(made)
+    assert "; copies: to go on while it is written" in screen(made)
+
+    frozen = plan(job(2, rates=("layers.0=0",), **settings), "arrays")
+    assert [stage.copy for stage in frozen.stages] == [4 * 144, 3 * 4 * 80]
+    without: list[dict[str, Any]] = [{"save": "sync"}, {"save_every": 0}]
+    for none in without:
+        waits = plan(job(4, **settings, **none), "arrays")
+        assert made.rank_bytes - waits.rank_bytes == first.copy
+        assert "copies" not in screen(waits)
+
+
 def test_workers_by_hand() -> None:
     """Four workers on two ranks: each has values and states, those of a rank have one set of gradient vectors."""
     settings = {"hidden": (16,), "microbatches": 8, "workers": 4, "average_every": 3, "outer_momentum": 0.5}

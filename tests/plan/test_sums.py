@@ -17,9 +17,11 @@ from mpiml.parallel.values import TAGS
 from mpiml.plan import costs, exchanges, sums
 from mpiml.plan.exchanges import exchange_text
 from mpiml.plan.sizing import plan, screen
+from mpiml.run.segments import Segment, size_of_copies
 from mpiml.team import Team
+from mpiml.training.arrays import segments
 from mpiml.training.job import Job, sharers
-from mpiml.training.run import unsaved
+from mpiml.training.run import Run, unsaved
 from mpiml.training.sharing import busy
 from mpiml.vectors import bytes_of
 from tests.plan.jobs import arrays, job
@@ -108,9 +110,13 @@ def test_the_library_moves_at_least_this() -> None:
 def test_a_node_holds_one_copy_of_values() -> None:
     shared, private = (plan(job(4, memory=memory), "arrays") for memory in ("shared", "private"))
     assert private.node_bytes - shared.node_bytes > 2.5 * shared.stages[0].values  # and messages
-    assert shared.node_bytes == shared.stages[0].values + 4 * (
-        shared.stages[0].gradients + shared.stages[0].activations
-    ) + 2 * int(exchanges.traffic(job(4), 0).slices.sum())
+    assert (
+        shared.node_bytes
+        == shared.stages[0].values
+        + 4 * (shared.stages[0].gradients + shared.stages[0].activations)
+        + 2 * int(exchanges.traffic(job(4), 0).slices.sum())
+        + shared.checkpoint
+    )  # of which all have copies
 
 
 class Recording(MPI.Intracomm):
@@ -137,6 +143,12 @@ class Recording(MPI.Intracomm):
 
     def total(self, what: str) -> int:
         return sum(size for kind, _, size in self.notes if kind == what)
+
+
+def saved_of(run: Run) -> list[Segment]:
+    """What this rank saves of vectors."""
+    layout, state = run.model.layouts[run.grid.stage], run.learning.saved_state
+    return [one for name, part in state.parts.items() for one in segments(layout, name, part.collected)]
 
 
 @pytest.mark.mpi
@@ -192,6 +204,7 @@ def test_a_real_run_allocates_and_sends_as_planned(
     assert sum(bytes_of(slot.size, slot.dtype) for slot in sum_.slots) == held.gradients[replica]
     assert bytes_of(sum_.values.vector.size, sum_.values.vector.dtype) == held.values
     assert sum(state.nbytes for state in run.update.states.values()) == held.state[replica]
+    assert size_of_copies(saved_of(run)) == held.copies[replica]
     memory = sum_.values.memory
     if isinstance(memory, SharedMemory):
         planned = held.values + held.gradients[made.homes(stage) == made.homes(stage)[replica]].sum()
@@ -247,6 +260,7 @@ def test_workers_allocate_and_send_as_planned(
     slots = sum(allocated(slot) for slot in average.sum.slots)
     buffers = planned.mean.gradients_in[replica] + planned.mean.packed[replica]
     assert slots + average.start.nbytes * (2 if average.outer else 1) + buffers == planned.memory[replica]
+    assert size_of_copies(saved_of(run)) == held.copies[replica]
 
     for step in (1, 3):
         run.advance(step)
