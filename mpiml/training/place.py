@@ -12,6 +12,7 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from mpiml.config import Config
+from mpiml.errors import ConfigError
 from mpiml.nn import base as nn
 from mpiml.nn.losses import Metric
 from mpiml.nn.parameters import Gradients, Layout
@@ -81,9 +82,13 @@ def build_stage(
     team = grid.team
 
     def build() -> tuple[Scoring, list[nn.Layer], list[StageDesign], dict[str, str]]:
-        layers = model_for(config, task, model)
-        stages = cut(config, layers, task.shape)
-        return build_scoring(config, task, layers, weighted), layers, stages, described(layers, config.seed)
+        try:
+            layers = model_for(config, task, model)
+            stages = cut(config, layers, task.shape)
+            return build_scoring(config, task, layers, weighted), layers, stages, described(layers, config.seed)
+        except MemoryError as error:
+            what = f"rows of {task.shape} and {task.outputs:,} outputs"
+            raise ConfigError(f"a model for {what} does not fit into memory: {error}") from None
 
     with team.clock.doing("model"):
         scoring, layers, stages, text = team.together(build)
