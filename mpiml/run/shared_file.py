@@ -107,6 +107,25 @@ def load(
 
     Raises OutputError, on all ranks alike, if the file cannot be read, or an array does not match its digest.
     """
+    problem = _read(team, first_node, path, contents, into)
+
+    def check() -> None:
+        if problem:
+            raise problem
+
+    team.together(check)
+    known = digests_of(team, counted, {name: contents.kinds[name] for name in names})
+
+    def compare() -> None:
+        for name, digest in known.items():
+            if contents.digests is not None and contents.digests[name] != digest:
+                raise OutputError(f"{path} is damaged: {name} does not match its SHA-256")
+
+    team.on_rank_0(compare)
+
+
+def _read(team: Team, first_node: int, path: Path, contents: Contents, into: Sequence[Segment]) -> OutputError | None:
+    """Read as `load` does, but verify nothing; collective. Returns what went wrong on this rank."""
     descriptor, unopened, seen = opened(team, path, os.O_RDONLY)
     problem: OutputError | None = None
 
@@ -121,10 +140,6 @@ def load(
         except EOFError:
             problem = OutputError(f"{path} is damaged: it is too short")
 
-    def check() -> None:
-        if problem:
-            raise problem
-
     try:
         if seen or team.rank < first_node:
             for one in into:
@@ -136,15 +151,7 @@ def load(
         if descriptor >= 0:
             with contextlib.suppress(OSError):  # all has been read
                 os.close(descriptor)
-    team.together(check)
-    known = digests_of(team, counted, {name: contents.kinds[name] for name in names})
-
-    def compare() -> None:
-        for name, digest in known.items():
-            if contents.digests is not None and contents.digests[name] != digest:
-                raise OutputError(f"{path} is damaged: {name} does not match its SHA-256")
-
-    team.on_rank_0(compare)
+    return problem
 
 
 def relayed(
