@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from mpiml.errors import RunError
+from mpiml.errors import ConfigError, RunError
 from mpiml.parallel.state import VALUES, State
 from mpiml.run import digests, shared_file, step_files
 from mpiml.run.checkpoint import texts_of
@@ -64,7 +64,8 @@ class Store:
         return restored
 
     def claim(self) -> list[str]:
-        """Claim memory for saving while training goes on, as --save asks. Returns what a person should know."""
+        """Claim memory for saving while training goes on, as --save asks. Returns what a person should know. Raises
+        ConfigError, on all ranks alike, if a rank has not enough."""
         config = self.run.config
         if config.save == "sync" or not config.save_every:
             return []
@@ -75,8 +76,15 @@ class Store:
             return [f"training waits for saves: copies take {of_node / 1e9:.2g} GB a node, and {there}; see --save"]
         self._background = True
         self.deadline.expect_in_flight()
-        self._saver.copies.claim(size)
+        self.team.together(lambda: self._claim(size))
         return []
+
+    def _claim(self, size: int) -> None:
+        try:
+            self._saver.copies.claim(size)
+        except MemoryError:
+            needs = f"a rank has no {size / 1e9:.2g} GB for its copy; --save sync needs none"
+            raise ConfigError(f"--save {self.run.config.save}: {needs}") from None
 
     def save(self, step: int, going_on: bool = True) -> None:
         """Write the checkpoint of a step, unless that is done, when the metrics so far are on disk. It is saved when

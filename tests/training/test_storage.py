@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from mpiml.config import Config
-from mpiml.errors import DirectoryError
+from mpiml.errors import ConfigError, DirectoryError
 from mpiml.run import lock, step_files
 from mpiml.run.saving import Saver
+from mpiml.run.segments import Copies
 from mpiml.train import train
 from mpiml.training import storage
 from mpiml.training.storage import Store
@@ -122,3 +123,13 @@ def test_copies_take_half_of_the_memory_that_is_left_or_training_waits(
     waits = re.search("training waits for saves: (.*)", capsys.readouterr().out)
     assert re.fullmatch(said, waits[1]) if waits and said else waits is said
     assert begun[:-1] == [not said] * (len(begun) - 1)
+
+
+def test_a_rank_that_has_no_memory_for_its_copy_is_one_line(tmp_path: Path, monkeypatch: Any) -> None:
+    def claim(self: Copies, size: int) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Copies, "claim", claim)
+    with pytest.raises(ConfigError, match=r"^--save async: a rank has no .* GB for its copy; --save sync needs none$"):
+        train(Config(**SHORT, save="async", out=str(tmp_path)))
+    train(Config(**SHORT, save="sync", out=str(tmp_path), resume=True))
