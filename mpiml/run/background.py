@@ -20,7 +20,7 @@ class Work(threading.Thread):
     """Does `action(progress)`, which calls `progress` after each part.
 
     Args:
-        yields: whether it leaves cores to others that need them: if nobody waits for it.
+        yields: whether it leaves cores to others that need them, as work does that nobody waits for.
 
     Attributes:
         error: that ended it, if any: a RunError; an OSError becomes an OutputError that begins with `what`.

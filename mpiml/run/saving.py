@@ -33,8 +33,8 @@ class File(NamedTuple):
     Attributes:
         path: its name when it is whole.
         contents: without digests; None if a whole file of that name is there, which stays.
-        ending: is called on rank 0 when all but the header is on disk; what it returns, in a thread when the file has
-            its name.
+        ending: is called on rank 0 when all but the header is on disk. It returns a function that a thread calls when
+            the file has its name.
         ended: is called on rank 0 after that.
     """
 
@@ -56,7 +56,7 @@ class _Save:
         error: what else went wrong on this rank.
         sent: the gathering of all ranks' digests on rank 0.
         file, all_rows, received: on rank 0.
-        finishing: on rank 0, the end of the work on the file; lost: it comes to no good.
+        finishing: on rank 0, the end of the work on the file; lost: whether there will be no file.
         after: what is to be done on rank 0 then.
         over: whether there is nothing left to do on this rank.
     """
