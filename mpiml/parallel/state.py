@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -92,9 +93,14 @@ class State:
         self.comm, self.clock, self.stage = grid.comm, grid.team.clock, grid.stage
         self.names, self.parts, self.settle = tuple(names), own, settle
         self._held: Views = {(self.stage, name): dict(sorted(part.held.items())) for name, part in own.items()}
+
+    @functools.cached_property
+    def _holdings(self) -> list[_Holding]:
+        """What all ranks have; collective when it is first needed, which most runs never do: it takes memory on every
+        rank for every rank."""
         held = {key: list(views) for key, views in self._held.items()}
-        collected = {(self.stage, name): sorted(part.collected) for name, part in own.items()}
-        self._holdings = allgather(self.comm, _Holding(held, collected))
+        collected = {(self.stage, name): sorted(part.collected) for name, part in self.parts.items()}
+        return allgather(self.comm, _Holding(held, collected))
 
     def copied(self, *names: str) -> Source:
         """Copies of what is collected (default: of all vectors), which another state can take when the memory of this
@@ -116,12 +122,12 @@ class State:
         """Each rank sends to those after it, the nearest first, and receives from those before it. It begins all
         messages of one distance before it waits: so of the ranks that wait, those at the least distance wait only for
         messages that both ends have begun, and no rank waits for ever."""
-        rank, size, requests = self.comm.rank, self.comm.size, list[MPI.Request]()
+        rank, size, requests, holdings = self.comm.rank, self.comm.size, list[MPI.Request](), self._holdings
         givers = {(rank - giver) % size for giver in source.ranges}
         for distance in sorted(givers.union(range(size) if source.own else ())):
             giver, taker = (rank - distance) % size, (rank + distance) % size
             incoming = list(_parts(self._held, source.ranges.get(giver, {})))
-            outgoing = list(_parts(source.own, self._holdings[taker].held))
+            outgoing = list(_parts(source.own, holdings[taker].held))
             if not distance:
                 for target, part in zip(incoming, outgoing, strict=True):
                     target[...] = part

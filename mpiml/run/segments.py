@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -79,14 +78,6 @@ class Span(NamedTuple):
         return self.start + len(self.view)
 
 
-class Edge(NamedTuple):
-    """Bytes of a unit that has bytes of other ranks too: `rank` holds those from `start` to `stop`."""
-
-    start: int
-    stop: int
-    rank: int
-
-
 def spans(segments: Sequence[Segment], starts: Mapping[str, int]) -> list[Span]:
     """Where segments lie in a file in which arrays begin at `starts`, in order."""
     of = [(starts[s.name] + s.first * s.values.itemsize, s) for s in segments]
@@ -118,11 +109,16 @@ def _runs(of: Sequence[Span]) -> Iterator[list[Span]]:
         yield run
 
 
-def writers(edges: Sequence[Edge], unit: int = UNIT) -> dict[Edge, int]:
-    """Which rank writes each edge: the one with the first of the unit."""
-    ordered = sorted(edges)
-    groups = itertools.groupby(ordered, key=lambda edge: edge.start // unit)
-    return {edge: first.rank for _, group in groups for first, *more in [list(group)] for edge in (first, *more)}
+def writers(edges: NDArray[np.int64], unit: int = UNIT) -> NDArray[np.int64]:
+    """Which rank writes each of these parts of units, rows of (first byte, end, rank that holds it): that which holds
+    the first part of the unit."""
+    order = np.argsort(edges[:, 0])
+    units = edges[order, 0] // unit
+    begins = np.diff(units, prepend=-1) > 0  # one that is the first of its unit
+    first = np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))
+    writer = np.empty(len(edges), np.int64)
+    writer[order] = edges[order[first], 2]
+    return writer
 
 
 def digests_of(parts: Sequence[tuple[NDArray[np.int64], bytes]], sizes: Sequence[int]) -> list[bytes]:

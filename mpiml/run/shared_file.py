@@ -48,6 +48,15 @@ def gathered(team: Team, array: NDArray[Any]) -> list[NDArray[Any]]:
     return [] if team.rank else np.split(everything, np.cumsum(sizes)[:-1])
 
 
+def allgathered(team: Team, array: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The 1-D arrays of all ranks, one after another; collective."""
+    sizes = np.empty(team.size, np.int64)
+    team.wait([team.comm.Iallgather(np.array([array.size]), sizes)])
+    everything = np.empty(sizes.sum(), np.int64)
+    team.wait([team.comm.Iallgatherv(array, (everything, sizes.tolist()))])
+    return everything
+
+
 def rows(own: Sequence[Segment], names: Sequence[str]) -> NDArray[np.int64]:
     """Of each segment the number of its array among `names`, its first element, and how many it has."""
     numbers = {name: number for number, name in enumerate(names)}

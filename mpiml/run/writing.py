@@ -13,7 +13,7 @@ from mpi4py import MPI
 from mpiml.errors import OutputError
 from mpiml.run import segments, shared_file
 from mpiml.run.directory import PART
-from mpiml.run.segments import Edge, Span
+from mpiml.run.segments import Span
 from mpiml.run.verified import Progress
 from mpiml.team import Team
 
@@ -57,22 +57,20 @@ def exchanged(team: Team, own: Sequence[Span], first: int) -> list[Span]:
     comm, rank, requests = team.comm, team.rank, list[MPI.Request]()
     header = [Span(0, memoryview(bytes(first)))] if rank == 0 else []
     spans, rest = segments.divided([*header, *own])
-    every = [
-        Edge(start, stop, other)
-        for other, of_rank in enumerate(team.allgather([(span.start, span.stop) for span in rest]))
-        for start, stop in of_rank
-    ]
-    writer, views = segments.writers(every), {span.start: span.view for span in rest}
-    for edge in every:
-        to = writer[edge]
-        if rank == edge.rank == to:
-            spans.append(Span(edge.start, views[edge.start]))
-        elif rank == edge.rank:
-            requests.append(comm.Isend(np.frombuffer(views[edge.start], np.uint8), to))
-        elif rank == to:
-            received = np.empty(edge.stop - edge.start, np.uint8)
-            requests.append(comm.Irecv(received, edge.rank))
-            spans.append(Span(edge.start, received.data))
+    views = {span.start: span.view for span in rest}
+    edges = np.array([(span.start, span.stop, rank) for span in rest], np.int64)
+    every = shared_file.allgathered(team, edges.reshape(-1)).reshape(-1, 3)
+    writer = segments.writers(every)
+    concerned = (every[:, 2] == rank) | (writer == rank)
+    for start, stop, holder, to in np.column_stack([every, writer])[concerned].tolist():
+        if rank == holder == to:
+            spans.append(Span(start, views[start]))
+        elif rank == holder:
+            requests.append(comm.Isend(np.frombuffer(views[start], np.uint8), to))
+        else:
+            received = np.empty(stop - start, np.uint8)
+            requests.append(comm.Irecv(received, holder))
+            spans.append(Span(start, received.data))
     team.wait(requests)
     return [span for span in spans if span.start >= first]
 

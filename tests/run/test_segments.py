@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mpiml.run.digests import of_blocks
-from mpiml.run.segments import Copies, Edge, Segment, Span, digests_of, divided, size_of_copies, spans, writers
+from mpiml.run.segments import Copies, Segment, Span, digests_of, divided, size_of_copies, spans, writers
 from mpiml.vectors import ALIGNMENT, BLOCK
 
 
@@ -37,7 +37,7 @@ def bytes_at(of: list[Span]) -> dict[int, int]:
 def test_each_unit_is_written_by_one_rank_and_each_byte_once(seed: int) -> None:
     rng = Random(seed)
     unit, size, ranks = rng.choice([1, 4, 16, 64]), rng.randrange(1, 600), rng.randrange(1, 6)
-    every, edges, writing = drawn(rng, size, ranks), list[Edge](), dict[int, set[int]]()
+    every, edges, writing = drawn(rng, size, ranks), list[tuple[int, int, int]](), dict[int, set[int]]()
     for rank, of in enumerate(every):
         own = bytes_at(of)
         whole, rest = divided(of, unit)
@@ -49,13 +49,12 @@ def test_each_unit_is_written_by_one_rank_and_each_byte_once(seed: int) -> None:
             assert span.start // unit == (span.stop - 1) // unit
             first = span.start // unit * unit
             assert not all(other in own for other in range(first, first + unit))
-            edges.append(Edge(span.start, span.stop, rank))
+            edges.append((span.start, span.stop, rank))
     rng.shuffle(edges)
-    by = writers(edges, unit)
-    assert by.keys() == set(edges)
-    for edge, rank in by.items():
-        writing.setdefault(edge.start // unit, set()).add(rank)
-        assert rank == min(other for other in edges if other.start // unit == edge.start // unit).rank
+    by = writers(np.array(edges, np.int64).reshape(-1, 3), unit).tolist()
+    for (start, _, _), rank in zip(edges, by, strict=True):
+        writing.setdefault(start // unit, set()).add(rank)
+        assert rank == min(other for other in edges if other[0] // unit == start // unit)[2]
     assert all(len(ranks) == 1 for ranks in writing.values())
 
 
