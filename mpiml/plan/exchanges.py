@@ -104,7 +104,7 @@ def halved(job: Job, stage: int) -> tuple[int, int] | None:
         return None
     layout, groups = job.stages[stage].layout, {tuple(sharers(homes, job.shared)) for homes in job.group_homes(stage)}
     nodes = next(iter(groups))
-    if len(groups) > 1 or not halving.faster(nodes, job.worker_leaves, layout.blocks(), layout.dtype.itemsize):
+    if len(groups) > 1 or not halving.faster(nodes, job.worker_leaves, _blocks(layout), layout.dtype.itemsize):
         return None
     return len(nodes), nodes[0]
 
@@ -236,10 +236,15 @@ def runs_of_buckets(job: Job, stage: int) -> list[Sequence[Block]]:
     """The runs of blocks that are exchanged at once."""
     layout = job.stages[stage].layout
     several = any(len(sharers(homes, job.shared)) > 1 for homes in job.group_homes(stage))
-    return buckets(layout.blocks(), elements(job.config.bucket, layout.dtype) if several else 0)
+    return buckets(_blocks(layout), elements(job.config.bucket, layout.dtype) if several else 0)
+
+
+@functools.lru_cache(1)  # there may be many, and they are needed several times, stage by stage
+def _blocks(layout: Layout) -> list[Block]:
+    return layout.blocks()
 
 
 def _of_one(layout: Layout) -> int:
     """The elements of a vector that one replica alone owns, from its first block to its last."""
-    start, stop = bounds(layout.blocks())
+    start, stop = bounds(_blocks(layout))
     return stop - start
