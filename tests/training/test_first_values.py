@@ -30,7 +30,7 @@ def run(**settings: Any) -> Iterator[Run]:
     """Of a model that has {0, 2, 4}.{weight, bias} for PyTorch, of which 2.* are not trained."""
     random = np.random.default_rng(0)
     x, y = random.standard_normal((64, 50)), random.integers(0, 3, 64)
-    given = {"hidden": (400, 90), "batch": 24, "microbatches": 12, "steps": 1, "rates": ("layers.2.*=0",)}
+    given = {"hidden": (400, 90), "batch": 48, "microbatches": 48, "steps": 1, "rates": ("layers.2.*=0",)}
     made = unsaved(WORLD, Config(**given | settings), Dataset.from_arrays(x, y, x, y))
     with freed(made, WORLD.size):
         yield made
@@ -63,8 +63,8 @@ def model(run: Run) -> dict[str, np.ndarray]:
         {"memory": "private"},
         {"allreduce": "mpi"},
         {"pipe": 2},
-        {"nodes": "1,2,1", "bucket": 0.01},
-        {"average_every": 1, "workers": 12},
+        {"nodes": "1,2,1,12", "bucket": 0.01},
+        {"average_every": 1, "workers": 48},
     ],
 )
 def test_what_the_file_does_not_have_stays_as_it_is_drawn(
