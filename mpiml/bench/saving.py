@@ -85,24 +85,23 @@ def save(hidden: str) -> Ratio:
 
 
 def save_stall(hidden: str) -> Ratio:
-    """Time for which training stands still for a save in the background over that of a save that it waits for."""
-    saving, ratios = Saving(int(hidden)), list[float]()
-    for _ in range(PAIRS):
-        spent = []
-        for background in (True, False):
-            quiet_barrier(WORLD)
-            began = time.perf_counter()
-            saving.begin(background)
-            spent.append(time.perf_counter() - began)
-            saving.saver.settle()
-        both = np.array(spent)
-        WORLD.Allreduce(MPI.IN_PLACE, both, MPI.MAX)
-        ratios.append(float(both[0] / both[1]))
-    return Ratio.of(ratios)
+    """The milliseconds for which training stands still for a save in the background."""
+    saving, spent = Saving(int(hidden)), list[float]()
+    for _ in range(PAIRS + 1):
+        saving.path.unlink(missing_ok=True)  # which takes longer than to begin
+        quiet_barrier(WORLD)
+        began = time.perf_counter()
+        saving.begin(background=True)
+        spent.append(1000 * (time.perf_counter() - began))
+        saving.saver.settle()
+    slowest = np.array(spent[1:])
+    WORLD.Allreduce(MPI.IN_PLACE, slowest, MPI.MAX)
+    return Ratio.of(slowest.tolist())
 
 
-def save_beside(hidden: str) -> Ratio:
-    """Time of steps while a save is in flight over that of as many steps without."""
+def save_beside(hidden: str, what: str) -> Ratio:
+    """Time of steps while a save is in flight over that of as many steps without. `what`: that, "measured"; or the
+    "least" that it can be where all cores are busy: 1 + CPU seconds of a rank for a save / seconds of these steps."""
     saving, ratios = Saving(int(hidden)), list[float]()
     for _ in range(PAIRS + 1):
         quiet_barrier(WORLD)
@@ -112,7 +111,10 @@ def save_beside(hidden: str) -> Ratio:
             beside.append(saving.step())
         saving.saver.settle()
         without = [saving.step() for _ in beside]
-        ratios.append(sum(beside) / sum(without))
+        began = time.process_time()
+        saving.save()
+        work = WORLD.allreduce(time.process_time() - began) / WORLD.size
+        ratios.append((sum(beside) if what == "measured" else sum(without) + work) / sum(without))
     return Ratio.of(ratios[1:])
 
 

@@ -12,7 +12,7 @@ from mpiml.clock import Clock
 from mpiml.errors import OutputError, RunError
 from mpiml.run.verified import Progress
 
-NICE = 15  # of 19: while training keeps a core busy, the thread gets some per cent of it
+NICE = 19  # of 19: while training keeps a core busy, the thread gets some per cent of it
 NAP = 1e-3  # seconds
 
 
