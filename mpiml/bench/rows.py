@@ -206,7 +206,7 @@ ROWS = [
             ("saved while training waits: bytes/s / of dd or SHA-256, the slower here", ("save", "4500"), None, 0.8),
             ("saved in the background: milliseconds that training stands still", ("save_stall", "4500"), 110, None),
             (
-                "steps meanwhile, which keep all cores busy: time / without",
+                "steps meanwhile, with all cores busy: time / without",
                 ("save_beside", "4500", "measured"),
                 1.05,
                 None,
