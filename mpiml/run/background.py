@@ -12,7 +12,7 @@ from mpiml.clock import Clock
 from mpiml.errors import OutputError, RunError
 from mpiml.run.verified import Progress
 
-NICE = 19  # of 19: while training keeps a core busy, the thread gets some per cent of it
+NICE = 19  # the most: a thread gets one or two per cent of a core that another keeps busy
 NAP = 1e-3  # seconds
 
 
@@ -44,7 +44,6 @@ class Work(threading.Thread):
         except BaseException as error:  # whatever ended it, its work is not done
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             self.error = OutputError(f"{self._what}: {reason}")
-
         self._ended = time.monotonic()
 
     def _moved(self) -> None:

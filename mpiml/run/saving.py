@@ -79,8 +79,7 @@ class _Save:
     @property
     def problem(self) -> RunError | None:
         """What went wrong on this rank."""
-        every = [*self.work, *([self.finishing] if self.finishing else [])]
-        return self.error or next((work.error for work in every if work.error), None)
+        return self.error or next((w.error for w in (*self.work, self.finishing) if w and w.error), None)
 
     @property
     def seconds(self) -> float:
@@ -105,12 +104,13 @@ class Saver:
     Args:
         team: the ranks, those of a node next to each other, rank 0's first.
         node: those of this rank's node.
+        crowded: whether these have more threads than cores: one that waits for a core may hold Python's lock.
     """
 
-    def __init__(self, team: Team, node: MPI.Intracomm):
+    def __init__(self, team: Team, node: MPI.Intracomm, crowded: bool = False):
         self.team, self.clock = Team(MPI.Intracomm(team.comm.Dup()), team.clock), team.clock
         self.first_node = team.broadcast(node.size)
-        self.copies = Copies()
+        self.copies, self._crowded = Copies(), crowded
         self.seconds = 0.0  # that this rank has worked on the last file
         self._save: _Save | None = None
 
@@ -158,9 +158,8 @@ class Saver:
         descriptor, unopened, seen = shared_file.opened(self.team, unfinished, os.O_WRONLY)
         if background := background and seen:
             own = self.copies.of(own)
-        rows = shared_file.rows(own, sorted(contents.kinds))
-        save = _Save(path, unfinished, files[0] if files else None, rows)
-        save.all_rows = [of.reshape(-1, 3) for of in shared_file.gathered(self.team, rows.reshape(-1))]
+        save = _Save(path, unfinished, files[0] if files else None, shared_file.rows(own, sorted(contents.kinds)))
+        save.all_rows = [of.reshape(-1, 3) for of in shared_file.gathered(self.team, save.rows.reshape(-1))]
         spans = segments.spans(own, contents.starts)
         if seen and self.first_node < self.team.size:
             spans = exchanged(self.team, spans, contents.first)
@@ -171,9 +170,10 @@ class Saver:
                 raise unopened
             write(descriptor, spans if there else [], progress)
 
+        yields = background and not self._crowded
         save.work = [
-            Work(lambda progress: shared_file.hash_all(own, save.hashed, progress), save.what, background),
-            Work(write_own, save.what, background),
+            Work(lambda progress: shared_file.hash_all(own, save.hashed, progress), save.what, yields),
+            Work(write_own, save.what, yields),
         ]
         if not seen:
             save.error = write_for_others(self.team, self.first_node, unfinished, spans, save.what)

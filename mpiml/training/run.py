@@ -193,13 +193,17 @@ class Run:
         """The number of the epoch that a step is in, from 1 on."""
         return (step - 1) // self.data.shards.steps_per_epoch + 1
 
+    @property
+    def crowded(self) -> bool:
+        """Whether this node has more threads than cores."""
+        return self.grid.node.size * self.config.threads > self.grid.cores
+
     def pace(self) -> Pace:
         """What compares the times of this run's ranks."""
         grid, config = self.grid, self.config
         replicas = range(grid.replicas)
         blocks = (part(replica, grid.replicas, config.microbatches, config.leaf) for replica in replicas)
-        crowded = grid.node.size * config.threads > grid.cores
-        return Pace(grid.stages, [stop - start for start, stop in blocks], grid.team.launched, crowded)
+        return Pace(grid.stages, [stop - start for start, stop in blocks], grid.team.launched, self.crowded)
 
     def free(self) -> None:
         """Give back what the MPI library holds for the run; collective."""

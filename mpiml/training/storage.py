@@ -43,7 +43,7 @@ class Store:
     def __init__(self, run: Run, hold: Hold, deadline: Deadline):
         self.run, self.hold, self.deadline = run, hold, deadline
         self.team, self.clock = run.grid.team, run.grid.team.clock
-        self._saver = Saver(self.team, run.grid.node)
+        self._saver = Saver(self.team, run.grid.node, run.crowded)
         self._saved, self._background = 0, False  # the step of the last save
         self._evaluates = False  # whether this job has begun an evaluation
         self._untimed = False  # whether the deadline does not know how long the last save in the background took
