@@ -61,15 +61,15 @@ def test_what_the_page_says_computes_the_digest_of_weights(
     (code,) = re.findall(r"```python\n(import hashlib, json\n.*?)```", PAGE.read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
     settings: dict[str, Any] = {"hidden": (300,), "ema": 0.9, "normalize": True, "quiet": True, "steps": 1}
-    result = train(Config(**settings, rates=("layers.3=0",), out="runs/mine"), MPI.COMM_SELF)
-    file = Path("runs/mine/checkpoints/step-000000001.safetensors")
-    file.rename(file.with_name("step-000000100.safetensors"))
+    result = train(Config(**settings, rates=("layers.3=0",), out="runs/sum"), MPI.COMM_SELF)
+    file = Path("runs/sum/checkpoints/step-000000001.safetensors")
+    file.rename(file.with_name("step-000000010.safetensors"))
     said: dict[str, Any] = {}
     exec(code, said)
     assert capsys.readouterr().out.split() == [result["weights_sha256"]]
-    known = contents_in(file.with_name("step-000000100.safetensors")).digests
+    known = contents_in(file.with_name("step-000000010.safetensors")).digests
     assert known
     from safetensors.numpy import load_file
 
-    for name, array in load_file(file.with_name("step-000000100.safetensors")).items():
+    for name, array in load_file(file.with_name("step-000000010.safetensors")).items():
         assert known[name] == said["digest"](name, array)
