@@ -115,7 +115,8 @@ class StopRequest:
             if outer is not self:
                 self._before.setdefault(number, (handler, action))
                 self._outer = outer if isinstance(outer, StopRequest) else self._outer
-        self.asked = self.asked or (self._outer is not None and self._outer.asked)
+        if self._outer and self._outer.asked and not self.asked:
+            self.asked, self._asked_at = True, self._outer._asked_at
 
     def now(self) -> bool:
         """Whether to stop after the current step. To be called once in each step."""
@@ -127,7 +128,8 @@ class StopRequest:
         return self._asked_anywhere() or self.deadline.up()
 
     def _asked_anywhere(self) -> bool:
-        self.asked = self.asked or self.others()
+        if not self.asked and self.others():  # this rank's own Ctrl-C may be on its way
+            self.asked, self._asked_at = True, time.monotonic()
         return self.asked or self.broken()
 
     def within(self, rest: float, step: float, copies: int) -> bool:
@@ -153,7 +155,7 @@ class StopRequest:
                 action_of(number, action)
         self._before.clear()
         if self._outer and self.asked:
-            self._outer.asked = True
+            self._outer.asked, self._outer._asked_at = True, self._asked_at
 
 
 def action_of(number: int, new: Any = None) -> Any:

@@ -179,3 +179,19 @@ def test_an_evaluation_is_left_when_time_is_up(monkeypatch: pytest.MonkeyPatch) 
     now += 271
     assert stop.at_once()
     assert stop.reason() == "time is nearly up"
+
+
+def test_a_second_ctrl_c_at_once_interrupts_nothing_after_the_block_either() -> None:
+    """Nor one that comes when another rank has asked."""
+    with StopRequest() as outer:
+        with StopRequest():
+            os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        with StopRequest() as inner:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert inner.asked
+    assert outer.asked
+    with StopRequest() as request:
+        request.others = lambda: True
+        assert request.now()
+        os.kill(os.getpid(), signal.SIGINT)
