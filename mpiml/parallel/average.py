@@ -91,7 +91,7 @@ class Average:
         for start, stop in self.own:
             views[start, stop] = vector[first : first + stop - start]
             first += stop - start
-        once = self._counts and self._lane.rank in {holder for holder, _, _ in self.values.holders}
+        once = self._counts and self._lane.rank in self.values.owners
         return Part(views, views if once else {})
 
     def begin(self) -> None:

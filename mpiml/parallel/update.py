@@ -78,7 +78,7 @@ class Update:
         longest = max((piece.stop - piece.start for piece in self.pieces), default=0)
         scratch = [vectors.empty(longest, dtype) for _ in range(2)]
         self._operands = [self._operands_of(piece, *scratch) for piece in self.pieces]
-        self.counts = replica in {holder for holder, _, _ in sum_.values.holders}
+        self.counts = replica in sum_.values.owners
         self._in_norm = [self.counts and piece.momentum is None for piece in self.pieces]
 
     def step(self, rate: float, weight: float, step: int, measure: bool) -> float | None:

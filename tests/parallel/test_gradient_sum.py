@@ -70,7 +70,7 @@ def test_halving_has_the_bits_of_the_tree(size: str, where: str, bucket: int) ->
         sum_.drop()
         assert has_the_bits_of_the_tree(sum_, layout, microbatches, start, 5_000, leaf)
     nodes = WORLD.size // each
-    assert len({owner for owner, _, _ in sum_.values.holders}) <= halving.owners(nodes) * each
+    assert len(sum_.values.owners) <= halving.owners(nodes) * each
     before = sum_.values.sent
     assert has_the_bits_of_the_tree(sum_, layout, microbatches, 7, leaf=leaf)
     assert sum_.values.sent - before == sum(each.bytes for each in sum_.exchanges) + sum_.values._given
