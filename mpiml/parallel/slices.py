@@ -13,10 +13,11 @@ import numpy as np
 from mpiml.vectors import BLOCK, PIECE, Block
 
 Range = tuple[int, int]
+MESSAGE = 1 << 30  # elements of a message: before MPI 4, libraries count them in C's int
 
 
-class Run(Protocol):
-    """Anything that covers a range."""
+class Extent(Protocol):
+    """Anything that covers a range, such as a block or a piece."""
 
     @property
     def start(self) -> int: ...
@@ -25,8 +26,7 @@ class Run(Protocol):
     def stop(self) -> int: ...
 
 
-T = TypeVar("T", bound=Run)
-MESSAGE = 1 << 30  # elements of a message: before MPI 4, libraries count them in C's int
+T = TypeVar("T", bound=Extent)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def owned(blocks: Sequence[T], owners: int, late: float = 0.0) -> list[Sequence[
     return [blocks[a:b] for a, b in itertools.pairwise(cuts)]
 
 
-def bounds(run: Sequence[Run]) -> tuple[int, int]:
+def bounds(run: Sequence[Extent]) -> tuple[int, int]:
     """Where a run of blocks starts and stops."""
     return (run[0].start, run[-1].stop) if run else (0, 0)
 
