@@ -26,19 +26,9 @@ WORKER = re.compile(r"worker\.[0-9]+\.")  # how the names of a worker's vectors 
 PART = 1 << 22  # elements of a constant that are sent at once
 
 
-def to_arrays(layouts: Sequence[Layout], stages: Sequence[Mapping[str, Any]], *names: str) -> dict[str, Any]:
-    """All stages' vectors as arrays: weights under their names, their average as ema.(weight's name), state NAME as
-    optimizer.NAME.(weight's name)."""
-    arrays: dict[str, Any] = {}
-    for vector in names:
-        for layout, vectors_of_stage in zip(layouts, stages, strict=True):
-            name_of = _names(layout, vector)
-            arrays |= {name_of[p]: view for p, view in layout.views(vectors_of_stage[vector]) if p in name_of}
-    return arrays
-
-
 def needed_kinds(layouts: Sequence[Layout], names: Sequence[str]) -> dict[str, Kind]:
-    """Of what kind the arrays of `to_arrays` are."""
+    """The kinds of the arrays that vectors of all stages make up: weights under their names, their average as
+    ema.(weight's name), state NAME as optimizer.NAME.(weight's name)."""
     return {
         name: (layout.dtype.name, p.shape)
         for vector in names

@@ -13,19 +13,17 @@ from mpiml.nn import base as nn
 from mpiml.nn.layers import BatchNorm2d, Linear
 from mpiml.nn.parameters import Layout
 from mpiml.parallel.state import EMA, VALUES
-from mpiml.run import verified
-from mpiml.training.arrays import needed_kinds, preparations, segments, to_arrays
+from mpiml.training.arrays import needed_kinds, preparations, segments
 from mpiml.vectors import BLOCK
 from tests.forging import ARRAYS, loaded
 
 
-def test_arrays_have_the_kinds_that_are_needed() -> None:
+def test_the_kinds_that_are_needed_are_those_of_parameters_under_the_names_of_a_vector() -> None:
     layers = [Linear(4, 3)]
     nn.name(layers)
-    (layout,) = stages = [Layout(nn.parameters(layers), "float32")]
-    values = [{VALUES: np.arange(layout.size, dtype="f"), "mean": np.ones(layout.size, "f")}]
-    arrays = to_arrays(stages, values, VALUES, "mean")
-    assert verified.kinds_of(arrays) == needed_kinds(stages, (VALUES, "mean"))
+    kinds = {"layers.0.weight": ("float32", (4, 3)), "layers.0.bias": ("float32", (3,))}
+    states = {f"optimizer.mean.{name}": kind for name, kind in kinds.items()}
+    assert needed_kinds([Layout(nn.parameters(layers), "float32")], (VALUES, "mean")) == kinds | states
 
 
 def test_segments_are_what_a_rank_has_of_each_array_and_begin_with_blocks() -> None:
@@ -41,7 +39,7 @@ def test_segments_are_what_a_rank_has_of_each_array_and_begin_with_blocks() -> N
             assert first % BLOCK == 0
             assert values.base is not None, "a rank's own memory"
             back[name].reshape(-1)[first : first + values.size] += values
-        expected = to_arrays(stages, [{"mean": vector}], "mean")
+        expected = {f"optimizer.mean.{parameter.name}": view for parameter, view in stages[0].views(vector)}
         assert back.keys() == expected.keys()
         assert all((back[name] == array).all() for name, array in expected.items())
     (only,) = segments(stages[0], VALUES, {(0, 5): vector[:5]}, lambda name: f"ema.{name}")
