@@ -29,7 +29,7 @@ class Saving:
     """Saves of the weights and the optimizer's state of a perceptron, one file in the place of another.
 
     Attributes:
-        own: this rank's segments; size: of the file in bytes.
+        own: this rank's segments.
     """
 
     def __init__(self, hidden: int):

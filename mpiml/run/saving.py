@@ -13,7 +13,7 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from mpiml.errors import RunError
+from mpiml.errors import OutputError, RunError
 from mpiml.run import segments, shared_file
 from mpiml.run.background import Work
 from mpiml.run.contents import Contents
@@ -139,44 +139,28 @@ class Saver:
         Raises, on all ranks alike, the RunError that `prepare` raises, or as `settle`, also for the file before.
         """
         self.settle()
-        files: list[File] = []  # on rank 0
-
-        def prepared() -> tuple[Path, Path, Contents | None]:
-            files.append(file := prepare())
-            unfinished = temporary(file.path)
-            if file.contents:
-                with named_errors(ACTION, file.path):
-                    create_empty(unfinished, file.contents.size)
-            else:
-                file.ending()()
-                file.ended()
-            return file.path, unfinished, file.contents
-
-        path, unfinished, contents = self.team.on_rank_0(prepared)
+        file, path, unfinished, contents = self._created(prepare)
         if contents is None:
             return
         descriptor, unopened, seen = shared_file.opened(self.team, unfinished, os.O_WRONLY)
         if background := background and seen:
             own = self.copies.of(own)
-        save = _Save(path, unfinished, files[0] if files else None, shared_file.rows(own, sorted(contents.kinds)))
+        save = _Save(path, unfinished, file, shared_file.rows(own, sorted(contents.kinds)))
         save.all_rows = [of.reshape(-1, 3) for of in shared_file.gathered(self.team, save.rows.reshape(-1))]
         spans = segments.spans(own, contents.starts)
         if seen and self.first_node < self.team.size:
             spans = exchanged(self.team, spans, contents.first)
         there = seen or self.team.rank < self.first_node
-
-        def write_own(progress: Progress) -> None:
-            if there and unopened:
-                raise unopened
-            write(descriptor, spans if there else [], progress)
-
+        if there and unopened:
+            save.error = OutputError(f"{save.what}: {unopened.strerror or unopened}")
         yields = background and not self._crowded
         save.work = [
             Work(lambda progress: shared_file.hash_all(own, save.hashed, progress), save.what, yields),
-            Work(write_own, save.what, yields),
+            Work(lambda progress: write(descriptor, spans if there else [], progress), save.what, yields),
         ]
         if not seen:
-            save.error = write_for_others(self.team, self.first_node, unfinished, spans, save.what)
+            problem = write_for_others(self.team, self.first_node, unfinished, spans, save.what)
+            save.error = save.error or problem
         self._save = save  # which is complete only now: what interrupts this before must not let `free` finish the file
         if not background:
             self.settle()
@@ -239,6 +223,25 @@ class Saver:
         """Give back the communicator; collective."""
         self.team.comm.Free()
 
+    def _created(self, prepare: Callable[[], File]) -> tuple[File | None, Path, Path, Contents | None]:
+        """Make an empty file; collective. Returns, of what is to be written, all on rank 0; its name, the name of the
+        file that has been made, and what it is to hold, or None if a whole one is there."""
+        files: list[File] = []  # on rank 0
+
+        def create() -> tuple[Path, Path, Contents | None]:
+            files.append(file := prepare())
+            unfinished = temporary(file.path)
+            if file.contents:
+                with named_errors(ACTION, file.path):
+                    create_empty(unfinished, file.contents.size)
+            else:
+                file.ending()()
+                file.ended()
+            return file.path, unfinished, file.contents
+
+        made = self.team.on_rank_0(create)
+        return files[0] if files else None, *made
+
     def _send_digests(self, save: _Save) -> None:
         """Let rank 0 have the digests of this rank's blocks, and whether something went wrong here."""
         message = np.zeros(_message(save.rows), np.uint8)
@@ -253,7 +256,7 @@ class Saver:
 
     def _finish(self, save: _Save, file: File) -> Work:
         """Rank 0: write the header, and give the file its name; or remove what is there."""
-        then: Callable[[], object] = lambda: None  # noqa: E731
+        then: Callable[[], object] | None = None
         try:
             with named_errors(ACTION, file.path):
                 then = file.ending()
@@ -263,7 +266,7 @@ class Saver:
 
         def finish(progress: Progress) -> None:
             try:
-                if not save.lost:
+                if then and not save.lost:
                     blocks = [(rows, of[1:].tobytes()) for rows, of in zip(save.all_rows, save.received, strict=True)]
                     assert file.contents, "there is something to write"
                     kinds = file.contents.kinds
