@@ -93,10 +93,11 @@ def test_a_save_that_is_not_over_counts_as_soon_as_it_is_slower_than_was_known(c
         limit.saved(before)
         limit.saving(60)
         assert clock.last_step(limit, 1.0) == pytest.approx(600 - 30 - 2 * max(before, 60), abs=2)
-    guessed = Deadline(600.0)
-    guessed.expect(5_000_000_000)
-    guessed.saving(60)
-    assert clock.last_step(guessed, 1.0) == pytest.approx(600 - 30 - 200, abs=2)
+    for seconds in (10, 100):
+        guessed = Deadline(600.0)
+        guessed.expect(seconds * 50_000_000)
+        guessed.saving(60)
+        assert clock.last_step(guessed, 1.0) == pytest.approx(600 - 30 - 2 * max(seconds, 60), abs=2)
 
 
 def test_a_save_that_has_not_been_timed_is_guessed_from_its_size(clock: Time) -> None:

@@ -304,9 +304,13 @@ def test_a_file_that_is_there_stays_and_what_comes_after_it_is_done(place: Place
     assert (names(together), (together / NAME).read_bytes()) == ([NAME], b"whole")
 
 
-def test_who_asks_for_it_is_called_when_the_file_has_its_name(place: Place, together: Path) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_who_asks_for_it_is_called_when_the_file_has_its_name(place: Place, together: Path, late: bool) -> None:
+    """Or has it already."""
     (saver, path), of, calls = place, arrays(), list[str]()
     saver.begin(file(path, of, calls), dealt(of, 1)[WORLD.rank], background=True)
+    while late and saver.working:
+        saver.tick()
     saver.afterwards(lambda: calls.append("afterwards"))
     saver.settle()
     assert calls == (["ending", "named", "ended", "afterwards"] if WORLD.rank == 0 else [])
