@@ -263,3 +263,12 @@ def test_a_function_gives_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "needs_more.py").write_text("import no_such_thing\n")
     with pytest.raises(ModuleNotFoundError, match="no_such_thing"):  # with a traceback: it is the module's own mistake
         open_dataset("needs_more:mine")
+
+
+def test_a_copy_with_changes_is_known_by_the_same_fingerprint() -> None:
+    """And so is a copy of the copy, whichever fingerprint is asked for first."""
+    x, y = np.arange(12.0).reshape(6, 2), np.arange(6) % 3
+    data = Dataset.from_arrays(x, y, x, y)
+    other = data.replace(train=data.train.subset(np.arange(3)))
+    assert other.replace(name="third").fingerprint == other.fingerprint == data.fingerprint
+    assert Dataset.from_arrays(x[:3], y[:3], x, y).fingerprint != data.fingerprint
