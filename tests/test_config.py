@@ -209,6 +209,7 @@ def test_underscores_and_lists_of_one_are_fine_in_a_file(tmp_path: Path) -> None
         (["--lr", "-1"], ["--lr -1", "at least 0"]),
         (["--lr", "nan"], ["--lr nan"]),
         (["--clip", "inf"], ["--clip inf"]),
+        (["--save", "later"], ["--save later", "auto", "async", "sync"]),
         (["--fill", "median"], ["--fill median: must be mean or a finite number"]),
         (["--fill", "inf"], ["--fill inf: must be mean or a finite number"]),
         (["--bucket", "4", "--allreduce", "mpi"], ["--bucket 4.0 --allreduce mpi", "all at once"]),
