@@ -182,8 +182,8 @@ def direct(
 ) -> Traffic:
     """The messages of a sum.
 
-    mpiml.parallel.tree.plan lists every message of one replica: too many to list for thousands of replicas, which need
-    their number alone. A test holds that both agree.
+    mpiml.parallel.tree.sum_plan lists every message of one replica: too many to list for thousands of replicas, which
+    need their number alone. A test holds that both agree.
 
     Args:
         owned_elements: what each replica owns of each bucket: (buckets, replicas); `item` bytes each.
@@ -219,8 +219,8 @@ def direct(
 
 
 def _of_lanes(counts: Counts, amounts: Counts) -> Counts:
-    """For each replica, the sum of `amounts` over the replicas of other groups whose lane it is (parallel.tree.lanes):
-    those whose number modulo the size of its group is its own number in the group."""
+    """For each replica, the sum of `amounts` over the replicas of other groups whose partner it is
+    (mpiml.parallel.tree.partners): those whose number modulo the size of its group is its own number in the group."""
     owners = np.arange(len(amounts))
     sizes, firsts = np.repeat(counts, counts), np.repeat(np.cumsum(counts) - counts, counts)
     lanes = owners - firsts
