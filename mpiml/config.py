@@ -145,6 +145,13 @@ class Config:
     cuts: tuple[int, ...] = setting(
         (), GRID, "layers, from 0, that begin a new stage (default: stages of equal cost)", low=1, on_resume=True
     )
+    balance: str = setting(
+        "operations",
+        GRID,
+        "equal cost by operations, which are counted, or by time: that of each layer is measured at the start",
+        choices=["operations", "measured"],
+        on_resume=True,
+    )
     schedule: str = setting(
         "1f1b", GRID, "order of forward and backward passes in a pipeline", choices=["1f1b", "gpipe"], on_resume=True
     )
@@ -372,6 +379,8 @@ class Config:
             raise ConfigError("--shuffle blocks --shards strided: strided shards have no consecutive rows")
         if self.bucket and self.allreduce == "mpi":
             raise ConfigError(f"--bucket {text(self.bucket)} --allreduce mpi: MPI_Allreduce sums all at once")
+        if self.balance == "measured" and self.cuts:
+            raise ConfigError(f"--balance measured --cuts {text(self.cuts)}: cuts leave nothing to measure; give one")
         if self.resume and not self.out:
             raise ConfigError("--resume: say which run with --out DIR")
 

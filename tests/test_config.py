@@ -49,6 +49,7 @@ OTHERS = {
     "init_names": ("names.toml", '"names.toml"', "names.toml"),
     "pipe": ("4", "4", 4),
     "cuts": ("1,3", "[1, 3]", (1, 3)),
+    "balance": ("measured", '"measured"', "measured"),
     "schedule": ("gpipe", '"gpipe"', "gpipe"),
     "batch": ("96", "96", 96),
     "microbatches": ("12", "12", 12),
@@ -117,7 +118,7 @@ LAYOUT_AND_LOGGING |= {
     "trace",
     "look",
 }
-LAYOUT_AND_LOGGING |= {"keep_best", "best", "patience", "noise_scale", "workers", "stop_grace"}
+LAYOUT_AND_LOGGING |= {"balance", "keep_best", "best", "patience", "noise_scale", "workers", "stop_grace"}
 PLACES = {
     "data",
     "init",
@@ -327,7 +328,8 @@ def test_every_character_survives_toml() -> None:
 
 @pytest.mark.parametrize("name", sorted(LAYOUT_AND_LOGGING | PLACES))
 def test_a_resumed_run_may_change_layout_length_logging_and_places(name: str) -> None:
-    before = Config(seed=8, microbatches=6, steps=30, pipe=2, cuts=(4,), average_every=4)
+    cuts = () if name == "balance" else (4,)
+    before = Config(seed=8, microbatches=6, steps=30, pipe=2, cuts=cuts, average_every=4)
     asked = parse(["--resume", *as_flags(name)] + (["--out", "runs/a"] if name not in ("out", "resume") else []))
     after = resumed(asked, before)
     assert getattr(after, name) == OTHERS[name][2]

@@ -13,6 +13,7 @@ import itertools
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,6 +94,15 @@ class Layer:
     def own_constants(self) -> Mapping[str, Constant]:
         """The layer's own arrays that training does not change, by attribute name."""
         return {}
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Within the block the layer may be called with other memory for its parameters; it keeps none of that."""
+        try:
+            yield
+        finally:
+            for parameter in self.own_parameters().values():
+                vars(parameter).pop("value", None)
 
     def described(self) -> dict[str, str]:
         """Descriptions, by path, that must be equal on all ranks; parameters have their own (Parameter.described)."""

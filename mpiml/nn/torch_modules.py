@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -31,6 +31,7 @@ from mpiml.nn.torch_tensors import (
     constant,
     first_values,
     is_whole,
+    kept,
     parts,
     prepare_torch,
     real_shape,
@@ -140,6 +141,13 @@ class TorchLayer(Layer):
 
     def _purpose(self, at: At) -> tuple[str, str, int, int]:
         return "torch", self.path, at.step, at.microbatch
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        with super().unchanged(), Buffers(self.module).copied(), kept(list(self.tensors.values())):
+            yield
+        self._bound = None
+        vars(self).pop("_values", None)
 
     def described(self) -> dict[str, str]:
         named = {plain_name(name): part for name, part in self.module.named_modules()}

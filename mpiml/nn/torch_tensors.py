@@ -75,6 +75,17 @@ def constant(tensors: Sequence[Tensor]) -> Iterator[None]:
             tensor.requires_grad_(True)
 
 
+@contextmanager
+def kept(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Within the block, these parameters may get other memory; afterwards they have their own."""
+    own = [tensor.data for tensor in tensors]
+    try:
+        yield
+    finally:
+        for tensor, data in zip(tensors, own, strict=True):
+            tensor.data, tensor.grad = data, None
+
+
 def in_order(tensor: Tensor) -> Tensor:
     """The tensor, or a copy or view of it, in memory as `as_tensor` has it."""
     if tensor.is_contiguous() and 1 not in tensor.shape and not tensor.data_ptr() % vectors.ALIGNMENT:

@@ -31,9 +31,10 @@ class LayerLine:
 
 @dataclass(frozen=True)
 class StageLine:
-    """A stage: its first and last layer, its share of the operations, the most micro-batches in flight, and the bytes
-    that its fullest rank holds: `values` of each of its `copies` of the model, each one for all of the copy's ranks on
-    a node if `Plan.shared`; `average`: for the averages of workers; `copy`: of what it saves."""
+    """A stage: its first and last layer, its share of the operations, or of the layers' time if that is measured, the
+    most micro-batches in flight, and the bytes that its fullest rank holds: `values` of each of its `copies` of the
+    model, each one for all of the copy's ranks on a node if `Plan.shared`; `average`: for the averages of workers;
+    `copy`: of what it saves."""
 
     first: int
     last: int
@@ -116,7 +117,7 @@ def plan(job: Job, data: str) -> Plan:
     phases = job.phases()
     memories = [[costs.stage_memory(phase, number, row) for number, row in enumerate(rows)] for phase in phases]
     *before, job = phases
-    flops = sum(stage.flops for stage in job.stages)
+    flops, work = (sum(getattr(stage, of) for stage in job.stages) for of in ("flops", "work"))
     passes = max(job.passes(replica) for replica in range(job.replicas))
     workers, average_from = job.config.workers or 0, job.config.average_from
     gradients, averages = sums.of_sums(job), sums.of_averages(job) if workers else ()
@@ -134,7 +135,7 @@ def plan(job: Job, data: str) -> Plan:
         flops=(flops + sum(map(costs.backward, job.stages))) * job.rows / job.steps_per_epoch,
         shared=job.shared,
         layers=_layers(job),
-        stages=[_stage(job, number, memory, flops) for number, memory in enumerate(memories[-1])],
+        stages=[_stage(job, number, memory, work) for number, memory in enumerate(memories[-1])],
         bubble=costs.pipeline(job).bubble(),
         even_bubble=last / (passes + last),
         rank_bytes=int(max(max(memory.held) for each in memories for memory in each)),
@@ -167,14 +168,14 @@ def _layers(job: Job) -> list[LayerLine]:
     return lines
 
 
-def _stage(job: Job, number: int, memory: costs.StageMemory, flops: int) -> StageLine:
+def _stage(job: Job, number: int, memory: costs.StageMemory, work: int) -> StageLine:
     stage = job.stages[number]
     fullest = int(np.argmax(memory.held))
     return StageLine(
         first=stage.first,
         last=stage.first + len(stage.layers) - 1,
         parameters=sum(parameter.size for parameter in stage.layout.parameters),
-        share=stage.flops / flops if flops else 0.0,
+        share=stage.work / work if work else 0.0,
         in_flight=int(memory.in_flight.max()),
         copies=job.copies,
         values=memory.values,

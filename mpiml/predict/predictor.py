@@ -60,7 +60,7 @@ class Predictor:
 
     def job(self, ranks: int, node_ranks: int, **settings: Any) -> Job:
         """The job on a grid; a data set smaller than the batch is assumed to grow with it."""
-        config = self.config.replace(**settings)
+        config = self.config.replace(balance="operations", **settings)
         return self.training.on(config, ranks, node_ranks, max(self.training.rows, config.batch))
 
     def grids(self, ranks: int, node_ranks: int) -> Iterator[Prediction]:

@@ -17,9 +17,10 @@ from mpiml.nn.base import Layer
 from mpiml.nn.parameters import Shape
 from mpiml.partition import check_ranks, part
 from mpiml.training.best import best_of
+from mpiml.training.layer_times import layer_times
 from mpiml.training.model import build_scoring, model_for
 from mpiml.training.resolve import Resolved, resolve
-from mpiml.training.stages import StageDesign, cut
+from mpiml.training.stages import StageDesign, cut, is_measured
 from mpiml.training.task import Seen, Task, declared
 
 
@@ -150,6 +151,7 @@ class Unplaced:
     shape: Shape
     rows: int
     classification: bool
+    task: Task
 
     def on(self, config: Config, ranks: int, node_ranks: int, rows: int | None = None) -> Job:
         """The job on a grid, with another number of training rows if `rows` is given. Raises ConfigError as mpiml.train
@@ -157,7 +159,8 @@ class Unplaced:
         rows = rows or self.rows
         check_ranks(ranks, config.pipe)
         resolved = resolve(config, rows, self.classification, ranks // config.pipe)
-        return Job(resolved, cut(resolved, self.layers, self.shape), ranks, node_ranks, rows)
+        times = layer_times(resolved, self.layers, self.task) if is_measured(config) else None
+        return Job(resolved, cut(resolved, self.layers, self.shape, times), ranks, node_ranks, rows)
 
 
 def unplaced(config: Config, data: Dataset) -> Unplaced:
@@ -168,7 +171,7 @@ def unplaced(config: Config, data: Dataset) -> Unplaced:
     layers = model_for(config, task, None)
     metric = build_scoring(config, task, layers, data.train.w is not None).metric
     best_of(config, metric)
-    return Unplaced(layers, task.shape, len(data.train), data.classification)
+    return Unplaced(layers, task.shape, len(data.train), data.classification, task)
 
 
 def job_of(config: Config, ranks: int, node_ranks: int, data: Dataset) -> Job:

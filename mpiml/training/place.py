@@ -26,12 +26,12 @@ from mpiml.parallel.stage import Computation
 from mpiml.parallel.tree import depth
 from mpiml.parallel.values import Values
 from mpiml.partition import part
-from mpiml.team import allgather
+from mpiml.team import Team, allgather
 from mpiml.training import factors
 from mpiml.training.constants import Constants
 from mpiml.training.model import Model, Scoring, build_scoring, described, integers, model_for, objective
 from mpiml.training.resolve import Resolved
-from mpiml.training.stages import StageDesign, cut
+from mpiml.training.stages import StageDesign, cut, is_measured
 from mpiml.training.task import Task
 from mpiml.vectors import bytes_of
 
@@ -54,6 +54,7 @@ class BuiltModel:
         least_rows: of a micro-batch that it can be trained on, and the layer that says so.
         notes: what a person should know.
         integers: the values of packed rows that it takes as integers.
+        cuts: into stages, if they follow from measured times.
         forms: what PyTorch makes of its arrays, by name; on rank 0 of a run with --init.
     """
 
@@ -64,6 +65,7 @@ class BuiltModel:
     least_rows: tuple[int, str]
     notes: list[str]
     integers: Sequence[slice] = ()
+    cuts: tuple[int, ...] = ()
     forms: Mapping[str, Form] = field(default_factory=dict)
 
     @property
@@ -81,18 +83,23 @@ def build_stage(
     """
     team = grid.team
 
-    def build() -> tuple[Scoring, list[nn.Layer], list[StageDesign], dict[str, str]]:
+    def build() -> tuple[Scoring, list[nn.Layer], list[int] | None, dict[str, str]]:
         try:
             layers = model_for(config, task, model)
-            stages = cut(config, layers, task.shape)
-            return build_scoring(config, task, layers, weighted), layers, stages, described(layers, config.seed)
+            times = _times(config, layers, task, team) if is_measured(config) else None
+            return build_scoring(config, task, layers, weighted), layers, times, described(layers, config.seed)
         except MemoryError as error:
             what = f"rows of {task.shape} and {task.outputs:,} outputs"
             raise ConfigError(f"a model for {what} does not fit into memory: {error}") from None
 
     with team.clock.doing("model"):
-        scoring, layers, stages, text = team.together(build)
+        scoring, layers, times, text = team.together(build)
         team.check_alike(text, ONE_MODEL)
+        if times:  # the sum over all ranks: any rank may get any stage, and no two measure the same
+            summed = np.array(times)
+            team.wait([team.comm.Iallreduce(MPI.IN_PLACE, summed, MPI.SUM)])
+            times = summed.tolist()
+        stages = team.together(lambda: cut(config, layers, task.shape, times))
     stage = stages[grid.stage]
     computation = Computation(
         # Each layer by itself where its gradients are sent as soon as they are there.
@@ -116,11 +123,29 @@ def build_stage(
         scoring=scoring,
         constants=constants,
         least_rows=max((layer.least_rows, layer.path) for layer in layers),
-        notes=[*(note for layer in layers for note in layer.notes), *factors.notes(layers)],
+        notes=[
+            *(note for layer in layers for note in layer.notes),
+            *factors.notes(layers),
+            *([balance_text(stages, team.size)] if times else []),
+        ],
+        cuts=tuple(stage.first for stage in stages[1:]) if times else (),
         integers=integers(layers),
         forms={} if team.rank or not config.init else _forms(layers, task),
     )
     return built, computation
+
+
+def _times(config: Config, layers: Sequence[nn.Layer], task: Task, team: Team) -> list[int]:
+    from mpiml.training.layer_times import layer_times  # only where it is needed
+
+    return layer_times(config, layers, task, team.clock.progress)
+
+
+def balance_text(stages: Sequence[StageDesign], ranks: int) -> str:
+    """The layers of stages that are cut by times, which are summed over so many ranks, as one line."""
+    layers = [f"{stage.first}-{stage.first + len(stage.layers) - 1}" for stage in stages]
+    times = [f"{stage.work / ranks / 1000:.3g}" for stage in stages]
+    return f"stages by measurement: layers {', '.join(layers)}: {', '.join(times[:-1])} and {times[-1]} ms"
 
 
 def _forms(layers: list[nn.Layer], task: Task) -> dict[str, Form]:

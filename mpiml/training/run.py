@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import NamedTuple
 
@@ -233,6 +233,8 @@ def assemble(
     rows = build_data(config, data, grid, known)
     weighted = any(split.w is not None for split in (data.train, data.test))
     built, computation = build_stage(config, rows.task, grid, model, weighted)
+    if built.cuts:  # measured: a job that goes on has them too, and measures nothing
+        config = replace(config, cuts=built.cuts, balance="operations")
     for preparation in rows.preparations:
         preparation.leave(built.integers)
     rows = tried(config, rows, grid)

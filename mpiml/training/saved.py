@@ -105,6 +105,8 @@ def resumed(asked: Config, stored: Config) -> Config:
         changes["steps"] = None
     if "pipe" in changes and "cuts" not in given:
         changes["cuts"] = ()
+    if changes.get("cuts", stored.cuts):  # which nothing is measured for, if the command is repeated as it was
+        changes["balance"] = "operations"
     return stored.replace(**changes)
 
 

@@ -24,6 +24,7 @@ class StageDesign:
         layout: of its parameters.
         learned: whether a stage before it has parameters that are updated, and so needs a gradient from this one.
         flops: floating-point operations of the forward pass for a row.
+        work: what its layers cost, in operations or microseconds, whichever the cuts are made by.
     """
 
     first: int
@@ -33,10 +34,19 @@ class StageDesign:
     layout: Layout
     learned: bool
     flops: int
+    work: int
 
 
-def cut(config: Config, layers: Sequence[nn.Layer], shape: Shape) -> list[StageDesign]:
-    """The stages that the settings cut a model into: as --cuts says, or so that the slowest is as fast as it can be.
+def is_measured(config: Config) -> bool:
+    """Whether layers are to be timed before the model is cut into stages."""
+    return config.balance == "measured" and config.pipe > 1
+
+
+def cut(
+    config: Config, layers: Sequence[nn.Layer], shape: Shape, times: Sequence[int] | None = None
+) -> list[StageDesign]:
+    """The stages that the settings cut a model into: as --cuts says, or so that the slowest is as fast as it can be, by
+    its layers' `times` if these are measured, else by their operations.
 
     Raises ConfigError if there are too few layers.
     """
@@ -44,7 +54,8 @@ def cut(config: Config, layers: Sequence[nn.Layer], shape: Shape) -> list[StageD
     try:
         if config.cuts:
             partition.check_cuts(config.cuts, len(layers), config.pipe)
-        cuts = config.cuts or partition.balanced(flops, config.pipe)
+        costs = flops if times is None else times
+        cuts = config.cuts or partition.balanced(costs, config.pipe)
     except ConfigError as error:
         raise ConfigError("; ".join([str(error), *(layer.joined for layer in layers if layer.joined)])) from None
     layerwise = optimizers.build(config.optimizer, 0.0, 0.0).layerwise
@@ -52,5 +63,6 @@ def cut(config: Config, layers: Sequence[nn.Layer], shape: Shape) -> list[StageD
     for a, b in itertools.pairwise([0, *cuts, len(layers)]):
         layout = Layout(nn.parameters(layers[a:b]), config.dtype, layerwise)
         learned = any(stage.layout.updated for stage in stages)
-        stages.append(StageDesign(a, list(layers[a:b]), shapes[a], shapes[b], layout, learned, sum(flops[a:b])))
+        of_stage = sum(flops[a:b]), sum(costs[a:b])
+        stages.append(StageDesign(a, list(layers[a:b]), shapes[a], shapes[b], layout, learned, *of_stage))
     return stages

@@ -97,7 +97,7 @@ def stored_model(
         )
     cuts = config.cuts if config.pipe == asked["pipe"] else ()
     config = resolve.scored(config, task.classification).replace(
-        cuts=cuts, **{name: value for name, value in asked.items() if value is not None}
+        cuts=cuts, balance="operations", **{name: value for name, value in asked.items() if value is not None}
     )
     prepared = preparations(saved, config, task.shape)
     notes = [f"warning: skipped {problem}" for problem in problems]

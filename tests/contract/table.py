@@ -51,7 +51,7 @@ def named(*layouts: tuple[int, str, str]) -> dict[str, Layout]:
 KINDS = {
     "data": Layout(3, "--prefetch 0"),
     "pipe": Layout(2, "--pipe 2 --prefetch 1"),
-    "grid": Layout(4, "--pipe 2 --schedule gpipe --prefetch 4", "2,2"),
+    "grid": Layout(4, "--pipe 2 --schedule gpipe --prefetch 4 --balance measured", "2,2"),
     "nodes": Layout(5, "", "3,2"),
     "early": Layout(4, "--bucket 0.0001", "2,2"),  # every matrix in a bucket of its own, which is summed before others
     "stages": Layout(5, "--pipe 5 --cuts 1,4,5,9"),  # for --rates: the first, the third and the last are not trained
