@@ -51,12 +51,14 @@ if TYPE_CHECKING:  # the names and their modules, stated once: for type checkers
     from mpiml.nn.layers import Linear as Linear
     from mpiml.nn.layers import MaxPool2d as MaxPool2d
     from mpiml.nn.layers import PositionalEmbedding as PositionalEmbedding
+    from mpiml.nn.layers import Recompute as Recompute
     from mpiml.nn.layers import ReLU as ReLU
     from mpiml.nn.layers import Reshape as Reshape
     from mpiml.nn.layers import Residual as Residual
     from mpiml.nn.layers import RMSNorm as RMSNorm
     from mpiml.nn.layers import SiLU as SiLU
     from mpiml.nn.layers import Tanh as Tanh
+    from mpiml.nn.layers import Unembedding as Unembedding
     from mpiml.nn.layers import forward as forward
     from mpiml.nn.layers import parameters as parameters
     from mpiml.nn.layers import stack_flops as stack_flops

@@ -101,6 +101,7 @@ class Config:
     )
     width: int = setting(128, MODEL, "length of the vector that represents a token in gpt", low=1)
     heads: int = setting(4, MODEL, "attention heads of gpt", low=1)
+    tie: bool = setting(False, MODEL, "let gpt score tokens by the array of its token embedding: fewer parameters")
     dropout: float = setting(0.0, MODEL, "probability that a hidden value is set to zero in training", low=0, below=1)
     classes: int | None = setting(None, MODEL, "number of classes (default: one more than the highest label)", low=1)
     ignore: int | None = setting(
@@ -153,7 +154,19 @@ class Config:
         on_resume=True,
     )
     schedule: str = setting(
-        "1f1b", GRID, "order of forward and backward passes in a pipeline", choices=["1f1b", "gpipe"], on_resume=True
+        "1f1b",
+        GRID,
+        "order of forward and backward passes in a pipeline; zb-h1 leaves gradients by weights for when a rank is idle",
+        choices=["1f1b", "gpipe", "zb-h1"],
+        on_resume=True,
+    )
+
+    recompute: bool = setting(
+        False,
+        GRID,
+        "keep only the inputs of gpt's or resnet's blocks, and compute their forward passes again for backward passes: "
+        "less memory, a third more operations",
+        on_resume=True,
     )
 
     batch: int = setting(128, STEPS, "rows per step, over all ranks", low=1)
@@ -383,6 +396,10 @@ class Config:
             raise ConfigError(f"--balance measured --cuts {text(self.cuts)}: cuts leave nothing to measure; give one")
         if self.resume and not self.out:
             raise ConfigError("--resume: say which run with --out DIR")
+        if self.tie and self.model != "gpt":
+            raise ConfigError(
+                f"--tie --model {self.model}: is for gpt; layers of your own share a Parameter by themselves"
+            )
 
     @property
     def evaluated(self) -> str:

@@ -5,10 +5,12 @@ import pickle
 import random
 import sys
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
+
+NOTHING_DRAWN: AbstractContextManager[None] = nullcontext()
 
 
 def generator(seed: int, *purpose: str | int) -> np.random.Generator:
@@ -51,11 +53,15 @@ def global_generators() -> dict[str, Global]:
     return own | {"PyTorch": Global(seed, lambda: torch.get_rng_state().numpy(), restore)}
 
 
-@contextmanager
-def keyed(which: Collection[str], seed: int, *purpose: str | int) -> Iterator[None]:
+def keyed(which: Collection[str], seed: int, *purpose: str | int) -> AbstractContextManager[None]:
     """Within the block, what is drawn from these generators of the process, named as `global_generators` does, is a
     function of seed and purpose alone; afterwards they go on as if nothing had been drawn."""
-    chosen = [each for name, each in global_generators().items() if name in which] if which else []
+    return _keyed(which, seed, *purpose) if which else NOTHING_DRAWN
+
+
+@contextmanager
+def _keyed(which: Collection[str], seed: int, *purpose: str | int) -> Iterator[None]:
+    chosen = [each for name, each in global_generators().items() if name in which]
     before = [each.state() for each in chosen]
     for each in chosen:
         each.seed(key(seed, *purpose) >> 64)

@@ -20,6 +20,8 @@ class Block:
 
     `decay` says whether weight decay applies; `momentum` is that of a running average, None where an optimizer makes
     the changes, with `rate` times the learning rate. `matrix` numbers the parameters that have norms of their own.
+    `array` names one that stands in several layers; if it is not `counted`, sums over all stages leave the block out,
+    because an earlier stage has it, too.
     """
 
     start: int
@@ -28,6 +30,8 @@ class Block:
     momentum: float | None = None
     rate: float = 1.0
     matrix: int | None = None
+    array: str | None = None
+    counted: bool = True
 
 
 def empty(size: int, dtype: DTypeLike) -> Vector:
@@ -62,9 +66,12 @@ def blocks(
     momentum: float | None = None,
     rate: float = 1.0,
     matrix: int | None = None,
+    array: str | None = None,
+    counted: bool = True,
 ) -> list[Block]:
     """vector[start:stop], of one parameter, in blocks."""
-    return [Block(a, min(a + BLOCK, stop), decay, momentum, rate, matrix) for a in range(start, stop, BLOCK)]
+    kind = decay, momentum, rate, matrix, array, counted
+    return [Block(a, min(a + BLOCK, stop), *kind) for a in range(start, stop, BLOCK)]
 
 
 def square_sums(vector: Vector, blocks: Iterable[tuple[int, int]]) -> list[float]:
@@ -81,7 +88,7 @@ def is_finite(vector: Vector) -> bool:
     The dot product of the vector with itself is the cheapest pass, and is finite only if every element is. It may
     overflow although they are, so then the elements are checked one by one.
     """
-    return math.isfinite(np.dot(vector, vector)) or bool(np.isfinite(vector).all())
+    return math.isfinite(vector.dot(vector)) or bool(np.isfinite(vector).all())
 
 
 @dataclass(slots=True)

@@ -18,6 +18,9 @@ from mpiml.bench.rows import Ratio, Row
 from mpiml.command import fault_line
 from mpiml.run.launcher import FAULT, environment, mpirun
 
+# OpenBLAS, oneDNN and PyTorch take no instructions beyond AVX2.
+AVX2 = {"OPENBLAS_CORETYPE": "Haswell", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+
 
 def measure_row(row: Row) -> dict[str, Any]:
     """Measure a row: a dictionary with median, low and high, or with an error."""
@@ -34,7 +37,7 @@ def measure_row(row: Row) -> dict[str, Any]:
 
 def measure_once(row: Row) -> dict[str, Any]:
     """The result of one job of a row."""
-    done = run(row.sides * row.ranks, ["-m", "mpiml.bench.measurements", *row.call], row.nodes)
+    done = run(row.sides * row.ranks, ["-m", "mpiml.bench.measurements", *row.call], row.nodes, row.avx512)
     if done.returncode:
         return error_of(done)
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
@@ -65,9 +68,9 @@ def error_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return {"error": f"exit code {done.returncode}: {fault_line(done.stderr, *FAULT)}"}
 
 
-def run(ranks: int, arguments: Sequence[str], nodes: str = "") -> subprocess.CompletedProcess[str]:
+def run(ranks: int, arguments: Sequence[str], nodes: str = "", avx512: bool = True) -> subprocess.CompletedProcess[str]:
     """A job of Python on some ranks, in a temporary directory; `nodes` as in MPIML_NODES."""
-    env = environment() | ({"MPIML_NODES": nodes} if nodes else {})
+    env = environment() | ({"MPIML_NODES": nodes} if nodes else {}) | ({} if avx512 else AVX2)
     with tempfile.TemporaryDirectory() as directory:
         command = [mpirun(), "-n", str(ranks), sys.executable, *arguments]
         return subprocess.run(command, check=False, capture_output=True, text=True, env=env, timeout=600, cwd=directory)

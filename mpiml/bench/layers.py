@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,14 @@ from mpiml.bench.models import Trainer, images, on_arrays
 from mpiml.bench.pairs import ratio
 from mpiml.bench.processes import resident
 from mpiml.bench.rows import Ratio
+from mpiml.nn import convolution
 from mpiml.nn.convnets import cnn
-from mpiml.nn.layers import Layer
+from mpiml.nn.layers import Conv2d, Layer, stack_shapes
 from mpiml.nn.perceptrons import mlp
+from mpiml.nn.tiling import tiles
 from mpiml.nn.transformers import gpt
 
+Product = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]  # both factors, and an array for the product
 CHANNELS = 32
 PLACES, TOKENS = 128, 256
 
@@ -62,10 +66,10 @@ def convolutions() -> Duel:
     return Duel(cnn(x.shape[1:], 10, CHANNELS), x, y, 64, "momentum", ("cnn", (CHANNELS,)))
 
 
-def transformer(width: int = 256, blocks: int = 4) -> Duel:
+def transformer(width: int = 256, blocks: int = 4, recompute: bool = False) -> Duel:
     """Rows of 128 tokens of 256 kinds, 4 heads, Adam."""
     x, y = np.random.default_rng(0).integers(0, TOKENS, (2, 256, PLACES))
-    layers = gpt((PLACES,), TOKENS, TOKENS, width, 4, blocks)
+    layers = gpt((PLACES,), TOKENS, TOKENS, width, 4, blocks, recompute=recompute)
     return Duel(layers, x, y, 8, "adam", ("gpt", (TOKENS, PLACES, width, 4, blocks)))
 
 
@@ -77,6 +81,45 @@ def torch_step(memory_format: str, model: str, *sizes: str) -> Ratio:
     duel = DUELS[model](*sizes)
     ours, theirs = duel.ours(), duel.theirs(memory_format)
     return ratio(MPI.COMM_WORLD, theirs.step, ours.step, ours.repeats)
+
+
+def recomputed() -> Ratio:
+    """Time of a step of the gpt whose blocks are computed again, over that of a step that keeps all."""
+    again, plain = (transformer(recompute=recompute).ours() for recompute in (True, False))
+    return ratio(MPI.COMM_WORLD, again.step, plain.step, plain.repeats)
+
+
+def torch_products() -> Ratio:
+    """Samples/s of a step of the cnn that does nothing but the products of matrices of its convolutions, over those of
+    PyTorch's whole step."""
+    duel = convolutions()
+    ours, theirs = duel.ours(), duel.theirs("channels_last")
+    shapes = stack_shapes(duel.layers, duel.x.shape[1:])
+    layers = [(layer, shape) for layer, shape in zip(duel.layers, shapes, strict=False) if isinstance(layer, Conv2d)]
+    made = [product for layer, shape in layers for product in products(layer, math.prod(shape[:2]), duel.rows)]
+
+    def multiply() -> None:
+        for left, right, product in made:
+            np.matmul(left, right, out=product)
+
+    return ratio(MPI.COMM_WORLD, theirs.step, multiply, ours.repeats)
+
+
+def products(layer: Conv2d, pixels: int, rows: int) -> list[Product]:
+    """The products of a step of a convolution that keeps the number of pixels: of the forward pass, for the gradient by
+    weights, and for that by the input if it is needed. All tiles of images share one matrix of patches, which so stays
+    in cache."""
+
+    def forward(inputs: int, outputs: int) -> list[Product]:
+        patch = layer.kernel**2 * inputs
+        sizes = [pixels * (t.stop - t.start) for t in tiles(rows, 4 * pixels * patch, convolution.CACHE)]
+        patches = np.ones((sizes[0], patch), np.float32, "F" if inputs < convolution.FEW else "C")
+        weight, y = (np.ones((count, outputs), np.float32) for count in (patch, sizes[0]))
+        return [(patches[:size], weight, y[:size]) for size in sizes]
+
+    made = forward(layer.inputs, layer.outputs)
+    by_weights = [(patches.T, y, np.empty_like(weight)) for patches, weight, y in made]
+    return made + by_weights + (forward(layer.outputs, layer.inputs) if layer.needs_dx else [])
 
 
 def torch_memory() -> Ratio:

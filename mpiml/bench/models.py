@@ -61,11 +61,11 @@ def perceptron(
     return on_arrays(comm, mlp((784,), 10, hidden), x, y, **settings)
 
 
-def tower(comm: MPI.Intracomm, width: int, batch: int, microbatches: int, pipe: int) -> Trainer:
+def tower(comm: MPI.Intracomm, width: int, batch: int, microbatches: int, pipe: int, **settings: object) -> Trainer:
     """Eight linear layers with ReLU, all of one width, cut into equal stages; mean squared error, plain SGD."""
     layers = [layer for _ in range(8) for layer in (Linear(width, width), ReLU())]
     rng = np.random.default_rng(0)
     x, y = (rng.random((4 * batch, width), dtype=np.float32) for _ in range(2))
     cuts = tuple(range(16 // pipe, 16, 16 // pipe))
-    settings = {"batch": batch, "microbatches": microbatches, "optimizer": "sgd", "pipe": pipe, "cuts": cuts}
+    settings |= {"batch": batch, "microbatches": microbatches, "optimizer": "sgd", "pipe": pipe, "cuts": cuts}
     return on_arrays(comm, layers, x, y, **settings)

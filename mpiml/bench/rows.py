@@ -37,6 +37,7 @@ class Row:
         nodes: ranks of each pretended node, as in MPIML_NODES.
         jobs: how many jobs; of several, each gives one figure instead of one for each pair.
         sides: 2 if each side of the comparison has so many ranks for itself, as its processes differ.
+        avx512: whether the products of matrices of both sides may use AVX-512.
     """
 
     group: str
@@ -48,6 +49,7 @@ class Row:
     nodes: str = ""
     jobs: int = 1
     sides: int = 1
+    avx512: bool = True
 
     @property
     def needs(self) -> str | None:
@@ -95,6 +97,18 @@ ROWS = [
             ("cnn, 64 images of 28 x 28, PyTorch's in its default format", "contiguous_format", ("cnn",), None),
         )
     ),
+    Row(
+        LAYERS, "that cnn's products of matrices alone / PyTorch's whole step in channels_last", 1, ("torch_products",)
+    ),
+    Row(
+        LAYERS,
+        "that cnn, PyTorch's in channels_last, both sides without AVX-512",
+        1,
+        ("torch_step", "channels_last", "cnn"),
+        at_least=0.9,
+        avx512=False,
+    ),
+    Row(LAYERS, "that gpt with --recompute: time / without", 1, ("recomputed",), at_most=1.40),
     Row(LAYERS, "that gpt: memory / PyTorch's, a process each", 2, ("torch_memory",), at_most=1.2),
     *(
         Row(SUM, f"{size} with SGD, node memory shared", ranks, ("allreduce", mb, "update", "shared"), at_most=limit)
@@ -200,6 +214,19 @@ ROWS = [
         for h, b, x in (("256", "256", 2.5), ("512", "256", 1.4), ("1024", "512", 1.0))
     ),
     Row(PIPE, "throughput / that of one rank x 2 x (1 - bubble)", 2, ("pipeline", "1024", "1024", "8"), at_least=0.90),
+    Row(
+        PIPE,
+        "zb-h1, H = 1024, M = 4 of 256 rows: time by the simulator, from that of each pass / measured",
+        2,
+        ("simulated", "1024", "1024", "4", "zb-h1"),
+        at_least=0.95,
+    ),
+    Row(
+        PIPE,
+        "zb-h1, H = 1024, M = 4 of 256 rows: samples/s / those of 1F1B",
+        2,
+        ("schedules", "1024", "1024", "4", "zb-h1"),
+    ),
     *(
         Row(SAVES, text, 2, call, at_most, at_least)
         for text, call, at_most, at_least in (

@@ -38,7 +38,9 @@ class Saving:
         self.saver = Saver(self.run.grid.team, self.run.grid.node)
         state, layouts = self.run.state, self.run.model.layouts
         layout = layouts[self.run.grid.stage]
-        self.own = [segment for name in state.names for segment in segments(layout, name, state.parts[name].collected)]
+        self.own = [
+            one for name in state.names for one in segments(layout, name, state.parts[name].collected, once=True)
+        ]
         self.contents = Contents.of(needed_kinds(layouts, state.names), texts_of(1, "", "", {}))
         self.saver.copies.claim(size_of_copies(self.own))
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import itertools
 import os
 import resource
+from collections.abc import Sequence
 
 import numpy as np
 from mpi4py import MPI
 
 from mpiml.bench.byhand import Perceptron
 from mpiml.bench.models import MOMENTUM, RATE, images, perceptron, tower
-from mpiml.bench.pairs import ratio
+from mpiml.bench.pairs import PAIRS, ratio
 from mpiml.bench.rows import Ratio
 from mpiml.parallel.memory import SharedMemory
-from mpiml.team import share_cores
+from mpiml.parallel.schedules import SCHEDULES
+from mpiml.parallel.simulator import simulate
+from mpiml.run.trace import Noted, Recorder
+from mpiml.team import quiet_barrier, share_cores
 
 WORLD = MPI.COMM_WORLD
 
@@ -84,6 +88,47 @@ def pipeline(width: str, batch: str, microbatches: str) -> Ratio:
     alone = tower(MPI.COMM_SELF, int(width), int(batch), parts, 1).step if WORLD.rank == 0 else None
     ideal = stages * (1 - (stages - 1) / (parts + stages - 1))
     return ratio(WORLD, alone, whole.step, whole.repeats, 1 / ideal)
+
+
+def schedules(width: str, batch: str, microbatches: str, schedule: str) -> Ratio:
+    """Samples/s of a pipeline by a schedule over those by 1F1B."""
+    size = int(width), int(batch), int(microbatches), WORLD.size
+    chosen, usual = (tower(WORLD, *size, schedule=name) for name in (schedule, "1f1b"))
+    return ratio(WORLD, usual.step, chosen.step, chosen.repeats)
+
+
+def simulated(width: str, batch: str, microbatches: str, schedule: str) -> Ratio:
+    """The time of a pipeline's passes by the simulator, from how long those of each stage take here, over the time that
+    they take together."""
+    trainer = tower(WORLD, int(width), int(batch), int(microbatches), WORLD.size, schedule=schedule, trace="unwritten")
+    recorder = trainer.run.grid.team.clock
+    assert isinstance(recorder, Recorder), "it is traced"
+    ratios = []
+    for step in range(3 * PAIRS + 1):
+        recorder.events.clear()
+        quiet_barrier(WORLD)
+        trainer.step()
+        spent, begin, end = passes(list(recorder.events))
+        forward, inputs, weights = zip(*WORLD.allgather(spent / int(microbatches)), strict=True)
+        whole = np.add(inputs, weights).tolist()
+        made = simulate(SCHEDULES[schedule], WORLD.size, int(microbatches), forward, whole, weights=weights)
+        if step:
+            ratios.append(made.makespan / (max(WORLD.allgather(end)) - min(WORLD.allgather(begin))))
+    return Ratio.of(ratios)
+
+
+def passes(events: Sequence[Noted]) -> tuple[np.ndarray, float, float]:
+    """The seconds that a rank computes F, I and W in a step, by its events, when it began, and when it was done."""
+    kinds = {"data": 0, "forward": 0, "loss": 0, "backward": 1, "weights": 2, "accumulate": 2}
+    spent, kind = np.zeros(3), 0
+    for event, following in itertools.pairwise(events):
+        time, _, _, name, _ = event
+        if name == "communication":
+            break
+        kind = kinds.get(name, kind)  # what is sent belongs to the pass before
+        if name != "waiting":
+            spent[kind] += following[0] - time
+    return spent, events[0][0], time
 
 
 def weak_scaling(hidden: str, rows: str, how: str) -> Ratio:

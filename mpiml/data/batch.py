@@ -43,13 +43,17 @@ class Batch:
 
     def w(self) -> NDArray[np.floating] | None:
         """The weights of the rows, (rows,), in the run's dtype; None if each counts 1."""
-        return None if self.split.w is None else self.split.w.rows(self.select()).astype(self.dtype, copy=False)
+        return None if self.split.w is None else self.split.w.rows(self._numbers).astype(self.dtype, copy=False)
+
+    @functools.cached_property
+    def _numbers(self) -> NDArray[np.integer]:
+        return self.select()
 
     def _x(self) -> NDArray[np.floating]:
-        return self.split.x.rows(self.select()).astype(self.dtype, copy=False)
+        return self.split.x.rows(self._numbers).astype(self.dtype, copy=False)
 
     def _y(self) -> NDArray[np.generic]:
-        return self.split.y.rows(self.select()).astype(self._label_dtype, copy=False)
+        return self.split.y.rows(self._numbers).astype(self._label_dtype, copy=False)
 
     @property
     def _label_dtype(self) -> DTypeLike:

@@ -78,7 +78,8 @@ class RowOrder:
         """The numbers of the rows of micro-batch m of step 1, 2, ..."""
         epoch, t = divmod(step - 1, self.steps_per_epoch)
         rows = self.shard(m)
-        return rows.start + rows.step * self._order(epoch, m, len(rows))(*self._span(t, m))
+        chosen = self._order(epoch, m, len(rows))(*self._span(t, m))
+        return rows.start + (chosen if rows.step == 1 else rows.step * chosen)
 
     def smallest(self) -> int:
         """The rows of the smallest micro-batch of an epoch, over all shards; empty ones do not count."""

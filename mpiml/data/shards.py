@@ -61,15 +61,14 @@ class Shards(RowOrder):
         return [self._batch(step, m) for m in range(self.first, self.last)]
 
     def _batch(self, step: int, m: int) -> Batch:
-        purpose, function = (self.seed, "transform", step, m), self.transform
+        transform = functools.partial(self._transformed, step, m) if self.transform else None
+        return Batch(m, self.size(step, m), self.split, functools.partial(self.at, step, m), self.dtype, transform)
 
-        def transform(x: Any, y: Any) -> Any:
-            assert function, "there is none"
-            with keyed(self.draws, *purpose):
-                return function(x, y, generator(*purpose))
-
-        select = functools.partial(self.at, step, m)
-        return Batch(m, self.size(step, m), self.split, select, self.dtype, transform if function else None)
+    def _transformed(self, step: int, m: int, x: Any, y: Any) -> Any:
+        assert self.transform, "there is none"
+        purpose = self.seed, "transform", step, m
+        with keyed(self.draws, *purpose):
+            return self.transform(x, y, generator(*purpose))
 
 
 def rereads(shards: Shards) -> list[str]:

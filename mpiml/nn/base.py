@@ -3,8 +3,10 @@
 A layer is called as `y, backward = layer(x, at)`; later `dx = backward(dy, grads)`.
 
 The first axis of x and y counts rows, one per example. `backward` writes the gradients of the layer's parameters into
-`grads[parameter]` and returns the gradient by x; it may return None if `layer.needs_dx` is False. It holds all that it
-needs, so any number of micro-batches may be in flight; neither the arrays it holds nor the arguments are ever changed.
+`grads[parameter]` and returns the gradient by x; it may return None if `layer.needs_dx` is False. It may leave the
+writing to a function that it gives to `grads.later`, which asks for `grads[parameter]` when it runs: with `--schedule
+zb-h1`, while the rank would be idle. `backward` holds all that it needs, so any number of micro-batches may be in
+flight; neither the arrays it holds nor the arguments are ever changed.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpiml.errors import ConfigError
-from mpiml.nn.parameters import Constant, Gradients, Parameter, Shape
+from mpiml.nn.constants import Constant
+from mpiml.nn.parameters import Gradients, Parameter, Shape
+from mpiml.nn.places import separate
 
 Array = NDArray[np.floating]
 Backward = Callable[[Array, Gradients], Array | None]
@@ -45,6 +49,9 @@ class Layer:
     Attributes:
         path: its position in the model, such as "layers.2"; its parameters' names and random keys begin with it.
         needs_dx: False for the first layer that is optimised and those before it: their gradients by x are not used.
+        block: the Recompute that it stands in, at the top level of a model.
+        transparent: whether the layers inside it have the paths that they would have without it.
+        splits: whether backward leaves the gradients of its own parameters to `grads.later`, or they are small.
         least_rows: of a micro-batch that it can be trained on.
         notes: what a person should know before it is trained, a line each.
         joined: what parts of a user's model are this layer, if they could be several; as a sentence.
@@ -54,6 +61,9 @@ class Layer:
 
     path = ""
     needs_dx = True
+    block: Any = None
+    transparent = False
+    splits = False
     least_rows = 1
     notes: Sequence[str] = ()
     joined = ""
@@ -80,6 +90,11 @@ class Layer:
     def inner(self) -> Sequence[Layer]:
         """The layers inside this one."""
         return ()
+
+    @property
+    def given(self) -> Any:
+        """What stands for it in the model as its user wrote it: itself, or the first module of which it is made."""
+        return self
 
     @property
     def stack(self) -> Callable[[Sequence[Any]], Layer] | None:
@@ -125,7 +140,8 @@ def forward(layers: Sequence[Layer], x: Array, at: At, learned: bool = False) ->
     for layer in layers:
         y, backward_of_layer = _checked(layer, layer(x, at), at.training)
         y = np.ascontiguousarray(y, x.dtype)
-        check_shape(layer, "outputs", y.shape, (len(x), *layer.output_shape(x.shape[1:])), "its output_shape says")
+        if y.shape != (needed := (len(x), *layer.output_shape(x.shape[1:]))):
+            check_shape(layer, "outputs", y.shape, needed, "its output_shape says")
         # The backward pass ends at the first layer that needs it; those before that keep nothing of their call.
         if at.training and (backwards or learned or layer.needs_dx or updated([layer])):
             backwards.append((layer, backward_of_layer, x.shape))
@@ -138,12 +154,13 @@ def forward(layers: Sequence[Layer], x: Array, at: At, learned: bool = False) ->
             if grads.complete:
                 grads.finished(parameters([layer]))
             if dx is None:
-                if not (learned or updated([before for before, _, _ in backwards[:index]])):
+                if not learned and not (index and updated([before for before, _, _ in backwards[:index]])):
                     return None
                 if layer.needs_dx:
                     raise ConfigError(f"{_named(layer)} gives no gradient to the layers before it")
                 dx = np.zeros(shape, dy.dtype)  # those have running averages alone, which no gradient changes
-            check_shape(layer, "gradients", np.shape(dx), shape, "its input has")
+            if (given := np.shape(dx)) != shape:
+                check_shape(layer, "gradients", given, shape, "its input has")
             dy = np.ascontiguousarray(dx, dy.dtype)
         return dy
 
@@ -172,20 +189,35 @@ def stack_flops(layers: Sequence[Layer], shape: Shape) -> list[int]:
     return [layer.flops(before) for layer, before in zip(layers, stack_shapes(layers, shape), strict=False)]
 
 
-def name(layers: Sequence[Layer], prefix: str = "layers") -> None:
-    """Give every layer its path and every parameter its name.
+def name(layers: Sequence[Layer]) -> None:
+    """Give every layer its path and every parameter its name; one that stands in several layers becomes a parameter for
+    each place.
 
-    Raises ValueError if the model contains one layer twice: its parameters have room for one gradient only.
+    Raises ValueError if the model contains one layer twice, or for a parameter that cannot stand in several layers.
     """
     flat = list(everything(layers))
     if len({id(layer) for layer in flat}) < len(flat):
         twice = next(layer for index, layer in enumerate(flat) if any(layer is other for other in flat[:index]))
         raise ValueError(f"the model contains the same {type(twice).__name__} object twice; make two of them")
-    for index, layer in enumerate(layers):
+    separate((layer, key, parameter) for layer in flat for key, parameter in layer.own_parameters().items())
+    _name(layers, "layers")
+
+
+def _name(layers: Sequence[Layer], prefix: str) -> None:
+    for index, layer in enumerate(numbered(layers)):
         layer.path = f"{prefix}.{index}"
         for key, parameter in layer.own_parameters().items():
             parameter.name = f"{layer.path}.{key}"
-        name(layer.inner(), f"{layer.path}.layers")
+        _name(layer.inner(), f"{layer.path}.layers")
+    for layer in layers:
+        if layer.transparent:
+            layer.path = next(numbered([layer])).path
+
+
+def numbered(layers: Sequence[Layer]) -> Iterator[Layer]:
+    """The layers that have numbers of their own: in the place of each that is transparent, those inside it."""
+    for layer in layers:
+        yield from numbered(layer.inner()) if layer.transparent else [layer]
 
 
 def everything(layers: Sequence[Layer]) -> Iterator[Layer]:
@@ -202,7 +234,12 @@ def parameters(layers: Sequence[Layer]) -> list[Parameter]:
 
 def updated(layers: Sequence[Layer]) -> bool:
     """Whether training changes any of the layers' parameters: optimises or averages."""
-    return any(not parameter.frozen for parameter in parameters(layers))
+    return any(not own.frozen for layer in everything(layers) for own in layer.own_parameters().values())
+
+
+def unsplit(layers: Sequence[Layer]) -> list[Layer]:
+    """The layers, including inner ones, that have parameters of their own and do not split their backward pass."""
+    return [layer for layer in everything(layers) if layer.own_parameters() and not layer.splits]
 
 
 def constants(layers: Sequence[Layer]) -> dict[str, Constant]:
@@ -271,7 +308,9 @@ def _named(layer: Layer) -> str:
     return f"{layer.path}, {type(layer).__name__},".lstrip(", ")
 
 
-def check_last_axis(layer: str, size: int, shape: Shape) -> None:
-    """Raise ValueError unless rows of `shape` have `size` values on their last axis, as a layer needs."""
+def check_last_axis(layer: Layer, size: int, shape: Shape, *arguments: int) -> None:
+    """Raise ValueError unless rows of `shape` have `size` values on their last axis, as a layer needs that was made
+    with these arguments."""
     if shape[-1:] != (size,):
-        raise ValueError(f"{layer} takes rows whose last axis is {size}, got {shape}")
+        name = f"{type(layer).__name__}({', '.join(map(str, arguments))})"
+        raise ValueError(f"{name} takes rows whose last axis is {size}, got {shape}")

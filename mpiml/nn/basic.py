@@ -19,6 +19,8 @@ class Linear(Layer):
     al., "Delving deep into rectifiers", ICCV 2015.
     """
 
+    splits = True
+
     def __init__(self, inputs: int, outputs: int, gain: float = math.sqrt(2.0)):
         self.inputs, self.outputs = inputs, outputs
         self.weight = Parameter((inputs, outputs), uniform(gain * math.sqrt(3.0 / inputs)))
@@ -26,21 +28,28 @@ class Linear(Layer):
 
     def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
         weight = self.weight.value
-        flat = x.reshape(-1, self.inputs)
+        flat = x if x.ndim == 2 else x.reshape(-1, self.inputs)
         y = flat @ weight
         y += self.bias.value
 
         def backward(dy: Array, grads: Gradients) -> Array | None:
-            dy = dy.reshape(-1, self.outputs)
-            if not self.weight.frozen:
-                np.matmul(flat.T, dy, out=grads[self.weight])
-            np.add.reduce(dy, axis=0, out=grads[self.bias])
-            return (dy @ weight.T).reshape(x.shape) if self.needs_dx else None
+            dy = dy if dy.ndim == 2 else dy.reshape(-1, self.outputs)
 
-        return y.reshape(*x.shape[:-1], self.outputs), backward
+            def by_weights() -> None:
+                if not self.weight.frozen:
+                    np.matmul(flat.T, dy, out=grads[self.weight])
+                np.add.reduce(dy, axis=0, out=grads[self.bias])
+
+            grads.later(by_weights)
+            if not self.needs_dx:
+                return None
+            dx = dy @ weight.T
+            return dx if x.ndim == 2 else dx.reshape(x.shape)
+
+        return y if x.ndim == 2 else y.reshape(*x.shape[:-1], self.outputs), backward
 
     def output_shape(self, shape: Shape) -> Shape:
-        check_last_axis(f"Linear({self.inputs}, {self.outputs})", self.inputs, shape)
+        check_last_axis(self, self.inputs, shape, self.inputs, self.outputs)
         return (*shape[:-1], self.outputs)
 
     def flops(self, shape: Shape) -> int:

@@ -21,6 +21,8 @@ class BatchNorm2d(Layer):
     Ioffe and Szegedy, "Batch normalization", ICML 2015.
     """
 
+    splits = True
+
     def __init__(self, channels: int, epsilon: float = 1e-5, momentum: float = 0.1):
         if not 0 <= momentum <= 1:
             raise ValueError(f"BatchNorm2d({channels}): momentum {momentum}: must be from 0 to 1")

@@ -13,6 +13,7 @@ from mpiml.nn.norms import GroupNorm
 from mpiml.nn.parameters import Shape
 from mpiml.nn.perceptrons import dropout_if_any
 from mpiml.nn.pooling import GlobalAvgPool, MaxPool2d
+from mpiml.nn.recompute import Recompute
 
 GROUP = 8  # channels in a group of GroupNorm; all channels are one group if their number is not a multiple of this
 
@@ -37,7 +38,13 @@ def cnn(shape: Shape, outputs: int, channels: int = 32, norm: str | None = None,
 
 
 def resnet(
-    shape: Shape, outputs: int, channels: int = 32, blocks: int = 2, norm: str = "group", dropout: float = 0.0
+    shape: Shape,
+    outputs: int,
+    channels: int = 32,
+    blocks: int = 2,
+    norm: str = "group",
+    dropout: float = 0.0,
+    recompute: bool = False,
 ) -> list[Layer]:
     """A small residual network: `blocks` residual blocks of two 3 x 3 convolutions at each of three image sizes. A
     convolution of stride 2 between the sizes halves height and width and doubles the channels.
@@ -49,12 +56,15 @@ def resnet(
         outputs: width of the output: classes, or values to predict.
         channels: at the full image size.
         norm: "group" for GroupNorm, "batch" for BatchNorm2d.
+        recompute: as of mpiml.nn.transformers.gpt.
     """
     layers, inputs = as_image(shape)
     for size in range(3):
         width = channels << size
         layers.append(Conv2d(inputs, width, stride=2 if size else 1))
-        layers += [Residual(*_convolution(width, norm), *_convolution(width, norm)) for _ in range(blocks)]
+        for _ in range(blocks):
+            block = Residual(*_convolution(width, norm), *_convolution(width, norm))
+            layers.append(Recompute(block) if recompute else block)
         inputs = width
     layers += [_norm(inputs, norm), ReLU(), GlobalAvgPool(), *dropout_if_any(dropout)]
     return [*layers, Linear(inputs, outputs, gain=1.0)]

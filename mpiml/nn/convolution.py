@@ -26,6 +26,8 @@ class Conv2d(Layer):
     performance convolutional neural networks for document processing", 2006. First values are drawn as in Linear.
     """
 
+    splits = True
+
     def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1, padding: int | None = None):
         padding = kernel // 2 if padding is None else padding
         if not 0 <= padding < kernel or stride < 1:
@@ -50,7 +52,7 @@ class Conv2d(Layer):
             lines += bias
 
         def backward(dy: Array, grads: Gradients) -> Array | None:
-            if not (self.weight.frozen and self.bias.frozen):
+            def by_weights() -> None:
                 dweight, dbias = grads[self.weight].reshape(-1, outputs), grads[self.bias]
                 dweight[...] = dbias[...] = 0
                 for images, patches in _patches(x, frame, padding, 1, kernel, stride):
@@ -58,6 +60,9 @@ class Conv2d(Layer):
                     if not self.weight.frozen:
                         dweight += patches.T @ dpixels
                     dbias += np.ones(len(dpixels), dy.dtype) @ dpixels
+
+            if not (self.weight.frozen and self.bias.frozen):
+                grads.later(by_weights)
             if not self.needs_dx:
                 return None
             # dx is a convolution too: of dy, its pixels spread `stride` apart, with the kernel rotated by 180 degrees.
@@ -95,19 +100,25 @@ def _patches(
         stride: between two patches.
 
     Yields:
-        The slice of images, and their patches as a matrix (patches, kernel x kernel x channels).
+        The slice of images, and their patches as a matrix (patches, kernel x kernel x channels), which the next tile
+        overwrites.
     """
     height, width, channels = x.shape[1:]
     steps = [(side - kernel) // stride + 1 for side in frame]
-    patch = kernel * kernel * channels
+    patch, few = kernel * kernel * channels, channels < FEW
     inside_rows, inside_columns = (slice(offset, offset + spacing * side, spacing) for side in (height, width))
+    framed = patches = matrix = np.empty(0, x.dtype)
     for images in tiles(len(x), math.prod(steps) * patch * x.itemsize, CACHE):
-        framed = np.zeros((len(x[images]), *frame, channels), x.dtype)
+        first = len(framed) != len(x[images])  # of its size: the last tile may be smaller
+        if first:
+            framed = np.zeros((len(x[images]), *frame, channels), x.dtype)
+            n, down, right, step = framed.strides
+            shape, strides = (*steps, kernel, kernel, channels), (stride * down, stride * right, down, right, step)
+            patches = as_strided(framed, (len(framed), *shape), (n, *strides), writeable=False)
+            patches = patches.transpose(3, 4, 5, 0, 1, 2) if few else patches
         framed[:, inside_rows, inside_columns] = x[images]
-        n, down, right, step = framed.strides
-        shape, strides = (*steps, kernel, kernel, channels), (stride * down, stride * right, down, right, step)
-        patches = as_strided(framed, (len(framed), *shape), (n, *strides), writeable=False)
-        if channels < FEW:
-            yield images, patches.transpose(3, 4, 5, 0, 1, 2).reshape(patch, -1).T
-        else:
-            yield images, patches.reshape(-1, patch)
+        if first:
+            matrix = patches.reshape((patch, -1) if few else (-1, patch))
+        elif not np.may_share_memory(matrix, framed):  # as it does where a patch is a pixel or a whole image
+            np.copyto(matrix.reshape(patches.shape), patches)
+        yield images, matrix.T if few else matrix

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpiml.nn.attention import CausalSelfAttention
-from mpiml.nn.base import Layer, constants, parameters, stack_shapes
+from mpiml.nn.base import Layer, constants, numbered, parameters, stack_shapes
 from mpiml.nn.basic import Flatten, Linear, Residual
 from mpiml.nn.batchnorm import BatchNorm2d
 from mpiml.nn.convolution import Conv2d
@@ -63,27 +63,35 @@ def to_torch(layers: Sequence[Layer], arrays: Mapping[str, Array], shape: Shape)
 
     PyTorch's images are (rows, channels, H, W): the inputs of a Linear after a Flatten of images are reordered so.
     CausalSelfAttention becomes a MultiheadAttention, Residual a module whose attribute `layers` is a Sequential.
-    Parameters of PositionalEmbedding, and of your own layers, keep their names and axes.
+    Parameters of PositionalEmbedding, and of your own layers, keep their names and axes. An array that stands in
+    several layers is there under the names of all its places.
 
     Args:
         layers: the model's layers, named.
         arrays: the parameters by name, as a checkpoint holds them; or their gradients.
         shape: of an input row.
     """
-    of_model = forms(layers, shape)
+    of_model = dict(_all(layers, shape))
     return {
-        of_model[p.name].names[0]: np.ascontiguousarray(of_model[p.name].to_torch(arrays[p.name]))
+        of_model[p.name].names[0]: np.ascontiguousarray(of_model[p.name].to_torch(arrays[p.first.name]))
         for p in parameters(layers)
     }
 
 
 def forms(layers: Sequence[Layer], shape: Shape) -> dict[str, Form]:
-    """The form of every parameter and constant of a model, by our name; arguments as of `to_torch`."""
-    return dict(_all(layers, shape))
+    """The form of every array of a model, parameters and constants, by our name; arguments as of `to_torch`."""
+    of_model = dict(_all(layers, shape))
+    for parameter in parameters(layers):
+        if parameter.first is not parameter:
+            form, further = of_model[parameter.first.name], of_model.pop(parameter.name)
+            names, own_names = [*form.names, *further.names], [*form.own_names, *further.own_names]
+            of_model[parameter.first.name] = replace(form, names=names, own_names=own_names)
+    return of_model
 
 
 def _all(layers: Sequence[Layer], shape: Shape) -> Iterator[tuple[str, Form]]:
     image: Shape | None = None  # the shape of an image that was flattened, until a layer mixes its values
+    layers = list(numbered(layers))
     for layer, before in zip(layers, stack_shapes(layers, shape), strict=False):
         shapes = {key: parameter.shape for key, parameter in layer.own_parameters().items()}
         shapes |= {key: constant.array.shape for key, constant in layer.own_constants().items()}

@@ -51,10 +51,11 @@ def softmax_cross_entropy(y: Array, labels: Labels, weights: Array | None = None
     outputs, goals = y.reshape(-1, y.shape[-1]), labels.reshape(-1).astype(np.intp, copy=False)
     dy, losses = np.empty(outputs.shape, y.dtype), np.empty(len(outputs), y.dtype)
     for tile in tiles(len(outputs), outputs.shape[1] * y.itemsize):
-        part = np.subtract(outputs[tile], outputs[tile].max(axis=1, keepdims=True), out=dy[tile])
+        scores = outputs[tile]
+        part = np.subtract(scores, np.maximum.reduce(scores, axis=1, keepdims=True), out=dy[tile])
         label = np.arange(len(part)), goals[tile]
         score = part[label]
-        total = np.exp(part, out=part).sum(axis=1, keepdims=True)
+        total = np.add.reduce(np.exp(part, out=part), axis=1, keepdims=True)
         losses[tile] = np.log(total[:, 0]) - score
         part /= total
         part[label] -= 1
@@ -62,9 +63,11 @@ def softmax_cross_entropy(y: Array, labels: Labels, weights: Array | None = None
     if weights is not None:
         each = np.repeat(weights, len(goals) // max(len(weights), 1))
         masked |= each == 0
-    losses[masked] = 0
-    dy[masked] = 0
-    weight = float(np.count_nonzero(~masked))
+    count = np.count_nonzero(masked)
+    if count:
+        losses[masked] = 0
+        dy[masked] = 0
+    weight = float(len(goals) - count)
     if each is not None:
         losses *= each
         dy *= each[:, None]

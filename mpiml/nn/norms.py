@@ -17,6 +17,8 @@ class LayerNorm(Layer):
     """y = g (x - mean) / sqrt(variance + epsilon) + b over the last axis of x (rows, ..., features): Ba et al., "Layer
     normalization", 2016."""
 
+    splits = True
+
     def __init__(self, features: int, epsilon: float = 1e-5):
         self.features, self.epsilon = features, epsilon
         self.gain = Parameter((features,), constant(1.0))
@@ -51,7 +53,7 @@ class LayerNorm(Layer):
         return y, backward
 
     def output_shape(self, shape: Shape) -> Shape:
-        check_last_axis(f"LayerNorm({self.features})", self.features, shape)
+        check_last_axis(self, self.features, shape, self.features)
         return shape
 
     def flops(self, shape: Shape) -> int:
@@ -61,6 +63,8 @@ class LayerNorm(Layer):
 class RMSNorm(Layer):
     """y = g x / sqrt(mean of x^2 + epsilon) over the last axis of x (rows, ..., features): Zhang and Sennrich, "Root
     mean square layer normalization", NeurIPS 2019."""
+
+    splits = True
 
     def __init__(self, features: int, epsilon: float = 1e-5):
         self.features, self.epsilon = features, epsilon
@@ -91,7 +95,7 @@ class RMSNorm(Layer):
         return y, backward
 
     def output_shape(self, shape: Shape) -> Shape:
-        check_last_axis(f"RMSNorm({self.features})", self.features, shape)
+        check_last_axis(self, self.features, shape, self.features)
         return shape
 
     def flops(self, shape: Shape) -> int:
@@ -104,6 +108,8 @@ class GroupNorm(Layer):
     x and y (rows, ..., channels); `groups` groups of consecutive channels; g and b have one value per channel.
     Wu and He, "Group normalization", ECCV 2018.
     """
+
+    splits = True
 
     def __init__(self, groups: int, channels: int, epsilon: float = 1e-5):
         if channels % groups:
@@ -145,7 +151,7 @@ class GroupNorm(Layer):
         return y, backward
 
     def output_shape(self, shape: Shape) -> Shape:
-        check_last_axis(f"GroupNorm({self.groups}, {self.channels})", self.channels, shape)
+        check_last_axis(self, self.channels, shape, self.groups, self.channels)
         return shape
 
     def flops(self, shape: Shape) -> int:

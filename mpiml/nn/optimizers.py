@@ -217,6 +217,11 @@ def build(name: str, momentum: float, weight_decay: float, betas: Sequence[float
     return Adam(weight_decay, betas, decoupled=name == "adamw")
 
 
+def default_decay(name: str) -> float:
+    """The weight decay that the optimizer called `name` uses if none is given."""
+    return 0.01 if name in ("adamw", "lamb") else 0.0
+
+
 def default_rate(name: str) -> float:
     """The learning rate that the optimizer called `name` uses if none is given."""
     return build(name, 0.0, 0.0).default_rate

@@ -9,7 +9,6 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -21,7 +20,6 @@ from mpiml.vectors import Block, Vector
 
 Shape = tuple[int, ...]
 Init = Callable[[np.random.Generator, int], NDArray[np.float64]]
-ARRAY = "array"  # the entry of a constant that is an array of the checkpoint
 CHUNK = 1 << 18  # elements that are initialised at once, from one generator: they are drawn in float64, 2 MiB
 
 
@@ -40,10 +38,12 @@ class Parameter:
         value: a view of the flat vector of values; set by `Layout.bind`.
         momentum: of a running average (Statistic); None if the optimizer changes the array.
         rate: factor of the learning rate; 0: the array is not trained.
+        places: where the array stands in several layers, a Parameter for each place, in layer order (mpiml.nn.places).
     """
 
     momentum: float | None = None
     rate: float = 1.0
+    places: Sequence[Parameter] = ()
     _compared: int | None = None  # checksum of the first values, as ranks have compared it
 
     def __init__(self, shape: Shape, init: Init, decay: bool | None = None):
@@ -60,6 +60,11 @@ class Parameter:
         return self.momentum is None and self.rate > 0
 
     @property
+    def first(self) -> Parameter:
+        """The parameter at the first place of the array: its name is the array's."""
+        return self.places[0] if self.places else self
+
+    @property
     def frozen(self) -> bool:
         """Whether nothing changes the array; running averages go on."""
         return self.momentum is None and self.rate == 0
@@ -68,10 +73,10 @@ class Parameter:
         """Write the first values of `elements`, one of `drawn_apart`, to their places in `values`. Raises ConfigError
         if they differ from those that ranks have compared."""
         checksum = self._draw(seed, elements, values)
-        if self._compared not in (None, checksum):
+        if self.first._compared not in (None, checksum):
             what = f"{self.name} gets different first values each time they are drawn"
             raise ConfigError(f"{what}; its init must draw them from the generator that it is called with")
-        self._compared = None
+        self.first._compared = None
 
     def drawn_apart(self) -> list[range]:
         """Elements that different ranks may initialise: chunks, or the whole array where `init` may know how often it
@@ -81,6 +86,8 @@ class Parameter:
 
     def described(self, seed: int) -> str:
         """A text that must be equal on all ranks: shape, kind, and how first values are drawn, or their checksum."""
+        if self.first is not self:
+            return f"the array of {self.first.name}"
         self._compared = None if isinstance(self.init, NamedInit) else self._draw(seed, range(self.size))
         how = self.init.text if isinstance(self.init, NamedInit) else f"checksum {self._compared:08x}"
         kind = f", momentum {self.momentum}" if self.momentum is not None else ", decays" if self.decay else ""
@@ -92,7 +99,7 @@ class Parameter:
         checksum = 0
         for start in elements[::CHUNK]:
             count = min(CHUNK, elements.stop - start)
-            chunk = self.init(generator(seed, "init", self.name, start // CHUNK), count)
+            chunk = self.init(generator(seed, "init", self.first.name, start // CHUNK), count)
             if np.size(chunk) not in (1, count):
                 raise ConfigError(f"{self.name}: its init gives {np.size(chunk)} first values where {count} are needed")
             if out is not None:
@@ -114,37 +121,6 @@ class Statistic(Parameter):
         self.momentum = momentum
 
 
-class Constant(NamedTuple):
-    """A layer's array that training does not change; it has a name, as a parameter has.
-
-    Attributes:
-        array: a view of the layer's own memory: to write to it changes the layer.
-        saved: whether checkpoints hold the array; else they hold its checksum.
-    """
-
-    array: NDArray[Any]
-    saved: bool
-
-    @property
-    def checksum(self) -> str:
-        """CRC-32 of the values."""
-        return f"{zlib.crc32(_bytes(self.array).data):08x}"
-
-    @property
-    def entry(self) -> str:
-        """The text for it in a checkpoint's metadata: ARRAY, or its checksum."""
-        return ARRAY if self.saved else self.checksum
-
-    def equals(self, other: NDArray[Any]) -> bool:
-        """Whether an array of the same shape and dtype has the same bits."""
-        one, two = _bytes(self.array), _bytes(other)
-        return all(np.array_equal(one[a : a + CHUNK], two[a : a + CHUNK]) for a in range(0, one.size, CHUNK))
-
-
-def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-
-
 class Gradients:
     """A flat vector for the gradients of one micro-batch: `gradients[parameter]` is the parameter's view of it. For a
     parameter that is frozen it is memory that nobody reads.
@@ -155,12 +131,13 @@ class Gradients:
 
     def __init__(self, layout: Layout, vector: Vector, complete: Callable[[int], None] | None = None):
         self.vector, self.complete = vector, complete
-        self._layout, self._views = layout, dict(layout.views(vector))
-        self._offsets = {parameter: offset for parameter, offset in layout.offsets.items() if not parameter.frozen}
+        self._layout, self._offsets = layout, layout.gradients
+        self._views = {p: vector[start : start + p.size].reshape(p.shape) for p, start in self._offsets.items()}
         self.begin()
 
     def __getitem__(self, parameter: Parameter) -> NDArray[np.floating]:
-        return self._layout.unread[parameter] if parameter.frozen else self._views[parameter]
+        view = self._views.get(parameter)  # of frozen parameters there is none
+        return self._layout.unread[parameter] if view is None else view
 
     def begin(self) -> None:
         """Begin a backward pass: no gradient counts as written."""
@@ -176,6 +153,10 @@ class Gradients:
                 self._missing.pop()
             self.complete(self._offsets[self._missing[-1]] + self._missing[-1].size if self._missing else 0)
 
+    def later(self, function: Callable[[], object]) -> None:
+        """Run a function that writes gradients by weights, which nobody waits for: at once."""
+        function()
+
 
 class Layout:
     """The offset of each of a list of parameters in a flat vector.
@@ -186,22 +167,40 @@ class Layout:
     pass completes the vector from its end. Behind all that is updated lie the parameters that are frozen: vectors of
     gradients and of optimizer state end before them.
 
-    If the optimizer is `layerwise`, blocks say which matrix (with weight decay) they are of.
+    Arrays that stand in several layers (`Parameter.places`) begin the vector. A place after the first of these layers
+    has the values of the first, and for its gradient memory behind all others in vectors of gradients.
+
+    If the optimizer is `layerwise`, blocks say which matrix (with weight decay) they are of. If it `decays` nothing,
+    they are all of one kind, so that an update goes through them at once.
 
     Attributes:
-        size: of the vector of values; updated: of its first part, which is updated.
+        parameters: without further places of an array.
+        further: further places, with the first one of the array in this layout.
+        offsets: of the parameters in the vector of values; gradients: of what is updated in vectors of gradients, of
+            further places, too.
+        size: of the vector of values; updated: of its first part, which is updated; summed: of a vector of gradients.
     """
 
-    def __init__(self, parameters: Sequence[Parameter], dtype: DTypeLike, layerwise: bool = False):
-        self.parameters = list(parameters)
-        self.dtype, self.layerwise = np.dtype(dtype), layerwise
+    def __init__(self, parameters: Sequence[Parameter], dtype: DTypeLike, layerwise: bool = False, decays: bool = True):
+        firsts: dict[Parameter, Parameter] = {}
+        for parameter in parameters:
+            firsts.setdefault(parameter.first, parameter)
+        self.parameters = list(firsts.values())
+        self.further = {p: firsts[p.first] for p in parameters if firsts[p.first] is not p}
+        self.dtype, self.layerwise, self.decays = np.dtype(dtype), layerwise, decays
         self.offsets: dict[Parameter, int] = {}
         self.size = self.updated = 0
-        for parameter in sorted(self.parameters, key=lambda p: (p.frozen, p.momentum is None, p.decay)):
+        for parameter in sorted(self.parameters, key=lambda p: (p.frozen, not p.places, p.momentum is None, p.decay)):
             self.offsets[parameter] = self.size
             self.size += vectors.padded(parameter.size, self.dtype)
             if not parameter.frozen:
                 self.updated = self.size
+        self.summed = self.updated
+        self.gradients = {parameter: offset for parameter, offset in self.offsets.items() if not parameter.frozen}
+        for parameter in self.further:
+            if not parameter.frozen:
+                self.gradients[parameter] = self.summed
+                self.summed += vectors.padded(parameter.size, self.dtype)
 
     def blocks(self) -> list[Block]:
         """All blocks of what is updated, in the order of the vector; each parameter begins a new block."""
@@ -211,12 +210,22 @@ class Layout:
             for p, offset in self.offsets.items()
             if not p.frozen
             for matrix in [next(numbers) if self.layerwise and p.decay else None]
-            for block in vectors.blocks(offset, offset + p.size, p.decay, p.momentum, p.rate, matrix)
+            for block in self._blocks(p, offset, matrix)
         ]
 
+    def further_blocks(self) -> list[list[Block]]:
+        """Of each further place of an array that is updated, the blocks of its gradient."""
+        return [self._blocks(p, self.gradients[p], None) for p in self.further if p.size and not p.frozen]
+
+    def _blocks(self, p: Parameter, offset: int, matrix: int | None) -> list[Block]:
+        """The blocks of one parameter. Where an earlier stage has the array, sums over all stages leave them out."""
+        array = p.first.name if p.places else None
+        kind = p.decay and self.decays, p.momentum, p.rate, matrix, array, p is p.first
+        return vectors.blocks(offset, offset + p.size, *kind)
+
     def views(self, vector: Vector) -> Iterator[tuple[Parameter, NDArray[np.floating]]]:
-        """Each parameter, in layer order, with its view of `vector`; without those that are frozen if the vector is
-        only as long as what is updated."""
+        """Each parameter, in layer order, with its view of `vector`, one of values; without those that are frozen if it
+        is only as long as what is updated."""
         for parameter in self.parameters:
             offset = self.offsets[parameter]
             if not parameter.frozen or len(vector) == self.size:
@@ -227,16 +236,19 @@ class Layout:
         """Where layers write gradients of frozen parameters. It takes memory only where one does."""
         memory = vectors.empty(self.size - self.updated, self.dtype)
         frozen = {parameter: offset - self.updated for parameter, offset in self.offsets.items() if parameter.frozen}
+        frozen |= {parameter: frozen[first] for parameter, first in self.further.items() if parameter.frozen}
         return {p: memory[start : start + p.size].reshape(p.shape) for p, start in frozen.items()}
 
-    def zeros(self, updated: bool = False) -> Vector:
-        """A vector of zeros in this layout, or of its part that is updated."""
-        return vectors.zeros(self.updated if updated else self.size, self.dtype)
+    def zeros(self, gradients: bool = False) -> Vector:
+        """A vector of zeros for values, or for gradients."""
+        return vectors.zeros(self.summed if gradients else self.size, self.dtype)
 
     def bind(self, values: Vector) -> None:
         """Make every parameter's value its view of `values`."""
         for parameter, view in self.views(values):
             parameter.value = view
+        for parameter, first in self.further.items():
+            parameter.value = first.value
 
     def initialise(self, values: Vector, seed: int, worker: int = 0, workers: int = 1) -> None:
         """Write first values, each a function of seed, name of the parameter and number of the chunk alone.

@@ -46,7 +46,7 @@ class _Pool(Layer):
     def _spread(self, y: Array) -> Array:
         """The value of each window, repeated along a line of it: broadcasts with `_lines(x)`."""
         rows, down, right, channels = y.shape
-        return np.repeat(y, self.size, axis=2).reshape(rows, down, 1, right * self.size * channels)
+        return y.repeat(self.size, axis=2).reshape(rows, down, 1, right * self.size * channels)
 
     def _room_for_dx(self, x: Array) -> Array:
         """An array like x, not initialised inside the windows and zero outside them."""
@@ -68,11 +68,12 @@ class MaxPool2d(_Pool):
 
         def backward(dy: Array, grads: Gradients) -> Array:
             dx = self._room_for_dx(x)
+            lines, dlines = self._lines(x), self._lines(dx)
             for tile in tiles(len(x), math.prod(x.shape[1:]) * x.itemsize, CACHE):
-                largest = self._lines(x[tile]) == self._spread(y[tile])
+                largest = lines[tile] == self._spread(y[tile])
                 if np.count_nonzero(largest) != y[tile].size:
                     self._keep_first(largest.reshape(*y[tile].shape[:2], self.size, y.shape[2], self.size, y.shape[3]))
-                np.multiply(self._spread(dy[tile]), largest, out=self._lines(dx[tile]))
+                np.multiply(self._spread(dy[tile]), largest, out=dlines[tile])
             return dx
 
         return y, backward

@@ -17,7 +17,8 @@ from torch import Tensor
 from mpiml.errors import ConfigError, first_few
 from mpiml.nn import torch_state
 from mpiml.nn.base import Array, At, Backward, Layer, check_shape, described, is_optimised
-from mpiml.nn.parameters import Constant, Gradients, Parameter, Shape, Statistic
+from mpiml.nn.constants import Constant
+from mpiml.nn.parameters import Gradients, Parameter, Shape, Statistic
 from mpiml.nn.torch_buffers import Buffers, Flags, Snapshot, fixed, flags_of, set_flags
 from mpiml.nn.torch_checks import check_parameters, converted, types_besides
 from mpiml.nn.torch_inputs import INTEGERS, Inputs, split_inputs
@@ -89,6 +90,10 @@ class TorchLayer(Layer):
 
     def own_parameters(self) -> Mapping[str, Parameter]:
         return self.parameters
+
+    @property
+    def given(self) -> torch.nn.Module:
+        return self.module[0] if isinstance(self.module, Joined) else self.module
 
     @property
     def stack(self) -> Callable[[Sequence[Any]], Layer] | None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpiml.documents import AVERAGE, averaged, check_regular, texts
-from mpiml.nn.parameters import ARRAY, Constant
+from mpiml.nn.constants import ARRAY, Constant
 from mpiml.nn.torch_names import plain_name
 from mpiml.nn.torch_parts import is_module, parts_of
 from mpiml.nn.torch_tensors import arrays, parts, plain

@@ -81,7 +81,7 @@ class Average:
         blocks = []
         for piece in like.pieces:
             first = place(self.held, piece.start, piece.stop).start
-            kind = piece.decay, piece.momentum, piece.rate
+            kind = piece.decay, piece.momentum, piece.rate, None, None, piece.counted
             blocks += [Block(first + start, first + stop, *kind) for start, stop in piece.blocks]
         return sorted(blocks, key=lambda block: block.start)
 
@@ -166,7 +166,8 @@ class Average:
         squares: list[float] = []
         apart = self.sum.slots[0][: self._length]  # which nobody needs any more
         if self._counts:
-            blocks = [block for block in self._blocks(self.copies[0].sum.values) if block.momentum is None]
+            every = self._blocks(self.copies[0].sum.values)
+            blocks = [block for block in every if block.momentum is None and block.counted]
             for copy, counts in zip(self.copies, counted, strict=True):
                 np.concatenate([mean[:0], *self._gathered(copy.sum.values)], out=apart)
                 np.subtract(apart, mean, out=apart)

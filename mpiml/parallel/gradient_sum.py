@@ -47,7 +47,7 @@ class GradientSum(Protocol):
         all of them have finished their backward passes."""
 
     def total(self, index: int, out: Vector) -> Vector:
-        """The summed gradient of values.pieces[index]: in `out`, or where it lies if nothing is to be added."""
+        """The summed gradient of values.summed_pieces[index]: in `out`, or where it lies if nothing is to be added."""
 
     def publish(self) -> None:
         """Give the new values of this replica's parts to all; afterwards all replicas hold equal values."""
@@ -96,14 +96,16 @@ class OrderedSum:
         self.plan = sum_plan(values.comm.rank, values.nodes, microbatches, leaf)
         dtype = values.vector.dtype
         self.everyone: list[list[Vector]] = (
-            like.everyone if like else self._memory.own(self.plan.depth, values.updated, dtype)
+            like.everyone if like else self._memory.own(self.plan.depth, values.summed, dtype)
         )
         self.slots = self.everyone[self._memory.rank]
         depth = max(len(self.plan.contributions), *(len(m.contributions) for m in self.plan.messages), 1)
         scratch = [vectors.empty(PIECE, dtype) for _ in range(min(depth, 2 * microbatches.bit_length()))]
         kind = HalvingExchange if values.rounds else Exchange
-        self.exchanges = [kind(values, bucket, self.plan, self.everyone, scratch) for bucket in values.buckets]
-        self._totals = [(e, index) for e in self.exchanges for index in range(len(e.bucket.pieces))]
+        buckets = [*values.buckets, *values.further]
+        exchanges = [kind(values, bucket, self.plan, self.everyone, scratch) for bucket in buckets]
+        self._totals = [(e, index) for e in exchanges for index in range(len(e.bucket.pieces))]
+        self.exchanges = sorted(exchanges, key=lambda exchange: exchange.bucket.start, reverse=True)
         self._receives = [request for e in self.exchanges for request in e.receives]
         self._sends = [request for e in self.exchanges for request in e.sends]
         self._alone = len(values.nodes) == 1  # no messages then
@@ -123,6 +125,8 @@ class OrderedSum:
 
     def start(self) -> None:
         self._begin()
+        if self._alone:
+            return
         self._send(len(self.exchanges))
         until(self._advance)
         wait(self._receives)
@@ -213,7 +217,7 @@ class LibrarySum:
         self.comm, self.values = comm, values
         self.plan = sum_plan(comm.rank, [1] * comm.size, microbatches, leaf)
         dtype = values.vector.dtype
-        self.slots: list[Vector] = like.slots if like else values.memory.own(self.plan.depth, values.updated, dtype)[0]
+        self.slots: list[Vector] = like.slots if like else values.memory.own(self.plan.depth, values.summed, dtype)[0]
 
     def accumulate(self, index: int) -> None:
         merge(self.plan, self.slots, index)
@@ -226,7 +230,7 @@ class LibrarySum:
         wait([self.comm.Iallreduce(MPI.IN_PLACE, part) for part in parts])
 
     def total(self, index: int, out: Vector) -> Vector:
-        piece = self.values.pieces[index]
+        piece = self.values.summed_pieces[index]
         return self.slots[0][piece.start : piece.stop]
 
     def publish(self) -> None:

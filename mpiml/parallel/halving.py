@@ -109,8 +109,11 @@ def fits(nodes: Sequence[int], leaves: int) -> bool:
 
 def faster(nodes: Sequence[int], leaves: int, blocks: Sequence[Block], item: int) -> bool:
     """Whether halving can be used, and is clearly faster than the direct exchange (mpiml.parallel.exchange) of a vector
-    of these blocks with `item` bytes an element, by the constants above."""
-    if not blocks or len(nodes) < FEWEST or not fits(nodes, leaves):
+    of these blocks with `item` bytes an element, by the constants above. A vector with arrays that stand in several
+    layers is not halved: ranks of equal number own equal slices of these on all stages, on whatever nodes they are."""
+    if not blocks or any(block.array for block in blocks):
+        return False
+    if len(nodes) < FEWEST or not fits(nodes, leaves):
         return False
     direct, halved = seconds(len(nodes), nodes[0], blocks, item)
     return halved < CLEARLY * direct

@@ -83,8 +83,8 @@ class Agreement:
 
     def __call__(self, rows: Rows, broken: bool = False, stop: bool = False) -> Record:
         """As `agree`, for a step."""
-        memory, columns = self.memory, rows.shape[1]
-        self._own_flags[:] = broken, stop
+        memory, columns, flags = self.memory, rows.shape[1], self._own_flags
+        flags[0], flags[1] = broken, stop
         size = memory.ranks * self._most * columns
         written: NDArray[Any] = self._written[:size].reshape(memory.ranks, self._most, columns)
         if self._most == DIGITS:

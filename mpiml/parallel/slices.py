@@ -13,6 +13,7 @@ import numpy as np
 from mpiml.vectors import BLOCK, PIECE, Block
 
 Range = tuple[int, int]
+Kind = tuple[bool, float | None, float, int | None, str | None, bool]  # of a block, without its range
 MESSAGE = 1 << 30  # elements of a message: before MPI 4, libraries count them in C's int
 
 
@@ -31,7 +32,7 @@ T = TypeVar("T", bound=Extent)
 
 @dataclass(frozen=True)
 class Piece:
-    """vector[start:stop], blocks with equal decay, momentum, rate and matrix, which are updated at once.
+    """vector[start:stop], blocks that are equal but for their range, which are updated at once.
 
     `blocks` are their (start, stop), relative to the piece's start.
     """
@@ -42,7 +43,26 @@ class Piece:
     momentum: float | None
     rate: float
     matrix: int | None
+    array: str | None
+    counted: bool
     blocks: list[tuple[int, int]]
+
+    @property
+    def kind(self) -> Kind:
+        """What its blocks have in common."""
+        return _kind(self)
+
+
+def _kind(of: Any) -> Kind:
+    return of.decay, of.momentum, of.rate, of.matrix, of.array, of.counted
+
+
+def runs(blocks: Sequence[Block], size: int, owners: int) -> list[Sequence[Block]]:
+    """The runs of blocks that are buckets, the last one first. Those of an array that stands in several layers are by
+    themselves, so that its slices are equal on all stages: they are cut only to fit into messages. Of all others, the
+    runs have `size` elements, as of `buckets`."""
+    groups = [(array, list(group)) for array, group in itertools.groupby(blocks, lambda block: block.array)]
+    return [run for array, group in reversed(groups) for run in buckets(group, MESSAGE * owners if array else size)]
 
 
 def buckets(blocks: Sequence[Block], size: int) -> list[Sequence[Block]]:
@@ -131,8 +151,8 @@ def pieces(run: Sequence[Block]) -> list[Piece]:
     joined: list[Piece] = []
     for block in run:
         last = joined[-1] if joined else None
-        kind = block.decay, block.momentum, block.rate, block.matrix
-        if last and (last.decay, last.momentum, last.rate, last.matrix) == kind and block.stop - last.start <= PIECE:
+        kind = _kind(block)
+        if last and last.kind == kind and block.stop - last.start <= PIECE:
             inside = [*last.blocks, (block.start - last.start, block.stop - last.start)]
             joined[-1] = Piece(last.start, block.stop, *kind, inside)
         else:

@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 from mpiml.clock import Clock
 from mpiml.parallel import slices
 from mpiml.parallel.gradient_sum import GradientSum
-from mpiml.parallel.schedules import Schedule
+from mpiml.parallel.schedules import Schedule, merged
 from mpiml.team import until, wait
 from mpiml.vectors import Vector
 
@@ -56,6 +56,8 @@ class Computation:
         learns: whether this stage or one before it has values to update: then it needs a gradient.
         learned: whether a stage before it has some: then it passes a gradient back.
         gradients: for each micro-batch of this replica, where backward writes; empty where nothing is trained.
+        deferred: makes, of a micro-batch's gradients, those of a backward pass in two parts, which `write` completes;
+            None if this stage does whole backward passes whatever the schedule.
     """
 
     forward: Callable[[Array, Any], tuple[Array, Backward]]
@@ -67,6 +69,7 @@ class Computation:
     learns: bool
     learned: bool
     gradients: Sequence[Any] = ()
+    deferred: Callable[[Any], Any] | None = None
 
 
 class Stage:
@@ -137,10 +140,11 @@ class Stage:
         self._sent += [self.comm.Isend(part, target) for part in _parts(np.ascontiguousarray(array))]
 
     def _finish_sends(self) -> None:
-        self.clock("waiting")
-        wait(self._sent)
-        self._sent = []
-        self.clock("compute")
+        if self._sent:
+            self.clock("waiting")
+            wait(self._sent)
+            self._sent = []
+            self.clock("compute")
 
 
 class TrainingStage(Stage):
@@ -159,7 +163,8 @@ class TrainingStage(Stage):
         observe: Callable[[Vector], None] | None = None,
     ):
         super().__init__(comm, computation, clock)
-        self.sum, self.schedule, self.observe = sum_, schedule, observe
+        self.sum, self.observe = sum_, observe
+        self.schedule = schedule if computation.deferred else merged(schedule)
 
     def train(self, step: int, batches: Sequence[Batch], record: NDArray[np.float64], measured: bool) -> None:
         """Forward and backward passes of this replica's micro-batches of a step.
@@ -168,14 +173,20 @@ class TrainingStage(Stage):
         of `record`, with those of the metric if `measured`.
         """
         in_flight: dict[int, tuple[Backward, Array | None]] = {}
+        unwritten: dict[int, Any] = {}
         for kind, index in self.schedule(self.stages, self.stage, len(batches)):
             batch = batches[index]
             if kind == "F" and batch.rows:
                 at = self.computation.at(True, step, batch.index)
                 y, backward = self.computation.forward(self._input(batch), at)
                 in_flight[index] = backward, self._output(batch, y, record[index], measured, at)
-            elif kind == "B":
-                self._backward(batch, index, *in_flight.pop(index, (None, None)))
+            elif kind == "I" and batch.rows and self.computation.learns:
+                assert self.computation.deferred, "its schedule has whole backward passes"
+                unwritten[index] = self.computation.deferred(self.computation.gradients[index])
+                self._backward(batch, unwritten[index], *in_flight.pop(index))
+            elif kind in ("B", "W"):
+                if self.computation.learns:
+                    self._write(batch, index, unwritten.pop(index, None), *in_flight.pop(index, (None, None)))
                 if measured and self.observe and batch.rows and self.computation.learns:
                     # What the sum has added up by now has changed other slots, not that of the newest gradient.
                     self.observe(self.sum.slots[self.sum.plan.slots[index]])
@@ -183,17 +194,22 @@ class TrainingStage(Stage):
                 self.sum.accumulate(index)
         self._finish_sends()
 
-    def _backward(self, batch: Batch, index: int, backward: Backward | None, dy: Array | None) -> None:
-        if self.computation.learns:
-            gradients = self.computation.gradients[index]
-            if backward is None:
-                self.sum.slots[self.sum.plan.slots[index]].fill(0)
-            else:
-                if dy is None:
-                    dy = self._receive(self.stage + 1, (batch.rows, *self.computation.y_shape))
-                self.clock.mark("backward", batch.index)
-                gradients.begin()
-                dx = backward(dy, gradients)
-                if self.computation.learned:
-                    assert dx is not None, "no gradient for the stages before, which learn"
-                    self._send(self.stage - 1, dx, batch)
+    def _write(self, batch: Batch, index: int, unwritten: Any, backward: Backward | None, dy: Array | None) -> None:
+        """Write a micro-batch's gradients into its slot: what is `unwritten`, or those of a whole backward pass."""
+        if unwritten is not None:
+            self.clock.mark("weights", batch.index)
+            unwritten.write()
+        elif backward is not None:
+            self.computation.gradients[index].begin()
+            self._backward(batch, self.computation.gradients[index], backward, dy)
+        else:
+            self.sum.slots[self.sum.plan.slots[index]].fill(0)
+
+    def _backward(self, batch: Batch, gradients: Any, backward: Backward, dy: Array | None) -> None:
+        if dy is None:
+            dy = self._receive(self.stage + 1, (batch.rows, *self.computation.y_shape))
+        self.clock.mark("backward", batch.index)
+        dx = backward(dy, gradients)
+        if self.computation.learned:
+            assert dx is not None, "no gradient for the stages before, which learn"
+            self._send(self.stage - 1, dx, batch)

@@ -14,6 +14,7 @@ from mpiml.parallel import exact
 from mpiml.parallel.gradient_sum import GradientSum
 from mpiml.parallel.slices import Piece, place
 from mpiml.parallel.state import EMA
+from mpiml.parallel.ties import Ties
 from mpiml.team import Team, wait
 from mpiml.vectors import Operands, Vector
 
@@ -50,6 +51,7 @@ class Update:
         clip: the largest norm that the gradient may have; 0 for no limit.
         rows: (step) -> its rows over all replicas; for running averages.
         ema: the part of the average that stays in a step; 0 for no average.
+        ties: what adds up gradients of arrays that stand in several layers, if the model has such.
 
     Attributes:
         states: the optimizer's state vectors and the average by name, for the parts that this replica holds, one after
@@ -67,6 +69,7 @@ class Update:
         clip: float,
         rows: Callable[[int], int],
         ema: float = 0.0,
+        ties: Ties | None = None,
     ):
         self.comm, self.clock, self.sum, self.optimizer, self.clip = team.comm, team.clock, sum_, optimizer, clip
         self.rows, self.ema, self.finite, self.pieces = rows, ema, True, sum_.values.pieces
@@ -74,12 +77,14 @@ class Update:
         size = sum(stop - start for start, stop in sum_.values.held)
         names = (*optimizer.states, EMA) if ema else optimizer.states
         self.states = {name: vectors.zeros(size, dtype) for name in names}
-        self._kept = [sum_.slots[0][piece.start : piece.stop] for piece in self.pieces]
+        self.ties, self._tied = ties, ties.totals if ties else {}
+        kept = [sum_.slots[0][piece.start : piece.stop] for piece in self.pieces]
+        self._kept = [self._tied.get(index, one) for index, one in enumerate(kept)]
         longest = max((piece.stop - piece.start for piece in self.pieces), default=0)
         scratch = [vectors.empty(longest, dtype) for _ in range(2)]
         self._operands = [self._operands_of(piece, *scratch) for piece in self.pieces]
         self.counts = replica in sum_.values.owners
-        self._in_norm = [self.counts and piece.momentum is None for piece in self.pieces]
+        self._in_norm = [self.counts and piece.counted and piece.momentum is None for piece in self.pieces]
 
     def step(self, rate: float, weight: float, step: int, measure: bool) -> float | None:
         """Do step number `step`, from 1 on, with learning rate `rate`, on a batch whose weights sum to `weight`.
@@ -95,6 +100,8 @@ class Update:
         self.clock("communication")
         self.sum.start()
         self.clock("update")
+        if self.ties:
+            self.ties.add()
         scale = 1.0 / weight
         norm = None
         if measure or self.clip:
@@ -108,7 +115,7 @@ class Update:
             self._trust(scale, step, kept)
             kept = True
         for index, (piece, on) in enumerate(zip(self.pieces, self._operands, strict=True)):
-            on.total = self._kept[index] if kept else self.sum.total(index, on.scratch[0])
+            on.total = self._kept[index] if kept else self._total(index, on.scratch[0])
             if piece.momentum is None:
                 self.optimizer.update(on, scale, rate * piece.rate, step)
                 self._average(on, step)
@@ -151,6 +158,10 @@ class Update:
             self.clock("communication")
             values.publish()
 
+    def _total(self, index: int, out: Vector) -> Vector:
+        """The summed gradient of a piece, over all places of its array: in `out`, or where it lies."""
+        return self._tied[index] if index in self._tied else self.sum.total(index, out)
+
     def _average(self, on: Operands, step: int) -> None:
         """Count the values of a piece after a step in their average."""
         if on.average is not None:
@@ -175,7 +186,7 @@ class Update:
         for index, (piece, on) in enumerate(zip(self.pieces, self._operands, strict=True)):
             on.total = self._kept[index]
             if not kept:
-                self.sum.total(index, on.total)
+                self._total(index, on.total)
             if piece.momentum is None:
                 self.optimizer.prepare(on, scale, step)
             if piece.matrix is not None:
@@ -198,7 +209,7 @@ class Update:
         """The norm of the summed gradient over all stages; the sum is kept in this replica's first slot."""
         squares: list[float] = []
         for index, piece in enumerate(self.pieces):
-            self.sum.total(index, self._kept[index])
+            self._total(index, self._kept[index])
             if self._in_norm[index]:
                 squares += vectors.square_sums(self._kept[index], piece.blocks)
         total = exact.digits(np.array(squares).reshape(-1, 1))

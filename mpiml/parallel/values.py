@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from numpy.typing import DTypeLike
 
 from mpiml.parallel import halving
 from mpiml.parallel.memory import Memory
-from mpiml.parallel.slices import Piece, Range, bounds, bucket_size, buckets, owned, pieces
+from mpiml.parallel.slices import Piece, Range, bounds, bucket_size, owned, pieces, runs
 from mpiml.parallel.tree import links
 from mpiml.team import allgather, wait
 from mpiml.vectors import Block, padded
@@ -30,6 +31,7 @@ class Bucket:
         shares: with halving, (start, stop) of the slices of this replica's lane, in the order of the vector.
         tag: of messages with values; partial sum p has tag + 1 + p. Tags tell buckets apart, because an MPI library may
             start requests in any order.
+        array: the name of the array of which it is, if that stands in several layers.
     """
 
     start: int
@@ -38,6 +40,7 @@ class Bucket:
     pieces: list[Piece]
     tag: int
     shares: list[Range]
+    array: str | None = None
 
     def span(self, of: Range) -> Range:
         """(start, stop) of some neighbouring shares."""
@@ -54,6 +57,9 @@ class Values:
     Blocks cover the first part of the vector, which is updated. The rest is fixed: it has a copy wherever the vector
     has one, and nobody holds, sums or publishes it.
 
+    Vectors of gradients go on behind what is updated: with `further` blocks, of a gradient by an array in the second
+    and each further of its places. They are cut and owned as the array's own blocks are.
+
     Args:
         comm: the replicas of the stage, those of a node next to each other.
         memory: of this node's replicas.
@@ -61,17 +67,22 @@ class Values:
         bucket: elements of a bucket, or more if there would be too many buckets; 0 for one bucket.
         halved: whether nodes exchange by halving (mpiml.parallel.halving), for which they need equally many replicas.
             Those with equal numbers on their nodes are a lane, which has a part of the vector.
+        further: the blocks of each further place, one place after another.
 
     Attributes:
         vector: all values of the stage.
-        updated: how many of them are updated, the first ones; vectors of gradients have this size.
+        updated: how many of them are updated, the first ones; summed: the size of vectors of gradients.
         matrices: how many parameters have norms of their own.
         nodes: how many replicas each node has, in order.
         rounds: of this node, with halving; empty without.
-        buckets: from the end of the vector to its start, as a backward pass writes gradients.
+        buckets: from the end of the vector to its start, as a backward pass writes gradients; further: those of further
+            places likewise.
         holders: (replica, start, stop) of parts that make up what is updated, each element once.
         owners: the replicas that hold any.
         held: (start, stop) of the parts that this replica updates; pieces: the same, cut to fit a cache.
+        places: by the number of a piece whose array stands in several layers of this stage: the numbers, in
+            `summed_pieces`, of the piece of each further place.
+        summed_pieces: `pieces`, and those of further places.
         sent: the bytes that this replica has sent to other nodes, of sums too.
     """
 
@@ -84,19 +95,24 @@ class Values:
         dtype: DTypeLike,
         bucket: int = 0,
         halved: bool = False,
+        further: Sequence[Sequence[Block]] = (),
     ):
         self.comm, self.memory = comm, memory
         self.vector = memory.common(size, dtype)
         self.updated = padded(blocks[-1].stop, dtype) if blocks else 0  # with the padding after it
+        self.summed = padded(further[-1][-1].stop, dtype) if further else self.updated
         self.matrices = 1 + max((block.matrix for block in blocks if block.matrix is not None), default=-1)
         neighbours = allgather(comm, (memory.rank, memory.ranks))
         self.nodes = [ranks for rank, ranks in neighbours if rank == 0]
         self.rounds = halving.rounds(comm.rank // memory.ranks, len(self.nodes)) if halved else []
         highest = MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 32767  # which every library has
         messages = 2 * memory.ranks if halved else comm.size  # which make up a bucket
-        longest = bucket_size(bucket, self.updated, messages, (highest + 1) // TAGS)
-        runs = buckets(blocks, longest)
-        self.buckets = [self._bucket(run, TAGS * number) for number, run in enumerate(runs)]
+        apart = len({block.array for block in blocks}) + len(further)
+        longest = bucket_size(bucket, self.updated, messages, max((highest + 1) // TAGS - apart, 2))
+        tags = itertools.count(0, TAGS)
+        self.buckets, *places = (
+            [self._bucket(run, next(tags)) for run in runs(part, longest, comm.size)] for part in (blocks, *further)
+        )
         self.holders = [
             (owner, start, stop)
             for bucket in self.buckets
@@ -106,6 +122,15 @@ class Values:
         self.owners = {owner for owner, _, _ in self.holders}
         self.held = [(start, stop) for owner, start, stop in self.holders if owner == comm.rank]
         self.pieces = [piece for bucket in self.buckets for piece in bucket.pieces]
+        self.further = [bucket for place in places for bucket in place]
+        self.summed_pieces = self.pieces + [piece for bucket in self.further for piece in bucket.pieces]
+        self.places: dict[int, list[int]] = {}
+        number = len(self.pieces)
+        for part in further:
+            for index, piece in enumerate(self.pieces):
+                if piece.array == part[0].array:
+                    self.places.setdefault(index, []).append(number)
+                    number += 1
         self.sent = self._given = 0
         self._rounds: list[tuple[list[MPI.Prequest], list[MPI.Prequest]]] = []
         if halved:
@@ -119,7 +144,7 @@ class Values:
             lanes = halving.lanes(run, len(self.nodes), self.memory.ranks)
             of_lane, of_replicas = lanes[self.memory.rank], halving.of_replicas(lanes, len(self.nodes))
         slices, own = [bounds(blocks) for blocks in of_replicas], pieces(of_replicas[self.comm.rank])
-        return Bucket(*bounds(run), slices, own, tag, [bounds(blocks) for blocks in of_lane])
+        return Bucket(*bounds(run), slices, own, tag, [bounds(blocks) for blocks in of_lane], run[0].array)
 
     def _plan_messages(self) -> None:
         """Each owner gives its slice to its partners on all other nodes."""
@@ -159,9 +184,11 @@ class Values:
         """Give the values of this replica's parts to all replicas; collective over them. Afterwards all hold equal
         values, and `others`, further requests, are complete on all ranks of the node."""
         for takes, _ in self._rounds:
-            MPI.Prequest.Startall(takes)
+            if takes:
+                MPI.Prequest.Startall(takes)
         for takes, gives in self._rounds:
-            MPI.Prequest.Startall(gives)
+            if gives:
+                MPI.Prequest.Startall(gives)
             wait([*others, *gives, *takes])
         self.sent += self._given
         self.memory.barrier()

@@ -10,6 +10,8 @@ from mpiml.command import Parser, run_command, whole
 from mpiml.config import parse
 from mpiml.documents import to_json
 from mpiml.partition import check_ranks
+from mpiml.plan.costs import most_passes, schedule_of
+from mpiml.plan.drawing import draw
 from mpiml.plan.sizing import plan, screen
 from mpiml.training.job import job_of
 from mpiml.training.resolve import open_data
@@ -26,7 +28,9 @@ def _parser() -> Parser:
     )
     parser.add_argument("--ranks", type=whole(), required=True, metavar="N", help="ranks of the job")
     parser.add_argument("--node-ranks", type=whole(), metavar="N", help="ranks on each node (default: all on one node)")
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print the plan as JSON")
+    form.add_argument("--draw", action="store_true", help="draw the passes of a step too: 1F0 is F of micro-batch 0")
     return parser
 
 
@@ -41,9 +45,12 @@ def _main(arguments: Sequence[str] | None) -> int:
     check_ranks(chosen.ranks, config.pipe)
     data = open_data(config)
     working = busy(config, None, chosen.ranks)
-    made = plan(job_of(config, working, chosen.node_ranks or chosen.ranks, data), data.name)
+    job = job_of(config, working, chosen.node_ranks or chosen.ranks, data)
+    made = plan(job, data.name)
     idle = idle_text(working, chosen.ranks - working, made.microbatches, made.workers, config.leaf)
     print(to_json(asdict(made), indent=2) if chosen.json else "\n".join([*idle, screen(made)]))
+    if chosen.draw:
+        print(f"\n{draw(schedule_of(job.config.schedule, job.splits), len(job.stages), most_passes(job))}")
     return 0
 
 

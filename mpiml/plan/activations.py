@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import math
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from mpiml.nn import base as nn
 from mpiml.nn import layers as kinds
-from mpiml.nn.parameters import Shape
+from mpiml.nn.parameters import Layout, Shape
+from mpiml.nn.recompute import grouped
 from mpiml.training.stages import StageDesign
 
 ROWS = (8, 24)  # of two micro-batches: memory that does not depend on the rows cancels in their difference
 ARRAYS = [tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)]  # NumPy's arrays alone: other threads allocate too
 IDS = np.dtype(np.intp)
+NORMS = kinds.LayerNorm, kinds.RMSNorm, kinds.GroupNorm, kinds.BatchNorm2d
+
+
+class RowBytes(NamedTuple):
+    """Bytes that a stage holds for each row of a micro-batch in flight, of one that waits for W, and of the one of
+    which the largest block is computed again."""
+
+    in_flight: float
+    waiting: float
+    again: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,20 +80,54 @@ KEEPS: dict[type[nn.Layer], Keeps] = {
     kinds.Embedding: Keeps(more=lambda layer, shape: math.prod(shape), ids=True),
     kinds.PositionalEmbedding: Keeps(),
     kinds.Residual: Keeps(),  # what the layers inside it keep
+    kinds.Recompute: X,
 }
+
+
+def of_a_row(stage: StageDesign, last: bool) -> RowBytes:
+    """What a stage holds of a row; it is the last stage, or not."""
+    item, layers = stage.layout.dtype.itemsize, grouped(stage.layers, stack=False)
+    again = 0.0
+    for layer, shape in zip(layers, nn.stack_shapes(layers, stage.x_shape), strict=False):
+        if isinstance(layer, kinds.Recompute):
+            whole = _bytes_kept(layer.layers, shape, layer.needs_dx, stage.layout)
+            again = max(again, whole - math.prod(shape) * item)  # beside its inputs, which are kept anyway
+    return RowBytes(bytes_of_a_row(stage, last), bytes_that_wait(stage.layers, stage.x_shape, item), again)
+
+
+def bytes_that_wait(layers: Sequence[nn.Layer], shape: Shape, item: int) -> int:
+    """Bytes that layers hold for a row from I to W: what gradients by weights are made of, a layer's inputs and the
+    gradient by its outputs; of normalisations, which add these up at once, nothing that grows with the rows. An array
+    that two layers hold counts twice."""
+    shapes, total = nn.stack_shapes(layers, shape), 0
+    for layer, before, after in zip(layers, shapes, shapes[1:], strict=False):
+        if isinstance(layer, kinds.Residual):
+            total += bytes_that_wait(layer.layers, before, item)
+        elif isinstance(layer, kinds.CausalSelfAttention):
+            total += sum(bytes_that_wait([one], before, item) for one in layer.inner())
+        elif isinstance(layer, kinds.Embedding):
+            total += math.prod(before) * IDS.itemsize + math.prod(after) * item
+        elif isinstance(layer, kinds.PositionalEmbedding):
+            total += math.prod(after) * item
+        elif layer.own_parameters() and not isinstance(layer, NORMS):
+            total += (math.prod(before) + math.prod(after)) * item
+    return total
 
 
 def bytes_of_a_row(stage: StageDesign, last: bool) -> float:
     """Bytes that a stage holds for each row of a micro-batch in flight: its input, what its layers keep, and on the
     last stage the gradient of the loss. Measured if it has other layers than those in KEEPS, else worked out."""
-    item = stage.layout.dtype.itemsize
-    if all(type(layer) in KEEPS for layer in nn.everything(stage.layers)):
-        kept: dict[object, int] = {}
-        _pass(stage.layers, object(), stage.x_shape, stage.learned, item, kept)
-        row: float = sum(kept.values())
-    else:
-        row = _measured(stage)
-    return row + (math.prod(stage.y_shape) * item if last else 0)
+    row = _bytes_kept(grouped(stage.layers, stack=False), stage.x_shape, stage.learned, stage.layout)
+    return row + (math.prod(stage.y_shape) * stage.layout.dtype.itemsize if last else 0)
+
+
+def _bytes_kept(layers: list[nn.Layer], shape: Shape, learned: bool, layout: Layout) -> float:
+    """The same of some layers of a stage, without the loss."""
+    if not all(type(layer) in KEEPS for layer in nn.everything(layers)):
+        return _measured(layers, shape, learned, layout)
+    kept: dict[object, int] = {}
+    _pass(layers, object(), shape, learned, layout.dtype.itemsize, kept)
+    return sum(kept.values())
 
 
 def _pass(layers: list[nn.Layer], x: object, shape: Shape, learned: bool, item: int, kept: dict[object, int]) -> None:
@@ -101,22 +147,22 @@ def _pass(layers: list[nn.Layer], x: object, shape: Shape, learned: bool, item: 
         x = y
 
 
-def _measured(stage: StageDesign) -> float:
+def _measured(layers: list[nn.Layer], shape: Shape, learned: bool, layout: Layout) -> float:
     """The same measured: two forward passes are run on zeros, and what NumPy has allocated and not freed after each is
     counted. Memory that other libraries allocate is not counted."""
-    stage.layout.bind(np.zeros(stage.layout.size, stage.layout.dtype))  # never written to: takes no memory
-    _held(stage, ROWS[0])  # layers allocate here what they keep for good
-    few, many = (_held(stage, rows) for rows in ROWS)
+    layout.bind(np.zeros(layout.size, layout.dtype))  # never written to: takes no memory
+    _held(layers, shape, learned, layout.dtype, ROWS[0])  # layers allocate here what they keep for good
+    few, many = (_held(layers, shape, learned, layout.dtype, rows) for rows in ROWS)
     return (many - few) / (ROWS[1] - ROWS[0])
 
 
-def _held(stage: StageDesign, rows: int) -> int:
+def _held(layers: list[nn.Layer], shape: Shape, learned: bool, dtype: DTypeLike, rows: int) -> int:
     """Bytes of arrays that a forward pass of `rows` rows leaves allocated."""
     tracemalloc.start()
     try:
         with np.errstate(all="ignore"):
-            x = np.zeros((rows, *stage.x_shape), stage.layout.dtype)
-            backward = nn.forward(stage.layers, x, nn.At(training=True, step=1), learned=stage.learned)[1]
+            x = np.zeros((rows, *shape), dtype)
+            backward = nn.forward(layers, x, nn.At(training=True, step=1), learned=learned)[1]
         del x
         held = tracemalloc.take_snapshot()
         del backward

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpiml.nn import base as nn
-from mpiml.parallel.schedules import SCHEDULES
-from mpiml.parallel.simulator import Simulation, simulate
+from mpiml.parallel.schedules import SCHEDULES, Schedule, of_stages
+from mpiml.parallel.simulator import Simulation, held, simulate
+from mpiml.plan import ties
+from mpiml.plan.activations import RowBytes
 from mpiml.plan.exchanges import Counts, depths, traffic
 from mpiml.plan.saving import copies
 from mpiml.plan.sums import averaging, states
@@ -53,24 +54,25 @@ class StageMemory:
         return every + self.common
 
 
-def stage_memory(job: Job, stage: int, row_bytes: float) -> StageMemory:
-    """What a stage holds if it keeps `row_bytes` for each row of a micro-batch in flight."""
+def stage_memory(job: Job, stage: int, of_row: RowBytes) -> StageMemory:
+    """What a stage holds if it keeps so much of each row of a micro-batch."""
     layout, sums = job.stages[stage].layout, traffic(job, stage)
-    values, vector = (bytes_of(size, layout.dtype) for size in (layout.size, layout.updated))
+    values, vector = (bytes_of(size, layout.dtype) for size in (layout.size, layout.summed))
     passes = map(job.passes, range(job.replicas))
-    flights = np.array([in_flight(job.config.schedule, len(job.stages), stage, count) for count in passes])
+    most = [most_held(job.config.schedule, job.splits, stage, count, of_row) for count in passes]
+    flights, bytes_of_rows = np.array(most).T
     having = np.concatenate([np.repeat(n, n) for n in (sharers(h, job.shared) for h in job.group_homes(stage))])
     common, average = job.copies * values / having, np.zeros(job.replicas, np.int64)
     of_average = averaging(job, stage) if job.config.workers else None
     if of_average:
         common, average = common + of_average.vector / of_average.sharers, of_average.memory
     return StageMemory(
-        in_flight=flights,
+        in_flight=flights.astype(np.int64),
         values=values,
         gradients=np.tile(depths(job.members, job.worker_microbatches, job.config.leaf), job.groups) * vector,
         state=states(job) * job.copies * sums.slices,
-        activations=(flights * job.microbatch_rows * row_bytes).astype(np.int64),
-        messages=sums.gradients_in + sums.packed,
+        activations=(bytes_of_rows * job.microbatch_rows).astype(np.int64),
+        messages=sums.gradients_in + sums.packed + ties.received(job, stage),
         average=average,
         copies=copies(job, stage, of_average),
         common=common,
@@ -84,25 +86,46 @@ def fullest_node(job: Job, memories: Sequence[StageMemory]) -> int:
 
 
 @functools.cache
-def in_flight(schedule: str, stages: int, stage: int, passes: int) -> int:
-    """The most micro-batches of a stage whose forward passes are done and whose backward passes are not."""
-    actions = SCHEDULES[schedule](stages, stage, passes)
-    return max(itertools.accumulate((1 if action.kind == "F" else -1 for action in actions), initial=0))
+def schedule_of(schedule: str, splits: tuple[bool, ...]) -> Schedule:
+    """A schedule by its name, for stages of which some split their backward passes."""
+    return of_stages(SCHEDULES[schedule], splits)
 
 
-def pipeline(job: Job) -> Simulation:
-    """The passes of a step on the replica with the most micro-batches; the unit of time is an operation."""
-    forward = [float(max(stage.flops, 1)) for stage in job.stages]
-    passes = max(job.passes(replica) for replica in range(job.replicas))
-    schedule = SCHEDULES[job.config.schedule]
-    return simulate(schedule, len(job.stages), passes, forward, [max(backward(stage), 1) for stage in job.stages])
+@functools.cache
+def most_held(
+    schedule: str, splits: tuple[bool, ...], stage: int, passes: int, of_row: RowBytes
+) -> tuple[float, float]:
+    """The most micro-batches in flight of a stage, and the most bytes that it holds for a row of each of those and of
+    each that waits for W."""
+    actions = schedule_of(schedule, splits)(len(splits), stage, passes)
+    counts = list(held(actions)) or [(0, 0)]
+    most = max(flight * of_row.in_flight + waiting * of_row.waiting for flight, waiting in counts)
+    return max(flight for flight, _ in counts), most + (of_row.again if passes else 0.0)
+
+
+def pipeline(job: Job, even: bool = False) -> Simulation:
+    """The passes of a step on the replica with the most micro-batches; the unit of time is an operation. If `even`, as
+    if all stages had equal work."""
+    forward = [1.0 if even else float(max(stage.flops, 1)) for stage in job.stages]
+    whole = [BACKWARD if even else max(backward(stage), 1.0) for stage in job.stages]
+    weights = [each / BACKWARD for each in whole]
+    schedule = schedule_of(job.config.schedule, job.splits)
+    return simulate(schedule, len(job.stages), most_passes(job), forward, whole, weights=weights)
+
+
+def most_passes(job: Job) -> int:
+    """The micro-batches of the replica that has the most."""
+    return max(job.passes(replica) for replica in range(job.replicas))
 
 
 def backward(stage: StageDesign) -> float:
-    """Operations of a stage's backward pass for a row: none for layers before the first that training changes."""
+    """Operations of a stage's backward pass for a row, with forward passes that are computed again: none for layers
+    before the first that training changes."""
     flops = nn.stack_flops(stage.layers, stage.x_shape)
     changed = (index for index, layer in enumerate(stage.layers) if nn.updated([layer]))
-    return BACKWARD * sum(flops[0 if stage.learned else next(changed, len(flops)) :])
+    first = 0 if stage.learned else next(changed, len(flops))
+    again = (of for layer, of in zip(stage.layers[first:], flops[first:], strict=True) if layer.block is not None)
+    return BACKWARD * sum(flops[first:]) + sum(again)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpiml.nn.parameters import Layout
-from mpiml.parallel import halving
-from mpiml.parallel.slices import bounds, buckets, elements, owned
+from mpiml.parallel import halving, slices
+from mpiml.parallel.slices import bounds, elements, owned
 from mpiml.parallel.tree import depth, partials, shift_reduce
 from mpiml.training.job import Job, sharers
 from mpiml.vectors import Block
@@ -90,11 +90,13 @@ def traffic(job: Job, stage: int) -> Traffic:
             part = _halved(shares, item, homes, job.nodes, packs)
             everything.add(part, slice(group * job.members, (group + 1) * job.members))
         return everything
-    runs = owned_runs(job, stage)
-    limits = np.array([[bounds(blocks) for blocks in run] for run in runs], np.int64).reshape(-1, job.members, 2)
-    for group, homes in enumerate(job.group_homes(stage)):
-        part = direct(np.diff(limits)[..., 0], item, homes, job.nodes, job.shared, job.worker_leaves)
-        everything.add(part, slice(group * job.members, (group + 1) * job.members))
+    further = [run for place in layout.further_blocks() for run in slices.runs(place, 0, job.members)]
+    for runs, published in ((owned_runs(job, stage), True), ([owned(run, job.members) for run in further], False)):
+        limits = np.array([[bounds(blocks) for blocks in run] for run in runs], np.int64).reshape(-1, job.members, 2)
+        for group, homes in enumerate(job.group_homes(stage)):
+            lengths = np.diff(limits)[..., 0]
+            part = direct(lengths, item, homes, job.nodes, job.shared, job.worker_leaves, published)
+            everything.add(part, slice(group * job.members, (group + 1) * job.members))
     return everything
 
 
@@ -178,7 +180,13 @@ def owned_runs(job: Job, stage: int) -> list[list[Sequence[Block]]]:
 
 
 def direct(
-    owned_elements: Counts, item: int, homes: Counts, all_nodes: int, shared: bool, contributions: int
+    owned_elements: Counts,
+    item: int,
+    homes: Counts,
+    all_nodes: int,
+    shared: bool,
+    contributions: int,
+    published: bool = True,
 ) -> Traffic:
     """The messages of a sum.
 
@@ -189,32 +197,34 @@ def direct(
         owned_elements: what each replica owns of each bucket: (buckets, replicas); `item` bytes each.
         homes: the node of each replica, of `all_nodes`; shared: whether those of a node have one memory.
         contributions: of all replicas together.
+        published: whether there are values, which go back; of the gradient at a further place of an array, there are
+            none.
     """
-    replicas = len(homes)
-    slices, parts = owned_elements.sum(axis=0) * item, (owned_elements > 0).sum(axis=0)
+    replicas, back = len(homes), int(published)
+    lengths, parts = owned_elements.sum(axis=0) * item, (owned_elements > 0).sum(axis=0)
     counts = np.array(sharers(homes, shared))  # replicas of each group that shares a memory
     firsts, others = np.cumsum(counts) - counts, len(counts) - 1
     left = [node_partials(*group, replicas, contributions) for group in zip(firsts, counts, strict=True)]
     partial, added = np.repeat(np.array(left), counts, axis=0).T  # of each replica's group
-    lane_bytes, lane_parts = _of_lanes(counts, slices), _of_lanes(counts, parts)
+    lane_bytes, lane_parts = _of_lanes(counts, lengths), _of_lanes(counts, parts)
 
     def of_nodes(nodes: Counts, amounts: Counts) -> Counts:
         return np.bincount(nodes, amounts, all_nodes).astype(np.int64)
 
-    node_bytes = of_nodes(homes, slices)
+    node_bytes = of_nodes(homes, lengths)
     node_partial_sums, node_groups = (of_nodes(homes[firsts], each) for each in (partial[firsts], np.ones_like(firsts)))
     return Traffic(
-        slices=slices,
+        slices=back * lengths,
         gradients_out=partial * lane_bytes,
-        gradients_in=(partial[firsts].sum() - partial) * slices,
-        values_out=others * slices,
-        values_in=lane_bytes,
+        gradients_in=(partial[firsts].sum() - partial) * lengths,
+        values_out=back * others * lengths,
+        values_in=back * lane_bytes,
         packed=added * lane_bytes,
-        messages=partial * lane_parts + others * parts,
-        gradients_abroad=node_partial_sums * (slices.sum() - node_bytes),
-        values_abroad=node_bytes * (len(counts) - node_groups),
+        messages=partial * lane_parts + back * others * parts,
+        gradients_abroad=node_partial_sums * (lengths.sum() - node_bytes),
+        values_abroad=back * node_bytes * (len(counts) - node_groups),
         gradients_received=node_bytes * (node_partial_sums.sum() - node_partial_sums),
-        values_received=node_groups * (slices.sum() - node_bytes),
+        values_received=back * node_groups * (lengths.sum() - node_bytes),
     )
 
 
@@ -236,7 +246,8 @@ def runs_of_buckets(job: Job, stage: int) -> list[Sequence[Block]]:
     """The runs of blocks that are exchanged at once."""
     layout = job.stages[stage].layout
     several = any(len(sharers(homes, job.shared)) > 1 for homes in job.group_homes(stage))
-    return buckets(_blocks(layout), elements(job.config.bucket, layout.dtype) if several else 0)
+    size = elements(job.config.bucket, layout.dtype) if several else 0
+    return slices.runs(_blocks(layout), size, job.members)
 
 
 @functools.lru_cache(1)  # there may be many, and they are needed several times, stage by stage

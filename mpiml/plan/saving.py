@@ -16,7 +16,10 @@ def checkpoint(job: Job, workers: int) -> int:
     """The bytes of a checkpoint's vectors: of the model, and of so many workers that each have their own."""
     kept = states(job)
     updated = (0 if workers else kept) + outer(job) + workers * (1 + kept)
-    return sum((s.layout.size + updated * s.layout.updated) * s.layout.dtype.itemsize for s in job.stages)
+    layouts = [stage.layout for stage in job.stages]
+    total = sum((layout.size + updated * layout.updated) * layout.dtype.itemsize for layout in layouts)
+    again = [(p, layout.dtype) for layout in layouts for p in layout.parameters if p.first is not p]  # saved once
+    return total - sum(bytes_of(p.size, dtype) * (1 + updated * (not p.frozen)) for p, dtype in again)
 
 
 def copies(job: Job, stage: int, average: Averaging | None) -> Counts:
@@ -37,12 +40,13 @@ def copies(job: Job, stage: int, average: Averaging | None) -> Counts:
             taken[number if alone else number * job.members + member] = sum(
                 bytes_of(stop - start, dtype) * (1 + states(job) * (piece.momentum is None))
                 for piece in share
+                if piece.counted
                 for start, stop in piece.blocks
             )
     if average and outer(job):
         counts = np.arange(job.replicas) % job.members == 0 if alone else True
         taken += -(-average.mean.slices // ALIGNMENT) * ALIGNMENT * counts
-    taken[0] += sum(bytes_of(parameter.size, dtype) for parameter in layout.parameters if parameter.frozen)
+    taken[0] += sum(bytes_of(p.size, dtype) for p in layout.parameters if p.frozen and p.first is p)
     taken[0] += 0 if stage else _constants(job)
     return taken
 

@@ -10,7 +10,7 @@ import numpy as np
 from mpiml.command import count, size, table
 from mpiml.nn import base as nn
 from mpiml.nn.parameters import Shape
-from mpiml.plan import activations, costs, saving, sums
+from mpiml.plan import activations, costs, saving, sums, ties
 from mpiml.plan.exchanges import depths, exchange_text
 from mpiml.training.job import Job, kind
 from mpiml.training.sharing import grid_text
@@ -113,12 +113,11 @@ class Plan:
 def plan(job: Job, data: str) -> Plan:
     """The plan of a job that trains on the data set named `data`."""
     last = len(job.stages) - 1
-    rows = [activations.bytes_of_a_row(stage, number == last) for number, stage in enumerate(job.stages)]
+    rows = [activations.of_a_row(stage, number == last) for number, stage in enumerate(job.stages)]
     phases = job.phases()
     memories = [[costs.stage_memory(phase, number, row) for number, row in enumerate(rows)] for phase in phases]
     *before, job = phases
     flops, work = (sum(getattr(stage, of) for stage in job.stages) for of in ("flops", "work"))
-    passes = max(job.passes(replica) for replica in range(job.replicas))
     workers, average_from = job.config.workers or 0, job.config.average_from
     gradients, averages = sums.of_sums(job), sums.of_averages(job) if workers else ()
     return Plan(
@@ -137,7 +136,7 @@ def plan(job: Job, data: str) -> Plan:
         layers=_layers(job),
         stages=[_stage(job, number, memory, work) for number, memory in enumerate(memories[-1])],
         bubble=costs.pipeline(job).bubble(),
-        even_bubble=last / (passes + last),
+        even_bubble=costs.pipeline(job, even=True).bubble(),
         rank_bytes=int(max(max(memory.held) for each in memories for memory in each)),
         node_bytes=max(map(costs.fullest_node, phases, memories)),
         wires=[*wires(job), *(_before(phase, average_from) for phase in before)],
@@ -163,7 +162,7 @@ def _layers(job: Job) -> list[LayerLine]:
     for number, stage in enumerate(job.stages):
         shapes = nn.stack_shapes(stage.layers, stage.x_shape)
         for layer, before, after in zip(stage.layers, shapes, shapes[1:], strict=False):
-            size = sum(parameter.size for parameter in nn.parameters([layer]))
+            size = sum(parameter.size for parameter in nn.parameters([layer]) if parameter.first is parameter)
             lines.append(LayerLine(layer.path, kind(layer), after, size, layer.flops(before), number))
     return lines
 
@@ -174,7 +173,7 @@ def _stage(job: Job, number: int, memory: costs.StageMemory, work: int) -> Stage
     return StageLine(
         first=stage.first,
         last=stage.first + len(stage.layers) - 1,
-        parameters=sum(parameter.size for parameter in stage.layout.parameters),
+        parameters=sum(parameter.size for parameter in stage.layout.parameters if parameter.first is parameter),
         share=stage.work / work if work else 0.0,
         in_flight=int(memory.in_flight.max()),
         copies=job.copies,
@@ -197,6 +196,7 @@ def wires(job: Job) -> list[Wire]:
         between = sum(getattr(edge, direction) * edge.abroad for edge in edges)
         within = sum(getattr(edge, direction) * (1 - edge.abroad) for edge in edges)
         lines.append(Wire(what, between, within))
+    lines += [Wire("gradients of arrays in several layers", *ties.sent(job))] * any(ties.sent(job))
     lines += _summed(job)
     if job.config.workers:
         for what, sent in zip(("values", "optimizer states"), sums.of_averages(job), strict=True):

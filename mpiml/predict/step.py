@@ -1,8 +1,9 @@
 """The predicted time of a training step on any grid, from measured pieces (mpiml.predict.machine); no MPI.
 
-A step is: the passes of a pipeline, by the simulator; the step record; the exchange of gradients between nodes; the sum
-and the update of what each rank owns; the exchange of values. The slowest rank counts. A rank with several workers does
-all this for one after the other, among the ranks of each; of the average at the end of a round, a step has its part.
+A step is: the passes of a pipeline, by the simulator (a backward pass in two parts has equal ones); the step record;
+the exchange of gradients between nodes; the sum and the update of what each rank owns; the exchange of values. The
+slowest rank counts. A rank with several workers does all this for one after the other, among the ranks of each; of the
+average at the end of a round, a step has its part.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpiml.parallel.schedules import SCHEDULES
+from mpiml.parallel.schedules import SCHEDULES, of_stages
 from mpiml.parallel.simulator import simulate
 from mpiml.parallel.tree import partials
 from mpiml.plan import sums
@@ -44,11 +45,12 @@ def step_time(job: Job, machine: Machine, network: Link) -> StepTime:
     count = max(job.passes(replica) for replica in range(job.members))
     stages = range(len(job.stages))
     sends = [_send(job, machine, network, stage) for stage in stages[:-1]]
-    run = simulate(SCHEDULES[job.config.schedule], len(stages), count, forward, backward, sends)
+    schedule, weights = of_stages(SCHEDULES[job.config.schedule], job.splits), [seconds / 2 for seconds in backward]
+    run = simulate(schedule, len(stages), count, forward, backward, sends, weights)
     compute = count * (sum(forward) + sum(backward)) / len(stages)
     ends = (0, job.members - 1)
     fewest = min(len(partials(replica, job.members, job.worker_leaves)) for replica in ends)
-    adds = [(count - fewest) * stage.layout.updated * speeds.add for stage in job.stages]  # of its own micro-batches
+    adds = [(count - fewest) * stage.layout.summed * speeds.add for stage in job.stages]  # of its own micro-batches
     exchanged, updated = zip(*(_sum(job, stage, speeds, network) for stage in stages), strict=True)
     record = speeds.step + _all_nodes(_nodes(job), network, sums.RECORD)
     turns, averaged, mean = job.copies, 0.0, 0.0
@@ -71,7 +73,9 @@ def passes(job: Job, machine: Machine, speeds: Speeds) -> tuple[list[float], lis
     for number, stage in enumerate(job.stages):
         layers = slice(stage.first, stage.first + len(stage.layers))
         ends = [speeds.inputs] * (number == 0) + [speeds.loss] * (number == len(job.stages) - 1)
-        for seconds, curves in ((forward, [*ends, *speeds.forward[layers]]), (backward, speeds.backward[layers])):
+        again = [of for of, layer in zip(speeds.forward[layers], stage.layers, strict=True) if layer.block is not None]
+        of_passes = (forward, [*ends, *speeds.forward[layers]]), (backward, [*speeds.backward[layers], *again])
+        for seconds, curves in of_passes:
             seconds.append(sum(machine.seconds(curve, rows) for curve in curves) + speeds.microbatch / 2)
     return forward, backward
 

@@ -49,16 +49,22 @@ def _names(layout: Layout, vector: str) -> dict[Parameter, str]:
             return parameter.optimised
         return not (of_worker and parameter.frozen)
 
-    return {p: prefix + p.name for p in layout.parameters if there(p)}
+    return {p: prefix + p.first.name for p in layout.parameters if there(p)}
 
 
 def segments(
-    layout: Layout, vector: str, ranges: Mapping[Range, Vector], other: Callable[[str], str] = lambda name: name
+    layout: Layout,
+    vector: str,
+    ranges: Mapping[Range, Vector],
+    other: Callable[[str], str] = lambda name: name,
+    once: bool = False,
 ) -> list[Segment]:
     """What a rank has of a vector of its stage, ranges of it, as segments of a checkpoint's arrays, which may have
-    `other` names there."""
+    `other` names there; without arrays of which an earlier stage has the same, if each is to be there `once`."""
     found = []
     for parameter, name in _names(layout, vector).items():
+        if once and parameter.first is not parameter:
+            continue
         begin = layout.offsets[parameter]
         for (start, stop), view in ranges.items():
             first, last = max(start, begin), min(stop, begin + parameter.size)

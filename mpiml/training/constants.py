@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mpiml.errors import OutputError
 from mpiml.nn.base import Layer, constants
-from mpiml.nn.parameters import ARRAY, Constant
+from mpiml.nn.constants import ARRAY, Constant
 from mpiml.run import checkpoint, verified
 from mpiml.run.checkpoint import Header
 from mpiml.run.digests import Kind

@@ -36,10 +36,10 @@ def trained(file: str | Path, model: Model | None = None, average: bool = False)
         saved.arrays = averaged_weights(saved, config, saved.arrays)
     layers = model_for(config, task, None if isinstance(model, str) else model)
     constants = Constants.of(layers)
-    constants.check(saved.header, {p.name: (config.dtype, p.shape) for p in parameters(layers)})
+    constants.check(saved.header, {p.first.name: (config.dtype, p.shape) for p in parameters(layers)})
     constants.take(saved.arrays)
     for parameter in parameters(layers):
-        parameter.value = saved.arrays[parameter.name]
+        parameter.value = saved.arrays[parameter.first.name]
     return layers, task.shape
 
 
@@ -52,7 +52,7 @@ def torch_state_dict(file: str | Path, model: Model | None = None, average: bool
     from mpiml.nn.torch_modules import TorchLayer
 
     layers, shape = trained(file, model, average)
-    arrays = to_torch(layers, {p.name: p.value for p in parameters(layers)}, shape)
+    arrays = to_torch(layers, {p.first.name: p.value for p in parameters(layers)}, shape)
     modules = {
         f"{layer.path}.".removeprefix("layers."): layer for layer in everything(layers) if isinstance(layer, TorchLayer)
     }

@@ -28,26 +28,32 @@ def parsed(rates: Sequence[str]) -> list[tuple[str, float]]:
 
 
 def set_rates(layers: Sequence[Layer], rates: Sequence[str]) -> None:
-    """Give every parameter of these layers, which have their names, the factor of the last pattern that selects it.
+    """Give every parameter of these layers, which have their names, the factor of the last pattern that selects it; an
+    array that stands in several layers has the name of its first place.
 
     Raises ConfigError for a pattern that selects nothing that has a rate, and if nothing is left to train.
     """
-    named = parameters(layers)
+    everything = parameters(layers)
+    named = [parameter for parameter in everything if parameter.first is parameter]
     trained = [parameter for parameter in named if parameter.momentum is None]
     for parameter in trained:
         parameter.rate = 1.0
     for pattern, factor in parsed(rates):
         selected = [parameter for parameter in trained if selects(pattern, parameter.name)]
         if not selected:
-            raise ConfigError(f"--rates {pattern}={factor:g}: {_why_nothing(pattern, named)}")
+            raise ConfigError(f"--rates {pattern}={factor:g}: {_why_nothing(pattern, everything)}")
         for parameter in selected:
             parameter.rate = factor
+    for parameter in everything:
+        parameter.rate = parameter.first.rate
     if rates and not any(parameter.size and parameter.optimised for parameter in trained):
         raise ConfigError(f"--rates {','.join(rates)}: no parameter is left to train")
 
 
 def _why_nothing(pattern: str, named: Sequence[Parameter]) -> str:
     """Why a pattern selects nothing that has a rate, and names that would."""
+    if further := [p for p in named if p.first is not p and selects(pattern, p.name)]:
+        return f"selects {further[0].name}, which is the array of {further[0].first.name}: name that"
     if averages := [parameter.name for parameter in named if selects(pattern, parameter.name)]:
         return f"selects running averages alone ({first_few(averages)}), which have no learning rate"
     names = [parameter.name for parameter in named if parameter.momentum is None]
@@ -63,7 +69,7 @@ def _why_nothing(pattern: str, named: Sequence[Parameter]) -> str:
 def notes(layers: Sequence[Layer]) -> list[str]:
     """For each factor but 1: which part of the parameters has it. Many factors, as layers of a deep model may have, are
     one line."""
-    trained = [parameter for parameter in parameters(layers) if parameter.momentum is None]
+    trained = [p for p in parameters(layers) if p.momentum is None and p.first is p]
     total = sum(parameter.size for parameter in trained)
     others = sorted({parameter.rate for parameter in trained} - {0.0, 1.0})
     groups = [others] if len(others) > MOST else [[rate] for rate in others]

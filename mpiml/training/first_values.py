@@ -7,7 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from mpiml.parallel.state import VALUES, Source, of_rank_0
+from mpiml.parallel.state import VALUES, Key, Source, of_rank_0
 from mpiml.run.verified import Progress
 from mpiml.training.run import Run
 
@@ -21,11 +21,10 @@ def take(run: Run, progress: Progress) -> tuple[dict[str, Array], list[str]]:
     what `init.take` raises.
     """
     team, constants, read = run.grid.team, dict[str, Array](), list[Array]()
-    places = {
-        parameter.name: ((stage, VALUES), start, start + parameter.size)
-        for stage, layout in enumerate(run.model.layouts)
-        for parameter, start in layout.offsets.items()
-    }
+    places = dict[str, list[tuple[Key, int, int]]]()  # of each array on the stages that have it
+    for stage, layout in enumerate(run.model.layouts):
+        for parameter, start in layout.offsets.items():
+            places.setdefault(parameter.first.name, []).append(((stage, VALUES), start, start + parameter.size))
     given: Iterator[tuple[str, Array]] = iter(())  # on rank 0
     notes: list[str] = []
 
@@ -46,7 +45,8 @@ def take(run: Run, progress: Progress) -> tuple[dict[str, Array], list[str]]:
 
     def sources() -> Iterator[Source]:
         while name := team.on_rank_0(advance):
-            yield of_rank_0(*places[name], read.pop() if read else None)
+            value = read.pop() if read else None
+            yield from (of_rank_0(*place, value) for place in places[name])
 
     team.on_rank_0(begin)
     run.state.take(sources())

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from mpiml.documents import AVERAGE
 from mpiml.errors import OutputError, first_few
+from mpiml.nn.constants import ARRAY
 from mpiml.nn.export import Form
-from mpiml.nn.parameters import ARRAY, Shape
+from mpiml.nn.parameters import Shape
 from mpiml.run.checkpoint import BESIDE, Header
 from mpiml.training.init_names import Entry, Mapped, NameMap
 from mpiml.training.place import BuiltModel
@@ -243,7 +244,7 @@ def _named(file: Header, foreign: bool) -> dict[str, str]:
 def _wanted(model: BuiltModel) -> dict[str, Wanted]:
     """The model's arrays by name, in its order; constants come last."""
     trained = {
-        parameter.name: Wanted(layout.dtype.name, parameter.shape, averaged=parameter.momentum is not None)
+        parameter.first.name: Wanted(layout.dtype.name, parameter.shape, averaged=parameter.momentum is not None)
         for layout in model.layouts
         for parameter in layout.parameters
     }

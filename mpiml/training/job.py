@@ -46,6 +46,11 @@ class Job:
         return self.config.microbatches
 
     @property
+    def splits(self) -> tuple[bool, ...]:
+        """Which stages can do their backward passes in two parts."""
+        return tuple(stage.splits for stage in self.stages)
+
+    @property
     def replicas(self) -> int:
         return self.ranks // len(self.stages)
 

@@ -102,6 +102,8 @@ class Learner:
 
     def free(self) -> None:
         """Give back what the MPI library holds for it, but for its grid; collective."""
+        if self.update.ties:
+            self.update.ties.free()
         self.stage.sum.free()
         self.stage.sum.values.free()
 

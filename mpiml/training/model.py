@@ -30,6 +30,7 @@ from mpiml.nn.losses import (
 )
 from mpiml.nn.outputs import Outputs
 from mpiml.nn.parameters import Shape
+from mpiml.nn.recompute import blocks, opened
 from mpiml.random import global_generators, keyed
 from mpiml.run.result import FIELDS
 from mpiml.training import factors
@@ -102,13 +103,17 @@ def chosen(config: Config, tokens: int = 0) -> Model:
     if is_name(config.model):
         model: Model = named(config.model, "--model")
         return called_with(model, f"--model {config.model}", "shape", "outputs") if callable(model) else model
-    channels, blocks = config.channels, config.blocks
-    transformer = {"tokens": tokens, "width": config.width, "heads": config.heads, "blocks": blocks}
+    channels, again = config.channels, {"recompute": config.recompute}
+    transformer = {"tokens": tokens, "width": config.width, "heads": config.heads, "blocks": config.blocks}
+    transformer["tie"] = config.tie
     builders: dict[str, tuple[str, dict[str, Any]]] = {
         "mlp": ("mpiml.nn.perceptrons:mlp", {"hidden": config.hidden, "activation": config.activation}),
         "cnn": ("mpiml.nn.convnets:cnn", {"channels": channels, "norm": config.norm}),
-        "resnet": ("mpiml.nn.convnets:resnet", {"channels": channels, "blocks": blocks, "norm": config.norm}),
-        "gpt": ("mpiml.nn.transformers:gpt", transformer),
+        "resnet": (
+            "mpiml.nn.convnets:resnet",
+            {"channels": channels, "blocks": config.blocks, "norm": config.norm} | again,
+        ),
+        "gpt": ("mpiml.nn.transformers:gpt", transformer | again),
     }
     name, sizes = builders[config.model]
     return functools.partial(named(name, "--model"), **sizes, dropout=config.dropout)
@@ -143,6 +148,22 @@ def _made(model: Model, config: Config, task: Task) -> Any:
             made = model(task.shapes, task.outputs)
         if not modules and _torch_modules():  # the call itself has imported it, and drawn what it liked
             return _made(model, config, task)
+    given = made if isinstance(made, Sequence) else [made]
+    if not any(blocks(given)):
+        return _as_layers(made, config, task)
+    layers, block_of = (
+        _as_layers(opened(given), config, task),
+        dict(zip(map(id, opened(given)), blocks(given), strict=True)),
+    )
+    for layer in layers:
+        if isinstance(layer, nn.Layer):
+            layer.block = block_of[id(layer.given)]
+    return layers
+
+
+def _as_layers(made: Any, config: Config, task: Task) -> Any:
+    """A model with layers in the place of PyTorch's modules."""
+    modules = _torch_modules()
     return modules.as_layers(made, config.dtype, config.threads, task.inputs, task.bounds) if modules else made
 
 

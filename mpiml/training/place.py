@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from mpiml.config import Config
 from mpiml.errors import ConfigError
 from mpiml.nn import base as nn
+from mpiml.nn.deferred import DeferredGradients
 from mpiml.nn.losses import Metric
 from mpiml.nn.parameters import Gradients, Layout
+from mpiml.nn.recompute import grouped
 from mpiml.parallel import halving
 from mpiml.parallel.gradient_sum import GradientSum, LibrarySum, OrderedSum
 from mpiml.parallel.grid import Grid
@@ -31,7 +33,7 @@ from mpiml.training import factors
 from mpiml.training.constants import Constants
 from mpiml.training.model import Model, Scoring, build_scoring, described, integers, model_for, objective
 from mpiml.training.resolve import Resolved
-from mpiml.training.stages import StageDesign, cut, is_measured
+from mpiml.training.stages import cut, is_measured, remarks
 from mpiml.training.task import Task
 from mpiml.vectors import bytes_of
 
@@ -95,17 +97,15 @@ def build_stage(
     with team.clock.doing("model"):
         scoring, layers, times, text = team.together(build)
         team.check_alike(text, ONE_MODEL)
-        if times:  # the sum over all ranks: any rank may get any stage, and no two measure the same
+        if times:  # the mean over all ranks: any rank may get any stage, and no two measure the same
             summed = np.array(times)
             team.wait([team.comm.Iallreduce(MPI.IN_PLACE, summed, MPI.SUM)])
-            times = summed.tolist()
+            times = (summed // team.size).tolist()
         stages = team.together(lambda: cut(config, layers, task.shape, times))
     stage = stages[grid.stage]
     computation = Computation(
         # Each layer by itself where its gradients are sent as soon as they are there.
-        forward=functools.partial(
-            nn.forward, stage.layers if config.bucket else nn.stacked(stage.layers), learned=stage.learned
-        ),
+        forward=functools.partial(nn.forward, grouped(stage.layers, stack=not config.bucket), learned=stage.learned),
         at=lambda training, step, m: nn.At(training, config.seed, step, m),
         objective=objective(scoring.loss, scoring.metric),
         x_shape=stage.x_shape,
@@ -113,6 +113,7 @@ def build_stage(
         dtype=config.dtype,
         learns=stage.learned or stage.layout.updated > 0,
         learned=stage.learned,
+        deferred=DeferredGradients if stage.splits else None,
     )
     # Rank 0 writes checkpoints from its own copy of the model, so it keeps the constants of all stages: views, which
     # keep these tensors' memory and nothing else of other stages' modules. Other ranks keep those of their stage.
@@ -123,11 +124,7 @@ def build_stage(
         scoring=scoring,
         constants=constants,
         least_rows=max((layer.least_rows, layer.path) for layer in layers),
-        notes=[
-            *(note for layer in layers for note in layer.notes),
-            *factors.notes(layers),
-            *([balance_text(stages, team.size)] if times else []),
-        ],
+        notes=[*(note for layer in layers for note in layer.notes), *factors.notes(layers), *remarks(config, stages)],
         cuts=tuple(stage.first for stage in stages[1:]) if times else (),
         integers=integers(layers),
         forms={} if team.rank or not config.init else _forms(layers, task),
@@ -139,13 +136,6 @@ def _times(config: Config, layers: Sequence[nn.Layer], task: Task, team: Team) -
     from mpiml.training.layer_times import layer_times  # only where it is needed
 
     return layer_times(config, layers, task, team.clock.progress)
-
-
-def balance_text(stages: Sequence[StageDesign], ranks: int) -> str:
-    """The layers of stages that are cut by times, which are summed over so many ranks, as one line."""
-    layers = [f"{stage.first}-{stage.first + len(stage.layers) - 1}" for stage in stages]
-    times = [f"{stage.work / ranks / 1000:.3g}" for stage in stages]
-    return f"stages by measurement: layers {', '.join(layers)}: {', '.join(times[:-1])} and {times[-1]} ms"
 
 
 def _forms(layers: list[nn.Layer], task: Task) -> dict[str, Form]:
@@ -169,20 +159,21 @@ def place(
     record, whose rows have so many `columns` with the metric's, in the memory that `config` asks for; collective over
     `everyone`, whose grids are cut alike, and who all get the same kind. Returns these two and notes to print.
     """
-    flat = (layout.size, layout.blocks(), layout.dtype)
+    flat, further = (layout.size, layout.blocks(), layout.dtype), layout.further_blocks()
     private = functools.partial(agree, grid.comm, first=part(grid.replica, grid.replicas, microbatches, config.leaf)[0])
     if config.allreduce == "mpi":
-        copy = Values(MPI.COMM_SELF, PrivateMemory(), *flat)
+        copy = Values(MPI.COMM_SELF, PrivateMemory(), *flat, further=further)
         return LibrarySum(grid.data, copy, microbatches, leaf=config.leaf), private, []
     slots = depth(grid.replica, grid.replicas, microbatches, config.leaf)
-    values_bytes, slot_bytes = (bytes_of(size, layout.dtype) for size in (layout.size, layout.updated))
+    values_bytes, slot_bytes = (bytes_of(size, layout.dtype) for size in (layout.size, layout.summed))
     memory, problem = share(everyone, grid.local, slots * slot_bytes, values_bytes, config.memory)
     needed = Agreement.bytes_needed(grid.node.size, grid.replicas, microbatches, columns, config.leaf)
     of_node, another = share(everyone, grid.node, 0, needed, "private" if problem else config.memory)
     notes = [f"warning: {text}" for text in (problem, another) if text]
     abroad = any(allgather(everyone, memory.ranks < grid.replicas))  # on one node there are no messages
     halved = _halved(everyone, grid, memory, layout, microbatches // config.leaf)
-    values = Values(grid.data, memory, *flat, elements(config.bucket, layout.dtype) if abroad else 0, halved)
+    bucket = elements(config.bucket, layout.dtype) if abroad else 0
+    values = Values(grid.data, memory, *flat, bucket, halved, further)
     sum_ = OrderedSum(values, microbatches, grid.team.clock, leaf=config.leaf)
     if isinstance(of_node, SharedMemory):
         return sum_, Agreement(grid, of_node, microbatches, columns, config.leaf), notes
@@ -201,7 +192,8 @@ def _halved(everyone: MPI.Intracomm, grid: Grid, memory: Memory, layout: Layout,
 def another(sum_: GradientSum, grid: Grid, layout: Layout, microbatches: int, leaf: int = 1) -> GradientSum:
     """The sum of another copy of the model, which takes turns with that of `sum_` on the same rank of a grid with one
     replica: values of its own, with the same slots; collective."""
-    values = Values(MPI.COMM_SELF, PrivateMemory(), layout.size, layout.blocks(), layout.dtype)
+    flat, further = (layout.size, layout.blocks(), layout.dtype), layout.further_blocks()
+    values = Values(MPI.COMM_SELF, PrivateMemory(), *flat, further=further)
     if isinstance(sum_, OrderedSum):
         return OrderedSum(values, microbatches, grid.team.clock, sum_, leaf)
     assert isinstance(sum_, LibrarySum), "there are two kinds"

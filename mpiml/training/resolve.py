@@ -124,7 +124,7 @@ def resolve(config: Config, rows: int, classification: bool, replicas: int, befo
         microbatches=microbatches,
         workers=workers or config.workers,
         epochs=None,
-        weight_decay=(0.01 if config.optimizer in ("adamw", "lamb") else 0.0) if decay is None else decay,
+        weight_decay=optimizers.default_decay(config.optimizer) if decay is None else decay,
         **last_and_rate(config, rows),
     )
     resolved = Resolved(**vars(decided))
@@ -166,6 +166,9 @@ def check_together(config: Resolved) -> None:
             f"--noise-scale --average-every {config.average_every}: is measured where gradients are summed at every "
             "step; give one of the two"
         )
+    if config.recompute and config.model not in ("gpt", "resnet"):
+        own = "; put mpiml.api.Recompute(...) around those of your own" if is_name(config.model) else ""
+        raise ConfigError(f"--recompute --model {config.model}: gpt and resnet have blocks; leave it out{own}")
     for name in ("keep_best", "patience"):
         if (value := getattr(config, name)) and not config.eval_every:
             raise ConfigError(

@@ -168,7 +168,7 @@ class Restoring:
         for name in source.names:
             if part := state.parts.get(name):
                 into += segments(layout, name, part.held)
-                counted += segments(layout, name, part.collected)
+                counted += segments(layout, name, part.collected, once=True)
         names = needed_kinds(self.run.model.layouts, source.names)
         for name in state.parts.keys() - source.names:  # what the checkpoint has not is as at the beginning
             for view in state.parts[name].held.values():

@@ -13,6 +13,7 @@ from mpi4py import MPI
 
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
+from mpiml.errors import ConfigError
 from mpiml.parallel import grid as grids
 from mpiml.parallel.grid import Grid
 from mpiml.parallel.record import agree
@@ -242,6 +243,9 @@ def assemble(
     team.together(lambda: check_rows(config, *built.least_rows, rows.shards.smallest(), len(data.train), grid.replicas))
     team.on_rank_0(lambda: check(config, built))
     calendar = Calendar(config)
+    if config.noise_scale and (shared := [b.array for layout in built.layouts for b in layout.blocks() if b.array]):
+        what = f"{shared[0]} stands in several layers, and a micro-batch's gradient of it is known to no stage"
+        raise ConfigError(f"--noise-scale: {what}; leave --noise-scale out").on_all_ranks()
     noise = NoiseScale(grid.comm, built.layouts[grid.stage].blocks()) if config.noise_scale else None
     learning = Learning(Ingredients(config, grid, built, computation, rows.shards, rate, noise), calendar)
     return Run(

@@ -36,6 +36,11 @@ class StageDesign:
     flops: int
     work: int
 
+    @property
+    def splits(self) -> bool:
+        """Whether all its layers can do their backward passes in two parts."""
+        return not nn.unsplit(self.layers)
+
 
 def is_measured(config: Config) -> bool:
     """Whether layers are to be timed before the model is cut into stages."""
@@ -59,10 +64,28 @@ def cut(
     except ConfigError as error:
         raise ConfigError("; ".join([str(error), *(layer.joined for layer in layers if layer.joined)])) from None
     layerwise = optimizers.build(config.optimizer, 0.0, 0.0).layerwise
+    decay = optimizers.default_decay(config.optimizer) if config.weight_decay is None else config.weight_decay
     stages: list[StageDesign] = []
     for a, b in itertools.pairwise([0, *cuts, len(layers)]):
-        layout = Layout(nn.parameters(layers[a:b]), config.dtype, layerwise)
+        layout = Layout(nn.parameters(layers[a:b]), config.dtype, layerwise, decay > 0)
         learned = any(stage.layout.updated for stage in stages)
         of_stage = sum(flops[a:b]), sum(costs[a:b])
         stages.append(StageDesign(a, list(layers[a:b]), shapes[a], shapes[b], layout, learned, *of_stage))
     return stages
+
+
+def remarks(config: Config, stages: Sequence[StageDesign]) -> list[str]:
+    """What a person should know of the stages, a line each: how they were measured, and which of them do whole backward
+    passes where the schedule has two parts."""
+    if config.pipe == 1:
+        return []
+    lines = []
+    if is_measured(config):
+        layers = [f"{stage.first}-{stage.first + len(stage.layers) - 1}" for stage in stages]
+        *times, last = [f"{stage.work / 1000:.3g}" for stage in stages]
+        lines.append(f"stages by measurement: layers {', '.join(layers)}: {', '.join(times)} and {last} ms")
+    for number, stage in enumerate(stages) if config.schedule == "zb-h1" else ():
+        for layer in nn.unsplit(stage.layers)[:1]:
+            what = f"{layer.path}, {type(layer).__name__}, computes all its gradients at once"
+            lines.append(f"--schedule {config.schedule}: stage {number} does W right after I, because {what}")
+    return lines

@@ -150,7 +150,7 @@ class Store:
             segment
             for name in names or state.names
             if name in parts
-            for segment in segments(layout, name, parts[name].collected)
+            for segment in segments(layout, name, parts[name].collected, once=True)
         ]
 
     def _ending(self, step: int) -> Callable[[], Callable[[], object]]:

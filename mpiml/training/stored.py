@@ -217,7 +217,7 @@ def read_model(
         path = Path(stored.header.origin)
         names, layout = map(stored.name_of, needed_kinds(layouts, (VALUES,))), layouts[grid.stage]
         into = segments(layout, VALUES, of_values.held, stored.name_of)
-        counted = segments(layout, VALUES, of_values.collected, stored.name_of)
+        counted = segments(layout, VALUES, of_values.collected, stored.name_of, once=True)
         try:
             team.on_rank_0(functools.partial(_add_constants, path, constants, given))
             shared_file.load(team, first_node, path, stored.contents, names, into, counted)

@@ -22,6 +22,7 @@ from mpiml.parallel.schedules import SCHEDULES
 from mpiml.parallel.slices import Range
 from mpiml.parallel.stage import Computation, TrainingStage
 from mpiml.parallel.state import OUTER, VALUES, Part, State, parts
+from mpiml.parallel.ties import Ties
 from mpiml.parallel.update import Update
 from mpiml.training.calendar import Calendar
 from mpiml.training.learner import Learner
@@ -105,6 +106,8 @@ class Learners:
             return of.shards.total(step, first, first + microbatches)
 
         observe = of.noise.count if of.noise else None
+        tied = any(parameter.places for layout in of.model.layouts for parameter in layout.parameters)
+        ties = Ties(grid.pipe, sum_, grid.team.clock) if tied else None
         computation = dataclasses.replace(of.computation, gradients=gradients(self._layout, sum_))
         return Learner(
             name=f"worker {number}: " if self.apart else "",
@@ -113,7 +116,7 @@ class Learners:
             leaf=config.leaf,
             grid=grid,
             stage=TrainingStage(grid.pipe, computation, sum_, SCHEDULES[config.schedule], grid.team.clock, observe),
-            update=Update(grid.team, grid.replica, sum_, optimizer, config.clip, rows, config.ema),
+            update=Update(grid.team, grid.replica, sum_, optimizer, config.clip, rows, config.ema, ties),
             agree=agree,
             metric=of.model.metric,
             rate=of.rate,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mpiml.bench.layers import DUELS, Duel, transformer
+from mpiml.bench.layers import DUELS, Duel, products, transformer
+from mpiml.nn.layers import Conv2d
 from tests.nn.cases import named
 
 torch = pytest.importorskip("torch")
@@ -62,3 +63,15 @@ def test_images_lie_as_asked_for(memory_format: str) -> None:
     side = small("cnn").theirs(memory_format)
     first, *_ = side.module
     assert first(side.x[:4]).is_contiguous(memory_format=getattr(torch, memory_format))
+
+
+@pytest.mark.parametrize("needs_dx", [True, False])
+def test_products_have_the_operations_of_a_convolution(needs_dx: bool) -> None:
+    layer, rows = Conv2d(16, 8), 100  # several tiles, the last one smaller
+    layer.needs_dx = needs_dx
+    made = products(layer, 14 * 14, rows)
+    for left, right, product in made:
+        np.matmul(left, right, out=product)
+    operations = sum(2 * left.size * right.shape[1] for left, right, _ in made)
+    assert operations == (3 if needs_dx else 2) * rows * layer.flops((14, 14, 16))
+    assert len(made) > 6

@@ -44,5 +44,7 @@ def test_a_job_gives_figures_or_the_line_that_names_the_fault() -> None:
     assert 0 < made["low"] <= made["median"] <= made["high"]
     half = jobs.measure_once(Row(OTHER, "a row", 2, ("own_sum", "0.01", "with copies"), sides=2))
     assert 0 < half["low"] <= half["median"] <= half["high"]
+    kernels = jobs.run(1, ["-c", "import os; print(os.environ['OPENBLAS_CORETYPE'])"], avx512=False)
+    assert kernels.stdout.split() == ["Haswell"]
     failed = jobs.measure_once(Row(OTHER, "a row", 1, ("small_product", "x", "1", "1")))
     assert failed["error"].startswith("exit code 70: mpiml.bench.measurements: ValueError: invalid literal")

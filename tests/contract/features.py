@@ -16,6 +16,7 @@ from tests.data.samples import ARRAYS, FORMATS
 ALL = ("data", "pipe", "grid", "nodes", "early", "private", "resumed")
 HALVED = ("halved", "twelve")  # as some nodes may sum; how many fit depends on the number of micro-batches
 ROWS = ("data", "pipe", "grid", "resumed")  # which rows a rank reads and what is done to them: no matter to the sum
+KEPT = ("data", "pipe", "early", "resumed")  # what is kept from the forward to the backward pass: no matter to the sum
 FILES = ("data", "pipe")  # how rows are read: one rank reads inputs and labels, or either of them
 
 
@@ -26,7 +27,8 @@ class Feature:
     Attributes:
         flags: of mpiml.train; {here} stands for the directory that `write` writes its data and modules to.
         on: the kinds of layouts on which it is proven to be as on one rank.
-        data: what it trains on, in flags; the run alone has `as_data` instead if that is given.
+        data: what it trains on, in flags, or another that must not matter; the run alone has `as_data` instead if that
+            is given.
     """
 
     flags: str
@@ -112,6 +114,43 @@ def own(here: Path) -> None:
     x = np.random.default_rng(0).standard_normal((90, 5))
     split(here, x, np.stack([x[:, 0] * x[:, 1], np.linspace(0, 4, 90) ** 2], axis=1), 60)
     (here / "own.py").write_text(OWN)
+
+
+SHARED = """
+import numpy as np
+from mpiml.nn.base import Layer
+from mpiml.nn.layers import Dropout, LayerNorm, Linear, Tanh
+
+class Turn(Layer):
+    def __init__(self, weight, turned):
+        self.weight, self.turned = weight, turned
+
+    def __call__(self, x, at):
+        weight = self.weight.value.T if self.turned else self.weight.value
+
+        def backward(dy, grads):
+            grads[self.weight][...] = dy.T @ x if self.turned else x.T @ dy
+            return dy @ weight.T
+
+        return x @ weight, backward
+
+    def output_shape(self, shape):
+        return self.weight.shape[:1] if self.turned else self.weight.shape[1:]
+
+def model(shape, outputs):
+    first = Linear(*shape, 150)
+    weight = Linear(150, 240, gain=1.0).weight
+    turns = [Turn(weight, False), Turn(weight, True), Turn(weight, False)]
+    between = [[Tanh(), Dropout(0.1)], [LayerNorm(150)], [LayerNorm(240), Dropout(0.1)]]
+    return [first, *(layer for pair in zip(turns, between) for layer in (pair[0], *pair[1])), Linear(240, outputs)]
+"""
+
+
+def shared(here: Path) -> None:
+    """A model in which three layers have one array, and rows for it."""
+    x = np.random.default_rng(0).standard_normal((90, 5))
+    split(here, x, (x[:, 0] * x[:, 1] > 0).astype(int), 60)
+    (here / "shared.py").write_text(SHARED)
 
 
 # PyTorch is imported by the call alone; a parameter is a single number; one block writes to its input.
@@ -338,6 +377,19 @@ FEATURES = {
     ),
     "images": Feature(f"--model cnn --channels 6 --batch 60 --microbatches 6 --dropout 0.1 --clip 0.3 {SHORT}"),
     "tokens": Feature(f"{GPT} --dropout 0.1 --batch 25 --microbatches 6", write=tokens),
+    "tied": Feature(
+        f"{GPT} --tie --dropout 0.1 --optimizer adamw --batch 25 --microbatches 6 --clip 0.3", write=tokens
+    ),
+    # An array of several blocks in three layers, which are on one stage or on three.
+    "shared": Feature(
+        f"{DATA} --model shared:model --optimizer lamb --lr 0.01 --ema 0.8 --batch 9 --microbatches 5 {SHORT}",
+        (*ALL, "stages"),
+        shared,
+    ),
+    "tokens-again": Feature(
+        f"{GPT} --dropout 0.2 --batch 25 --microbatches 6 --noise-scale", KEPT, tokens, f"{DATA} --recompute", DATA
+    ),
+    "images-again": Feature(f"{AVERAGES} --dropout 0.1", KEPT, images, f"{DATA} --recompute", DATA),
     "masked": Feature(f"{MASKED} --microbatches 5", ("data", "pipe", "grid", "early"), tokens),
     "masked-whole": Feature(f"{MASKED} --microbatches 1", (), tokens),
     "averages": Feature(AVERAGES, write=images),

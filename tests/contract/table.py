@@ -50,7 +50,7 @@ def named(*layouts: tuple[int, str, str]) -> dict[str, Layout]:
 
 KINDS = {
     "data": Layout(3, "--prefetch 0"),
-    "pipe": Layout(2, "--pipe 2 --prefetch 1"),
+    "pipe": Layout(2, "--pipe 2 --schedule zb-h1 --prefetch 1"),
     "grid": Layout(4, "--pipe 2 --schedule gpipe --prefetch 4 --balance measured", "2,2"),
     "nodes": Layout(5, "", "3,2"),
     "early": Layout(4, "--bucket 0.0001", "2,2"),  # every matrix in a bucket of its own, which is summed before others
@@ -64,7 +64,7 @@ GRIDS = named(
     (2, "", ""),
     (2, "--pipe 2 --schedule gpipe", ""),
     (4, "--pipe 2", ""),
-    (4, "--pipe 4 --schedule gpipe", ""),
+    (4, "--pipe 4 --schedule zb-h1", ""),
     (6, "--pipe 2 --cuts 1", ""),
     (6, "--pipe 2 --memory shared", ""),
     (6, "--pipe 2 --memory private", ""),
@@ -84,7 +84,7 @@ NODES = named(
     (5, "--memory private --bucket 0.0005", "3,2"),
     (6, "--pipe 2 --bucket 0.0005", "3,3"),
     (8, "--bucket 0.0005", "2,2,2,2"),
-    (8, "--pipe 4 --schedule gpipe --bucket 0.0005", "2,4,2"),
+    (8, "--pipe 4 --schedule zb-h1 --bucket 0.0005", "3,2,3"),
 )
 LAYOUTS = {"alone": Layout(0)} | KINDS | GRIDS | NODES
 

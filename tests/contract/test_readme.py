@@ -17,10 +17,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from mpiml.bench.__main__ import main as bench
-from mpiml.parallel.schedules import one_f_one_b
-from mpiml.parallel.simulator import simulate
+from mpiml.parallel.schedules import SCHEDULES
+from mpiml.plan.drawing import draw
 from tests.conftest import mpirun
-from tests.parallel.picture import draw
 
 pytestmark = pytest.mark.contract
 
@@ -184,8 +183,9 @@ def resolves(name: str) -> bool:
         return hasattr(importlib.import_module(parent), last)
 
 
-def test_the_picture_is_the_simulators() -> None:
-    assert draw(simulate(one_f_one_b, 4, 8)) + "\n" in [text for _, text in blocks(ROOT / "mpiml/plan/README.md")]
+@pytest.mark.parametrize("name", ["1f1b", "zb-h1"])
+def test_the_pictures_are_the_plans(name: str) -> None:
+    assert draw(SCHEDULES[name], 4, 6) + "\n" in [text for _, text in blocks(ROOT / "mpiml/plan/README.md")]
 
 
 def test_exit_codes_are_the_programs() -> None:

@@ -69,7 +69,7 @@ def interrupted(whole: Job, path: Path, step: int) -> Path:
     return path
 
 
-LAYOUTS = [(0, "--pipe 1"), (3, "--pipe 1"), (2, "--pipe 2 --schedule gpipe"), (4, "--pipe 4")]
+LAYOUTS = [(0, "--pipe 1"), (3, "--pipe 1"), (2, "--pipe 2 --schedule gpipe"), (4, "--pipe 4 --schedule zb-h1")]
 
 
 @pytest.fixture(scope="module")

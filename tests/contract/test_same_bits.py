@@ -15,7 +15,7 @@ pytestmark = pytest.mark.contract
 Train = Callable[..., Job]
 PAIRS = [(layout, name) for name, feature in FEATURES.items() for layout in feature.on]
 PAIRS += [(layout, "perceptron") for layout in GRIDS | NODES]
-PAIRS += [(layout, "double") for layout in ("4 --pipe 4 --schedule gpipe", "16 --pipe 4 --schedule gpipe")]
+PAIRS += [(layout, "double") for layout in ("4 --pipe 4 --schedule zb-h1", "16 --pipe 4 --schedule gpipe")]
 
 
 @pytest.mark.parametrize(("layout", "feature"), PAIRS)

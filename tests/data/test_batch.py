@@ -22,6 +22,19 @@ def test_a_batch_is_in_the_dtype_of_the_run(labels: np.ndarray, expected: list, 
     np.testing.assert_array_equal(batch.y(), expected)
 
 
+def test_rows_are_chosen_once() -> None:
+    chosen = []
+
+    def select() -> np.ndarray:
+        chosen.append(1)
+        return np.array([1])
+
+    column = ArraySource(np.array([2.0, 3.0]))
+    batch = Batch(0, 1, Split(column, column, column), select, "float32")
+    assert (batch.x(), batch.y(), batch.w()) == (3.0, 3.0, 3.0)
+    assert chosen == [1]
+
+
 def test_a_transform_is_called_once_for_both_and_must_give_rows_as_before() -> None:
     calls = []
 

@@ -32,6 +32,7 @@ from mpiml.nn.layers import (
     RMSNorm,
     SiLU,
     Tanh,
+    Unembedding,
 )
 from mpiml.nn.parameters import Gradients, Layout
 
@@ -82,6 +83,8 @@ CASES: dict[str, tuple[Stack, tuple[int, ...]]] = {
     "embedding": (lambda: [Embedding(TOKENS, 4)], (5,)),
     "embedding of one id a row": (lambda: [Embedding(TOKENS, 4)], ()),
     "positional embedding": (lambda: [PositionalEmbedding(3, 4)], (3, 4)),
+    "unembedding": (lambda: [Unembedding(Embedding(TOKENS, 4))], (3, 4)),
+    "unembedding of one place": (lambda: [Unembedding(Embedding(TOKENS, 4))], (4,)),
     "attention": (lambda: [CausalSelfAttention(6, 2)], (5, 6)),
     "attention of one head": (lambda: [CausalSelfAttention(4, 1)], (3, 4)),
     "attention of one place": (lambda: [CausalSelfAttention(4, 2)], (1, 4)),

@@ -133,7 +133,7 @@ def test_a_frozen_beginning_is_not_differentiated() -> None:
         nn.skip_first_dx(layers)
         y, backward = nn.forward(layers, X, AT)
         called.clear()
-        backward(y, Gradients(layout, layout.zeros(updated=True)))
+        backward(y, Gradients(layout, layout.zeros(gradients=True)))
         assert called == expected
 
 

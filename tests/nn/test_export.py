@@ -36,6 +36,16 @@ def test_what_goes_to_pytorch_comes_back(name: str) -> None:
     assert any(form.torch_shape != form.shape for form in of_model.values())
 
 
+def test_layers_that_are_computed_again_are_exported_as_without() -> None:
+    def model(*inside: nn.Layer) -> list[nn.Layer]:
+        layers: list[nn.Layer] = [nn.Linear(4, 4), nn.Residual(*inside)]
+        nn.name(layers)
+        return layers
+
+    plain = model(nn.Linear(4, 4), nn.Linear(4, 4))
+    assert forms(model(nn.Recompute(nn.Linear(4, 4), nn.Linear(4, 4))), (4,)) == forms(plain, (4,))
+
+
 def test_own_layers_keep_their_names_and_axes() -> None:
     class Scaled(nn.Layer):
         def __init__(self, inside: nn.Layer):

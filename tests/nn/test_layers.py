@@ -195,7 +195,7 @@ def test_frozen_parameters_change_no_gradient_of_others(case: str) -> None:
             parameter.value[...] = other.value
         before = one.values.copy()
         y, backward = one.forward(x)
-        grads = Gradients(one.layout, one.layout.zeros(updated=True))
+        grads = Gradients(one.layout, one.layout.zeros(gradients=True))
         got = backward(np.random.default_rng(9).standard_normal(y.shape), grads)
         if got is not None:
             np.testing.assert_array_equal(got, dx)
@@ -212,7 +212,7 @@ def test_no_gradient_of_a_large_parameter_is_computed_for_nothing(layer: Layer) 
     layout = Layout(nn.parameters([layer]), "float64")
     x = np.ones((2, 3)) if not isinstance(layer, Conv2d) else np.ones((2, 4, 4, 2))
     y, backward = layer(x, AT)
-    grads = Gradients(layout, layout.zeros(updated=True))
+    grads = Gradients(layout, layout.zeros(gradients=True))
     grads[layer.weight].fill(7.5)  # type: ignore[attr-defined]
     backward(y, grads)
     assert (grads[layer.weight] == 7.5).all()  # type: ignore[attr-defined]

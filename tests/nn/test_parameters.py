@@ -127,9 +127,9 @@ def test_what_is_frozen_lies_behind_all_that_is_updated() -> None:
     assert layout.size == 4 * 8 + BLOCK + 8 + 16
     assert [(block.momentum, block.rate) for block in layout.blocks()][2:] == [(None, 1.0), (None, 10.0)]
     assert [parameter for parameter, _ in layout.views(layout.zeros())] == made
-    assert [parameter for parameter, _ in layout.views(layout.zeros(updated=True))] == [made[1], made[2], *made[4:]]
+    assert [parameter for parameter, _ in layout.views(layout.zeros(gradients=True))] == [made[1], made[2], *made[4:]]
     offsets: list[int] = []
-    gradients = Gradients(layout, vector := layout.zeros(updated=True), offsets.append)
+    gradients = Gradients(layout, vector := layout.zeros(gradients=True), offsets.append)
     for parameter in reversed(made):
         gradients[parameter].fill(3.0)
         gradients.finished([parameter])
@@ -176,6 +176,15 @@ def test_blocks_number_the_matrices_of_an_optimizer_with_norms() -> None:
     layerwise = Layout(layout.parameters, "float32", layerwise=True)
     assert [block.matrix for block in layerwise.blocks()] == [None] * 4 + [0] * 3 + [1]
     assert {block.matrix for block in layout.blocks()} == {None}
+
+
+def test_without_weight_decay_blocks_are_of_one_kind() -> None:
+    layout = blocky()
+    plain = Layout(layout.parameters, "float32", layerwise=True, decays=False)
+    assert {block.decay for block in layout.blocks()} == {False, True}
+    assert {block.decay for block in plain.blocks()} == {False}
+    assert plain.offsets == layout.offsets
+    assert [block.matrix for block in plain.blocks()] == [None] * 4 + [0] * 3 + [1]
 
 
 @pytest.mark.parametrize("name", ["sgd", "momentum", "nesterov", "lars", "adam", "adamw", "lamb"])

@@ -457,7 +457,7 @@ def test_frozen_modules_are_constants_to_autograd(frozen: set[int], again: bool,
     layout.bind(values := layout.zeros())
     layout.initialise(values, 0)
     before = values.copy()
-    gradient = layout.zeros(updated=True)
+    gradient = layout.zeros(gradients=True)
     y, backward = nn.forward(stack(layers) if stacked else layers, x, AT)
     backward(np.ones_like(y), grads := Gradients(layout, gradient))
     plain(torch.from_numpy(x)).sum().backward()

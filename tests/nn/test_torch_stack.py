@@ -9,9 +9,10 @@ import pytest
 
 from mpiml.nn import base as nn
 from mpiml.nn.parameters import Gradients, Layout
+from mpiml.nn.recompute import Recompute, grouped
 
 torch = pytest.importorskip("torch")
-from mpiml.nn.torch_modules import as_layers  # noqa: E402
+from mpiml.nn.torch_modules import TorchLayer, as_layers  # noqa: E402
 from mpiml.nn.torch_stack import TorchStack  # noqa: E402
 
 AT = nn.At(training=True, seed=3, step=5, microbatch=2)
@@ -70,7 +71,7 @@ CASES = {
 }
 
 
-def results(case: str, together: bool, learned: bool) -> list[bytes]:
+def results(case: str, together: bool, learned: bool, again: bool = False) -> list[bytes]:
     """Of a forward and a backward pass in training: outputs, gradients of parameters and by the inputs."""
     module, shape = CASES[case]
     torch.manual_seed(0)
@@ -86,6 +87,9 @@ def results(case: str, together: bool, learned: bool) -> list[bytes]:
     if together:
         layers = nn.stacked(layers)
         assert [type(layer) for layer in layers] == [TorchStack]
+    if again:
+        layers = [Recompute(*layers)]
+        layers[0].needs_dx = layers[0].layers[0].needs_dx = learned and case != "ids"
     random, slot = np.random.default_rng(1), layout.zeros()
     x = random.integers(0, 5, (6, *shape)) if case == "ids" else random.standard_normal((6, *shape))
     y, backward = nn.forward(layers, x.astype(np.float32), AT, learned=learned and case != "ids")
@@ -120,3 +124,31 @@ def test_others_stand_alone() -> None:
     nn.name(layers)
     nn.stack_shapes(layers, (6,))
     assert [len(layer.inner()) for layer in nn.stacked(layers)] == [2, 0, 0, 0]
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_modules_in_recompute_give_the_same_bits(case: str, learned: bool) -> None:
+    """Dropout and running averages among them."""
+    assert results(case, True, learned, again=True) == results(case, True, learned)
+
+
+def test_modules_of_a_users_list_may_stand_in_recompute() -> None:
+    """Two that share a parameter are joined, and stand in the block of the first."""
+    from mpiml.config import Config
+    from mpiml.training.model import model_for
+    from mpiml.training.task import Task
+
+    first, second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    second.weight = first.weight
+    block = Recompute(torch.nn.Tanh(), torch.nn.Linear(4, 4))
+    shared = Recompute(first, torch.nn.ReLU(), second)
+    layers = model_for(
+        Config(), Task((4,), (), True, 3, 0), [torch.nn.Linear(4, 4), block, shared, torch.nn.Linear(4, 3)]
+    )
+    assert [layer.path for layer in layers] == [f"layers.{index}" for index in range(5)]
+    assert [layer.block for layer in layers] == [None, block, block, shared, None]
+    called = grouped([layers[0], *layers[1:]])
+    assert [type(layer) for layer in called] == [TorchLayer, Recompute, Recompute, TorchLayer]
+    assert [type(layer) for layer in called[1].layers] == [TorchStack]
+    assert [type(layer) for layer in grouped(layers, stack=False)[1].layers] == [TorchLayer, TorchLayer]

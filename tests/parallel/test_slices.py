@@ -18,6 +18,8 @@ class Block(NamedTuple):
     momentum: float | None = None
     rate: float = 1.0
     matrix: int | None = None
+    array: str | None = None
+    counted: bool = True
 
 
 def random_blocks(seed: int, longest: int = PIECE) -> list[Block]:

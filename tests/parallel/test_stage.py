@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ from mpi4py import MPI
 
 from mpiml.clock import Clock
 from mpiml.parallel import slices
-from mpiml.parallel.stage import Computation, Stage
+from mpiml.parallel.schedules import Action
+from mpiml.parallel.stage import Computation, Stage, TrainingStage
 
 pytestmark = pytest.mark.mpi
 WORLD = MPI.COMM_WORLD
@@ -86,3 +88,44 @@ def test_a_long_message_goes_in_parts(rows: int, monkeypatch: pytest.MonkeyPatch
         else:
             np.testing.assert_array_equal(stage._receive(0, (rows, 4)), Rows().x()[:rows])
     pair.Free()
+
+
+class Slots:
+    """A gradient sum with a slot for each micro-batch; it notes what each slot holds when that is added up."""
+
+    def __init__(self) -> None:
+        self.slots, self.plan, self.added = list(np.full((3, 1), 9.0)), SimpleNamespace(slots=[0, 1, 2]), []
+
+    def accumulate(self, index: int) -> None:
+        self.added.append(float(self.slots[index][0]))
+
+
+class Parts:
+    """Gradients that are written into `slot` in the second part of a backward pass."""
+
+    def __init__(self, slot: Any):
+        self.slot = slot
+
+    def begin(self) -> None:
+        self.slot.fill(0)
+
+    def write(self) -> None:
+        self.slot.fill(5)
+
+
+@pytest.mark.parametrize(("deferred", "written"), [(lambda parts: parts, 5.0), (None, 0.0)])
+def test_slots_are_written_in_the_second_part_of_a_backward_pass(deferred: Any, written: float) -> None:
+    """A stage that cannot split its backward passes does whole ones instead."""
+    sum_: Any = Slots()
+    before: list[float] = []
+
+    def schedule(*place: int) -> Any:
+        yield from (Action("F", 0), Action("I", 0))
+        before.append(float(sum_.slots[0][0]))
+        yield Action("W", 0)
+
+    parts = [Parts(slot) for slot in sum_.slots]
+    computation = dataclasses.replace(COMPUTATION, learns=True, gradients=parts, deferred=deferred)
+    TrainingStage(MPI.COMM_SELF, computation, sum_, schedule, Clock()).train(1, [Rows()], np.zeros((1, 2)), False)
+    assert before == [9.0 if deferred else 0.0]
+    assert sum_.added == [written]

@@ -165,7 +165,7 @@ def averaging(kind: type, where: str, dtype: str = "float32") -> tuple[Update, l
     sum_.values.memory.barrier()
     after = []
     for step, weight in enumerate(WEIGHTS, start=1):
-        feed(sum_, [scattered(layout, step, m) if weight else layout.zeros(updated=True) for m in range(16)])
+        feed(sum_, [scattered(layout, step, m) if weight else layout.zeros(gradients=True) for m in range(16)])
         update.step(0.1, weight, step, False)
         after.append(sum_.values.vector.copy())
     return update, after
@@ -296,7 +296,7 @@ def test_a_batch_of_weight_zero_changes_nothing(bucket: int) -> None:
     before = sum_.values.vector.copy()
     before[: layout.updated] = scattered(layout, 1)
     sum_.values.vector[...] = before
-    feed(sum_, [layout.zeros(updated=True)] * 16, 20)
+    feed(sum_, [layout.zeros(gradients=True)] * 16, 20)
     assert update.step(0.1, 0.0, 1, True) == 0.0
     assert sum_.values.vector.tobytes() == before.tobytes()
     sum_.values.vector.fill(0)

@@ -8,8 +8,10 @@ import numpy as np
 
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
+from mpiml.plan.activations import RowBytes
 from mpiml.training.job import Job, job_of
 
+NOTHING = RowBytes(0, 0)  # kept of a row
 HIDDEN = (3000, 9)  # parameters of a few blocks, so that slices differ
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,10 @@ import pytest
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
 from mpiml.nn import base as nn
+from mpiml.nn.deferred import DeferredGradients
 from mpiml.nn.layers import Conv2d, Flatten, Layer, Linear
+from mpiml.nn.parameters import Gradients
+from mpiml.nn.recompute import grouped
 from mpiml.plan import activations
 from mpiml.plan.sizing import plan
 from mpiml.training.job import job_of
@@ -27,6 +32,35 @@ from tests.nn.cases import CASES
 )
 def test_activations_by_hand(layers: list[Layer], shape: tuple[int, ...], numbers: int) -> None:
     assert activations.bytes_of_a_row(staged(layers, shape), last=True) == 4 * numbers
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if not nn.unsplit(CASES[name][0]())])
+def test_what_waits_for_w_is_what_a_first_part_leaves(name: str) -> None:
+    """By tracemalloc, as what passes keep. Arrays that two layers hold count twice, so it may be less."""
+    make, shape = CASES[name]
+    layers = make()
+    nn.skip_first_dx(layers)
+    stage = staged(layers, shape)
+    counted = activations.of_a_row(stage, last=False).waiting
+    few, many = (waiting(stage, rows) for rows in activations.ROWS)
+    measured = (many - few) / (activations.ROWS[1] - activations.ROWS[0])
+    assert 0.8 * counted <= measured <= counted + 1
+
+
+def waiting(stage: Any, rows: int) -> int:
+    """Bytes of arrays that are left between the two parts of a backward pass."""
+    stage.layout.bind(np.zeros(stage.layout.size, np.float32))
+    gradients = DeferredGradients(Gradients(stage.layout, stage.layout.zeros(gradients=True)))
+    tracemalloc.start()
+    try:
+        x = np.zeros((rows, *stage.x_shape), np.float32)
+        y, backward = nn.forward(stage.layers, x, nn.At(training=True, step=1))
+        dx = backward(np.ones(y.shape, y.dtype), gradients)
+        del x, y, backward, dx
+        held = tracemalloc.take_snapshot().filter_traces(activations.ARRAYS)
+        return sum(trace.size for trace in held.traces)
+    finally:
+        tracemalloc.stop()
 
 
 def staged(layers: list[Layer], shape: tuple[int, ...]) -> Any:
@@ -46,7 +80,29 @@ def test_activations_are_those_of_a_pass(name: str, frozen: bool) -> None:
             parameter.rate = 0.0
         nn.skip_first_dx(layers)
     stage = staged(layers, shape)
-    assert activations.bytes_of_a_row(stage, last=False) == activations._measured(stage)
+    assert activations.bytes_of_a_row(stage, last=False) == measured(stage)
+
+
+def measured(stage: Any) -> float:
+    return activations._measured(stage.layers, stage.x_shape, stage.learned, stage.layout)
+
+
+@pytest.mark.parametrize("name", ["images", "tokens"])
+def test_blocks_that_are_computed_again_keep_their_inputs(name: str) -> None:
+    """Of all but the largest block no more than that is held, in the table as measured."""
+    make, shape = CASES[name]
+    layers = make()
+    plain = activations.of_a_row(staged(layers, shape), last=False)
+    for index, layer in enumerate(layers):
+        layer.block = index // 2  # of two neighbours each
+    stage = staged(layers, shape)
+    again = activations.of_a_row(stage, last=False)
+    called = grouped(stage.layers, stack=False)
+    inputs = sum(math.prod(one) for one in nn.stack_shapes(called, shape)[:-1])
+    assert again.in_flight == 4 * inputs
+    assert again.in_flight == activations._measured(called, shape, stage.learned, stage.layout)
+    assert 0 < again.again < plain.in_flight
+    assert plain.again == 0
 
 
 class Doubled(Flatten):

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mpiml.config import Config
 from mpiml.data.dataset import Dataset
 from mpiml.errors import ConfigError, DataError
 from mpiml.plan import costs
 from mpiml.plan.sizing import plan, screen
-from mpiml.training.job import needs
+from mpiml.training.job import job_of, needs
 from mpiml.training.task import Seen
-from tests.plan.jobs import arrays, job
+from tests.plan.jobs import NOTHING, arrays, job
 
 
 def test_layers_stages_and_work_by_hand() -> None:
@@ -31,7 +32,9 @@ def test_layers_stages_and_work_by_hand() -> None:
     assert made.stages[0].share == pytest.approx(256 / 400)
     assert (made.rows, made.microbatches, made.microbatch_rows, made.steps_per_epoch) == (40, 8, 5, 3)
     assert made.flops == 3 * 400 * 40
-    assert made.even_bubble == 1 / 5  # four micro-batches for each of two replicas
+    assert made.even_bubble == pytest.approx(1 / 5)  # four micro-batches for each of two replicas
+    split = plan(job(4, pipe=2, hidden=(16,), microbatches=8, schedule="zb-h1"), "arrays")
+    assert split.even_bubble == pytest.approx(1 / 13)  # 4 x (F + I + W) + F + I - W
     # The first stage (256 + 512) is the slower one: it waits once, after two forward passes, for the first gradient.
     assert made.bubble == pytest.approx(1 - 4 * 3 * 400 / (2 * (4 * 768 + (256 + 3 * 144) - 2 * 256)))
 
@@ -44,6 +47,34 @@ def test_memory_by_hand() -> None:
     assert plan(job(4, pipe=2, hidden=(16,), microbatches=8, leaf=4), "arrays").stages[0].gradient_vectors == 2
     assert first.state == 2 * 4 * 144  # AdamW; two replicas, but one block for each of the two parameters
     assert second.messages == first.messages == 0
+
+
+def test_what_waits_for_w_by_hand() -> None:
+    """The first stage holds inputs of 8 of two micro-batches in flight, or of one and, of another that waits for W, 8
+    and the gradient by its 16 outputs."""
+    whole, split = (plan(job(2, pipe=2, hidden=(16,), microbatches=4, schedule=s), "a") for s in ("1f1b", "zb-h1"))
+    rows = whole.microbatch_rows
+    assert whole.stages[0].activations == 4 * rows * 2 * 8
+    assert split.stages[0].activations == 4 * rows * (8 + 8 + 16)
+
+
+def test_blocks_that_are_computed_again_by_hand() -> None:
+    """Four blocks of a gpt: a micro-batch in flight holds the input of each instead of all of it, and the operations of
+    their forward passes are done twice."""
+    rows = np.arange(12 * 6).reshape(12, 6) % 7
+    tokens = Dataset.from_arrays(rows, rows, rows[:1], rows[:1])
+    settings: dict[str, Any] = {"model": "gpt", "width": 8, "heads": 2, "blocks": 4, "batch": 6, "microbatches": 2}
+    whole, again = (
+        plan(job_of(Config(**settings, recompute=recompute), 1, 1, tokens), "t") for recompute in (False, True)
+    )
+    # Of each position a block holds (2 x 2 + 5 + 1 + 4 + 4) x 8 numbers and 2 + 2 of its norms and heads; in place of
+    # four such blocks there are four inputs of 8, and one block beside its input.
+    block = (2 * 2 + 5 + 1 + 4 + 4) * 8 + 2 + 2
+    fewer = 4 * block - (4 * 8 + block - 8)
+    assert whole.stages[0].activations - again.stages[0].activations == 3 * 6 * 4 * fewer
+    assert [line.path for line in again.layers] == [line.path for line in whole.layers]
+    blocks = sum(line.flops for line in whole.layers if line.kind.startswith("Residual"))
+    assert again.flops - whole.flops == blocks * 6
 
 
 def test_copies_of_what_is_saved_by_hand() -> None:
@@ -74,10 +105,10 @@ def test_workers_by_hand() -> None:
     assert (stage.copies, stage.values, stage.gradient_vectors, stage.gradients) == (2, whole, 2, 2 * whole)
     assert stage.state == 2 * 2 * whole  # AdamW, two workers
     assert stage.average == 2 * whole + 2 * first  # slots; the start and the velocity of what rank 0 owns
-    held = costs.stage_memory(apart, 0, 0.0)
+    held = costs.stage_memory(apart, 0, NOTHING)
     assert held.common.tolist() == [2 * whole + whole / 2] * 2  # both have one mean
     assert made.node_bytes == round(held.held.sum()) + 2 * stage.activations
-    assert costs.fullest_node(together, [costs.stage_memory(together, 0, 0.0)]) < made.node_bytes
+    assert costs.fullest_node(together, [costs.stage_memory(together, 0, NOTHING)]) < made.node_bytes
     assert (made.checkpoint, made.round_checkpoint) == (4 * whole, (1 + 1 + 4 * 3) * whole)
     assert max(map(len, screen(made).splitlines())) <= 120
 

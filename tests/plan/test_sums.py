@@ -24,7 +24,7 @@ from mpiml.training.job import Job, sharers
 from mpiml.training.run import Run, unsaved
 from mpiml.training.sharing import busy
 from mpiml.vectors import bytes_of
-from tests.plan.jobs import arrays, job
+from tests.plan.jobs import NOTHING, arrays, job
 
 WORLD = MPI.COMM_WORLD
 
@@ -159,7 +159,7 @@ def saved_of(run: Run) -> list[Segment]:
         {"pipe": 2, "microbatches": 11, "schedule": "gpipe"},
         {"pipe": 2, "optimizer": "sgd", "ema": 0.9},
         {"microbatches": 19, "bucket": 0.02},
-        {"microbatches": 24, "leaf": 6},
+        {"microbatches": 96, "leaf": 6},
         {"pipe": 4, "memory": "private", "dtype": "float64"},
         {"pipe": 2, "rates": ("layers.0=0",), "cuts": (1,)},
         {"microbatches": 19, "bucket": 0.02, "rates": ("layers.2=0",)},
@@ -194,7 +194,7 @@ def test_a_real_run_allocates_and_sends_as_planned(
     assert isinstance(data, Recording)
     assert isinstance(pipe, Recording)
 
-    traffic, held = exchanges.traffic(made, stage), costs.stage_memory(made, stage, 0.0)
+    traffic, held = exchanges.traffic(made, stage), costs.stage_memory(made, stage, NOTHING)
     assert data.total("gradients out") == traffic.gradients_out[replica]
     assert data.total("gradients in") == traffic.gradients_in[replica]
     assert data.total("values out") == traffic.values_out[replica]
@@ -225,7 +225,7 @@ def test_a_real_run_allocates_and_sends_as_planned(
     [
         {"workers": 2, "outer_momentum": 0.9},
         {"workers": 12, "memory": "private", "optimizer": "sgd", "ema": 0.9},
-        {"workers": 2, "pipe": 2, "microbatches": 20, "leaf": 5, "dtype": "float64"},
+        {"workers": 2, "pipe": 2, "microbatches": 80, "leaf": 5, "dtype": "float64"},
         {"workers": 2, "microbatches": 20, "bucket": 0.02, "rates": ("layers.2=0",)},
         {"workers": 2, "allreduce": "mpi", "outer_lr": 0.7},
     ],
@@ -243,7 +243,7 @@ def test_workers_allocate_and_send_as_planned(
     run = unsaved(WORLD, made.config, arrays(120))
     learners, stage, replica = run.learning.now, run.grid.stage, run.grid.replica
     average, traffic = learners.average, exchanges.traffic(made, stage)
-    planned, held = sums.averaging(made, stage), costs.stage_memory(made, stage, 0.0)
+    planned, held = sums.averaging(made, stage), costs.stage_memory(made, stage, NOTHING)
     assert average, "workers have one"
 
     def allocated(vector: np.ndarray) -> int:

@@ -85,6 +85,24 @@ def test_a_pipeline_by_hand() -> None:
     assert took.waiting + sum(first) + sum(second) == pytest.approx(backward_1 + way + first[1])
 
 
+def test_a_pipeline_with_split_backward_passes_waits_for_less() -> None:
+    """In equal halves; the second stage, the slower one, does both W while it would wait for nothing, and the first
+    stage the second of its own at the end."""
+    whole, split = (
+        step_time(job(2, pipe=2, microbatches=2, batch=20, schedule=name), machine(), NETWORK)
+        for name in ("1f1b", "zb-h1")
+    )
+    assert split.compute == whole.compute
+    assert 0 <= split.waiting < whole.waiting
+
+
+def test_blocks_that_are_computed_again_take_their_forward_pass_twice() -> None:
+    plain, again = (job(microbatches=4) for _ in range(2))
+    again.stages[0].layers[2].block = "a block"
+    took, longer = (step_time(one, machine(), NETWORK) for one in (plain, again))
+    assert longer.compute - took.compute == pytest.approx(4 * 10 * 3e-3)  # the last layer's forward pass, 3 ms a row
+
+
 def test_two_nodes_by_hand() -> None:
     """One block belongs to rank 0, another to rank 1: each node sends the other's part, and gets it back."""
     here, apart = job(2, 2, microbatches=2), job(2, 1, microbatches=2)

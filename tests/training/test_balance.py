@@ -63,9 +63,12 @@ def digits() -> Dataset:
 
 
 def test_the_least_time_of_both_passes_in_microseconds() -> None:
-    slow, linear, slower = timed(Slow(0.003), Linear(6, 3), Slow(0.006))
-    assert 3000 <= slow < 6000 <= slower
-    assert 1 <= linear < 3000
+    again = Slow(0.01)
+    again.block = "a block"  # whose forward pass is computed again
+    slow, linear, slower, twice = timed(Slow(0.01), Linear(6, 3), Slow(0.05), again)
+    assert 1 <= linear < slow
+    assert 10_000 <= slow < 50_000 <= slower
+    assert 20_000 <= twice < 50_000
 
 
 def test_layers_get_as_many_rows_as_the_largest_micro_batch_and_ids_below_the_vocabulary() -> None:
@@ -115,14 +118,14 @@ def test_plans_are_cut_by_time_and_show_its_shares() -> None:
     config = Config(model="tests.training.test_balance:slow_model", pipe=2, balance="measured", microbatches=4)
     made = plan(unplaced(config, digits()).on(config, 2, 2), "digits")
     assert [stage.first for stage in made.stages] == [0, 3]
-    assert made.stages[0].share == pytest.approx(0.5, abs=0.1)
+    assert made.stages[0].share == pytest.approx(0.5, abs=0.2)
     counted = jobs.job(2, hidden=(8,), pipe=2)
     assert [stage.work for stage in counted.stages] == [stage.flops for stage in counted.stages]
 
 
 def slow_model(shape: Any, outputs: int) -> list[nn.Layer]:
     """Counted operations say to cut before the linear layer."""
-    return [Tanh(), Slow(0.002), Slow(0.002), Slow(0.004), Linear(6, outputs)]
+    return [Tanh(), Slow(0.01), Slow(0.01), Slow(0.02), Linear(6, outputs)]
 
 
 def test_one_stage_measures_nothing() -> None:
@@ -154,7 +157,7 @@ def test_a_run_that_goes_on_keeps_its_cuts_as_long_as_they_fit(flags: str, store
 
 @pytest.mark.mpi
 @pytest.mark.skipif(WORLD.size % 2 > 0, reason="needs two stages")
-def test_all_ranks_cut_alike_by_the_sum_of_their_times(tmp_path: Path) -> None:
+def test_all_ranks_cut_alike_by_the_mean_of_their_times(tmp_path: Path) -> None:
     """The last rank alone is slow in two layers, and its times alone would be those of no other rank."""
     path = Path(WORLD.bcast(str(tmp_path), 0))
     layers = [Slow(0.004, WORLD.size - 1), Linear(6, 6), Slow(0.004, WORLD.size - 1), Linear(6, 3)]

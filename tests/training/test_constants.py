@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mpiml.errors import OutputError
+from mpiml.nn.constants import Constant
 from mpiml.nn.layers import Layer, Linear, name
-from mpiml.nn.parameters import Constant
 from mpiml.run.checkpoint import Header
 from mpiml.run.verified import kinds_of
 from mpiml.training.constants import Constants

@@ -89,7 +89,7 @@ def test_a_module_that_is_used_again_begins_anew() -> None:
         layout = Layout(nn.parameters(layers), "float32")
         layout.bind(layout.zeros() + np.float32(0.01))
         y, backward = nn.forward(layers, np.ones((2, 3, 3, 2), np.float32), nn.At(training=True))
-        backward(np.ones_like(y), grads := Gradients(layout, layout.zeros(updated=True)))
+        backward(np.ones_like(y), grads := Gradients(layout, layout.zeros(gradients=True)))
         assert grads.vector.any()
 
 

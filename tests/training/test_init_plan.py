@@ -11,10 +11,11 @@ import pytest
 
 from mpiml.errors import ConfigError, OutputError
 from mpiml.nn import base as nn
+from mpiml.nn.constants import Constant
 from mpiml.nn.export import forms
 from mpiml.nn.layers import BatchNorm2d, Conv2d, Flatten, Layer, Linear
 from mpiml.nn.losses import R2, mean_squared_error
-from mpiml.nn.parameters import Constant, Layout
+from mpiml.nn.parameters import Layout
 from mpiml.run.checkpoint import Header
 from mpiml.run.verified import Kind
 from mpiml.training.constants import Constants

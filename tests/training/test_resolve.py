@@ -149,6 +149,11 @@ def test_what_was_said_once_need_not_be_said_again() -> None:
     ("settings", "words"),
     [
         ({"optimizer": "sgd", "betas": (0.8, 0.9)}, "--betas 0.8,0.9: --optimizer sgd has none"),
+        ({"recompute": True}, "--recompute --model mlp: gpt and resnet have blocks; leave it out"),
+        (
+            {"recompute": True, "model": "a:b"},
+            r"--recompute --model a:b: .*; leave it out; put mpiml.api.Recompute\(\.\.\.\) around ",
+        ),
         ({"noise_scale": True}, "--noise-scale --microbatches 1: it is measured by how the gradients of "),
         ({"betas": (0.9,)}, "--betas 0.9: must be two numbers"),
         ({"betas": ()}, "--betas : must be two numbers"),
