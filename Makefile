@@ -5,6 +5,7 @@
 # make chaos                 jobs are killed, stopped, and worse, for a quarter of an hour    MINUTES=60 SEED=5 PARTS=kills,power
 # make example-cnn           digits as images, by convolution   on 4 ranks
 # make example-gpt           a language model of Python's own source, beside a bigram model
+# make example-nanogpt       the same with the settings that nanoGPT has for computers without GPUs: some minutes
 # make example-apart         workers that learn apart, beside a sum at every step: about 3 minutes
 # make example-slow-network  the same on two nodes with a link of 100 Mbit/s between them; as root
 # make example-own           a program with its own model and data
@@ -39,8 +40,8 @@ export OMPI_MCA_rmaps_base_oversubscribe ?= 1
 export OMPI_ALLOW_RUN_AS_ROOT ?= 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM ?= 1
 
-.PHONY: train test test-slurm lint bench chaos example-cnn example-gpt example-own example-torch example-scaling \
-	example-batches example-apart example-slow-network clean
+.PHONY: train test test-slurm lint bench chaos example-cnn example-gpt example-nanogpt example-own example-torch \
+	example-scaling example-batches example-apart example-slow-network clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/installed
@@ -73,13 +74,16 @@ example-torch: $(VENV)/installed
 	$(MPIRUN) -n 4 $(BIN)/python -m mpiml.train --model mpiml.examples.torch_resnet:resnet \
 		--data mpiml.examples.torch_resnet:images --pipe 2 --epochs 8 --batch 64 --lr 0.002 --decay cosine $(ARGS)
 
-example-cnn example-gpt example-own: NP = 4
+example-cnn example-gpt example-nanogpt example-own: NP = 4
 
 example-cnn: $(VENV)/installed
 	$(MPIRUN) -n $(NP) $(BIN)/python -m mpiml.train --model cnn --epochs 15 --lr 0.003 --decay cosine $(ARGS)
 
 example-gpt: $(VENV)/installed
 	$(MPIRUN) -n $(NP) $(BIN)/python -m mpiml.examples.gpt_stdlib $(ARGS)
+
+example-nanogpt: $(VENV)/installed
+	$(MPIRUN) -n $(NP) $(BIN)/python -m mpiml.examples.gpt_stdlib --config mpiml/examples/nanogpt.toml $(ARGS)
 
 example-own: $(VENV)/installed
 	$(MPIRUN) -n $(NP) $(BIN)/python -m mpiml.examples.own_model

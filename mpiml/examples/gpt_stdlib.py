@@ -1,6 +1,7 @@
 """A gpt trained on the bytes of Python's standard library, compared with a bigram model fitted to the same bytes.
 
 `mpirun -n 4 python -m mpiml.examples.gpt_stdlib` takes about a minute on 2 cores; settings of mpiml.train may follow.
+They change gpt_stdlib.toml, beside this file, or another file that `--config` names: nanogpt.toml, say.
 The exit code is 1 if the gpt's loss on the held-out bytes is not below the bigram model's.
 """
 
@@ -17,6 +18,7 @@ import os
 import sys
 import sysconfig
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from mpi4py import MPI
@@ -29,10 +31,7 @@ from mpiml.run.failure import Guard, exit_code
 from mpiml.team import Team
 
 PROGRAM = "mpiml.examples.gpt_stdlib"
-SETTINGS = (
-    "--model gpt --context 64 --held-out 0.05 --steps 500 --batch 32 --microbatches 4 --lr 0.003 --warmup-steps 30 "
-    "--decay cosine --clip 1 --save-every 0"
-)
+SETTINGS = Path(__file__).with_suffix(".toml")  # unless --config names others
 BYTES = 256
 UNSEEN = 0.1  # added to the count of every pair of bytes, so that no pair has probability 0
 
@@ -41,7 +40,7 @@ def settings(arguments: Sequence[str]) -> Config:
     """The example's settings, changed by the command line's. Raises DataError if the standard library is missing."""
     library = sysconfig.get_path("stdlib")
     sources = os.path.join(glob.escape(library), "*.py")
-    config = parse([*SETTINGS.split(), "--data", sources, *arguments], PROGRAM)
+    config = parse(["--config", str(SETTINGS), "--data", sources, *arguments], PROGRAM)
     if config.data == sources and not glob.glob(sources):
         raise DataError(
             f"there are no .py files in {library}, where Python's standard library should be (it may be in an archive "

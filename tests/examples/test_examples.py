@@ -133,6 +133,13 @@ def test_the_example_reads_the_standard_library() -> None:
     assert gpt_stdlib.settings([]).data == str(Path(sysconfig.get_path("stdlib")) / "*.py")
 
 
+@pytest.mark.parametrize("flags", [[], ["--config", str(Path(gpt_stdlib.__file__).with_name("nanogpt.toml"))]])
+def test_files_of_settings_of_the_gpt(flags: list[str]) -> None:
+    config = gpt_stdlib.settings([*flags, "--batch", "7"])
+    assert (config.model, config.decay, config.clip, config.batch) == ("gpt", "cosine", 1.0, 7)
+    assert (config.tie, config.steps) == ((True, 2000) if flags else (False, 500))
+
+
 def test_without_a_standard_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
