@@ -5,6 +5,7 @@ way: parameter by parameter, without a framework.
 """
 
 import itertools
+import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,8 +51,11 @@ class Perceptron:
                 dy = (dy @ self.weights[index].T) * (inputs[index] > 0)
         return loss, d_weights[::-1], d_biases[::-1]
 
-    def step(self, parts: list[tuple[Array, NDArray[np.intp]]], rate: float, momentum: float) -> float:
-        """One step on micro-batches: sum their gradients, divide by the rows, update with momentum."""
+    def step(
+        self, parts: list[tuple[Array, NDArray[np.intp]]], rate: float, momentum: float, checked: bool = False
+    ) -> float:
+        """One step on micro-batches: sum their gradients, divide by the rows, update with momentum; if it is to be
+        `checked`, with a look whether loss and gradients are finite."""
         rows = sum(len(x) for x, _ in parts)
         loss, d_weights, d_biases = self.gradients(*parts[0])
         sums = d_weights + d_biases
@@ -60,6 +64,8 @@ class Perceptron:
             loss += part_loss
             for total, gradient in zip(sums, d_weights + d_biases, strict=True):
                 total += gradient
+        if checked and not (math.isfinite(loss) and all(np.isfinite(gradient).all() for gradient in sums)):
+            raise FloatingPointError("loss or gradients are not finite")
         for parameter, velocity, gradient in zip(self.weights + self.biases, self.velocities, sums, strict=True):
             gradient /= rows
             velocity *= momentum

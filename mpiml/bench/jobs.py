@@ -45,23 +45,42 @@ def measure_once(row: Row) -> dict[str, Any]:
 
 
 def measure_start(ranks: int, what: str, pairs: int = 5) -> dict[str, Any]:
-    """Time of a job that trains for one step, or only imports the trainer, over that of the least that any MPI job in
-    Python does. All files are compiled before."""
-    compileall.compile_dir(Path(mpiml.__file__).parent, quiet=1)
+    """Time of a job over that of the least that any MPI job in Python does. It trains for one step ("train"), imports
+    the trainer ("import"), or imports as many empty modules and what the trainer needs of Python and NumPy ("empty").
+    All files are compiled before."""
     least = "import numpy, mpi4py.MPI as M; M.COMM_WORLD.Allreduce(M.IN_PLACE, numpy.zeros(1))"
-    other = ["-m", "mpiml.train", "--steps", "1"] if what == "train" else ["-c", f"import mpiml.train; {least}"]
-    ratios = []
-    for pair in range(pairs + 1):
-        spent = []
-        for arguments in (other, ["-c", least]):
-            began = time.perf_counter()
-            done = run(ranks, arguments)
-            spent.append(time.perf_counter() - began)
-            if done.returncode:
-                return error_of(done)
-        if pair:
-            ratios.append(spent[0] / spent[1])
+    compileall.compile_dir(Path(mpiml.__file__).parent, quiet=1)
+    with tempfile.TemporaryDirectory() as directory:
+        other = {
+            "train": ["-m", "mpiml.train", "--steps", "1"],
+            "import": ["-c", f"import mpiml.train; {least}"],
+            "empty": ["-c", f"{_empty(Path(directory))}; {least}"],
+        }[what]
+        ratios = []
+        for pair in range(pairs + 1):
+            spent = []
+            for arguments in (other, ["-c", least]):
+                began = time.perf_counter()
+                done = run(ranks, arguments)
+                spent.append(time.perf_counter() - began)
+                if done.returncode:
+                    return error_of(done)
+            if pair:
+                ratios.append(spent[0] / spent[1])
     return asdict(Ratio.of(ratios))
+
+
+def _empty(directory: Path) -> str:
+    """Make an empty module in a directory for each of the package's that the trainer loads. Returns the statements that
+    import them, and all else that it loads."""
+    code = "import sys, mpiml.train; print(*(name for name in sys.modules if '__' not in name))"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    own = [f"empty{number}" for number, name in enumerate(loaded) if name.split(".")[0] == "mpiml"]
+    others = [name for name in loaded if name.split(".")[0] in {*sys.stdlib_module_names, "numpy"}]
+    for name in own:
+        (directory / f"{name}.py").touch()
+    compileall.compile_dir(directory, quiet=1)
+    return f"import sys; sys.path.insert(0, {str(directory)!r}); import {', '.join([*others, *own])}"
 
 
 def error_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:

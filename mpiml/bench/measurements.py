@@ -26,10 +26,18 @@ if __name__ == "__main__":
     start.begun()
 
 FUNCTIONS: list[Callable[..., Ratio]] = [
-    *(steps.by_hand, steps.page_faults, steps.traced, steps.torch_ddp, steps.torch_pipeline, steps.pipeline),
+    *(
+        steps.by_hand,
+        steps.hand_checked,
+        steps.page_faults,
+        steps.traced,
+        steps.torch_ddp,
+        steps.torch_pipeline,
+        steps.pipeline,
+    ),
     *(steps.schedules, steps.simulated),
     *(steps.weak_scaling, steps.oversubscribed, steps.workers, sums.allreduce, sums.bandwidth, sums.own_sum),
-    *(sums.record, sums.record_milliseconds),
+    *(sums.messages, sums.passes, sums.record, sums.record_milliseconds),
     *(saving.save, saving.save_stall, saving.save_beside, saving.resume),
     *(
         layers.torch_step,

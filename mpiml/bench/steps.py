@@ -12,7 +12,7 @@ from mpi4py import MPI
 
 from mpiml.bench.byhand import Perceptron
 from mpiml.bench.models import MOMENTUM, RATE, images, perceptron, tower
-from mpiml.bench.pairs import PAIRS, ratio
+from mpiml.bench.pairs import PAIRS, Action, ratio
 from mpiml.bench.rows import Ratio
 from mpiml.parallel.memory import SharedMemory
 from mpiml.parallel.schedules import SCHEDULES
@@ -32,15 +32,26 @@ def by_hand(hidden: str, batch: str, microbatches: str, optimizer: str) -> Ratio
     """Time of a step of one rank over that of the same arithmetic written by hand."""
     rows, parts = int(batch), int(microbatches)
     trainer = perceptron(MPI.COMM_SELF, widths(hidden), rows, parts, optimizer=optimizer)
+    hand = hand_step(hidden, rows, parts, MOMENTUM if optimizer == "momentum" else 0.0)
+    return ratio(WORLD, trainer.step, hand, trainer.repeats)
+
+
+def hand_checked(hidden: str, batch: str) -> Ratio:
+    """Time of a step by hand that looks whether its numbers are finite over that of one that does not."""
+    checked, plain = (hand_step(hidden, int(batch), 1, MOMENTUM, checked) for checked in (True, False))
+    return ratio(WORLD, checked, plain, 1000)
+
+
+def hand_step(hidden: str, rows: int, parts: int, momentum: float, checked: bool = False) -> Action:
+    """A step by hand on the next rows, in so many micro-batches."""
     hand = Perceptron([784, *widths(hidden), 10])
     x, y = images()
     orders = itertools.cycle(np.split(np.random.default_rng(1).permutation(len(x)), len(x) // rows))
 
     def step() -> None:
-        pieces = [(x[part], y[part]) for part in np.array_split(next(orders), parts)]
-        hand.step(pieces, RATE, MOMENTUM if optimizer == "momentum" else 0.0)
+        hand.step([(x[part], y[part]) for part in np.array_split(next(orders), parts)], RATE, momentum, checked)
 
-    return ratio(WORLD, trainer.step, step, trainer.repeats)
+    return step
 
 
 def page_faults(hidden: str, batch: str) -> Ratio:

@@ -79,6 +79,41 @@ def allreduce(megabytes: str, what: str, memory_kind: str) -> Ratio:
     return ratio(WORLD, lambda: ordered_step(sum_, update), other, max(4, min(200, int(64 / float(megabytes)))))
 
 
+def messages(megabytes: str) -> Ratio:
+    """Time of the messages that a sum in private memory takes on two ranks, without its additions, over that of
+    MPI_Allreduce: each rank gets the other's gradient of its half, and then the other's new half."""
+    size = int(float(megabytes) * 2**20 / 4)
+    gradient, values, received, reduced = np.zeros((4, size), np.float32)
+    halves = slice(size // 2), slice(size // 2, size)
+    own, other = halves[WORLD.rank], halves[1 - WORLD.rank]
+
+    def exchange() -> None:
+        WORLD.Sendrecv(gradient[other], 1 - WORLD.rank, 0, received[own], 1 - WORLD.rank, 0)
+        WORLD.Sendrecv(values[own], 1 - WORLD.rank, 0, values[other], 1 - WORLD.rank, 0)
+
+    repeats = max(4, min(200, int(64 / float(megabytes))))
+    return ratio(WORLD, exchange, lambda: WORLD.Allreduce(MPI.IN_PLACE, reduced), repeats)
+
+
+def passes(megabytes: str) -> Ratio:
+    """Time of an ordered sum in shared memory with SGD over that of its additions and updates alone: each rank passes
+    over as many numbers of its own, piece by piece, and waits for nobody."""
+    size = int(float(megabytes) * 2**20 / 4)
+    sum_, update = ordered(size, "shared", SGD())
+    gradients, values = np.zeros((WORLD.size, size // WORLD.size), np.float32), np.zeros(size // WORLD.size, np.float32)
+    total, *scratch = np.empty((3, PIECE), np.float32)
+
+    def alone() -> None:
+        for start in range(0, values.size, PIECE):
+            value, first, *others = (vector[start : start + PIECE] for vector in (values, *gradients))
+            count = len(value)
+            for other in others:
+                first = np.add(first, other, out=total[:count])
+            SGD().update(Operands(value, [], (scratch[0][:count], scratch[1][:count]), first, False), 1.0, 0.0, 1)
+
+    return ratio(WORLD, lambda: ordered_step(sum_, update), alone, max(4, min(200, int(64 / float(megabytes)))))
+
+
 def own_sum(megabytes: str, how: str) -> Ratio:
     """Time of a Sum over that of MPI_Allreduce in place, of one array on as many ranks; the first half of the ranks has
     the Sum, because it changes how its process allocates memory. `how`: "with copies" into the sum and out of it, or

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +35,7 @@ def launcher(given: str | None, ranks: int, node_ranks: int | None = None) -> li
         if "{nodes}" in given and not nodes:
             raise ConfigError(f"--launcher {given!r}: {{nodes}} needs --node-ranks N, the number of ranks on each node")
         return [word.replace("{ranks}", str(ranks)).replace("{nodes}", str(nodes)) for word in given.split()]
-    if "SLURM_JOB_ID" in os.environ and shutil.which("srun"):
+    if "SLURM_JOB_ID" in os.environ and _installed("srun"):
         return ["srun", "-n", str(ranks), *(["-N", str(nodes)] if nodes else [])]
     return [mpirun(), "-n", str(ranks)]
 
@@ -44,7 +43,7 @@ def launcher(given: str | None, ranks: int, node_ranks: int | None = None) -> li
 def mpirun() -> str:
     """The mpirun beside this Python, else the one on the PATH. Raises ConfigError if there is none."""
     beside = Path(sys.executable).with_name("mpirun")
-    path = str(beside) if beside.exists() else shutil.which("mpirun")
+    path = str(beside) if beside.exists() else _installed("mpirun")
     if not path:
         raise ConfigError("no mpirun found; install one with pip install mpich, or load a module")
     return path
@@ -52,5 +51,12 @@ def mpirun() -> str:
 
 def check_program(command: Sequence[str]) -> None:
     """Raise ConfigError if a command's program is not installed."""
-    if not shutil.which(command[0]):
+    if not _installed(command[0]):
         raise ConfigError(f"--launcher: there is no program {command[0]} here")
+
+
+def _installed(program: str) -> str | None:
+    """Where a program is, if it is on the PATH."""
+    import shutil  # which loads compressors, and no rank needs it
+
+    return shutil.which(program)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 
 from mpiml.errors import ConfigError, first_few
@@ -60,6 +59,8 @@ def _why_nothing(pattern: str, named: Sequence[Parameter]) -> str:
     within = [within_layer(name) for name in names]
     paths = [name.rpartition(".")[0] for name in (*names, *within)]
     choice = dict.fromkeys([*paths, *names, *within])
+    import difflib  # for this line alone
+
     if close := set(difflib.get_close_matches(pattern, choice, 5)):
         return f"selects no parameter; close to it are {', '.join(name for name in choice if name in close)}"
     parts = (".".join(name.split(".")[:-1][:3]).removesuffix(".layers") for name in names)  # of a module, or the layer

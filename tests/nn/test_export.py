@@ -46,6 +46,18 @@ def test_layers_that_are_computed_again_are_exported_as_without() -> None:
     assert forms(model(nn.Recompute(nn.Linear(4, 4), nn.Linear(4, 4))), (4,)) == forms(plain, (4,))
 
 
+def test_an_array_in_several_layers_is_under_all_their_names() -> None:
+    layers = gpt((5,), 7, width=6, heads=2, blocks=1, tie=True)
+    nn.name(layers)
+    first, last = layers[0].weight, layers[-1].weight
+    ours = {p.name: np.full(p.shape, number) for number, p in enumerate(nn.parameters(layers)) if p.first is p}
+    theirs = to_torch(layers, ours, (5,))
+    assert forms(layers, (5,))[first.name].names == ["0.weight", "5.weight"]
+    assert last.name == "layers.5.weight"
+    np.testing.assert_array_equal(theirs["5.weight"], ours[first.name])
+    np.testing.assert_array_equal(theirs["0.weight"], ours[first.name])
+
+
 def test_own_layers_keep_their_names_and_axes() -> None:
     class Scaled(nn.Layer):
         def __init__(self, inside: nn.Layer):

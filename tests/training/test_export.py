@@ -146,10 +146,11 @@ def job(out: str, module: Any = None, **settings: Any) -> dict[str, np.ndarray]:
         (None, {"model": "resnet", "channels": 2, "blocks": 1}),
         (None, {"model": "resnet", "channels": 2, "blocks": 1, "norm": "batch"}),
         (None, TEXT),
+        (None, TEXT | {"tie": True}),
         (net, {}),
         (single, {}),
     ],
-    ids=["mlp", "cnn", "resnet", "resnet-batch", "gpt", "net", "single"],
+    ids=["mlp", "cnn", "resnet", "resnet-batch", "gpt", "gpt-tied", "net", "single"],
 )
 def test_what_pytorch_has_saved_is_begun_with_as_the_checkpoint_is(
     model: Any, settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -88,6 +88,31 @@ def test_what_the_file_does_not_have_stays_as_it_is_drawn(
     assert (f"first weights from {init}: 2 of 6 arrays" in notes) is (WORLD.rank == 0)
 
 
+@pytest.mark.parametrize("settings", [{}, {"pipe": 2}, {"pipe": 2, "average_every": 1, "workers": 48}])
+def test_an_array_in_several_layers_is_taken_at_all_places(settings: dict[str, Any], mpi_tmp_path: Path) -> None:
+    if WORLD.size % settings.get("pipe", 1):
+        return
+    rows = np.random.default_rng(0).integers(0, 600, (48, 4))
+    rows[0, 0] = 599
+    config = Config(
+        model="gpt", width=32, heads=2, blocks=1, tie=True, batch=48, microbatches=48, steps=1, init_partial=True,
+        init=file(mpi_tmp_path / "f.safetensors", **{"0.weight": WEIGHT.reshape(-1)[: 600 * 32].reshape(600, 32)}),
+        **settings,
+    )  # fmt: skip
+    one = unsaved(WORLD, config, Dataset.from_arrays(rows, rows, rows, rows))
+    with freed(one, WORLD.size):
+        first_values.take(one, unwatched)
+        layout, places = one.model.layouts[one.grid.stage], set()
+        for learner in one.learning.now.own:
+            for parameter, view in layout.views(learner.stage.sum.values.vector):
+                if parameter.places:
+                    places.add(parameter.name)
+                    np.testing.assert_array_equal(view.reshape(-1), WEIGHT.reshape(-1)[: view.size])
+    assert set().union(*WORLD.allgather(places)) >= {"layers.0.weight"}
+    if one.config.pipe == 2:
+        assert set().union(*WORLD.allgather(places)) == {"layers.0.weight", "layers.5.weight"}
+
+
 def test_an_array_that_cannot_be_taken_is_refused_by_all_ranks(mpi_tmp_path: Path) -> None:
     """When others have been sent already."""
     init = file(mpi_tmp_path / "f.safetensors", **{"0.bias": BIAS, "2.weight": np.full_like(WEIGHT, np.inf)})
