@@ -37,7 +37,7 @@ FUNCTIONS: list[Callable[..., Ratio]] = [
     ),
     *(steps.schedules, steps.simulated),
     *(steps.weak_scaling, steps.oversubscribed, steps.workers, sums.allreduce, sums.bandwidth, sums.own_sum),
-    *(sums.messages, sums.passes, sums.record, sums.record_milliseconds),
+    *(sums.sum_by_hand, sums.passes, sums.record, sums.record_milliseconds),
     *(saving.save, saving.save_stall, saving.save_beside, saving.resume),
     *(
         layers.torch_step,

@@ -130,7 +130,7 @@ ROWS = [
         for ranks in (2, 4)
         for mb in ("1", "4", "16", "64")
     ),
-    *(Row(SUM, f"{mb} MB, private memory: its messages alone", 2, ("messages", mb)) for mb in ("1", "4", "16", "64")),
+    *(Row(SUM, f"{mb} MB, private memory, by hand", 2, ("sum_by_hand", mb)) for mb in ("1", "4", "16", "64")),
     *(
         Row(SUM, f"{size} with SGD, two nodes", 4, ("allreduce", mb, "update", "shared"), at_most=limit, nodes="2,2")
         for size, mb, limit in (("64 MB", "64", None), ("256 kB", "0.25", 1.5))
