@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
@@ -139,6 +140,8 @@ def test_many_nodes_halve_what_is_short_for_so_many(elements: int, nodes: int, o
 def test_who_cannot_halve_does_not() -> None:
     assert halving.faster([2] * 64, 128, blocks(5), 4)
     assert not halving.faster([2] * 64, 192, blocks(5), 4)
+    *others, last = blocks(5)
+    assert not halving.faster([2] * 64, 128, [*others, dataclasses.replace(last, array="of two layers")], 4)
 
 
 @pytest.mark.parametrize("of_node", [1, 4, 16, 64])
