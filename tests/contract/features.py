@@ -424,6 +424,12 @@ FEATURES = {
         (*ALL, "twelve"),
         images,
     ),
+    # An array of two layers, on one stage or on two.
+    "workers-tied": Feature(
+        f"{GPT} --tie --batch 24 --microbatches 6 --workers 2 --average-every 2 --outer-lr 0.7 --outer-momentum 0.9",
+        ("pipe", "grid", "resumed"),
+        tokens,
+    ),
     # More than replicas; many of them have no row in a step, and some in a whole round.
     "workers-without-rows": Feature(
         f"{FEW} --batch 1 --microbatches 24 --leaf 2 --workers 12 --average-every 2 --optimizer momentum "
