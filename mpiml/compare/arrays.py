@@ -122,9 +122,10 @@ def compare(a: File, b: File) -> Compared | None:
     return made
 
 
-def natural(name: str) -> list[str | int]:
+def natural(name: str) -> list[Any]:
     """A key that sorts names with numbers as a reader would: layers.2 before layers.10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
+    texts = re.split(r"([0-9]+)", name)  # every second one is a number
+    return [(len(part.lstrip("0")), part.lstrip("0"), part) if at % 2 else part for at, part in enumerate(texts)]
 
 
 def _parts_that_differ(a: File, b: File) -> list[str]:

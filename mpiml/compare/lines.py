@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 
 from mpiml.command import plural
 from mpiml.compare.ulp import distance
+from mpiml.documents import fits
 from mpiml.run import metrics
 
 TIMES = ("seconds", "samples_per_second")  # fields that differ between any two jobs
@@ -98,8 +100,13 @@ def _differing(a: Line, b: Line) -> Iterator[Numbers]:
     """The fields of both lines whose values are not equal."""
     one, other = dict(_numbers(a)), dict(_numbers(b))
     for name, value in one.items():
-        if name in other and repr(value) != repr(other[name]):  # -0.0 == 0.0
+        if name in other and not _same(value, other[name]):
             yield _pair(name, value, other[name])
+
+
+def _same(a: float | None, b: float | None) -> bool:
+    """Whether two values have the same bits, as far as JSON says them: 0 has a sign."""
+    return a == b and (a is None or b is None or math.copysign(1, a) == math.copysign(1, b))
 
 
 def _numbers(line: Line, before: str = "") -> Iterator[tuple[str, float | None]]:
@@ -107,7 +114,7 @@ def _numbers(line: Line, before: str = "") -> Iterator[tuple[str, float | None]]
     for name, value in line.items():
         if isinstance(value, Mapping):
             yield from _numbers(value, f"{before}{name}.")
-        elif value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        elif value is None or fits(value, float):
             yield before + name, value
 
 

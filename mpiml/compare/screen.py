@@ -11,7 +11,7 @@ import numpy as np
 from mpiml.command import plural, table
 from mpiml.compare.arrays import Compared as Arrays
 from mpiml.compare.arrays import Element
-from mpiml.compare.causes import Causes, Setting
+from mpiml.compare.causes import Causes, Difference
 from mpiml.compare.comparison import DIFFERENT, EQUAL, Comparison
 from mpiml.compare.lines import Compared as Lines
 from mpiml.compare.lines import Numbers
@@ -32,7 +32,7 @@ def screen(made: Comparison) -> str:
     if made.different:
         likely, *more = made.causes.likely
         lines += [f"likely cause: {likely}", *(f"also: {cause}" for cause in more)]
-    lines += _causes(made.causes)
+    lines += _causes(made.causes, made.different)
     lines += [f"note: {note}" for note in made.notes]
     return "\n".join([*lines, *(f"problem: {problem}" for problem in made.problems)])
 
@@ -83,7 +83,7 @@ def _lines(made: Lines) -> list[str]:
 
 def _numbers(field: Numbers) -> list[str]:
     relative = "-" if field.relative is None else f"{field.relative:.1e}"
-    return [f"  {field.name}", _number(field.a), _number(field.b), _count(field.ulp), relative]
+    return [f"  {_name(field.name)}", _number(field.a), _number(field.b), _count(field.ulp), relative]
 
 
 def _weights(made: Weights) -> list[str]:
@@ -93,13 +93,11 @@ def _weights(made: Weights) -> list[str]:
         step, other = made.compared
         which = f"step {step}" if step == other else f"step {step} in A and step {other} in B"
         if made.differ:
-            until = f"; those of step {made.equal_until} are equal" if made.equal_until is not None else ""
+            until = f"; those of step {made.equal[-1]} are equal" if made.equal else ""
             lines = [f"checkpoints: those of {which} differ in the {made.differ.part}{until}", *_arrays(made.differ)]
-        elif len(made.steps) > 1:
-            steps = first_few(map(str, reversed(made.steps)), 3)
-            lines = [f"checkpoints: all arrays are equal, in those of steps {steps}"]
         else:
-            lines = [f"checkpoints: all arrays are equal, in those of {which}"]
+            steps = first_few(map(str, reversed(made.equal)), 3) or which.removeprefix("step ")
+            lines = [f"checkpoints: all arrays are equal, in those of step {steps}"]
     if made.by_result is not None:
         are = "equal" if made.by_result else "different"
         lines.append(f"weights after the last step: {are}, by weights_sha256 in result.json")
@@ -107,30 +105,35 @@ def _weights(made: Weights) -> list[str]:
 
 
 def _arrays(made: Arrays) -> list[str]:
-    rows = [["", "element", "A", "B", "ULP"]]
+    rows = [["", "element", "type", "A", "B", "ULP"]]
     if made.first:
         rows.append(["  first", *_element(made.first)])
     if made.farthest and made.farthest != made.first:
         rows.append(["  farthest", *_element(made.farthest)])
-    lines = table(rows, "llllr") if made.first else []
+    lines = table(rows, "lllllr") if made.first else []
     if made.arrays:
         what = (
             f"{made.elements:,} of {made.of_elements:,} elements differ, in {made.arrays} of {plural(made.of, 'array')}"
         )
-        lines.append(f"  {what}" + (f"; so does: {', '.join(made.also)}" if made.also else ""))
-    lines += [f"  only {name} has {first_few(names)}" for name, names in zip("AB", made.alone, strict=True) if names]
-    kinds = [f"{name} is {_kind(a)} in A, {_kind(b)} in B" for name, (a, b) in made.kinds.items()]
+        lines.append(f"  {what}" + (f"; also different: {', '.join(made.also)}" if made.also else ""))
+    lines += [
+        f"  only {name} has {first_few(map(_name, names))}"
+        for name, names in zip("AB", made.alone, strict=True)
+        if names
+    ]
+    kinds = [f"{_name(name)} is {_kind(a)} in A, {_kind(b)} in B" for name, (a, b) in made.kinds.items()]
     return lines + ([f"  {first_few(kinds, 2)}"] if kinds else [])
 
 
 def _element(element: Element) -> list[str]:
     index = f"[{', '.join(map(str, element.index))}]" if element.index else ""
-    return [
-        f"{element.array}{index}",
-        _number(element.a),
-        _number(element.b),
-        f"{_count(element.ulp)} of {element.dtype}",
-    ]
+    values = _number(element.a), _number(element.b)
+    return [f"{_name(element.array)}{index}", element.dtype, *values, _count(element.ulp)]
+
+
+def _name(name: str) -> str:
+    """The name of an array, which may be any text."""
+    return name if name.isprintable() else ascii(name)
 
 
 def _kind(kind: tuple[str, tuple[int, ...]]) -> str:
@@ -146,9 +149,10 @@ def _count(ulp: int | None) -> str:
     return "-" if ulp is None else f"{ulp:,}"
 
 
-def _causes(made: Causes) -> list[str]:
+def _causes(made: Causes, different: bool) -> list[str]:
     """What differs besides."""
     found = {
+        "settings that change results, though these are equal": [] if different else made.arithmetic,
         "settings that do not change results": made.others,
         "layout": made.layout,
         "environment": made.environment,
@@ -156,5 +160,5 @@ def _causes(made: Causes) -> list[str]:
     return [f"{what}: {_listed(differing)}" for what, differing in found.items() if differing]
 
 
-def _listed(differing: Iterable[Setting]) -> str:
+def _listed(differing: Iterable[Difference]) -> str:
     return "; ".join(map(str, differing))

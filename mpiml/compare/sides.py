@@ -72,7 +72,8 @@ def _directory(name: str, path: Path) -> Side:
     if entries.isdisjoint({CONFIG, METRICS, CHECKPOINTS}):
         if not (files := step_files.listed(path)):
             raise OutputError(f"{path} holds no run: it has neither {CONFIG} nor {METRICS} nor {CHECKPOINTS}/; {WHAT}")
-        return Side(name, path, FILES, checkpoints=_by_step(files))
+        run = path.absolute().parent if (path.absolute().parent / CONFIG).exists() else None
+        return _with_run(Side(name, path, FILES, checkpoints=_by_step(files)), run)
     files = step_files.listed(path / CHECKPOINTS) if CHECKPOINTS in entries else []
     metrics = path / METRICS if METRICS in entries else None
     return _with_run(Side(name, path, RUN, metrics, _by_step(files)), path)

@@ -19,8 +19,8 @@ class Weights:
 
     Attributes:
         steps: of which both have one.
-        compared: the steps of the two that were compared; None if none could be.
-        equal_until: the newest step before, up to which checkpoints of both are equal.
+        compared: the steps of the two that differ, or of the newest that were compared; None if none could be.
+        equal: the steps of which both are equal, by their digests; of those after `compared` it is not known.
         differ: how those that were compared differ; None if they are equal.
         by_result: whether the weights after the last step, of which not both have a checkpoint, are equal by
             result.json; None if it does not say.
@@ -29,7 +29,7 @@ class Weights:
 
     steps: list[int]
     compared: tuple[int, int] | None = None
-    equal_until: int | None = None
+    equal: list[int] = field(default_factory=list)
     differ: Compared | None = None
     by_result: bool | None = None
     problems: list[str] = field(default_factory=list)
@@ -64,10 +64,10 @@ def compare(a: Side, b: Side, quick: bool = False) -> Weights:
             made.problems.append(str(error))
             continue
         equal.append(pair)
-    made.equal_until = equal[-1][0].step if equal else None
     if not made.differ:
         made.compared = _newest_whole(equal, quick, made.problems)
         made.by_result = _by_result(a, b, made.steps)
+    made.equal = [pair[0].step for pair in equal]
     return made
 
 
@@ -97,18 +97,20 @@ def _two_files(a: Side, b: Side, quick: bool) -> Weights:
     pair = arrays.opened(path), arrays.opened(other)
     for file in () if quick else pair:
         file.verify()
-    return Weights([step] if step == other_step else [], (step, other_step), None, arrays.compare(*pair))
+    return Weights([step] if step == other_step else [], (step, other_step), differ=arrays.compare(*pair))
 
 
 def _newest_whole(equal: list[tuple[File, File]], quick: bool, problems: list[str]) -> tuple[int, int] | None:
-    """The step of the newest of pairs that is not damaged; notes the others in `problems`."""
-    for pair in reversed(equal):
-        damaged = len(problems)
-        for file in () if quick else pair:
+    """The step of the newest of pairs that is not damaged; takes those that are from them, and notes the `problems`."""
+    while equal:
+        damaged = list[str]()
+        for file in () if quick else equal[-1]:
             try:
                 file.verify()
             except OutputError as error:
-                problems.append(str(error))
-        if len(problems) == damaged:
-            return pair[0].step, pair[1].step
+                damaged.append(str(error))
+        if not damaged:
+            return equal[-1][0].step, equal[-1][1].step
+        problems += damaged
+        equal.pop()
     return None
