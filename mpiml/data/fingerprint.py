@@ -76,13 +76,13 @@ def of_values(source: Source) -> str:
     return f", {of_array(source.array)}" if isinstance(source, ArraySource) else ""
 
 
-def difference(here: Fingerprint, other: Fingerprint, where: str) -> str | None:
-    """The first difference in words, in which `where` says where the other data are; None if there is none. The name of
-    a file does not count if there is only one."""
+def difference(here: Fingerprint, other: Fingerprint, where: str, this: str = "here") -> str | None:
+    """The first difference in words, in which `this` and `where` say where the data are; None if there is none. The
+    name of a file does not count if there is only one."""
     alone = [sum(SIZED in properties for _, properties in data) == 1 for data in (here, other)]
     for (name, properties), (other_name, other_properties) in zip(here, other, strict=False):
         if name != other_name and not (all(alone) and SIZED in properties and SIZED in other_properties):
-            return f"{name} here, but {other_name} {where}"
+            return f"{name} {this}, but {other_name} {where}"
         if properties != other_properties:
-            return f"{name} has {properties} here, but {other_properties} {where}"
-    return f"{len(here)} files and columns here, but {len(other)} {where}" if len(here) != len(other) else None
+            return f"{name} has {properties} {this}, but {other_properties} {where}"
+    return f"{len(here)} files and columns {this}, but {len(other)} {where}" if len(here) != len(other) else None

@@ -91,7 +91,7 @@ def examine(comm: MPI.Intracomm, age: float, blas_threads: int, wrong: str) -> F
     firsts = sorted(set(node))
     neighbour = next((rank for rank in range(1, comm.size) if node[rank] == node[0]), None)
     return Facts(
-        mpi=environment.mpi_library(),
+        mpi=one_job.mpi_library(),
         threads=MPI.Query_thread() == MPI.THREAD_MULTIPLE,
         node=node,
         places=comm.allgather(_place(age)),

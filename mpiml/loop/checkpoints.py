@@ -20,13 +20,12 @@ from mpiml.loop import trees
 from mpiml.loop.checks import check_comm, check_path, check_whole
 from mpiml.loop.guard import PROGRAM, called, clock, deadlines
 from mpiml.run import step_files, verified
+from mpiml.run.checkpoint import OF_LOOPS
 from mpiml.run.console import say
 from mpiml.run.contents import CODES, contents_in
 from mpiml.run.directory import LEFT_OF_CHECKPOINTS, named_errors, sweep, sync
 from mpiml.run.step_files import DIGITS
 from mpiml.team import Team
-
-FORMAT = "mpiml-arrays-1"
 
 
 class Saved(NamedTuple):
@@ -158,12 +157,12 @@ class Checkpoints:
             if array.dtype.kind == "V" or array.dtype.name not in CODES:  # V: not NumPy's own
                 what = f"save: {name} is {array.dtype}, which checkpoints cannot hold"
                 raise ConfigError(f"{what}: save numbers of NumPy's own types, and texts in `meta`")
-        texts = {"format": FORMAT, "step": str(step), "meta": text}
+        texts = {"format": OF_LOOPS, "step": str(step), "meta": text}
         verified.write(self.directory / step_files.file_name(step), named, texts, clock().progress, replace=True)
         step_files.prune(self.directory, step, self.keep)
 
     def _load(self, path: Path) -> Saved:
-        if contents_in(path).texts.get("format") != FORMAT:
+        if contents_in(path).texts.get("format") != OF_LOOPS:
             raise OutputError(f"{path} is not a checkpoint of a loop of one's own")
         arrays, contents = verified.read(path, lambda name: True, clock().progress)
         texts = contents.texts

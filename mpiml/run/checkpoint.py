@@ -19,6 +19,7 @@ from mpiml.run.verified import Arrays, Progress
 
 FORMAT = "mpiml-2"
 BEFORE = "mpiml-1"  # has one digest of all that a file says
+OF_LOOPS = "mpiml-arrays-1"  # the format of checkpoints of loops of one's own (mpiml.loop.checkpoints)
 # Prefixes of names of arrays that are not the model's: the last three are of workers (mpiml.training.workers).
 STATES = ("optimizer.", "outer.", "worker.", "round.")
 BESIDE = (*STATES, "data.", AVERAGE)

@@ -1,4 +1,4 @@
-"""environment.json: the hosts, processors, libraries and versions of a run."""
+"""environment.json: the hosts, processors, libraries and versions of a run; no MPI."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from mpi4py import MPI
 
 import mpiml
 from mpiml.errors import OutputError
@@ -39,15 +37,17 @@ def of_rank(threads: int) -> dict[str, Any]:
     }
 
 
-def of_job(ranks: list[dict[str, Any]], data: list[list[str]], look: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The content of environment.json, but `earlier`, from `of_rank` of all ranks, the data set's fingerprint, and what
-    a look at all of its rows has shown."""
+def of_job(
+    ranks: list[dict[str, Any]], mpi: str, data: list[list[str]], look: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The content of environment.json, but `earlier`, from `of_rank` of all ranks, the name of the MPI library, the
+    data set's fingerprint, and what a look at all of its rows has shown."""
     system = os.uname()
     return {
         "mpiml": mpiml.__version__,
         "python": sys.version.split()[0],
         "platform": f"{system.sysname} {system.release} {system.machine}",
-        "mpi": mpi_library(),
+        "mpi": mpi,
         "blas": blas(),
         "packages": {name: _version(name) for name in PACKAGES},
         "data": data,
@@ -115,12 +115,6 @@ def warnings(ranks: list[dict[str, Any]]) -> list[str]:
         if len(kinds) > 1:
             texts.append(f"ranks run on different {what} ({'; '.join(kinds)}): bits may differ from another run's")
     return texts
-
-
-def mpi_library() -> str:
-    """The MPI library and its version: "MPICH 5.0.2", "Open MPI v5.0.11"."""
-    first = MPI.Get_library_version().splitlines()[0].strip("\x00 ").split(",")[0]
-    return " ".join(word for word in first.split() if word != "Version:")
 
 
 def cpu_model() -> str:

@@ -6,11 +6,11 @@ import os
 from collections.abc import Mapping
 
 import numpy as np
+from mpi4py import MPI
 
 import mpiml
 from mpiml.errors import ConfigError
 from mpiml.run.alarm import rank_by_launcher
-from mpiml.run.environment import mpi_library
 
 HINT = "start it by the mpirun of that MPI library, or by srun --mpi=pmi2 or --mpi=pmix (srun --mpi=list)"
 
@@ -48,3 +48,9 @@ def check_size(size: int, environment: Mapping[str, str] = os.environ) -> None:
 def software() -> dict[str, str]:
     """Libraries and versions that have to be the same on all ranks of a run."""
     return {"MPI library": mpi_library(), "mpiml": mpiml.__version__, "NumPy": np.__version__}
+
+
+def mpi_library() -> str:
+    """The MPI library and its version: "MPICH 5.0.2", "Open MPI v5.0.11"."""
+    first = MPI.Get_library_version().splitlines()[0].strip("\x00 ").split(",")[0]
+    return " ".join(word for word in first.split() if word != "Version:")

@@ -40,7 +40,7 @@ def write(path: Path, arrays: Arrays, texts: Texts, progress: Progress = unwatch
     if not replace and stays(path, progress):
         return
     contents = Contents.of(kinds_of(arrays), texts)
-    known = {name: _digest(name, arrays[name], progress) for name in arrays}
+    known = {name: digest(name, arrays[name], progress) for name in arrays}
     with replacing(path, "write the checkpoint", progress) as file:
         file.write(contents.header(known))
         for name in contents.starts:
@@ -72,17 +72,26 @@ def read(
     for name in sorted(contents.kinds):
         if not (whole or wanted(name)):
             continue
-        array = _array(path, contents, name, progress)
+        array = one_array(path, contents, name, progress)
         if whole:
             _add(total, name, array, progress)
-        elif _digest(name, array, progress) != contents.digests[name]:  # type: ignore[index]
-            raise OutputError(f"{path} is damaged: {name} does not match its SHA-256")
         if keep and wanted(name):
             kept[name] = array
     texts = dict(contents.texts)
     if whole and _of_all(texts, total.hexdigest()) != texts.pop("sha256", ""):
         raise OutputError(f"{path} is damaged: its content does not match its SHA-256")
     return kept, dataclasses.replace(contents, texts=texts)
+
+
+def one_array(path: Path, contents: Contents, name: str, progress: Progress = unwatched) -> Array:
+    """One array of a file, which is verified if the file has digests of its arrays.
+
+    Raises OutputError if it cannot be read or is damaged.
+    """
+    array = _array(path, contents, name, progress)
+    if contents.digests is not None and digest(name, array, progress) != contents.digests[name]:
+        raise OutputError(f"{path} is damaged: {name} does not match its SHA-256")
+    return array
 
 
 def kinds_of(arrays: Arrays) -> dict[str, Kind]:
@@ -126,7 +135,8 @@ def _array(path: Path, contents: Contents, name: str, progress: Progress) -> Arr
     return array
 
 
-def _digest(name: str, array: Array, progress: Progress) -> bytes:
+def digest(name: str, array: Array, progress: Progress = unwatched) -> bytes:
+    """The digest of an array of that name."""
     flat, blocks = little(array).reshape(-1), []
     for first in range(0, flat.size, PART):
         blocks.append(digests.of_blocks(flat[first : first + PART]))

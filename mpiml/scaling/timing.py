@@ -27,6 +27,7 @@ from mpiml.partition import check_ranks
 from mpiml.run import environment
 from mpiml.run.directory import write_atomically
 from mpiml.run.failure import run_job
+from mpiml.run.one_job import mpi_library
 from mpiml.run.process import prepare_process
 from mpiml.team import Team
 from mpiml.training.data import open_data
@@ -95,7 +96,7 @@ def time_point(team: Team, path: Path, warm_up: int, steps: int, config: Config)
             "microbatches": run.config.microbatches,
             "rows": run.data.shards.rows_per_step,
             "settings": run.config.to_toml(),
-            "environment": environment.of_job(ranks, data.fingerprint),
+            "environment": environment.of_job(ranks, mpi_library(), data.fingerprint),
         }
         write_atomically(path, json.dumps(times | about, indent=1) + "\n")
 

@@ -14,6 +14,7 @@ from mpiml.run import checkpoint, environment, lock, step_files
 from mpiml.run.console import say
 from mpiml.run.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, RunDirectory, holds_run, write_atomically
 from mpiml.run.failure import Guard
+from mpiml.run.one_job import mpi_library
 from mpiml.run.result import Result, read_result, write_result
 from mpiml.team import Team
 from mpiml.training.resolve import absolute
@@ -161,7 +162,7 @@ class Hold:
         def write() -> list[str]:
             path = self.path
             look = vars(run.data.seen) if run.data.seen else None
-            job = environment.of_job(ranks or [], run.data.fingerprint, look)
+            job = environment.of_job(ranks or [], mpi_library(), run.data.fingerprint, look)
             job, changes = environment.going_on(environment.read(path), job, step_files.last_step(self.checkpoints))
             saved = self._before.get("saved", 0)
             of_run = {"ranks": comm.size, "pipe": config.pipe, "microbatches": config.microbatches}

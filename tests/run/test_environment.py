@@ -61,17 +61,6 @@ def test_different_processors_or_kernels_are_a_warning() -> None:
     assert ["Zen); x" in text for text in environment.warnings([one, one | {"blas": "x"}])] == [True]
 
 
-def test_name_of_the_library_has_no_padding(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = {
-        "MPICH Version:      5.0.2\nMPICH Release date: x\0": "MPICH 5.0.2",
-        "Open MPI v5.0.3, package: x\0": "Open MPI v5.0.3",
-        "Another MPI 1.0 \0": "Another MPI 1.0",
-    }
-    for text, name in told.items():
-        monkeypatch.setattr(environment.MPI, "Get_library_version", lambda text=text: text)
-        assert environment.mpi_library() == name
-
-
 @pytest.mark.parametrize("text", ["[]", '{"data": 5}', '{"data": "abc"}', '{"data": [["a", 1]]}', "[" * 100_000, "{"])
 def test_a_damaged_environment_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "environment.json").write_text(text)
@@ -105,7 +94,7 @@ def test_what_a_rank_runs_on() -> None:
 
 def test_what_a_job_runs_on_can_be_read_back(tmp_path: Path) -> None:
     ranks = [environment.of_rank(1), environment.of_rank(2)]
-    about = environment.of_job(ranks, [["x_train", "ab12"]])
+    about = environment.of_job(ranks, "MPICH 5.0.2", [["x_train", "ab12"]])
     (tmp_path / "environment.json").write_text(json.dumps(about))
     assert environment.read(tmp_path) == about
     assert about["ranks"] == ranks
@@ -116,7 +105,7 @@ def test_what_a_job_runs_on_can_be_read_back(tmp_path: Path) -> None:
 
 def test_a_package_that_is_not_there_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "PACKAGES", ("numpy", "no_such_package"))
-    assert environment.of_job([], [])["packages"] == {"numpy": np.__version__, "no_such_package": None}
+    assert environment.of_job([], "", [])["packages"] == {"numpy": np.__version__, "no_such_package": None}
 
 
 @pytest.mark.parametrize(

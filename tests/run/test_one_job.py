@@ -8,7 +8,6 @@ import pytest
 
 from mpiml.errors import ConfigError
 from mpiml.run import one_job
-from mpiml.run.environment import mpi_library
 
 STEP = {"SLURM_NTASKS": "16", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}
 
@@ -53,4 +52,15 @@ def test_of_processes_that_are_each_alone_the_first_speaks() -> None:
 def test_software_that_all_ranks_need_alike_is_named() -> None:
     found = one_job.software()
     assert list(found) == ["MPI library", "mpiml", "NumPy"]
-    assert (found["MPI library"], found["NumPy"]) == (mpi_library(), np.__version__)
+    assert (found["MPI library"], found["NumPy"]) == (one_job.mpi_library(), np.__version__)
+
+
+def test_name_of_the_library_has_no_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {
+        "MPICH Version:      5.0.2\nMPICH Release date: x\0": "MPICH 5.0.2",
+        "Open MPI v5.0.3, package: x\0": "Open MPI v5.0.3",
+        "Another MPI 1.0 \0": "Another MPI 1.0",
+    }
+    for text, name in told.items():
+        monkeypatch.setattr(one_job.MPI, "Get_library_version", lambda text=text: text)
+        assert one_job.mpi_library() == name

@@ -221,6 +221,23 @@ def queued_study(cluster: Cluster) -> Ended:
     return Ended(state, cluster.result("queued", "scaling.json"), "")
 
 
+def check_nodes(cluster: Cluster, out: str, **environment: str) -> Ended:
+    """The same run on two nodes, each by itself, with two ranks on each."""
+    flags = f"{FLAGS} --transform tests.slurm.faulty:flip"
+    nodes = "--nodes=2 --nodelist=n2,n3 --ntasks-per-node=2"
+    return ended(cluster, cluster.submit(nodes, "check_nodes.sbatch", flags, out, **environment), out)
+
+
+@scenario
+def sound_nodes(cluster: Cluster) -> Ended:
+    return check_nodes(cluster, "sound")
+
+
+@scenario
+def faulty_node(cluster: Cluster) -> Ended:
+    return check_nodes(cluster, "faulty", FAULTY="n3")
+
+
 @pytest.fixture(scope="module")
 def scenarios(cluster: Cluster) -> Iterator[dict[str, Future[Ended]]]:
     with ThreadPoolExecutor(len(SCENARIOS)) as pool:
@@ -341,6 +358,20 @@ def test_weak_scaling_under_mpirun(end: Ended) -> None:
 
 def test_queued_study(end: Ended) -> None:
     assert_whole_study(end)
+
+
+def test_sound_nodes(end: Ended) -> None:
+    assert end.job["JobState"] == "COMPLETED", end.log
+    assert [line for line in end.log.splitlines() if "equal" in line] == ["n2: equal", "n3: equal"]
+
+
+def test_faulty_node(end: Ended) -> None:
+    assert end.job["JobState"] == "FAILED", end.log
+    assert "n2: equal\nn3: not equal\n" in end.log
+    first = re.search(r"^metrics: step (\d+) is the first to differ, of 60 steps", end.log, re.MULTILINE)
+    assert first, end.log
+    assert 1 < int(first[1]) < STEPS
+    assert "likely cause: nothing that is known of them explains it: look for memory errors, a faulty node" in end.log
 
 
 def test_shell_scripts_are_sound(cluster: Cluster) -> None:

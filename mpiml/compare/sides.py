@@ -1,0 +1,105 @@
+"""What is compared: a run, a checkpoint, a directory of checkpoints, or a metrics file, and what is known of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpiml import documents
+from mpiml.errors import OutputError
+from mpiml.run import environment, step_files
+from mpiml.run.contents import contents_in
+from mpiml.run.directory import CHECKPOINTS, CONFIG, METRICS, names
+from mpiml.run.result import read_result
+
+RUN, FILE, FILES, LINES = "run", "checkpoint", "checkpoints", "metrics"
+WHAT = "give the directory of a run, a checkpoint of it, or its metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two.
+
+    Attributes:
+        name: "A" or "B".
+        path: as it was given.
+        kind: one of RUN, FILE (a checkpoint), FILES (a directory of checkpoints) and LINES (a metrics file).
+        metrics: the metrics file to compare, if there is one.
+        checkpoints: those to compare, by step.
+        settings: by name with dashes, as TOML has them; empty if they are not known.
+        environment: what environment.json says, empty if there is none; result: of a run, what result.json says.
+        problems: what of these cannot be read.
+    """
+
+    name: str
+    path: Path
+    kind: str
+    metrics: Path | None = None
+    checkpoints: Mapping[int, Path] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    result: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.path})"
+
+
+def opened(name: str, path: Path) -> Side:
+    """What is at a path. Raises OutputError if it is nothing that can be compared."""
+    if path.is_dir():
+        return _directory(name, path)
+    if not path.exists():
+        raise OutputError(f"{path}: No such file or directory; {WHAT}")
+    if path.suffix == ".jsonl":
+        run = path.parent if (path.parent / CONFIG).exists() else None
+        return _with_run(Side(name, path, LINES, metrics=path), run)
+    if path.suffix != ".safetensors":
+        raise OutputError(f"{path} is neither a run nor a checkpoint (.safetensors) nor metrics (.jsonl); {WHAT}")
+    texts = contents_in(path).texts
+    run = path.absolute().parent.parent if path.absolute().parent.name == CHECKPOINTS else None
+    side = Side(name, path, FILE, checkpoints={step_files.step_in(texts, path): path})
+    side = _with_run(side, run if run and (run / CONFIG).exists() else None)
+    own = documents.from_toml(texts.get("config", ""), f"{path}: config")
+    return dataclasses.replace(side, settings=own or side.settings)
+
+
+def _directory(name: str, path: Path) -> Side:
+    entries = names(path)
+    if entries.isdisjoint({CONFIG, METRICS, CHECKPOINTS}):
+        if not (files := step_files.listed(path)):
+            raise OutputError(f"{path} holds no run: it has neither {CONFIG} nor {METRICS} nor {CHECKPOINTS}/; {WHAT}")
+        run = path.absolute().parent if (path.absolute().parent / CONFIG).exists() else None
+        return _with_run(Side(name, path, FILES, checkpoints=_by_step(files)), run)
+    files = step_files.listed(path / CHECKPOINTS) if CHECKPOINTS in entries else []
+    metrics = path / METRICS if METRICS in entries else None
+    return _with_run(Side(name, path, RUN, metrics, _by_step(files)), path)
+
+
+def _by_step(files: list[Path]) -> dict[int, Path]:
+    return {step_files.step_of(file): file for file in reversed(files)}
+
+
+def _with_run(side: Side, run: Path | None) -> Side:
+    """A side with what the directory of its run says; where a file there is damaged, a problem says so."""
+    if run is None:
+        return side
+    known: dict[str, Any] = {}
+    problems = list(side.problems)
+    readers = {"settings": _settings, "environment": environment.read, "result": read_result}
+    if side.kind != RUN:
+        del readers["result"]
+    for what, read in readers.items():
+        try:
+            known[what] = read(run)
+        except OutputError as error:
+            problems.append(str(error).partition("; if you remove it")[0])
+    return dataclasses.replace(side, **known, problems=tuple(problems))
+
+
+def _settings(run: Path) -> dict[str, Any]:
+    path = run / CONFIG
+    return documents.from_toml(documents.read(path), str(path)) if path.exists() else {}
