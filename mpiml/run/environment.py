@@ -14,17 +14,11 @@ from mpi4py import MPI
 
 import mpiml
 from mpiml.errors import OutputError
-from mpiml.run.directory import ENVIRONMENT, read_fields
+from mpiml.run.jobs import essentials, read
 from mpiml.run.process import thread_pools
 
 HISTORY = 50  # changes of the environment that are kept
 PACKAGES = ("numpy", "mpi4py", "threadpoolctl", "safetensors")
-KINDS = {  # the types of the fields that are read back
-    "data": list[list[str]],
-    "ranks": list[dict[str, Any]],
-    "packages": dict[str, str | None],
-    "earlier": list[dict[str, Any]],
-}
 
 
 def of_rank(threads: int) -> dict[str, Any]:
@@ -40,7 +34,7 @@ def of_rank(threads: int) -> dict[str, Any]:
 
 
 def of_job(ranks: list[dict[str, Any]], data: list[list[str]], look: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The content of environment.json, but `earlier`, from `of_rank` of all ranks, the data set's fingerprint, and what
+    """The content of environment.json, but `earlier` and `jobs`, from `of_rank` of all ranks, the data set's fingerprint, and what
     a look at all of its rows has shown."""
     system = os.uname()
     return {
@@ -54,11 +48,6 @@ def of_job(ranks: list[dict[str, Any]], data: list[list[str]], look: dict[str, A
         "look": look,
         "ranks": ranks,
     }
-
-
-def read(run: Path) -> dict[str, Any]:
-    """The content of environment.json in a run directory; empty if there is none. Raises OutputError if damaged."""
-    return read_fields(run / ENVIRONMENT, KINDS, ())
 
 
 def data(run: Path) -> list[list[str]] | None:
@@ -77,20 +66,6 @@ def host(run: Path, rank: int) -> str:
         return str(read(run)["ranks"][rank]["host"])
     except (OutputError, LookupError):
         return "unknown"
-
-
-def essentials(job: Mapping[str, Any]) -> dict[str, str]:
-    """What bits may depend on, from the content of an environment.json that any version of mpiml wrote."""
-    ranks = job.get("ranks", ())
-    texts = {
-        "processor": "; ".join(sorted({str(rank["cpu"]) for rank in ranks if "cpu" in rank})),
-        "BLAS": "; ".join(sorted({str(rank["blas"]) for rank in ranks if "blas" in rank})),
-        "NumPy": job.get("packages", {}).get("numpy"),
-        "Python": job.get("python"),
-        "MPI": job.get("mpi"),
-        "mpiml": job.get("mpiml"),
-    }
-    return {name: str(text) for name, text in texts.items() if text}
 
 
 def going_on(before: Mapping[str, Any], job: Mapping[str, Any], step: int) -> tuple[dict[str, Any], list[str]]:
