@@ -90,6 +90,12 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[Cell | str]], numbers: I
     return f"{box}<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>"
 
 
+def facts(pairs: Iterable[tuple[str, Cell]]) -> str:
+    """Values with what they are, beside each other as far as there is room."""
+    items = (f"<div><dt>{escape(name)}</dt><dd>{one.html or escape(one.text)}</dd></div>" for name, one in pairs)
+    return '<dl class="facts">' + "".join(items) + "</dl>"
+
+
 def figure(name: str, title: str, note: str, html: str) -> str:
     """A drawing with its title and a sentence about it."""
     small = f"<small>{escape(note)}</small>" if note else ""

@@ -14,7 +14,9 @@ from mpiml.report.runs import Run
 POINTS = 2000  # of a curve; a figure is some 500 pixels wide
 SMOOTH = 40  # points from which on a curve is smoothed
 WINDOWS = 25  # that a smoothed curve has room for beside each other
-WIDE = 100.0  # largest by least value from which on an axis is logarithmic
+WIDE = 20.0  # largest by least value from which on an axis is logarithmic
+
+UNITS = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 
 
 class Curve(NamedTuple):
@@ -122,9 +124,7 @@ STEP = Axis("step", "step", "step")
 def axes_of(runs: list[Run]) -> list[Axis]:
     """Steps, epochs where any run tells them, and time in seconds, minutes or hours."""
     longest = max((float(run.seconds[-1]) for run in runs if len(run.seconds)), default=0.0)
-    word, unit = next(
-        (word, unit) for word, unit in (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0)) if longest > 3 * unit or unit == 1
-    )
+    word, unit = next((word, unit) for word, unit in UNITS if longest > 3 * unit or unit == 1)
     epochs = [Axis("epoch", "epoch", "epochs")] if any(run.steps_per_epoch for run in runs) else []
     time = [Axis("time", "time", f"{word} of training", unit)] if longest else []
     return [STEP, *epochs, *time]

@@ -49,7 +49,7 @@ def problems(run: Run, named: bool = False) -> list[str]:
     texts = []
     metrics, known = run.metrics, str(run.environment.get("mpiml", "another version"))
     if run.status == "failed":
-        texts.append(f"failed: {run.result.get('reason')}")
+        texts.append(f"the run failed: {run.result.get('reason')}")
     if not len(metrics.steps["step"]) and not len(metrics.evaluations["step"]):
         texts.append("no lines yet: metrics.jsonl is empty or not there, so there is no curve to draw")
     if metrics.problems:

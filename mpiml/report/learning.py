@@ -53,7 +53,8 @@ def learned(runs: list[Run], axes: list[Axis]) -> list[Drawing]:
             if any(_curves(run, axis, column) for run in runs):
                 plot = functools.partial(_plot, runs, axis, column)
                 height = HEIGHT + LEGEND * _legend_lines(runs, extra=4)
-                note = f"over {axis.label}"
+                window = max(smoothed(_trained(run, axis, column))[1] for run in runs)
+                note = f"thin: each line of the log; thick: the mean of {window}" if window else ""
                 drawings.append(Drawing(f"{column}-{axis.name}", f"{what} by {axis.title}", plot, note, height))
     return drawings
 
@@ -88,50 +89,50 @@ def _scored(run: Run, axis: Axis, column: str) -> Curve:
 def _plot(runs: list[Run], axis: Axis, column: str, figure: Any) -> None:
     """Training and evaluations of each run. A single run's have a colour each, those of several runs that of the run."""
     axes, alone = figure.subplots(), len(runs) == 1
-    if is_wide([curve for run in runs for curve in _curves(run, axis, column)]):
+    if column == "loss" and is_wide([curve for run in runs for curve in _curves(run, axis, column)]):
         logarithmic(axes)
-    window = 0
     for index, run in enumerate(runs):
         look = {"color": colour_of(index), "linestyle": dash_of(index)}
-        window = max(window, _line(axes, _trained(run, axis, column), look))
+        _line(axes, _trained(run, axis, column), look)
         scored = thinned(_scored(run, axis, column))
         marks = {"color": colours.RED.light if alone else look["color"], "marker": "o", "markerfacecolor": "white"}
         axes.plot(*scored, **marks, linestyle="-", linewidth=0.9, markevery=max(len(scored.x) // 40, 1), zorder=3)
         _mark_jobs(axes, run, axis, colours.MUTED.light if alone else look["color"])
     axes.set_xlabel(axis.label)
     evaluated = " or ".join(sorted({run.evaluated for run in runs}))
-    raw = "training" if not window else f"training, and the mean of {window} lines"
     first, second = (colours.BLUE.light, colours.RED.light) if alone else (colours.MUTED.light, colours.MUTED.light)
     kinds = {
-        raw: {"color": first},
+        "training": {"color": first},
         evaluated: {"color": second, "marker": "o", "markerfacecolor": "white", "linewidth": 0.9},
     }
-    _legend(figure, runs, kinds | _signs(runs, checkpoints=True))
+    drawn = [bool(_curves(run, axis, column)) for run in runs]
+    _legend(figure, runs, drawn, kinds | _signs(runs, checkpoints=True))
 
 
-def _line(axes: Any, curve: Curve, look: dict[str, Any]) -> int:
-    """A curve, and smoothed if it has many points. Returns of how many lines that is the mean; 0: it is not."""
+def _line(axes: Any, curve: Curve, look: dict[str, Any]) -> None:
+    """A curve, and smoothed if it has many points."""
     mean, window = smoothed(curve)
     dots = {"marker": "."} if len(curve.x) <= FEW else {}
     raw = {"alpha": RAW, "linewidth": 0.8} if window else {}
     axes.plot(*thinned(curve), **look, **dots, **raw)
     if window:
         axes.plot(*thinned(mean), **look)
-    return window
 
 
 def _plot_quantity(runs: list[Run], curves: list[Curve], figure: Any) -> None:
     axes = figure.subplots()
-    if is_wide(curves):
+    if is_wide([curve for curve in curves if len(curve.y)]):
         logarithmic(axes)
     for index, (run, curve) in enumerate(zip(runs, curves, strict=True)):
-        dots = {"marker": "."} if len(curve.x) <= FEW else {}
-        axes.plot(*thinned(curve), color=colour_of(index), linestyle=dash_of(index), linewidth=1.1, **dots)
-        mark_restarts(axes, run, STEP, colours.MUTED.light if len(runs) == 1 else colour_of(index))
-    if not axes.get_yscale() == "log" and all(curve.y.min(initial=0) >= 0 for curve in curves):
+        if len(curve.y):
+            dots = {"marker": "."} if len(curve.x) <= FEW else {}
+            axes.plot(*thinned(curve), color=colour_of(index), linestyle=dash_of(index), linewidth=1.1, **dots)
+            mark_restarts(axes, run, STEP, colours.MUTED.light if len(runs) == 1 else colour_of(index))
+    if axes.get_yscale() != "log" and all(curve.y.min(initial=0) >= 0 for curve in curves):
         axes.set_ylim(bottom=0)
     axes.set_xlabel(STEP.label)
-    _legend(figure, runs, _signs(runs, checkpoints=False))
+    drawn = [bool(len(curve.y)) for curve in curves]
+    _legend(figure, runs, drawn, _signs([run for run, there in zip(runs, drawn, strict=True) if there], False))
 
 
 def logarithmic(axes: Any) -> None:
@@ -151,8 +152,10 @@ def _mark_jobs(axes: Any, run: Run, axis: Axis, colour: str) -> None:
     """Where later jobs began, and below, where there are checkpoints."""
     mark_restarts(axes, run, axis, colour)
     places: Numbers = axis.at(run, np.array(run.checkpoints, dtype=np.float64))
+    places = places[np.isfinite(places)]
     bottom = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 4}
-    axes.plot(places, [0.0] * len(places), "^", color=colour, markersize=5, **bottom)
+    if len(places):
+        axes.plot(places, [0.0] * len(places), "^", color=colour, markersize=5, **bottom)
 
 
 def _signs(runs: list[Run], checkpoints: bool) -> dict[str, dict[str, Any]]:
@@ -166,11 +169,12 @@ def _signs(runs: list[Run], checkpoints: bool) -> dict[str, dict[str, Any]]:
     return signs
 
 
-def _legend(figure: Any, runs: list[Run], signs: dict[str, dict[str, Any]]) -> None:
-    """Above the axes, where it hides nothing: the runs, if they are several, and what signs mean."""
+def _legend(figure: Any, runs: list[Run], drawn: list[bool], signs: dict[str, dict[str, Any]]) -> None:
+    """Above the axes, where it hides nothing: the runs that are drawn, if there are several, and what signs mean."""
     from matplotlib.lines import Line2D
 
-    names = {short(run): {"color": colour_of(i), "linestyle": dash_of(i)} for i, run in enumerate(runs)}
+    looks = [{"color": colour_of(index), "linestyle": dash_of(index)} for index in range(len(runs))]
+    names = {short(run): look for run, look, there in zip(runs, looks, drawn, strict=True) if there}
     entries = (names if len(runs) > 1 else {}) | signs
     if entries:
         lines = [Line2D([], [], **look) for look in entries.values()]

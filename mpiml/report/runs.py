@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mpiml import documents
-from mpiml.config import Config
+from mpiml.config import OF_THE_JOB, settings
 from mpiml.errors import ConfigError
 from mpiml.report.columns import Metrics, Numbers, read_metrics
 from mpiml.run import jobs, step_files
@@ -133,14 +133,15 @@ def read_run(path: Path, label: str) -> Run:
         runs = sorted(one.parent.name for one in path.glob(f"*/{CONFIG}"))
         more = f"; runs in it: {', '.join(runs[:4])}{', ...' if len(runs) > 4 else ''}" if runs else ""
         raise ConfigError(f"{path}: holds no run{more}")
-    settings = documents.from_toml(documents.read(path / CONFIG), str(path / CONFIG)) if (path / CONFIG).exists() else {}
+    config = path / CONFIG
+    table = documents.from_toml(documents.read(config), str(config)) if config.exists() else {}
     environment = jobs.read(path)
     checkpoints = step_files.listed(path / CHECKPOINTS) if (path / CHECKPOINTS).is_dir() else []
     return Run(
         path,
         label,
-        settings,
-        sorted(settings.keys() - known_settings()),
+        table,
+        sorted(table.keys() - known_settings()),
         read_result(path),
         environment,
         jobs.jobs_of(path, environment),
@@ -151,7 +152,7 @@ def read_run(path: Path, label: str) -> Run:
 
 def known_settings() -> Mapping[str, Any]:
     """Each setting of this version by its name in config.toml, with its default as a run writes it."""
-    return {flag.removeprefix("--").replace("_", "-"): text for flag, text in Config().by_flag().items()}
+    return {f.name.replace("_", "-"): f.default for f in settings() if f.name not in OF_THE_JOB}
 
 
 def labels(paths: Sequence[Path]) -> list[str]:

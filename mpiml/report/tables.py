@@ -19,10 +19,10 @@ Facts = list[tuple[str, Cell]]
 
 
 def runs_table(runs: list[Run]) -> str:
-    """A row for each run; of one run, a row for each fact."""
+    """A row for each run; of one run, a list of facts."""
     facts = [_facts(run, index, len(runs) == 1) for index, run in enumerate(runs)]
     if len(runs) == 1:
-        return page.table(["run", "value"], [[head, cell] for head, cell in facts[0]])
+        return page.facts(facts[0])
     heads = list(dict.fromkeys(head for one in facts for head, _ in one))
     rows = [[dict(one).get(head, Cell()) for head in heads] for one in facts]
     kept = [place for place in range(len(heads)) if any(row[place] != Cell() for row in rows)]
@@ -42,7 +42,7 @@ def _facts(run: Run, index: int, alone: bool) -> Facts:
         metric or "score": _last(run.metrics.evaluations["score"]),
     }
     facts = [
-        ("run", Cell(run.label, html=f"{'' if alone else key(index)}{escape(run.label)}")),
+        ("run", Cell() if alone else Cell(run.label, html=key(index) + escape(run.label))),
         ("status", status(run)),
         ("step", Cell() if done is None else Cell(f"{done:,}" + (f" of {steps:,}" if steps else ""), done)),
         *((name, number(value)) for name, value in last.items()),
@@ -52,10 +52,10 @@ def _facts(run: Run, index: int, alone: bool) -> Facts:
         ("ranks", number(result.get("ranks"), "{:,}")),
         ("stages", number(result.get("pipe"), "{:,}")),
         ("micro-batches", number(result.get("microbatches"), "{:,}")),
-        ("training", Cell(duration(run.seconds[-1]), float(run.seconds[-1])) if len(run.seconds) else Cell()),
-        ("last job", Cell() if (took := result.get("seconds")) is None else Cell(duration(took), took)),
+        ("time in steps", Cell(duration(run.seconds[-1]), float(run.seconds[-1])) if len(run.seconds) else Cell()),
+        ("last job took", Cell() if (took := result.get("seconds")) is None else Cell(duration(took), took)),
         ("weights", Cell(html=f"<code>{escape(result['weights_sha256'][:12])}</code>" if weights(run) else "")),
-        ("reason", Cell(str(result.get("reason") or ""))),
+        ("reason", Cell(str((run.status != "failed" and result.get("reason")) or ""))),  # else it stands above
     ]
     return [(head, cell) for head, cell in facts if not alone or cell != Cell()]
 
@@ -186,7 +186,7 @@ def _compared(
 
 def _text(value: Any) -> str:
     """A value of config.toml as its flag takes it; nothing for what is not set."""
-    return ABSENT if value in (None, "None", "", []) else text(tuple(value) if isinstance(value, list) else value)
+    return ABSENT if value in (None, "", [], ()) else text(tuple(value) if isinstance(value, list) else value)
 
 
 def _last(values: Any) -> float | None:

@@ -15,7 +15,8 @@ from mpiml.report.curves import STEP, largest, least, means
 from mpiml.report.learning import mark_restarts, short
 from mpiml.report.runs import Run
 
-BANDS = 200  # places of a stack
+BANDS = 200  # places of a strip
+STACKED = 60  # and of a stack, which is hard to read where it jumps
 RUNS = 6  # that have figures of their own
 SMALL = 0.02  # of the time: activities that take less on all ranks have no band
 PALETTE = (colours.BLUE, colours.ORANGE, colours.RED, colours.GREEN, colours.GREY)
@@ -32,14 +33,14 @@ def timed(runs: list[Run]) -> list[Drawing]:
         drawings.append(Drawing("shares", "Where the time goes", plot, "shares of the time of all steps", height))
     for number, run in enumerate(told[:RUNS], 1):
         where, suffix = (f", {run.label}", f"-{number}") if len(runs) > 1 else ("", "")
-        note = "share of the time of steps, the middle between the least and the most of any rank"
+        note = "the middle between the rank that takes least and the one that takes most"
         plot = functools.partial(_plot_shares, run)
         height = HEIGHT + 2 * LEGEND
         drawings.append(Drawing(f"shares-by-step{suffix}", f"Where the time goes by step{where}", plot, note, height))
         if (_seconds(run, MOST) > _seconds(run, LEAST)).any():
-            note = "from the least to the most time of any rank"
+            note = "milliseconds of a step, from the rank that takes least to the one that takes most"
             note += "; triangles: a rank was named slow" if run.metrics.slow else ""
-            plot = functools.partial(_plot_spread, run)
+            plot, height = functools.partial(_plot_spread, run), 0.5 + 0.8 * len(_spread(run))
             drawings.append(Drawing(f"spread{suffix}", f"Spread over ranks{where}", plot, note, height))
     return drawings
 
@@ -85,13 +86,12 @@ def _plot_bars(runs: list[Run], figure: Any) -> None:
 
 def _plot_shares(run: Run, figure: Any) -> None:
     axes = figure.subplots()
-    steps, seconds = means(run.metrics.steps["step"], BANDS), means(_middle(run), BANDS)
+    steps, seconds = means(run.metrics.steps["step"], STACKED), means(_middle(run), STACKED)
     total = seconds.sum(axis=1, keepdims=True)
     shares = 100 * np.divide(seconds, total, out=np.zeros_like(seconds), where=total > 0)
     if len(steps) == 1:
         steps, shares = np.array([0.0, steps[0]]), np.repeat(shares, 2, axis=0)
-    edges = {"edgecolor": "white", "linewidth": 0.4}
-    axes.stackplot(steps, shares.T, labels=SHARES, colors=list(COLOURS.values()), **edges)
+    axes.stackplot(steps, shares.T, labels=SHARES, colors=list(COLOURS.values()), linewidth=0)
     mark_restarts(axes, run, STEP, colours.INK.light)
     axes.set_xlim(steps[0], steps[-1])
     axes.set_ylim(0, 100)
@@ -100,28 +100,35 @@ def _plot_shares(run: Run, figure: Any) -> None:
     _legend(figure, axes)
 
 
+def _spread(run: Run) -> list[int]:
+    """The activities, by number, whose spread is drawn: those that take time on some rank."""
+    most = _seconds(run, MOST).sum(axis=0)
+    return [column for column in range(len(SHARES)) if most[column] > SMALL * most.sum()]
+
+
 def _plot_spread(run: Run, figure: Any) -> None:
-    axes = figure.subplots()
-    steps = run.metrics.steps["step"]
+    """A strip for each activity, with a scale of its own."""
+    steps, shown = run.metrics.steps["step"], _spread(run)
     between = np.diff(steps, prepend=0.0)
     between = np.where(between > 0, between, 1.0)[:, None]
     low, high = (1e3 * _seconds(run, names) / between for names in (LEAST, MOST))
-    shown = high.sum(axis=0) > SMALL * high.sum()
     places, low, high = means(steps, BANDS), least(low, BANDS), largest(high, BANDS)
-    for column, name in enumerate(SHARES):
-        if shown[column]:
-            look = {"color": COLOURS[name], "linewidth": 0}
-            axes.fill_between(places, low[:, column], high[:, column], alpha=0.3, **look)
-            axes.plot(places, high[:, column], color=COLOURS[name], linewidth=1.1, label=name)
-            axes.plot(places, low[:, column], color=COLOURS[name], linewidth=0.6)
-    top = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 4}
-    for slow in run.metrics.slow[:BANDS]:
-        axes.plot([slow.step], [1.0], "v", color=COLOURS.get(slow.activity, colours.INK.light), markersize=5, **top)
-    mark_restarts(axes, run, STEP, colours.MUTED.light)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel(STEP.label)
-    axes.set_ylabel("milliseconds of a step")
-    _legend(figure, axes)
+    strips = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, column in zip(strips, shown, strict=True):
+        name = SHARES[column]
+        look = {"color": COLOURS[name], "marker": "." if len(places) == 1 else ""}
+        axes.fill_between(places, low[:, column], high[:, column], alpha=0.3, color=COLOURS[name], linewidth=0)
+        axes.plot(places, high[:, column], **look, linewidth=1.1)
+        axes.plot(places, low[:, column], **look, linewidth=0.7)
+        slow = [one.step for one in run.metrics.slow if one.activity == name][:BANDS]
+        top = {"transform": axes.get_xaxis_transform(), "clip_on": False, "zorder": 4}
+        if slow:
+            axes.plot(slow, [1.0] * len(slow), "v", color=colours.INK.light, markersize=4, **top)
+        mark_restarts(axes, run, STEP, colours.MUTED.light)
+        axes.set_ylim(bottom=0)
+        axes.locator_params(axis="y", nbins=3)
+        axes.set_title(name, loc="left", fontsize=8, pad=3)
+    strips[-1].set_xlabel(STEP.label)
 
 
 def _legend(figure: Any, axes: Any) -> None:
