@@ -121,7 +121,7 @@ def _go_on(run: Run, store: Store, hold: Hold, notes: list[str], stop: StopReque
     cfg, grid, data = run.config, run.grid, run.data
     stop.broken = lambda: store.failed
     restored = store.restore()
-    warnings, waits = hold.begun(run), store.claim()
+    warnings, waits = hold.begun(run, restored.step), store.claim()
     rows, metric = data.shards.rows_per_step, run.model.metric.name
     with log.Log(grid.team, hold.metrics, rows, metric, run.pace(), restored.history, cfg.evaluated) as logger:
         logger.open_console(restored.step + 1, cfg.steps, cfg.quiet)

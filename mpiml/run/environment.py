@@ -22,6 +22,7 @@ KINDS = {  # the types of the fields that are read back
     "ranks": list[dict[str, Any]],
     "packages": dict[str, str | None],
     "earlier": list[dict[str, Any]],
+    "jobs": list[dict[str, Any]],
 }
 
 
@@ -40,8 +41,8 @@ def of_rank(threads: int) -> dict[str, Any]:
 def of_job(
     ranks: list[dict[str, Any]], mpi: str, data: list[list[str]], look: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The content of environment.json, but `earlier`, from `of_rank` of all ranks, the name of the MPI library, the
-    data set's fingerprint, and what a look at all of its rows has shown."""
+    """The content of environment.json, but `earlier` and `jobs`, from `of_rank` of all ranks, the name of the MPI
+    library, the data set's fingerprint, and what a look at all of its rows has shown."""
     system = os.uname()
     return {
         "mpiml": mpiml.__version__,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,35 @@ def content_of(metrics: Path) -> bytes:
         raise
 
 
+def each(metrics: Path, content: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None, str | None]]:
+    """The lines of a metrics file one by one, as bytes: with what a good one holds, a run.result.Line, or with a
+    message about another.
+
+    A last line without an end gets no message: a job that was killed while it wrote leaves one.
+    """
+    number, first = 0, 0
+    while first < len(content):
+        number, end = number + 1, content.find(b"\n", first)
+        line, origin = content[first:] if end < 0 else content[first:end], f"{metrics}, line {number},"
+        first = len(content) if end < 0 else end + 1
+        try:
+            yield line, documents.check_fields(documents.from_json(line, origin), LINE_KINDS, origin, ("step",)), None
+        except OutputError as error:
+            if end >= 0:
+                yield line, None, str(error)
+
+
 def lines(
     metrics: Path, content: bytes, without: Collection[str] = ()
 ) -> tuple[list[tuple[bytes, dict[str, Any]]], list[str]]:
     """The good lines of a metrics file, each as bytes and as a run.result.Line but for some fields, and a message for
-    each other line.
-
-    A last line without an end gets no message: a job that was killed while it wrote leaves one.
-    """
-    raw = content.split(b"\n")
+    each other line; see `each`."""
     good, problems = [], []
-    for number, line in enumerate(raw, 1):
-        origin = f"{metrics}, line {number},"
-        try:
-            entry = documents.check_fields(documents.from_json(line, origin), LINE_KINDS, origin, ("step",))
+    for line, entry, problem in each(metrics, content):
+        if entry is not None:
             good.append((line + b"\n", {name: value for name, value in entry.items() if name not in without}))
-        except OutputError as error:
-            if number < len(raw):
-                problems.append(str(error))
+        if problem is not None:
+            problems.append(problem)
     return good, problems
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from mpiml import documents
 from mpiml.config import FALLING, Config
 from mpiml.errors import DataError, OutputError
-from mpiml.run import checkpoint, environment, lock, step_files
+from mpiml.run import checkpoint, environment, jobs, lock, step_files
 from mpiml.run.console import say
 from mpiml.run.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, RunDirectory, holds_run, write_atomically
 from mpiml.run.failure import Guard
@@ -149,8 +149,9 @@ class Hold:
         self._tell(run.grid.team)
         return notes
 
-    def begun(self, run: Run) -> list[str]:
-        """Write what is known at the start, when nothing can be refused any more; collective over the run's ranks.
+    def begun(self, run: Run, after: int) -> list[str]:
+        """Write what is known at the start, when nothing can be refused any more, of a job that goes on after a step;
+        collective over the run's ranks.
 
         Returns what a person should know of the job.
         """
@@ -163,7 +164,9 @@ class Hold:
             path = self.path
             look = vars(run.data.seen) if run.data.seen else None
             job = environment.of_job(ranks or [], mpi_library(), run.data.fingerprint, look)
-            job, changes = environment.going_on(environment.read(path), job, step_files.last_step(self.checkpoints))
+            before = environment.read(path)
+            job, changes = environment.going_on(before, job, step_files.last_step(self.checkpoints))
+            job["jobs"] = jobs.with_job(before, after, comm.size, config.pipe)
             saved = self._before.get("saved", 0)
             of_run = {"ranks": comm.size, "pipe": config.pipe, "microbatches": config.microbatches}
             write_result(path, RUNNING | {"step": saved, "saved": saved} | of_run | run.best.result(path))
