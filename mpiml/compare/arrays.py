@@ -61,6 +61,11 @@ class Element:
     b: Any
     ulp: int | None
 
+    @property
+    def place(self) -> tuple[str, tuple[int, ...]]:
+        """Where it is."""
+        return self.array, self.index
+
 
 @dataclass
 class Compared:
