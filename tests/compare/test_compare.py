@@ -239,6 +239,41 @@ def test_runs_without_checkpoints_are_compared_by_their_digests(runs: Any, made:
     assert compare(made / "one", run)[0] == 1
 
 
+def test_what_is_not_compared_is_said(runs: Any, made: Path, compare: Compare) -> None:
+    run = runs("unsaved")
+    (run / "result.json").unlink()
+    code, text, _ = compare(made / "one", run)
+    assert code == 0
+    one = made / "one"
+    assert f"note: no checkpoints of one step: {one} has those of step 2, 4, 6, {run} has none\n" in text
+    (run / "metrics.jsonl").write_text("")
+    code, text, _ = compare(one, run)
+    assert (code, text.count("\n")) == (2, 1)
+    assert "nothing to compare: no line of " in text
+
+
+def test_half_written_and_damaged_files_of_a_run(runs: Any, made: Path, compare: Compare) -> None:
+    run = runs("one")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')
+    assert compare(made / "one", run)[0] == 0
+    for name in ("config.toml", "environment.json", "result.json"):
+        (run / name).write_text("{")
+    code, text, said = compare(made / "one", run)
+    assert (code, said["verdict"]) == (2, "incomplete")
+    assert text.count("problem: ") == 3
+    assert all(f"problem: {run / name} is damaged: " in text for name in ("config.toml", "environment.json"))
+
+
+def test_settings_are_taken_from_checkpoints_where_config_toml_is_gone(runs: Any, made: Path, compare: Compare) -> None:
+    run = runs("parts")
+    (run / "config.toml").unlink()
+    _, _, said = compare(made / "one", run)
+    assert said["causes"]["likely"] == [
+        "other micro-batches: --microbatches 4 in A, 2 in B; equal bits need equal ones"
+    ]
+
+
 def test_a_run_and_its_checkpoint_or_metrics(made: Path, compare: Compare) -> None:
     one, parts = made / "one", made / "parts"
     assert compare(one, step(made / "four", 4))[0] == 0
@@ -262,7 +297,7 @@ def test_a_run_and_its_checkpoint_or_metrics(made: Path, compare: Compare) -> No
         ("one", ".", " holds no run: it has neither config.toml nor metrics.jsonl nor checkpoints/"),
         ("one", "data.npz", "data.npz is neither a run nor a checkpoint (.safetensors) nor metrics (.jsonl)"),
         ("one/checkpoints/step-000000002.safetensors", "one/metrics.jsonl", "nothing to compare: "),
-        ("sparse/checkpoints/step-000000003.safetensors", "one", "one has of step 2, 4, 6"),
+        ("sparse/checkpoints/step-000000003.safetensors", "one", "one has those of step 2, 4, 6"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(made: Path, compare: Compare, a: str, b: str, line: str) -> None:
