@@ -62,7 +62,7 @@ def opened(name: str, path: Path) -> Side:
     texts = contents_in(path).texts
     side = Side(name, path, FILE, checkpoints={step_files.step_in(texts, path): path})
     side = _with_run(side, path.absolute().parent.parent)
-    return dataclasses.replace(side, settings=_settings_in(path, texts) or side.settings)
+    return dataclasses.replace(side, settings=_settings_in(path, texts))
 
 
 def _directory(name: str, path: Path) -> Side:

@@ -38,6 +38,14 @@ def test_the_first_array_is_that_of_the_first_layer(tmp_path: Path) -> None:
     assert (made.first.array, made.first.index, made.elements, made.arrays) == ("layers.2.weight", (0, 0), 12, 2)
 
 
+def test_nan_is_farther_than_any_number(tmp_path: Path) -> None:
+    a = {"x": np.array([-np.inf]), "y": np.array([1.0]), "z": np.array([-np.inf])}
+    made = compare(tmp_path, a, {"x": np.array([np.inf]), "y": np.array([np.nan]), "z": np.array([np.inf])})
+    assert made
+    assert made.farthest
+    assert made.farthest.place == ("y", (0,))
+
+
 @pytest.mark.parametrize(
     ("a", "b", "ulp"),
     [

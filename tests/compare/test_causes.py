@@ -68,6 +68,11 @@ def test_which_settings_change_results(one: dict[str, Any], other: dict[str, Any
     assert bool(explain(side("A", {"seed": 0} | one), side("B", {"seed": 0} | other)).arithmetic) == changes
 
 
+def test_settings_of_one_job_are_not_those_of_a_run() -> None:
+    causes = explain(side("A", {"out": "a", "seed": 0}), side("B", {"out": "b", "seed": 0}))
+    assert causes.others == causes.arithmetic == []
+
+
 def test_without_a_fingerprint_the_path_of_the_data_counts() -> None:
     a, b = side("A", {"data": "/a/x.npz"}), side("B", {"data": "/b/x.npz"}, data=[])
     assert likely(a, b) == ["other settings: --data /a/x.npz in A, /b/x.npz in B"]

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mpiml.compare import weights
 from mpiml.compare.__main__ import main
+from mpiml.compare.sides import RUN, Side
 from mpiml.run import verified
 from tests.conftest import launch_all
 from tests.forging import forge, in_format_before
@@ -306,6 +308,13 @@ def test_what_cannot_be_compared_is_one_line(made: Path, compare: Compare, a: st
     assert text.startswith("mpiml.compare: ")
     assert line in text
     assert text.count("\n") == 1
+
+
+def test_a_checkpoint_that_a_run_removes_meanwhile_is_no_problem(made: Path) -> None:
+    steps = {4: step(made / "one", 4), 6: step(made / "one", 6)}
+    a, b = (Side(name, made, RUN, checkpoints=held) for name, held in (("A", steps), ("B", steps | {4: made / "gone"})))
+    compared = weights.compare(a, b)
+    assert (compared.equal, compared.problems) == ([6], [])
 
 
 def test_another_version_of_the_format_is_one_line(made: Path, tmp_path: Path, compare: Compare) -> None:

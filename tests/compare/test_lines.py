@@ -59,7 +59,9 @@ def test_the_first_line_that_differs_with_all_its_fields(files: Files) -> None:
 
 
 def test_an_evaluation_comes_after_the_step(files: Files) -> None:
-    made = files.compare([evaluation(2), entry(2)], [entry(2), evaluation(2, 0.25)])
+    a, b = [evaluation(2), entry(2)], [evaluation(2, 0.25), entry(2, 0.25)]
+    assert files.compare(a, b).differs == (2, False)
+    made = files.compare(a, [entry(2), evaluation(2, 0.25)])
     assert (made.differs, [field.name for field in made.fields]) == ((2, True), ["evaluation.loss"])
 
 
