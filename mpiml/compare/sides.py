@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mpiml import documents
+from mpiml.compare.arrays import checked
 from mpiml.errors import OutputError
 from mpiml.run import environment, step_files
 from mpiml.run.contents import contents_in
@@ -32,7 +33,7 @@ class Side:
         checkpoints: those to compare, by step.
         settings: by name with dashes, as TOML has them; empty if they are not known.
         environment: what environment.json says, empty if there is none; result: of a run, what result.json says.
-        problems: what of these cannot be read.
+        notes: what of these cannot be read.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Side:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     result: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.name} ({self.path})"
@@ -59,7 +60,7 @@ def opened(name: str, path: Path) -> Side:
         return _with_run(Side(name, path, LINES, metrics=path), path.absolute().parent)
     if path.suffix != ".safetensors":
         raise OutputError(f"{path} is neither a run nor a checkpoint (.safetensors) nor metrics (.jsonl); {WHAT}")
-    texts = contents_in(path).texts
+    texts = checked(path).texts
     side = Side(name, path, FILE, checkpoints={step_files.step_in(texts, path): path})
     side = _with_run(side, path.absolute().parent.parent)
     return dataclasses.replace(side, settings=_settings_in(path, texts))
@@ -82,12 +83,11 @@ def _by_step(files: list[Path]) -> dict[int, Path]:
 
 
 def _with_run(side: Side, run: Path) -> Side:
-    """A side with what the directory of its run says, if that is one; where a file there is damaged, a problem says
-    so."""
+    """A side with what the directory of its run says, if that is one; where a file there is damaged, a note says so."""
     if side.kind != RUN and not (run / CONFIG).exists():
         return side
     known: dict[str, Any] = {}
-    problems = list(side.problems)
+    notes = []
     readers = {"settings": _settings, "environment": environment.read, "result": read_result}
     if side.kind != RUN:
         del readers["result"]
@@ -95,8 +95,8 @@ def _with_run(side: Side, run: Path) -> Side:
         try:
             known[what] = read(run)
         except OutputError as error:
-            problems.append(str(error).partition("; if you remove it")[0])
-    return dataclasses.replace(side, **known, problems=tuple(problems))
+            notes.append(str(error).partition("; if you remove it")[0])
+    return dataclasses.replace(side, **known, notes=tuple(notes))
 
 
 def _with_settings(side: Side) -> Side:

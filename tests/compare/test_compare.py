@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from mpiml.compare import weights
 from mpiml.compare.__main__ import main
@@ -262,9 +263,15 @@ def test_half_written_and_damaged_files_of_a_run(runs: Any, made: Path, compare:
     for name in ("config.toml", "environment.json", "result.json"):
         (run / name).write_text("{")
     code, text, said = compare(made / "one", run)
+    assert (code, said["verdict"]) == (0, "equal")  # these explain results, and are none
+    assert all(
+        f"note: {run / name} is damaged: " in text for name in ("config.toml", "environment.json", "result.json")
+    )
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write("\n")
+    code, text, said = compare(made / "one", run)
     assert (code, said["verdict"]) == (2, "incomplete")
-    assert text.count("problem: ") == 3
-    assert all(f"problem: {run / name} is damaged: " in text for name in ("config.toml", "environment.json"))
+    assert f"problem: {run / 'metrics.jsonl'}, line 9, is damaged" in text
 
 
 def test_settings_are_taken_from_checkpoints_where_config_toml_is_gone(runs: Any, made: Path, compare: Compare) -> None:
@@ -321,6 +328,13 @@ def test_another_version_of_the_format_is_one_line(made: Path, tmp_path: Path, c
     code, text, _ = compare(forge(tmp_path / "a.safetensors", format="mpiml-9"), step(made / "one", 6))
     assert (code, text.count("\n")) == (2, 1)
     assert "a.safetensors is no checkpoint that this version of mpiml can read: its format is 'mpiml-9', not" in text
+
+
+def test_a_file_of_another_program_is_one_line(made: Path, tmp_path: Path, compare: Compare) -> None:
+    save_file({"x": np.ones(3)}, tmp_path / "a.safetensors")
+    code, text, _ = compare(tmp_path / "a.safetensors", step(made / "one", 6))
+    assert (code, text.count("\n")) == (2, 1)
+    assert "is no checkpoint that this version of mpiml can read: its metadata have no format" in text
 
 
 def test_settings_of_another_version_are_compared_as_text(runs: Any, made: Path, compare: Compare) -> None:

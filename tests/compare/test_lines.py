@@ -109,14 +109,15 @@ def test_fields_that_one_alone_has_do_not_count(files: Files) -> None:
 
 def test_a_last_line_that_is_cut_is_no_problem(files: Files) -> None:
     logged = files.write("a", [entry(1)], '{"step": 2, "lo')
-    assert (list(logged.lines), logged.problems) == ([(1, False)], [])
+    assert (list(logged.lines), logged.problem) == ([(1, False)], "")
 
 
 def test_a_damaged_line_is_said(files: Files) -> None:
     logged = files.write("a", [entry(1)], '{"step": 2, "lo\n' + json.dumps(entry(3)) + "\n")
     assert list(logged.lines) == [(1, False), (3, False)]
-    (problem,) = logged.problems
-    assert "/a, line 2, is damaged" in problem
+    assert "/a, line 2, is damaged" in logged.problem
+    logged = files.write("a", [entry(1)], "{\n" * 1000)
+    assert logged.problem.endswith(" and so are 999 more lines")
 
 
 def test_numbers_of_any_size_are_read(files: Files) -> None:
