@@ -61,6 +61,11 @@ class Element:
     b: Any
     ulp: int | None
 
+    @property
+    def place(self) -> tuple[str, tuple[int, ...]]:
+        """Where it is."""
+        return self.array, self.index
+
 
 @dataclass
 class Compared:
@@ -87,13 +92,19 @@ class Compared:
     kinds: dict[str, tuple[Kind, Kind]] = field(default_factory=dict)
 
 
-def opened(path: Path) -> File:
-    """A checkpoint, of which only the header is read if that has digests of arrays. Raises OutputError if it cannot be
-    read, is damaged, or none."""
+def checked(path: Path) -> Contents:
+    """What a file holds. Raises OutputError unless it is a checkpoint of a format that is known here."""
     contents = contents_in(path)
     known = contents.texts.get("format")
     if known not in FORMATS:
         raise OutputError(f"{path} is no checkpoint that this version of mpiml can read: {_format(known)}")
+    return contents
+
+
+def opened(path: Path) -> File:
+    """A checkpoint, of which only the header is read if that has digests of arrays. Raises OutputError if it cannot be
+    read, is damaged, or none."""
+    contents = checked(path)
     digests = contents.digests
     if digests is None:
         verified.read(path, lambda name: True, keep=False)

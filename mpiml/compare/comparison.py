@@ -20,7 +20,8 @@ class Comparison:
 
     Attributes:
         lines: None if no lines are of equal steps.
-        problems: what could not be read; notes: what else was not compared, and why.
+        problems: what could not be compared because it is damaged.
+        notes: what else was not compared, and why; what could not be read of settings and environment.
     """
 
     a: Side
@@ -48,10 +49,10 @@ def compare(first: Path, second: Path, quick: bool = False) -> Comparison:
     Raises OutputError if one cannot be read, or if they have nothing in common.
     """
     a, b = sides.opened("A", first), sides.opened("B", second)
-    problems, notes, logged = [*a.problems, *b.problems], list[str](), None
+    problems, notes, logged = list[str](), [*a.notes, *b.notes], None
     if a.metrics and b.metrics:
         one, other = lines.read(a.metrics), lines.read(b.metrics)
-        problems += [*one.problems, *other.problems]
+        problems += [text for text in (one.problem, other.problem) if text]
         logged = lines.compare(one, other)
         if not logged.steps + logged.evaluations:
             logged = None

@@ -34,11 +34,11 @@ class Numbers(NamedTuple):
 
 @dataclass
 class Logged:
-    """The lines of a metrics file, by key; texts about those that cannot be read."""
+    """The lines of a metrics file, by key; a text about those that cannot be read, empty if all can be."""
 
     path: Path
     lines: dict[Key, Line]
-    problems: list[str]
+    problem: str
 
 
 @dataclass
@@ -64,7 +64,8 @@ def read(path: Path) -> Logged:
     """A metrics file, which may still be written to. Raises OutputError if it cannot be read."""
     good, problems = metrics.lines(path, metrics.content_of(path), TIMES)
     lines = {(entry["step"], "evaluation" in entry): entry for _, entry in good}
-    return Logged(path, dict(sorted(lines.items())), problems)
+    more = f" and so are {len(problems) - 1} more lines" if len(problems) > 1 else ""
+    return Logged(path, dict(sorted(lines.items())), f"{problems[0]}{more}" if problems else "")
 
 
 def compare(a: Logged, b: Logged) -> Compared:
@@ -73,9 +74,9 @@ def compare(a: Logged, b: Logged) -> Compared:
     evaluations = sum(evaluation for _, evaluation in both)
     alone = len(a.lines) - len(both), len(b.lines) - len(both)
     made = Compared(len(both) - evaluations, evaluations, alone)
-    first_alone = min((key for key in (*a.lines, *b.lines) if key not in both and not key[1]), default=None)
+    alone_at = min((key for key in a.lines.keys() ^ b.lines.keys() if not key[1]), default=None)
     for key in both:
-        alike = first_alone is None or key < first_alone  # both have logged the same steps before
+        alike = alone_at is None or key < alone_at  # both have logged the same steps before
         made.fields = [numbers for numbers in _differing(a.lines[key], b.lines[key]) if alike or numbers.name != SO_FAR]
         if made.fields:
             made.differs = key

@@ -75,7 +75,7 @@ def _lines(made: Lines) -> list[str]:
     if not made.differs:
         return [f"metrics: all numbers are equal, of {common}"]
     step, evaluation = made.differs
-    until = f"; before it all are equal, until step {made.equal_until}" if made.equal_until is not None else ""
+    until = f"; those before are equal, up to step {made.equal_until}" if made.equal_until is not None else ""
     rows = [["", "A", "B", "ULP", "relative"], *map(_numbers, made.fields)]
     what = f"the evaluation after step {step}" if evaluation else f"step {step}"
     return [f"metrics: {what} is the first to differ, of {common}{until}", *table(rows, "lllrr")]
@@ -108,7 +108,7 @@ def _arrays(made: Arrays) -> list[str]:
     rows = [["", "element", "type", "A", "B", "ULP"]]
     if made.first:
         rows.append(["  first", *_element(made.first)])
-    if made.farthest and made.farthest != made.first:
+    if made.first and made.farthest and made.farthest.place != made.first.place:
         rows.append(["  farthest", *_element(made.farthest)])
     lines = table(rows, "lllllr") if made.first else []
     if made.arrays:

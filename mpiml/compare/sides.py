@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mpiml import documents
+from mpiml.compare.arrays import checked
 from mpiml.errors import OutputError
 from mpiml.run import environment, step_files
 from mpiml.run.contents import contents_in
@@ -31,7 +33,7 @@ class Side:
         checkpoints: those to compare, by step.
         settings: by name with dashes, as TOML has them; empty if they are not known.
         environment: what environment.json says, empty if there is none; result: of a run, what result.json says.
-        problems: what of these cannot be read.
+        notes: what of these cannot be read.
     """
 
     name: str
@@ -42,7 +44,7 @@ class Side:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     environment: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     result: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.name} ({self.path})"
@@ -55,16 +57,13 @@ def opened(name: str, path: Path) -> Side:
     if not path.exists():
         raise OutputError(f"{path}: No such file or directory; {WHAT}")
     if path.suffix == ".jsonl":
-        run = path.parent if (path.parent / CONFIG).exists() else None
-        return _with_run(Side(name, path, LINES, metrics=path), run)
+        return _with_run(Side(name, path, LINES, metrics=path), path.absolute().parent)
     if path.suffix != ".safetensors":
         raise OutputError(f"{path} is neither a run nor a checkpoint (.safetensors) nor metrics (.jsonl); {WHAT}")
-    texts = contents_in(path).texts
-    run = path.absolute().parent.parent if path.absolute().parent.name == CHECKPOINTS else None
+    texts = checked(path).texts
     side = Side(name, path, FILE, checkpoints={step_files.step_in(texts, path): path})
-    side = _with_run(side, run if run and (run / CONFIG).exists() else None)
-    own = documents.from_toml(texts.get("config", ""), f"{path}: config")
-    return dataclasses.replace(side, settings=own or side.settings)
+    side = _with_run(side, path.absolute().parent.parent)
+    return dataclasses.replace(side, settings=_settings_in(path, texts))
 
 
 def _directory(name: str, path: Path) -> Side:
@@ -72,23 +71,23 @@ def _directory(name: str, path: Path) -> Side:
     if entries.isdisjoint({CONFIG, METRICS, CHECKPOINTS}):
         if not (files := step_files.listed(path)):
             raise OutputError(f"{path} holds no run: it has neither {CONFIG} nor {METRICS} nor {CHECKPOINTS}/; {WHAT}")
-        run = path.absolute().parent if (path.absolute().parent / CONFIG).exists() else None
-        return _with_run(Side(name, path, FILES, checkpoints=_by_step(files)), run)
+        side = Side(name, path, FILES, checkpoints=_by_step(files))
+        return _with_settings(_with_run(side, path.absolute().parent))
     files = step_files.listed(path / CHECKPOINTS) if CHECKPOINTS in entries else []
     metrics = path / METRICS if METRICS in entries else None
-    return _with_run(Side(name, path, RUN, metrics, _by_step(files)), path)
+    return _with_settings(_with_run(Side(name, path, RUN, metrics, _by_step(files)), path))
 
 
 def _by_step(files: list[Path]) -> dict[int, Path]:
     return {step_files.step_of(file): file for file in reversed(files)}
 
 
-def _with_run(side: Side, run: Path | None) -> Side:
-    """A side with what the directory of its run says; where a file there is damaged, a problem says so."""
-    if run is None:
+def _with_run(side: Side, run: Path) -> Side:
+    """A side with what the directory of its run says, if that is one; where a file there is damaged, a note says so."""
+    if side.kind != RUN and not (run / CONFIG).exists():
         return side
     known: dict[str, Any] = {}
-    problems = list(side.problems)
+    notes = []
     readers = {"settings": _settings, "environment": environment.read, "result": read_result}
     if side.kind != RUN:
         del readers["result"]
@@ -96,8 +95,22 @@ def _with_run(side: Side, run: Path | None) -> Side:
         try:
             known[what] = read(run)
         except OutputError as error:
-            problems.append(str(error).partition("; if you remove it")[0])
-    return dataclasses.replace(side, **known, problems=tuple(problems))
+            notes.append(str(error).partition("; if you remove it")[0])
+    return dataclasses.replace(side, **known, notes=tuple(notes))
+
+
+def _with_settings(side: Side) -> Side:
+    """A side with the settings that its newest checkpoint has, if it has no others."""
+    if side.settings or not side.checkpoints:
+        return side
+    newest = side.checkpoints[max(side.checkpoints)]
+    with contextlib.suppress(OutputError):  # whoever compares the checkpoint will say it
+        return dataclasses.replace(side, settings=_settings_in(newest, contents_in(newest).texts))
+    return side
+
+
+def _settings_in(path: Path, texts: Mapping[str, str]) -> dict[str, Any]:
+    return documents.from_toml(texts.get("config", ""), f"{path}: config")
 
 
 def _settings(run: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 NO_DISTANCE = np.uint64(2**64 - 1)  # from NaN to anything else; more than from one infinity to the other
-PART = 1 << 20  # elements that are looked at at once
+PART = 1 << 16  # elements that are looked at at once: they stay in a cache meanwhile
 
 
 class Differing(NamedTuple):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from mpiml.compare import arrays
 from mpiml.compare.arrays import Compared, File
 from mpiml.compare.sides import FILE, Side
-from mpiml.errors import OutputError
+from mpiml.errors import OutputError, first_few
 
 DIGEST = "weights_sha256"  # in result.json, of the weights after the last step
 
@@ -77,9 +77,8 @@ def nothing_in_common(a: Side, b: Side) -> str:
 
 
 def _steps(side: Side) -> str:
-    steps = sorted(side.checkpoints)
-    few = [*map(str, steps[:3]), *(["..."] if len(steps) > 4 else []), *map(str, steps[3:][-1:])]
-    return f"{side.path} has {'of step ' + ', '.join(few) if steps else 'none'}"
+    steps = first_few(map(str, sorted(side.checkpoints)))
+    return f"{side.path} has {f'those of step {steps}' if steps else 'none'}"
 
 
 def _by_result(a: Side, b: Side, steps: Sequence[int]) -> bool | None:

@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from mpiml.compare import weights
 from mpiml.compare.__main__ import main
+from mpiml.compare.sides import RUN, Side
 from mpiml.run import verified
 from tests.conftest import launch_all
 from tests.forging import forge, in_format_before
@@ -239,6 +242,47 @@ def test_runs_without_checkpoints_are_compared_by_their_digests(runs: Any, made:
     assert compare(made / "one", run)[0] == 1
 
 
+def test_what_is_not_compared_is_said(runs: Any, made: Path, compare: Compare) -> None:
+    run = runs("unsaved")
+    (run / "result.json").unlink()
+    code, text, _ = compare(made / "one", run)
+    assert code == 0
+    one = made / "one"
+    assert f"note: no checkpoints of one step: {one} has those of step 2, 4, 6, {run} has none\n" in text
+    (run / "metrics.jsonl").write_text("")
+    code, text, _ = compare(one, run)
+    assert (code, text.count("\n")) == (2, 1)
+    assert "nothing to compare: no line of " in text
+
+
+def test_half_written_and_damaged_files_of_a_run(runs: Any, made: Path, compare: Compare) -> None:
+    run = runs("one")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')
+    assert compare(made / "one", run)[0] == 0
+    for name in ("config.toml", "environment.json", "result.json"):
+        (run / name).write_text("{")
+    code, text, said = compare(made / "one", run)
+    assert (code, said["verdict"]) == (0, "equal")  # these explain results, and are none
+    assert all(
+        f"note: {run / name} is damaged: " in text for name in ("config.toml", "environment.json", "result.json")
+    )
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write("\n")
+    code, text, said = compare(made / "one", run)
+    assert (code, said["verdict"]) == (2, "incomplete")
+    assert f"problem: {run / 'metrics.jsonl'}, line 9, is damaged" in text
+
+
+def test_settings_are_taken_from_checkpoints_where_config_toml_is_gone(runs: Any, made: Path, compare: Compare) -> None:
+    run = runs("parts")
+    (run / "config.toml").unlink()
+    _, _, said = compare(made / "one", run)
+    assert said["causes"]["likely"] == [
+        "other micro-batches: --microbatches 4 in A, 2 in B; equal bits need equal ones"
+    ]
+
+
 def test_a_run_and_its_checkpoint_or_metrics(made: Path, compare: Compare) -> None:
     one, parts = made / "one", made / "parts"
     assert compare(one, step(made / "four", 4))[0] == 0
@@ -262,7 +306,7 @@ def test_a_run_and_its_checkpoint_or_metrics(made: Path, compare: Compare) -> No
         ("one", ".", " holds no run: it has neither config.toml nor metrics.jsonl nor checkpoints/"),
         ("one", "data.npz", "data.npz is neither a run nor a checkpoint (.safetensors) nor metrics (.jsonl)"),
         ("one/checkpoints/step-000000002.safetensors", "one/metrics.jsonl", "nothing to compare: "),
-        ("sparse/checkpoints/step-000000003.safetensors", "one", "one has of step 2, 4, 6"),
+        ("sparse/checkpoints/step-000000003.safetensors", "one", "one has those of step 2, 4, 6"),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(made: Path, compare: Compare, a: str, b: str, line: str) -> None:
@@ -273,10 +317,24 @@ def test_what_cannot_be_compared_is_one_line(made: Path, compare: Compare, a: st
     assert text.count("\n") == 1
 
 
+def test_a_checkpoint_that_a_run_removes_meanwhile_is_no_problem(made: Path) -> None:
+    steps = {4: step(made / "one", 4), 6: step(made / "one", 6)}
+    a, b = (Side(name, made, RUN, checkpoints=held) for name, held in (("A", steps), ("B", steps | {4: made / "gone"})))
+    compared = weights.compare(a, b)
+    assert (compared.equal, compared.problems) == ([6], [])
+
+
 def test_another_version_of_the_format_is_one_line(made: Path, tmp_path: Path, compare: Compare) -> None:
     code, text, _ = compare(forge(tmp_path / "a.safetensors", format="mpiml-9"), step(made / "one", 6))
     assert (code, text.count("\n")) == (2, 1)
     assert "a.safetensors is no checkpoint that this version of mpiml can read: its format is 'mpiml-9', not" in text
+
+
+def test_a_file_of_another_program_is_one_line(made: Path, tmp_path: Path, compare: Compare) -> None:
+    save_file({"x": np.ones(3)}, tmp_path / "a.safetensors")
+    code, text, _ = compare(tmp_path / "a.safetensors", step(made / "one", 6))
+    assert (code, text.count("\n")) == (2, 1)
+    assert "is no checkpoint that this version of mpiml can read: its metadata have no format" in text
 
 
 def test_settings_of_another_version_are_compared_as_text(runs: Any, made: Path, compare: Compare) -> None:

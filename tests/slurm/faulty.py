@@ -1,4 +1,4 @@
-"""A transform of rows that gets one bit wrong, once, on the node that FAULTY names: as a faulty node does, unnoticed."""
+"""A transform of rows that gets one bit wrong, once, on the node that FAULTY names: unnoticed, as faulty nodes do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-WHEN = 9  # of the calls on each rank
+WHEN = 40  # of the calls on each rank; the first are trials
 _calls = iter(range(1_000_000))
 
 

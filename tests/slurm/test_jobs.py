@@ -223,7 +223,7 @@ def queued_study(cluster: Cluster) -> Ended:
 
 def check_nodes(cluster: Cluster, out: str, **environment: str) -> Ended:
     """The same run on two nodes, each by itself, with two ranks on each."""
-    flags = f"{FLAGS} --transform tests.slurm.faulty:flip"
+    flags = f"{FLAGS} --log-every 1 --transform tests.slurm.faulty:flip"
     nodes = "--nodes=2 --nodelist=n2,n3 --ntasks-per-node=2"
     return ended(cluster, cluster.submit(nodes, "check_nodes.sbatch", flags, out, **environment), out)
 
