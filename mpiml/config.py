@@ -347,6 +347,13 @@ class Config:
         0, RUN, "end after so many evaluations in a row without a better one; 0: never", low=0, on_resume=True
     )
     log_every: int = setting(10, RUN, "steps between lines of metrics.jsonl", low=1, on_resume=True)
+    log: str = setting(
+        "none",
+        RUN,
+        "what is written of the metrics beside metrics.jsonl; tensorboard: event files, in RUN/tensorboard",
+        choices=["none", "tensorboard"],
+        on_resume=True,
+    )
     stall_timeout: float = setting(
         600.0, RUN, "end the job if a rank makes no progress for X seconds; 0: never", low=0, on_resume=True
     )

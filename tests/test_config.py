@@ -99,6 +99,7 @@ OTHERS = {
     "best": ("accuracy", '"accuracy"', "accuracy"),
     "patience": ("5", "5", 5),
     "log_every": ("2", "2", 2),
+    "log": ("tensorboard", '"tensorboard"', "tensorboard"),
     "stall_timeout": ("2.5", "2.5", 2.5),
     "time_limit": ("1:30:00", '"1:30:00"', "1:30:00"),
     "stop_grace": ("5", "5", 5.0),
@@ -115,6 +116,7 @@ LAYOUT_AND_LOGGING |= {
     "save_every",
     "save",
     "log_every",
+    "log",
     "trace",
     "look",
 }

@@ -1,11 +1,12 @@
-"""The log of a run: metrics.jsonl, which rank 0 writes, the terminal, and times."""
+"""The log of a run: metrics.jsonl, which rank 0 writes, event files, the terminal, and times."""
 
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
@@ -15,10 +16,13 @@ from mpiml import documents
 from mpiml.clock import SHARES
 from mpiml.run import environment
 from mpiml.run.console import Console
-from mpiml.run.directory import named_errors
+from mpiml.run.directory import TENSORBOARD, named_errors
 from mpiml.run.step_times import StepTimes, median
 from mpiml.run.stragglers import Pace
 from mpiml.team import Team
+
+if TYPE_CHECKING:
+    from mpiml.run.tensorboard import Events
 
 
 class Noise(NamedTuple):
@@ -108,11 +112,25 @@ class Log:
         self._shares, self._sent = np.array(team.clock.shares()), 0
         self._before = self._shares  # what was spent before the first step
         self._console: Console | None = None
+        self._events: Events | None = None  # on rank 0
 
     def open_console(self, first: int, last: int, quiet: bool) -> None:
         """Let rank 0 show steps `first` to `last` on the terminal, unless `quiet`."""
         if self.team.rank == 0 and not quiet:
             self._console = Console(first, last)
+
+    def open_events(self) -> None:
+        """Let rank 0 write event files too: of all lines that the metrics have by now, and of those to come. Raises
+        OutputError, on all ranks alike, if they cannot be written."""
+
+        def begin() -> None:
+            from mpiml.run import tensorboard  # on one rank, of a few runs
+
+            directory, progress = self.metrics.parent / TENSORBOARD, self.team.clock.progress
+            self._events, _ = tensorboard.of_run(self.metrics, directory, self.evaluated, progress)
+
+        self.team.clock("log")
+        self.team.on_rank_0(begin)
 
     def __enter__(self) -> Log:
         return self
@@ -230,7 +248,10 @@ class Log:
         self.team.clock("log")
 
         def append() -> None:
+            line = documents.finite(entry() | {"time": round(time.time(), 3)})
             with named_errors("write", self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
-                file.write(documents.to_json(entry()) + "\n")
+                file.write(documents.to_json(line) + "\n")
+            if self._events:
+                self._events.add(line)
 
         self.team.on_rank_0(append)

@@ -7,6 +7,7 @@ import math
 import os
 import pty
 import sys
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +57,10 @@ def step_of(seconds: float, step: int = 2) -> Step:
 
 
 def written(log: Log) -> list[dict[str, Any]]:
-    return [json.loads(text, parse_constant=pytest.fail) for text in log.metrics.read_text().splitlines()]
+    """The lines, without the time at which each was written."""
+    entries = [json.loads(text, parse_constant=pytest.fail) for text in log.metrics.read_text().splitlines()]
+    assert all(abs(time.time() - entry.pop("time")) < 60 for entry in entries)
+    return entries
 
 
 def test_the_line_of_a_step(log: Log) -> None:
