@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 
 if __name__ == "__main__":
@@ -226,6 +227,7 @@ def _summary(run: Run, path: Path, outcome: dict[str, Any], logger: log.Log) -> 
     )
     logger.say("time: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
     logger.say(f"files: {path}/ (metrics.jsonl, result.json, checkpoints)")
+    logger.say(f"report: python -m mpiml.report {shlex.quote(str(path))}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mpiml import documents
 from mpiml.clock import SHARES
 from mpiml.run import environment
-from mpiml.run.console import Console
+from mpiml.run.console import Console, Shown
 from mpiml.run.directory import TENSORBOARD, named_errors
 from mpiml.run.step_times import StepTimes, median
 from mpiml.run.stragglers import Pace
@@ -112,6 +112,7 @@ class Log:
         self._shares, self._sent = np.array(team.clock.shares()), 0
         self._before = self._shares  # what was spent before the first step
         self._console: Console | None = None
+        self._score: float | None = None  # the last
         self._events: Events | None = None  # on rank 0
 
     def open_console(self, first: int, last: int, quiet: bool) -> None:
@@ -151,7 +152,9 @@ class Log:
         self._recent, self._recent_seconds = self._recent + 1, self._recent_seconds + done.seconds
         self.known |= {"step": done.step} if done.loss is None else {"step": done.step, "loss": done.loss}
         if self._console and done.loss is not None and done.seconds:
-            self._console.progress(done.step, f"loss {done.loss:.4f}, {self.rows / done.seconds:,.0f} samples/s")
+            self._score = self._score if done.score is None else done.score
+            speed = self.rows / done.seconds
+            self._console.progress(done.step, Shown(done.epoch, done.loss, self.metric, self._score, speed))
 
     def moved(self, step: int) -> None:
         """Show on the terminal that this rank has done a step, of which more is known later; not collective."""
@@ -175,7 +178,7 @@ class Log:
             if self._console and newest:
                 score = f"{self.metric} {done.score:.4f}"
                 text = f"step {done.step}  epoch {done.epoch}  loss {done.loss:.4f}  {score}  {speed:,.0f} samples/s"
-                self._console.now_and_then(text)
+                self._console.now_and_then(done.step, text)
             workers = {"workers": done.workers} if done.workers else {}
             return {
                 "step": done.step,
