@@ -23,7 +23,7 @@ DATA, MODEL, GRID, STEPS, OPTIMIZER, ARITHMETIC, RUN = (
     "evaluation, run directory and limits",
 )
 # Settings of one job: the next job of the same run has its own.
-OF_THE_JOB = ("out", "resume", "quiet", "time_limit", "trace")
+OF_THE_JOB = ("out", "resume", "quiet", "time_limit", "trace", "rank_log")
 # May change when a run whose learning rate falls continues for more steps.
 FALLING = ("lr", "decay_steps", "lr_floor")
 
@@ -374,6 +374,12 @@ class Config:
     )
     trace: str | None = setting(
         None, RUN, "timeline file, .json or .json.gz, for ui.perfetto.dev", on_resume=True, metavar="FILE"
+    )
+    rank_log: bool = setting(
+        False,
+        RUN,
+        "write what each rank prints to a file of its own, RUN/ranks/rank-00000.log and so on: many files",
+        on_resume=True,
     )
     quiet: bool = setting(False, RUN, "print errors only", on_resume=True)
 

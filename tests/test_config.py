@@ -104,6 +104,7 @@ OTHERS = {
     "time_limit": ("1:30:00", '"1:30:00"', "1:30:00"),
     "stop_grace": ("5", "5", 5.0),
     "trace": ("t.json", '"t.json"', "t.json"),
+    "rank_log": ("", "true", True),
     "quiet": ("", "true", True),
 }
 LAYOUT_AND_LOGGING = {"pipe", "cuts", "schedule", "epochs", "steps", "out", "resume", "quiet", "keep", "stall_timeout"}
@@ -118,6 +119,7 @@ LAYOUT_AND_LOGGING |= {
     "log_every",
     "log",
     "trace",
+    "rank_log",
     "look",
 }
 LAYOUT_AND_LOGGING |= {"balance", "keep_best", "best", "patience", "noise_scale", "workers", "stop_grace"}

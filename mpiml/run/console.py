@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any, NamedTuple, TextIO
 
 from mpiml.run.node import launchers
+from mpiml.run.streams import diverted, original
 
 CONSOLE_PAUSE = 5.0  # seconds between lines where there is no terminal
 LEFT = len(" 10:00:00 left")  # columns for the time that is left, at most
@@ -38,7 +39,7 @@ class Shown(NamedTuple):
 def width() -> int | None:
     """Columns of the terminal that standard error ends at, or None if it ends in a file or a pipe."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # AttributeError: it is closed, and therefore None
-        return os.get_terminal_size(sys.stderr.fileno()).columns
+        return os.get_terminal_size(original(sys.stderr.fileno())).columns
     for launcher in launchers():
         with contextlib.suppress(OSError):
             output = os.open(f"/proc/{launcher}/fd/2", os.O_WRONLY | os.O_NOCTTY)  # which does not truncate a file
@@ -50,10 +51,20 @@ def width() -> int | None:
 
 
 def say(text: str, stream: TextIO | None) -> None:
-    """Print a line. A stream that cannot be written to does not end a run."""
+    """Print a line, also where the stream led before it was diverted. A stream that cannot be written to does not end a
+    run."""
+    if (before := diverted(stream)) is not None:
+        with contextlib.suppress(OSError):
+            os.write(before, f"{text}\n".encode(errors="backslashreplace"))
     with contextlib.suppress(OSError, ValueError, AttributeError):  # full, without a reader; closed; None
         stream.write(f"{text}\n")  # type: ignore[union-attr]
         stream.flush()  # type: ignore[union-attr]
+
+
+def _undiverted() -> TextIO:
+    """Standard error, as it was before it was diverted."""
+    before = diverted(sys.stderr)
+    return sys.stderr if before is None else open(before, "w", closefd=False)
 
 
 class Console:
@@ -68,6 +79,7 @@ class Console:
             from tqdm import tqdm  # it stops drawing when its terminal is closed
 
             self._bar = tqdm(
+                file=_undiverted(),
                 initial=first - 1,
                 total=last,
                 ncols=columns - 1,
