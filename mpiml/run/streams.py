@@ -26,7 +26,7 @@ def diverted(stream: object) -> int | None:
 
 
 class Diverted:
-    """From its making until `close`, all that this process prints goes to a file: what Python prints, C, and programs that
+    """From its making until `close`, what this process prints goes to a file: Python, C, and programs that
     this process starts. Each line of Python's and of C's is there as soon as it ends, should the job be killed.
 
     `file`: a descriptor of the file, which now belongs to this object.
