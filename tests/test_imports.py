@@ -31,6 +31,7 @@ TORCH = [  # need an extra, PyTorch: loaded only where it is
         for name in (
             "buffers",
             "checks",
+            "equivalents",
             "inputs",
             "losses",
             "modules",
@@ -42,7 +43,7 @@ TORCH = [  # need an extra, PyTorch: loaded only where it is
             "trial",
         )
     ),
-    *("mpiml.examples.torch_resnet", "mpiml.examples.own_loop_torch", "mpiml.examples.ddp_loop"),
+    *("mpiml.examples.torch_resnet", "mpiml.examples.own_loop_torch", "mpiml.examples.ddp_loop", "mpiml.export.onnx"),
     *(
         "mpiml.torch",
         *(f"mpiml.torch.{name}" for name in ("alike", "average", "buffers", "checkpoints", "data_parallel")),
