@@ -13,7 +13,7 @@ import pytest
 from mpiml.export.__main__ import main
 from mpiml.export.metrics import table
 from tests.conftest import Job
-from tests.run.test_tensorboard import SCORED, STEP, shown
+from tests.run.test_tensorboard import SCORED, STEP, shown, without_torch
 
 Say = pytest.CaptureFixture[str]
 
@@ -62,7 +62,8 @@ def test_event_files_are_those_of_the_log(run: Path, tmp_path: Path, capsys: Say
 @pytest.mark.contract
 def test_export_and_log_show_the_same(train: Callable[..., Job], tmp_path: Path) -> None:
     pytest.importorskip("tensorboardX")
-    logged = train(2, "--steps 6 --log-every 2 --log tensorboard --noise-scale --validation 0.2")
+    flags = "--steps 6 --log-every 2 --log tensorboard --noise-scale --validation 0.2"
+    logged = train(2, flags, **without_torch(tmp_path))
     assert logged.code == 0, logged.err
     assert main(["metrics", str(logged.run), "--to", "tensorboard", "--out", str(tmp_path / "events")]) == 0
     of_log = shown(logged.run / "tensorboard")

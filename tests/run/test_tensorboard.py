@@ -52,6 +52,13 @@ def shown(directory: Path) -> dict[str, list[tuple[int, float, float]]]:
     return {tag: [(e.step, e.value, e.wall_time) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+def without_torch(tmp_path: Path) -> dict[str, str]:
+    """An environment in which tensorboardX finds no PyTorch, which it would load, for seconds."""
+    (tmp_path / "lacks").mkdir(exist_ok=True)
+    (tmp_path / "lacks" / "torch.py").write_text("raise ImportError('hidden')")
+    return {"PYTHONPATH": str(tmp_path / "lacks")}
+
+
 def steps_shown(directory: Path, tag: str) -> list[int]:
     return [step for step, _, _ in shown(directory)[tag]]
 
@@ -119,16 +126,16 @@ def test_without_the_library_a_line_says_what_to_install(monkeypatch: pytest.Mon
 
 
 @pytest.mark.contract
-def test_a_run_writes_them_and_one_that_goes_on_writes_them_anew(train: Callable[..., Job]) -> None:
+def test_a_run_writes_them_and_one_that_goes_on_writes_them_anew(train: Callable[..., Job], tmp_path: Path) -> None:
     pytest.importorskip("tensorboardX")
     flags = "--log tensorboard --log-every 2 --save-every 4"
-    done = train(2, f"{flags} --steps 7")
+    done = train(2, f"{flags} --steps 7", **without_torch(tmp_path))
     assert done.code == 0, done.err
     assert steps_shown(done.run / "tensorboard", "train/loss") == [2, 4, 6, 7]
     assert steps_shown(done.run / "tensorboard", "test/accuracy") == [7]
     with open(done.run / "metrics.jsonl", "a") as file:  # of a job that was killed after its last checkpoint
         file.write(json.dumps({"step": 8, "loss": 9.0}) + "\n")
-    longer = train(1, "--steps 10 --resume")
+    longer = train(1, "--steps 10 --resume", **without_torch(tmp_path))
     assert longer.code == 0, longer.err
     lines: list[dict[str, Any]] = longer.metrics
     of_steps = [(line["step"], pytest.approx(line["loss"]), line["time"]) for line in lines if "evaluation" not in line]
@@ -150,6 +157,6 @@ def test_what_hinders_them_ends_the_run_in_one_line(train: Callable[..., Job], t
     pytest.importorskip("tensorboardX")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "tensorboard").touch()
-    full = train(2, "--log tensorboard --steps 4", out="full")
+    full = train(2, "--log tensorboard --steps 4", out="full", **without_torch(tmp_path))
     assert full.code == 74
     assert full.err == f"mpiml.train: cannot create {tmp_path / 'full' / 'tensorboard'}: File exists\n"
