@@ -23,7 +23,7 @@ DATA, MODEL, GRID, STEPS, OPTIMIZER, ARITHMETIC, RUN = (
     "evaluation, run directory and limits",
 )
 # Settings of one job: the next job of the same run has its own.
-OF_THE_JOB = ("out", "resume", "quiet", "time_limit", "trace")
+OF_THE_JOB = ("out", "resume", "quiet", "time_limit", "trace", "rank_log")
 # May change when a run whose learning rate falls continues for more steps.
 FALLING = ("lr", "decay_steps", "lr_floor")
 
@@ -347,6 +347,13 @@ class Config:
         0, RUN, "end after so many evaluations in a row without a better one; 0: never", low=0, on_resume=True
     )
     log_every: int = setting(10, RUN, "steps between lines of metrics.jsonl", low=1, on_resume=True)
+    log: str = setting(
+        "none",
+        RUN,
+        "what is written of the metrics beside metrics.jsonl; tensorboard: event files, in RUN/tensorboard",
+        choices=["none", "tensorboard"],
+        on_resume=True,
+    )
     stall_timeout: float = setting(
         600.0, RUN, "end the job if a rank makes no progress for X seconds; 0: never", low=0, on_resume=True
     )
@@ -367,6 +374,12 @@ class Config:
     )
     trace: str | None = setting(
         None, RUN, "timeline file, .json or .json.gz, for ui.perfetto.dev", on_resume=True, metavar="FILE"
+    )
+    rank_log: bool = setting(
+        False,
+        RUN,
+        "write what each rank prints to a file of its own, RUN/ranks/rank-00000.log and so on: many files",
+        on_resume=True,
     )
     quiet: bool = setting(False, RUN, "print errors only", on_resume=True)
 

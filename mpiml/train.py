@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 
 if __name__ == "__main__":
@@ -89,6 +90,10 @@ def _train(asked: Config, model: Model | None, data: Any, hold: Hold, guard: Gua
         everyone.together(lambda: check_ranks(everyone.size, cfg.pipe))
         if cfg.trace:
             everyone.on_rank_0(lambda: trace.check(cfg.trace, cfg.out))
+        if cfg.log == "tensorboard":
+            from mpiml.run import tensorboard
+
+            everyone.on_rank_0(tensorboard.check)
         prepare_process(cfg.threads)
         crew = Crew(everyone, sharing.busy(cfg, before, everyone.size))
         stop.others = crew.asked
@@ -124,6 +129,8 @@ def _go_on(run: Run, store: Store, hold: Hold, notes: list[str], stop: StopReque
     warnings, waits = hold.begun(run, restored.step), store.claim()
     rows, metric = data.shards.rows_per_step, run.model.metric.name
     with log.Log(grid.team, hold.metrics, rows, metric, run.pace(), restored.history, cfg.evaluated) as logger:
+        if cfg.log == "tensorboard":
+            logger.open_events()
         logger.open_console(restored.step + 1, cfg.steps, cfg.quiet)
         shape = sharing.grid_text(grid.stages, grid.replicas, cfg.microbatches, cfg.workers, cfg.leaf)
         for line in [*warnings, *notes, *restored.notes, *waits, shape, *sharing.workers_text(cfg, grid.replicas)]:
@@ -220,6 +227,7 @@ def _summary(run: Run, path: Path, outcome: dict[str, Any], logger: log.Log) -> 
     )
     logger.say("time: " + ", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
     logger.say(f"files: {path}/ (metrics.jsonl, result.json, checkpoints)")
+    logger.say(f"report: python -m mpiml.report {shlex.quote(str(path))}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

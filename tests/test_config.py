@@ -99,10 +99,12 @@ OTHERS = {
     "best": ("accuracy", '"accuracy"', "accuracy"),
     "patience": ("5", "5", 5),
     "log_every": ("2", "2", 2),
+    "log": ("tensorboard", '"tensorboard"', "tensorboard"),
     "stall_timeout": ("2.5", "2.5", 2.5),
     "time_limit": ("1:30:00", '"1:30:00"', "1:30:00"),
     "stop_grace": ("5", "5", 5.0),
     "trace": ("t.json", '"t.json"', "t.json"),
+    "rank_log": ("", "true", True),
     "quiet": ("", "true", True),
 }
 LAYOUT_AND_LOGGING = {"pipe", "cuts", "schedule", "epochs", "steps", "out", "resume", "quiet", "keep", "stall_timeout"}
@@ -115,7 +117,9 @@ LAYOUT_AND_LOGGING |= {
     "save_every",
     "save",
     "log_every",
+    "log",
     "trace",
+    "rank_log",
     "look",
 }
 LAYOUT_AND_LOGGING |= {"balance", "keep_best", "best", "patience", "noise_scale", "workers", "stop_grace"}

@@ -22,7 +22,7 @@ NO_MPI = [
         f"mpiml.training.{name}"
         for name in ("task", "resolve", "model", "constants", "stages", "job", "saved", "export")
     ),
-    *("mpiml.plan", "mpiml.compare", "mpiml.scaling", "mpiml.predict"),
+    *("mpiml.plan", "mpiml.compare", "mpiml.scaling", "mpiml.predict", "mpiml.export"),
 ]
 JOBS = ("mpiml.scaling.timing", "mpiml.predict.calibration")  # which those start
 TORCH = [  # need an extra, PyTorch: loaded only where it is
@@ -31,6 +31,7 @@ TORCH = [  # need an extra, PyTorch: loaded only where it is
         for name in (
             "buffers",
             "checks",
+            "equivalents",
             "inputs",
             "losses",
             "modules",
@@ -42,7 +43,7 @@ TORCH = [  # need an extra, PyTorch: loaded only where it is
             "trial",
         )
     ),
-    *("mpiml.examples.torch_resnet", "mpiml.examples.own_loop_torch", "mpiml.examples.ddp_loop"),
+    *("mpiml.examples.torch_resnet", "mpiml.examples.own_loop_torch", "mpiml.examples.ddp_loop", "mpiml.export.onnx"),
     *(
         "mpiml.torch",
         *(f"mpiml.torch.{name}" for name in ("alike", "average", "buffers", "checkpoints", "data_parallel")),
@@ -186,6 +187,7 @@ def test_a_thousand_ranks_load_no_part_that_few_runs_use() -> None:
     """PyTorch's adapter, what --init needs, formats of files, and models other than the one that is trained."""
     rare = ["mpiml.nn.torch_modules", "mpiml.nn.export", "mpiml.nn.attention", "mpiml.nn.convolution"]
     rare += ["mpiml.training.init", "mpiml.training.init_plan", "mpiml.run.tensors", "mpiml.data.parquet"]
+    rare += ["mpiml.run.tensorboard"]
     assert all(name in FILES for name in rare)
     assert loaded_with("mpiml.train") & set(rare) == set()
 

@@ -40,3 +40,12 @@ def test_only_steps_that_are_logged_carry_the_metric(
     assert result["status"] == "done"
     assert [columns for entries, columns in shapes if entries == 4] == [2, 2 + 121, 2, 2 + 121]
     assert {columns for entries, columns in shapes if entries == 0} == {2}  # records that carry no losses
+
+
+def test_the_last_line_is_the_command_for_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "a run"
+    x, y = np.random.default_rng(0).random((2, 64, 3), dtype=np.float32)
+    train(Config(steps=2, batch=16, out=str(out)), data=Dataset.from_arrays(x, y, x, y))
+    *_, files, report = capsys.readouterr().out.splitlines()
+    assert files == f"files: {out}/ (metrics.jsonl, result.json, checkpoints)"
+    assert report == f"report: python -m mpiml.report '{out}'"

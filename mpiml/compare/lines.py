@@ -15,7 +15,7 @@ from mpiml.compare.ulp import distance
 from mpiml.documents import fits
 from mpiml.run import metrics
 
-TIMES = ("seconds", "samples_per_second")  # fields that differ between any two jobs
+TIMES = ("seconds", "samples_per_second", "time")  # fields that differ between any two jobs
 SO_FAR = "noise_scale"  # a field that depends on which lines there were before
 Key = tuple[int, bool]  # the step of a line, and whether it is of an evaluation
 Line = Mapping[str, Any]

@@ -175,6 +175,12 @@ class TorchLayer(Layer):
         state = self.module.state_dict()
         return {plain_name(n): value.clone() if isinstance(value, Tensor) else value for n, value in state.items()}
 
+    def evaluated(self) -> torch.nn.Module:
+        """The module itself, with the layer's values, as an evaluation calls it."""
+        self.state_dict()
+        set_flags(self._flags, False)
+        return self.module
+
     def output_shape(self, shape: Shape) -> Shape:
         return self._trial(shape).output
 

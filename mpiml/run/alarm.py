@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from mpiml.errors import RunError, StallError
+from mpiml.run.streams import ERROR, original
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., None])
@@ -27,7 +28,6 @@ LOOKS = 5  # in the alarm's time: whether bytes have been read or written
 QUIET = 64 << 10  # bytes between two looks that do not count as progress
 ABORT_GRACE = 10.0  # seconds for a report and the end of the job, before a timer in C ends the process
 GRACE = 2.0  # seconds from the thread's report to the end by the timer in C
-STDERR = 2
 TURN = 0.3  # seconds between ranks' reports: the first ends the job, and so the others
 TURNS = 5
 # Variables by which launchers give a process its rank.
@@ -105,8 +105,8 @@ class Alarm:
                 self._put_off()
 
     def _end(self, error: RunError) -> None:
-        within(GRACE / 2, lambda: os.write(STDERR, f"{self.program}: {error}\n".encode()), 0)
-        faulthandler.dump_traceback(STDERR)
+        within(GRACE / 2, lambda: os.write(original(ERROR), f"{self.program}: {error}\n".encode()), 0)
+        faulthandler.dump_traceback(original(ERROR))
         os._exit(error.exit_code)
 
 
@@ -203,7 +203,7 @@ def bytes_moved() -> int:
 
 def end_in(seconds: float) -> None:
     """Let a timer in C end this process if it still runs after some seconds."""
-    faulthandler.dump_traceback_later(seconds, exit=True, file=STDERR)
+    faulthandler.dump_traceback_later(seconds, exit=True, file=original(ERROR))
 
 
 def within(seconds: float, action: Callable[[], T], otherwise: T) -> T:

@@ -20,6 +20,7 @@ METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 ENVIRONMENT = "environment.json"
 RESULT = "result.json"
+TENSORBOARD, RANKS = "tensorboard", "ranks"  # directories of event files, and of what each rank prints
 FAILED = ".failed-"  # created by the first rank of a job that reports a failure; the name ends with the job's token
 PARTIAL = ".partial"  # ends the name of an unfinished file
 # Unfinished files that killed jobs leave in the directory and in checkpoints/; .tmpXXXXXX is the safetensors library's
@@ -193,7 +194,7 @@ def sweep(directory: Path, left: re.Pattern[str]) -> None:
 def is_own(path: Path, run: Path) -> bool:
     """Whether a path is the run directory, or is or lies in something that a run keeps there."""
     path, run = path.resolve(), run.resolve()
-    own = (CONFIG, METRICS, CHECKPOINTS, RESULT, ENVIRONMENT, LOCK)
+    own = (CONFIG, METRICS, CHECKPOINTS, RESULT, ENVIRONMENT, LOCK, TENSORBOARD, RANKS)
     return path.is_relative_to(run) and path.relative_to(run).parts[:1] in ((), *((name,) for name in own))
 
 

@@ -1,11 +1,12 @@
-"""The log of a run: metrics.jsonl, which rank 0 writes, the terminal, and times."""
+"""The log of a run: metrics.jsonl, which rank 0 writes, event files, the terminal, and times."""
 
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
@@ -14,11 +15,14 @@ from numpy.typing import NDArray
 from mpiml import documents
 from mpiml.clock import SHARES
 from mpiml.run import environment
-from mpiml.run.console import Console
-from mpiml.run.directory import named_errors
+from mpiml.run.console import Console, Shown
+from mpiml.run.directory import TENSORBOARD, named_errors
 from mpiml.run.step_times import StepTimes, median
 from mpiml.run.stragglers import Pace
 from mpiml.team import Team
+
+if TYPE_CHECKING:
+    from mpiml.run.tensorboard import Events
 
 
 class Noise(NamedTuple):
@@ -108,11 +112,26 @@ class Log:
         self._shares, self._sent = np.array(team.clock.shares()), 0
         self._before = self._shares  # what was spent before the first step
         self._console: Console | None = None
+        self._score: float | None = None  # the last
+        self._events: Events | None = None  # on rank 0
 
     def open_console(self, first: int, last: int, quiet: bool) -> None:
         """Let rank 0 show steps `first` to `last` on the terminal, unless `quiet`."""
         if self.team.rank == 0 and not quiet:
             self._console = Console(first, last)
+
+    def open_events(self) -> None:
+        """Let rank 0 write event files too: of all lines that the metrics have by now, and of those to come. Raises
+        OutputError, on all ranks alike, if they cannot be written."""
+
+        def begin() -> None:
+            from mpiml.run import tensorboard  # on one rank, of a few runs
+
+            directory, progress = self.metrics.parent / TENSORBOARD, self.team.clock.progress
+            self._events, _ = tensorboard.of_run(self.metrics, directory, self.evaluated, progress)
+
+        self.team.clock("log")
+        self.team.on_rank_0(begin)
 
     def __enter__(self) -> Log:
         return self
@@ -133,7 +152,9 @@ class Log:
         self._recent, self._recent_seconds = self._recent + 1, self._recent_seconds + done.seconds
         self.known |= {"step": done.step} if done.loss is None else {"step": done.step, "loss": done.loss}
         if self._console and done.loss is not None and done.seconds:
-            self._console.progress(done.step, f"loss {done.loss:.4f}, {self.rows / done.seconds:,.0f} samples/s")
+            self._score = self._score if done.score is None else done.score
+            speed = self.rows / done.seconds
+            self._console.progress(done.step, Shown(done.epoch, done.loss, self.metric, self._score, speed))
 
     def moved(self, step: int) -> None:
         """Show on the terminal that this rank has done a step, of which more is known later; not collective."""
@@ -157,7 +178,7 @@ class Log:
             if self._console and newest:
                 score = f"{self.metric} {done.score:.4f}"
                 text = f"step {done.step}  epoch {done.epoch}  loss {done.loss:.4f}  {score}  {speed:,.0f} samples/s"
-                self._console.now_and_then(text)
+                self._console.now_and_then(done.step, text)
             workers = {"workers": done.workers} if done.workers else {}
             return {
                 "step": done.step,
@@ -230,7 +251,10 @@ class Log:
         self.team.clock("log")
 
         def append() -> None:
+            line = documents.finite(entry() | {"time": round(time.time(), 3)})
             with named_errors("write", self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
-                file.write(documents.to_json(entry()) + "\n")
+                file.write(documents.to_json(line) + "\n")
+            if self._events:
+                self._events.add(line)
 
         self.team.on_rank_0(append)

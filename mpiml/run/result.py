@@ -53,6 +53,7 @@ class Line(TypedDict, total=False):
     samples_per_second: float
     seconds: dict[str, Any]  # since the last line: the least and most of any rank in each activity; the slowest rank
     evaluation: dict[str, float | None]  # its loss, score and rows
+    time: float  # when it was written, in seconds since 1970; lines of old runs have none
 
 
 EVALUATION = frozenset({"loss", "rows"})  # the fields of an evaluation, beside the score

@@ -26,7 +26,7 @@ from mpiml.training.resolve import open_data, scored
 from mpiml.usercode import is_name
 
 CHOSEN = ("pipe", "steps", "epochs", "out", "resume")  # settings that the study chooses for its jobs
-UNUSED = ("save_every", "time_limit", "trace")  # settings of no use to its jobs
+UNUSED = ("save_every", "time_limit", "trace", "log", "rank_log")  # settings of no use to its jobs
 
 
 def run(chosen: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ from mpiml.run.directory import CHECKPOINTS, CONFIG, ENVIRONMENT, METRICS, RunDi
 from mpiml.run.failure import Guard
 from mpiml.run.one_job import mpi_library
 from mpiml.run.result import Result, read_result, write_result
+from mpiml.run.streams import Diverted
 from mpiml.team import Team
 from mpiml.training.resolve import absolute
 from mpiml.training.run import Run
@@ -64,11 +65,15 @@ class Hold:
         self.guard = guard
         self._directory: RunDirectory | None = None  # on rank 0
         self._before: dict[str, Any] = {}  # the result of the job before
+        self._diverted: Diverted | None = None  # what this rank prints, once all ranks have tried that
+        self._printed: list[str] | None = None  # what a person should know of it, from then on
 
     def __enter__(self) -> Hold:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._diverted:
+            self._diverted.close()
         if self._directory:
             self._directory.close()
 
@@ -112,7 +117,7 @@ class Hold:
             return cfg, stored, done
 
         cfg, stored, done = self.guard.team.on_rank_0(look)
-        self._tell(self.guard.team)
+        self._tell(self.guard.team, asked)
         return cfg, stored, done
 
     def finished(self, team: Team, cfg: Config, stored: Config | None) -> dict[str, Any] | None:
@@ -146,8 +151,8 @@ class Hold:
             return [*self._directory.notes, *_notes(self._before)]
 
         notes = run.grid.team.on_rank_0(look)
-        self._tell(run.grid.team)
-        return notes
+        self._tell(run.grid.team, config)
+        return [*notes, *(self._printed or [])]
 
     def begun(self, run: Run, after: int) -> list[str]:
         """Write what is known at the start, when nothing can be refused any more, of a job that goes on after a step;
@@ -185,8 +190,12 @@ class Hold:
         before = {key: value for key, value in self._before.items() if key != "traceback"}
         write_result(directory.path, {"step": 0, "saved": 0} | before | RUNNING)
 
-    def _tell(self, team: Team) -> None:
+    def _tell(self, team: Team, config: Config) -> None:
         self.guard.run, self.guard.token = team.broadcast((self.guard.run, self.guard.token))
+        if config.rank_log and self.guard.run and self._printed is None:
+            from mpiml.run import rank_log  # in few runs
+
+            self._diverted, self._printed = rank_log.divert(team, self.guard.run)
 
 
 def _finished(cfg: Config, result: dict[str, Any], stored: Config | None = None) -> dict[str, Any] | None:

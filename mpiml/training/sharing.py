@@ -101,7 +101,7 @@ def grid_text(stages: int, replicas: int, microbatches: int, workers: int | None
     """One line on a grid, with the flags that repeat the run's arithmetic on another."""
     text = f"{_count(stages * replicas, 'rank')} = {_count(stages, 'stage')} x {_count(replicas, 'replica')}"
     flags = [f"--workers {workers}"] * bool(workers) + [f"--leaf {leaf}"] * (leaf > 1)
-    text += f"; {' '.join([*flags, f'--microbatches {microbatches}'])} repeats these bits on any grid"
+    text += f"; same bits on any grid: {' '.join([*flags, f'--microbatches {microbatches}'])}"
     learners = workers or 1
     each, sharing = microbatches // learners // leaf, max(replicas // learners, 1)  # of a learner: leaves, replicas
     if not aligned(sharing, each):

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from tests.conftest import Job, launch_all
 from tests.contract.features import FEATURES
 
-TIMES = {"seconds", "samples_per_second"}
+TIMES = {"seconds", "samples_per_second", "time"}
 PLACES = {"ranks", "pipe"}  # what result.json says of the layout
 
 

@@ -29,7 +29,7 @@ FILE = re.compile(r"# (\w+\.py)\n")  # begins a piece of Python that other block
 # A block with this word needs that package, which takes minutes to install.
 EXTRAS = {"mynet": "torch", "mpiml.torch": "torch", "_loop": "torch"}
 PATH = re.compile(r"[\w./-]+\.(py|sh|sbatch|def)|(\.?[\w-]+/)+([\w.-]+\.\w+)?")
-OTHERS = {"checkpoints/", "mine.py"}  # on pages: of a run, and of the reader
+OTHERS = {"checkpoints/", "ranks/", "runs/", "tensorboard/", "mine.py"}  # on pages: of a run, and of the reader
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 

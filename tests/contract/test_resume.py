@@ -29,7 +29,7 @@ BASE = (
     f"--steps {STEPS} --microbatches 12 --hidden 24,16 --dropout 0.1 --clip 1 --save-every 1 --keep 99 "
     "--log-every 2 --eval-every 4"
 )
-TIMES = ("seconds", "samples_per_second")
+TIMES = ("seconds", "samples_per_second", "time")
 
 
 def comparable(job: Job) -> list[dict[str, Any]]:

@@ -176,7 +176,7 @@ def test_a_round_is_finished_unless_that_takes_too_long(trials: Any) -> None:
     ended, whole = trials["four"]["patient"], trials["first"]["plain"]
     assert (ended.job.code, ended.result["step"], ended.checkpoints[-1]) == (75, 16, "step-000000016.safetensors")
     # Each worker's part of them is on one rank.
-    assert "4 replicas; --workers 4 --microbatches 12 repeats these bits on any grid\n" in ended.job.out
+    assert "4 replicas; same bits on any grid: --workers 4 --microbatches 12\n" in ended.job.out
     assert_same(trials["three"]["patient"].job, whole.job)
 
 

@@ -35,7 +35,7 @@ SETTINGS: dict[str, Any] = {
     "quiet": True,
 }
 RUN = f"--model {MODEL} --steps {STEPS} --microbatches 4 --log-every 1 --keep 99 --save-every 2 --eval-every 5"
-TIMES = ("seconds", "samples_per_second")
+TIMES = ("seconds", "samples_per_second", "time")
 NODES = "MPIML_NODES=2,1"
 
 

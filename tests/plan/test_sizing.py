@@ -145,7 +145,7 @@ def plan_command(*arguments: str, blocked: bool = False) -> subprocess.Completed
 def test_the_command_needs_no_mpi() -> None:
     done = plan_command("--ranks", "64", "--node-ranks", "16", "--pipe", "4", "--hidden", "128,128,128", blocked=True)
     assert done.returncode == 0, done.stderr
-    assert "64 ranks = 4 stages x 16 replicas; --microbatches 128 repeats these bits" in done.stdout
+    assert "64 ranks = 4 stages x 16 replicas; same bits on any grid: --microbatches 128" in done.stdout
     assert "4 nodes of 16 ranks" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 120
     content = json.loads(plan_command("--ranks", "6", "--json", "--batch", "60").stdout)

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from mpiml.run import console
-from mpiml.run.console import say, width
+from mpiml.run.console import Console, Shown, say, width
 
 COLUMNS = 97
 
@@ -99,3 +99,51 @@ def closed() -> io.StringIO:
 )
 def test_what_nobody_can_read_ends_no_run(stream: Any) -> None:
     say("a line", stream)
+
+
+LONG = Shown(12, 0.123456, "accuracy", 0.98765, 12_345.6)
+
+
+def bar_of(columns: int, last: int, shown: Shown, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The bar of a run's second step on a terminal, after a second and a half."""
+    monkeypatch.setattr(console, "width", lambda: columns)
+    one = Console(1, last)
+    one.progress(2, shown)
+    assert one._bar is not None
+    one._bar.close()
+    return one._bar.format_meter(**one._bar.format_dict | {"elapsed": 1.5, "rate": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("columns", "last", "line"),
+    [
+        (120, 720, "step 2/720 [" + " " * 43 + "] epoch 12 loss 0.1235 accuracy 0.988 12.3k samples/s 05:59 left"),
+        (80, 720, "step 2/720 epoch 12 loss 0.1235 accuracy 0.988 12.3k samples/s 05:59 left"),
+        (80, 90_000, "step 2/90000 epoch 12 loss 0.1235 accuracy 0.988 12.3k/s 12:29:59 left"),
+        (60, 720, "step 2/720 [" + " " * 14 + "] epoch 12 loss 0.1235 05:59 left"),
+        (20, 720, "step 2/720 05:59 le"),
+    ],
+)
+def test_bar_says_as_much_as_fits(columns: int, last: int, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = bar_of(columns, last, LONG, monkeypatch)
+    assert len(made) < columns
+    assert made == line
+
+
+def test_bar_shows_any_name_of_a_metric_and_none_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    named = bar_of(100, 9, LONG._replace(metric="a{b}"), monkeypatch)
+    assert named.endswith("] epoch 12 loss 0.1235 a{b} 0.988 12.3k samples/s 00:03 left")
+    unknown = bar_of(100, 9, LONG._replace(score=None), monkeypatch)
+    assert unknown.endswith("] epoch 12 loss 0.1235 12.3k samples/s 00:03 left")
+
+
+def test_where_nobody_watches_a_line_says_how_much_time_is_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "width", lambda: None)
+    times = iter([100.0, 108.0, 108.0, 109.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(times))
+    lines = Console(101, 1000)
+    lines.now_and_then(104, "step 104")  # 4 steps in 8 seconds
+    lines.now_and_then(105, "step 105")
+    assert capsys.readouterr().out == "step 104  0:29:52 left\n"

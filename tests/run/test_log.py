@@ -7,6 +7,7 @@ import math
 import os
 import pty
 import sys
+import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from mpiml.clock import SHARES, Clock
 from mpiml.errors import OutputError
 from mpiml.run import console as module
 from mpiml.run import environment
-from mpiml.run.console import Console
+from mpiml.run.console import Console, Shown
 from mpiml.run.log import Evaluation, Log, Step
 from mpiml.run.metrics import cut_after, last_known
 from mpiml.run.step_times import KEPT
@@ -56,7 +57,10 @@ def step_of(seconds: float, step: int = 2) -> Step:
 
 
 def written(log: Log) -> list[dict[str, Any]]:
-    return [json.loads(text, parse_constant=pytest.fail) for text in log.metrics.read_text().splitlines()]
+    """The lines, without the time at which each was written."""
+    entries = [json.loads(text, parse_constant=pytest.fail) for text in log.metrics.read_text().splitlines()]
+    assert all(abs(time.time() - entry.pop("time")) < 60 for entry in entries)
+    return entries
 
 
 def test_the_line_of_a_step(log: Log) -> None:
@@ -179,7 +183,10 @@ def test_where_nobody_watches_a_step_is_a_line_now_and_then(
     log: Log, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     log.open_console(1, 9, quiet=False)
-    for pause, said in ((1e9, ""), (-1.0, "step 2  epoch 1  loss 0.7500  accuracy 0.5000  2,000 samples/s\n")):
+    for pause, said in (
+        (1e9, ""),
+        (-1.0, "step 2  epoch 1  loss 0.7500  accuracy 0.5000  2,000 samples/s  0:00:00 left\n"),
+    ):
         monkeypatch.setattr(module, "CONSOLE_PAUSE", pause)
         log.timed(step_of(0.05, 2))
         log.step(DONE._replace(step=2))
@@ -200,13 +207,14 @@ def test_where_somebody_watches_there_is_a_bar_and_lines_go_where_it_is(
         assert bar is not None
         assert (bar.n, bar.total) == (10, 20)  # as a run that goes on after step 10
         log.timed(step_of(0.05, 13))
-        assert (bar.n, bar.postfix) == (13, "loss 0.7500, 2,000 samples/s")
+        shown = " epoch 1 loss 0.75 accuracy 0.500 2.0k samples/s {remaining} left"
+        assert (bar.n, bar.bar_format) == (13, "step {n_fmt}/{total_fmt} [{bar}]" + shown)
         log.step(DONE._replace(step=13))  # the bar says it
         log.say("a line")
     out, err = capsys.readouterr()
     assert out == ""
     assert "a line\n" in err
-    assert "epoch 1" not in err
+    assert "epoch 1  loss" not in err
     assert max(map(len, err.replace("\r", "\n").splitlines())) < 80
 
 
@@ -257,10 +265,10 @@ def test_terminal_that_is_closed_ends_the_bar_and_not_the_run(monkeypatch: pytes
         assert console._bar is not None
         os.close(terminal)
         for step in range(2, 40):
-            console.progress(step, "loss 0.5")
+            console.progress(step, Shown(1, 0.5, "r2", None, 9.0))
             console._last_line = 0.0
             console.line("an evaluation")
-            console.now_and_then("a step")
+            console.now_and_then(step, "a step")
         console.close()
         monkeypatch.undo()
         os.dup2(os.open(os.devnull, os.O_WRONLY), ours)  # for what the stream still holds
@@ -277,7 +285,7 @@ def test_bar_moves_within_a_round_and_not_back(log: Log, monkeypatch: pytest.Mon
             log.moved(step)
         assert bar.n == 8
         log.timed(step_of(0.5, 4))
-        assert (bar.n, bar.postfix) == (8, "loss 0.7500, 200 samples/s")
+        assert bar.n == 8
 
 
 def test_a_line_that_nobody_can_read_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,7 +128,7 @@ def kept(path: Path) -> list[int]:
 
 def lines(path: Path) -> list[dict[str, Any]]:
     entries = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in entry.items() if k not in ("seconds", "samples_per_second")} for entry in entries]
+    return [{k: v for k, v in entry.items() if k not in ("seconds", "samples_per_second", "time")} for entry in entries]
 
 
 def scores(path: Path, name: str = "loss") -> dict[int, float]:

@@ -215,7 +215,7 @@ def test_a_run_that_goes_on_has_no_more_replicas_than_leaves() -> None:
 
 def test_lines_on_a_grid_and_on_ranks_without_work() -> None:
     assert grid_text(2, 4, 8, 4) == (
-        "8 ranks = 2 stages x 4 replicas; --workers 4 --microbatches 8 repeats these bits on any grid"
+        "8 ranks = 2 stages x 4 replicas; same bits on any grid: --workers 4 --microbatches 8"
     )
     assert "--workers" not in grid_text(2, 4, 8)
     assert idle_text(6, 2, 12, 3) == [
@@ -223,7 +223,7 @@ def test_lines_on_a_grid_and_on_ranks_without_work() -> None:
     ]
     assert idle_text(8, 0, 12, 3) == []
     assert grid_text(1, 4, 24, None, 6) == (
-        "4 ranks = 1 stage x 4 replicas; --leaf 6 --microbatches 24 repeats these bits on any grid"
+        "4 ranks = 1 stage x 4 replicas; same bits on any grid: --leaf 6 --microbatches 24"
     )
     assert "(--microbatches 12 would need the fewest" in grid_text(1, 2, 18, None, 6)
     assert idle_text(6, 2, 24, None, 4) == [

@@ -1,0 +1,1 @@
+"""What other programs take of a run: its metrics, and its model; see README.md."""
