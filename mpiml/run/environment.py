@@ -34,8 +34,8 @@ def of_rank(threads: int) -> dict[str, Any]:
 
 
 def of_job(ranks: list[dict[str, Any]], data: list[list[str]], look: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The content of environment.json, but `earlier` and `jobs`, from `of_rank` of all ranks, the data set's fingerprint, and what
-    a look at all of its rows has shown."""
+    """The content of environment.json, but `earlier` and `jobs`, from `of_rank` of all ranks, the data set's
+    fingerprint, and what a look at all of its rows has shown."""
     system = os.uname()
     return {
         "mpiml": mpiml.__version__,
