@@ -46,7 +46,8 @@ def short(run: Run) -> str:
 
 def learned(runs: list[Run], axes: list[Axis]) -> list[Drawing]:
     """Loss and score over each axis, where any run has them."""
-    metric = next((run.metrics.metric for run in runs if run.metrics.metric), "")
+    metrics = dict.fromkeys(run.metrics.metric for run in runs if run.metrics.metric)
+    metric = " or ".join(metrics)
     drawings = []
     for column, what in (("loss", "Loss"), ("score", metric.replace("_", " ").capitalize())):
         for axis in axes:

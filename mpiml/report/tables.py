@@ -33,7 +33,7 @@ def runs_table(runs: list[Run]) -> str:
 def _facts(run: Run, index: int, alone: bool) -> Facts:
     """What there is to say of how a run did."""
     result, metric = run.result, run.metrics.metric
-    steps = run.settings.get("steps")
+    steps = run.last_step
     done = result.get("step")
     best = result.get("best_step")
     last = {

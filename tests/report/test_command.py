@@ -92,6 +92,13 @@ def test_two_runs_of_one_name(made: Make, monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_runs_with_other_scores_have_both_names(made: Make, tmp_path: Path) -> None:
+    other = [{"step": step, "loss": 1.0, "r2": 0.5} for step in range(1, 4)]
+    assert main([str(made("one")), str(made("two", other)), "--out", str(tmp_path / "page.html")]) == 0
+    assert "Accuracy or r2 by step" in titles(tmp_path / "page.html")
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_that_goes_on_is_drawn_as_far_as_it_is(made: Make) -> None:
     run = made(lines=LINES[:1], result={"status": "running", "step": 1})
     with (run / "metrics.jsonl").open("a") as file:

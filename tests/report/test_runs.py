@@ -115,3 +115,10 @@ def test_a_damaged_file_is_named(made: Make, file: str) -> None:
     (path / file).write_text("{")
     with pytest.raises(OutputError, match=f"{path / file} is damaged"):
         read_run(path, "a")
+
+
+def test_settings_that_are_no_numbers_are_not_counted_with(made: Make) -> None:
+    odd = 'batch = "many"\nsteps = []\nheld-out = nan\nvalidation = true\n'
+    run = read_run(made(config=odd, environment={"data": [["x_train", "1,440 rows of x"]]}), "a")
+    assert (run.batch, run.last_step, run.evaluated, run.rows_per_step) == (0, 0, "test", 1)
+    assert run.steps_per_epoch == 12
