@@ -102,6 +102,12 @@ def table(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
     return [line.format(*row).rstrip() for row in rows]
 
 
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of numbers; the first row has its heads."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + "---:|" * len(rows[0]), *lines[1:]]) + "\n"
+
+
 def plural(number: int, thing: str) -> str:
     """A number of things: "1 rank", "2 ranks"."""
     return f"{number} {thing}" + ("s" if number != 1 else "")

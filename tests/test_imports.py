@@ -22,7 +22,7 @@ NO_MPI = [
         f"mpiml.training.{name}"
         for name in ("task", "resolve", "model", "constants", "stages", "job", "saved", "export")
     ),
-    *("mpiml.plan", "mpiml.compare", "mpiml.scaling", "mpiml.predict", "mpiml.export"),
+    *("mpiml.plan", "mpiml.compare", "mpiml.report", "mpiml.scaling", "mpiml.predict", "mpiml.export"),
 ]
 JOBS = ("mpiml.scaling.timing", "mpiml.predict.calibration")  # which those start
 TORCH = [  # need an extra, PyTorch: loaded only where it is

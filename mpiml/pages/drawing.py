@@ -8,16 +8,17 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from mpiml.errors import ConfigError
 from mpiml.pages import page
-from mpiml.pages.colours import INK, LINES, MUTED, PAPER, SERIES, as_variables
+from mpiml.pages.colours import INK, LINES, MUTED, PAPER, as_variables
 
 WIDTH, HEIGHT = 4.4, 2.7  # inches; in a page a figure is as wide as its column, 370 to 540 pixels
 LEGEND = 0.17  # inches of a line of a legend
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "mpiml",
     "font.family": "DejaVu Sans",  # comes with matplotlib; so places do not depend on the machine
@@ -39,6 +40,7 @@ STYLE = {
     "grid.color": LINES.light,
     "grid.linewidth": 0.6,
     "text.color": INK.light,
+    "text.parse_math": False,  # a name may have dollar signs
     "xtick.color": MUTED.light,
     "ytick.color": MUTED.light,
     "xtick.labelcolor": INK.light,
@@ -67,7 +69,7 @@ class Drawing:
         """The figure without its title as an element of a page, whose style sheet gives its colours."""
         text = re.sub(r"<\?xml.*?\?>|<!DOCTYPE.*?>|<metadata>.*?</metadata>", "", self._svg(), flags=re.DOTALL).strip()
         text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{self.name}-", text)  # a page has several
-        label = page.escape(self.title)
+        label = escape(self.title)
         # The size is that of its place. A name space for links is of no use in a page.
         head = re.compile(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>')
         text = head.sub(rf'<svg viewBox="\1" role="img" aria-label="{label}">', text, count=1)
@@ -89,7 +91,7 @@ class Drawing:
         import matplotlib
         from matplotlib.figure import Figure
 
-        with matplotlib.rc_context(STYLE | {"axes.prop_cycle": matplotlib.cycler(color=[c.light for c in SERIES])}):
+        with matplotlib.rc_context(STYLE):
             figure = Figure(figsize=(WIDTH, self.height + (0.25 if titled else 0)), layout="constrained")
             self.plot(figure)
             if titled:

@@ -64,6 +64,11 @@ def text(words: str, kind: str = "") -> str:
     return f"<p{attribute}>{escape(words)}</p>"
 
 
+def bullets(items: Iterable[str]) -> str:
+    """A list."""
+    return "<ul>\n" + "".join(f"<li>{escape(item)}</li>\n" for item in items) + "</ul>"
+
+
 def section(title: str, html: str) -> str:
     """A heading and what stands below it; nothing if that is nothing."""
     return f"<section>\n<h2>{escape(title)}</h2>\n{html}\n</section>" if html else ""

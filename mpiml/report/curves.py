@@ -115,7 +115,8 @@ class Axis(NamedTuple):
         if self.name == "epoch":
             return steps / (run.steps_per_epoch or math.nan)
         lines = run.metrics.steps["step"]
-        return np.interp(steps, [0.0, *lines], [0.0, *run.seconds]) / self.unit
+        seconds: Numbers = np.interp(steps, [0.0, *lines], [0.0, *run.seconds]) / self.unit
+        return seconds
 
 
 STEP = Axis("step", "step", "step")

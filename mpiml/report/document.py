@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from html import escape
 
 from mpiml.command import plural
 from mpiml.pages import page
@@ -31,7 +32,7 @@ def document(runs: list[Run]) -> Document:
     title = runs[0].label if len(runs) == 1 else plural(len(runs), "run")
     several = len(runs) > 1
     parts = [
-        f"<header>\n<h1>{page.escape(title)}</h1>\n{_about(runs)}\n</header>",
+        f"<header>\n<h1>{escape(title)}</h1>\n{_about(runs)}\n</header>",
         *(page.text(problem, "warning") for run in runs for problem in problems(run, several)),
         page.section("Runs" if several else "Run", tables.runs_table(runs)),
         page.section("Learning", _boxes(curves)),

@@ -39,14 +39,15 @@ def dash_of(index: int) -> str:
 
 
 def short(run: Run) -> str:
-    """A run's name in a legend, in which matplotlib sees no mark-up."""
+    """A run's name in a legend, which would leave out one that begins with an underscore."""
     text = run.label if len(run.label) <= LONG else "\u2026" + run.label[1 - LONG :]
-    return f"./{text}".replace("$", r"\$") if text.startswith("_") else text.replace("$", r"\$")
+    return f"./{text}" if text.startswith("_") else text
 
 
 def learned(runs: list[Run], axes: list[Axis]) -> list[Drawing]:
     """Loss and score over each axis, where any run has them."""
-    metric = next((run.metrics.metric for run in runs if run.metrics.metric), "")
+    metrics = dict.fromkeys(run.metrics.metric for run in runs if run.metrics.metric)
+    metric = " or ".join(metrics)
     drawings = []
     for column, what in (("loss", "Loss"), ("score", metric.replace("_", " ").capitalize())):
         for axis in axes:
@@ -87,7 +88,7 @@ def _scored(run: Run, axis: Axis, column: str) -> Curve:
 
 
 def _plot(runs: list[Run], axis: Axis, column: str, figure: Any) -> None:
-    """Training and evaluations of each run. A single run's have a colour each, those of several runs that of the run."""
+    """What each run trained and evaluated: of one run in two colours, of several in a colour for each run."""
     axes, alone = figure.subplots(), len(runs) == 1
     if column == "loss" and is_wide([curve for run in runs for curve in _curves(run, axis, column)]):
         logarithmic(axes)
@@ -101,7 +102,7 @@ def _plot(runs: list[Run], axis: Axis, column: str, figure: Any) -> None:
     axes.set_xlabel(axis.label)
     evaluated = " or ".join(sorted({run.evaluated for run in runs}))
     first, second = (colours.BLUE.light, colours.RED.light) if alone else (colours.MUTED.light, colours.MUTED.light)
-    kinds = {
+    kinds: dict[str, dict[str, Any]] = {
         "training": {"color": first},
         evaluated: {"color": second, "marker": "o", "markerfacecolor": "white", "linewidth": 0.9},
     }
@@ -174,11 +175,13 @@ def _legend(figure: Any, runs: list[Run], drawn: list[bool], signs: dict[str, di
     from matplotlib.lines import Line2D
 
     looks = [{"color": colour_of(index), "linestyle": dash_of(index)} for index in range(len(runs))]
-    names = {short(run): look for run, look, there in zip(runs, looks, drawn, strict=True) if there}
-    entries = (names if len(runs) > 1 else {}) | signs
+    names = [(short(run), look) for run, look, there in zip(runs, looks, drawn, strict=True) if there]
+    entries = [*(names if len(runs) > 1 else []), *signs.items()]
     if entries:
-        lines = [Line2D([], [], **look) for look in entries.values()]
-        figure.legend(lines, list(entries), loc="outside upper left", ncols=2, handlelength=1.8, columnspacing=1.2)
+        lines = [Line2D([], [], **look) for _, look in entries]
+        figure.legend(
+            lines, [name for name, _ in entries], loc="outside upper left", ncols=2, handlelength=1.8, columnspacing=1.2
+        )
 
 
 def _legend_lines(runs: list[Run], extra: int) -> int:

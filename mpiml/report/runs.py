@@ -56,7 +56,7 @@ class Run:
     @property
     def evaluated(self) -> str:
         """What the rows are called that the run evaluates on."""
-        return "validation" if self.settings.get("validation") else "test"
+        return "validation" if self._setting("validation") else "test"
 
     @property
     def restarts(self) -> list[int]:
@@ -79,8 +79,12 @@ class Run:
     @property
     def batch(self) -> int:
         """Rows of a step that were asked for; 0 if that is not known."""
-        batch = self.settings.get("batch", 0)
-        return batch if isinstance(batch, int) else 0
+        return int(self._setting("batch"))
+
+    @property
+    def last_step(self) -> int:
+        """The step that the run is to end with; 0 if that is not known."""
+        return int(self._setting("steps"))
 
     @property
     def rows_per_step(self) -> float:
@@ -97,9 +101,15 @@ class Run:
         if not match:
             return []
         rows = int(match[1].replace(",", ""))
-        aside = 0.0 if "x_test" in texts else float(self.settings.get("held-out", 0.0))
-        left = rows - math.floor(rows * aside)
-        return [left - math.floor(left * float(self.settings.get("validation", 0.0))), left, rows]
+        left = rows - math.floor(rows * (0.0 if "x_test" in texts else self._setting("held-out")))
+        return [left - math.floor(left * self._setting("validation")), left, rows]
+
+    def _setting(self, name: str) -> float:
+        """A setting that is a number; 0 if config.toml has no number there."""
+        value = self.settings.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            return 0
+        return value
 
     @functools.cached_property
     def seconds(self) -> Numbers:

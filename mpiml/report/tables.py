@@ -33,7 +33,7 @@ def runs_table(runs: list[Run]) -> str:
 def _facts(run: Run, index: int, alone: bool) -> Facts:
     """What there is to say of how a run did."""
     result, metric = run.result, run.metrics.metric
-    steps = run.settings.get("steps")
+    steps = run.last_step
     done = result.get("step")
     best = result.get("best_step")
     last = {
@@ -125,7 +125,7 @@ def _environment(run: Run) -> dict[str, str]:
 
 def jobs_table(runs: list[Run]) -> str:
     """The jobs of the runs that have had several."""
-    rows = [
+    rows: list[list[Cell | str]] = [
         [run.label, number(place, "{}"), number(job["after"], "{:,}"), *_grid(job), str(job.get("at", ""))]
         for run in runs
         if len(run.jobs) > 1 or run.restarts
@@ -141,7 +141,7 @@ def _grid(job: Mapping[str, Any]) -> list[Cell]:
 
 def slow_table(runs: list[Run]) -> str:
     """The ranks that the others waited for."""
-    rows = [
+    rows: list[list[Cell | str]] = [
         [
             run.label,
             number(rank, "{}"),
@@ -196,5 +196,3 @@ def _last(values: Any) -> float | None:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, (int, float)) else "unknown"
-
-

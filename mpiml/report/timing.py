@@ -74,7 +74,9 @@ def _plot_bars(runs: list[Run], figure: Any) -> None:
     left = np.zeros(len(runs))
     for name in SHARES:
         widths = np.array([100 * shares_of(run)[name] for run in runs])
-        axes.barh(range(len(runs)), widths, 0.7, left, label=name, color=COLOURS[name], edgecolor="white", linewidth=0.6)
+        axes.barh(
+            range(len(runs)), widths, 0.7, left, label=name, color=COLOURS[name], edgecolor="white", linewidth=0.6
+        )
         left += widths
     axes.set_yticks(range(len(runs)), [short(run) for run in runs])
     axes.invert_yaxis()

@@ -12,6 +12,7 @@ from mpiml.run.directory import ENVIRONMENT
 
 JOBS = 1000  # of a run that are kept, the last ones
 
+
 class Job(TypedDict, total=False):
     """A job of a run, in the list `jobs`."""
 

@@ -1,24 +1,25 @@
-"""The plots of a scaling study, drawn by matplotlib (extra [plots])."""
+"""The figures of a scaling study."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mpiml.clock import SHARES
 from mpiml.command import plural
-from mpiml.errors import ConfigError
+from mpiml.pages import colours
+from mpiml.pages.drawing import Drawing
 from mpiml.scaling.laws import Interval
 from mpiml.scaling.results import Line, Study
 from mpiml.scaling.trained import median_noise, several
 
-# Colours that the colour-blind can tell apart: Okabe and Ito, "Color universal design", 2008.
-BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
-DARK = "#444444"
+BLUE, ORANGE, GREEN, RED, GREY = (
+    one.light for one in (colours.BLUE, colours.ORANGE, colours.GREEN, colours.RED, colours.GREY)
+)
 COLOURS = dict(zip(SHARES, (BLUE, ORANGE, RED, GREEN, GREY), strict=True))
 CROWDED = "more ranks than cores"
 STYLES = ((BLUE, "o"), (RED, "s"), (GREEN, "^"), (ORANGE, "D"), (GREY, "v"))  # of curves
@@ -57,7 +58,7 @@ def draw_shares(axes: Any, study: Study) -> None:
     bottom = [0.0] * len(lines)
     for name in SHARES:
         heights = [100 * line.share(name) for line in lines]
-        colour = {"color": COLOURS[name], "edgecolor": "white", "linewidth": 0.7}
+        colour = {"color": COLOURS[name], "edgecolor": colours.PAPER.light, "linewidth": 0.7}
         axes.bar(range(len(lines)), heights, 0.7, bottom, label=name, **colour)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     piped = any(line.point.stages > 1 for line in lines)
@@ -81,7 +82,7 @@ def draw_accuracy(axes: Any, study: Study) -> None:
         first = lines[0].point
         start = _to_target(lines[0]).value * first.ranks
         since = f"ideal, from {plural(first.ranks, 'rank')} with M = {first.microbatches}"
-        _ideal(axes, ranks, [start / count for count in ranks], since)
+        _ideal(axes, ranks, [start / count for count in ranks], since, columns=2)
     missed = {line.point.ranks for line in trained} - reached.keys()
     for count in missed:
         axes.axvline(count, color=GREY, linestyle=":")
@@ -126,30 +127,31 @@ PLOTS: dict[str, Callable[[Any, Study], None]] = {
     "efficiency": draw_efficiency,
     "shares": draw_shares,
 }
+TITLES = {
+    "time": "Time of a step",
+    "speed-up": "Speed-up",
+    "efficiency": "Efficiency",
+    "shares": "Where the time goes",
+    "accuracy": "Time to the target",
+    "epochs": "Epochs to the target",
+}
 
 
-def draw(study: Study, directory: Path) -> list[str]:
-    """Write each plot as PNG and SVG; returns their names. Raises ConfigError without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("plots need matplotlib: pip install 'mpiml[plots]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+def drawings(study: Study) -> list[Drawing]:
+    """The figures of a study."""
     rows = study.base.point.batch
-    title = f"strong scaling, batch {rows}" if study.mode == "strong" else f"weak scaling, {rows} rows a rank"
+    about = f"strong scaling, batch {rows}" if study.mode == "strong" else f"weak scaling, {rows} rows a rank"
     plots = PLOTS | ({"accuracy": draw_accuracy} if any(line.target for line in study.lines) else {})
     reached = any(run.reached for run in study.trained)  # else there is nothing to draw
     plots |= {"epochs": draw_epochs} if several(study.trained) and reached else {}
-    for name, plot in plots.items():
-        figure, axes = pyplot.subplots(figsize=(5, 3.75), layout="constrained")
-        figure.suptitle(title, fontsize=10)
-        plot(axes, study)
-        figure.savefig(directory / f"{name}.png", dpi=150)
-        figure.savefig(directory / f"{name}.svg")
-        pyplot.close(figure)
-    return list(plots)
+
+    def on(plot: Callable[[Any, Study], None], figure: Any) -> None:
+        plot(figure.subplots(), study)
+
+    return [
+        Drawing(name, f"{TITLES[name]}: {about}", functools.partial(on, plot), height=3.1)
+        for name, plot in plots.items()
+    ]
 
 
 def _by_stages(study: Study) -> dict[str, list[Line]]:
@@ -170,22 +172,22 @@ def _curves(axes: Any, series: Mapping[str, list[Line]], measure: Callable[[Line
         axes.errorbar(ranks, values, errors, fmt="none", ecolor=colour, capsize=3)
         axes.plot(ranks, values, marker, linestyle="-", linewidth=1, color=colour, label=label)
         if crowded := [index for index, line in enumerate(lines) if line.oversubscribed]:
-            hollow = {"color": colour, "mfc": "white", "label": CROWDED}
+            hollow = {"color": colour, "mfc": colours.PAPER.light, "label": CROWDED}
             axes.plot([ranks[i] for i in crowded], [values[i] for i in crowded], marker, **hollow)
     return sorted({line.point.ranks for lines in series.values() for line in lines})
 
 
-def _ideal(axes: Any, ranks: list[int], values: list[float], label: str = "ideal") -> None:
-    axes.plot(ranks, values, "--", color=DARK, linewidth=1, label=label)
-    _legend(axes)
+def _ideal(axes: Any, ranks: list[int], values: list[float], label: str = "ideal", columns: int = 3) -> None:
+    axes.plot(ranks, values, "--", color=colours.MUTED.light, linewidth=1, label=label)
+    _legend(axes, columns)
 
 
-def _legend(axes: Any, columns: int = len(SHARES)) -> None:
+def _legend(axes: Any, columns: int = 3) -> None:
     """Place the legend above the axes, where it hides nothing; merge equal labels."""
     handles, labels = axes.get_legend_handles_labels()
     named = dict(sorted(zip(labels, handles, strict=True), key=lambda pair: pair[0] == CROWDED))
-    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "frameon": False}
-    axes.legend(named.values(), named, fontsize=8, ncols=columns, columnspacing=1, handlelength=1.5, **place)
+    place = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "borderaxespad": 0.2}
+    axes.legend(named.values(), named, ncols=columns, columnspacing=1, handlelength=1.5, **place)
 
 
 def _logarithmic(axes: Any, ranks: list[int], label: str) -> None:
@@ -194,7 +196,6 @@ def _logarithmic(axes: Any, ranks: list[int], label: str) -> None:
     axes.minorticks_off()
     axes.set_xlabel("ranks")
     axes.set_ylabel(label)
-    axes.grid(alpha=0.3)
 
 
 def _decades(axes: Any) -> None:

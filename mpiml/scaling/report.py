@@ -1,26 +1,35 @@
-"""The report of a scaling study: JSON, CSV, input for Extra-P, plots, and one Markdown page with all of it."""
+"""The report of a scaling study: JSON, CSV, input for Extra-P, figures, and one page with all of it,
+in Markdown and in HTML."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
+from html import escape
 from pathlib import Path
 
+from mpiml.command import markdown
 from mpiml.documents import to_json
+from mpiml.pages import page
+from mpiml.pages.drawing import Drawing, check_matplotlib, save
 from mpiml.run.directory import write_atomically
 from mpiml.scaling.laws import Fit, amdahl, gustafson, universal
-from mpiml.scaling.results import Study, load_study, markdown
+from mpiml.scaling.plots import drawings
+from mpiml.scaling.results import Study, load_study
+from mpiml.scaling.results import rows as table
 from mpiml.scaling.trained import about_epochs, several, training_rows, training_table
+
+NUMBER = re.compile(r"-?[\d,]+(\.\d+)?")  # begins a cell
 
 
 def report(directory: Path) -> None:
     """Write all files of the report into a study's directory and print the table. Raises ConfigError if there is
     nothing to report, or no matplotlib to draw with."""
-    from mpiml.scaling.plots import draw
-
+    check_matplotlib()
     study = load_study(directory)
     fits = fit(study)
     rows = [line.row() for line in study.lines]
@@ -37,15 +46,45 @@ def report(directory: Path) -> None:
     write_atomically(directory / "scaling.json", to_json(content, indent=1) + "\n")
     write_atomically(directory / "scaling.csv", _csv(rows))
     write_atomically(directory / "scaling.jsonl", extra_p(study))
-    tables = [markdown(study)]
-    if study.law is not None and study.target is not None and several(study.trained):
-        tables.append(training_table(study.trained, study.law, study.target))
-    text = "\n".join(tables) + f"\n{fits_text(fits)}\n\n" + "\n\n".join(notes(study)) + "\n"
-    page = directory / "scaling.md"
+    figures = drawings(study)
+    save(figures, write_atomically, directory)
+    text = "\n".join(map(markdown, tables(study))) + f"\n{fits_text(fits)}\n\n" + "\n\n".join(notes(study)) + "\n"
     head = f"# {study.mode.capitalize()} scaling\n\nSettings: `{' '.join(study.settings) or 'defaults'}`\n"
-    images = "".join(f"\n![{name}]({name}.svg)\n" for name in draw(study, directory))
-    write_atomically(page, f"{head}\n{text}{images}")
-    print(f"{text}\n{page}")
+    images = "".join(f"\n![{figure.name}]({figure.name}.svg)\n" for figure in figures)
+    write_atomically(directory / "scaling.md", f"{head}\n{text}{images}")
+    write_atomically(directory / "scaling.html", html(study, fits, figures))
+    print(f"{text}\n{directory / 'scaling.md'}\n{directory / 'scaling.html'}")
+
+
+def tables(study: Study) -> list[list[list[str]]]:
+    """The study's table, and that of its trainings if there are several; of each the rows, heads first."""
+    if study.law is None or study.target is None or not several(study.trained):
+        return [table(study)]
+    return [table(study), training_table(study.trained, study.law, study.target)]
+
+
+def html(study: Study, fits: list[Fit], figures: list[Drawing]) -> str:
+    """The report as a page that needs no other file."""
+    title, settings = f"{study.mode.capitalize()} scaling", escape(" ".join(study.settings) or "defaults")
+    heads = ["Times", "Trainings"]
+    parts = [
+        f'<header>\n<h1>{title}</h1>\n<p class="note">Settings: <code>{settings}</code></p>\n</header>',
+        *(page.section(head, _html_table(rows)) for head, rows in zip(heads, tables(study), strict=False)),
+        page.section("Figures", page.figures([figure.html() for figure in figures])),
+        page.section("Laws", page.bullets([line.removeprefix("- ") for line in fits_text(fits).splitlines()])),
+        page.section("Notes", "\n".join(map(page.text, notes(study)))),
+    ]
+    return page.page(f"{title} - mpiml", "\n".join(parts))
+
+
+def _html_table(rows: Sequence[Sequence[str]]) -> str:
+    """A table of numbers, each of which may have an interval behind it."""
+
+    def cell(text: str) -> page.Cell:
+        match = NUMBER.match(text)
+        return page.Cell(text, float(match[0].replace(",", "")) if match else None)
+
+    return page.table(rows[0], [list(map(cell, row)) for row in rows[1:]], range(len(rows[0])))
 
 
 def fit(study: Study) -> list[Fit]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpiml import command
 from mpiml.errors import ConfigError
 from mpiml.scaling.epochs import EpochsLaw
 from mpiml.scaling.jobs import points_to_train
@@ -219,12 +220,17 @@ def _line(point: Point, jobs: Repeats, base: list[float], same: list[float] | No
 
 
 def markdown(study: Study) -> str:
-    """The table of a study; points marked * have more ranks than cores."""
+    """The table of a study in Markdown."""
+    return command.markdown(rows(study))
+
+
+def rows(study: Study) -> list[list[str]]:
+    """The table of a study, with its heads first; points marked * have more ranks than cores."""
     heads = ["nodes", "ranks", "grid", "threads", "batch", "of a rank", "M", "repeats", "step ms (95 %)", "samples/s"]
     heads += ["speed-up (95 %)", "same M", "efficiency", "communication", "node-h / 10^6"]
     if study.target is not None:
         heads += [f"steps to {study.target:g}", "samples to it", "seconds to it"]
-    lines = [f"| {' | '.join(heads)} |", "|" + "---:|" * len(heads)]
+    lines = [heads]
     for line in study.asked():
         point, step, up = line.point, line.step, line.speed_up
         cells = [
@@ -245,8 +251,8 @@ def markdown(study: Study) -> str:
             f"{line.row()['node_hours_per_million_samples']:.4f}",
             *(_to_target(line) if study.target is not None else ()),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return lines
 
 
 def _to_target(line: Line) -> tuple[str, str, str]:

@@ -116,12 +116,12 @@ def training_rows(runs: Sequence[Target], law: EpochsLaw) -> list[dict[str, Any]
     return rows
 
 
-def training_table(runs: Sequence[Target], law: EpochsLaw, target: float) -> str:
-    """The runs of each batch with their mean epochs, beside those of the law and measured noise scales, as Markdown."""
+def training_table(runs: Sequence[Target], law: EpochsLaw, target: float) -> list[list[str]]:
+    """The runs of each batch with their mean epochs, beside those of the law and measured noise scales; heads first."""
     scaled = median_noise(runs) is not None
     heads = ["batch", "runs", f"steps to {target:g}", "epochs to it", "fitted", "error"]
     heads += ["measured noise scale"] if scaled else []
-    lines = [f"| {' | '.join(heads)} |", "|" + "---:|" * len(heads)]
+    lines = [heads]
     for batch in sorted({run.point.batch for run in runs}):
         some = [run for run in runs if run.point.batch == batch]
         steps = [str(run.steps or f"not reached ({run.best:.4g})") for run in some]
@@ -129,8 +129,8 @@ def training_table(runs: Sequence[Target], law: EpochsLaw, target: float) -> str
         if scaled:
             noise = median_noise(some)
             cells.append("" if noise is None else f"{rounded(noise)} rows")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return lines
 
 
 def _epochs(runs: Sequence[Target], law: EpochsLaw) -> tuple[str, str, str]:

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mpiml.command import markdown
 from mpiml.config import Config
 from mpiml.errors import OutputError
 from mpiml.scaling.__main__ import main
 from mpiml.scaling.epochs import EpochsLaw, Reached, fit_epochs
 from mpiml.scaling.jobs import jobs_of, run_directory
 from mpiml.scaling.laws import Interval
-from mpiml.scaling.plots import draw, draw_epochs
+from mpiml.scaling.plots import draw_epochs, drawings
 from mpiml.scaling.points import STUDY, Point, batches_to_train, points_of
 from mpiml.scaling.report import fit, fits_text, notes
 from mpiml.scaling.results import Study, load_study
@@ -258,7 +259,7 @@ def test_the_table_shows_epochs_and_measured_noise_scales(tmp_path: Path) -> Non
 
 def table(study: Study) -> list[str]:
     assert study.law is not None
-    return training_table(study.trained, study.law, 0.9).splitlines()
+    return markdown(training_table(study.trained, study.law, 0.9)).splitlines()
 
 
 def test_studies_that_do_not_know_their_rows_have_no_law(tmp_path: Path) -> None:
@@ -273,7 +274,8 @@ def test_studies_that_do_not_know_their_rows_have_no_law(tmp_path: Path) -> None
 
 
 def test_without_a_run_that_reached_the_target_there_is_no_plot_of_epochs(tmp_path: Path) -> None:
-    assert "epochs" not in draw(load_study(trained(tmp_path, dict.fromkeys(STEPS))), tmp_path)
+    names = [drawing.name for drawing in drawings(load_study(trained(tmp_path, dict.fromkeys(STEPS))))]
+    assert names == ["time", "speed-up", "efficiency", "shares", "accuracy"]
 
 
 def test_the_plot_shows_runs_law_and_noise_scales(tmp_path: Path) -> None:

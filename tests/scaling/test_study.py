@@ -87,6 +87,9 @@ def test_a_real_study(tmp_path: Path) -> None:
     assert reported.returncode == 0, reported.stderr
     images = re.findall(r"^!\[.*\]\((.*)\)$", (tmp_path / "s" / "scaling.md").read_text(), re.MULTILINE)
     assert [(tmp_path / "s" / name).exists() for name in images] == [True] * 6
+    page = (tmp_path / "s" / "scaling.html").read_text()
+    assert [page.count("<figure"), page.count("<table"), page.count("<li>")] == [6, 2, 3]
+    assert reported.stdout.endswith(f"{tmp_path}/s/scaling.md\n{tmp_path}/s/scaling.html\n")
     rows = list(csv.DictReader((tmp_path / "s" / "scaling.csv").open()))
     assert [row["ranks"] for row in rows] == ["1", "2", "1"]
     content = json.loads((tmp_path / "s" / "scaling.json").read_text())
