@@ -92,7 +92,7 @@ def export(run: Path, file: Path | None, model: str | None, out: Path | None, ra
     average = bool(config.ema) and not raw
     layers, shape = trained(file, model, average)
     ids = takes_ids(layers, shape)
-    whole = Whole(module_of(layers, shape), _prepares(config, saved.arrays), _dtype(config)).eval()
+    whole = Whole(module_of(layers, shape), _prepares(config, saved.arrays), _dtype(config))
     example = _example(max(TRIED), shape, ids, task, config)
     out = out or run / f"{file.stem}.onnx"
     _write(whole, example, out)
