@@ -298,7 +298,7 @@ def test_toml_is_read_back_alike(tmp_path: Path, name: str) -> None:
     (tmp_path / "c.toml").write_text(config.to_toml(), encoding="utf-8")
     assert not any("_" in key for key in tomllib.loads(config.to_toml()))
     back = Config(**from_toml(tmp_path / "c.toml"))
-    assert back == config.replace(out=None, resume=False, quiet=False, time_limit=None, trace=None)
+    assert back == config.replace(out=None, resume=False, quiet=False, time_limit=None, trace=None, rank_log=False)
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,9 @@ def export(run: Path, file: Path | None, model: str | None, out: Path | None, ra
     what cannot be read or written.
     """
     _check_exporter()
+    if not run.is_dir():
+        what = "is not a directory" if run.exists() else "does not exist"
+        raise OutputError(f"{run} {what}; give the directory of a run, as runs/digits-mlp-001")
     file, notes = (file, []) if file else _newest(run)
     if model is None and (run / CONFIG).exists():
         model = code_of(settings_in(run / CONFIG)).get("model")
@@ -92,7 +95,7 @@ def export(run: Path, file: Path | None, model: str | None, out: Path | None, ra
     average = bool(config.ema) and not raw
     layers, shape = trained(file, model, average)
     ids = takes_ids(layers, shape)
-    whole = Whole(module_of(layers, shape), _prepares(config, saved.arrays), _dtype(config)).eval()
+    whole = Whole(module_of(layers, shape), _prepares(config, saved.arrays), _dtype(config))
     example = _example(max(TRIED), shape, ids, task, config)
     out = out or run / f"{file.stem}.onnx"
     _write(whole, example, out)
@@ -123,8 +126,7 @@ def _newest(run: Path) -> tuple[Path, list[str]]:
     """A run's newest whole checkpoint, and warnings about newer ones."""
     directory = run / CHECKPOINTS
     if not directory.is_dir():
-        what = "is not the directory of a run" if run.is_dir() else "is no directory"
-        raise OutputError(f"{run} {what}: there is no {CHECKPOINTS} in it; a file is given by --checkpoint FILE")
+        raise OutputError(f"{run} is not the directory of a run: there is no {CHECKPOINTS} in it")
 
     def load(path: Path) -> Path:
         checkpoint.load(path, checkpoint.is_of_model)

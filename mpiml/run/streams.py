@@ -34,12 +34,12 @@ class Diverted:
 
     def __init__(self, file: int):
         self._lines = [stream for stream in _streams() if not stream.line_buffering]
-        _flush()
         for stream in self._lines:
             stream.reconfigure(line_buffering=True)
         with contextlib.suppress(OSError, AttributeError, ValueError):  # no C library that has it
             library = ctypes.CDLL(None)
             library.setlinebuf(ctypes.c_void_p.in_dll(library, "stdout"))
+        _flush()  # after which glibc heeds it
         for descriptor in (OUTPUT, ERROR):
             _original[descriptor] = os.dup(descriptor)
             os.dup2(file, descriptor)

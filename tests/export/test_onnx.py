@@ -149,8 +149,8 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path: Path, capsys: Say) -> N
     pytest.importorskip("onnxscript")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     for arguments, message in (
-        ([tmp_path / "none"], "none is no directory: there is no checkpoints in it; a file is given by --checkpoint"),
-        ([tmp_path], "is not the directory of a run: there is no checkpoints in it; a file is given by --checkpoint"),
+        ([tmp_path / "none"], "none does not exist; give the directory of a run, as runs/digits-mlp-001"),
+        ([tmp_path], "is not the directory of a run: there is no checkpoints in it"),
         ([tmp_path / "run"], "run has no checkpoint yet"),
         ([tmp_path, "--checkpoint", tmp_path / "gone"], "gone"),
     ):
