@@ -39,6 +39,7 @@ OTHERS = {
     "norm": ("batch", '"batch"', "batch"),
     "width": ("64", "64", 64),
     "heads": ("2", "2", 2),
+    "tie": ("", "true", True),
     "dropout": ("0.25", "0.25", 0.25),
     "classes": ("12", "12", 12),
     "ignore": ("255", "255", 255),
@@ -51,6 +52,7 @@ OTHERS = {
     "cuts": ("1,3", "[1, 3]", (1, 3)),
     "balance": ("measured", '"measured"', "measured"),
     "schedule": ("gpipe", '"gpipe"', "gpipe"),
+    "recompute": ("", "true", True),
     "batch": ("96", "96", 96),
     "microbatches": ("12", "12", 12),
     "leaf": ("3", "3", 3),
@@ -122,18 +124,19 @@ LAYOUT_AND_LOGGING |= {
     "rank_log",
     "look",
 }
-LAYOUT_AND_LOGGING |= {"balance", "keep_best", "best", "patience", "noise_scale", "workers", "stop_grace"}
+LAYOUT_AND_LOGGING |= {"balance", "recompute", "keep_best", "best", "patience", "noise_scale", "workers", "stop_grace"}
 PLACES = {
     "data",
     "init",
     "init_partial",
     "init_names",
 }  # of what the fingerprint tells, or of what only the first step needs
+NEEDED = {"resume": ("out", "runs/a"), "tie": ("model", "gpt")}  # what else has to be given with a setting
 every_setting = pytest.mark.parametrize("name", OTHERS)
 
 
 def as_flags(name: str) -> list[str]:
-    needed = ["--out", "runs/a"] if name == "resume" else []  # --resume must say which run
+    needed = [f"--{key}={value}" for key, value in [NEEDED[name]]] if name in NEEDED else []
     return [flag(name), *filter(None, [OTHERS[name][0]]), *needed]
 
 
@@ -157,14 +160,14 @@ def test_these_are_all_settings() -> None:
 @every_setting
 def test_flag_and_key_say_the_same(tmp_path: Path, name: str) -> None:
     expected, kind = OTHERS[name][2], type(OTHERS[name][2])
-    extra = 'out = "runs/a"\n' if name == "resume" else ""
+    extra = f'{NEEDED[name][0]} = "{NEEDED[name][1]}"\n' if name in NEEDED else ""
     by_flag = parse(as_flags(name))
     by_key = parse(toml(tmp_path, f"{extra}{name.replace('_', '-')} = {OTHERS[name][1]}\n"))
     assert by_flag == by_key
     for config in (by_flag, by_key):
         assert getattr(config, name) == expected
         assert type(getattr(config, name)) is kind
-        assert config.given == {name} | ({"out"} if extra else set())
+        assert config.given == {name, *NEEDED.get(name, ())[:1]}
     changed = {f.name for f in settings() if getattr(by_flag, f.name) != f.default}
     assert changed <= by_flag.given  # and no other setting has been touched
 
@@ -343,10 +346,11 @@ def test_a_resumed_run_may_change_layout_length_logging_and_places(name: str) ->
 @pytest.mark.parametrize("name", sorted(set(OTHERS) - LAYOUT_AND_LOGGING - PLACES))
 def test_a_resumed_run_may_not_change_its_arithmetic(name: str) -> None:
     asked = parse(["--resume", "--out", "runs/a", *as_flags(name)])
+    before = Config(**dict([NEEDED[name]] if name in NEEDED else []))
     with pytest.raises(ConfigError, match=rf"^{flag(name)} {OTHERS[name][0]}.*: the run in runs/a has [^,]") as error:
-        resumed(asked, Config())
+        resumed(asked, before)
     assert "\n" not in str(error.value)
-    same = Config().replace(**{name: OTHERS[name][2]})
+    same = before.replace(**{name: OTHERS[name][2]})
     assert getattr(resumed(asked, same), name) == OTHERS[name][2]  # saying what is so already is fine
 
 
