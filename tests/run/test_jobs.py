@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mpiml.errors import OutputError
-from mpiml.run import jobs
+from mpiml.run import environment, jobs
 
 
 def test_each_job_says_where_it_began() -> None:
@@ -29,11 +29,11 @@ def test_the_list_does_not_grow_for_ever(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_an_older_file_lists_none_and_a_damaged_list_is_one_line(tmp_path: Path) -> None:
-    assert jobs.read(tmp_path) == {}
+    assert environment.read(tmp_path) == {}
     assert jobs.jobs_of(tmp_path, {"earlier": []}) == []
     (tmp_path / "environment.json").write_text(json.dumps({"jobs": 5}))
     with pytest.raises(OutputError, match=r"environment.json is damaged: jobs is 5"):
-        jobs.read(tmp_path)
+        environment.read(tmp_path)
     for job in ({"ranks": 1}, {"after": "0"}, {"after": 0, "at": 5}):
         with pytest.raises(OutputError, match=r"environment.json, jobs, is damaged: "):
             jobs.jobs_of(tmp_path, {"jobs": [job]})
