@@ -48,7 +48,7 @@ def whole(stages: int, salt: float) -> Whole:
     for stage, layout in enumerate(layouts(stages)):
         made.append({})
         for number, name in enumerate(NAMES):
-            vector = made[-1][name] = layout.zeros(updated=name != VALUES)
+            vector = made[-1][name] = layout.zeros(gradients=name != VALUES)
             for parameter, view in layout.views(vector):
                 place = layout.offsets[parameter] + np.arange(parameter.size).reshape(parameter.shape)
                 view[...] = salt + 1000 * stage + 100 * number + place / 65536
