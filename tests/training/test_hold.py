@@ -189,10 +189,10 @@ def test_rank_0_waits_where_nobody_takes_it_for_stuck(tmp_path: Path, monkeypatc
             time.sleep(0.5)
         return of_rank(threads)
 
-    def timed(self: Hold, of: Run) -> list[str]:
+    def timed(self: Hold, of: Run, after: int) -> list[str]:
         clock = of.grid.team.clock
         before = clock.seconds.get("joining", 0.0)
-        notes = begun(self, of)
+        notes = begun(self, of, after)
         waited.append(clock.seconds["joining"] - before)
         return notes
 
