@@ -131,8 +131,8 @@ def test_another_layout_takes_copies(old: Any, new: Any, pipe: int, monkeypatch:
 
 @pytest.mark.parametrize("pipe", [1, 2, 4])
 def test_no_rank_has_more_than_it_needs(pipe: int) -> None:
-    """Besides what it holds, a copy of what is collected from it; and it sends no more than that, and receives no more
-    than it needs."""
+    """Besides what it holds, a copy of what is collected from it; and it sends that once to each other replica at most,
+    for all of them have what is fixed, and receives no more than it needs."""
     if WORLD.size % pipe:
         return
     _, _, before = build(pipe)
@@ -146,8 +146,8 @@ def test_no_rank_has_more_than_it_needs(pipe: int) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     own = sum(view.nbytes for views in copies.own.values() for view in views.values())
-    assert peak < own + 50_000
-    assert comm.sent <= own
+    assert peak < own + 50_000 + 2_000 * WORLD.size  # what is known of each rank
+    assert comm.sent <= own * max(WORLD.size // pipe - 1, 1)
     assert comm.received <= needed
 
 
