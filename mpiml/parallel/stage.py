@@ -185,8 +185,7 @@ class TrainingStage(Stage):
                 unwritten[index] = self.computation.deferred(self.computation.gradients[index])
                 self._backward(batch, unwritten[index], *in_flight.pop(index))
             elif kind in ("B", "W"):
-                if self.computation.learns:
-                    self._write(batch, index, unwritten.pop(index, None), *in_flight.pop(index, (None, None)))
+                self._write(batch, index, unwritten.pop(index, None), *in_flight.pop(index, (None, None)))
                 if measured and self.observe and batch.rows and self.computation.learns:
                     # What the sum has added up by now has changed other slots, not that of the newest gradient.
                     self.observe(self.sum.slots[self.sum.plan.slots[index]])
@@ -195,7 +194,10 @@ class TrainingStage(Stage):
         self._finish_sends()
 
     def _write(self, batch: Batch, index: int, unwritten: Any, backward: Backward | None, dy: Array | None) -> None:
-        """Write a micro-batch's gradients into its slot: what is `unwritten`, or those of a whole backward pass."""
+        """Write a micro-batch's gradients, if there are any, into its slot: what is `unwritten`, or those of a whole
+        backward pass."""
+        if not self.computation.learns:
+            return
         if unwritten is not None:
             self.clock.mark("weights", batch.index)
             unwritten.write()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from mpi4py import MPI
 
 from mpiml.clock import Clock
 from mpiml.parallel import slices
-from mpiml.parallel.schedules import Action
+from mpiml.parallel.schedules import Action, Schedule, one_f_one_b, zb_h1
 from mpiml.parallel.stage import Computation, Stage, TrainingStage
 
 pytestmark = pytest.mark.mpi
@@ -129,3 +130,23 @@ def test_slots_are_written_in_the_second_part_of_a_backward_pass(deferred: Any, 
     TrainingStage(MPI.COMM_SELF, computation, sum_, schedule, Clock()).train(1, [Rows()], np.zeros((1, 2)), False)
     assert before == [9.0 if deferred else 0.0]
     assert sum_.added == [written]
+
+
+@pytest.mark.parametrize("schedule", [one_f_one_b, zb_h1])
+def test_a_stage_that_learns_nothing_keeps_nothing_either(schedule: Schedule) -> None:
+    """After a micro-batch's turn for a backward pass: not even where there is none."""
+    kept = weakref.WeakSet[Any]()
+    most = []
+
+    def forward(x: Any, at: Any) -> tuple[Any, Any]:
+        def backward(dy: Any, grads: Any) -> None: ...
+
+        kept.add(backward)
+        most.append(len(kept))
+        return x, backward
+
+    sum_: Any = Slots()
+    computation = dataclasses.replace(COMPUTATION, forward=forward)
+    stage = TrainingStage(MPI.COMM_SELF, computation, sum_, schedule, Clock())
+    stage.train(1, [Rows()] * 3, np.zeros((3, 2)), False)
+    assert max(most) == 2  # the newest, and the one before until the newest has its name
