@@ -14,7 +14,7 @@ from mpiml.compare.arrays import checked
 from mpiml.errors import OutputError
 from mpiml.run import environment, step_files
 from mpiml.run.contents import contents_in
-from mpiml.run.directory import CHECKPOINTS, CONFIG, METRICS, names
+from mpiml.run.directory import CHECKPOINTS, CONFIG, METRICS, names, settings_in
 from mpiml.run.result import read_result
 
 RUN, FILE, FILES, LINES = "run", "checkpoint", "checkpoints", "metrics"
@@ -88,7 +88,7 @@ def _with_run(side: Side, run: Path) -> Side:
         return side
     known: dict[str, Any] = {}
     notes = []
-    readers = {"settings": _settings, "environment": environment.read, "result": read_result}
+    readers = {"settings": settings_in, "environment": environment.read, "result": read_result}
     if side.kind != RUN:
         del readers["result"]
     for what, read in readers.items():
@@ -111,8 +111,3 @@ def _with_settings(side: Side) -> Side:
 
 def _settings_in(path: Path, texts: Mapping[str, str]) -> dict[str, Any]:
     return documents.from_toml(texts.get("config", ""), f"{path}: config")
-
-
-def _settings(run: Path) -> dict[str, Any]:
-    path = run / CONFIG
-    return documents.from_toml(documents.read(path), str(path)) if path.exists() else {}

@@ -8,11 +8,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mpiml import documents
 from mpiml.command import plural
 from mpiml.errors import DirectoryError, OutputError
 from mpiml.run import tensorboard
-from mpiml.run.directory import CONFIG, METRICS, TENSORBOARD, named_errors, write_atomically
+from mpiml.run.directory import CONFIG, METRICS, TENSORBOARD, named_errors, settings_in, write_atomically
 from mpiml.run.metrics import content_of, lines
 from mpiml.run.result import read_result
 
@@ -26,7 +25,7 @@ def export(run: Path, to: str, out: Path | None) -> tuple[list[str], list[str]]:
     Raises OutputError for a directory that holds no metrics, and for what cannot be read or written, DirectoryError for
     event files that the run is writing itself, ConfigError if the library for event files is missing.
     """
-    metrics, settings = _metrics_of(run), _settings_of(run)
+    metrics, settings = _metrics_of(run), settings_in(run)
     if to == "csv":
         return _to_csv(metrics, out or run)
     directory = out or run / TENSORBOARD
@@ -98,11 +97,3 @@ def _metrics_of(run: Path) -> Path:
         what = "has logged nothing yet" if (run / CONFIG).exists() else "is not the directory of a run"
         raise OutputError(f"{run} {what}: there is no {METRICS} in it")
     return metrics
-
-
-def _settings_of(run: Path) -> dict[str, Any]:
-    """What config.toml says, of whatever version; nothing if there is none. Raises OutputError if it is damaged."""
-    path = run / CONFIG
-    if not path.exists():
-        return {}
-    return documents.from_toml(documents.read(path), str(path))

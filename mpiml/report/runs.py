@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from mpiml import documents
 from mpiml.config import OF_THE_JOB, settings
 from mpiml.errors import ConfigError
 from mpiml.report.columns import Metrics, Numbers, read_metrics
 from mpiml.run import environment, jobs, step_files
-from mpiml.run.directory import CHECKPOINTS, CONFIG, METRICS, RESULT, names
+from mpiml.run.directory import CHECKPOINTS, CONFIG, METRICS, RESULT, names, settings_in
 from mpiml.run.result import read_result
 
 ROWS = re.compile(r"([\d,]+) rows of ")  # begins the fingerprint of an array
@@ -143,9 +142,7 @@ def read_run(path: Path, label: str) -> Run:
         runs = sorted(one.parent.name for one in path.glob(f"*/{CONFIG}"))
         more = f"; runs in it: {', '.join(runs[:4])}{', ...' if len(runs) > 4 else ''}" if runs else ""
         raise ConfigError(f"{path}: holds no run{more}")
-    config = path / CONFIG
-    table = documents.from_toml(documents.read(config), str(config)) if config.exists() else {}
-    about = environment.read(path)
+    table, about = settings_in(path), environment.read(path)
     checkpoints = step_files.listed(path / CHECKPOINTS) if (path / CHECKPOINTS).is_dir() else []
     return Run(
         path,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mpiml.clock import unwatched
-from mpiml.documents import check_fields, from_json, read
+from mpiml.documents import check_fields, from_json, from_toml, read
 from mpiml.errors import DirectoryError, OutputError
 from mpiml.run.lock import LOCK, Lock
 
@@ -209,6 +209,15 @@ def read_fields(path: Path, kinds: Mapping[str, Any], needed: Iterable[str]) -> 
         return check_fields(from_json(read(path), str(path)), kinds, str(path), needed)
     except OutputError as error:
         raise OutputError(f"{error}; if you remove it, --resume goes on from the checkpoints") from None
+
+
+def settings_in(run: Path) -> dict[str, Any]:
+    """What config.toml says in a run directory, of whatever version of mpiml; empty if there is none yet.
+
+    Raises OutputError if it is damaged.
+    """
+    path = run / CONFIG
+    return from_toml(read(path), str(path)) if path.exists() else {}
 
 
 def _numbered(parent: Path, name: str) -> Path:
