@@ -170,16 +170,20 @@ class TorchLayer(Layer):
 
     def state_dict(self) -> dict[str, Any]:
         """The module's state dict with the layer's values, in memory of its own."""
-        named = torch_state.tensors(self.module)
-        torch_state.copy((parts(named[name])[""], parameter.value) for name, parameter in self.parameters.items())
+        self._give_values()
         state = self.module.state_dict()
         return {plain_name(n): value.clone() if isinstance(value, Tensor) else value for n, value in state.items()}
 
     def evaluated(self) -> torch.nn.Module:
         """The module itself, with the layer's values, as an evaluation calls it."""
-        self.state_dict()
+        self._give_values()
         set_flags(self._flags, False)
         return self.module
+
+    def _give_values(self) -> None:
+        """Copy the layer's values into the module."""
+        named = torch_state.tensors(self.module)
+        torch_state.copy((parts(named[name])[""], parameter.value) for name, parameter in self.parameters.items())
 
     def output_shape(self, shape: Shape) -> Shape:
         return self._trial(shape).output
