@@ -59,7 +59,7 @@ def _why_nothing(pattern: str, named: Sequence[Parameter]) -> str:
     within = [within_layer(name) for name in names]
     paths = [name.rpartition(".")[0] for name in (*names, *within)]
     choice = dict.fromkeys([*paths, *names, *within])
-    import difflib  # for this line alone
+    import difflib  # which no run needs that begins
 
     if close := set(difflib.get_close_matches(pattern, choice, 5)):
         return f"selects no parameter; close to it are {', '.join(name for name in choice if name in close)}"

@@ -151,10 +151,8 @@ def _made(model: Model, config: Config, task: Task) -> Any:
     given = made if isinstance(made, Sequence) else [made]
     if not any(blocks(given)):
         return _as_layers(made, config, task)
-    layers, block_of = (
-        _as_layers(opened(given), config, task),
-        dict(zip(map(id, opened(given)), blocks(given), strict=True)),
-    )
+    layers = _as_layers(opened(given), config, task)
+    block_of = dict(zip(map(id, opened(given)), blocks(given), strict=True))
     for layer in layers:
         if isinstance(layer, nn.Layer):
             layer.block = block_of[id(layer.given)]
