@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,6 @@ from mpiml.report.columns import Metrics, Numbers, read_metrics
 from mpiml.run import environment, jobs, step_files
 from mpiml.run.directory import CHECKPOINTS, CONFIG, METRICS, RESULT, names, settings_in
 from mpiml.run.result import read_result
-
-ROWS = re.compile(r"([\d,]+) rows of ")  # begins the fingerprint of an array
 
 
 @dataclass
@@ -64,16 +61,16 @@ class Run:
 
     @functools.cached_property
     def steps_per_epoch(self) -> float | None:
-        """By the lines, which say in which epoch a step was, else by rows and batch; None if neither tells."""
+        """As the last job says, else by the lines, which say in which epoch a step was; None if neither tells."""
+        if self.jobs and "steps_per_epoch" in self.jobs[-1]:
+            return self.jobs[-1]["steps_per_epoch"]
         step, epoch = self.metrics.epochs()
         known = (epoch >= 1) & (step >= 1)
         step, epoch = step[known], epoch[known]
         low = float(np.ceil(step / epoch).max(initial=1))
         later = epoch > 1
         high = float(np.floor((step[later] - 1) / (epoch[later] - 1)).min(initial=math.inf))
-        by_rows = (float(math.ceil(rows / self.batch)) for rows in self._training_rows if self.batch)
-        between = (low + high) / 2 if low <= high < math.inf else None
-        return next((steps for steps in by_rows if low <= steps <= high), between)
+        return (low + high) / 2 if low <= high < math.inf else None
 
     @property
     def batch(self) -> int:
@@ -87,21 +84,9 @@ class Run:
 
     @property
     def rows_per_step(self) -> float:
-        """Rows of a step on average, nearly; 1 if that is not known."""
-        steps = self.steps_per_epoch
-        exact = [rows / steps for rows in self._training_rows if steps and math.ceil(rows / (self.batch or 1)) == steps]
-        return exact[0] if exact else float(self.batch or 1)
-
-    @property
-    def _training_rows(self) -> list[int]:
-        """What the number of training rows may be: of the data, or without those that are set aside."""
-        texts = dict(entry for entry in self.environment.get("data", ()) if len(entry) == 2)
-        match = ROWS.match(texts.get("x_train", ""))
-        if not match:
-            return []
-        rows = int(match[1].replace(",", ""))
-        left = rows - math.floor(rows * (0.0 if "x_test" in texts else self._setting("held-out")))
-        return [left - math.floor(left * self._setting("validation")), left, rows]
+        """Rows of a step on average; what was asked for in runs whose jobs do not say; 1 if that is not known."""
+        told = self.jobs[-1].get("rows_per_step") if self.jobs else None
+        return told or float(self.batch or 1)
 
     def _setting(self, name: str) -> float:
         """A setting that is a number; 0 if config.toml has no number there."""

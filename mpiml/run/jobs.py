@@ -19,6 +19,8 @@ class Job(TypedDict, total=False):
     after: Required[int]  # the step that it went on from; 0 for a run's first job
     ranks: int  # that worked
     pipe: int  # stages
+    steps_per_epoch: int
+    rows_per_step: float  # on average
     at: str  # when it began, as 2026-11-27T15:30:00Z
 
 
@@ -29,7 +31,10 @@ def jobs_of(run: Path, content: Mapping[str, Any]) -> list[Job]:
     return [check_fields(job, kinds, origin, ("after",)) for job in content.get("jobs", ())]  # type: ignore[misc]
 
 
-def with_job(before: Mapping[str, Any], after: int, ranks: int, pipe: int) -> list[Job]:
+def with_job(
+    before: Mapping[str, Any], after: int, ranks: int, pipe: int, steps_per_epoch: int, rows_per_step: float
+) -> list[Job]:
     """The jobs that the last job's environment.json lists, and one that begins now, after a step."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return [*before.get("jobs", ()), Job(after=after, ranks=ranks, pipe=pipe, at=now)][-JOBS:]
+    job = Job(after=after, ranks=ranks, pipe=pipe, steps_per_epoch=steps_per_epoch, rows_per_step=rows_per_step, at=now)
+    return [*before.get("jobs", ()), job][-JOBS:]

@@ -171,7 +171,9 @@ class Hold:
             job = environment.of_job(ranks or [], mpi_library(), run.data.fingerprint, look)
             before = environment.read(path)
             job, changes = environment.going_on(before, job, step_files.last_step(self.checkpoints))
-            job["jobs"] = jobs.with_job(before, after, comm.size, config.pipe)
+            order = run.data.shards
+            epochs = order.steps_per_epoch, order.rows_per_step
+            job["jobs"] = jobs.with_job(before, after, comm.size, config.pipe, *epochs)
             saved = self._before.get("saved", 0)
             of_run = {"ranks": comm.size, "pipe": config.pipe, "microbatches": config.microbatches}
             write_result(path, RUNNING | {"step": saved, "saved": saved} | of_run | run.best.result(path))

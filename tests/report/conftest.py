@@ -35,6 +35,7 @@ ENVIRONMENT = {
     "packages": {"numpy": "2.4.6"},
     "data": [["x_train", "1,440 rows of (8, 8) float16"], ["x_test", "360 rows of (8, 8) float16"]],
     "ranks": [{"host": "n1", "cpu": "A", "blas": "B", "cores": 2, "threads": 1}],
+    "jobs": [{"after": 0, "ranks": 4, "pipe": 2, "steps_per_epoch": STEPS_PER_EPOCH, "rows_per_step": float(ROWS)}],
 }
 RESULT = {"status": "done", "reason": None, "step": 24, "ranks": 4, "pipe": 2, "weights_sha256": "abcdef0123456789"}
 CONFIG = 'model = "mlp"\nbatch = 120\nsteps = 24\nlr = 0.001\n'

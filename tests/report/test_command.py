@@ -150,7 +150,7 @@ def test_odd_names_are_drawn(made: Make) -> None:
 
 
 def test_images_are_light_and_pages_as_the_screen_is(made: Make, capsys: pytest.CaptureFixture[str]) -> None:
-    run = made(lines=[{"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0}], config=None)
+    run = made(lines=[{"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0}], config=None, environment=None)
     assert main([str(run), "--images"]) == 0
     assert capsys.readouterr().out == f"{run}/report.html\n{run}/report-figures/\n"
     page, images = (run / "report.html").read_text(), run / "report-figures"

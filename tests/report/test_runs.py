@@ -29,12 +29,15 @@ def test_epochs_follow_from_the_lines(made: Make) -> None:
     assert run.steps_per_epoch == 12
 
 
-def test_where_lines_are_few_the_rows_tell_the_epochs(made: Make) -> None:
+def test_jobs_tell_epochs_and_rows(made: Make) -> None:
     lines = [step_line(10, epoch=1), step_line(20, epoch=2)]  # 10 to 19 steps
-    assert read_run(made("with", lines), "a").steps_per_epoch == 12
-    assert read_run(made("without", lines, environment=None), "a").steps_per_epoch == 14.5
-    assert read_run(made("first", lines[:1]), "a").steps_per_epoch == 12  # within the first epoch
-    assert read_run(made("unknown", lines[:1], environment=None), "a").steps_per_epoch is None
+    told = {**ENVIRONMENT, "jobs": [*JOBS, {"after": 20, "steps_per_epoch": 12, "rows_per_step": 118.5}]}
+    run = read_run(made("with", lines, environment=told), "a")
+    assert (run.steps_per_epoch, run.rows_per_step) == (12, 118.5)
+    assert run.seconds.tolist() == pytest.approx([118.5 * 10 / 1200, 118.5 * 15 / 1200])  # the second job began at 15
+    without = read_run(made("without", lines, environment=None), "a")
+    assert (without.steps_per_epoch, without.rows_per_step) == (14.5, 120)
+    assert read_run(made("first", lines[:1], environment=None), "a").steps_per_epoch is None
 
 
 def test_seconds_are_those_of_the_steps_since_the_line_before(made: Make) -> None:
@@ -119,6 +122,6 @@ def test_a_damaged_file_is_named(made: Make, file: str) -> None:
 
 def test_settings_that_are_no_numbers_are_not_counted_with(made: Make) -> None:
     odd = 'batch = "many"\nsteps = []\nheld-out = nan\nvalidation = true\n'
-    run = read_run(made(config=odd, environment={"data": [["x_train", "1,440 rows of x"]]}), "a")
+    run = read_run(made(config=odd, environment=None), "a")
     assert (run.batch, run.last_step, run.evaluated, run.rows_per_step) == (0, 0, "test", 1)
     assert run.steps_per_epoch == 12

@@ -13,9 +13,10 @@ from mpiml.run import environment, jobs
 
 
 def test_each_job_says_where_it_began() -> None:
-    first = jobs.with_job({}, 0, 16, 4)
-    second = jobs.with_job({"jobs": first}, 90, 6, 2)
+    first = jobs.with_job({}, 0, 16, 4, 12, 119.5)
+    second = jobs.with_job({"jobs": first}, 90, 6, 2, 12, 119.5)
     assert [(job["after"], job["ranks"], job["pipe"]) for job in second] == [(0, 16, 4), (90, 6, 2)]
+    assert (second[1]["steps_per_epoch"], second[1]["rows_per_step"]) == (12, 119.5)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", second[1]["at"])
     assert jobs.jobs_of(Path("run"), {"jobs": second}) == second
 
@@ -24,7 +25,7 @@ def test_the_list_does_not_grow_for_ever(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(jobs, "JOBS", 3)
     before: dict[str, list[jobs.Job]] = {"jobs": []}
     for step in range(5):
-        before = {"jobs": jobs.with_job(before, step, 1, 1)}
+        before = {"jobs": jobs.with_job(before, step, 1, 1, 1, 1.0)}
     assert [job["after"] for job in before["jobs"]] == [2, 3, 4]
 
 
