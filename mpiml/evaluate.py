@@ -230,7 +230,7 @@ def _scored(
     layouts, metric = built.layouts, built.metric
     check = functools.partial(_checked, built)
     team.on_rank_0(lambda: check(stored))  # before memory that only a forged checkpoint asks for is
-    values, problem = place_values(config, grid, layouts[grid.stage])
+    values, problem = place_values(config, grid, layouts[grid.stage], built.device)
     with freed(values, grid.comm.size):
         stored = read_model(stored, lambda bad: check(load(damaged=bad)), built.constants, values, layouts, grid)
         for note in [*stored.notes, *data.notes, *seen.notes, *([f"warning: {problem}"] if problem else [])]:

@@ -50,7 +50,22 @@ def global_generators() -> dict[str, Global]:
         torch.set_rng_state(torch.from_numpy(state))
 
     seed = torch.default_generator.manual_seed
-    return own | {"PyTorch": Global(seed, lambda: torch.get_rng_state().numpy(), restore)}
+    of_host = Global(seed, lambda: torch.get_rng_state().numpy(), restore)
+    return own | {"PyTorch": _with_gpu(of_host, torch.cuda) if torch.cuda.is_initialized() else of_host}
+
+
+def _with_gpu(of_host: Global, cuda: Any) -> Global:
+    """PyTorch's generator and that of the GPU which it uses, as one."""
+
+    def seed(number: int) -> None:
+        of_host.seed(number)
+        cuda.manual_seed(number)
+
+    def restore(states: Any) -> None:
+        of_host.restore(states[0])
+        cuda.set_rng_state(states[1])
+
+    return Global(seed, lambda: (of_host.state(), cuda.get_rng_state()), restore)
 
 
 def keyed(which: Collection[str], seed: int, *purpose: str | int) -> AbstractContextManager[None]:

@@ -25,7 +25,10 @@ def check_parameters(module: torch.nn.Module) -> None:
         if torch.nn.parameter.is_lazy(tensor):
             raise ConfigError(f"{what} has no shape before the first call; use a module that is not lazy")
         if tensor.device.type != "cpu":
-            raise ConfigError(f"{what} is on {tensor.device}; modules are trained on the CPU")
+            raise ConfigError(
+                f"{what} is on {tensor.device}; let the model function leave modules on the CPU, and give --device "
+                f"{tensor.device.type} to train them there"
+            )
 
 
 def types_besides(module: torch.nn.Module, dtype: torch.dtype) -> str:

@@ -15,8 +15,9 @@ from mpiml.data.shards import Shards
 from mpiml.nn import optimizers
 from mpiml.nn.parameters import Layout
 from mpiml.parallel.average import Average
-from mpiml.parallel.gradient_sum import GradientSum
+from mpiml.parallel.gradient_sum import GradientSum, OrderedSum
 from mpiml.parallel.grid import Grid
+from mpiml.parallel.on_device import Mirror, SumOfOwners
 from mpiml.parallel.recall import Recall
 from mpiml.parallel.schedules import SCHEDULES
 from mpiml.parallel.slices import Range
@@ -81,17 +82,20 @@ class Learners:
         self.first = of.grid.replica * groups // of.grid.replicas * (workers // groups)
         microbatches = config.microbatches // workers
         sum_, agree, self.notes = place(
-            config, of.grid.comm, grid, self._layout, microbatches, 2 + of.model.metric.columns
+            config, of.grid.comm, grid, self._layout, microbatches, 2 + of.model.metric.columns, of.model.device
         )
         others = range(workers // groups - 1)
-        sums = [sum_, *(another(sum_, grid, self._layout, microbatches, config.leaf) for _ in others)]
+        sums = [sum_, *(another(sum_, grid, self._layout, microbatches, config.leaf, of.model.device) for _ in others)]
         self.own = [self._learner(of, self.first + turn, one, agree) for turn, one in enumerate(sums)]
-        self._layout.bind(sum_.values.vector)
+        self._layout.bind(sum_.weights)
         copies = [learner.update for learner in self.own]
         self.average: Average | None = None
         if apart:
             self.average = Average(of.grid, groups, workers, copies, config.memory, config.outer_step)
             self.recall = Recall(of.grid.comm)
+        first = self.own[0]
+        on_device = isinstance(sum_, (OrderedSum, SumOfOwners)) and of.model.device.there
+        self._mirror = Mirror(of.model.device, sum_.values, first.update.states) if on_device else None
         self.state = self._state()
         self.arrays = sum(len(layout.parameters) for layout in of.model.layouts)  # of a vector of the whole model
 
@@ -121,6 +125,7 @@ class Learners:
             metric=of.model.metric,
             rate=of.rate,
             noise=of.noise,
+            device=of.model.device,
         )
 
     @property
@@ -134,21 +139,29 @@ class Learners:
         """Give all learners first values; collective."""
         first, *others = (learner.stage.sum.values for learner in self.own)
         memory, layout = first.memory, self._layout
+        vector = self._mirror.vector if self._mirror else first.vector
         # Ranks that share memory share the work.
-        self.grid.team.together(lambda: layout.initialise(first.vector, seed, memory.rank, memory.ranks))
+        self.grid.team.together(lambda: layout.initialise(vector, seed, memory.rank, memory.ranks))
+        if self._mirror:
+            self._mirror.put()
         for other in others:
             np.copyto(other.vector, first.vector)
+        for each in (first, *others):
+            each.renewed()
 
     def turn(self, learner: Learner) -> None:
         """Let the model be that of one of this rank's learners."""
         if len(self.own) > 1:
-            self._layout.bind(learner.stage.sum.values.vector)
+            self._layout.bind(learner.stage.sum.weights)
 
     def _state(self) -> State:
         first = self.own[0]
         values, of_worker = first.stage.sum.values, self._share(first)
         groups, each = self.count // len(self.own), of_worker[1]
         share = self.first // len(self.own) * each + of_worker[0], groups * each
+        if mirror := self._mirror:
+            held = parts(values, mirror.states, share, mirror.vector)
+            return State(self.grid, tuple(held), held, mirror.put, mirror.fetch)
         held = parts(values, first.update.states, share) | self._outer()
         return State(self.grid, tuple(held), held, self._settle)
 

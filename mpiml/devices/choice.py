@@ -1,0 +1,97 @@
+"""Which device a rank takes; no MPI."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mpiml.devices.host import Host
+from mpiml.errors import ConfigError
+
+KINDS = ("auto", "cpu", "cuda", "fake")  # as --device has them
+
+
+class Candidate(NamedTuple):
+    """The device that a rank would take: its number among those that the rank sees, its type, its host and a text that
+    no other device of the host has, and how many the rank sees; or why there is none."""
+
+    number: int = 0
+    name: str = ""
+    host: str = ""
+    mark: str = ""
+    count: int = 0
+    problem: str = ""
+
+
+def is_host(kind: str) -> bool:
+    """Whether layers compute on the processor."""
+    return kind in ("auto", "cpu")
+
+
+def candidate(kind: str, host: str, rank: int, ranks: int) -> Candidate:
+    """The device for rank number `rank` of `ranks` on a node: the rank's number modulo that of devices that it sees."""
+    try:
+        every = _seen(kind, ranks)
+    except ConfigError as error:
+        return Candidate(host=host, problem=str(error))
+    name, mark = every[rank % len(every)]
+    return Candidate(rank % len(every), name, host, mark, len(every))
+
+
+def check(kind: str, everyone: Sequence[Candidate], share: bool) -> None:
+    """Raise ConfigError unless all ranks, by their candidates, can compute on them; `share`: several may use one."""
+    if problem := next((one.problem for one in everyone if one.problem), ""):
+        without = [rank for rank, one in enumerate(everyone) if one.problem]
+        some = f" (rank {without[0]} on {everyone[without[0]].host}; {len(everyone) - len(without)} ranks have one)"
+        raise ConfigError(problem + (some if len(without) < len(everyone) else ""))
+    names = sorted({one.name for one in everyone})
+    if len(names) > 1:
+        first = {one.name: f"{one.name} (rank {rank})" for rank, one in reversed(list(enumerate(everyone)))}
+        listed = ", ".join(first[name] for name in names)
+        raise ConfigError(f"--device {kind}: ranks have devices of several types, which compute other bits: {listed}")
+    sharing = sharers(everyone)
+    most = max(len(ranks) for ranks in sharing.values())
+    if most > 1 and not share:
+        ranks = next(ranks for ranks in sharing.values() if len(ranks) > 1)
+        listed = " and ".join(map(str, ranks[:2]))
+        raise ConfigError(
+            f"--device {kind}: {len(everyone)} ranks for {len(sharing)} device{'s' * (len(sharing) > 1)}, so ranks "
+            f"{listed} would use the same; start {len(sharing)}, or give --share-devices"
+        )
+
+
+def sharers(everyone: Sequence[Candidate]) -> dict[tuple[str, str], list[int]]:
+    """The ranks that use each device."""
+    sharing: dict[tuple[str, str], list[int]] = {}
+    for rank, one in enumerate(everyone):
+        sharing.setdefault((one.host, one.mark), []).append(rank)
+    return sharing
+
+
+def opened(kind: str, everyone: Sequence[Candidate], rank: int, tf32: bool) -> Host:
+    """The device of a rank. Raises ConfigError if it cannot be used."""
+    own = everyone[rank]
+    alone = len(sharers(everyone)[own.host, own.mark]) == 1
+    if kind == "cuda":
+        from mpiml.devices.cuda import Cuda
+
+        return Cuda(own.number, own.name, alone, tf32)
+    from mpiml.devices.fake import Fake
+
+    return Fake(own.number, own.name, alone)
+
+
+def _seen(kind: str, ranks: int) -> list[tuple[str, str]]:
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise ConfigError(f"--device {kind}: needs PyTorch, which is not installed here") from None
+    if kind == "cuda":
+        from mpiml.devices import cuda
+
+        return cuda.seen()
+    from mpiml.devices import fake
+
+    return fake.seen(ranks)
+
+

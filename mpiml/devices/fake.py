@@ -1,0 +1,163 @@
+"""A pretended device, for tests on machines without GPUs: its memory is apart from the host's, and that is enforced.
+
+What a GPU would do wrong shows here too: memory that has not been written holds NaN; a transfer takes place as late as
+it may, when it is waited for; and an operation of tensors on both sides is refused, as PyTorch refuses it for a GPU.
+
+`MPIML_FAKE_DEVICES` says which devices a process sees, by their types: "a,a" are two of one type, "a:64" is one with
+64 MB, "" are none. By default each rank sees one for each rank of a node.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mpiml.devices.device import Array, Device, dtype_of
+from mpiml.errors import ConfigError
+
+DEVICES = "MPIML_FAKE_DEVICES"
+UNLOCKED = "MPIML_FAKE_UNLOCKED"  # if set, no memory of the host can be locked
+MEMORY = 4e9  # bytes, unless the name of a device says so
+COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._foreach_copy_.default)
+
+
+def seen(ranks: int) -> list[tuple[str, str]]:
+    """As mpiml.devices.cuda.seen; `ranks` are those of the node. Raises ConfigError if there are none."""
+    names = os.environ.get(DEVICES)
+    every = ["fake"] * ranks if names is None else [name for name in names.split(",") if name]
+    if not every:
+        raise ConfigError(f"--device fake: {DEVICES} is empty, so there are none")
+    return [(name, str(number)) for number, name in enumerate(every)]
+
+
+class Fake(Device):
+    """A pretended device. See Device."""
+
+    def __init__(self, number: int, name: str, alone: bool):
+        super().__init__("fake", number, name, alone)
+        self.torch = torch.device("cpu")
+        self._sides = Sides.on()
+        self._size = int(float(name.partition(":")[2] or MEMORY / 1e6) * 1e6)
+        self._used = 0  # bytes of vectors, which are never given back
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+
+    def tensor(self, given: Tensor | Array) -> Tensor:
+        if isinstance(given, Tensor) and self._sides.is_there(given):
+            return given
+        with self._sides.off():
+            here = given.detach().clone() if isinstance(given, Tensor) else torch.from_numpy(np.array(given))
+        return self._sides.put(here)
+
+    def on_host(self, tensor: Tensor) -> Tensor:
+        with self._sides.off():
+            return tensor.detach().clone()
+
+    def empty(self, size: int, dtype: DTypeLike) -> Tensor:
+        needed = size * np.dtype(dtype).itemsize
+        self.check_memory(needed, f"a vector of {size:,} elements")
+        self._used += needed
+        with self._sides.off():
+            vector = torch.full((size,), math.nan, dtype=dtype_of(dtype))
+        return self._sides.put(vector)
+
+    def memory(self) -> tuple[int, int]:
+        return self._size - self._used, self._size
+
+    def settle(self) -> None:
+        with self._sides.off():
+            for source, target in self._waiting:
+                target.copy_(source)
+        self._waiting.clear()
+
+    def _begin(self, source: Tensor, target: Tensor) -> None:
+        if self._sides.is_there(source) == self._sides.is_there(target):
+            raise RuntimeError("a transfer between two places on one side")
+        with self._sides.off():
+            target.fill_(math.nan)
+        self._waiting.append((source, target))
+
+    def _lock(self, address: int, size: int) -> bool:
+        return UNLOCKED not in os.environ
+
+    def _unlock(self, address: int) -> None:
+        pass
+
+
+class Sides(TorchDispatchMode):
+    """Knows which tensors lie on the device, and refuses operations that mix them with others.
+
+    What an operation makes lies where its arguments do; if it has none, on the host, unless it is called with
+    `device=`. As on a GPU, numbers of the host, tensors without axes, may be mixed with tensors there.
+    """
+
+    _entered: Sides | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._there: dict[int, StorageWeakRef] = {}
+        self._limit = 1024  # of entries, before those of freed memory are dropped
+
+    @classmethod
+    def on(cls) -> Sides:
+        """The one of this process, which watches from now on."""
+        if cls._entered is None:
+            cls._entered = cls()
+            cls._entered.__enter__()
+        return cls._entered
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Within the block operations are not watched."""
+        with torch.utils._python_dispatch._disable_current_modes():
+            yield
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """Count the tensor's memory as the device's. Returns the tensor."""
+        for storage in _storages(tensor):
+            self._there[storage._cdata] = StorageWeakRef(storage)
+        if len(self._there) > self._limit:
+            self._there = {key: ref for key, ref in self._there.items() if not ref.expired()}
+            self._limit = max(1024, 2 * len(self._there))
+        return tensor
+
+    def is_there(self, tensor: Tensor) -> bool:
+        return any(storage._cdata in self._there for storage in _storages(tensor))
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        there = [self.is_there(tensor) for tensor in given]
+        sizes = {is_there for tensor, is_there in zip(given, there, strict=True) if tensor.ndim}
+        if len(sizes) > 1 and func not in COPIES:
+            raise RuntimeError(
+                f"{func}: expected all tensors to be on the same device, but some are on the host and some on the fake "
+                "device"
+            )
+        made = func(*args, **kwargs)
+        if (any(there) and func not in COPIES) or (not given and kwargs.get("device") is not None):
+            for leaf in tree_leaves(made):
+                if isinstance(leaf, Tensor):
+                    self.put(leaf)
+        return made
+
+
+def _storages(tensor: Tensor) -> list[Any]:
+    """The memory of a tensor, of a sparse one in several parts."""
+    if tensor.layout == torch.strided:
+        return [tensor.untyped_storage()]
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices().untyped_storage(), tensor._values().untyped_storage()]
+    return [tensor.values().untyped_storage()]
