@@ -327,7 +327,7 @@ class Config:
     autocast: str = setting(
         "none",
         ARITHMETIC,
-        "type in which PyTorch computes what it deems safe in that (torch.autocast); weights and their sums keep theirs",
+        "type in which PyTorch computes what is safe in it (torch.autocast); weights and sums keep theirs",
         choices=["none", "bfloat16"],
     )
 

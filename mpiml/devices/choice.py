@@ -12,14 +12,13 @@ KINDS = ("auto", "cpu", "cuda", "fake")  # as --device has them
 
 
 class Candidate(NamedTuple):
-    """The device that a rank would take: its number among those that the rank sees, its type, its host and a text that
-    no other device of the host has, and how many the rank sees; or why there is none."""
+    """The device that a rank would take: its number among those that the rank sees, its type, and a text that no other
+    device has; or on which host there is none, and why."""
 
     number: int = 0
     name: str = ""
-    host: str = ""
     mark: str = ""
-    count: int = 0
+    host: str = ""
     problem: str = ""
 
 
@@ -28,14 +27,14 @@ def is_host(kind: str) -> bool:
     return kind in ("auto", "cpu")
 
 
-def candidate(kind: str, host: str, rank: int, ranks: int) -> Candidate:
-    """The device for rank number `rank` of `ranks` on a node: the rank's number modulo that of devices that it sees."""
+def candidate(kind: str, host: str, node: str, rank: int, ranks: int) -> Candidate:
+    """The device for rank number `rank` of `ranks` on a node: the rank's number modulo that of devices that it sees.
+    `node` is a text that no other node has."""
     try:
-        every = _seen(kind, ranks)
+        every = _seen(kind, node, ranks)
     except ConfigError as error:
         return Candidate(host=host, problem=str(error))
-    name, mark = every[rank % len(every)]
-    return Candidate(rank % len(every), name, host, mark, len(every))
+    return Candidate(rank % len(every), *every[rank % len(every)])
 
 
 def check(kind: str, everyone: Sequence[Candidate], share: bool) -> None:
@@ -60,18 +59,18 @@ def check(kind: str, everyone: Sequence[Candidate], share: bool) -> None:
         )
 
 
-def sharers(everyone: Sequence[Candidate]) -> dict[tuple[str, str], list[int]]:
+def sharers(everyone: Sequence[Candidate]) -> dict[str, list[int]]:
     """The ranks that use each device."""
-    sharing: dict[tuple[str, str], list[int]] = {}
+    sharing: dict[str, list[int]] = {}
     for rank, one in enumerate(everyone):
-        sharing.setdefault((one.host, one.mark), []).append(rank)
+        sharing.setdefault(one.mark, []).append(rank)
     return sharing
 
 
 def opened(kind: str, everyone: Sequence[Candidate], rank: int, tf32: bool) -> Host:
     """The device of a rank. Raises ConfigError if it cannot be used."""
     own = everyone[rank]
-    alone = len(sharers(everyone)[own.host, own.mark]) == 1
+    alone = len(sharers(everyone)[own.mark]) == 1
     if kind == "cuda":
         from mpiml.devices.cuda import Cuda
 
@@ -81,7 +80,7 @@ def opened(kind: str, everyone: Sequence[Candidate], rank: int, tf32: bool) -> H
     return Fake(own.number, own.name, alone)
 
 
-def _seen(kind: str, ranks: int) -> list[tuple[str, str]]:
+def _seen(kind: str, node: str, ranks: int) -> list[tuple[str, str]]:
     try:
         import torch  # noqa: F401
     except ImportError:
@@ -89,9 +88,7 @@ def _seen(kind: str, ranks: int) -> list[tuple[str, str]]:
     if kind == "cuda":
         from mpiml.devices import cuda
 
-        return cuda.seen()
+        return cuda.seen(node)
     from mpiml.devices import fake
 
-    return fake.seen(ranks)
-
-
+    return fake.seen(node, ranks)

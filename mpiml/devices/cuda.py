@@ -13,14 +13,15 @@ from torch import Tensor
 from mpiml.devices.device import Array, Device, dtype_of
 from mpiml.errors import ConfigError
 
-# Products of cuBLAS have the same bits in each call only with work areas of fixed sizes; and cuDNN chooses algorithms by
-# the memory that is free, unless their work areas are limited (in MiB). Both are read when the libraries start.
+# Products of cuBLAS have the same bits in each call only with work areas of fixed sizes; and cuDNN chooses algorithms
+# by the memory that is free, unless their work areas are limited (in MiB). Both are read when the libraries start.
 FIXED = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "CUDNN_CONV_WSCAP_DBG": "1024"}
 ANY_CONTEXT = 1  # CUDA's flag of locked memory that it counts as locked in every context
 
 
-def seen() -> list[tuple[str, str]]:
-    """The GPUs that this process sees: for each its type, and a text that no other GPU has.
+def seen(node: str) -> list[tuple[str, str]]:
+    """The GPUs that this process sees: for each its type, and a text that no other GPU has. `node` is such a text for
+    the node.
 
     Raises ConfigError if there are none, and says why as far as that is known.
     """
@@ -41,7 +42,7 @@ def seen() -> list[tuple[str, str]]:
             "--device cuda: there is a driver, but no GPU that this process may use; ask SLURM for some (--gres), and "
             "look at CUDA_VISIBLE_DEVICES"
         )
-    return [(one.name, str(getattr(one, "uuid", number))) for number, one in enumerate(every)]
+    return [(one.name, str(getattr(one, "uuid", f"{node}, GPU {number}"))) for number, one in enumerate(every)]
 
 
 class Cuda(Device):

@@ -32,13 +32,13 @@ MEMORY = 4e9  # bytes, unless the name of a device says so
 COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._foreach_copy_.default)
 
 
-def seen(ranks: int) -> list[tuple[str, str]]:
+def seen(node: str, ranks: int) -> list[tuple[str, str]]:
     """As mpiml.devices.cuda.seen; `ranks` are those of the node. Raises ConfigError if there are none."""
     names = os.environ.get(DEVICES)
     every = ["fake"] * ranks if names is None else [name for name in names.split(",") if name]
     if not every:
         raise ConfigError(f"--device fake: {DEVICES} is empty, so there are none")
-    return [(name, str(number)) for number, name in enumerate(every)]
+    return [(name, f"{node}, device {number}") for number, name in enumerate(every)]
 
 
 class Fake(Device):
@@ -94,7 +94,7 @@ class Fake(Device):
         pass
 
 
-class Sides(TorchDispatchMode):
+class Sides(TorchDispatchMode):  # type: ignore[misc]
     """Knows which tensors lie on the device, and refuses operations that mix them with others.
 
     What an operation makes lies where its arguments do; if it has none, on the host, unless it is called with

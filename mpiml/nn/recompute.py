@@ -39,7 +39,7 @@ class Recompute(Layer):
     @property
     def arrays(self) -> bool:  # type: ignore[override]
         """As of its layers."""
-        return self.layers[-1].arrays
+        return bool(self.layers[-1].arrays)
 
     def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
         learned = self.layers[0].needs_dx  # then layers before these are trained

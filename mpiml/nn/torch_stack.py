@@ -57,7 +57,8 @@ def through(layers: Sequence[TorchLayer], x: Array, at: At) -> tuple[Array, Back
         if not wants_dx:
             return None
         dx = torch.zeros_like(source) if source.grad is None else source.grad.to_dense()
-        return dx.numpy() if first.arrays else dx
+        passed: Array = dx.numpy() if first.arrays else dx
+        return passed
 
     return y.detach().numpy() if first.arrays else y.detach(), backward
 

@@ -70,9 +70,7 @@ class Trial:
     notes: list[str] = field(default_factory=list)
 
 
-def attempt(
-    module: Module, flags: Flags, shape: Shape, dtype: torch.dtype, name: str, device: Host = HOST
-) -> Trial:
+def attempt(module: Module, flags: Flags, shape: Shape, dtype: torch.dtype, name: str, device: Host = HOST) -> Trial:
     """Call the module, `name` in messages, on the device where it is, on rows of `shape` in `dtype`, or else on
     integers.
 

@@ -35,7 +35,10 @@ class Memory(Protocol):
 
     rank: int
     ranks: int
-    vectors: Any  # what computes with these: mpiml.vectors, or functions of the same names
+
+    @property
+    def vectors(self) -> Any:
+        """What computes with these vectors: mpiml.vectors, or functions of the same names."""
 
     def own(self, count: int, size: int, dtype: DTypeLike) -> list[list[Vector]]:
         """Allocate `count` vectors for this rank. Returns those of all ranks, by rank: each may read the others'.

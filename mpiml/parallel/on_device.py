@@ -33,9 +33,7 @@ class _Fetched:
     def __init__(self, device: Any, sum_: OrderedSum | LibrarySum, like: _Fetched | None = None):
         self._device, self._sum, self._slots, self.plan = device, sum_, sum_.slots, sum_.plan
         size, dtype = sum_.values.summed, sum_.values.dtype
-        self.gradients: list[Any] = (
-            like.gradients if like else [device.vectors.zeros(size, dtype) for _ in self._slots]
-        )
+        self.gradients: list[Any] = like.gradients if like else [device.vectors.zeros(size, dtype) for _ in self._slots]
         device.lock(sum_.values.vector)
         device.lock(*self._slots)
         self._left = sum(1 - merged for merged in self.plan.counts)  # partial sums

@@ -147,7 +147,10 @@ class Values:
         if self.rounds:
             lanes = halving.lanes(run, len(self.nodes), self.memory.ranks)
             of_lane, of_replicas = lanes[self.memory.rank], halving.of_replicas(lanes, len(self.nodes))
-        slices, own = [bounds(blocks) for blocks in of_replicas], pieces(of_replicas[self.comm.rank], self.vectors.piece)
+        slices, own = (
+            [bounds(blocks) for blocks in of_replicas],
+            pieces(of_replicas[self.comm.rank], self.vectors.piece),
+        )
         return Bucket(*bounds(run), slices, own, tag, [bounds(blocks) for blocks in of_lane], run[0].array)
 
     def _plan_messages(self) -> None:

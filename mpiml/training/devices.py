@@ -8,6 +8,7 @@ from mpiml.config import Config
 from mpiml.devices import choice
 from mpiml.devices.host import HOST, Host
 from mpiml.parallel.grid import Grid
+from mpiml.team import broadcast
 
 
 def chosen(config: Config, grid: Grid) -> Host:
@@ -16,15 +17,20 @@ def chosen(config: Config, grid: Grid) -> Host:
         return HOST
     team, node = grid.team, grid.node
     with team.clock.doing("model"):  # which loads libraries
-        everyone = team.allgather(choice.candidate(config.device, os.uname().nodename, node.rank, node.size))
+        host, first = os.uname().nodename, broadcast(node, team.rank)
+        everyone = team.allgather(choice.candidate(config.device, host, f"{host} {first}", node.rank, node.size))
         team.together(lambda: choice.check(config.device, everyone, config.share_devices))
         return team.together(lambda: choice.opened(config.device, everyone, team.rank, config.tf32))
 
 
-def remarks(config: Config, device: Host, ranks: int) -> list[str]:
+def remarks(config: Config, device: Host) -> list[str]:
     """What a person should know of it."""
     if not device.there:
         return []
-    used = f"each rank computes on a {device.name} of its own" if device.alone else f"ranks share {device.name}"
+    used = (
+        f"each rank has a device to itself, {device.name}"
+        if device.alone
+        else f"ranks share devices, {device.name}: each has a copy of the model there"
+    )
     early = f"; --bucket {config.bucket:g} does nothing here: gradients leave a device when all are there"
-    return [f"{ranks} ranks: {used}" + early * (config.bucket > 0)]
+    return [used + early * (config.bucket > 0)]

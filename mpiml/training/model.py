@@ -43,8 +43,7 @@ Objective = Callable[[Any, Any, Any, bool, nn.At], tuple[list[float], Any]]
 
 
 def model_for(config: Config, task: Task, model: Model | None, device: Host = HOST) -> list[nn.Layer]:
-    """The layers, named, for what a data set asks, to compute on a device; `model` is a Model in place of config.model.
-    """
+    """The layers, named, for what a data set asks, to compute on a device; `model` is in the place of config.model."""
     tokens = task.vocabulary
     make = chosen(config, tokens) if model is None else model
     try:

@@ -190,9 +190,10 @@ def place(
     halved = _halved(everyone, grid, memory, layout, microbatches // config.leaf)
     bucket = elements(config.bucket, layout.dtype) if abroad else 0
     values = Values(grid.data, memory, *flat, bucket, halved, further)
-    sum_: GradientSum = OrderedSum(values, microbatches, grid.team.clock, leaf=config.leaf)
+    ordered = OrderedSum(values, microbatches, grid.team.clock, leaf=config.leaf)
+    sum_: GradientSum = ordered
     if device.there:
-        sum_ = SumOfOwners(device, sum_, there) if owned else SumOnHost(device, sum_)
+        sum_ = SumOfOwners(device, ordered, there) if owned else SumOnHost(device, ordered)
     if isinstance(of_node, SharedMemory):
         return sum_, Agreement(grid, of_node, microbatches, columns, config.leaf), notes
     return sum_, private, notes

@@ -248,7 +248,8 @@ def assemble(
     if config.noise_scale and (shared := [b.array for layout in built.layouts for b in layout.blocks() if b.array]):
         what = f"{shared[0]} stands in several layers, and a micro-batch's gradient of it is known to no stage"
         raise ConfigError(f"--noise-scale: {what}; leave --noise-scale out").on_all_ranks()
-    noise = NoiseScale(grid.comm, built.layouts[grid.stage].blocks(), built.device.vectors) if config.noise_scale else None
+    blocks, device = built.layouts[grid.stage].blocks(), built.device
+    noise = NoiseScale(grid.comm, blocks, device.vectors) if config.noise_scale else None
     learning = Learning(Ingredients(config, grid, built, computation, rows.shards, rate, noise), calendar)
     return Run(
         config=config,
@@ -259,7 +260,13 @@ def assemble(
         learning=learning,
         best=best,
         noise=noise,
-        notes=[*rows.notes, *devices.remarks(config, built.device, grid.team.size), *built.notes, *learning.now.notes, *remarks(config, rate)],
+        notes=[
+            *rows.notes,
+            *devices.remarks(config, device),
+            *built.notes,
+            *learning.now.notes,
+            *remarks(config, rate),
+        ],
     )
 
 
