@@ -73,13 +73,13 @@ class Cuda(Device):
         torch.backends.cudnn.benchmark = False  # which chooses algorithms by how fast they are this time
         torch.backends.cudnn.deterministic = True
         if tf32 is not None:
-            _round_to_tf32(tf32)
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 
     def tensor(self, given: Tensor | Array) -> Tensor:
         if isinstance(given, Tensor):
             return given.to(self.torch)
         host = torch.from_numpy(given if given.flags.writeable else np.array(given))
-        return host.pin_memory().to(self.torch, non_blocking=True)
+        return (host.pin_memory() if host.numel() else host).to(self.torch, non_blocking=True)
 
     def on_host(self, tensor: Tensor) -> Tensor:
         if not tensor.is_cuda or tensor.layout != torch.strided:
@@ -109,9 +109,6 @@ class Cuda(Device):
         self._copies.wait_stream(torch.cuda.current_stream(self.torch))
         with torch.cuda.stream(self._copies):
             target.copy_(source, non_blocking=True)
-        for tensor in (source, target):
-            if tensor.is_cuda:
-                tensor.record_stream(self._copies)
 
     def _lock(self, address: int, size: int) -> bool:
         if int(torch.cuda.cudart().cudaHostRegister(address, size, ANY_CONTEXT)) == 0:
@@ -122,13 +119,3 @@ class Cuda(Device):
 
     def _unlock(self, address: int) -> None:
         torch.cuda.cudart().cudaHostUnregister(address)
-
-
-def _round_to_tf32(tf32: bool) -> None:
-    """Whether products and convolutions of float32 may round their factors to TF32."""
-    backends = torch.backends
-    try:
-        for part in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn):
-            part.fp32_precision = "tf32" if tf32 else "ieee"
-    except AttributeError:  # before PyTorch 2.9
-        backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = tf32

@@ -266,6 +266,7 @@ class Average:
             self.team.comm, self._places.like, microbatches, self._memory, finite=False, numbers=COLUMNS
         )
         device, slots = self.device, self.sum.slots.trees
+        device.free()  # what it holds of the slots before
         self._there = self._places.there(device) if isinstance(device, Device) else None
         if self._there:
             self._there.lock(*slots)
