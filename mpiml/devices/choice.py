@@ -85,6 +85,12 @@ def opened(kind: str, everyone: Sequence[Candidate], rank: int, tf32: bool) -> H
     return device
 
 
+def unused() -> int:
+    """How many GPUs this process could use for PyTorch's modules, if it has imported PyTorch."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.device_count() if torch else 0
+
+
 def of_tensor(tensor: Any) -> Host:
     """The device on which a tensor of PyTorch lies."""
     if tensor.is_cuda:

@@ -25,9 +25,9 @@ from mpi4py import MPI
 
 import mpiml
 from mpiml.config import Config, parse
-from mpiml.devices import choice
 from mpiml.data.batch import Batch
 from mpiml.data.dataset import Dataset
+from mpiml.devices import choice
 from mpiml.doctor import probes
 from mpiml.errors import ConfigError
 from mpiml.nn.base import Array, At, Layer
