@@ -152,7 +152,7 @@ def _forms(layers: list[nn.Layer], task: Task) -> dict[str, Form]:
     return forms(layers, task.shape)
 
 
-def place_values(config: Config, grid: Grid, layout: Layout, device: Host) -> tuple[Values, str | None]:
+def place_values(config: Config, grid: Grid, layout: Layout, device: Host = HOST) -> tuple[Values, str | None]:
     """Memory for the values of this rank's stage, and if it is not shared although it should be, why; collective."""
     memory, problem = share(grid.comm, grid.local, 0, bytes_of(layout.size, layout.dtype), config.memory)
     values = Values(grid.data, memory, layout.size, layout.blocks(), layout.dtype)
@@ -161,7 +161,13 @@ def place_values(config: Config, grid: Grid, layout: Layout, device: Host) -> tu
 
 
 def place(
-    config: Resolved, everyone: MPI.Intracomm, grid: Grid, layout: Layout, microbatches: int, columns: int, device: Host
+    config: Resolved,
+    everyone: MPI.Intracomm,
+    grid: Grid,
+    layout: Layout,
+    microbatches: int,
+    columns: int,
+    device: Host = HOST,
 ) -> tuple[GradientSum, Agree, list[str]]:
     """Make the gradient sum of a stage with its values, over so many `microbatches`, and the agreement on the step
     record, whose rows have so many `columns` with the metric's, in the memory that `config` asks for, or on `device`;
