@@ -92,8 +92,8 @@ KEEPS: dict[type[nn.Layer], Keeps] = {
 
 
 def of_a_row(stage: StageDesign, last: bool, stack: bool = False) -> RowBytes:
-    """What a stage holds of a row; it is the last stage, or not. `stack`: neighbouring PyTorch modules are called as one
-    layer."""
+    """What a stage holds of a row; it is the last stage, or not. `stack`: neighbouring PyTorch modules are called as
+    one layer."""
     item, layers = stage.layout.dtype.itemsize, grouped(stage.layers, stack)
     again = 0.0
     for layer, shape in zip(layers, nn.stack_shapes(layers, stage.x_shape), strict=False):
