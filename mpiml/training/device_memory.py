@@ -9,7 +9,7 @@ from mpiml.config import Config
 from mpiml.nn import base as nn
 from mpiml.nn.parameters import Layout
 from mpiml.parallel.slices import MESSAGE, bounds, pieces, runs
-from mpiml.vectors import bytes_of
+from mpiml.vectors import bytes_of, padded
 
 SCRATCH = 2  # vectors of a piece, in which an update computes
 
@@ -52,7 +52,7 @@ def vectors_on_device(
     held = _held(layout) if owner else []
     return DeviceVectors(
         values=copies * bytes_of(layout.size, layout.dtype),
-        gradients=slots * bytes_of(layout.summed, layout.dtype),
+        gradients=slots * _summed(layout) * item,
         state=states * sum(stop - start for run, _ in held for start, stop in [run]) * item,
         scratch=SCRATCH * max((longest for _, longest in held), default=0) * item,
         constants=constants,
@@ -62,6 +62,12 @@ def vectors_on_device(
 def constants_of(layers: Sequence[nn.Layer]) -> int:
     """Bytes of what layers keep besides parameters."""
     return sum(one.array.nbytes for one in nn.constants(layers).values())
+
+
+def _summed(layout: Layout) -> int:
+    """The elements of a vector of gradients, as mpiml.parallel.values.Values has it."""
+    last = [part[-1].stop for part in (layout.blocks(), *layout.further_blocks()) if part]
+    return padded(last[-1], layout.dtype) if last else 0
 
 
 def _held(layout: Layout) -> list[tuple[tuple[int, int], int]]:

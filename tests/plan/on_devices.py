@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from typing import Any
 
@@ -18,8 +19,8 @@ def perceptron(shape: tuple[int, ...], outputs: int) -> list[Any]:
 
 
 def main() -> None:
-    """Train with each of the lists of flags in the command line. Prints for each the bytes that each rank's device has
-    given to vectors."""
+    """Train with each of the lists of flags in the command line, which may begin with variables of the environment.
+    Prints for each the bytes that each rank's device has given to vectors."""
     from mpi4py import MPI
 
     from mpiml import train
@@ -34,8 +35,10 @@ def main() -> None:
 
     fake.Fake = Noted  # type: ignore[misc]
     for flags in json.loads(sys.argv[1]):
-        code = train.main(flags)
-        every = MPI.COMM_WORLD.gather((code, made[-1]._used))
+        os.environ.update(flag.split("=") for flag in flags if "=" in flag)
+        if train.main([flag for flag in flags if "=" not in flag]):
+            break
+        every = MPI.COMM_WORLD.gather(made[-1]._used)
         if every:
             print("USED", json.dumps(every), flush=True)
 
