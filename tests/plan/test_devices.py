@@ -132,11 +132,9 @@ def test_layers_of_numpy_are_refused_as_in_training() -> None:
 
 
 RUNS = [
-    ["--ema", "0.9"],
+    ["--ema", "0.9", "--microbatches", "16", "--optimizer", "lamb"],
     ["--pipe", "2", "--microbatches", "5"],  # a replica alone
-    ["--microbatches", "16", "--optimizer", "lamb"],
     ["--average-every", "2", "--workers", "4"],
-    ["--allreduce", "mpi"],
     ["MPIML_FAKE_DEVICES=a", "--share-devices"],
 ]
 
