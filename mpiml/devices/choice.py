@@ -60,6 +60,12 @@ def check(kind: str, everyone: Sequence[Candidate], share: bool) -> None:
         )
 
 
+def check_count(kind: str, ranks: int, node_ranks: int, devices: int, share: bool) -> None:
+    """The same of ranks on nodes with so many devices of one type each, which none of them has looked for yet."""
+    places = (divmod(rank, node_ranks) for rank in range(ranks))
+    check(kind, [Candidate(own % devices, mark=f"{node}, {own % devices}") for node, own in places], share)
+
+
 def sharers(everyone: Sequence[Candidate]) -> dict[str, list[int]]:
     """The ranks that use each device."""
     sharing: dict[str, list[int]] = {}

@@ -97,7 +97,7 @@ class SumOfOwners(_Fetched):
                 np.copyto(out, total)
         self._sum.publish()
         self.values.sent = of_sum.sent
-        self._device.put(of_sum.vector, self.gradients[0])
+        self._device.put(of_sum.vector[: of_sum.updated], self.gradients[0][: of_sum.updated])
         self._device.settle()
 
     def total(self, index: int, out: Vector) -> Vector:

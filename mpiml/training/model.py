@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mpiml.config import Config
+from mpiml.devices import choice
 from mpiml.devices.host import HOST, Host
 from mpiml.errors import ConfigError
 from mpiml.nn import base as nn
@@ -51,7 +52,7 @@ def model_for(config: Config, task: Task, model: Model | None, device: Host = HO
         layers = _list_of_layers(_made(make, config, task, device))
         _check_inputs(task, _own_layer(layers[0]))
         nn.name(layers)
-        _check_arithmetic(config, layers, device)
+        _check_arithmetic(config, layers)
         *shapes, final = nn.stack_shapes(layers, task.shape)  # which shows what PyTorch modules change
         factors.set_rates(layers, config.rates)
         nn.skip_first_dx(layers)
@@ -137,9 +138,10 @@ def _own_layer(layer: nn.Layer) -> str | None:
     return None if modules and isinstance(layer, modules.TorchLayer) else type(layer).__name__
 
 
-def _check_arithmetic(config: Config, layers: Sequence[nn.Layer], device: Host) -> None:
+def _check_arithmetic(config: Config, layers: Sequence[nn.Layer]) -> None:
     """Raise ConfigError for layers that NumPy computes where the settings ask for what PyTorch alone can do."""
-    asked = [f"--device {device.kind}"] * device.there + [f"--autocast {config.autocast}"] * (config.autocast != "none")
+    device = [] if choice.is_host(config.device) else [f"--device {config.device}"]
+    asked = [*device, *[f"--autocast {config.autocast}"] * (config.autocast != "none")]
     if not asked:
         return
     for layer in layers:
