@@ -77,7 +77,8 @@ def sharers(everyone: Sequence[Candidate]) -> dict[str, list[int]]:
 def opened(kind: str, everyone: Sequence[Candidate], rank: int, tf32: bool) -> Host:
     """The device of a rank. Raises ConfigError if it cannot be used."""
     own = everyone[rank]
-    alone = len(sharers(everyone)[own.mark]) == 1
+    ranks = len(sharers(everyone)[own.mark])
+    alone = ranks == 1
     device: Host
     if kind == "cuda":
         from mpiml.devices.cuda import Cuda
@@ -87,6 +88,7 @@ def opened(kind: str, everyone: Sequence[Candidate], rank: int, tf32: bool) -> H
         from mpiml.devices.fake import Fake
 
         device = Fake(own.number, own.name, alone)
+    device.ranks = ranks
     device.fix_arithmetic(tf32)
     return device
 

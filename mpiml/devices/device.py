@@ -115,12 +115,13 @@ class Device(Host):
         return self.on_host(array).numpy() if isinstance(array, Tensor) else array
 
     def check_memory(self, needed: int, what: str) -> None:
-        """Raise ConfigError unless so many bytes, which `what` needs, are free."""
         free, total = self.memory()
-        if needed > free:
+        if needed * self.ranks > free:
+            each = f"{self.ranks} times " * (self.ranks > 1)
             raise ConfigError(
-                f"--device {self.kind}: {what} needs {needed / 1e9:.3g} GB on {self.name}, of which "
-                f"{free / 1e9:.3g} of {total / 1e9:.3g} GB are free; {LESS}"
+                f"--device {self.kind}: {what} needs {each}{needed / 1e9:.3g} GB on {self.name}, of which "
+                f"{free / 1e9:.3g} of {total / 1e9:.3g} GB are free; more stages (--pipe), or fewer ranks to a device, "
+                "need less"
             )
 
     @contextmanager

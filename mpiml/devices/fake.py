@@ -71,7 +71,8 @@ class Fake(Device):
 
     def empty(self, size: int, dtype: DTypeLike) -> Tensor:
         needed = size * np.dtype(dtype).itemsize
-        self.check_memory(needed, f"a vector of {size:,} elements")
+        if needed > self.memory()[0]:
+            raise torch.cuda.OutOfMemoryError(f"a vector of {size:,} elements does not fit")
         self._used += needed
         with self._sides.off():
             vector = torch.full((size,), math.nan, dtype=dtype_of(dtype))

@@ -14,7 +14,7 @@ class Host:
 
     Attributes:
         kind: as --device has it; name: the type of the device; number: of those that the rank sees.
-        alone: whether no other rank uses it.
+        alone: whether no other rank uses it; ranks: how many do.
         there: whether it has memory of its own.
         vectors: functions on flat vectors that lie there (mpiml.vectors).
         torch: PyTorch's name for it.
@@ -22,7 +22,7 @@ class Host:
     """
 
     kind, name, number = "cpu", "", 0
-    alone, there = True, False
+    alone, ranks, there = True, 1, False
     vectors: Any = vectors
     torch: Any = "cpu"
     boundary = vectors.ALIGNMENT
@@ -35,6 +35,9 @@ class Host:
     def lent(self, module: Any) -> Iterator[None]:
         """Within the block the module is there."""
         yield
+
+    def check_memory(self, needed: int, what: str) -> None:
+        """Raise ConfigError unless each rank that uses it can have so many bytes there, for `what`."""
 
     def fix_arithmetic(self, tf32: bool | None = None) -> None:
         """Let it compute the same bits in each call. `tf32`: whether products of float32 may round their factors to

@@ -24,11 +24,13 @@ from mpiml.parallel.slices import Range
 from mpiml.parallel.stage import Computation, TrainingStage
 from mpiml.parallel.state import OUTER, VALUES, Part, State, parts
 from mpiml.parallel.ties import Ties
+from mpiml.parallel.tree import depth
 from mpiml.parallel.update import Update
 from mpiml.training.calendar import Calendar
+from mpiml.training.device_memory import vectors_on_device
 from mpiml.training.learner import Learner
 from mpiml.training.noise import NoiseScale
-from mpiml.training.place import Agree, BuiltModel, another, gradients, place
+from mpiml.training.place import Agree, BuiltModel, another, gradients, owns, place
 from mpiml.training.resolve import Resolved
 from mpiml.vectors import Vector
 
@@ -81,6 +83,7 @@ class Learners:
         self.count = workers
         self.first = of.grid.replica * groups // of.grid.replicas * (workers // groups)
         microbatches = config.microbatches // workers
+        self._check_memory(of, grid, microbatches, workers // groups)
         sum_, agree, self.notes = place(
             config, of.grid.comm, grid, self._layout, microbatches, 2 + of.model.metric.columns, of.model.device
         )
@@ -98,6 +101,17 @@ class Learners:
         self._mirror = Mirror(of.model.device, sum_.values, first.update.states) if on_device else None
         self.state = self._state()
         self.arrays = sum(len(layout.parameters) for layout in of.model.layouts)  # of a vector of the whole model
+
+    def _check_memory(self, of: Ingredients, grid: Grid, microbatches: int, copies: int) -> None:
+        """Raise ConfigError, on all ranks alike, if a rank's vectors do not fit on its device; collective."""
+        config, device = of.config, of.model.device
+        if not device.there:
+            return
+        slots = depth(grid.replica, grid.replicas, microbatches, config.leaf)
+        kept = len(optimizers.build(config.optimizer, 0.0, 0.0).states) + (config.ema > 0)
+        owned = owns(config, of.grid.comm, device)
+        needed = vectors_on_device(self._layout, slots, kept, owned, copies).total
+        of.grid.team.together(lambda: device.check_memory(needed, "the model"))
 
     def _learner(self, of: Ingredients, number: int, sum_: GradientSum, agree: Agree) -> Learner:
         config, grid = of.config, self._of_group
