@@ -36,6 +36,10 @@ class Host:
         """Within the block the module is there."""
         yield
 
+    def fix_arithmetic(self, tf32: bool | None = None) -> None:
+        """Let it compute the same bits in each call. `tf32`: whether products of float32 may round their factors to
+        TF32; None: as it is."""
+
     def free(self) -> None:
         """Give back what the device holds of the host."""
 
