@@ -165,7 +165,7 @@ def pipe(runs: Runs) -> Iterator[Check]:
 def resume(runs: Runs) -> Iterator[Check]:
     """A run whose ranks are killed after a checkpoint goes on with another number of ranks."""
     flags = longer(runs)
-    for ranks in (1,) if runs.short else (1, 4):
+    for ranks in (1, 4) if runs.kind == "cuda" else (1,):
         text = f"cnn: killed on {KILLED} ranks, resumed on {ranks} / never stopped"
 
         def check(ranks: int = ranks, text: str = text) -> Check:
