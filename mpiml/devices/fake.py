@@ -20,6 +20,7 @@ import torch
 from numpy.typing import DTypeLike
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -30,6 +31,7 @@ DEVICES = "MPIML_FAKE_DEVICES"
 UNLOCKED = "MPIML_FAKE_UNLOCKED"  # if set, no memory of the host can be locked
 MEMORY = 4e9  # bytes, unless the name of a device says so
 COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._foreach_copy_.default)
+VIEWS = (torch.Tensor.to, torch.as_tensor, torch.asarray)  # calls that may name a device and return what they were given
 
 
 def seen(node: str, ranks: int) -> list[tuple[str, str]]:
@@ -97,14 +99,15 @@ class Fake(Device):
 class Sides(TorchDispatchMode):  # type: ignore[misc]
     """Knows which tensors lie on the device, and refuses operations that mix them with others.
 
-    What an operation makes lies where its arguments do; if it has none, on the host, unless it is called with
-    `device=`. As on a GPU, numbers of the host, tensors without axes, may be mixed with tensors there.
+    What an operation makes lies where its arguments do; if it has none, on the host, unless the call names a device,
+    as by `device=`. As on a GPU, numbers of the host, tensors without axes, may be mixed with tensors there.
     """
 
     _entered: Sides | None = None
 
     def __init__(self) -> None:
         super().__init__()
+        self.calls = Calls(self)
         self._there: dict[int, StorageWeakRef] = {}
         self._limit = 1024  # of entries, before those of freed memory are dropped
 
@@ -114,6 +117,7 @@ class Sides(TorchDispatchMode):  # type: ignore[misc]
         if cls._entered is None:
             cls._entered = cls()
             cls._entered.__enter__()
+            cls._entered.calls.__enter__()
         return cls._entered
 
     @contextmanager
@@ -147,15 +151,44 @@ class Sides(TorchDispatchMode):  # type: ignore[misc]
                 "device"
             )
         made = func(*args, **kwargs)
-        if (any(there) and func not in COPIES) or (not given and kwargs.get("device") is not None):
+        if func not in COPIES and (any(there) or (not given and self.calls.there)):
             for leaf in tree_leaves(made):
                 if isinstance(leaf, Tensor):
                     self.put(leaf)
         return made
 
 
+class Calls(TorchFunctionMode):  # type: ignore[misc]
+    """Knows which calls of PyTorch's functions name a device, which its operations cannot: they are all given one.
+
+    Attributes:
+        there: whether the call that runs has arguments on the device, so that what it makes for itself is there too.
+    """
+
+    def __init__(self, sides: Sides):
+        super().__init__()
+        self._sides, self.there = sides, False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        before, self.there = self.there, any(map(self._sides.is_there, given))
+        try:
+            made = func(*args, **kwargs)
+        finally:
+            self.there = before
+        named = kwargs.get("device", args[1] if func is Tensor.to and len(args) > 1 else None)
+        if isinstance(named, (str, torch.device)) and isinstance(made, Tensor) and not self._sides.is_there(made):
+            return self._sides.put(made.clone() if func in VIEWS else made)
+        return made
+
+
 def _storages(tensor: Tensor) -> list[Any]:
     """The memory of a tensor, of a sparse one in several parts."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # as torch.func has them
+        return _storages(torch._C._functorch.get_unwrapped(tensor))
     if tensor.layout == torch.strided:
         return [tensor.untyped_storage()]
     if tensor.layout == torch.sparse_coo:
