@@ -36,6 +36,9 @@ class Host:
         """Within the block the module is there."""
         yield
 
+    def wait(self) -> None:
+        """Return when all that has been computed and copied is there; for measurements."""
+
     def free(self) -> None:
         """Give back what the device holds of the host."""
 

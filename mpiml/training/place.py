@@ -93,7 +93,7 @@ def build_stage(
     def build() -> tuple[Scoring, list[nn.Layer], list[int] | None, dict[str, str]]:
         try:
             layers = model_for(config, task, model, device)
-            times = _times(config, layers, task, team) if is_measured(config) else None
+            times = _times(config, layers, task, team, device) if is_measured(config) else None
             scoring = build_scoring(config, task, layers, weighted, device)
             return scoring, layers, times, described(layers, config.seed)
         except MemoryError as error:
@@ -140,10 +140,10 @@ def build_stage(
     return built, computation
 
 
-def _times(config: Config, layers: Sequence[nn.Layer], task: Task, team: Team) -> list[int]:
+def _times(config: Config, layers: Sequence[nn.Layer], task: Task, team: Team, device: Host) -> list[int]:
     from mpiml.training.layer_times import layer_times  # only where it is needed
 
-    return layer_times(config, layers, task, team.clock.progress)
+    return layer_times(config, layers, task, team.clock.progress, device)
 
 
 def _forms(layers: list[nn.Layer], task: Task) -> dict[str, Form]:
