@@ -109,7 +109,7 @@ def test_what_is_made_of_nothing_is_on_the_host_unless_a_device_is_named(device:
 
 def test_tensors_of_the_host_go_to_the_device_of_others_as_copies(device: Fake) -> None:
     here, vector = torch.zeros(3), device.vectors.zeros(3, "f4")
-    for moved in (here.to(vector.device), here.to(device="cpu"), torch.as_tensor(here, device=vector.device)):
+    for moved in (here.to(vector.device), here.to(device=vector.device), torch.as_tensor(here, device=vector.device)):
         assert there(device, moved + vector)
         moved += 1
     assert not here.any()
@@ -168,3 +168,14 @@ def test_devices_that_a_process_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DEVICES, "")
     with pytest.raises(ConfigError, match=r"^--device fake: MPIML_FAKE_DEVICES is empty, so there are none$"):
         fake.seen("n", 2)
+
+
+def test_numpy_does_not_see_what_lies_there(device: Fake) -> None:
+    vector = device.vectors.zeros(3, "f4")
+    for convert in (torch.Tensor.numpy, np.asarray):
+        with pytest.raises(TypeError, match="copy the tensor to host memory first"):
+            convert(vector)
+    for back in (device.on_host(vector), vector.cpu(), vector.to("cpu"), vector.to(device="cpu")):
+        back += 1
+        assert np.asarray(back).tolist() == [1, 1, 1]
+    assert vector.tolist() == [0, 0, 0]
