@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 Vector = NDArray[np.floating]
 
 ALIGNMENT = 64  # bytes: a cache line, and an AVX-512 register
-BOUNDARY = 256  # bytes: where parameters start, because the bits of a GPU's products depend on less
+BOUNDARY = 256  # bytes: where parameters start on a GPU, whose products choose algorithms by it
 BLOCK = 1 << 14  # elements: the unit of norms and of ownership
 PIECE = 1 << 16  # elements: a piece's values, gradient, states and scratch fit a core's cache together
 
@@ -59,10 +59,10 @@ def bytes_of(size: int, dtype: DTypeLike) -> int:
     return -(-size * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT
 
 
-def padded(size: int, dtype: DTypeLike) -> int:
-    """The elements that an array of `size` takes in a vector where the next one starts on a 256-byte boundary."""
+def padded(size: int, dtype: DTypeLike, boundary: int = ALIGNMENT) -> int:
+    """The elements that an array of `size` takes in a vector where the next one starts on a `boundary`, in bytes."""
     itemsize = np.dtype(dtype).itemsize
-    return -(-size * itemsize // BOUNDARY) * BOUNDARY // itemsize
+    return -(-size * itemsize // boundary) * boundary // itemsize
 
 
 def blocks(

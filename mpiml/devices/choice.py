@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from mpiml.devices.host import Host
+from mpiml.devices.host import HOST, Host
 from mpiml.errors import ConfigError
 
 KINDS = ("auto", "cpu", "cuda", "fake")  # as --device has them
@@ -71,13 +72,33 @@ def opened(kind: str, everyone: Sequence[Candidate], rank: int, tf32: bool) -> H
     """The device of a rank. Raises ConfigError if it cannot be used."""
     own = everyone[rank]
     alone = len(sharers(everyone)[own.mark]) == 1
+    device: Host
     if kind == "cuda":
         from mpiml.devices.cuda import Cuda
 
-        return Cuda(own.number, own.name, alone, tf32)
-    from mpiml.devices.fake import Fake
+        device = Cuda(own.number, own.name, alone)
+    else:
+        from mpiml.devices.fake import Fake
 
-    return Fake(own.number, own.name, alone)
+        device = Fake(own.number, own.name, alone)
+    device.fix_arithmetic(tf32)
+    return device
+
+
+def unused() -> int:
+    """How many GPUs this process could use for PyTorch's modules, if it has imported PyTorch."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.device_count() if torch else 0
+
+
+def of_tensor(tensor: Any) -> Host:
+    """The device on which a tensor of PyTorch lies."""
+    if tensor.is_cuda:
+        from mpiml.devices import cuda
+
+        return cuda.of_tensor(tensor)
+    fake = sys.modules.get("mpiml.devices.fake")
+    return fake.of_tensor(tensor) if fake else HOST
 
 
 def _seen(kind: str, node: str, ranks: int) -> list[tuple[str, str]]:

@@ -30,7 +30,7 @@ def seen(node: str) -> list[tuple[str, str]]:
             f"--device cuda: PyTorch {torch.__version__} is built without CUDA; install a build for GPUs, or leave "
             "--device out"
         )
-    os.environ.update({name: value for name, value in FIXED.items() if name not in os.environ})
+    set_environment()
     try:
         torch.cuda.init()
         every = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
@@ -45,16 +45,22 @@ def seen(node: str) -> list[tuple[str, str]]:
     return [(one.name, str(getattr(one, "uuid", f"{node}, GPU {number}"))) for number, one in enumerate(every)]
 
 
+def of_tensor(tensor: Tensor) -> Cuda:
+    """The GPU on which a tensor lies."""
+    set_environment()
+    number = tensor.get_device()
+    return Cuda(number, torch.cuda.get_device_name(number), alone=False)
+
+
+def set_environment() -> None:
+    """Set what CUDA's libraries read when they start, unless the user has."""
+    os.environ.update({name: value for name, value in FIXED.items() if name not in os.environ})
+
+
 class Cuda(Device):
-    """A GPU. See Device.
+    """A GPU. See Device. Raises ConfigError if it cannot be used."""
 
-    Args:
-        tf32: whether products may round their factors to TF32.
-
-    Raises ConfigError if it cannot be used.
-    """
-
-    def __init__(self, number: int, name: str, alone: bool, tf32: bool):
+    def __init__(self, number: int, name: str, alone: bool):
         super().__init__("cuda", number, name, alone)
         self.torch = torch.device("cuda", number)
         try:
@@ -62,15 +68,18 @@ class Cuda(Device):
             self._copies = torch.cuda.Stream(self.torch)
         except RuntimeError as error:
             raise ConfigError(f"--device cuda: {name} cannot be used: {' '.join(str(error).split())}") from None
-        _round_to_tf32(tf32)
+
+    def fix_arithmetic(self, tf32: bool | None = None) -> None:
         torch.backends.cudnn.benchmark = False  # which chooses algorithms by how fast they are this time
         torch.backends.cudnn.deterministic = True
+        if tf32 is not None:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 
     def tensor(self, given: Tensor | Array) -> Tensor:
         if isinstance(given, Tensor):
             return given.to(self.torch)
         host = torch.from_numpy(given if given.flags.writeable else np.array(given))
-        return host.pin_memory().to(self.torch, non_blocking=True)
+        return (host.pin_memory() if host.numel() else host).to(self.torch, non_blocking=True)
 
     def on_host(self, tensor: Tensor) -> Tensor:
         if not tensor.is_cuda or tensor.layout != torch.strided:
@@ -100,9 +109,6 @@ class Cuda(Device):
         self._copies.wait_stream(torch.cuda.current_stream(self.torch))
         with torch.cuda.stream(self._copies):
             target.copy_(source, non_blocking=True)
-        for tensor in (source, target):
-            if tensor.is_cuda:
-                tensor.record_stream(self._copies)
 
     def _lock(self, address: int, size: int) -> bool:
         if int(torch.cuda.cudart().cudaHostRegister(address, size, ANY_CONTEXT)) == 0:
@@ -113,13 +119,3 @@ class Cuda(Device):
 
     def _unlock(self, address: int) -> None:
         torch.cuda.cudart().cudaHostUnregister(address)
-
-
-def _round_to_tf32(allowed: bool) -> None:
-    """Whether products and convolutions of float32 may round their factors to TF32."""
-    backends = torch.backends
-    try:
-        for part in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn):
-            part.fp32_precision = "tf32" if allowed else "ieee"
-    except AttributeError:  # before PyTorch 2.9
-        backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = allowed

@@ -94,6 +94,13 @@ class Device(Host):
             if first < end and self._lock(first, end - first):
                 self._locked.append((first, end))
 
+    def unlock(self, *arrays: Array) -> None:
+        """Undo `lock`; to be called before the memory of these arrays is given back."""
+        for start, stop in _joined(sorted(_pages(array) for array in arrays)):
+            for one in [one for one in self._locked if start <= one[0] and one[1] <= stop]:
+                self._locked.remove(one)
+                self._unlock(one[0])
+
     def free(self) -> None:
         while self._locked:
             self._unlock(self._locked.pop()[0])
@@ -120,7 +127,7 @@ class Device(Host):
     def named_memory(self, what: str) -> Iterator[None]:
         try:
             yield
-        except torch.OutOfMemoryError as error:
+        except torch.cuda.OutOfMemoryError as error:
             free, total = self.memory()
             reason = " ".join(str(error).split()).partition(". ")[0]
             raise ConfigError(

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpiml.devices.arithmetic import OnDevice
 from mpiml.devices.device import Array, Device, dtype_of
+from mpiml.devices.host import HOST, Host
 from mpiml.errors import ConfigError
 
 DEVICES = "MPIML_FAKE_DEVICES"
@@ -42,6 +43,11 @@ def seen(node: str, ranks: int) -> list[tuple[str, str]]:
     if not every:
         raise ConfigError(f"--device fake: {DEVICES} is empty, so there are none")
     return [(name, f"{node}, device {number}") for number, name in enumerate(every)]
+
+
+def of_tensor(tensor: Tensor) -> Host:
+    """The pretended device on which a tensor lies, or the host."""
+    return Fake(0, "fake", alone=True) if Sides.on_there(tensor) else HOST
 
 
 class Fake(Device):
@@ -135,6 +141,11 @@ class Sides(TorchDispatchMode):  # type: ignore[misc]
             cls._entered.__enter__()
             cls._entered.calls.__enter__()
         return cls._entered
+
+    @classmethod
+    def on_there(cls, tensor: Tensor) -> bool:
+        """Whether a tensor lies on a device of this process."""
+        return cls._entered is not None and cls._entered.is_there(tensor)
 
     @contextmanager
     def off(self) -> Iterator[None]:

@@ -36,8 +36,9 @@ class Host:
         """Within the block the module is there."""
         yield
 
-    def wait(self) -> None:
-        """Return when all that has been computed and copied is there; for measurements."""
+    def fix_arithmetic(self, tf32: bool | None = None) -> None:
+        """Let it compute the same bits in each call. `tf32`: whether products of float32 may round their factors to
+        TF32; None: as it is."""
 
     def free(self) -> None:
         """Give back what the device holds of the host."""

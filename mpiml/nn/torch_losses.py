@@ -178,7 +178,7 @@ class TorchLoss:
         else:
             each = self._each(tuple(values.shape), labels, ones)
             weight = float(np.add.reduce(each, axis=None, dtype=np.float64))
-        numbers = self._device.array(values.detach()).astype(np.float64)
+        numbers = values.detach().cpu().numpy().astype(np.float64)
         total = float(np.add.reduce(np.multiply(numbers, each, where=each != 0, out=np.zeros_like(numbers)), axis=None))
         if values.requires_grad:  # else these rows have a constant loss
             values.backward(tensor_on(self._device, each).to(values.dtype))

@@ -74,7 +74,7 @@ class TorchLayer(Layer):
         device: Host = HOST,
         autocast: bool = False,
     ):
-        check_parameters(module)
+        check_parameters(module, device.kind)
         self.device, self.arrays, self._autocast = device, not device.there, autocast
         self.torch_names = torch_state.by_name(module, torch_state.names_of(module))
         self.torch_own_names = torch_state.by_name(module, names)

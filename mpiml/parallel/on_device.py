@@ -51,6 +51,8 @@ class _Fetched:
 
     def free(self) -> None:
         self._sum.free()
+        self._device.unlock(self._sum.values.vector)
+        self._device.unlock(*self._slots)
 
 
 class SumOnHost(_Fetched):

@@ -33,7 +33,7 @@ def of_rank(threads: int, device: str = "") -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": threads,
-        "device": device or "none",
+        "device": device or "the processor",
         "blas": blas(),
         "pid": os.getpid(),
     }

@@ -26,7 +26,8 @@ def chosen(config: Config, grid: Grid) -> Host:
 def remarks(config: Config, device: Host) -> list[str]:
     """What a person should know of it."""
     if not device.there:
-        return []
+        unused = choice.unused() if config.device == "auto" else 0
+        return [f"{unused} GPUs here are not used; with --device cuda they are"] if unused else []
     used = (
         f"each rank has a device to itself, {device.name}"
         if device.alone

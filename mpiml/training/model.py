@@ -49,9 +49,9 @@ def model_for(config: Config, task: Task, model: Model | None, device: Host = HO
     try:
         _check_inputs(task, config.model if model is None and not is_name(config.model) else None)
         layers = _list_of_layers(_made(make, config, task, device))
-        _check_arithmetic(config, layers, device)
         _check_inputs(task, _own_layer(layers[0]))
         nn.name(layers)
+        _check_arithmetic(config, layers, device)
         *shapes, final = nn.stack_shapes(layers, task.shape)  # which shows what PyTorch modules change
         factors.set_rates(layers, config.rates)
         nn.skip_first_dx(layers)
@@ -146,7 +146,7 @@ def _check_arithmetic(config: Config, layers: Sequence[nn.Layer], device: Host) 
         if name := _own_layer(layer):
             made = "" if is_name(config.model) else f"--model {config.model} is of layers of mpiml: "
             raise ConfigError(
-                f"{asked[0]}: {made}{layer.path or 'a layer'} {name} computes with NumPy, on the processor; give "
+                f"{asked[0]}: {made}{layer.path}, {name}, computes with NumPy, on the processor; give "
                 "--model a function that returns a PyTorch module, or a list of such"
             )
 
