@@ -156,7 +156,7 @@ def place_values(config: Config, grid: Grid, layout: Layout, device: Host) -> tu
     """Memory for the values of this rank's stage, and if it is not shared although it should be, why; collective."""
     memory, problem = share(grid.comm, grid.local, 0, bytes_of(layout.size, layout.dtype), config.memory)
     values = Values(grid.data, memory, layout.size, layout.blocks(), layout.dtype)
-    layout.bind(copied(device, values) if device.there else values.vector)
+    layout.bind(grid.team.together(lambda: copied(device, values)) if device.there else values.vector)
     return values, problem
 
 
@@ -176,9 +176,11 @@ def place(
         of_library = LibrarySum(grid.data, copy, microbatches, leaf=config.leaf)
         return SumOnHost(device, of_library) if device.there else of_library, private, []
     if owned:
-        there = Values(MPI.COMM_SELF, PrivateMemory(device.vectors), *flat)
+        on_device, together = flat, grid.team.together  # which makes it one error of all if memory on a device is short
+        there = together(lambda: Values(MPI.COMM_SELF, PrivateMemory(device.vectors), *on_device))
         if grid.replicas == 1:
-            return OrderedSum(there, microbatches, grid.team.clock, leaf=config.leaf), private, []
+            own = together(lambda: OrderedSum(there, microbatches, grid.team.clock, leaf=config.leaf))
+            return own, private, []
         flat = layout.updated, *flat[1:]  # on the host there are gradients alone
     slots = depth(grid.replica, grid.replicas, microbatches, config.leaf)
     values_bytes, slot_bytes = (bytes_of(size, layout.dtype) for size in (flat[0], layout.summed))

@@ -71,16 +71,3 @@ def test_libraries_get_work_areas_of_fixed_sizes_before_they_start_but_as_the_us
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     cuda.seen("node")
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
-
-
-@pytest.mark.parametrize("allowed", [True, False])
-def test_rounding_to_tf32_is_set_for_products_and_convolutions(allowed: bool) -> None:
-    """Which PyTorch has settings for without CUDA, too."""
-    parts = [torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
-    before = [part.fp32_precision for part in parts]
-    try:
-        cuda._round_to_tf32(allowed)
-        assert [part.fp32_precision for part in parts] == ["tf32" if allowed else "ieee"] * 3
-    finally:
-        for part, value in zip(parts, before, strict=True):
-            part.fp32_precision = value
