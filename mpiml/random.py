@@ -51,11 +51,12 @@ def global_generators() -> dict[str, Global]:
 
     seed = torch.default_generator.manual_seed
     of_host = Global(seed, lambda: torch.get_rng_state().numpy(), restore)
-    return own | {"PyTorch": _with_gpu(of_host, torch.cuda) if torch.cuda.is_initialized() else of_host}
+    return own | {"PyTorch": _with_gpu(of_host, torch) if torch.cuda.is_initialized() else of_host}
 
 
-def _with_gpu(of_host: Global, cuda: Any) -> Global:
+def _with_gpu(of_host: Global, torch: Any) -> Global:
     """PyTorch's generator and that of the GPU which it uses, as one."""
+    cuda = torch.cuda
 
     def seed(number: int) -> None:
         of_host.seed(number)
@@ -63,9 +64,10 @@ def _with_gpu(of_host: Global, cuda: Any) -> Global:
 
     def restore(states: Any) -> None:
         of_host.restore(states[0])
-        cuda.set_rng_state(states[1])
+        cuda.set_rng_state(torch.from_numpy(states[1]))
 
-    return Global(seed, lambda: (of_host.state(), cuda.get_rng_state()), restore)
+    # As arrays, because pickles of equal tensors differ, and by these `Draws` knows whether something has been drawn.
+    return Global(seed, lambda: (of_host.state(), cuda.get_rng_state().numpy()), restore)
 
 
 def keyed(which: Collection[str], seed: int, *purpose: str | int) -> AbstractContextManager[None]:

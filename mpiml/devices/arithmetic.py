@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from numpy.typing import DTypeLike
 from torch import Tensor
@@ -25,7 +24,7 @@ PIECE = 1 << 24  # elements that are updated at once: so many that starting an o
 class OnDevice:
     """The functions of mpiml.vectors, and NumPy's for elements, of vectors on a device."""
 
-    multiply, add, subtract = torch.multiply, torch.add, torch.subtract
+    multiply, add, subtract, sqrt = torch.multiply, torch.add, torch.subtract, torch.sqrt
     piece = PIECE
 
     def __init__(self, device: Device):
@@ -34,13 +33,6 @@ class OnDevice:
     def divide(self, a: Tensor, b: Tensor | float, out: Tensor) -> Tensor:
         """a / b. CUDA's quotient by a number of the host would be a product with its inverse, which is rounded."""
         return torch.divide(a, b if isinstance(b, Tensor) else a.new_full((), b), out=out)
-
-    def sqrt(self, a: Tensor, out: Tensor) -> Tensor:
-        """The root. PyTorch's on the processor, where a pretended device computes, is not always the nearest number."""
-        if a.is_cuda:
-            return torch.sqrt(a, out=out)
-        np.sqrt(a.numpy(), out=out.numpy())
-        return out
 
     def empty(self, size: int, dtype: DTypeLike) -> Tensor:
         return self._device.empty(size, dtype)

@@ -112,8 +112,9 @@ def of_tensor(tensor: Any) -> Host:
 def _seen(kind: str, node: str, ranks: int) -> list[tuple[str, str]]:
     try:
         import torch  # noqa: F401
-    except ImportError:
-        raise ConfigError(f"--device {kind}: needs PyTorch, which is not installed here") from None
+    except (ImportError, OSError) as error:  # OSError: without libraries that it needs
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--device {kind}: needs PyTorch, which cannot be imported here: {reason}") from None
     if kind == "cuda":
         from mpiml.devices import cuda
 

@@ -173,7 +173,6 @@ class Device(Host):
         raise NotImplementedError
 
     def wait(self) -> None:
-        """Return when all that has been computed and copied is there; for measurements."""
         self.settle()
 
     def _begin(self, source: Tensor, target: Tensor) -> None:

@@ -20,9 +20,10 @@ import torch
 from numpy.typing import DTypeLike
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from mpiml.devices.arithmetic import OnDevice
 from mpiml.devices.device import Array, Device, dtype_of
 from mpiml.devices.host import HOST, Host
 from mpiml.errors import ConfigError
@@ -31,6 +32,12 @@ DEVICES = "MPIML_FAKE_DEVICES"
 UNLOCKED = "MPIML_FAKE_UNLOCKED"  # if set, no memory of the host can be locked
 MEMORY = 4e9  # bytes, unless the name of a device says so
 COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._foreach_copy_.default)
+ARRAYS = (torch.Tensor.numpy, torch.Tensor.__array__)
+VIEWS = (
+    torch.Tensor.to,
+    torch.as_tensor,
+    torch.asarray,
+)  # calls that may name a device and return what they were given
 
 
 def seen(node: str, ranks: int) -> list[tuple[str, str]]:
@@ -54,6 +61,7 @@ class Fake(Device):
         super().__init__("fake", number, name, alone)
         self.torch = torch.device("cpu")
         self._sides = Sides.on()
+        self.vectors = OnFake(self, self._sides)
         self._size = int(float(name.partition(":")[2] or MEMORY / 1e6) * 1e6)
         self._used = 0  # bytes of vectors, which are never given back
         self._waiting: list[tuple[Tensor, Tensor]] = []
@@ -101,17 +109,32 @@ class Fake(Device):
         pass
 
 
+class OnFake(OnDevice):
+    """Arithmetic as on a GPU, on the processor."""
+
+    def __init__(self, device: Fake, sides: Sides):
+        super().__init__(device)
+        self._sides = sides
+
+    def sqrt(self, a: Tensor, out: Tensor) -> Tensor:  # type: ignore[override]
+        """The root. PyTorch's on the processor is not always the nearest number."""
+        with self._sides.off():
+            np.sqrt(a.numpy(), out=out.numpy())
+        return out
+
+
 class Sides(TorchDispatchMode):  # type: ignore[misc]
     """Knows which tensors lie on the device, and refuses operations that mix them with others.
 
-    What an operation makes lies where its arguments do; if it has none, on the host, unless it is called with
-    `device=`. As on a GPU, numbers of the host, tensors without axes, may be mixed with tensors there.
+    What an operation makes lies where its arguments do; if it has none, on the host, unless the call names a device, as
+    by `device=x.device`. The text "cpu" names the host. As on a GPU, numbers of the host, tensors without axes, may be mixed with tensors there.
     """
 
     _entered: Sides | None = None
 
     def __init__(self) -> None:
         super().__init__()
+        self.calls = Calls(self)
         self._there: dict[int, StorageWeakRef] = {}
         self._limit = 1024  # of entries, before those of freed memory are dropped
 
@@ -121,6 +144,7 @@ class Sides(TorchDispatchMode):  # type: ignore[misc]
         if cls._entered is None:
             cls._entered = cls()
             cls._entered.__enter__()
+            cls._entered.calls.__enter__()
         return cls._entered
 
     @classmethod
@@ -131,8 +155,12 @@ class Sides(TorchDispatchMode):  # type: ignore[misc]
     @contextmanager
     def off(self) -> Iterator[None]:
         """Within the block operations are not watched."""
-        with torch.utils._python_dispatch._disable_current_modes():
-            yield
+        before, self.calls.watching = self.calls.watching, False
+        try:
+            with torch.utils._python_dispatch._disable_current_modes():
+                yield
+        finally:
+            self.calls.watching = before
 
     def put(self, tensor: Tensor) -> Tensor:
         """Count the tensor's memory as the device's. Returns the tensor."""
@@ -143,14 +171,25 @@ class Sides(TorchDispatchMode):  # type: ignore[misc]
             self._limit = max(1024, 2 * len(self._there))
         return tensor
 
+    def drop(self, tensor: Tensor) -> Tensor:
+        """Count the tensor's memory as the host's. Returns the tensor."""
+        for storage in _storages(tensor):
+            del self._there[storage._cdata]
+        return tensor
+
     def is_there(self, tensor: Tensor) -> bool:
         return any(storage._cdata in self._there for storage in _storages(tensor))
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch asks. To skip it would be to load it first, which takes seconds."""
+        return False
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = _tensors((args, kwargs))
         there = [self.is_there(tensor) for tensor in given]
         sizes = {is_there for tensor, is_there in zip(given, there, strict=True) if tensor.ndim}
         if len(sizes) > 1 and func not in COPIES:
@@ -159,15 +198,62 @@ class Sides(TorchDispatchMode):  # type: ignore[misc]
                 "device"
             )
         made = func(*args, **kwargs)
-        if (any(there) and func not in COPIES) or (not given and kwargs.get("device") is not None):
-            for leaf in tree_leaves(made):
-                if isinstance(leaf, Tensor):
-                    self.put(leaf)
+        if func not in COPIES and (any(there) or (not given and self.calls.there)):
+            for tensor in _tensors(made):
+                self.put(tensor)
         return made
+
+
+class Calls(TorchFunctionMode):  # type: ignore[misc]
+    """Knows which calls of PyTorch's functions name a device, which its operations cannot: they are all given one. And
+    refuses to show NumPy what lies on the device."""
+
+    def __init__(self, sides: Sides):
+        super().__init__()
+        self._sides = sides
+        self._arguments: Any = ()
+        self.watching = True
+
+    @property
+    def there(self) -> bool:
+        """Whether the call that runs has arguments on the device, so that what it makes for itself is there too."""
+        return any(map(self._sides.is_there, _tensors(self._arguments)))
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in ARRAYS and self.watching and self._sides.is_there(args[0]):
+            raise TypeError("can't convert fake device type tensor to numpy; copy the tensor to host memory first")
+        before, self._arguments = self._arguments, (args, kwargs)
+        try:
+            made = func(*args, **kwargs)
+        finally:
+            self._arguments = before
+        if isinstance(made, Tensor):
+            named = kwargs.get("device", args[1] if func is Tensor.to and len(args) > 1 else None)
+            if isinstance(named, torch.device) and not self._sides.is_there(made):
+                return self._sides.put(made.clone() if func in VIEWS else made)
+            if (func is Tensor.cpu or named == "cpu") and self._sides.is_there(made):
+                return self._sides.drop(made.clone())
+        return made
+
+
+def _tensors(of: Any) -> list[Tensor]:
+    """All tensors in arguments of a call, or in what it returns."""
+    if isinstance(of, Tensor):
+        return [of]
+    if isinstance(of, dict):
+        of = of.values()
+    elif not isinstance(of, (tuple, list)):
+        return []
+    return [tensor for one in of for tensor in _tensors(one)]
 
 
 def _storages(tensor: Tensor) -> list[Any]:
     """The memory of a tensor, of a sparse one in several parts."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # as torch.func has them
+        return _storages(torch._C._functorch.get_unwrapped(tensor))
     if tensor.layout == torch.strided:
         return [tensor.untyped_storage()]
     if tensor.layout == torch.sparse_coo:

@@ -43,6 +43,9 @@ class Host:
         """Let it compute the same bits in each call. `tf32`: whether products of float32 may round their factors to
         TF32; None: as it is."""
 
+    def wait(self) -> None:
+        """Return when all that has been computed and copied is there; for measurements."""
+
     def free(self) -> None:
         """Give back what the device holds of the host."""
 

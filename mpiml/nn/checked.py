@@ -65,7 +65,12 @@ class OwnLoss:
             if not isinstance(self.loss, type) and _takes_nothing(self.loss):
                 self.loss = self.loss()
             self._compute = self._of_torch_class(sample) or self._of_function(sample)
-        self.draws = _draws(sample.seed, lambda: self(*arguments), self.flag)
+
+        def score() -> Any:
+            total, weight, dy = self(*arguments)
+            return total, weight, sample.device.array(dy)  # tensors that are equal may have other pickles
+
+        self.draws = _draws(sample.seed, score, self.flag)
 
     def __call__(self, y: Array, labels: Labels, weights: Array | None = None) -> tuple[float, float, Array]:
         return self._compute(y, labels, weights)

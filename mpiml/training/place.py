@@ -93,7 +93,7 @@ def build_stage(
     def build() -> tuple[Scoring, list[nn.Layer], list[int] | None, dict[str, str]]:
         try:
             layers = model_for(config, task, model, device)
-            times = _times(config, layers, task, team) if is_measured(config) else None
+            times = _times(config, layers, task, team, device) if is_measured(config) else None
             scoring = build_scoring(config, task, layers, weighted, device)
             return scoring, layers, times, described(layers, config.seed)
         except MemoryError as error:
@@ -140,10 +140,10 @@ def build_stage(
     return built, computation
 
 
-def _times(config: Config, layers: Sequence[nn.Layer], task: Task, team: Team) -> list[int]:
+def _times(config: Config, layers: Sequence[nn.Layer], task: Task, team: Team, device: Host) -> list[int]:
     from mpiml.training.layer_times import layer_times  # only where it is needed
 
-    return layer_times(config, layers, task, team.clock.progress)
+    return layer_times(config, layers, task, team.clock.progress, device)
 
 
 def _forms(layers: list[nn.Layer], task: Task) -> dict[str, Form]:
@@ -156,7 +156,7 @@ def place_values(config: Config, grid: Grid, layout: Layout, device: Host = HOST
     """Memory for the values of this rank's stage, and if it is not shared although it should be, why; collective."""
     memory, problem = share(grid.comm, grid.local, 0, bytes_of(layout.size, layout.dtype), config.memory)
     values = Values(grid.data, memory, layout.size, layout.blocks(), layout.dtype)
-    layout.bind(copied(device, values) if device.there else values.vector)
+    layout.bind(grid.team.together(lambda: copied(device, values)) if device.there else values.vector)
     return values, problem
 
 
@@ -182,9 +182,11 @@ def place(
         of_library = LibrarySum(grid.data, copy, microbatches, leaf=config.leaf)
         return SumOnHost(device, of_library) if device.there else of_library, private, []
     if owned:
-        there = Values(MPI.COMM_SELF, PrivateMemory(device.vectors), *flat)
+        on_device, together = flat, grid.team.together  # which makes it one error of all if memory on a device is short
+        there = together(lambda: Values(MPI.COMM_SELF, PrivateMemory(device.vectors), *on_device))
         if grid.replicas == 1:
-            return OrderedSum(there, microbatches, grid.team.clock, leaf=config.leaf), private, []
+            own = together(lambda: OrderedSum(there, microbatches, grid.team.clock, leaf=config.leaf))
+            return own, private, []
         flat = layout.updated, *flat[1:]  # on the host there are gradients alone
     slots = depth(grid.replica, grid.replicas, microbatches, config.leaf)
     values_bytes, slot_bytes = (bytes_of(size, layout.dtype) for size in (flat[0], layout.summed))
