@@ -167,7 +167,13 @@ def evaluate(
     Raises RunError as mpiml.train.train does.
     """
     team = Team(MPI.COMM_WORLD if comm is None else comm, Clock())
-    asked: dict[str, Any] = {"pipe": pipe, "label": label, "token_dtype": token_dtype, "held_out": held_out, "arrays": arrays}
+    asked: dict[str, Any] = {
+        "pipe": pipe,
+        "label": label,
+        "token_dtype": token_dtype,
+        "held_out": held_out,
+        "arrays": arrays,
+    }
     asked |= {"device": device, "share_devices": share_devices}
     asked["validation"] = None if validation else 0.0  # None: as in the run
     code = {"data": data, "model": model, "loss": loss, "metric": metric}

@@ -33,7 +33,11 @@ UNLOCKED = "MPIML_FAKE_UNLOCKED"  # if set, no memory of the host can be locked
 MEMORY = 4e9  # bytes, unless the name of a device says so
 COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._foreach_copy_.default)
 ARRAYS = (torch.Tensor.numpy, torch.Tensor.__array__)
-VIEWS = (torch.Tensor.to, torch.as_tensor, torch.asarray)  # calls that may name a device and return what they were given
+VIEWS = (
+    torch.Tensor.to,
+    torch.as_tensor,
+    torch.asarray,
+)  # calls that may name a device and return what they were given
 
 
 def seen(node: str, ranks: int) -> list[tuple[str, str]]:
@@ -111,7 +115,7 @@ class OnFake(OnDevice):
         super().__init__(device)
         self._sides = sides
 
-    def sqrt(self, a: Tensor, out: Tensor) -> Tensor:  # type: ignore[override]
+    def sqrt(self, a: Tensor, out: Tensor) -> Tensor:
         """The root. PyTorch's on the processor is not always the nearest number."""
         with self._sides.off():
             np.sqrt(a.numpy(), out=out.numpy())
@@ -122,7 +126,8 @@ class Sides(TorchDispatchMode):  # type: ignore[misc]
     """Knows which tensors lie on the device, and refuses operations that mix them with others.
 
     What an operation makes lies where its arguments do; if it has none, on the host, unless the call names a device, as
-    by `device=x.device`. The text "cpu" names the host. As on a GPU, numbers of the host, tensors without axes, may be mixed with tensors there.
+    by `device=x.device`. The text "cpu" names the host. As on a GPU, numbers of the host, tensors without axes, may be
+    mixed with tensors there.
     """
 
     _entered: Sides | None = None

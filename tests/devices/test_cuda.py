@@ -1,5 +1,7 @@
 """What is said where there is no GPU; on machines with one, `seen` is asked for it."""
 
+# ruff: noqa: E402 - PyTorch first
+
 from __future__ import annotations
 
 import os
@@ -46,7 +48,9 @@ def test_pytorch_without_cuda() -> None:
 
 def test_a_driver_without_gpus(built: Any) -> None:
     built()
-    with pytest.raises(ConfigError, match=r"^--device cuda: there is a driver, but no GPU that .*CUDA_VISIBLE_DEVICES$"):
+    with pytest.raises(
+        ConfigError, match=r"^--device cuda: there is a driver, but no GPU that .*CUDA_VISIBLE_DEVICES$"
+    ):
         cuda.seen("node")
 
 
