@@ -31,7 +31,7 @@ def test_same_bits(table: Table, layout: str, feature: str) -> None:
 @pytest.mark.parametrize("layout", ["owner"])
 @pytest.mark.parametrize("feature", list(ON_DEVICES))
 def test_a_device_computes_what_the_processor_does(table: Table, layout: str, feature: str) -> None:
-    """But for rounding, which Adam makes much of where a gradient is zero but for it; and the first step that is compared has an effect on the next."""
+    """But for rounding, of which Adam makes much where a gradient is zero but for it. Each step changes the loss."""
     job, plain = table.on(layout, feature), table.alone(feature)
     assert job.code == 0, job.err
     losses, expected = ([line["loss"] for line in one.metrics if "loss" in line] for one in (job, plain))
