@@ -116,7 +116,7 @@ class OnFake(OnDevice):
         super().__init__(device)
         self._sides = sides
 
-    def sqrt(self, a: Tensor, out: Tensor) -> Tensor:  # type: ignore[override]
+    def sqrt(self, a: Tensor, out: Tensor) -> Tensor:
         """The root. PyTorch's on the processor is not always the nearest number."""
         with self._sides.off():
             np.sqrt(a.numpy(), out=out.numpy())
@@ -127,7 +127,8 @@ class Sides(TorchDispatchMode):  # type: ignore[misc]
     """Knows which tensors lie on the device, and refuses operations that mix them with others.
 
     What an operation makes lies where its arguments do; if it has none, on the host, unless the call names a device, as
-    by `device=x.device`. The text "cpu" names the host. As on a GPU, numbers of the host, tensors without axes, may be mixed with tensors there.
+    by `device=x.device`. The text "cpu" names the host. As on a GPU, numbers of the host, tensors without axes, may be
+    mixed with tensors there.
     """
 
     _entered: Sides | None = None

@@ -97,7 +97,8 @@ class SumOfOwners(_Fetched):
                 np.copyto(out, total)
         self._sum.publish()
         self.values.sent = of_sum.sent
-        self._device.put(of_sum.vector[: of_sum.updated], self.gradients[0][: of_sum.updated])
+        summed = of_sum.vector[: len(self.gradients[0])]  # without what pads it to a device's boundary
+        self._device.put(summed, self.gradients[0])
         self._device.settle()
 
     def total(self, index: int, out: Vector) -> Vector:

@@ -190,7 +190,8 @@ ON_DEVICES = {
     "there-lamb": feature(
         "conv:net",
         CONV,
-        "--batch 60 --microbatches 12 --leaf 2 --lr 0.01 --optimizer lamb --rates layers.1.*=0,*.bias=3 --dtype float64",
+        "--batch 60 --microbatches 12 --leaf 2 --lr 0.01 --optimizer lamb --rates layers.1.*=0,*.bias=3 "
+        "--dtype float64",
         *("owners", "sharers-nodes", "to-sharers"),
     ),
     "there-bfloat16": feature(

@@ -44,7 +44,8 @@ class Layout:
     def words(self) -> str:
         """The layout in a command: environment and flags."""
         nodes = f"MPIML_NODES={self.nodes} " if self.nodes else ""
-        return f"{'HALVE=1 ' if self.halved else ''}{nodes}{self.devices} {self.flags}{' --resume' if self.resumed else ''}"
+        halved, resume = "HALVE=1 " if self.halved else "", " --resume" if self.resumed else ""
+        return f"{halved}{nodes}{self.devices} {self.flags}{resume}"
 
 
 def named(*layouts: tuple[int, str, str]) -> dict[str, Layout]:

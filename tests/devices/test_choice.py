@@ -1,5 +1,7 @@
 """Which device a rank takes, and in what words ranks are refused that cannot all compute on one."""
 
+# ruff: noqa: E402 - PyTorch first
+
 from __future__ import annotations
 
 import sys

@@ -1,5 +1,7 @@
 """What is said where there is no GPU; on machines with one, `seen` is asked for it."""
 
+# ruff: noqa: E402 - PyTorch first
+
 from __future__ import annotations
 
 import os

@@ -1,5 +1,7 @@
 """What lies on a device, how it gets there and back, and which pages are locked."""
 
+# ruff: noqa: E402 - PyTorch first
+
 from __future__ import annotations
 
 import math
@@ -184,7 +186,7 @@ def test_a_module_that_was_lent_comes_back_with_what_a_call_has_made_and_after_a
             return x
 
     module = Counting()
-    with pytest.raises(ZeroDivisionError), device.lent(module):
+    with pytest.raises(ZeroDivisionError), device.lent(module):  # noqa: PT012 - a call, then an error
         module(device.tensor(np.array([1.0, 2.0], "f4")))
         raise ZeroDivisionError
     assert not any(device._sides.is_there(tensor) for tensor in module.buffers())

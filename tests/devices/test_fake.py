@@ -1,5 +1,7 @@
 """The pretended device shows what would go wrong on a GPU."""
 
+# ruff: noqa: E402 - PyTorch first
+
 from __future__ import annotations
 
 from typing import Any
