@@ -95,16 +95,18 @@ class Device(Host):
                 self._locked.append((first, end))
 
     def unlock(self, *arrays: Array) -> None:
-        """Undo `lock`; to be called before the memory of these arrays is given back."""
+        """Undo `lock`, of all arrays if none are given; to be called before their memory is given back."""
+        if not arrays:
+            while self._locked:
+                self._unlock(self._locked.pop()[0])
+            self._staging = None
         for start, stop in _joined(sorted(_pages(array) for array in arrays)):
             for one in [one for one in self._locked if start <= one[0] and one[1] <= stop]:
                 self._locked.remove(one)
                 self._unlock(one[0])
 
     def free(self) -> None:
-        while self._locked:
-            self._unlock(self._locked.pop()[0])
-        self._staging = None
+        self.unlock()
 
     @property
     def locked(self) -> int:

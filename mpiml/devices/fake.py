@@ -86,6 +86,10 @@ class Fake(Device):
             vector = torch.full((size,), math.nan, dtype=dtype_of(dtype))
         return self._sides.put(vector)
 
+    def free(self) -> None:
+        super().free()
+        Sides.end()
+
     def memory(self) -> tuple[int, int]:
         return self._size - self._used, self._size
 
@@ -147,6 +151,14 @@ class Sides(TorchDispatchMode):  # type: ignore[misc]
             cls._entered.__enter__()
             cls._entered.calls.__enter__()
         return cls._entered
+
+    @classmethod
+    def end(cls) -> None:
+        """Watch no more; devices that are there lose their memory."""
+        if cls._entered is not None:
+            cls._entered.calls.__exit__(None, None, None)
+            cls._entered.__exit__(None, None, None)
+            cls._entered = None
 
     @classmethod
     def on_there(cls, tensor: Tensor) -> bool:
@@ -233,7 +245,7 @@ class Calls(TorchFunctionMode):  # type: ignore[misc]
             self._arguments = before
         if isinstance(made, Tensor):
             named = kwargs.get("device", args[1] if func is Tensor.to and len(args) > 1 else None)
-            if isinstance(named, torch.device) and not self._sides.is_there(made):
+            if isinstance(named, torch.device) and named.type == "cpu" and not self._sides.is_there(made):
                 return self._sides.put(made.clone() if func in VIEWS else made)
             if (func is Tensor.cpu or named == "cpu") and self._sides.is_there(made):
                 return self._sides.drop(made.clone())

@@ -46,8 +46,11 @@ class Host:
     def wait(self) -> None:
         """Return when all that has been computed and copied is there; for measurements."""
 
+    def unlock(self, *arrays: Any) -> None:
+        """Let go of memory of the host that is locked for the device."""
+
     def free(self) -> None:
-        """Give back what the device holds of the host."""
+        """Give back what the device holds of the host. It is not used any more."""
 
     @contextmanager
     def named_memory(self, what: str) -> Iterator[None]:

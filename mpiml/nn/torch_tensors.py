@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +48,10 @@ def prepare_torch(threads: int) -> None:
     torch.set_num_threads(threads)
     with suppress(RuntimeError):  # raised if it has been set, or such threads have been started, before
         torch.set_num_interop_threads(1)
-    torch.use_deterministic_algorithms(True)
+    if "torch._dynamo" in sys.modules:  # modules may be compiled, of which the compiler is to know, too
+        torch.use_deterministic_algorithms(True)
+    else:
+        torch.set_deterministic_debug_mode("error")  # the same, but it does not load the compiler for seconds
     torch.utils.deterministic.fill_uninitialized_memory = False  # only helps to find bugs, and is slow
 
 

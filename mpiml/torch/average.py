@@ -254,7 +254,7 @@ class Average:
         """Agree with all ranks that nothing more is averaged, and let go of what it was summed in; collective."""
         self.meetings.end()
         self.slots.clear()
-        self.device.free()
+        self.device.unlock()
         self._there = None
         self._arrays, self._total = [], None
 
@@ -266,7 +266,7 @@ class Average:
             self.team.comm, self._places.like, microbatches, self._memory, finite=False, numbers=COLUMNS
         )
         device, slots = self.device, self.sum.slots.trees
-        device.free()  # what it holds of the slots before
+        device.unlock()  # the slots before
         self._there = self._places.there(device) if isinstance(device, Device) else None
         if self._there:
             self._there.lock(*slots)

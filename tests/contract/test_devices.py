@@ -55,7 +55,7 @@ REFUSED = {
     "--share-devices": "--share-devices --device auto: there are none",
     "MPIML_FAKE_DEVICES=a --device fake --model plain:net": "2 ranks for 1 device, so ranks 0 and 1 would use the same",
     "MPIML_FAKE_DEVICES= --device fake --model plain:net": "MPIML_FAKE_DEVICES is empty, so there are none",
-    "MPIML_FAKE_DEVICES=a:0.001,a:0.001 --device fake --model plain:net": "elements needs ",
+    "MPIML_FAKE_DEVICES=a:0.001,a:0.001 --device fake --model plain:net": "the model needs ",
 }
 
 

@@ -226,10 +226,16 @@ def test_what_does_not_fit_is_said_with_its_size() -> None:
     small = Fake(0, "a:1", alone=True)
     small.empty(100_000, "f8")
     assert small.memory() == (200_000, 1_000_000)
-    with pytest.raises(
-        ConfigError,
-        match=r"--device fake: a vector of 25,001 elements needs 0\.0002 GB on a:1, of which 0\.0002 of 0\.001 GB are "
-        r"free; fewer rows in a micro-batch \(more --microbatches\), more stages",
+    needs = r"^--device fake: the model needs 0\.0002 GB on a:1, of which 0\.0002 of 0\.001 GB are free; more stages"
+    with pytest.raises(ConfigError, match=needs):
+        small.check_memory(200_001, "the model")
+    small.check_memory(200_000, "the model")
+    small.ranks = 2
+    with pytest.raises(ConfigError, match=r"the model needs 2 times 0\.0001 GB on a:1, of which"):
+        small.check_memory(100_001, "the model")
+    with (
+        pytest.raises(ConfigError, match="too little memory on a:1 for a vector: a vector of 25,001 elements does not"),
+        small.named_memory("a vector"),
     ):
         small.empty(25_001, "f8")
     small.empty(25_000, "f8")
