@@ -3,6 +3,7 @@
 # make test-slurm            the job scripts, on a SLURM that the tests start on this machine
 # make lint, make bench
 # make chaos                 jobs are killed, stopped, and worse, for a quarter of an hour    MINUTES=60 SEED=5 PARTS=kills,power
+# make gpu-check             bits, speed, transfers on a GPU, which needs PyTorch: about 6 minutes    DEVICE=fake
 # make example-cnn           digits as images, by convolution   on 4 ranks
 # make example-gpt           a language model of Python's own source, beside a bigram model
 # make example-nanogpt       the same with the settings that nanoGPT has for computers without GPUs: some minutes
@@ -19,6 +20,7 @@ PYTHON ?= python3
 NP     ?= 16
 ARGS   ?=
 MINUTES ?= 15
+DEVICE ?= cuda
 
 VENV  := .venv/$(MPI)
 BIN   := $(VENV)/bin
@@ -40,7 +42,7 @@ export OMPI_MCA_rmaps_base_oversubscribe ?= 1
 export OMPI_ALLOW_RUN_AS_ROOT ?= 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM ?= 1
 
-.PHONY: train test test-slurm lint bench chaos example-cnn example-gpt example-nanogpt example-own example-torch \
+.PHONY: train test test-slurm lint bench gpu-check chaos example-cnn example-gpt example-nanogpt example-own example-torch \
 	example-scaling example-batches example-apart example-slow-network clean
 .DELETE_ON_ERROR:
 
@@ -69,8 +71,14 @@ chaos: $(VENV)/tested
 	$(BIN)/python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(if $(PARTS),--parts $(PARTS)) $(ARGS)
 
 # PyTorch is not installed here: which of its builds fits the machine, and how large it may be, is not ours to say.
+NEEDS_TORCH = @$(BIN)/python -c "import torch" || { echo 'it takes PyTorch: $(BIN)/python -m pip install torch'; exit 1; }
+
+gpu-check: $(VENV)/installed
+	$(NEEDS_TORCH)
+	$(BIN)/python -m mpiml.bench.gpu_check --device $(DEVICE) --json gpu-check.json $(ARGS)
+
 example-torch: $(VENV)/installed
-	@$(BIN)/python -c "import torch" || { echo 'it takes PyTorch: $(BIN)/python -m pip install torch'; exit 1; }
+	$(NEEDS_TORCH)
 	$(MPIRUN) -n 4 $(BIN)/python -m mpiml.train --model mpiml.examples.torch_resnet:resnet \
 		--data mpiml.examples.torch_resnet:images --pipe 2 --epochs 8 --batch 64 --lr 0.002 --decay cosine $(ARGS)
 

@@ -312,6 +312,24 @@ class Config:
         metavar="MB",
     )
     threads: int = setting(1, ARITHMETIC, "BLAS threads per rank", low=1)
+    device: str = setting(
+        "auto",
+        ARITHMETIC,
+        "what computes a model of PyTorch modules; auto: the processor, as cpu; cuda: the GPU of each rank; fake: a "
+        "pretended one, for tests",
+        choices=["auto", "cpu", "cuda", "fake"],
+        on_resume=True,
+    )
+    share_devices: bool = setting(
+        False, GRID, "let several ranks use one GPU; each keeps a copy of the model there", on_resume=True
+    )
+    tf32: bool = setting(False, ARITHMETIC, "let products on a GPU round their factors to TF32: faster, less exact")
+    autocast: str = setting(
+        "none",
+        ARITHMETIC,
+        "type in which PyTorch computes what is safe in it (torch.autocast); weights and sums keep theirs",
+        choices=["none", "bfloat16"],
+    )
 
     eval_every: int = setting(
         100, RUN, "steps between evaluations, also after the last; 0: never", low=0, on_resume=True

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from mpiml.command import Parser, run_command, whole
+from mpiml.devices.choice import KINDS
 
 
 def _text(text: str) -> str:
@@ -57,6 +58,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--raw-weights", action="store_true", help=words)
     words = "score the rows that the run has set aside by --validation, in place of the test rows"
     parser.add_argument("--validation", action="store_true", help=words)
+    words = "what computes a model of PyTorch modules, as for mpiml.train (default: cpu, whatever the run had)"
+    parser.add_argument("--device", choices=KINDS, default="cpu", help=words)
+    words = "let several ranks use one GPU"
+    parser.add_argument("--share-devices", action="store_true", help=words)
     parser.add_argument("--pipe", type=whole(), default=1, metavar="N", help="pipeline stages (default: 1)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser.parse_args(arguments)
@@ -78,6 +83,7 @@ from mpiml import documents
 from mpiml.clock import Clock
 from mpiml.data.dataset import Dataset
 from mpiml.data.preparation import prepared
+from mpiml.devices.choice import is_host
 from mpiml.errors import ConfigError, freed
 from mpiml.parallel import grid as grids
 from mpiml.parallel.grid import Grid
@@ -128,6 +134,8 @@ def evaluate(
     predictions: str | None = None,
     probabilities: bool = False,
     raw_weights: bool = False,
+    device: str = "cpu",
+    share_devices: bool = False,
     pipe: int = 1,
     comm: MPI.Intracomm | None = None,
     model: Model | None = None,
@@ -149,6 +157,7 @@ def evaluate(
         probabilities: whether to write the probabilities of all classes, (rows, *labels, classes), or with --loss bce
             that of 1, in the labels' shape.
         raw_weights: whether to score the weights themselves, not the average that a run with --ema keeps.
+        device, share_devices: as Config has them, but on the processor by default, whatever the run had.
         pipe, comm: stages; the ranks, all of the job's by default.
         model: what the run was trained with, as `train` takes it, or its name, package.module:function.
         loss, metric: by name, as Config has them; by default as the run did.
@@ -158,7 +167,14 @@ def evaluate(
     Raises RunError as mpiml.train.train does.
     """
     team = Team(MPI.COMM_WORLD if comm is None else comm, Clock())
-    asked = {"pipe": pipe, "label": label, "token_dtype": token_dtype, "held_out": held_out, "arrays": arrays}
+    asked: dict[str, Any] = {
+        "pipe": pipe,
+        "label": label,
+        "token_dtype": token_dtype,
+        "held_out": held_out,
+        "arrays": arrays,
+    }
+    asked |= {"device": device, "share_devices": share_devices}
     asked["validation"] = None if validation else 0.0  # None: as in the run
     code = {"data": data, "model": model, "loss": loss, "metric": metric}
     load = functools.partial(stored_model, run, checkpoint, asked, code, raw_weights)
@@ -166,6 +182,8 @@ def evaluate(
     with Guard(team, PROGRAM) as guard:
         one_job.check_size(MPI.COMM_WORLD.size)
         team.check_alike(one_job.software())
+        if share_devices and is_host(device):
+            raise ConfigError(f"--share-devices --device {device}: there are none; give --device cuda too")
         stored = team.on_rank_0(lambda: _stored(load, asked, predicted))
         team.together(lambda: check_ranks(team.size, pipe))
         with Watch(team.comm.Dup(), team.clock, stored.config.stall_timeout, guard.fail), np.errstate(all="ignore"):
@@ -230,8 +248,8 @@ def _scored(
     layouts, metric = built.layouts, built.metric
     check = functools.partial(_checked, built)
     team.on_rank_0(lambda: check(stored))  # before memory that only a forged checkpoint asks for is
-    values, problem = place_values(config, grid, layouts[grid.stage])
-    with freed(values, grid.comm.size):
+    values, problem = place_values(config, grid, layouts[grid.stage], built.device)
+    with freed(built.device, 1), freed(values, grid.comm.size), built.device.named_memory("an evaluation"):
         stored = read_model(stored, lambda bad: check(load(damaged=bad)), built.constants, values, layouts, grid)
         for note in [*stored.notes, *data.notes, *seen.notes, *([f"warning: {problem}"] if problem else [])]:
             if grid.comm.rank == 0:

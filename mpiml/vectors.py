@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -10,8 +11,12 @@ from numpy.typing import DTypeLike, NDArray
 Vector = NDArray[np.floating]
 
 ALIGNMENT = 64  # bytes: a cache line, and an AVX-512 register
+BOUNDARY = 256  # bytes: where parameters start on a GPU, whose products choose algorithms by it
 BLOCK = 1 << 14  # elements: the unit of norms and of ownership
 PIECE = 1 << 16  # elements: a piece's values, gradient, states and scratch fit a core's cache together
+
+# With the functions below, all that updates compute with; vectors on a device have the same (mpiml.devices.arithmetic).
+multiply, add, subtract, divide, sqrt, piece = np.multiply, np.add, np.subtract, np.divide, np.sqrt, PIECE
 
 
 @dataclass(frozen=True)
@@ -54,9 +59,10 @@ def bytes_of(size: int, dtype: DTypeLike) -> int:
     return -(-size * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT
 
 
-def padded(size: int, dtype: DTypeLike) -> int:
-    """The elements that an array of `size` takes in a vector where the next one starts on a 64-byte boundary."""
-    return bytes_of(size, dtype) // np.dtype(dtype).itemsize
+def padded(size: int, dtype: DTypeLike, boundary: int = ALIGNMENT) -> int:
+    """The elements that an array of `size` takes in a vector where the next one starts on a `boundary`, in bytes."""
+    itemsize = np.dtype(dtype).itemsize
+    return -(-size * itemsize // boundary) * boundary // itemsize
 
 
 def blocks(
@@ -101,6 +107,7 @@ class Operands:
     total: Vector  # the gradient, summed over the batch
     decays: bool  # whether weight decay applies
     average: Vector | None = None  # of the values over the steps so far, if one is kept; changed in place
+    xp: Any = np  # the namespace of what computes with them: NumPy's, or a device's with the same names
     trust: float = 1.0  # the trust ratio of a matrix, where the optimizer has one
 
 
@@ -109,14 +116,14 @@ def average(on: Operands, rows: int, momentum: float) -> None:
     infinite, does not matter."""
     value, (mean, _) = on.value, on.scratch
     if momentum == 1:
-        np.divide(on.total, rows, out=value)
+        on.xp.divide(on.total, rows, out=value)
         return
-    np.multiply(on.total, 1.0 / rows, out=mean)
-    approach(value, mean, momentum, mean)
+    on.xp.multiply(on.total, 1.0 / rows, out=mean)
+    approach(value, mean, momentum, mean, on.xp)
 
 
-def approach(average: Vector, value: Vector, part: float, scratch: Vector) -> None:
+def approach(average: Vector, value: Vector, part: float, scratch: Vector, xp: Any = np) -> None:
     """average += part * (value - average). Overwrites `scratch`, which may be `value`."""
-    np.subtract(value, average, out=scratch)
-    np.multiply(scratch, part, out=scratch)
-    np.add(average, scratch, out=average)
+    xp.subtract(value, average, out=scratch)
+    xp.multiply(scratch, part, out=scratch)
+    xp.add(average, scratch, out=average)

@@ -70,6 +70,14 @@ def launch(ranks: int, *arguments: str, limit: float = LIMIT, **environment: str
     return done
 
 
+@pytest.fixture(autouse=True, scope="module")
+def no_pretended_device() -> Iterator[None]:
+    """After the tests of a file, operations are not watched for devices that one of them has opened."""
+    yield
+    if fake := sys.modules.get("mpiml.devices.fake"):
+        fake.Sides.end()
+
+
 def pytest_collection_finish() -> None:
     """What is imported and collected stays: a collection of garbage need not look through it, a third of a second."""
     gc.freeze()

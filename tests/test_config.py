@@ -90,6 +90,10 @@ OTHERS = {
     "memory": ("private", '"private"', "private"),
     "bucket": ("2.5", "2.5", 2.5),
     "threads": ("2", "2", 2),
+    "device": ("cuda", '"cuda"', "cuda"),
+    "share_devices": ("", "true", True),
+    "tf32": ("", "true", True),
+    "autocast": ("bfloat16", '"bfloat16"', "bfloat16"),
     "eval_every": ("0", "0", 0),
     "eval_rows": ("32", "32", 32),
     "out": ("runs/a", '"runs/a"', "runs/a"),
@@ -125,6 +129,7 @@ LAYOUT_AND_LOGGING |= {
     "look",
 }
 LAYOUT_AND_LOGGING |= {"balance", "recompute", "keep_best", "best", "patience", "noise_scale", "workers", "stop_grace"}
+LAYOUT_AND_LOGGING |= {"device", "share_devices"}
 PLACES = {
     "data",
     "init",

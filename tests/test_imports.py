@@ -20,12 +20,13 @@ NO_MPI = [
     *("mpiml.run.checkpoint", "mpiml.run.launcher"),
     *(
         f"mpiml.training.{name}"
-        for name in ("task", "resolve", "model", "constants", "stages", "job", "saved", "export")
+        for name in ("task", "resolve", "model", "constants", "stages", "job", "device_memory", "saved", "export")
     ),
     *("mpiml.plan", "mpiml.compare", "mpiml.report", "mpiml.scaling", "mpiml.predict", "mpiml.export"),
 ]
 JOBS = ("mpiml.scaling.timing", "mpiml.predict.calibration")  # which those start
 TORCH = [  # need an extra, PyTorch: loaded only where it is
+    *(f"mpiml.devices.{name}" for name in ("arithmetic", "cuda", "device", "fake")),
     *(
         f"mpiml.nn.torch_{name}"
         for name in (
@@ -43,6 +44,7 @@ TORCH = [  # need an extra, PyTorch: loaded only where it is
             "trial",
         )
     ),
+    "mpiml.plan.torch_memory",
     *("mpiml.examples.torch_resnet", "mpiml.examples.own_loop_torch", "mpiml.examples.ddp_loop", "mpiml.export.onnx"),
     *(
         "mpiml.torch",

@@ -1,6 +1,7 @@
 """Random numbers are a function of seed and purpose alone."""
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,3 +76,54 @@ def test_draws_names_the_generators_that_are_drawn_from() -> None:
         random.random()
     assert draws.which == {"Python"}
     assert np.random.get_state()[1].tolist() == before
+
+
+class Gpu:
+    """What torch.cuda has of the generator of a GPU, for a generator on the host."""
+
+    def __init__(self, torch: Any):
+        self.generator = torch.Generator()
+        self.manual_seed, self.set_rng_state = self.generator.manual_seed, self.generator.set_state
+        self.states: list[Any] = []  # which stay, so that each has memory of its own
+
+    def get_rng_state(self) -> Any:
+        self.states.append(self.generator.get_state())
+        return self.states[-1]
+
+    def is_initialized(self) -> bool:
+        return True
+
+
+def test_the_generator_of_a_gpu_is_keyed_with_that_of_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    gpu = Gpu(torch)
+    monkeypatch.setattr(torch, "cuda", gpu)
+
+    def drawn() -> tuple[float, float]:
+        return float(torch.rand(())), float(torch.rand((), generator=gpu.generator))
+
+    torch.default_generator.manual_seed(1)
+    gpu.manual_seed(2)
+    expected = drawn()
+    torch.default_generator.manual_seed(1)
+    gpu.manual_seed(2)
+    with keyed(["PyTorch"], 7, "forward", 3):
+        first = drawn()
+    with keyed(["PyTorch"], 7, "forward", 4):
+        other = drawn()
+    with keyed(["PyTorch"], 7, "forward", 3):
+        assert drawn() == first
+    assert all(one != two for one, two in zip(first, other, strict=True))
+    assert drawn() == expected
+
+
+def test_draws_knows_what_is_drawn_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    gpu = Gpu(torch)
+    monkeypatch.setattr(torch, "cuda", gpu)
+    with Draws(0) as draws:
+        pass
+    assert draws.which == frozenset()
+    with Draws(0) as draws:
+        torch.rand((), generator=gpu.generator)
+    assert draws.which == {"PyTorch"}

@@ -8,9 +8,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import mpiml
@@ -87,9 +88,29 @@ def error_of(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return {"error": f"exit code {done.returncode}: {fault_line(done.stderr, *FAULT)}"}
 
 
-def run(ranks: int, arguments: Sequence[str], nodes: str = "", avx512: bool = True) -> subprocess.CompletedProcess[str]:
-    """A job of Python on some ranks, in a temporary directory; `nodes` as in MPIML_NODES."""
-    env = environment() | ({"MPIML_NODES": nodes} if nodes else {}) | ({} if avx512 else AVX2)
+def run(
+    ranks: int,
+    arguments: Sequence[str],
+    nodes: str = "",
+    avx512: bool = True,
+    variables: Mapping[str, str] = MappingProxyType({}),
+) -> subprocess.CompletedProcess[str]:
+    """A job of Python on some ranks, in a temporary directory; `nodes` as in MPIML_NODES; `variables` are put into its
+    environment."""
+    env = environment() | ({"MPIML_NODES": nodes} if nodes else {}) | ({} if avx512 else AVX2) | dict(variables)
     with tempfile.TemporaryDirectory() as directory:
-        command = [mpirun(), "-n", str(ranks), sys.executable, *arguments]
-        return subprocess.run(command, check=False, capture_output=True, text=True, env=env, timeout=600, cwd=directory)
+        return subprocess.run(
+            command(ranks, arguments),
+            check=False,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env=env,
+            timeout=600,
+            cwd=directory,
+        )
+
+
+def command(ranks: int, arguments: Sequence[str]) -> list[str]:
+    """The command of a job of Python on some ranks."""
+    return [mpirun(), "-n", str(ranks), sys.executable, *arguments]

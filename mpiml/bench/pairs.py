@@ -15,14 +15,21 @@ PAIRS = 9
 Action = Callable[[], None]
 
 
-def ratio(comm: MPI.Intracomm, over: Action | None, under: Action | None, repeats: int, factor: float = 1.0) -> Ratio:
+def ratio(
+    comm: MPI.Intracomm,
+    over: Action | None,
+    under: Action | None,
+    repeats: int,
+    factor: float = 1.0,
+    pairs: int = PAIRS,
+) -> Ratio:
     """`factor` times the time of `over`, on the slowest rank, over that of `under`: the rate of `under` over that of
     `over`.
 
     A rank that takes no part in an action has None in its place and sleeps. A first pair warms up and does not count.
     """
     ratios = []
-    for pair in range(PAIRS + 1):
+    for pair in range(pairs + 1):
         spent = np.zeros(2)
         for index, action in ((0, over), (1, under)) if pair % 2 else ((1, under), (0, over)):
             quiet_barrier(comm)

@@ -18,7 +18,7 @@ from mpiml.usercode import is_name
 FROM_THE_START = ("init", "init_partial", "init_names", "workers")
 OF_DECAY = ("decay_steps", "lr_floor")  # they do nothing where the learning rate does not fall
 MICROBATCHES, ALLREDUCE = "--microbatches", "--allreduce"
-BITS = ("processor", "BLAS", "NumPy", "mpiml")  # of the environment, what bits depend on most
+BITS = ("processor", "device", "BLAS", "NumPy", "mpiml")  # of the environment, what bits depend on most
 NOTHING = "nothing that is known of them explains it: look for memory errors, a faulty node"
 
 

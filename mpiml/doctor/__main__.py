@@ -12,21 +12,29 @@ import sys
 from collections.abc import Sequence
 
 from mpiml.command import Parser, run_command, whole
+from mpiml.devices.choice import KINDS, is_host
+from mpiml.errors import ConfigError
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The parsed command line. Raises ConfigError for what is wrong in it; `--help` prints and raises SystemExit."""
     parser = Parser(
         prog="python -m mpiml.doctor",
-        usage="[mpirun -n RANKS] python -m mpiml.doctor [--threads N] [--json]",
+        usage="[mpirun -n RANKS] python -m mpiml.doctor [--threads N] [--device cuda [--share-devices]] [--json]",
         description="Examine the MPI job that runs it: where its ranks are, how fast they compute, copy and send. "
         "Print what is wrong and what to do; exit code 1 if there is a problem.",
         allow_abbrev=False,
     )
     help = "BLAS threads of each rank (default: 1)"
     parser.add_argument("--threads", type=whole(), default=1, metavar="N", help=help)
+    help = "also look at the GPU of each rank, and measure how fast vectors get there and back; fake: a pretended one"
+    parser.add_argument("--device", choices=KINDS, default="auto", help=help)
+    parser.add_argument("--share-devices", action="store_true", help="several ranks may use one GPU")
     parser.add_argument("--json", action="store_true", help="print facts and findings as JSON")
-    return parser.parse_args(arguments)
+    chosen = parser.parse_args(arguments)
+    if chosen.share_devices and is_host(chosen.device):
+        raise ConfigError(f"--share-devices --device {chosen.device}: there are none; give --device cuda too")
+    return chosen
 
 
 if __name__ == "__main__":
@@ -42,8 +50,8 @@ from mpiml.clock import Clock
 from mpiml.doctor import probes
 from mpiml.doctor.facts import examine
 from mpiml.doctor.judge import judge, screen
+from mpiml.doctor.judge_devices import judge_devices
 from mpiml.documents import to_json
-from mpiml.errors import ConfigError
 from mpiml.run import alarm, one_job
 from mpiml.run.failure import Guard, exit_code
 from mpiml.run.process import prepare_process
@@ -79,8 +87,8 @@ def _examine(arguments: Sequence[str], age: float) -> int:
         return exit_code(error)
     alarm.during("examining the job")
     prepare_process(chosen.threads)
-    facts = examine(comm, age, chosen.threads, wrong)
-    findings = judge(facts)
+    facts = examine(comm, age, chosen.threads, wrong, chosen.device, chosen.share_devices)
+    findings = [*judge(facts), *judge_devices(facts)]
     if chosen.json and not silent:
         content = {"mpiml": mpiml.__version__, "facts": asdict(facts), "findings": [asdict(f) for f in findings]}
         print(to_json(content, indent=2), flush=True)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from mpi4py import MPI
 
+from mpiml.devices.choice import is_host
 from mpiml.doctor import probes
+from mpiml.doctor.devices import Devices, examine_devices
 from mpiml.parallel.grid import nodes_of_ranks
 from mpiml.run import environment, one_job
 from mpiml.run.offsets import clock_offset
@@ -53,6 +55,7 @@ class Facts:
         skew: by the first rank of a node, how far its clock is ahead of rank 0's.
         blas_threads: BLAS threads of a rank.
         launch: the error in the way the job was started; empty if there is none.
+        devices: those that ranks take, if these are asked for.
     """
 
     mpi: str
@@ -68,6 +71,7 @@ class Facts:
     skew: dict[int, float]
     blas_threads: int = 1
     launch: str = ""
+    devices: Devices | None = None
 
     def nodes(self) -> dict[int, list[int]]:
         """The ranks of each node, by its first rank."""
@@ -85,8 +89,11 @@ class Facts:
         return len(ranks) * self.blas_threads > len(self.cores(ranks))
 
 
-def examine(comm: MPI.Intracomm, age: float, blas_threads: int, wrong: str) -> Facts:
-    """Gather and measure all facts; collective, known to all ranks. `wrong`: see Facts.launch."""
+def examine(
+    comm: MPI.Intracomm, age: float, blas_threads: int, wrong: str, device: str = "auto", share: bool = False
+) -> Facts:
+    """Gather and measure all facts; collective, known to all ranks. `wrong`: see Facts.launch; `device`, `share`: as
+    --device and --share-devices."""
     node = nodes_of_ranks(comm)
     firsts = sorted(set(node))
     neighbour = next((rank for rank in range(1, comm.size) if node[rank] == node[0]), None)
@@ -104,6 +111,7 @@ def examine(comm: MPI.Intracomm, age: float, blas_threads: int, wrong: str) -> F
         between=_link(comm, firsts[1]) if len(firsts) > 1 else None,
         blas_threads=blas_threads,
         launch=wrong,
+        devices=None if is_host(device) else examine_devices(comm, node, device, share),
     )
 
 

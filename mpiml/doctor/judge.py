@@ -25,7 +25,7 @@ class Finding:
 
 
 def judge(facts: Facts) -> list[Finding]:
-    """All findings, in the order of the screen."""
+    """All findings but those about devices, in the order of the screen."""
     parts = (_judge_mpi, _judge_nodes, _judge_libraries, _judge_rates, _judge_links)
     return [finding for part in parts for finding in part(facts)]
 

@@ -51,6 +51,7 @@ class Layer:
         needs_dx: False for the first layer that is optimised and those before it: their gradients by x are not used.
         block: the Recompute that it stands in, at the top level of a model.
         transparent: whether the layers inside it have the paths that they would have without it.
+        arrays: whether it takes and returns NumPy's arrays; else tensors, those of a device. It also takes arrays then.
         splits: whether backward leaves the gradients of its own parameters to `grads.later`, or they are small.
         least_rows: of a micro-batch that it can be trained on.
         notes: what a person should know before it is trained, a line each.
@@ -63,6 +64,7 @@ class Layer:
     needs_dx = True
     block: Any = None
     transparent = False
+    arrays = True
     splits = False
     least_rows = 1
     notes: Sequence[str] = ()
@@ -139,7 +141,7 @@ def forward(layers: Sequence[Layer], x: Array, at: At, learned: bool = False) ->
     backwards: list[tuple[Layer, Backward, Shape]] = []
     for layer in layers:
         y, backward_of_layer = _checked(layer, layer(x, at), at.training)
-        y = np.ascontiguousarray(y, x.dtype)
+        y = np.ascontiguousarray(y, x.dtype) if layer.arrays else y
         if y.shape != (needed := (len(x), *layer.output_shape(x.shape[1:]))):
             check_shape(layer, "outputs", y.shape, needed, "its output_shape says")
         # The backward pass ends at the first layer that needs it; those before that keep nothing of their call.
@@ -158,10 +160,11 @@ def forward(layers: Sequence[Layer], x: Array, at: At, learned: bool = False) ->
                     return None
                 if layer.needs_dx:
                     raise ConfigError(f"{_named(layer)} gives no gradient to the layers before it")
-                dx = np.zeros(shape, dy.dtype)  # those have running averages alone, which no gradient changes
+                # those have running averages alone, which no gradient changes
+                dx = np.zeros(shape, dy.dtype) if isinstance(dy, np.ndarray) else dy.new_zeros(shape)
             if (given := np.shape(dx)) != shape:
                 check_shape(layer, "gradients", given, shape, "its input has")
-            dy = np.ascontiguousarray(dx, dy.dtype)
+            dy = np.ascontiguousarray(dx, dy.dtype) if layer.arrays else dx
         return dy
 
     return x, backward

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mpiml.devices.host import HOST, Host
 from mpiml.errors import ConfigError
 from mpiml.nn.losses import Array, Labels, Loss
 from mpiml.nn.outputs import Outputs
@@ -33,6 +34,7 @@ class Sample:
         outputs: how the outputs meet the labels, if that is known.
         seed, threads: the run's.
         ignored: labels that the run turns into -1, if it does.
+        device: where the outputs are computed.
     """
 
     y: Array
@@ -42,6 +44,7 @@ class Sample:
     seed: int = 0
     threads: int = 1
     ignored: int | None = None
+    device: Host = HOST
 
 
 class OwnLoss:
@@ -62,17 +65,26 @@ class OwnLoss:
             if not isinstance(self.loss, type) and _takes_nothing(self.loss):
                 self.loss = self.loss()
             self._compute = self._of_torch_class(sample) or self._of_function(sample)
-        self.draws = _draws(sample.seed, lambda: self(*arguments), self.flag)
+
+        def score() -> Any:
+            total, weight, dy = self(*arguments)
+            return total, weight, sample.device.array(dy)  # tensors that are equal may have other pickles
+
+        self.draws = _draws(sample.seed, score, self.flag)
 
     def __call__(self, y: Array, labels: Labels, weights: Array | None = None) -> tuple[float, float, Array]:
         return self._compute(y, labels, weights)
+
+    @property
+    def takes_tensors(self) -> bool:
+        """Whether it takes outputs on a device as they are."""
+        return getattr(self._compute, "takes_tensors", False)
 
     def _of_torch_class(self, sample: Sample) -> Loss | None:
         torch = _torch_losses()
         if not (torch and torch.is_class(self.loss)):
             return None
-        arguments = sample.threads, sample.outputs, sample.y, sample.labels
-        loss: Loss = self._tried(lambda: torch.of_class(self.loss, self.flag, *arguments), sample)
+        loss: Loss = self._tried(lambda: torch.of_class(self.loss, self.flag, sample), sample)
         return loss
 
     def _of_function(self, sample: Sample) -> Loss:
@@ -89,7 +101,7 @@ class OwnLoss:
     def _of_torch_function(self, sample: Sample, error: Exception) -> Loss:
         """The function as PyTorch's, after it has raised an `error` as NumPy's."""
         if torch := _torch_losses():
-            loss = torch.TorchLoss(self.loss, self.flag, sample.threads, sample.outputs)
+            loss = torch.TorchLoss(self.loss, self.flag, sample.threads, sample.outputs, device=sample.device)
             try:
                 self._tried(lambda: loss.try_on(sample.y, sample.labels), sample)
                 if sample.ignored not in (None, -1):

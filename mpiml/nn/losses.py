@@ -124,7 +124,11 @@ class Accuracy:
     higher_is_better = True
 
     def sums(self, y: Array, labels: Labels) -> NDArray[np.float64]:
-        return np.array([np.count_nonzero(y.argmax(axis=-1) == labels), np.count_nonzero(labels != -1)], np.float64)
+        return self.sums_of_predicted(y.argmax(axis=-1), labels)
+
+    def sums_of_predicted(self, classes: Labels, labels: Labels) -> NDArray[np.float64]:
+        """The same of predicted classes (rows, ...)."""
+        return np.array([np.count_nonzero(classes == labels), np.count_nonzero(labels != -1)], np.float64)
 
     def value(self, totals: Sequence[float]) -> float:
         return totals[0] / totals[1] if totals[1] else math.nan

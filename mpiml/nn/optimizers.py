@@ -3,8 +3,6 @@
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from mpiml.vectors import Operands
 
 LARGEST = 1e30  # trust ratio: the next ones would be beyond float32
@@ -46,10 +44,10 @@ class Optimizer:
     def _gradient(self, on: Operands, scale: float) -> None:
         """scratch[0] = scale * total + weight_decay * value. Overwrites scratch[1]."""
         grad, spare = on.scratch
-        np.multiply(on.total, scale, out=grad)
+        on.xp.multiply(on.total, scale, out=grad)
         if self.weight_decay and on.decays:
-            np.multiply(on.value, self.weight_decay, out=spare)
-            np.add(grad, spare, out=grad)
+            on.xp.multiply(on.value, self.weight_decay, out=spare)
+            on.xp.add(grad, spare, out=grad)
 
 
 class SGD(Optimizer):
@@ -61,10 +59,10 @@ class SGD(Optimizer):
         grad, _ = on.scratch
         if self.weight_decay and on.decays:
             self._gradient(on, scale)
-            np.multiply(grad, rate, out=grad)
+            on.xp.multiply(grad, rate, out=grad)
         else:
-            np.multiply(on.total, scale * rate, out=grad)
-        np.subtract(on.value, grad, out=on.value)
+            on.xp.multiply(on.total, scale * rate, out=grad)
+        on.xp.subtract(on.value, grad, out=on.value)
 
 
 class Momentum(Optimizer):
@@ -84,15 +82,15 @@ class Momentum(Optimizer):
     def update(self, on: Operands, scale: float, rate: float, step: int) -> None:
         value, (velocity,), (grad, spare) = on.value, on.states, on.scratch
         self._gradient(on, scale)
-        np.multiply(velocity, self.momentum, out=velocity)
-        np.add(velocity, grad, out=velocity)
+        on.xp.multiply(velocity, self.momentum, out=velocity)
+        on.xp.add(velocity, grad, out=velocity)
         if self.nesterov:
-            np.multiply(velocity, self.momentum, out=spare)
-            np.add(grad, spare, out=grad)
-            np.multiply(grad, rate, out=grad)
+            on.xp.multiply(velocity, self.momentum, out=spare)
+            on.xp.add(grad, spare, out=grad)
+            on.xp.multiply(grad, rate, out=grad)
         else:
-            np.multiply(velocity, rate, out=grad)
-        np.subtract(value, grad, out=value)
+            on.xp.multiply(velocity, rate, out=grad)
+        on.xp.subtract(value, grad, out=value)
 
 
 class Adam(Optimizer):
@@ -119,31 +117,31 @@ class Adam(Optimizer):
     def update(self, on: Operands, scale: float, rate: float, step: int) -> None:
         value, (grad, spare) = on.value, on.scratch
         if self.decoupled:
-            np.multiply(on.total, scale, out=grad)
+            on.xp.multiply(on.total, scale, out=grad)
             if self.weight_decay and on.decays:
-                np.multiply(value, 1.0 - rate * self.weight_decay, out=value)
+                on.xp.multiply(value, 1.0 - rate * self.weight_decay, out=value)
         else:
             self._gradient(on, scale)
         self._divide(on, step)
-        np.multiply(spare, rate / (1.0 - self.betas[0] ** step), out=spare)
-        np.subtract(value, spare, out=value)
+        on.xp.multiply(spare, rate / (1.0 - self.betas[0] ** step), out=spare)
+        on.xp.subtract(value, spare, out=value)
 
     def _divide(self, on: Operands, step: int) -> None:
         """Add the gradient in scratch[0] to the averages; scratch[1] = mean / (sqrt(variance) + epsilon), where only
         the variance is corrected."""
         (mean, variance), (grad, spare) = on.states, on.scratch
         first, second = self.betas
-        np.multiply(mean, first, out=mean)
-        np.multiply(grad, 1.0 - first, out=spare)
-        np.add(mean, spare, out=mean)
-        np.multiply(grad, grad, out=grad)
-        np.multiply(grad, 1.0 - second, out=grad)
-        np.multiply(variance, second, out=variance)
-        np.add(variance, grad, out=variance)
-        np.sqrt(variance, out=spare)
-        np.multiply(spare, 1.0 / math.sqrt(1.0 - second**step), out=spare)
-        np.add(spare, self.epsilon, out=spare)
-        np.divide(mean, spare, out=spare)
+        on.xp.multiply(mean, first, out=mean)
+        on.xp.multiply(grad, 1.0 - first, out=spare)
+        on.xp.add(mean, spare, out=mean)
+        on.xp.multiply(grad, grad, out=grad)
+        on.xp.multiply(grad, 1.0 - second, out=grad)
+        on.xp.multiply(variance, second, out=variance)
+        on.xp.add(variance, grad, out=variance)
+        on.xp.sqrt(variance, out=spare)
+        on.xp.multiply(spare, 1.0 / math.sqrt(1.0 - second**step), out=spare)
+        on.xp.add(spare, self.epsilon, out=spare)
+        on.xp.divide(mean, spare, out=spare)
 
 
 class LARS(Momentum):
@@ -166,7 +164,7 @@ class LARS(Momentum):
 
     def _gradient(self, on: Operands, scale: float) -> None:
         super()._gradient(on, scale)
-        np.multiply(on.scratch[0], on.trust, out=on.scratch[0])
+        on.xp.multiply(on.scratch[0], on.trust, out=on.scratch[0])
 
 
 class LAMB(Adam):
@@ -188,20 +186,20 @@ class LAMB(Adam):
 
     def prepare(self, on: Operands, scale: float, step: int) -> None:
         direction, (grad, spare) = on.total, on.scratch
-        np.multiply(on.total, scale, out=grad)
+        on.xp.multiply(on.total, scale, out=grad)
         self._divide(on, step)
-        np.multiply(spare, 1.0 / (1.0 - self.betas[0] ** step), out=direction)
+        on.xp.multiply(spare, 1.0 / (1.0 - self.betas[0] ** step), out=direction)
         if self.weight_decay and on.decays:
-            np.multiply(on.value, self.weight_decay, out=spare)
-            np.add(direction, spare, out=direction)
+            on.xp.multiply(on.value, self.weight_decay, out=spare)
+            on.xp.add(direction, spare, out=direction)
 
     def trust_ratio(self, value: float, total: float, scale: float) -> float:
         return value / total if 0 < value < LARGEST * total else 1.0
 
     def update(self, on: Operands, scale: float, rate: float, step: int) -> None:
         _, spare = on.scratch
-        np.multiply(on.total, rate * on.trust, out=spare)
-        np.subtract(on.value, spare, out=on.value)
+        on.xp.multiply(on.total, rate * on.trust, out=spare)
+        on.xp.subtract(on.value, spare, out=on.value)
 
 
 def build(name: str, momentum: float, weight_decay: float, betas: Sequence[float] = (0.9, 0.999)) -> Optimizer:

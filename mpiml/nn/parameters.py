@@ -161,7 +161,7 @@ class Gradients:
 class Layout:
     """The offset of each of a list of parameters in a flat vector.
 
-    Every parameter starts on a 64-byte boundary. The padding is zero in every vector and stays so, since no update
+    Every parameter starts on a `boundary`, in bytes. The padding is zero in every vector and stays so, since no update
     changes a zero whose gradient is zero. Statistics come first, then parameters without decay, so that updates work
     on long runs of one kind. Parameters with decay, nearly all elements, follow in layer order, so that a backward
     pass completes the vector from its end. Behind all that is updated lie the parameters that are frozen: vectors of
@@ -181,7 +181,14 @@ class Layout:
         size: of the vector of values; updated: of its first part, which is updated; summed: of a vector of gradients.
     """
 
-    def __init__(self, parameters: Sequence[Parameter], dtype: DTypeLike, layerwise: bool = False, decays: bool = True):
+    def __init__(
+        self,
+        parameters: Sequence[Parameter],
+        dtype: DTypeLike,
+        layerwise: bool = False,
+        decays: bool = True,
+        boundary: int = vectors.ALIGNMENT,
+    ):
         firsts: dict[Parameter, Parameter] = {}
         for parameter in parameters:
             firsts.setdefault(parameter.first, parameter)
@@ -192,7 +199,7 @@ class Layout:
         self.size = self.updated = 0
         for parameter in sorted(self.parameters, key=lambda p: (p.frozen, not p.places, p.momentum is None, p.decay)):
             self.offsets[parameter] = self.size
-            self.size += vectors.padded(parameter.size, self.dtype)
+            self.size += vectors.padded(parameter.size, self.dtype, boundary)
             if not parameter.frozen:
                 self.updated = self.size
         self.summed = self.updated
@@ -200,7 +207,7 @@ class Layout:
         for parameter in self.further:
             if not parameter.frozen:
                 self.gradients[parameter] = self.summed
-                self.summed += vectors.padded(parameter.size, self.dtype)
+                self.summed += vectors.padded(parameter.size, self.dtype, boundary)
 
     def blocks(self) -> list[Block]:
         """All blocks of what is updated, in the order of the vector; each parameter begins a new block."""

@@ -36,6 +36,11 @@ class Recompute(Layer):
     def inner(self) -> Sequence[Layer]:
         return self.layers
 
+    @property
+    def arrays(self) -> bool:  # type: ignore[override]
+        """As of its layers."""
+        return bool(self.layers[-1].arrays)
+
     def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
         learned = self.layers[0].needs_dx  # then layers before these are trained
         y, backward_at_once = forward(self.layers, x, at, learned)
@@ -97,5 +102,5 @@ def _of_block(layers: Sequence[Layer]) -> Recompute:
 
 def _total(y: Array) -> bytes:
     """What tells outputs from others at the cost of one pass: the bits of their sum, which may be NaN."""
-    total: np.floating = np.add.reduce(y, axis=None)
-    return total.tobytes()
+    total = np.add.reduce(y, axis=None) if isinstance(y, np.ndarray) else y.sum().cpu().numpy()
+    return bytes(total.tobytes())

@@ -18,14 +18,18 @@ from mpiml.nn.torch_tensors import WRONG, one_line, plain
 GENERATORS = np.random.Generator, np.random.RandomState, random.Random, torch.Generator
 
 
-def check_parameters(module: torch.nn.Module) -> None:
-    """Raise ConfigError for parameters that cannot lie in the flat vector."""
+def check_parameters(module: torch.nn.Module, device: str = "cpu") -> None:
+    """Raise ConfigError for parameters that cannot lie in the flat vector, and for those on another kind of device than
+    the one on which the module is to compute."""
     for name, tensor in module.named_parameters():
         what = f"{type(uncompiled(module)).__name__}: its parameter {plain_name(name)}"
         if torch.nn.parameter.is_lazy(tensor):
             raise ConfigError(f"{what} has no shape before the first call; use a module that is not lazy")
-        if tensor.device.type != "cpu":
-            raise ConfigError(f"{what} is on {tensor.device}; modules are trained on the CPU")
+        if tensor.device.type not in ("cpu", device):
+            raise ConfigError(
+                f"{what} is on {tensor.device}; leave it on the CPU, or give --device {tensor.device.type} to train it "
+                "there"
+            )
 
 
 def types_besides(module: torch.nn.Module, dtype: torch.dtype) -> str:
@@ -35,10 +39,11 @@ def types_besides(module: torch.nn.Module, dtype: torch.dtype) -> str:
 
 
 def converted(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """The module itself, with real tensors in `dtype` and complex ones in its complex counterpart; integers stay."""
+    """The module itself, on the host, with real tensors in `dtype` and complex ones in its complex counterpart;
+    integers stay."""
 
     def convert(tensor: Tensor) -> Tensor:
-        real = tensor.is_floating_point()
+        real, tensor = tensor.is_floating_point(), tensor.cpu()
         return plain(tensor.to(dtype if real else dtype.to_complex()) if real or tensor.is_complex() else tensor)
 
     return module._apply(convert)  # module.to(dtype) would drop imaginary parts

@@ -9,13 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
+from mpiml.devices.host import HOST, Host
 from mpiml.errors import ConfigError
 from mpiml.nn.base import Array
-from mpiml.nn.losses import Labels
+from mpiml.nn.checked import Sample
+from mpiml.nn.losses import Accuracy, Labels
 from mpiml.nn.outputs import Outputs
-from mpiml.nn.torch_tensors import as_tensor, prepare_torch
+from mpiml.nn.torch_tensors import numpy_dtype, prepare_torch, tensor_on
 from mpiml.random import generator
 
 Function = Callable[[Tensor, Tensor], Any]
@@ -26,20 +30,60 @@ def is_class(loss: Any) -> bool:
     return isinstance(loss, type) and issubclass(loss, torch.nn.Module)
 
 
-def of_class(
-    loss: type[torch.nn.Module], flag: str, threads: int, outputs: Outputs | None, y: Array, labels: Labels
-) -> TorchLoss:
-    """The loss of that class, for a value per label, in which labels of -1 do not count; `y` and `labels` are to try it
-    on. One that gives no such values is made to sum them itself.
+def of_class(loss: type[torch.nn.Module], flag: str, sample: Sample) -> TorchLoss:
+    """The loss of that class, for a value per label, in which labels of -1 do not count. One that gives no such values
+    is made to sum them itself.
 
     Raises ConfigError for a class that needs arguments, and for what is no loss.
     """
-    made = TorchLoss(_made(loss, flag, "none"), flag, threads, outputs, moves=True)
-    made.try_on(y, labels)
+    made = _moving(_made(loss, flag, "none"), flag, sample)
     if made.single and "reduction" in inspect.signature(loss).parameters:
-        made = TorchLoss(_made(loss, flag, "sum"), flag, threads, outputs, moves=True)
-        made.try_on(y, labels)
+        made = _moving(_made(loss, flag, "sum"), flag, sample)
     return made
+
+
+def of_name(name: str, sample: Sample) -> TorchLoss:
+    """The loss that mpiml.nn.losses has under that name in --loss, for outputs on a device."""
+    functions = {"cross_entropy": _cross_entropy, "mse": _squared_error, "bce": _binary_cross_entropy}
+    return _moving(functions[name], f"--loss {name}", sample)
+
+
+def _moving(function: Function, flag: str, sample: Sample) -> TorchLoss:
+    """The loss of a function that takes classes after the rows."""
+    made = TorchLoss(function, flag, sample.threads, sample.outputs, moves=True, device=sample.device)
+    made.try_on(sample.y, sample.labels)
+    return made
+
+
+def _cross_entropy(scores: Tensor, goals: Tensor) -> Tensor:
+    """Of each label. Scores are a matrix: of more axes, PyTorch has no sum on GPUs whose order is fixed."""
+    matrix = scores.movedim(1, -1).reshape(-1, scores.shape[1])
+    return functional.cross_entropy(matrix, goals.reshape(-1), ignore_index=-1, reduction="none").view(goals.shape)
+
+
+def _squared_error(y: Tensor, goals: Tensor) -> Tensor:
+    return _mean_of_row((y - goals).square())
+
+
+def _binary_cross_entropy(y: Tensor, goals: Tensor) -> Tensor:
+    return _mean_of_row(functional.binary_cross_entropy_with_logits(y, goals, reduction="none"))
+
+
+def _mean_of_row(losses: Tensor) -> Tensor:
+    return losses.reshape(len(losses), -1).mean(1)
+
+
+class AccuracyThere(Accuracy):
+    """The accuracy of outputs that count classes on a device, of which only the predicted classes get to the host."""
+
+    takes_tensors = True
+
+    def __init__(self, outputs: Outputs, device: Host):
+        self._outputs, self._device = outputs, device
+
+    def sums(self, y: Any, labels: Labels) -> NDArray[np.float64]:
+        predicted = self._device.array(y.argmax(1 + (self._outputs.axis or 0)))
+        return self.sums_of_predicted(predicted, self._outputs.beside(labels))
 
 
 def _made(loss: type[torch.nn.Module], flag: str, reduction: str) -> torch.nn.Module:
@@ -71,10 +115,22 @@ class TorchLoss:
         outputs: how they meet the labels, if that is known.
         moves: whether it is made from a class, as PyTorch's own: these take classes after the rows, and labels without
             an axis of their own for these.
+        device: where outputs are, and their gradient is to be.
+
+    Attributes:
+        takes_tensors: whether outputs and their gradient are tensors on the device.
     """
 
-    def __init__(self, function: Function, flag: str, threads: int, outputs: Outputs | None, moves: bool = False):
-        self.function, self.flag = function, flag
+    def __init__(
+        self,
+        function: Function,
+        flag: str,
+        threads: int,
+        outputs: Outputs | None,
+        moves: bool = False,
+        device: Host = HOST,
+    ):
+        self.function, self.flag, self._device, self.takes_tensors = function, flag, device, device.there
         self.classes = outputs if outputs and outputs.axis is not None else None
         self.moves, self.flat = moves and self.classes is not None, moves
         self.single = False  # whether the function returns a single number
@@ -110,26 +166,28 @@ class TorchLoss:
 
     def __call__(self, y: Array, labels: Labels, weights: Array | None = None) -> tuple[float, float, Array]:
         source, values = self._values(y, labels)
-        ones = np.ones(len(y), y.dtype) if weights is None else weights
+        dtype = numpy_dtype(source.dtype)
+        ones = np.ones(len(y), dtype) if weights is None else weights
         if self.single:
             if self.summed and weights is not None:
                 raise ConfigError(
                     f"{self.flag}: rows have weights, but it sums over rows; it must give each row its own value"
                 )
             weight = float(np.add.reduce(ones, dtype=np.float64))
-            each = np.full(values.shape, 1 if self.summed else weight, y.dtype)
+            each = np.full(tuple(values.shape), 1 if self.summed else weight, dtype)
         else:
             each = self._each(tuple(values.shape), labels, ones)
             weight = float(np.add.reduce(each, axis=None, dtype=np.float64))
-        numbers = values.detach().numpy().astype(np.float64)
+        numbers = values.detach().cpu().numpy().astype(np.float64)
         total = float(np.add.reduce(np.multiply(numbers, each, where=each != 0, out=np.zeros_like(numbers)), axis=None))
         if values.requires_grad:  # else these rows have a constant loss
-            values.backward(as_tensor(each).to(values.dtype))
-        return total, weight, np.zeros_like(y) if source.grad is None else source.grad.to_dense().numpy()
+            values.backward(tensor_on(self._device, each).to(values.dtype))
+        dy = torch.zeros_like(source) if source.grad is None else source.grad.to_dense()
+        return total, weight, dy if self.takes_tensors else dy.numpy()
 
     def _values(self, y: Array, labels: Labels) -> tuple[Tensor, Any]:
         """The outputs as a leaf of autograd's graph, and what the function makes of them."""
-        source = as_tensor(y).requires_grad_()
+        source = tensor_on(self._device, y).detach().requires_grad_()
         scores, goals = source, labels
         if self.moves and self.classes:
             scores, goals = source.movedim(1 + (self.classes.axis or 0), 1), self.classes.beside(labels)
@@ -137,7 +195,8 @@ class TorchLoss:
         if not self.classes and (same or (self.flat and y.size == goals.size)):
             goals = goals.reshape(y.shape)
         with torch.enable_grad():
-            return source, self.function(scores, as_tensor(np.array(goals)))  # a copy: the function may write to it
+            # a copy: the function may write to it
+            return source, self.function(scores, tensor_on(self._device, np.array(goals)))
 
     def _each(self, shape: tuple[int, ...], labels: Labels, weights: Array) -> Array:
         """What each value counts for."""

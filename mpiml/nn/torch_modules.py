@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from numpy.typing import DTypeLike
 from torch import Tensor
 
+from mpiml.devices.device import Device
+from mpiml.devices.host import HOST, Host
 from mpiml.errors import ConfigError, first_few
 from mpiml.nn import torch_state
 from mpiml.nn.base import Array, At, Backward, Layer, check_shape, described, is_optimised
@@ -36,6 +38,8 @@ from mpiml.nn.torch_tensors import (
     parts,
     prepare_torch,
     real_shape,
+    tensor_on,
+    write,
 )
 from mpiml.nn.torch_trial import ROWS, Trial, attempt
 from mpiml.random import global_generators, keyed
@@ -55,6 +59,8 @@ class TorchLayer(Layer):
     Args:
         flags: of the module's parts, in evaluation and in training; by default what `train` makes them.
         names: of the tensors in the user's module that this one is a part of.
+        device: on which the module computes; it is on the host until it is called.
+        autocast: whether PyTorch may compute in bfloat16 what it deems safe in that.
 
     Raises ConfigError for a module that cannot be trained as a layer.
     """
@@ -65,8 +71,11 @@ class TorchLayer(Layer):
         dtype: DTypeLike = np.float32,
         flags: Flags | None = None,
         names: Mapping[Tensor, Sequence[str]] = MappingProxyType({}),
+        device: Host = HOST,
+        autocast: bool = False,
     ):
-        check_parameters(module)
+        check_parameters(module, device.kind)
+        self.device, self.arrays, self._autocast = device, not device.there, autocast
         self.torch_names = torch_state.by_name(module, torch_state.names_of(module))
         self.torch_own_names = torch_state.by_name(module, names)
         self.dtype = torch.from_numpy(np.empty(0, dtype)).dtype
@@ -103,7 +112,7 @@ class TorchLayer(Layer):
     def __call__(self, x: Array, at: At) -> tuple[Array, Backward]:
         return through([self], x, at)
 
-    def forward(self, x: Tensor, at: At) -> tuple[Tensor, dict[str, Array]]:
+    def forward(self, x: Tensor, at: At) -> tuple[Tensor, dict[str, Tensor]]:
         """The module's outputs; and in training, what it makes of each buffer that it changes, times the rows."""
         trial = self._trial(tuple(x.shape[1:]))
         self._bind()
@@ -126,23 +135,22 @@ class TorchLayer(Layer):
             tensor.grad = None
         self._fill_buffers()
 
-    def write(self, observed: Mapping[str, Array], grads: Gradients) -> None:
+    def write(self, observed: Mapping[str, Tensor], grads: Gradients) -> None:
         """Write the gradients that a backward pass has left, and what has been observed."""
         for name, tensor in self.tensors.items():
             gradient, tensor.grad = tensor.grad, None
             if not self.parameters[name].frozen:
-                slot = grads[self.parameters[name]]
-                np.copyto(slot, 0 if gradient is None else as_real(gradient.to_dense()).numpy())
+                write(grads[self.parameters[name]], None if gradient is None else as_real(gradient.to_dense()))
         for name, value in observed.items():
-            np.copyto(grads[self._state[name]], value)
+            write(grads[self._state[name]], value)
 
     def redrawn(self, x: Array, at: At) -> AbstractContextManager[None]:
         """What the backward pass of a call with rows x runs in: random numbers that it draws are keyed."""
-        return keyed(self._trial(x.shape[1:]).redraws, at.seed, *self._purpose(at), "backward")
+        return keyed(self._trial(tuple(x.shape[1:])).redraws, at.seed, *self._purpose(at), "backward")
 
     def takes_ids(self, x: Array) -> bool:
         """Whether rows like those of x must be integers."""
-        return self._trial(x.shape[1:]).takes_ids
+        return self._trial(tuple(x.shape[1:])).takes_ids
 
     def _purpose(self, at: At) -> tuple[str, str, int, int]:
         return "torch", self.path, at.step, at.microbatch
@@ -200,8 +208,10 @@ class TorchLayer(Layer):
         if trial.takes_ids and tokens:
             set_flags(self._flags, False)
             try:
-                with keyed(global_generators(), 0), torch.no_grad(), Buffers(self.module).copied():
-                    uncompiled(self.module)(torch.full((ROWS[0], *shape), tokens - 1))
+                with keyed(global_generators(), 0), torch.no_grad(), self.device.lent(self.module):
+                    ids = tensor_on(self.device, np.full((ROWS[0], *shape), tokens - 1))
+                    with Buffers(self.module).copied():
+                        uncompiled(self.module)(ids)
             except IndexError as error:
                 tables = [m for m in self.module.modules() if isinstance(m, torch.nn.Embedding)]
                 small = ", ".join(str(table) for table in tables if table.num_embeddings < tokens)
@@ -212,21 +222,30 @@ class TorchLayer(Layer):
             x = x.long()
         elif trial.writes_input:
             x = x.clone()
-        return self.module(x).to(self.dtype).contiguous().resolve_neg()
+        with torch.autocast(torch.device(self.device.torch).type, torch.bfloat16) if self._autocast else nullcontext():
+            y = self.module(x)
+        return y.to(self.dtype).contiguous().resolve_neg()
 
     def _bind(self) -> None:
-        """Make the module's parameters views of the flat vector of values, which frees their own memory."""
+        """Make the module's parameters views of the flat vector of values, which frees their own memory. On a device,
+        all else that the module keeps is moved there."""
         values = [parameter.value for parameter in self.parameters.values()]
         if self._bound is not None and all(map(operator.is_, values, self._bound)):
             return
         self._bound = values
         self.frozen = [tensor for name, tensor in self.tensors.items() if self.parameters[name].frozen]
-        self._values = {n: torch.from_numpy(value) for n, value in zip(self.parameters, values, strict=True)}
+        self._values = {n: self._there(value) for n, value in zip(self.parameters, values, strict=True)}
+        if isinstance(self.device, Device):
+            self.device.place(self.module)
         for name, tensor in self.tensors.items():
             tensor.data = as_kind_of(tensor, self._values[name])
         self._buffers = Buffers(self.module)
         changing = {place for name in self._state for place in self._buffers.places[name]}
         self._fixed = Snapshot(fixed(self.module, changing))
+
+    def _there(self, value: Any) -> Tensor:
+        """A parameter's value where the module computes: a view, or of arrays on the host a copy on its device."""
+        return tensor_on(self.device, value) if self.device.there else torch.from_numpy(value)
 
     def _fill_buffers(self) -> None:
         """Give the module new buffers, with the values before the step, for a call that may change them. Those of
@@ -234,9 +253,9 @@ class TorchLayer(Layer):
         for name in self._state:
             self._buffers[name] = as_kind_of(self._first[name], self._values[name].clone())
 
-    def _observed(self, rows: int) -> dict[str, Array]:
+    def _observed(self, rows: int) -> dict[str, Tensor]:
         """What a call with so many rows has made of the buffers that it changes, times these."""
-        return {name: (as_real(self._buffers[name]).to(self.dtype) * rows).numpy() for name in self._state}
+        return {name: as_real(self._buffers[name]).to(self.dtype) * rows for name in self._state}
 
     def _check_unchanged(self, at: At) -> None:
         """Raise ConfigError if a call has changed what no trial has seen it change."""
@@ -269,7 +288,8 @@ class TorchLayer(Layer):
         """The module, tried. Parameters of another type than the run's are in a note, and in its error."""
         cast = f"parameters come as {self._types} and are trained as {self.dtype}, by --dtype" if self._types else ""
         try:
-            trial = attempt(self.module, self._flags, shape, self.dtype, self._name())
+            with self.device.lent(self.module):
+                trial = attempt(self.module, self._flags, shape, self.dtype, self._name(), self.device)
         except ValueError as error:
             if not cast:
                 raise
@@ -291,11 +311,18 @@ class TorchLayer(Layer):
 
 
 def as_layers(
-    model: Any, dtype: DTypeLike, threads: int, inputs: Inputs | None = None, bounds: Sequence[int] = ()
+    model: Any,
+    dtype: DTypeLike,
+    threads: int,
+    inputs: Inputs | None = None,
+    bounds: Sequence[int] = (),
+    device: Host = HOST,
+    autocast: bool = False,
 ) -> Any:
     """The layers of a user's model, with a TorchLayer for each torch module; a model without any is returned unchanged.
 
-    The first takes `inputs`, with integers within `bounds`, if rows have several. Raises ConfigError for modules that
+    The first takes `inputs`, with integers within `bounds`, if rows have several. `device`, `autocast` as of
+    TorchLayer. Raises ConfigError for modules that
     cannot be trained as layers.
     """
     roots = [root for root in ([model] if is_module(model) else parts_of(model)) if is_module(root)]
@@ -306,7 +333,7 @@ def as_layers(
     names = torch_state.names_of(model) if is_module(model) else {}
     if inputs and is_module(parts[0]):
         split_inputs(parts[0], inputs, bounds)
-    return [TorchLayer(part, dtype, flags, names) if is_module(part) else part for part in parts]
+    return [TorchLayer(part, dtype, flags, names, device, autocast) if is_module(part) else part for part in parts]
 
 
 def integers(layers: Sequence[Layer]) -> list[slice]:

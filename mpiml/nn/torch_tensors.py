@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpiml import vectors
+from mpiml.devices.device import Device
+from mpiml.devices.host import Host
 from mpiml.errors import ConfigError
 from mpiml.nn.base import Array
 from mpiml.nn.parameters import Init, Shape
@@ -45,7 +48,10 @@ def prepare_torch(threads: int) -> None:
     torch.set_num_threads(threads)
     with suppress(RuntimeError):  # raised if it has been set, or such threads have been started, before
         torch.set_num_interop_threads(1)
-    torch.use_deterministic_algorithms(True)
+    if "torch._dynamo" in sys.modules:  # modules may be compiled, of which the compiler is to know, too
+        torch.use_deterministic_algorithms(True)
+    else:
+        torch.set_deterministic_debug_mode("error")  # the same, but it does not load the compiler for seconds
     torch.utils.deterministic.fill_uninitialized_memory = False  # only helps to find bugs, and is slow
 
 
@@ -61,6 +67,25 @@ def as_tensor(array: Array) -> Tensor:
         np.copyto(aligned, flat)
         flat = aligned
     return torch.from_numpy(flat).view(array.shape)
+
+
+def tensor_on(device: Host, given: Array | Tensor) -> Tensor:
+    """An array, or what a layer on the device returned, as a tensor where modules compute."""
+    return device.tensor(given) if isinstance(device, Device) else as_tensor(given)
+
+
+def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    """NumPy's type of the same kind."""
+    kind: np.dtype[Any] = torch.empty(0, dtype=dtype).numpy().dtype
+    return kind
+
+
+def write(slot: Any, values: Tensor | None) -> None:
+    """Write values, or zeros, into an array, or into a vector on the device where the values are."""
+    if isinstance(slot, Tensor):
+        slot.zero_() if values is None else slot.copy_(values)
+    else:
+        np.copyto(slot, 0 if values is None else values.numpy())
 
 
 @contextmanager
@@ -86,12 +111,12 @@ def kept(tensors: Sequence[Tensor]) -> Iterator[None]:
             tensor.data, tensor.grad = data, None
 
 
-def in_order(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy or view of it, in memory as `as_tensor` has it."""
-    if tensor.is_contiguous() and 1 not in tensor.shape and not tensor.data_ptr() % vectors.ALIGNMENT:
+def in_order(tensor: Tensor, boundary: int = vectors.ALIGNMENT) -> Tensor:
+    """The tensor, or a copy or view of it, in memory as `as_tensor` has it, which begins on such a boundary."""
+    if tensor.is_contiguous() and 1 not in tensor.shape and not tensor.data_ptr() % boundary:
         return tensor
     flat = tensor.reshape(-1)
-    return (flat.clone() if flat.data_ptr() % vectors.ALIGNMENT else flat).view(tensor.shape)
+    return (flat.clone() if flat.data_ptr() % boundary else flat).view(tensor.shape)
 
 
 def drawn(size: Shape, dtype: torch.dtype) -> Tensor:
@@ -145,7 +170,7 @@ def checksum(tensor: Tensor) -> int:
     """CRC-32 of the tensor's values."""
     checksum = 0
     for part in parts(plain(tensor.detach())).values():
-        checksum = zlib.crc32(part.contiguous().view(-1).view(torch.uint8).numpy(), checksum)
+        checksum = zlib.crc32(part.contiguous().view(-1).view(torch.uint8).cpu().numpy(), checksum)
     return checksum
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils.flop_counter import FlopCounterMode
 
+from mpiml.devices.device import Device
+from mpiml.devices.host import HOST, Host
 from mpiml.errors import ConfigError, first_few
 from mpiml.nn.parameters import Shape
 from mpiml.nn.torch_buffers import (
@@ -68,8 +70,9 @@ class Trial:
     notes: list[str] = field(default_factory=list)
 
 
-def attempt(module: Module, flags: Flags, shape: Shape, dtype: torch.dtype, name: str) -> Trial:
-    """Call the module, `name` in messages, on rows of `shape` in `dtype`, or else on integers.
+def attempt(module: Module, flags: Flags, shape: Shape, dtype: torch.dtype, name: str, device: Host = HOST) -> Trial:
+    """Call the module, `name` in messages, on the device where it is, on rows of `shape` in `dtype`, or else on
+    integers.
 
     A compiled module is called as it is without, and then once compiled: it would be compiled for each kind of call.
 
@@ -78,7 +81,7 @@ def attempt(module: Module, flags: Flags, shape: Shape, dtype: torch.dtype, name
     original, errors = uncompiled(module), list[Exception]()
     for kind, zeros in ((dtype, True), (torch.long, True), (dtype, False)):
         try:
-            tried = _Tried(original, flags, shape, kind, name, zeros)
+            tried = _Tried(original, flags, shape, kind, name, device, zeros)
             first = [tried.call(tried.rows(ROWS[0])), tried.call(tried.rows(ROWS[1]), leaf=False)]
             break
         except ConfigError:
@@ -89,7 +92,7 @@ def attempt(module: Module, flags: Flags, shape: Shape, dtype: torch.dtype, name
         refuse_rows(errors, shape, ROWS, name)
     trial = tried.all(*first)
     if module is not original:
-        compiled = _Tried(module, flags, shape, kind, name)
+        compiled = _Tried(module, flags, shape, kind, name, device)
         naming(f"{name} cannot be compiled:", lambda: compiled.call(compiled.rows(ROWS[0])), Exception)
     set_flags(flags, True)
     return trial
@@ -109,8 +112,18 @@ class _Call:
 class _Tried:
     """A module that is called on rows of a shape and dtype; its buffers are the same before each call, and after it."""
 
-    def __init__(self, module: Module, flags: Flags, shape: Shape, dtype: torch.dtype, name: str, zeros: bool = True):
+    def __init__(
+        self,
+        module: Module,
+        flags: Flags,
+        shape: Shape,
+        dtype: torch.dtype,
+        name: str,
+        device: Host,
+        zeros: bool = True,
+    ):
         self.module, self.flags, self.shape, self.dtype, self.name = module, flags, shape, dtype, name
+        self.device = device
         self.rows = self.zeros if zeros else self.drawn
         self.before, self.parameters = marks(module), checksums(module)
         self.memory = [tensor.detach() for tensor in module.parameters()]  # which is not used for others meanwhile
@@ -121,10 +134,13 @@ class _Tried:
         self.writes_input = False
 
     def zeros(self, rows: int) -> Tensor:
-        return torch.zeros((rows, *self.shape), dtype=self.dtype)
+        return self._there(torch.zeros((rows, *self.shape), dtype=self.dtype))
 
     def drawn(self, rows: int) -> Tensor:
-        return drawn((rows, *self.shape), self.dtype)
+        return self._there(drawn((rows, *self.shape), self.dtype))
+
+    def _there(self, rows: Tensor) -> Tensor:
+        return self.device.tensor(rows) if isinstance(self.device, Device) else rows
 
     def call(self, source: Tensor, training: bool = True, key: int = 0, leaf: bool = True, learn: bool = True) -> _Call:
         """Forward, and if `learn` backward too, as training does it, or forward as evaluation does it. `leaf`: the rows

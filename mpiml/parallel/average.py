@@ -61,7 +61,7 @@ class Average:
     ):
         self.comm, self.clock, self.copies, self.outer = grid.comm, grid.team.clock, copies, outer
         like = copies[0].sum.values
-        self.held, dtype = like.held, like.vector.dtype
+        self.held, dtype = like.held, like.dtype
         self._length = sum(stop - start for start, stop in self.held)
         size = padded(self._length, dtype)
         number = grid.replica % (grid.replicas // groups)

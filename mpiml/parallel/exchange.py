@@ -34,7 +34,7 @@ class Exchange:
     ):
         self.bucket = bucket
         self._comm, self._plan, self._everyone, self._scratch = values.comm, plan, everyone, scratch
-        self._dtype = values.vector.dtype
+        self._dtype = values.dtype
         self.receives: list[MPI.Prequest] = []
         self.sends: list[MPI.Prequest] = []
         self.bytes = 0

@@ -8,7 +8,7 @@ of the i-th piece that this replica updates, and `publish` gives the new values 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from mpi4py import MPI
@@ -29,7 +29,9 @@ class GradientSum(Protocol):
     Attributes:
         plan: which micro-batches are this replica's, and into which slots they go.
         values: of the stage, which the summed gradient is to change.
-        slots: gradient vectors of this replica.
+        slots: gradient vectors of this replica, which it adds up.
+        gradients: those that backward passes write: the slots, or as many on a device.
+        weights: the vector of values that layers compute with: that of `values`, or a copy on a device.
         complete: to be called during the backward pass of this replica's last micro-batch, with the offset from which
             the vector is written to its end; None if nothing can be sent before all of it is.
     """
@@ -37,6 +39,8 @@ class GradientSum(Protocol):
     plan: SumPlan
     values: Values
     slots: list[Vector]
+    gradients: list[Vector]
+    weights: Vector
     complete: Callable[[int], None] | None
 
     def accumulate(self, index: int) -> None:
@@ -60,11 +64,12 @@ class GradientSum(Protocol):
         """Give back what the MPI library holds for this sum; its values stay."""
 
 
-def merge(plan: SumPlan, slots: Sequence[Vector], index: int) -> None:
-    """Merge the top of the stack of slots as often as the plan says after the index-th micro-batch."""
+def merge(plan: SumPlan, slots: Sequence[Vector], index: int, xp: Any = np) -> None:
+    """Merge the top of the stack of slots as often as the plan says after the index-th micro-batch. `xp` is the
+    namespace of what adds them."""
     top = plan.slots[index]
     for _ in range(plan.counts[index]):
-        np.add(slots[top - 1], slots[top], out=slots[top - 1])
+        xp.add(slots[top - 1], slots[top], out=slots[top - 1])
         top -= 1
 
 
@@ -94,11 +99,12 @@ class OrderedSum:
     ):
         self.values, self._memory, self._clock = values, values.memory, clock or Clock()
         self.plan = sum_plan(values.comm.rank, values.nodes, microbatches, leaf)
-        dtype = values.vector.dtype
+        dtype = values.dtype
         self.everyone: list[list[Vector]] = (
             like.everyone if like else self._memory.own(self.plan.depth, values.summed, dtype)
         )
-        self.slots = self.everyone[self._memory.rank]
+        self.slots = self.gradients = self.everyone[self._memory.rank]
+        self.weights = values.vector
         depth = max(len(self.plan.contributions), *(len(m.contributions) for m in self.plan.messages), 1)
         scratch = [vectors.empty(PIECE, dtype) for _ in range(min(depth, 2 * microbatches.bit_length()))]
         kind = HalvingExchange if values.rounds else Exchange
@@ -121,7 +127,13 @@ class OrderedSum:
         if index == len(self.plan.counts) - 1:
             self._complete(0)
         else:
-            merge(self.plan, self.slots, index)
+            merge(self.plan, self.slots, index, self.values.vectors)
+
+    def written(self) -> None:
+        """In the place of all calls of `accumulate`: this replica's partial sums are in its slots."""
+        self._begin()
+        self._merged = len(self.exchanges)
+        self._go_on()
 
     def start(self) -> None:
         self._begin()
@@ -165,8 +177,13 @@ class OrderedSum:
         last = len(self.plan.counts) - 1
         while self._merged < len(self.exchanges) and self.exchanges[self._merged].bucket.start >= offset:
             bucket = self.exchanges[self._merged].bucket
-            merge(self.plan, [slot[bucket.start : bucket.stop] for slot in self.slots], last)
+            of_bucket = [slot[bucket.start : bucket.stop] for slot in self.slots]
+            merge(self.plan, of_bucket, last, self.values.vectors)
             self._merged += 1
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Post which buckets are written, and exchange what can be exchanged."""
         if self._alone:
             return
         self._memory.post(self._before + self._merged)
@@ -216,11 +233,15 @@ class LibrarySum:
     ):
         self.comm, self.values = comm, values
         self.plan = sum_plan(comm.rank, [1] * comm.size, microbatches, leaf)
-        dtype = values.vector.dtype
-        self.slots: list[Vector] = like.slots if like else values.memory.own(self.plan.depth, values.summed, dtype)[0]
+        own = like.slots if like else values.memory.own(self.plan.depth, values.summed, values.dtype)[0]
+        self.slots: list[Vector] = own
+        self.gradients, self.weights = own, values.vector
 
     def accumulate(self, index: int) -> None:
         merge(self.plan, self.slots, index)
+
+    def written(self) -> None:
+        """As of OrderedSum."""
 
     def start(self) -> None:
         left = sum(1 - count for count in self.plan.counts)
@@ -234,7 +255,7 @@ class LibrarySum:
         return self.slots[0][piece.start : piece.stop]
 
     def publish(self) -> None:
-        pass
+        self.values.renewed()
 
     def drop(self) -> None:
         pass

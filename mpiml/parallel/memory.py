@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from mpi4py import MPI
@@ -36,6 +36,10 @@ class Memory(Protocol):
     rank: int
     ranks: int
 
+    @property
+    def vectors(self) -> Any:
+        """What computes with these vectors: mpiml.vectors, or functions of the same names."""
+
     def own(self, count: int, size: int, dtype: DTypeLike) -> list[list[Vector]]:
         """Allocate `count` vectors for this rank. Returns those of all ranks, by rank: each may read the others'.
         Collective."""
@@ -59,14 +63,16 @@ class PrivateMemory:
     rank = 0
     ranks = 1
 
-    def __init__(self) -> None:
+    def __init__(self, vectors: Any = vectors) -> None:
+        self.vectors = vectors  # which make those of a device, if it is its memory
         self._posted = 0
 
     def own(self, count: int, size: int, dtype: DTypeLike) -> list[list[Vector]]:
-        return [[vectors.zeros(size, dtype) for _ in range(count)]]
+        return [[self.vectors.zeros(size, dtype) for _ in range(count)]]
 
     def common(self, size: int, dtype: DTypeLike) -> Vector:
-        return vectors.zeros(size, dtype)
+        vector: Vector = self.vectors.zeros(size, dtype)
+        return vector
 
     def barrier(self) -> None:
         pass
@@ -89,6 +95,8 @@ class SharedMemory:
 
     Raises OSError, on all ranks of the node, if it cannot be had.
     """
+
+    vectors = vectors
 
     def __init__(self, comm: MPI.Intracomm, own_bytes: int, common_bytes: int):
         self.comm, self.rank, self.ranks = comm, comm.rank, comm.size

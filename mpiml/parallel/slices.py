@@ -146,13 +146,13 @@ def overlaps(ranges: Sequence[Range], others: Sequence[Range]) -> Iterator[tuple
                 yield (start, stop), slice(first - start, last - start)
 
 
-def pieces(run: Sequence[Block]) -> list[Piece]:
-    """Join neighbouring blocks of one kind into pieces of at most PIECE elements."""
+def pieces(run: Sequence[Block], longest: int = PIECE) -> list[Piece]:
+    """Join neighbouring blocks of one kind into pieces of at most `longest` elements."""
     joined: list[Piece] = []
     for block in run:
         last = joined[-1] if joined else None
         kind = _kind(block)
-        if last and last.kind == kind and block.stop - last.start <= PIECE:
+        if last and last.kind == kind and block.stop - last.start <= longest:
             inside = [*last.blocks, (block.start - last.start, block.stop - last.start)]
             joined[-1] = Piece(last.start, block.stop, *kind, inside)
         else:

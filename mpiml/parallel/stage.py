@@ -56,6 +56,7 @@ class Computation:
         learns: whether this stage or one before it has values to update: then it needs a gradient.
         learned: whether a stage before it has some: then it passes a gradient back.
         gradients: for each micro-batch of this replica, where backward writes; empty where nothing is trained.
+        array: of outputs or gradients of a device, on the host.
         deferred: makes, of a micro-batch's gradients, those of a backward pass in two parts, which `write` completes;
             None if this stage does whole backward passes whatever the schedule.
     """
@@ -70,6 +71,7 @@ class Computation:
     learned: bool
     gradients: Sequence[Any] = ()
     deferred: Callable[[Any], Any] | None = None
+    array: Callable[[Any], Array] = np.asarray
 
 
 class Stage:
@@ -137,7 +139,8 @@ class Stage:
         """Send without blocking. A request keeps its array alive, so each send drops the requests that are complete."""
         self.clock.mark("send", batch.index)
         self._sent = [request for request in self._sent if not request.Test()]
-        self._sent += [self.comm.Isend(part, target) for part in _parts(np.ascontiguousarray(array))]
+        there = np.ascontiguousarray(self.computation.array(array))
+        self._sent += [self.comm.Isend(part, target) for part in _parts(there)]
 
     def _finish_sends(self) -> None:
         if self._sent:
@@ -188,7 +191,7 @@ class TrainingStage(Stage):
                 self._write(batch, index, unwritten.pop(index, None), *in_flight.pop(index, (None, None)))
                 if measured and self.observe and batch.rows and self.computation.learns:
                     # What the sum has added up by now has changed other slots, not that of the newest gradient.
-                    self.observe(self.sum.slots[self.sum.plan.slots[index]])
+                    self.observe(self.sum.gradients[self.sum.plan.slots[index]])
                 self.clock.mark("accumulate", batch.index)
                 self.sum.accumulate(index)
         self._finish_sends()
@@ -205,7 +208,7 @@ class TrainingStage(Stage):
             self.computation.gradients[index].begin()
             self._backward(batch, self.computation.gradients[index], backward, dy)
         else:
-            self.sum.slots[self.sum.plan.slots[index]].fill(0)
+            self.sum.gradients[self.sum.plan.slots[index]][...] = 0
 
     def _backward(self, batch: Batch, gradients: Any, backward: Backward, dy: Array | None) -> None:
         if dy is None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from mpi4py import MPI
 
+from mpiml.clock import unwatched
 from mpiml.parallel.grid import Grid
 from mpiml.parallel.slices import Range, dealt, overlaps, place
 from mpiml.parallel.values import Values
@@ -35,10 +36,13 @@ class Part(NamedTuple):
     collected: Mapping[Range, Vector]
 
 
-def parts(values: Values, states: Mapping[str, Vector], share: tuple[int, int] = (0, 1)) -> dict[str, Part]:
+def parts(
+    values: Values, states: Mapping[str, Vector], share: tuple[int, int] = (0, 1), vector: Vector | None = None
+) -> dict[str, Part]:
     """What a rank has of the values of its stage and of its state vectors, which are of the parts of the values that it
-    holds, one after another. `share`: which it is of how many ranks that hold the same; each gives a part of it."""
-    vector, updated = values.vector, values.updated
+    holds, one after another. `share`: which it is of how many ranks that hold the same; each gives a part of it.
+    `vector`: of all values, on the host, if they lie elsewhere."""
+    vector, updated = values.vector if vector is None else vector, values.updated
     of_rank = dealt(values.held, values.pieces, *share) if values.comm.rank in values.owners else []
     fixed = {(updated, vector.size): vector[updated:]} if updated < vector.size else {}  # which nobody updates
 
@@ -87,11 +91,19 @@ class State:
         names: of all vectors, the same on all ranks.
         own: what this rank has of them, by name.
         settle: collective; is called when this rank's parts have their values.
+        current: is to be called before this rank's parts are read: they may be copies of what lies on a device.
     """
 
-    def __init__(self, grid: Grid, names: Sequence[str], own: Mapping[str, Part], settle: Callable[[], object]):
+    def __init__(
+        self,
+        grid: Grid,
+        names: Sequence[str],
+        own: Mapping[str, Part],
+        settle: Callable[[], object],
+        current: Callable[[], object] = unwatched,
+    ):
         self.comm, self.clock, self.stage = grid.comm, grid.team.clock, grid.stage
-        self.names, self.parts, self.settle = tuple(names), own, settle
+        self.names, self.parts, self.settle, self.current = tuple(names), own, settle, current
         self._held: Views = {(self.stage, name): dict(sorted(part.held.items())) for name, part in own.items()}
 
     @functools.cached_property
@@ -109,6 +121,7 @@ class State:
             rank: {key: of for key, of in holding.collected.items() if key[1] in (names or self.names)}
             for rank, holding in enumerate(self._holdings)
         }
+        self.current()
         own = ranges[self.comm.rank].items()
         return Source(ranges, {k: {of: self.parts[k[1]].collected[of].copy() for of in ofs} for k, ofs in own})
 

@@ -62,7 +62,7 @@ class Ties:
                         self._sends += [pipe.Send_init(terms[-1], other, tag) for other in others]
                         self.bytes += terms[-1].nbytes * len(others)
                     elif part in own:
-                        terms.append(vectors.empty(size, sum_.values.vector.dtype))
+                        terms.append(vectors.empty(size, sum_.values.dtype))
                         self.received.append(terms[-1])
                         self._receives.append(pipe.Recv_init(terms[-1], stage, tag))
             if part in own:

@@ -73,15 +73,15 @@ class Update:
     ):
         self.comm, self.clock, self.sum, self.optimizer, self.clip = team.comm, team.clock, sum_, optimizer, clip
         self.rows, self.ema, self.finite, self.pieces = rows, ema, True, sum_.values.pieces
-        dtype = sum_.values.vector.dtype
+        dtype, self._vectors = sum_.values.dtype, sum_.values.vectors
         size = sum(stop - start for start, stop in sum_.values.held)
         names = (*optimizer.states, EMA) if ema else optimizer.states
-        self.states = {name: vectors.zeros(size, dtype) for name in names}
+        self.states = {name: self._vectors.zeros(size, dtype) for name in names}
         self.ties, self._tied = ties, ties.totals if ties else {}
         kept = [sum_.slots[0][piece.start : piece.stop] for piece in self.pieces]
         self._kept = [self._tied.get(index, one) for index, one in enumerate(kept)]
         longest = max((piece.stop - piece.start for piece in self.pieces), default=0)
-        scratch = [vectors.empty(longest, dtype) for _ in range(2)]
+        scratch = [self._vectors.empty(longest, dtype) for _ in range(2)]
         self._operands = [self._operands_of(piece, *scratch) for piece in self.pieces]
         self.counts = replica in sum_.values.owners
         self._in_norm = [self.counts and piece.counted and piece.momentum is None for piece in self.pieces]
@@ -121,7 +121,7 @@ class Update:
                 self._average(on, step)
             else:
                 vectors.average(on, self.rows(step), piece.momentum)
-            finite = finite and vectors.is_finite(on.value)
+            finite = finite and self._vectors.is_finite(on.value)
         self.finite = finite
         self.clock("communication")
         self.sum.publish()
@@ -165,14 +165,15 @@ class Update:
     def _average(self, on: Operands, step: int) -> None:
         """Count the values of a piece after a step in their average."""
         if on.average is not None:
-            vectors.approach(on.average, on.value, (1.0 - self.ema) / (1.0 - self.ema**step), on.scratch[0])
+            part = (1.0 - self.ema) / (1.0 - self.ema**step)
+            vectors.approach(on.average, on.value, part, on.scratch[0], on.xp)
 
     def _operands_of(self, piece: Piece, grad: Vector, spare: Vector) -> Operands:
         length, where = piece.stop - piece.start, place(self.sum.values.held, piece.start, piece.stop)
         states = {name: state[where] for name, state in self.states.items()}
         average = states.pop(EMA, None)
         value, scratch = self.sum.values.vector[piece.start : piece.stop], (grad[:length], spare[:length])
-        operands = Operands(value, list(states.values()), scratch, scratch[0], piece.decay)
+        operands = Operands(value, list(states.values()), scratch, scratch[0], piece.decay, xp=self._vectors)
         if piece.momentum is None:
             operands.average = average
         return operands
@@ -190,7 +191,7 @@ class Update:
             if piece.momentum is None:
                 self.optimizer.prepare(on, scale, step)
             if piece.matrix is not None:
-                pairs = (vectors.square_sums(vector, piece.blocks) for vector in (on.value, on.total))
+                pairs = (self._vectors.square_sums(vector, piece.blocks) for vector in (on.value, on.total))
                 squares[piece.matrix] += zip(*pairs, strict=True)
         rows = np.zeros((max(map(len, squares), default=0), values.matrices, 2))
         for matrix, of_blocks in enumerate(squares):
@@ -211,7 +212,7 @@ class Update:
         for index, piece in enumerate(self.pieces):
             self._total(index, self._kept[index])
             if self._in_norm[index]:
-                squares += vectors.square_sums(self._kept[index], piece.blocks)
+                squares += self._vectors.square_sums(self._kept[index], piece.blocks)
         total = exact.digits(np.array(squares).reshape(-1, 1))
         self.clock("communication")
         wait([self.comm.Iallreduce(MPI.IN_PLACE, total)])

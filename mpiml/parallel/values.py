@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from mpi4py import MPI
 from numpy.typing import DTypeLike
 
@@ -84,6 +85,8 @@ class Values:
             `summed_pieces`, of the piece of each further place.
         summed_pieces: `pieces`, and those of further places.
         sent: the bytes that this replica has sent to other nodes, of sums too.
+        vectors: what computes with vectors where these lie.
+        copies: what is called when all values are new.
     """
 
     def __init__(
@@ -97,7 +100,7 @@ class Values:
         halved: bool = False,
         further: Sequence[Sequence[Block]] = (),
     ):
-        self.comm, self.memory = comm, memory
+        self.comm, self.memory, self.vectors, self.dtype = comm, memory, memory.vectors, np.dtype(dtype)
         self.vector = memory.common(size, dtype)
         self.updated = padded(blocks[-1].stop, dtype) if blocks else 0  # with the padding after it
         self.summed = padded(further[-1][-1].stop, dtype) if further else self.updated
@@ -132,6 +135,7 @@ class Values:
                     self.places.setdefault(index, []).append(number)
                     number += 1
         self.sent = self._given = 0
+        self.copies: list[Callable[[], object]] = []
         self._rounds: list[tuple[list[MPI.Prequest], list[MPI.Prequest]]] = []
         if halved:
             self._plan_rounds()
@@ -143,7 +147,10 @@ class Values:
         if self.rounds:
             lanes = halving.lanes(run, len(self.nodes), self.memory.ranks)
             of_lane, of_replicas = lanes[self.memory.rank], halving.of_replicas(lanes, len(self.nodes))
-        slices, own = [bounds(blocks) for blocks in of_replicas], pieces(of_replicas[self.comm.rank])
+        slices, own = (
+            [bounds(blocks) for blocks in of_replicas],
+            pieces(of_replicas[self.comm.rank], self.vectors.piece),
+        )
         return Bucket(*bounds(run), slices, own, tag, [bounds(blocks) for blocks in of_lane], run[0].array)
 
     def _plan_messages(self) -> None:
@@ -192,6 +199,12 @@ class Values:
             wait([*others, *gives, *takes])
         self.sent += self._given
         self.memory.barrier()
+        self.renewed()
+
+    def renewed(self) -> None:
+        """Give new values to those who have copies of them: this rank's device."""
+        for take in self.copies:
+            take()
 
     def free(self) -> None:
         """Give back what the MPI library holds for these values."""

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import sys
 import tracemalloc
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike
 
+from mpiml import vectors
 from mpiml.nn import base as nn
 from mpiml.nn import layers as kinds
 from mpiml.nn.parameters import Layout, Shape
 from mpiml.nn.recompute import grouped
 from mpiml.training.stages import StageDesign
+
+if TYPE_CHECKING:
+    from mpiml.plan.torch_memory import Allocated
 
 ROWS = (8, 24)  # of two micro-batches: memory that does not depend on the rows cancels in their difference
 ARRAYS = [tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)]  # NumPy's arrays alone: other threads allocate too
@@ -84,15 +91,16 @@ KEEPS: dict[type[nn.Layer], Keeps] = {
 }
 
 
-def of_a_row(stage: StageDesign, last: bool) -> RowBytes:
-    """What a stage holds of a row; it is the last stage, or not."""
-    item, layers = stage.layout.dtype.itemsize, grouped(stage.layers, stack=False)
+def of_a_row(stage: StageDesign, last: bool, stack: bool = False) -> RowBytes:
+    """What a stage holds of a row; it is the last stage, or not. `stack`: neighbouring PyTorch modules are called as
+    one layer."""
+    item, layers = stage.layout.dtype.itemsize, grouped(stage.layers, stack)
     again = 0.0
     for layer, shape in zip(layers, nn.stack_shapes(layers, stage.x_shape), strict=False):
         if isinstance(layer, kinds.Recompute):
             whole = _bytes_kept(layer.layers, shape, layer.needs_dx, stage.layout)
             again = max(again, whole - math.prod(shape) * item)  # beside its inputs, which are kept anyway
-    return RowBytes(bytes_of_a_row(stage, last), bytes_that_wait(stage.layers, stage.x_shape, item), again)
+    return RowBytes(bytes_of_a_row(stage, last, stack), bytes_that_wait(stage.layers, stage.x_shape, item), again)
 
 
 def bytes_that_wait(layers: Sequence[nn.Layer], shape: Shape, item: int) -> int:
@@ -114,10 +122,10 @@ def bytes_that_wait(layers: Sequence[nn.Layer], shape: Shape, item: int) -> int:
     return total
 
 
-def bytes_of_a_row(stage: StageDesign, last: bool) -> float:
+def bytes_of_a_row(stage: StageDesign, last: bool, stack: bool = False) -> float:
     """Bytes that a stage holds for each row of a micro-batch in flight: its input, what its layers keep, and on the
     last stage the gradient of the loss. Measured if it has other layers than those in KEEPS, else worked out."""
-    row = _bytes_kept(grouped(stage.layers, stack=False), stage.x_shape, stage.learned, stage.layout)
+    row = _bytes_kept(grouped(stage.layers, stack), stage.x_shape, stage.learned, stage.layout)
     return row + (math.prod(stage.y_shape) * stage.layout.dtype.itemsize if last else 0)
 
 
@@ -148,8 +156,8 @@ def _pass(layers: list[nn.Layer], x: object, shape: Shape, learned: bool, item: 
 
 
 def _measured(layers: list[nn.Layer], shape: Shape, learned: bool, layout: Layout) -> float:
-    """The same measured: two forward passes are run on zeros, and what NumPy has allocated and not freed after each is
-    counted. Memory that other libraries allocate is not counted."""
+    """The same measured: two forward passes are run on zeros, and what NumPy and PyTorch have allocated and not freed
+    after each is counted. Memory that other libraries allocate is not counted."""
     layout.bind(np.zeros(layout.size, layout.dtype))  # never written to: takes no memory
     _held(layers, shape, learned, layout.dtype, ROWS[0])  # layers allocate here what they keep for good
     few, many = (_held(layers, shape, learned, layout.dtype, rows) for rows in ROWS)
@@ -157,15 +165,26 @@ def _measured(layers: list[nn.Layer], shape: Shape, learned: bool, layout: Layou
 
 
 def _held(layers: list[nn.Layer], shape: Shape, learned: bool, dtype: DTypeLike, rows: int) -> int:
-    """Bytes of arrays that a forward pass of `rows` rows leaves allocated."""
+    """Bytes of arrays and tensors that a forward pass of `rows` rows leaves allocated."""
     tracemalloc.start()
     try:
-        with np.errstate(all="ignore"):
-            x = np.zeros((rows, *shape), dtype)
+        with np.errstate(all="ignore"), _tensors() as tensors:
+            # On a boundary of memory, so that no layer copies it to one.
+            x = vectors.zeros(rows * math.prod(shape), dtype).reshape(rows, *shape)
             backward = nn.forward(layers, x, nn.At(training=True, step=1), learned=learned)[1]
         del x
-        held = tracemalloc.take_snapshot()
+        gc.collect()  # what a pass leaves in cycles
+        held, of_tensors = tracemalloc.take_snapshot(), tensors.held if tensors else 0
         del backward
-        return sum(trace.size for trace in held.filter_traces(ARRAYS).traces)
+        return of_tensors + sum(trace.size for trace in held.filter_traces(ARRAYS).traces)
     finally:
         tracemalloc.stop()
+
+
+def _tensors() -> AbstractContextManager[Allocated | None]:
+    """What notes PyTorch's tensors, if the program has any."""
+    if "torch" not in sys.modules:
+        return nullcontext()
+    from mpiml.plan import torch_memory
+
+    return torch_memory.Allocated()

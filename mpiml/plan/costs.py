@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from mpiml.nn import base as nn
 from mpiml.parallel.schedules import SCHEDULES, Schedule, of_stages
 from mpiml.parallel.simulator import Simulation, held, simulate
-from mpiml.plan import ties
+from mpiml.plan import devices, ties
 from mpiml.plan.activations import RowBytes
-from mpiml.plan.exchanges import Counts, depths, traffic
-from mpiml.plan.saving import copies
+from mpiml.plan.exchanges import Counts, traffic
+from mpiml.plan.saving import copies, mirror
 from mpiml.plan.sums import averaging, states
 from mpiml.training.job import Job, sharers
 from mpiml.training.stages import StageDesign
@@ -33,8 +33,10 @@ class StageMemory:
         in_flight: the most micro-batches in flight.
         values: of one copy of the model.
         average: what the average of workers takes.
+        mirror: of values and state that lie on the rank's device, for checkpoints.
         copies: of what is saved, so that training goes on meanwhile.
         common: a rank's share of what it has together with others: of the values of its copies, and of means.
+        device: what ranks hold on their devices, and thus not here; None without devices.
     """
 
     in_flight: Counts
@@ -44,45 +46,67 @@ class StageMemory:
     activations: Counts
     messages: Counts
     average: Counts
+    mirror: Counts
     copies: Counts
     common: NDArray[np.float64]
+    device: devices.DeviceMemory | None = None
 
     @property
     def held(self) -> NDArray[np.float64]:
-        """All that is a rank's, or its share."""
-        every = self.gradients + self.state + self.activations + self.messages + self.average + self.copies
-        return every + self.common
+        """All that is a rank's, or its share, on the host."""
+        every = self.gradients + self.state + self.activations + self.messages + self.average + self.mirror
+        return every + self.copies + self.common
 
 
 def stage_memory(job: Job, stage: int, of_row: RowBytes) -> StageMemory:
     """What a stage holds if it keeps so much of each row of a micro-batch."""
     layout, sums = job.stages[stage].layout, traffic(job, stage)
-    values, vector = (bytes_of(size, layout.dtype) for size in (layout.size, layout.summed))
-    passes = map(job.passes, range(job.replicas))
-    most = [most_held(job.config.schedule, job.splits, stage, count, of_row) for count in passes]
-    flights, bytes_of_rows = np.array(most).T
+    whole, updated, vector = (bytes_of(size, layout.dtype) for size in (layout.size, layout.updated, layout.summed))
+    alone = job.owners and job.members == 1  # then the host has nothing, else gradients and their sum
+    values = (0 if alone else updated) if job.owners else whole
+    flights, activations = _passes(job, stage, of_row)
+    device = devices.memory_of(job, stage, activations) if job.on_device else None
+    if device:  # the host keeps the inputs
+        design = job.stages[stage]
+        activations = _passes(job, stage, RowBytes(math.prod(design.x_shape) * layout.dtype.itemsize, 0))[1]
     having = np.concatenate([np.repeat(n, n) for n in (sharers(h, job.shared) for h in job.group_homes(stage))])
     common, average = job.copies * values / having, np.zeros(job.replicas, np.int64)
     of_average = averaging(job, stage) if job.config.workers else None
     if of_average:
         common, average = common + of_average.vector / of_average.sharers, of_average.memory
     return StageMemory(
-        in_flight=flights.astype(np.int64),
+        in_flight=flights,
         values=values,
-        gradients=np.tile(depths(job.members, job.worker_microbatches, job.config.leaf), job.groups) * vector,
-        state=states(job) * job.copies * sums.slices,
-        activations=(bytes_of_rows * job.microbatch_rows).astype(np.int64),
+        gradients=devices.slots(job) * vector * (not alone),
+        state=states(job) * job.copies * sums.slices * (not job.owners),
+        activations=activations,
         messages=sums.gradients_in + sums.packed + ties.received(job, stage),
         average=average,
+        mirror=np.full(job.replicas, mirror(job, stage)),
         copies=copies(job, stage, of_average),
         common=common,
+        device=device,
     )
+
+
+def _passes(job: Job, stage: int, of_row: RowBytes) -> tuple[Counts, Counts]:
+    """By replica, the most micro-batches in flight of a stage, and the most bytes of those and of what waits for W."""
+    passes = map(job.passes, range(job.replicas))
+    most = [most_held(job.config.schedule, job.splits, stage, count, of_row) for count in passes]
+    flights, of_rows = np.array(most).T
+    return flights.astype(np.int64), (of_rows * job.microbatch_rows).astype(np.int64)
 
 
 def fullest_node(job: Job, memories: Sequence[StageMemory]) -> int:
     """The bytes that the fullest node holds."""
     held = [np.bincount(job.homes(stage), memory.held, job.nodes) for stage, memory in enumerate(memories)]
     return round(float(np.sum(held, axis=0).max()))
+
+
+def fullest_device(job: Job, memories: Sequence[StageMemory]) -> int:
+    """The bytes that the fullest device holds; 0 without devices. See mpiml.plan.devices."""
+    on_devices = [memory.device for memory in memories if memory.device]
+    return devices.fullest(job, on_devices) if on_devices else 0
 
 
 @functools.cache

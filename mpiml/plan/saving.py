@@ -30,7 +30,8 @@ def copies(job: Job, stage: int, average: Averaging | None) -> Counts:
     taken = np.zeros(job.replicas, np.int64)
     if job.config.save == "sync" or not job.config.save_every:
         return taken
-    layout, alone = job.stages[stage].layout, job.config.allreduce == "mpi"  # where each holds everything
+    layout = job.stages[stage].layout
+    alone = job.config.allreduce == "mpi" or job.owners  # where each holds everything
     dtype = layout.dtype
     runs = [[run] for run in runs_of_buckets(job, stage)] if alone else owned_runs(job, stage)
     shares = job.replicas if alone else job.groups
@@ -49,6 +50,14 @@ def copies(job: Job, stage: int, average: Averaging | None) -> Counts:
     taken[0] += sum(bytes_of(p.size, dtype) for p in layout.parameters if p.frozen and p.first is p)
     taken[0] += 0 if stage else _constants(job)
     return taken
+
+
+def mirror(job: Job, stage: int) -> int:
+    """The bytes of a rank's copies on the host of values and state on a device of its own: of the values, which are
+    drawn on the host, and of the state once it is saved (mpiml.parallel.on_device.Mirror)."""
+    layout = job.stages[stage].layout
+    updated = states(job) * layout.updated * bool(job.config.save_every)
+    return bytes_of(layout.size + updated, layout.dtype) if job.owners else 0
 
 
 def _constants(job: Job) -> int:

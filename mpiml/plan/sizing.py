@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpiml.command import count, size, table
 from mpiml.nn import base as nn
 from mpiml.nn.parameters import Shape
-from mpiml.plan import activations, costs, saving, sums, ties
+from mpiml.plan import activations, costs, devices, saving, sums, ties
 from mpiml.plan.exchanges import depths, exchange_text
 from mpiml.training.job import Job, kind
 from mpiml.training.sharing import grid_text
@@ -34,7 +33,8 @@ class StageLine:
     """A stage: its first and last layer, its share of the operations, or of the layers' time if that is measured, the
     most micro-batches in flight, and the bytes that its fullest rank holds: `values` of each of its `copies` of the
     model, each one for all of the copy's ranks on a node if `Plan.shared`; `average`: for the averages of workers;
-    `copy`: of what it saves."""
+    `mirror`, `copy`: of what it saves; `device`: on its device, if it has one, where `Plan.owners` keep the values, so
+    that on the host `values` are the sum of gradients."""
 
     first: int
     last: int
@@ -49,7 +49,9 @@ class StageLine:
     activations: int
     messages: int
     average: int
+    mirror: int
     copy: int
+    device: devices.DeviceLine | None
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,10 @@ class Plan:
         bubble: the part of the passes' time in which these stages are idle; even_bubble: if all had equal work.
         stages: where workers learn apart, if they do.
         rank_bytes, node_bytes: held by the fullest rank and the fullest node, with copies of what is saved; of shared
-            values a rank's share counts.
+            values a rank's share counts; what is on devices does not.
+        device: the kind of ranks' devices; empty without. owners: whether each rank has one to itself, on which it
+            updates its model; device_ranks: the most ranks that share one, 0 if that is not known.
+        device_bytes: what the ranks of the fullest device hold there, or of a rank if it is not known who share one.
         node_out, round_out: the most bytes that a node sends to others for the gradient sum in a step, and for the
             averages of a round; node_in, round_in: that a node receives.
         exchange: how nodes exchange the sums of gradients; empty if they need not.
@@ -98,6 +103,10 @@ class Plan:
     even_bubble: float
     rank_bytes: int
     node_bytes: int
+    device: str
+    owners: bool
+    device_ranks: int
+    device_bytes: int
     wires: list[Wire]
     node_out: float
     node_in: float
@@ -113,7 +122,8 @@ class Plan:
 def plan(job: Job, data: str) -> Plan:
     """The plan of a job that trains on the data set named `data`."""
     last = len(job.stages) - 1
-    rows = [activations.of_a_row(stage, number == last) for number, stage in enumerate(job.stages)]
+    stack = not job.config.bucket  # as mpiml.training.place calls modules
+    rows = [activations.of_a_row(stage, number == last, stack) for number, stage in enumerate(job.stages)]
     phases = job.phases()
     memories = [[costs.stage_memory(phase, number, row) for number, row in enumerate(rows)] for phase in phases]
     *before, job = phases
@@ -139,6 +149,10 @@ def plan(job: Job, data: str) -> Plan:
         even_bubble=costs.pipeline(job, even=True).bubble(),
         rank_bytes=int(max(max(memory.held) for each in memories for memory in each)),
         node_bytes=max(map(costs.fullest_node, phases, memories)),
+        device=job.config.device if job.on_device else "",
+        owners=job.owners,
+        device_ranks=devices.sharing(job) if job.on_device else 0,
+        device_bytes=max(map(costs.fullest_device, phases, memories)),
         wires=[*wires(job), *(_before(phase, average_from) for phase in before)],
         node_out=_most(gradients, "abroad"),
         node_in=_most(gradients, "received"),
@@ -184,7 +198,9 @@ def _stage(job: Job, number: int, memory: costs.StageMemory, work: int) -> Stage
         activations=int(memory.activations[fullest]),
         messages=int(memory.messages[fullest]),
         average=int(memory.average[fullest]),
+        mirror=int(memory.mirror[fullest]),
         copy=int(memory.copies[fullest]),
+        device=devices.line(job, memory.device) if memory.device else None,
     )
 
 
@@ -235,63 +251,3 @@ def _library(job: Job) -> Wire:
             between += 2 * vector * (nodes - 1)
             within += 2 * vector * (job.members - nodes)
     return Wire("gradients (MPI_Allreduce at its best)", between, within)
-
-
-def screen(plan: Plan) -> str:
-    """A plan as text."""
-    nodes = f"{plan.nodes} nodes of {plan.node_ranks} ranks" if plan.nodes > 1 else "1 node"
-    head = [
-        plan.grid,
-        f"{nodes}; an epoch of {plan.data} is {plan.steps_per_epoch:,} steps of {plan.rows:,.1f} rows, "
-        f"each in {plan.microbatches:,} micro-batches of at most {plan.microbatch_rows:,}",
-        f"{plan.steps:,} steps of about {count(plan.flops)} operations, forward and backward",
-    ]
-    layers = [["layer", "kind", "row of its output", "parameters", "operations", "stage"]]
-    for line in plan.layers:
-        shape = " x ".join(map(str, line.shape))
-        name, parameters = line.path.rpartition(".")[2], f"{line.parameters:,}"
-        layers.append([name, line.kind, shape, parameters, count(line.flops), str(line.stage)])
-    total = [f"{sum(line.parameters for line in plan.layers):,}", count(sum(line.flops for line in plan.layers))]
-    layers.append(["", "total; operations: a forward pass of one row", "", *total, ""])
-    return "\n".join([*head, "", *table(layers, "rllrrr"), "", *_memory(plan), "", *_wires(plan)])
-
-
-def _memory(plan: Plan) -> list[str]:
-    heads = ["stage", "layers", "work", "in flight", "values", "gradients", "optimizer", "activations", "messages"]
-    copied = any(stage.copy for stage in plan.stages)
-    lines = [heads + ["averages"] * bool(plan.workers) + ["copies"] * copied]
-    for index, stage in enumerate(plan.stages):
-        held = [
-            _several(stage.copies, stage.values),
-            _several(stage.gradient_vectors, stage.gradients // stage.gradient_vectors),
-        ]
-        more = [stage.average] * bool(plan.workers) + [stage.copy] * copied
-        held += map(size, (stage.state, stage.activations, stage.messages, *more))
-        lines.append([str(index), f"{stage.first}-{stage.last}", f"{stage.share:.0%}", str(stage.in_flight), *held])
-    owner = "worker and " if plan.workers else ""
-    values = f"one copy for each {owner}node" if plan.shared else f"a copy for each {owner}rank"
-    saved = f"a checkpoint has {size(plan.checkpoint)}"
-    saved += f", within a round {size(plan.round_checkpoint)}" if plan.workers else ""
-    saved += "; copies: to go on while it is written, if memory is available (--save)" if copied else ""
-    return [
-        *table(lines, "r" * len(lines[0])),
-        f"memory of each stage's fullest rank; values: {values}; activations: kept for the backward pass",
-        f"at most {size(plan.rank_bytes)} a rank and {size(plan.node_bytes)} a node, without data, Python, libraries",
-        saved,
-        f"stages are idle for {plan.bubble:.0%} of the time of their passes ({plan.even_bubble:.0%} if all were equal)",
-    ]
-
-
-def _several(count: int, each: float) -> str:
-    return f"{count} x {size(each)}" if count > 1 else size(each)
-
-
-def _wires(plan: Plan) -> list[str]:
-    lines = [["sent in a step", "between nodes", "on nodes"]]
-    lines += [[wire.what, size(wire.between), size(wire.within)] for wire in plan.wires]
-    most = f"a node sends at most {size(plan.node_out)} and receives {size(plan.node_in)} for the gradient sums"
-    if plan.workers:
-        of_round = f"sends {size(plan.round_out)} and receives {size(plan.round_in)}"
-        most += f", and {of_round} every {plan.average_every} steps for the averages"
-    exchange = [plan.exchange] if plan.exchange else []
-    return [*table(lines, "lrr"), *exchange, *([most] if plan.node_out or plan.round_out else [])]

@@ -27,7 +27,9 @@ import mpiml
 from mpiml.config import Config, parse
 from mpiml.data.batch import Batch
 from mpiml.data.dataset import Dataset
+from mpiml.devices import choice
 from mpiml.doctor import probes
+from mpiml.errors import ConfigError
 from mpiml.nn.base import Array, At, Layer
 from mpiml.nn.layers import Linear
 from mpiml.parallel.grid import nodes_of_ranks
@@ -188,6 +190,8 @@ class Calibration:
 
 def calibrate(team: Team, path: Path, config: Config) -> None:
     """Measure; rank 0 writes the result to `path`. Collective."""
+    if not choice.is_host(config.device):
+        raise ConfigError(f"--device {config.device}: predictions are of processors; leave it out").on_all_ranks()
     prepare_process(config.threads)
     machine = Calibration(team.comm, config, open_data(config, team, None)).machine()
     if team.rank == 0:

@@ -26,13 +26,14 @@ KINDS = {  # the types of the fields that are read back
 }
 
 
-def of_rank(threads: int) -> dict[str, Any]:
-    """The environment of this rank."""
+def of_rank(threads: int, device: str = "") -> dict[str, Any]:
+    """The environment of this rank, which computes on a `device` of that type, or on the processor."""
     return {
         "host": os.uname().nodename,
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": threads,
+        "device": device or "the processor",
         "blas": blas(),
         "pid": os.getpid(),
     }
@@ -85,6 +86,7 @@ def essentials(job: Mapping[str, Any]) -> dict[str, str]:
     ranks = job.get("ranks", ())
     texts = {
         "processor": "; ".join(sorted({str(rank["cpu"]) for rank in ranks if "cpu" in rank})),
+        "device": "; ".join(sorted({str(rank["device"]) for rank in ranks if "device" in rank})),
         "BLAS": "; ".join(sorted({str(rank["blas"]) for rank in ranks if "blas" in rank})),
         "NumPy": job.get("packages", {}).get("numpy"),
         "Python": job.get("python"),

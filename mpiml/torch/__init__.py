@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
+from mpiml.devices import choice
 from mpiml.loop.checks import check_comm
+from mpiml.loop.guard import clock
+from mpiml.parallel.grid import nodes_of_ranks
+from mpiml.team import Team
 
 try:
+    import torch
+
     from mpiml.torch.data_parallel import DataParallel as DataParallel
 except ModuleNotFoundError as error:
     if error.name != "torch":
@@ -15,6 +23,20 @@ except ModuleNotFoundError as error:
 def rank() -> int:
     """This process' number among those that mpirun has started, from 0 on: as DistributedSampler's `rank`."""
     return check_comm(None).rank
+
+
+def device() -> torch.device:
+    """The GPU of this process: its number among those of its node, modulo the number of GPUs that it sees; collective.
+
+    Raises ConfigError, on all ranks alike, if there is none, or if ranks have GPUs of several types.
+    """
+    team = Team(check_comm(None), clock())
+    homes = nodes_of_ranks(team.comm)
+    node = [rank for rank, home in enumerate(homes) if home == homes[team.rank]]
+    host = os.uname().nodename
+    everyone = team.allgather(choice.candidate("cuda", host, f"{host} {node[0]}", node.index(team.rank), len(node)))
+    team.together(lambda: choice.check("cuda", everyone, share=True))
+    return torch.device("cuda", everyone[team.rank].number)
 
 
 def size() -> int:

@@ -31,11 +31,14 @@ def _check(module: Module) -> None:
         raise ConfigError(f"{first_few(lazy)} has no shape yet: call the module once, with inputs like its own, before")
     if wrapped := [name or "the module" for name, part in module.named_modules() if type(part).__name__ in WRAPPERS]:
         raise ConfigError(f"{first_few(wrapped)} averages gradients already: pass what it wraps, its .module")
-    for name, tensor in tensors(module).items():
-        if tensor.device.type != "cpu":
-            raise ConfigError(f"{name} is on {tensor.device}, but ranks average on the CPU: module.to('cpu') first")
+    devices = {str(tensor.device): name for name, tensor in tensors(module).items()}
+    if len(devices) > 1:
+        where = ", ".join(f"{name} on {device}" for device, name in devices.items())
+        raise ConfigError(f"the module lies on several devices, {where}: module.to(mpiml.torch.device()) first")
+    if other := [device for device in devices if device.partition(":")[0] not in ("cpu", "cuda")]:
+        raise ConfigError(f"the module is on {other[0]}: ranks train on the CPU, or on CUDA's GPUs")
     if synced := [name or "the module" for name, part in module.named_modules() if isinstance(part, SyncBatchNorm)]:
-        raise ConfigError(f"{first_few(synced)} is a SyncBatchNorm, which works on GPUs alone: use BatchNorm")
+        raise ConfigError(f"{first_few(synced)} is a SyncBatchNorm, which needs a process group: use BatchNorm")
     if not any(p.requires_grad for p in module.parameters()):
         raise ConfigError(f"{type(module).__name__} has no parameter that requires a gradient: nothing to average")
 
@@ -49,7 +52,7 @@ def broadcast(team: Team, values: Iterable[Tensor], root: int = 0) -> None:
     """Give all ranks the values that these tensors have on rank `root`; collective."""
     for tensor in values:
         for part in parts(tensor).values():
-            whole = part.contiguous()
+            whole = part.contiguous().cpu()
             team.broadcast_array(whole.reshape(-1).view(torch.uint8).numpy(), root)
-            if whole is not part and not torch.equal(part, whole):
+            if whole is not part and not torch.equal(part.cpu(), whole):
                 part.copy_(whole)

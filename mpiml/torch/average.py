@@ -12,6 +12,8 @@ from torch.nn import Module
 from torch.nn.modules import module as modules
 
 from mpiml import vectors
+from mpiml.devices import choice
+from mpiml.devices.device import Device
 from mpiml.errors import ConfigError, first_few
 from mpiml.loop.guard import clock
 from mpiml.loop.sums import Sum
@@ -21,7 +23,7 @@ from mpiml.nn.torch_tensors import as_real
 from mpiml.team import Team
 from mpiml.torch import flat
 from mpiml.torch.buffers import WHEN_MADE, Changes, compares_all
-from mpiml.torch.flat import Arrays, Places, Slot
+from mpiml.torch.flat import Arrays, Places, Slot, Vectors
 from mpiml.torch.meetings import COLUMNS, Meetings
 from mpiml.torch.unchanged import Unchanged
 
@@ -49,6 +51,7 @@ class Average:
 
     Attributes:
         module: the module itself.
+        device: on which the module is.
         trained: the parameters that required a gradient at first.
         unchanged: what exact steps must not change.
         slots: for each of this rank's micro-batches, the place of what it contributes.
@@ -61,6 +64,7 @@ class Average:
         self.names = [name for name, parameter in named.items() if parameter.requires_grad]
         self.trained = [named[name] for name in self.names]
         self._frozen = {name: parameter for name, parameter in named.items() if not parameter.requires_grad}
+        self.device = choice.of_tensor(self.trained[0])
         self.module, self._registrations_seen, self._checks = module, _registrations[0], 0
         self._dtypes = [parameter.dtype for parameter in self.trained]
         self.unchanged = Unchanged(module, warns=team.rank == 0)
@@ -69,6 +73,8 @@ class Average:
         self.unfinished, self._to_be_dropped = 0, False
         self._arrays: Arrays = []  # of the total
         self._total: Slot | None = None  # views of the total, once there is one
+        self._there: Vectors | None = None  # the vectors on the module's device, if it is on one
+        self.slots: list[Slot] = []
         self._flags, self._flag_tensor = list[bool](), torch.zeros(0)  # that were written last
         self._make(team.size)
 
@@ -132,6 +138,7 @@ class Average:
         slot = self.slots[m - self.sum.own.start]
         for view in (*slot.tensors, slot.flags):
             view.zero_()
+        slot.written()
         self.sum.put(m, weight=0.0)
 
     def write(self, slot: Slot) -> None:
@@ -151,6 +158,7 @@ class Average:
         if flags != self._flags:
             self._flags, self._flag_tensor = flags, torch.tensor(flags, dtype=slot.flags.dtype)
         slot.flags.copy_(self._flag_tensor)
+        slot.written()
 
     def _check(self) -> None:
         """Raise ConfigError if other parameters are trained than those that are averaged."""
@@ -170,6 +178,8 @@ class Average:
     def mean(self) -> Slot:
         """The mean; collective. It holds until something is put again."""
         self._arrays = self.sum.mean(copy=False)
+        if self._there:
+            return self._there.total(self._arrays)
         if self._total is None:
             self._total = _readable(self._places, self._arrays)
         return self._total
@@ -244,6 +254,8 @@ class Average:
         """Agree with all ranks that nothing more is averaged, and let go of what it was summed in; collective."""
         self.meetings.end()
         self.slots.clear()
+        self.device.unlock()
+        self._there = None
         self._arrays, self._total = [], None
 
     def _make(self, microbatches: int) -> None:
@@ -253,7 +265,13 @@ class Average:
         self.sum = self.meetings.sum = Sum(
             self.team.comm, self._places.like, microbatches, self._memory, finite=False, numbers=COLUMNS
         )
-        self.slots = [self._places.slot(arrays) for arrays in self.sum.slots.trees]
+        device, slots = self.device, self.sum.slots.trees
+        device.unlock()  # the slots before
+        self._there = self._places.there(device) if isinstance(device, Device) else None
+        if self._there:
+            self._there.lock(*slots)
+        slot = self._there.slot if self._there else self._places.slot
+        self.slots = [slot(arrays) for arrays in slots]
         self._total = None
 
 

@@ -46,7 +46,7 @@ class DataParallel(Module):  # type: ignore[misc]
     Outside of `mpiml.api.guard`, ranks are watched as in a guard from here on until the program ends.
 
     Args:
-        module: the same on all ranks, on the CPU.
+        module: the same on all ranks, on the CPU or on the GPU that `mpiml.torch.device()` gives the rank.
         broadcast_buffers, forward_sync_buffers: whether buffers are averaged; if both are given, the second counts.
         init_sync: whether parameters and buffers start equal; if not, that is the caller's concern.
         comm: the ranks (default: all).
@@ -85,7 +85,9 @@ class DataParallel(Module):  # type: ignore[misc]
             "forward_sync_buffers": forward_sync_buffers,
             "init_sync": init_sync,
         }
-        team.together(lambda: keywords.check(others, switches, stall_timeout))
+        tensor = next(module.parameters(), None) if isinstance(module, Module) else None
+        gpus = [tensor.get_device()] if tensor is not None and tensor.is_cuda else []
+        team.together(lambda: keywords.check(others, switches, stall_timeout, gpus))
         alike.compare(team, module)
         if init_sync:
             alike.broadcast(team, tensors(module).values())
@@ -183,6 +185,7 @@ class DataParallel(Module):  # type: ignore[misc]
             where = f"steps() within step {self._step.number}"
             raise ConfigError(f"{where}: call net.step(optimizer) before, or leave the loop that the step is of")
         prepare_torch(threads)
+        self._average.device.fix_arithmetic()
         step = None
         try:
             for step in exact.steps(self._average, rows, start, last):

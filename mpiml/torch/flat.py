@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpiml.clock import unwatched
+from mpiml.devices.device import Device
 from mpiml.nn.torch_tensors import as_kind_of, as_real, is_whole, real_shape
 from mpiml.vectors import padded
 
@@ -19,10 +22,11 @@ DOUBLE = (torch.float64, torch.complex128)
 
 
 class Slot:
-    """Views of the flat vectors of one slot, or of the total: of each tensor, and of a flag for each."""
+    """Views of the flat vectors of one slot, or of the total: of each tensor, and of a flag for each. `written` is to
+    be called when they have been written to: it takes vectors on a device to where they are summed."""
 
-    def __init__(self, tensors: list[Tensor], flags: Tensor):
-        self.tensors, self.flags = tensors, flags
+    def __init__(self, tensors: list[Tensor], flags: Tensor, written: Callable[[], object] = unwatched):
+        self.tensors, self.flags, self.written = tensors, flags, written
 
 
 class Places:
@@ -46,16 +50,55 @@ class Places:
 
     def slot(self, arrays: Sequence[NDArray[Any]]) -> Slot:
         """Views of such vectors."""
-        vectors = {kind: torch.from_numpy(array) for kind, array in zip(self._kinds, arrays, strict=True)}
+        return self._views([torch.from_numpy(array) for array in arrays])
+
+    def _views(self, given: Sequence[Tensor]) -> Slot:
+        vectors = dict(zip(self._kinds, given, strict=True))
         *tensors, flags = (
             vectors[kind][start : start + math.prod(shape)].view(shape) for kind, start, shape in self._places
         )
         return Slot(tensors, flags)
 
+    def there(self, device: Device) -> Vectors:
+        """Such vectors on a device."""
+        return Vectors(self, device)
+
     def _place(self, kind: np.dtype[Any], shape: tuple[int, ...]) -> tuple[np.dtype[Any], int, tuple[int, ...]]:
         start = self._sizes[kind]
         self._sizes[kind] += padded(math.prod(shape), kind)
         return kind, start, shape
+
+
+class Vectors:
+    """Vectors on a device, through which slots get to the host, one after another, and the total gets back."""
+
+    def __init__(self, places: Places, device: Device):
+        self._device = device
+        self._vectors = [device.vectors.zeros(len(array), array.dtype) for array in places.like]
+        self._places = places
+
+    def slot(self, arrays: Arrays) -> Slot:
+        """Views of the vectors, for a slot whose own are `arrays`."""
+        slot = self._places._views(self._vectors)
+        slot.written = partial(self._fetch, arrays)
+        return slot
+
+    def total(self, arrays: Arrays) -> Slot:
+        """Views of the vectors, which have the values of `arrays` until a slot is written to."""
+        for array, vector in zip(arrays, self._vectors, strict=True):
+            self._device.put(array, vector)
+        self._device.settle()
+        return self._places._views(self._vectors)
+
+    def lock(self, *arrays: Arrays) -> None:
+        """Lock memory of the host, of which these are: slots, and the total."""
+        for alike in zip(*arrays, strict=True):
+            self._device.lock(*alike)
+
+    def _fetch(self, arrays: Arrays) -> None:
+        for array, vector in zip(arrays, self._vectors, strict=True):
+            self._device.fetch(vector, array)
+        self._device.settle()
 
 
 def copy(into: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:

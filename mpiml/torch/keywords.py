@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from mpiml.errors import ConfigError
@@ -23,9 +24,10 @@ ACCEPTED = {
     "dim": "it is of devices",
 }
 USED = ("broadcast_buffers", "forward_sync_buffers", "init_sync", "comm", "memory", "stall_timeout")
+DEVICES = ("device_ids", "output_device")  # accepted if they name the GPU on which the module is
 REFUSED = {
-    "device_ids": "ranks compute on the CPU: leave it out",
-    "output_device": "ranks compute on the CPU: leave it out",
+    "device_ids": "the module computes where it is: leave it out",
+    "output_device": "outputs stay where the module is: leave it out",
     "process_group": "pass an MPI communicator as comm=",
     "device_mesh": "pass an MPI communicator as comm=",
     "mixed_precision": "use torch.autocast",
@@ -34,18 +36,27 @@ REFUSED = {
 }
 
 
-def check(keywords: dict[str, Any], switches: dict[str, Any], stall_timeout: Any) -> None:
-    """Raise ConfigError for a keyword that is refused or unknown, and for a value that does not work."""
+def check(keywords: dict[str, Any], switches: dict[str, Any], stall_timeout: Any, gpus: Sequence[int] = ()) -> None:
+    """Raise ConfigError for a keyword that is refused or unknown, and for a value that does not work. `gpus` are those
+    on which the module is."""
     check_stall_timeout(stall_timeout)
     for name, value in switches.items():
         if value is not None:
             check_switch(name, value)
     for name, value in keywords.items():
+        if name in DEVICES and gpus and _numbers(value) == list(gpus):
+            continue
         if name in REFUSED and value not in (None, []):
             raise ConfigError(f"DataParallel({name}=...): {REFUSED[name]}")
         if name not in REFUSED | ACCEPTED:
             hint = guess(name, [*ACCEPTED, *REFUSED, *USED])
             raise ConfigError(f"DataParallel({name}=...): there is no such keyword{hint}")
+
+
+def _numbers(value: Any) -> list[Any]:
+    """The numbers of the GPUs that a value of a keyword names."""
+    every = value if isinstance(value, list | tuple) else [value]
+    return [getattr(one, "index", None) if hasattr(one, "type") else one for one in every]
 
 
 def warn(keywords: dict[str, Any]) -> None:

@@ -44,10 +44,10 @@ def pack(tree: Any, name: str, arrays: Arrays) -> Any:
 
 
 def _pack_tensor(tensor: Tensor, name: str, arrays: Arrays) -> Any:
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-        raise ConfigError(f"{name} is sparse, quantized or not on the CPU: checkpoints hold dense tensors on the CPU")
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise ConfigError(f"{name} is sparse or quantized: checkpoints hold dense tensors")
     dtype = str(tensor.dtype).removeprefix("torch.")
-    tensor = tensor.resolve_conj().resolve_neg().contiguous()
+    tensor = tensor.cpu().resolve_conj().resolve_neg().contiguous()
     if tensor.is_complex():
         tensor, name = torch.view_as_real(tensor), f"{name}.pairs_of_{dtype}"
     try:

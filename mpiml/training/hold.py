@@ -161,7 +161,7 @@ class Hold:
         Returns what a person should know of the job.
         """
         comm, config, clock = run.grid.comm, run.config, run.grid.team.clock
-        here = environment.of_rank(config.threads)
+        here = environment.of_rank(config.threads, run.model.device.name)
         with clock.doing("joining"):
             ranks = comm.gather(here)
 

@@ -12,11 +12,13 @@ from numpy.typing import NDArray
 from mpiml.config import Config
 from mpiml.data.dataset import Dataset
 from mpiml.data.inspection import inspect, problem
+from mpiml.devices import choice
 from mpiml.errors import DataError
 from mpiml.nn.base import Layer
 from mpiml.nn.parameters import Shape
 from mpiml.partition import check_ranks, part
 from mpiml.training.best import best_of
+from mpiml.training.device_memory import owners
 from mpiml.training.layer_times import layer_times
 from mpiml.training.model import build_scoring, model_for
 from mpiml.training.resolve import Resolved, resolve
@@ -33,6 +35,8 @@ class Job:
         stages: its model, cut into stages.
         ranks, node_ranks: ranks of the job and of each node; the last node may have fewer.
         rows: rows of the training set.
+        node_devices: devices of each node; None if that is not known.
+        owners: whether each rank updates its model on a device of its own.
     """
 
     config: Resolved
@@ -40,6 +44,8 @@ class Job:
     ranks: int
     node_ranks: int
     rows: int
+    node_devices: int | None = None
+    owners: bool = False
 
     @property
     def microbatches(self) -> int:
@@ -96,6 +102,11 @@ class Job:
     def shared(self) -> bool:
         """Whether the ranks of a node hold one copy of the values."""
         return self.config.allreduce == "ordered" and self.config.memory != "private"
+
+    @property
+    def on_device(self) -> bool:
+        """Whether layers compute on devices."""
+        return not choice.is_host(self.config.device)
 
     def passes(self, replica: int) -> int:
         """How many micro-batches a replica computes in a step, of each of its workers in turn."""
@@ -158,14 +169,19 @@ class Unplaced:
     classification: bool
     task: Task
 
-    def on(self, config: Config, ranks: int, node_ranks: int, rows: int | None = None) -> Job:
+    def on(
+        self, config: Config, ranks: int, node_ranks: int, rows: int | None = None, node_devices: int | None = None
+    ) -> Job:
         """The job on a grid, with another number of training rows if `rows` is given. Raises ConfigError as mpiml.train
         would."""
         rows = rows or self.rows
         check_ranks(ranks, config.pipe)
         resolved = resolve(config, rows, self.classification, ranks // config.pipe)
         times = layer_times(resolved, self.layers, self.task) if is_measured(config) else None
-        return Job(resolved, cut(resolved, self.layers, self.shape, times), ranks, node_ranks, rows)
+        stages = cut(resolved, self.layers, self.shape, times)
+        of_node = min(ranks, node_ranks)
+        owned = not choice.is_host(config.device) and owners(resolved, of_node, node_devices)
+        return Job(resolved, stages, ranks, node_ranks, rows, node_devices, owned)
 
 
 def unplaced(config: Config, data: Dataset) -> Unplaced:
@@ -179,11 +195,14 @@ def unplaced(config: Config, data: Dataset) -> Unplaced:
     return Unplaced(layers, task.shape, len(data.train), data.classification, task)
 
 
-def job_of(config: Config, ranks: int, node_ranks: int, data: Dataset) -> Job:
-    """The job that mpiml.train would be on these ranks. Raises ConfigError or DataError as it would."""
+def job_of(config: Config, ranks: int, node_ranks: int, data: Dataset, node_devices: int | None = None) -> Job:
+    """The job that mpiml.train would be on these ranks, on nodes of so many devices if that is known. Raises
+    ConfigError or DataError as it would."""
     check_ranks(ranks, config.pipe)
+    if node_devices:
+        choice.check_count(config.device, ranks, node_ranks, node_devices, config.share_devices)
     resolve(config, len(data.train), data.classification, ranks // config.pipe)  # for errors before the data are read
-    return unplaced(config, data).on(config, ranks, node_ranks)
+    return unplaced(config, data).on(config, ranks, node_ranks, node_devices=node_devices)
 
 
 def kind(layer: Layer) -> str:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mpiml.clock import unwatched
 from mpiml.config import Config
+from mpiml.devices.host import HOST, Host
 from mpiml.errors import ConfigError
 from mpiml.nn import base as nn
 from mpiml.nn.parameters import Gradients, Layout
@@ -22,11 +23,15 @@ REPEATS = 5
 
 
 def layer_times(
-    config: Config, layers: Sequence[nn.Layer], task: Task, moved: Callable[[], None] = unwatched
+    config: Config,
+    layers: Sequence[nn.Layer],
+    task: Task,
+    moved: Callable[[], None] = unwatched,
+    device: Host = HOST,
 ) -> list[int]:
     """Microseconds of a forward and a backward pass of each layer, for as many rows as a micro-batch has: the least of
     a few passes. Layers are timed one after another, each on what the one before returns for drawn rows, and with first
-    values in memory that is freed before the next. `moved` is called after each pass.
+    values in memory that is freed before the next. `moved` is called after each pass. `device`: on which they compute.
 
     Raises ConfigError for a layer whose pass fails; it names the layer.
     """
@@ -34,7 +39,7 @@ def layer_times(
     with np.errstate(all="ignore"):
         for index, layer in enumerate(layers):
             try:
-                x, seconds = _timed(config, layer, x, nn.updated(layers[:index]), moved)
+                x, seconds = _timed(config, layer, x, nn.updated(layers[:index]), moved, device)
             except ConfigError:
                 raise
             except Exception as error:  # of the user's own code
@@ -58,8 +63,8 @@ def _rows(config: Config, task: Task) -> NDArray[Any]:
 
 
 def _timed(
-    config: Config, layer: nn.Layer, x: NDArray[Any], learned: bool, moved: Callable[[], None]
-) -> tuple[NDArray[Any], float]:
+    config: Config, layer: nn.Layer, x: Any, learned: bool, moved: Callable[[], None], device: Host
+) -> tuple[Any, float]:
     """What a layer returns for rows x, and the seconds of its two passes; the layer is as before afterwards."""
     layout, at, least = Layout(nn.parameters([layer]), config.dtype), nn.At(True, config.seed, 1), np.inf
     with ExitStack() as stack:
@@ -68,17 +73,19 @@ def _timed(
         values = layout.zeros()
         layout.bind(values)
         layout.initialise(values, config.seed)
-        gradients = Gradients(layout, layout.zeros(gradients=True))
-        dy: NDArray[Any] | None = None
+        gradients = Gradients(layout, device.vectors.zeros(layout.summed, config.dtype))
+        dy: Any = None
         for _ in range(REPEATS):
             with keyed(global_generators(), config.seed, "balance", layer.path):
                 began = perf_counter()
                 y, backward = nn.forward([layer], x, at, learned)
+                device.wait()
                 seconds = perf_counter() - began
                 if dy is None:
-                    dy = generator(config.seed, "balance", layer.path).standard_normal(y.shape).astype(y.dtype)
+                    dy = generator(config.seed, "balance", layer.path).standard_normal(y.shape).astype(config.dtype)
                 began = perf_counter()
                 backward(dy, gradients)
+                device.wait()
                 seconds += perf_counter() - began + (seconds if layer.block is not None else 0.0)
                 least = min(least, seconds)
             moved()

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mpiml.devices.host import HOST, Host
 from mpiml.errors import ConfigError
 from mpiml.nn.losses import Metric
 from mpiml.parallel.grid import Grid
@@ -46,6 +47,7 @@ class Learner:
         agree: (rows of this rank's micro-batches, not finite, stop) -> the step record, the same on all its ranks.
         rate: the learning rate of a step.
         noise: what measures the noise scale, if that is to be measured.
+        device: on which this rank computes.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Learner:
     metric: Metric
     rate: Callable[[int], float]
     noise: NoiseScale | None
+    device: Host = HOST
 
     def step(
         self,
@@ -82,7 +85,8 @@ class Learner:
         clock, update = self.grid.team.clock, self.update
         clock.step = step
         rows = self._rows(len(batches), measured)
-        self.stage.train(step, batches, rows, measured)
+        with self.device.named_memory("a step"):
+            self.stage.train(step, batches, rows, measured)
         rate, wrong = self._rate(step)
         clock("communication")
         record = self.agree(rows, bool(wrong) or not update.finite, stop())

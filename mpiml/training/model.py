@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from mpiml.config import Config
+from mpiml.devices import choice
+from mpiml.devices.host import HOST, Host
 from mpiml.errors import ConfigError
 from mpiml.nn import base as nn
 from mpiml.nn.checked import OwnLoss, OwnMetric, Sample
@@ -41,15 +43,16 @@ Model = Any  # layers, PyTorch modules, a list of both, or a function (shape, ou
 Objective = Callable[[Any, Any, Any, bool, nn.At], tuple[list[float], Any]]
 
 
-def model_for(config: Config, task: Task, model: Model | None) -> list[nn.Layer]:
-    """The layers, named, for what a data set asks; `model` is a Model in place of config.model."""
+def model_for(config: Config, task: Task, model: Model | None, device: Host = HOST) -> list[nn.Layer]:
+    """The layers, named, for what a data set asks, to compute on a device; `model` is in the place of config.model."""
     tokens = task.vocabulary
     make = chosen(config, tokens) if model is None else model
     try:
         _check_inputs(task, config.model if model is None and not is_name(config.model) else None)
-        layers = _list_of_layers(_made(make, config, task))
+        layers = _list_of_layers(_made(make, config, task, device))
         _check_inputs(task, _own_layer(layers[0]))
         nn.name(layers)
+        _check_arithmetic(config, layers)
         *shapes, final = nn.stack_shapes(layers, task.shape)  # which shows what PyTorch modules change
         factors.set_rates(layers, config.rates)
         nn.skip_first_dx(layers)
@@ -135,7 +138,22 @@ def _own_layer(layer: nn.Layer) -> str | None:
     return None if modules and isinstance(layer, modules.TorchLayer) else type(layer).__name__
 
 
-def _made(model: Model, config: Config, task: Task) -> Any:
+def _check_arithmetic(config: Config, layers: Sequence[nn.Layer]) -> None:
+    """Raise ConfigError for layers that NumPy computes where the settings ask for what PyTorch alone can do."""
+    device = [] if choice.is_host(config.device) else [f"--device {config.device}"]
+    asked = [*device, *[f"--autocast {config.autocast}"] * (config.autocast != "none")]
+    if not asked:
+        return
+    for layer in layers:
+        if name := _own_layer(layer):
+            made = "" if is_name(config.model) else f"--model {config.model} is of layers of mpiml: "
+            raise ConfigError(
+                f"{asked[0]}: {made}{layer.path}, {name}, computes with NumPy, on the processor; give "
+                "--model a function that returns a PyTorch module, or a list of such"
+            )
+
+
+def _made(model: Model, config: Config, task: Task, device: Host) -> Any:
     """The model, made if it is a function that makes it, with layers in place of PyTorch's modules.
 
     What it draws from a generator of the process is a function of the seed alone.
@@ -147,11 +165,11 @@ def _made(model: Model, config: Config, task: Task) -> Any:
         with keyed(global_generators(), config.seed, "init", "torch"):
             made = model(task.shapes, task.outputs)
         if not modules and _torch_modules():  # the call itself has imported it, and drawn what it liked
-            return _made(model, config, task)
+            return _made(model, config, task, device)
     given = made if isinstance(made, Sequence) else [made]
     if not any(blocks(given)):
-        return _as_layers(made, config, task)
-    layers = _as_layers(opened(given), config, task)
+        return _as_layers(made, config, task, device)
+    layers = _as_layers(opened(given), config, task, device)
     block_of = dict(zip(map(id, opened(given)), blocks(given), strict=True))
     for layer in layers:
         if isinstance(layer, nn.Layer):
@@ -159,10 +177,12 @@ def _made(model: Model, config: Config, task: Task) -> Any:
     return layers
 
 
-def _as_layers(made: Any, config: Config, task: Task) -> Any:
+def _as_layers(made: Any, config: Config, task: Task, device: Host) -> Any:
     """A model with layers in the place of PyTorch's modules."""
-    modules = _torch_modules()
-    return modules.as_layers(made, config.dtype, config.threads, task.inputs, task.bounds) if modules else made
+    if not (modules := _torch_modules()):
+        return made
+    settings = config.dtype, config.threads, task.inputs, task.bounds
+    return modules.as_layers(made, *settings, device=device, autocast=config.autocast != "none")
 
 
 def described(layers: Sequence[nn.Layer], seed: int) -> dict[str, str]:
@@ -206,7 +226,9 @@ class Scoring:
     outputs: Outputs | None
 
 
-def build_scoring(config: Config, task: Task, layers: Sequence[nn.Layer], weighted: bool = False) -> Scoring:
+def build_scoring(
+    config: Config, task: Task, layers: Sequence[nn.Layer], weighted: bool = False, device: Host = HOST
+) -> Scoring:
     """The loss and the metric that the settings name, for the outputs of a model; `weighted`: whether rows have
     weights. Raises ConfigError for those that do not work."""
     *_, shape = nn.stack_shapes(layers, task.shape)
@@ -217,8 +239,14 @@ def build_scoring(config: Config, task: Task, layers: Sequence[nn.Layer], weight
         np.zeros((rows, *task.labels), np.intp if task.classification else config.dtype),
         np.ones(rows, config.dtype) if weighted else None,
         *(outputs, config.seed, config.threads, config.ignore if task.classification else None),
+        device,
     )
     loss, metric = build_loss(config, sample), build_metric(config, task, sample)
+    if device.there and outputs:
+        losses = importlib.import_module("mpiml.nn.torch_losses")
+        loss = loss if is_name(config.loss) else losses.of_name(config.loss, sample)
+        of_classes = not is_name(config.metric) and outputs.axis is not None
+        return Scoring(loss, losses.AccuracyThere(outputs, device) if of_classes else metric, outputs)
     if outputs and outputs.axis is not None:
         loss = loss if is_name(config.loss) else outputs.loss(loss)
         metric = metric if is_name(config.metric) else outputs.metric(metric)
@@ -247,20 +275,22 @@ def build_metric(config: Config, task: Task, sample: Sample) -> Metric:
     return ExactMatch() if config.metric == "exact_match" else R2(1 if len(task.labels) > 1 else task.outputs)
 
 
-def objective(loss: Loss, metric: Metric) -> Objective:
+def objective(loss: Loss, metric: Metric, device: Host = HOST) -> Objective:
     """What the last stage computes: (y, labels, weights, measured, at) -> a row of the step record, and the gradient by
     the model's output; the metric is summed only if it is to be measured. `at` keys what a user's own loss and metric
-    draw from generators of the process."""
+    draw from generators of the process. What takes tensors on the device as they are says so by `takes_tensors`."""
     none: frozenset[str] = frozenset()
     of_loss, of_metric = getattr(loss, "draws", none), getattr(metric, "draws", none)
+    loss_there, metric_there = (device.there and getattr(one, "takes_tensors", False) for one in (loss, metric))
 
     def score(y: Any, labels: Any, weights: Any, measured: bool, at: nn.At) -> tuple[list[float], Any]:
+        outputs = y if loss_there else device.array(y)
         with keyed(of_loss, at.seed, "loss", at.step, at.microbatch):
-            total, weight, dy = loss(y, labels, weights)
+            total, weight, dy = loss(outputs, labels, weights)
         sums: Any = ()
         if measured:
             with keyed(of_metric, at.seed, "metric", at.step, at.microbatch):
-                sums = metric.sums(y, labels)
-        return [total, weight, *sums], np.ascontiguousarray(dy, y.dtype)
+                sums = metric.sums(y if metric_there else device.array(y), labels)
+        return [total, weight, *sums], dy if loss_there else np.ascontiguousarray(dy, outputs.dtype)
 
     return score

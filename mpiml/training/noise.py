@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -33,20 +34,21 @@ class NoiseScale:
     Args:
         comm: all ranks of the run.
         blocks: of this rank's stage. Those of running averages have no gradient, and do not count.
+        computes: with gradients where they are: mpiml.vectors, or functions of the same names.
 
     Attributes:
         averages: of the estimates so far. Both begin at 0, and their ratio is that of weighted means, as both are too
             small by the same factor.
     """
 
-    def __init__(self, comm: MPI.Intracomm, blocks: Iterable[Block]):
-        self.comm, self.averages = comm, NOTHING
+    def __init__(self, comm: MPI.Intracomm, blocks: Iterable[Block], computes: Any = vectors):
+        self.comm, self.averages, self._vectors = comm, NOTHING, computes
         self._blocks = [(block.start, block.stop) for block in blocks if block.momentum is None]
         self._squares = exact.digits(np.empty((0, 1)))
 
     def count(self, gradient: Vector) -> None:
         """Count the gradient of one micro-batch of this rank's stage, summed over its rows."""
-        squares = vectors.square_sums(gradient, self._blocks)
+        squares = self._vectors.square_sums(gradient, self._blocks)
         self._squares += exact.digits(np.array(squares).reshape(-1, 1))
 
     def measured(self, weights: NDArray[np.float64], weight: float, norm: float, rows: int) -> log.Noise:

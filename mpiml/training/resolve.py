@@ -12,6 +12,7 @@ from mpiml.data import names
 from mpiml.data.dataset import Dataset, open_dataset
 from mpiml.data.formats import Options
 from mpiml.data.objects import dataset_of
+from mpiml.devices import choice
 from mpiml.errors import ConfigError
 from mpiml.flags import flag, text
 from mpiml.nn import optimizers
@@ -166,6 +167,10 @@ def check_together(config: Resolved) -> None:
             f"--noise-scale --average-every {config.average_every}: is measured where gradients are summed at every "
             "step; give one of the two"
         )
+    if config.tf32 and choice.is_host(config.device):
+        raise ConfigError(f"--tf32 --device {config.device}: is of GPUs; give --device cuda, or leave --tf32 out")
+    if config.share_devices and choice.is_host(config.device):
+        raise ConfigError(f"--share-devices --device {config.device}: there are none; give --device cuda too")
     if config.recompute and config.model not in ("gpt", "resnet"):
         own = "; put mpiml.api.Recompute(...) around those of your own" if is_name(config.model) else ""
         raise ConfigError(f"--recompute --model {config.model}: gpt and resnet have blocks; leave it out{own}")

@@ -25,6 +25,7 @@ from mpiml.run import log
 from mpiml.run.stragglers import Pace
 from mpiml.run.trace import clock_for
 from mpiml.team import Team, share_cores
+from mpiml.training import devices
 from mpiml.training.best import Best, best_of
 from mpiml.training.calendar import Calendar, Due
 from mpiml.training.decay import rate_of, remarks
@@ -179,7 +180,7 @@ class Run:
         Raises NotFiniteError, on all ranks alike, if the loss is not finite.
         """
         tests, metric = self.data.tests, self.model.metric
-        with self.update.averaged():
+        with self.update.averaged(), self.model.device.named_memory("an evaluation"):
             record = tests.score(self.stage, metric, self.grid.team.clock, step, stop)
         if record is None:
             return None
@@ -209,6 +210,7 @@ class Run:
     def free(self) -> None:
         """Give back what the MPI library holds for the run; collective."""
         self.learning.free()
+        self.model.device.free()
         self.grid.free()
 
 
@@ -246,7 +248,8 @@ def assemble(
     if config.noise_scale and (shared := [b.array for layout in built.layouts for b in layout.blocks() if b.array]):
         what = f"{shared[0]} stands in several layers, and a micro-batch's gradient of it is known to no stage"
         raise ConfigError(f"--noise-scale: {what}; leave --noise-scale out").on_all_ranks()
-    noise = NoiseScale(grid.comm, built.layouts[grid.stage].blocks()) if config.noise_scale else None
+    blocks, device = built.layouts[grid.stage].blocks(), built.device
+    noise = NoiseScale(grid.comm, blocks, device.vectors) if config.noise_scale else None
     learning = Learning(Ingredients(config, grid, built, computation, rows.shards, rate, noise), calendar)
     return Run(
         config=config,
@@ -257,7 +260,13 @@ def assemble(
         learning=learning,
         best=best,
         noise=noise,
-        notes=[*rows.notes, *built.notes, *learning.now.notes, *remarks(config, rate)],
+        notes=[
+            *rows.notes,
+            *devices.remarks(config, device),
+            *built.notes,
+            *learning.now.notes,
+            *remarks(config, rate),
+        ],
     )
 
 

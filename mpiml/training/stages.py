@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 from mpiml import partition
 from mpiml.config import Config
+from mpiml.devices import choice
 from mpiml.errors import ConfigError
 from mpiml.nn import base as nn
 from mpiml.nn import optimizers
 from mpiml.nn.parameters import Layout, Shape
+from mpiml.vectors import ALIGNMENT, BOUNDARY
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,10 @@ def cut(
         raise ConfigError("; ".join([str(error), *(layer.joined for layer in layers if layer.joined)])) from None
     layerwise = optimizers.build(config.optimizer, 0.0, 0.0).layerwise
     decay = optimizers.default_decay(config.optimizer) if config.weight_decay is None else config.weight_decay
+    boundary = ALIGNMENT if choice.is_host(config.device) else BOUNDARY
     stages: list[StageDesign] = []
     for a, b in itertools.pairwise([0, *cuts, len(layers)]):
-        layout = Layout(nn.parameters(layers[a:b]), config.dtype, layerwise, decay > 0)
+        layout = Layout(nn.parameters(layers[a:b]), config.dtype, layerwise, decay > 0, boundary)
         learned = any(stage.layout.updated for stage in stages)
         of_stage = sum(flops[a:b]), sum(costs[a:b])
         stages.append(StageDesign(a, list(layers[a:b]), shapes[a], shapes[b], layout, learned, *of_stage))

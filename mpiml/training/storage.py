@@ -116,6 +116,7 @@ class Store:
 
         self.settle()
         with self.clock.booked("checkpoint"):
+            state.current()
             began = time.monotonic()
             self._saver.begin(prepare, self._of_rank(state, others), background)
         self._saved, self._untimed = step, self._saver.working
@@ -218,6 +219,7 @@ class Store:
         """The SHA-256 of all weights, the same for every layout; within a round, of those before it."""
         run = self.run
         with self.clock.booked("checkpoint"):
+            run.learning.saved_state.current()
             own = self._segments(run.learning.saved_state, VALUES)
             known = shared_file.digests_of(self.team, own, needed_kinds(run.model.layouts, (VALUES,)))
             return self.team.broadcast(digests.of_arrays(known))

@@ -15,19 +15,22 @@ from mpiml.data.shards import Shards
 from mpiml.nn import optimizers
 from mpiml.nn.parameters import Layout
 from mpiml.parallel.average import Average
-from mpiml.parallel.gradient_sum import GradientSum
+from mpiml.parallel.gradient_sum import GradientSum, OrderedSum
 from mpiml.parallel.grid import Grid
+from mpiml.parallel.on_device import Mirror, SumOfOwners
 from mpiml.parallel.recall import Recall
 from mpiml.parallel.schedules import SCHEDULES
 from mpiml.parallel.slices import Range
 from mpiml.parallel.stage import Computation, TrainingStage
 from mpiml.parallel.state import OUTER, VALUES, Part, State, parts
 from mpiml.parallel.ties import Ties
+from mpiml.parallel.tree import depth
 from mpiml.parallel.update import Update
 from mpiml.training.calendar import Calendar
+from mpiml.training.device_memory import vectors_on_device
 from mpiml.training.learner import Learner
 from mpiml.training.noise import NoiseScale
-from mpiml.training.place import Agree, BuiltModel, another, gradients, place
+from mpiml.training.place import Agree, BuiltModel, another, gradients, owns, place
 from mpiml.training.resolve import Resolved
 from mpiml.vectors import Vector
 
@@ -80,20 +83,35 @@ class Learners:
         self.count = workers
         self.first = of.grid.replica * groups // of.grid.replicas * (workers // groups)
         microbatches = config.microbatches // workers
+        self._check_memory(of, grid, microbatches, workers // groups)
         sum_, agree, self.notes = place(
-            config, of.grid.comm, grid, self._layout, microbatches, 2 + of.model.metric.columns
+            config, of.grid.comm, grid, self._layout, microbatches, 2 + of.model.metric.columns, of.model.device
         )
         others = range(workers // groups - 1)
-        sums = [sum_, *(another(sum_, grid, self._layout, microbatches, config.leaf) for _ in others)]
+        sums = [sum_, *(another(sum_, grid, self._layout, microbatches, config.leaf, of.model.device) for _ in others)]
         self.own = [self._learner(of, self.first + turn, one, agree) for turn, one in enumerate(sums)]
-        self._layout.bind(sum_.values.vector)
+        self._layout.bind(sum_.weights)
         copies = [learner.update for learner in self.own]
         self.average: Average | None = None
         if apart:
             self.average = Average(of.grid, groups, workers, copies, config.memory, config.outer_step)
             self.recall = Recall(of.grid.comm)
+        first = self.own[0]
+        on_device = isinstance(sum_, (OrderedSum, SumOfOwners)) and of.model.device.there
+        self._mirror = Mirror(of.model.device, sum_.values, first.update.states) if on_device else None
         self.state = self._state()
         self.arrays = sum(len(layout.parameters) for layout in of.model.layouts)  # of a vector of the whole model
+
+    def _check_memory(self, of: Ingredients, grid: Grid, microbatches: int, copies: int) -> None:
+        """Raise ConfigError, on all ranks alike, if a rank's vectors do not fit on its device; collective."""
+        config, device = of.config, of.model.device
+        if not device.there:
+            return
+        slots = depth(grid.replica, grid.replicas, microbatches, config.leaf)
+        kept = len(optimizers.build(config.optimizer, 0.0, 0.0).states) + (config.ema > 0)
+        owned = owns(config, of.grid.comm, device)
+        needed = vectors_on_device(self._layout, slots, kept, owned, copies).total
+        of.grid.team.together(lambda: device.check_memory(needed, "the model"))
 
     def _learner(self, of: Ingredients, number: int, sum_: GradientSum, agree: Agree) -> Learner:
         config, grid = of.config, self._of_group
@@ -121,6 +139,7 @@ class Learners:
             metric=of.model.metric,
             rate=of.rate,
             noise=of.noise,
+            device=of.model.device,
         )
 
     @property
@@ -134,21 +153,29 @@ class Learners:
         """Give all learners first values; collective."""
         first, *others = (learner.stage.sum.values for learner in self.own)
         memory, layout = first.memory, self._layout
+        vector = self._mirror.vector if self._mirror else first.vector
         # Ranks that share memory share the work.
-        self.grid.team.together(lambda: layout.initialise(first.vector, seed, memory.rank, memory.ranks))
+        self.grid.team.together(lambda: layout.initialise(vector, seed, memory.rank, memory.ranks))
+        if self._mirror:
+            self._mirror.put()
         for other in others:
             np.copyto(other.vector, first.vector)
+        for each in (first, *others):
+            each.renewed()
 
     def turn(self, learner: Learner) -> None:
         """Let the model be that of one of this rank's learners."""
         if len(self.own) > 1:
-            self._layout.bind(learner.stage.sum.values.vector)
+            self._layout.bind(learner.stage.sum.weights)
 
     def _state(self) -> State:
         first = self.own[0]
         values, of_worker = first.stage.sum.values, self._share(first)
         groups, each = self.count // len(self.own), of_worker[1]
         share = self.first // len(self.own) * each + of_worker[0], groups * each
+        if mirror := self._mirror:
+            held = parts(values, mirror.states, share, mirror.vector)
+            return State(self.grid, tuple(held), held, mirror.put, mirror.fetch)
         held = parts(values, first.update.states, share) | self._outer()
         return State(self.grid, tuple(held), held, self._settle)
 

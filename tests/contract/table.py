@@ -15,8 +15,10 @@ from typing import Any
 from safetensors.numpy import load_file
 
 from tests.conftest import Job, launch_all
-from tests.contract.features import FEATURES
+from tests.contract import features
+from tests.contract.on_devices import ON_DEVICES
 
+FEATURES = features.FEATURES | ON_DEVICES
 TIMES = {"seconds", "samples_per_second", "time"}
 PLACES = {"ranks", "pipe"}  # what result.json says of the layout
 
@@ -26,21 +28,24 @@ class Layout:
     """A column of the table: ranks, flags that must not matter to the bits, and pretended nodes of so many ranks each.
 
     Attributes:
-        resumed: whether the run goes on from the first checkpoint of the run alone.
+        resumed: the layout, if any, on which the run has begun, until its first checkpoint.
         halved: whether nodes must exchange by halving, however few they are.
+        devices: variables of the environment: the pretended devices that a rank sees.
     """
 
     ranks: int
     flags: str = ""
     nodes: str = ""
-    resumed: bool = False
+    resumed: str = ""
     halved: bool = False
+    devices: str = ""
 
     @property
     def words(self) -> str:
         """The layout in a command: environment and flags."""
         nodes = f"MPIML_NODES={self.nodes} " if self.nodes else ""
-        return f"{'HALVE=1 ' if self.halved else ''}{nodes}{self.flags}{' --resume' if self.resumed else ''}"
+        halved, resume = "HALVE=1 " if self.halved else "", " --resume" if self.resumed else ""
+        return f"{halved}{nodes}{self.devices} {self.flags}{resume}"
 
 
 def named(*layouts: tuple[int, str, str]) -> dict[str, Layout]:
@@ -56,9 +61,9 @@ KINDS = {
     "early": Layout(4, "--bucket 0.0001", "2,2"),  # every matrix in a bucket of its own, which is summed before others
     "stages": Layout(5, "--pipe 5 --cuts 1,4,5,9"),  # for --rates: the first, the third and the last are not trained
     "private": Layout(3, "--memory private"),
-    "resumed": Layout(4, "--pipe 2 --prefetch 2", resumed=True),
+    "resumed": Layout(4, "--pipe 2 --prefetch 2", resumed="alone"),
     "halved": Layout(6, "--bucket 0.0001", "2,2,2", halved=True),
-    "twelve": Layout(12, "--memory private", resumed=True, halved=True),  # each a node for itself
+    "twelve": Layout(12, "--memory private", resumed="alone", halved=True),  # each a node for itself
 }
 GRIDS = named(
     (2, "", ""),
@@ -86,7 +91,24 @@ NODES = named(
     (8, "--bucket 0.0005", "2,2,2,2"),
     (8, "--pipe 4 --schedule zb-h1 --bucket 0.0005", "3,2,3"),
 )
-LAYOUTS = {"alone": Layout(0)} | KINDS | GRIDS | NODES
+FAKE, SHARE = "--device fake", "--device fake --share-devices"
+ONE, TWO = "MPIML_FAKE_DEVICES=fake", "MPIML_FAKE_DEVICES=fake,fake"
+DEVICES = {
+    "owner": Layout(0, FAKE),
+    "owners": Layout(3, FAKE),
+    "owners-pipe": Layout(2, f"{FAKE} --pipe 2 --schedule zb-h1"),
+    "owners-four": Layout(4, f"{FAKE} --pipe 4 --schedule gpipe"),
+    "owners-grid": Layout(4, f"{FAKE} --pipe 2 --balance measured --bucket 0.0001", "2,2"),
+    "owners-private": Layout(3, f"{FAKE} --memory private", "2,1"),
+    "sharers": Layout(3, SHARE, devices=ONE),
+    "sharers-pipe": Layout(4, f"{SHARE} --pipe 4", devices=TWO),
+    "sharers-nodes": Layout(4, SHARE, "2,2", devices=ONE),
+    "unlocked": Layout(3, SHARE, "2,1", devices=f"{ONE} MPIML_FAKE_UNLOCKED=1"),
+    "to-sharers": Layout(3, SHARE, devices=TWO, resumed="owner"),
+    "to-owners": Layout(2, FAKE, resumed="sharers"),
+    "to-grid": Layout(4, f"{FAKE} --pipe 2 --schedule gpipe", "1,3", resumed="owner"),
+}
+LAYOUTS = {"alone": Layout(0)} | KINDS | GRIDS | NODES | DEVICES
 
 
 class Table:
@@ -127,7 +149,7 @@ class Table:
     def _command(self, layout: str, name: str) -> tuple[Path, str]:
         run = self.path / layout.replace(" ", "") / name
         if LAYOUTS[layout].resumed:
-            interrupt(self.alone(name).run, run)
+            interrupt(self.on(LAYOUTS[layout].resumed, name).run, run)
         return run, f"{LAYOUTS[layout].words} {self._flags(name)}"
 
     def here(self, name: str) -> Path:

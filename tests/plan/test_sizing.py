@@ -15,7 +15,8 @@ from mpiml.config import Config
 from mpiml.data.dataset import Dataset
 from mpiml.errors import ConfigError, DataError
 from mpiml.plan import costs
-from mpiml.plan.sizing import plan, screen
+from mpiml.plan.screen import screen
+from mpiml.plan.sizing import plan
 from mpiml.training.job import job_of, needs
 from mpiml.training.task import Seen
 from tests.plan.jobs import NOTHING, arrays, job

@@ -16,7 +16,8 @@ from mpiml.parallel.memory import SharedMemory
 from mpiml.parallel.values import TAGS
 from mpiml.plan import costs, exchanges, sums
 from mpiml.plan.exchanges import exchange_text
-from mpiml.plan.sizing import plan, screen
+from mpiml.plan.screen import screen
+from mpiml.plan.sizing import plan
 from mpiml.run.segments import Segment, size_of_copies
 from mpiml.team import Team
 from mpiml.training.arrays import segments

@@ -61,6 +61,13 @@ def test_different_processors_or_kernels_are_a_warning() -> None:
     assert ["Zen); x" in text for text in environment.warnings([one, one | {"blas": "x"}])] == [True]
 
 
+def test_another_device_is_a_change_and_an_unknown_one_is_none() -> None:
+    on = {kind: job(ranks=[{"host": "a", "cpu": "EPYC", "device": kind}]) for kind in ("H100", "the processor")}
+    _, (warning,) = environment.going_on(on["H100"], on["the processor"], 30)
+    assert warning.startswith("since the last job device is the processor (was H100): bits may")
+    assert environment.going_on(job(), on["H100"], 30)[1] == []  # a version that did not write it
+
+
 @pytest.mark.parametrize("text", ["[]", '{"data": 5}', '{"data": "abc"}', '{"data": [["a", 1]]}', "[" * 100_000, "{"])
 def test_a_damaged_environment_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "environment.json").write_text(text)
@@ -86,7 +93,8 @@ def test_what_the_file_does_not_say_is_not_known(tmp_path: Path) -> None:
 
 def test_what_a_rank_runs_on() -> None:
     rank = environment.of_rank(3)
-    assert list(rank) == ["host", "cpu", "cores", "threads", "blas", "pid"]
+    assert list(rank) == ["host", "cpu", "cores", "threads", "device", "blas", "pid"]
+    assert [rank["device"], environment.of_rank(3, "H100")["device"]] == ["the processor", "H100"]
     assert (rank["host"], rank["threads"], rank["pid"]) == (os.uname().nodename, 3, os.getpid())
     assert rank["cores"] == len(os.sched_getaffinity(0))
     assert rank["blas"] == environment.blas()
@@ -100,7 +108,7 @@ def test_what_a_job_runs_on_can_be_read_back(tmp_path: Path) -> None:
     assert about["ranks"] == ranks
     assert about["packages"] == {name: version(name) for name in environment.PACKAGES}
     assert (about["mpiml"], about["python"]) == (mpiml.__version__, platform.python_version())
-    assert list(environment.essentials(about)) == ["processor", "BLAS", "NumPy", "Python", "MPI", "mpiml"]
+    assert list(environment.essentials(about)) == ["processor", "device", "BLAS", "NumPy", "Python", "MPI", "mpiml"]
 
 
 def test_a_package_that_is_not_there_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:

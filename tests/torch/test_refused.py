@@ -87,7 +87,7 @@ def test_other_modules_on_other_ranks(module: Callable[[int], Any], said: str) -
         (lambda: nn.LazyLinear(3), "has no shape yet"),
         (lambda: DataParallel(nn.Linear(3, 3)), r"^the module averages gradients already: pass .* its \.module"),
         (lambda: nn.Sequential(nn.DataParallel(nn.Linear(3, 3))), "^0 averages gradients already"),
-        (lambda: nn.Linear(3, 3, device="meta"), "weight is on meta"),
+        (lambda: nn.Linear(3, 3, device="meta"), "the module is on meta"),
     ],
 )
 def test_modules_that_cannot_be_averaged(module: Callable[[], Any], said: str) -> None:

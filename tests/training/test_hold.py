@@ -184,10 +184,10 @@ def test_rank_0_waits_where_nobody_takes_it_for_stuck(tmp_path: Path, monkeypatc
     """For another rank that is slow to describe its environment."""
     begun, of_rank, waited = Hold.begun, environment.of_rank, list[float]()
 
-    def slow(threads: int) -> dict[str, Any]:
+    def slow(threads: int, device: str) -> dict[str, Any]:
         if WORLD.rank == 1:
             time.sleep(0.5)
-        return of_rank(threads)
+        return of_rank(threads, device)
 
     def timed(self: Hold, of: Run, after: int) -> list[str]:
         clock = of.grid.team.clock

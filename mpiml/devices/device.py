@@ -1,0 +1,220 @@
+"""A device with memory of its own: what lies there, and how it gets there and back."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import DTypeLike, NDArray
+from torch import Tensor
+from torch.nn import Module
+
+from mpiml import vectors
+from mpiml.devices.arithmetic import OnDevice
+from mpiml.devices.host import Host
+from mpiml.errors import ConfigError
+
+Array = NDArray[Any]
+PAGE = mmap.PAGESIZE
+STAGING = 1 << 24  # bytes of page-locked memory through which arrays travel that are not page-locked themselves
+
+
+class Device(Host):
+    """A device of a rank. Its four verbs move what a step needs: `place` a module once; then `fetch` gradients, `put`
+    values, and `settle`, after which what has been fetched and put is there.
+
+    Transfers run beside computations; each begins when what was computed before it is there. Until `settle` neither end
+    of one may be changed. Arrays that travel in every step should be locked first, which makes their transfers fast.
+
+    Args:
+        kind, number, name: as Host has them; alone: whether no other rank uses it.
+    """
+
+    there = True
+    boundary = vectors.BOUNDARY
+
+    def __init__(self, kind: str, number: int, name: str, alone: bool):
+        self.kind, self.number, self.name, self.alone = kind, number, name, alone
+        self.vectors = OnDevice(self)
+        self._locked: list[tuple[int, int]] = []  # ranges of addresses
+        self._staging: Array | None = None
+
+    def place(self, module: Module) -> None:
+        """Move what the module keeps besides the parameters that are trained: buffers, and parameters that require no
+        gradient. Those that are trained become views of a vector that lies here."""
+        for tensor in _kept(module):
+            tensor.data = self.tensor(tensor.data)
+
+    @contextmanager
+    def lent(self, module: Module) -> Iterator[None]:
+        """Within the block the module is here, with all that it has; afterwards it is on the host as it was."""
+        before = [(tensor, tensor.data) for tensor in (*module.parameters(), *module.buffers())]
+        for tensor, data in before:
+            tensor.data = self.tensor(data)
+        try:
+            yield
+        finally:
+            for tensor, data in before:
+                tensor.data = data
+            known = {id(tensor) for tensor, _ in before}
+            for tensor in (*module.parameters(), *module.buffers()):
+                if id(tensor) not in known:  # a call has made it
+                    tensor.data = self.on_host(tensor.data)
+
+    def fetch(self, source: Tensor, target: Array) -> None:
+        """Begin to copy a vector that lies here into an array of the same type and length on the host."""
+        if self._is_locked(target):
+            self._begin(source, torch.from_numpy(target))
+            return
+        for part, staged in self._staged(target):
+            self._begin(source[part], staged)
+            self.settle()
+            target[part] = staged.numpy()
+
+    def put(self, source: Array, target: Tensor) -> None:
+        """Begin to copy an array on the host into a vector that lies here."""
+        if self._is_locked(source):
+            self._begin(torch.from_numpy(source), target)
+            return
+        for part, staged in self._staged(source):
+            staged.numpy()[...] = source[part]
+            self._begin(staged, target[part])
+            self.settle()
+
+    def lock(self, *arrays: Array) -> None:
+        """Lock the pages of arrays in memory, neighbours at once, so that the device reads and writes them by itself.
+        Where the system does not allow that, they travel through memory that is locked."""
+        for start, stop in _joined(sorted(_pages(array) for array in arrays if array.nbytes)):
+            first = max([start, *(last for begin, last in self._locked if begin <= start < last)])
+            end = min([stop, *(begin for begin, last in self._locked if begin < stop <= last)])
+            if first < end and self._lock(first, end - first):
+                self._locked.append((first, end))
+
+    def unlock(self, *arrays: Array) -> None:
+        """Undo `lock`, of all arrays if none are given; to be called before their memory is given back."""
+        if not arrays:
+            while self._locked:
+                self._unlock(self._locked.pop()[0])
+            self._staging = None
+        for start, stop in _joined(sorted(_pages(array) for array in arrays)):
+            for one in [one for one in self._locked if start <= one[0] and one[1] <= stop]:
+                self._locked.remove(one)
+                self._unlock(one[0])
+
+    def free(self) -> None:
+        self.unlock()
+
+    @property
+    def locked(self) -> int:
+        """Bytes that are locked."""
+        return sum(stop - start for start, stop in self._locked)
+
+    def array(self, array: Any) -> Any:
+        return self.on_host(array).numpy() if isinstance(array, Tensor) else array
+
+    def check_memory(self, needed: int, what: str) -> None:
+        free, total = self.memory()
+        if needed * self.ranks > free:
+            each = f"{self.ranks} times " * (self.ranks > 1)
+            raise ConfigError(
+                f"--device {self.kind}: {what} needs {each}{needed / 1e9:.3g} GB on {self.name}, of which "
+                f"{free / 1e9:.3g} of {total / 1e9:.3g} GB are free; more stages (--pipe), or fewer ranks to a device, "
+                "need less"
+            )
+
+    @contextmanager
+    def named_memory(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except torch.cuda.OutOfMemoryError as error:
+            free, total = self.memory()
+            reason = " ".join(str(error).split()).partition(". ")[0]
+            raise ConfigError(
+                f"--device {self.kind}: too little memory on {self.name} for {what}: {reason}; "
+                f"{free / 1e9:.3g} of {total / 1e9:.3g} GB are free; {LESS}"
+            ) from None
+
+    def _is_locked(self, array: Array) -> bool:
+        start, stop = array.ctypes.data, array.ctypes.data + array.nbytes
+        return any(first <= start and stop <= last for first, last in self._locked)
+
+    def _staged(self, array: Array) -> Iterator[tuple[slice, Tensor]]:
+        """Parts of an array, each with locked memory of its size; one after another."""
+        if self._staging is None:
+            self._staging = np.empty(STAGING, np.uint8)
+            self.lock(self._staging)
+        staging = self._staging.view(array.dtype)
+        for start in range(0, len(array), len(staging)):
+            part = slice(start, min(start + len(staging), len(array)))
+            yield part, torch.from_numpy(staging[: part.stop - start])
+
+    # What kinds of devices do.
+
+    def tensor(self, given: Tensor | Array) -> Tensor:
+        """A tensor here with the same values, which nothing else changes: the tensor itself if it is here."""
+        raise NotImplementedError
+
+    def on_host(self, tensor: Tensor) -> Tensor:
+        """The same on the host."""
+        raise NotImplementedError
+
+    def empty(self, size: int, dtype: DTypeLike) -> Tensor:
+        """A vector here of `size` elements, not initialised. Raises ConfigError if memory is not free."""
+        raise NotImplementedError
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes that are free here, those that this process keeps for itself included, and bytes in all."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """Return when all transfers are over."""
+        raise NotImplementedError
+
+    def wait(self) -> None:
+        self.settle()
+
+    def _begin(self, source: Tensor, target: Tensor) -> None:
+        """Begin to copy between tensors of one type, one of which is here."""
+        raise NotImplementedError
+
+    def _lock(self, address: int, size: int) -> bool:
+        """Whether so many bytes are now locked."""
+        raise NotImplementedError
+
+    def _unlock(self, address: int) -> None:
+        """Undo what `_lock` did there."""
+        raise NotImplementedError
+
+
+LESS = "fewer rows in a micro-batch (more --microbatches), more stages (--pipe), or fewer ranks to a device need less"
+
+
+def dtype_of(dtype: DTypeLike) -> torch.dtype:
+    """PyTorch's type of the same kind."""
+    return torch.from_numpy(np.empty(0, dtype)).dtype
+
+
+def _pages(array: Array) -> tuple[int, int]:
+    """Where the pages of an array begin and end."""
+    start, stop = array.ctypes.data, array.ctypes.data + array.nbytes
+    return start // PAGE * PAGE, -(-stop // PAGE) * PAGE
+
+
+def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sorted ranges, in one where they touch."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if joined and start <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(stop, joined[-1][1])
+        else:
+            joined.append((start, stop))
+    return joined
+
+
+def _kept(module: Module) -> Iterator[Tensor]:
+    yield from module.buffers()
+    yield from (parameter for parameter in module.parameters() if not parameter.requires_grad)
