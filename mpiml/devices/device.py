@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -78,7 +79,7 @@ class Device(Host):
     def put(self, source: Array, target: Tensor) -> None:
         """Begin to copy an array on the host into a vector that lies here."""
         if self._is_locked(source):
-            self._begin(torch.from_numpy(source), target)
+            self._begin(_readable(source), target)
             return
         for part, staged in self._staged(source):
             staged.numpy()[...] = source[part]
@@ -196,6 +197,13 @@ LESS = "fewer rows in a micro-batch (more --microbatches), more stages (--pipe),
 def dtype_of(dtype: DTypeLike) -> torch.dtype:
     """PyTorch's type of the same kind."""
     return torch.from_numpy(np.empty(0, dtype)).dtype
+
+
+def _readable(array: Array) -> Tensor:
+    """An array as a tensor that nothing writes to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that torch does not know of read-only memory
+        return torch.from_numpy(array)
 
 
 def _pages(array: Array) -> tuple[int, int]:

@@ -260,3 +260,14 @@ def test_the_host_is_a_device_on_which_nothing_travels(monkeypatch: pytest.Monke
     HOST.free()
     assert (HOST.there, HOST.alone, HOST.kind) == (False, True, "cpu")
     assert math.isfinite(float(module(torch.ones(2)).sum().detach()))
+
+
+def test_memory_that_may_not_be_written_to_travels_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    device, source = Fake(0, "fake", alone=True), np.arange(4.0)
+    source.flags.writeable = False
+    device.lock(source)
+    there = device.empty(4, "f8")
+    device.put(source, there)
+    device.settle()
+    assert device.array(there).tolist() == [0, 1, 2, 3]
+    assert not recwarn.list
