@@ -72,13 +72,16 @@ def trained(kind: str, name: str, dtype: str) -> list[bytes]:
             sum_.accumulate(index)
         norms.append(update.step(0.01, 12.0, step, measure=step % 2 == 0))
         assert update.finite
+        if mirror:
+            mirror.fetch()
+        assert np.array_equal(device.array(sum_.weights), first)  # what layers compute with
     with update.averaged():
         averages = device.array(sum_.weights).copy()
     if mirror:
         mirror.fetch()
     after, states = (mirror.vector, mirror.states) if mirror else (sum_.values.vector, update.states)
     assert not np.array_equal(after, averages)
-    assert np.array_equal(device.array(sum_.weights), after)  # what layers compute with
+    assert np.array_equal(device.array(sum_.weights), after)
     sum_.free()
     return [repr(norms).encode(), after.tobytes(), averages.tobytes(), *(state.tobytes() for state in states.values())]
 
