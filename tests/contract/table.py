@@ -139,8 +139,8 @@ class Table:
         if layout == "alone":
             return self.alone(name)
         if (layout, name) not in self._runs:
-            ranks = LAYOUTS[layout].ranks
-            wanted = [pair for pair in self.wanted if LAYOUTS[pair[0]].ranks == ranks and pair not in self._runs]
+            ranks, left = LAYOUTS[layout].ranks, [p for p in self.wanted if p[0] != "alone" and p not in self._runs]
+            wanted = [pair for pair in left if LAYOUTS[pair[0]].ranks == ranks]
             pairs = list(dict.fromkeys([(layout, name), *wanted]))
             commands = [self._command(*pair) for pair in pairs]
             self._runs |= dict(zip(pairs, self._train(ranks, commands), strict=True))
