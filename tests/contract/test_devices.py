@@ -67,6 +67,13 @@ def plain(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
+def test_weights_that_are_not_saved_are_those_of_the_device(plain: str, train_all: Any) -> None:
+    flags = "--device fake --model plain:net --microbatches 2 --steps 3 --quiet --save-every"
+    saved, not_saved = train_all(2, f"{flags} 3", f"{flags} 0", PYTHONPATH=plain)
+    assert (saved.code, not_saved.code) == (0, 0), not_saved.err
+    assert saved.result["weights_sha256"] == not_saved.result["weights_sha256"]
+
+
 def test_what_cannot_be_trained_on_a_device_is_refused_in_a_line(plain: str, train_all: Any) -> None:
     for (flags, line), job in zip(REFUSED.items(), train_all(2, *REFUSED, PYTHONPATH=plain), strict=True):
         assert job.code == 78, flags
