@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,10 +22,11 @@ from mpiml.errors import ConfigError
 
 Array = NDArray[Any]
 PAGE = mmap.PAGESIZE
+LESS = "fewer rows in a micro-batch (more --microbatches), more stages (--pipe), or fewer ranks to a device need less"
 STAGING = 1 << 24  # bytes of page-locked memory through which arrays travel that are not page-locked themselves
 
 
-class Device(Host):
+class Device(Host, ABC):
     """A device of a rank. Its four verbs move what a step needs: `place` a module once; then `fetch` gradients, `put`
     values, and `settle`, after which what has been fetched and put is there.
 
@@ -155,43 +157,40 @@ class Device(Host):
 
     # What kinds of devices do.
 
+    @abstractmethod
     def tensor(self, given: Tensor | Array) -> Tensor:
         """A tensor here with the same values, which nothing else changes: the tensor itself if it is here."""
-        raise NotImplementedError
 
+    @abstractmethod
     def on_host(self, tensor: Tensor) -> Tensor:
         """The same on the host."""
-        raise NotImplementedError
 
+    @abstractmethod
     def empty(self, size: int, dtype: DTypeLike) -> Tensor:
         """A vector here of `size` elements, not initialised. Raises ConfigError if memory is not free."""
-        raise NotImplementedError
 
+    @abstractmethod
     def memory(self) -> tuple[int, int]:
         """Bytes that are free here, those that this process keeps for itself included, and bytes in all."""
-        raise NotImplementedError
 
+    @abstractmethod
     def settle(self) -> None:
         """Return when all transfers are over."""
-        raise NotImplementedError
 
     def wait(self) -> None:
         self.settle()
 
+    @abstractmethod
     def _begin(self, source: Tensor, target: Tensor) -> None:
         """Begin to copy between tensors of one type, one of which is here."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _lock(self, address: int, size: int) -> bool:
         """Whether so many bytes are now locked."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _unlock(self, address: int) -> None:
         """Undo what `_lock` did there."""
-        raise NotImplementedError
-
-
-LESS = "fewer rows in a micro-batch (more --microbatches), more stages (--pipe), or fewer ranks to a device need less"
 
 
 def dtype_of(dtype: DTypeLike) -> torch.dtype:
