@@ -209,8 +209,12 @@ def place(
 
 def owns(config: Config, everyone: MPI.Intracomm, device: Host) -> bool:
     """Whether each rank has a device to itself and updates its model there; collective over `everyone`."""
-    alone = allgather(everyone, device.there and device.alone)
-    return all(alone) and not config.average_every and config.allreduce == "ordered"
+    return (
+        device.there
+        and all(allgather(everyone, device.alone))
+        and not config.average_every
+        and config.allreduce == "ordered"
+    )
 
 
 def _halved(everyone: MPI.Intracomm, grid: Grid, memory: Memory, layout: Layout, leaves: int) -> bool:
