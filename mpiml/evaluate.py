@@ -83,7 +83,7 @@ from mpiml import documents
 from mpiml.clock import Clock
 from mpiml.data.dataset import Dataset
 from mpiml.data.preparation import prepared
-from mpiml.devices.choice import is_host
+from mpiml.devices.choice import check_sharing
 from mpiml.errors import ConfigError, freed
 from mpiml.parallel import grid as grids
 from mpiml.parallel.grid import Grid
@@ -167,14 +167,8 @@ def evaluate(
     Raises RunError as mpiml.train.train does.
     """
     team = Team(MPI.COMM_WORLD if comm is None else comm, Clock())
-    asked: dict[str, Any] = {
-        "pipe": pipe,
-        "label": label,
-        "token_dtype": token_dtype,
-        "held_out": held_out,
-        "arrays": arrays,
-    }
-    asked |= {"device": device, "share_devices": share_devices}
+    asked: dict[str, Any] = {"pipe": pipe, "device": device, "share_devices": share_devices}
+    asked |= {"label": label, "token_dtype": token_dtype, "held_out": held_out, "arrays": arrays}
     asked["validation"] = None if validation else 0.0  # None: as in the run
     code = {"data": data, "model": model, "loss": loss, "metric": metric}
     load = functools.partial(stored_model, run, checkpoint, asked, code, raw_weights)
@@ -182,8 +176,7 @@ def evaluate(
     with Guard(team, PROGRAM) as guard:
         one_job.check_size(MPI.COMM_WORLD.size)
         team.check_alike(one_job.software())
-        if share_devices and is_host(device):
-            raise ConfigError(f"--share-devices --device {device}: there are none; give --device cuda too")
+        check_sharing(device, share_devices)
         stored = team.on_rank_0(lambda: _stored(load, asked, predicted))
         team.together(lambda: check_ranks(team.size, pipe))
         with Watch(team.comm.Dup(), team.clock, stored.config.stall_timeout, guard.fail), np.errstate(all="ignore"):

@@ -15,7 +15,6 @@ import copy
 import itertools
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -222,8 +221,7 @@ def marked(kind: str, at_least: float | None) -> float | None:
 
 def opened(kind: str) -> Any:
     """The first device of that kind."""
-    host = os.uname().nodename
-    everyone = [choice.candidate(kind, host, host, 0, 1)]
+    everyone = [choice.candidate(kind, [0], 0)]
     choice.check(kind, everyone, False)
     return choice.opened(kind, everyone, 0, False)
 

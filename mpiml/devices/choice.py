@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mpiml.devices.host import HOST, Host
 from mpiml.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mpiml.devices.host import Host
 
 KINDS = ("auto", "cpu", "cuda", "fake")  # as --device has them
 
@@ -28,14 +31,22 @@ def is_host(kind: str) -> bool:
     return kind in ("auto", "cpu")
 
 
-def candidate(kind: str, host: str, node: str, rank: int, ranks: int) -> Candidate:
-    """The device for rank number `rank` of `ranks` on a node: the rank's number modulo that of devices that it sees.
-    `node` is a text that no other node has."""
+def candidate(kind: str, homes: Sequence[int], rank: int) -> Candidate:
+    """The device for a rank of this host: its number on its node modulo that of the devices that it sees. `homes` are
+    the numbers of the nodes of all ranks."""
+    host, node = os.uname().nodename, [other for other, home in enumerate(homes) if home == homes[rank]]
     try:
-        every = _seen(kind, node, ranks)
+        every = _seen(kind, f"{host}, node {homes[rank]}", len(node))
     except ConfigError as error:
         return Candidate(host=host, problem=str(error))
-    return Candidate(rank % len(every), *every[rank % len(every)])
+    number = node.index(rank) % len(every)
+    return Candidate(number, *every[number])
+
+
+def check_sharing(kind: str, share: bool) -> None:
+    """Raise ConfigError if ranks are to share devices and there are none."""
+    if share and is_host(kind):
+        raise ConfigError(f"--share-devices --device {kind}: there are none; give --device cuda too")
 
 
 def check(kind: str, everyone: Sequence[Candidate], share: bool) -> None:
@@ -105,6 +116,8 @@ def of_tensor(tensor: Any) -> Host:
         from mpiml.devices import cuda
 
         return cuda.of_tensor(tensor)
+    from mpiml.devices.host import HOST  # which loads NumPy: too much for a --help
+
     fake = sys.modules.get("mpiml.devices.fake")
     return fake.of_tensor(tensor) if fake else HOST
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from mpiml.command import Parser, run_command, whole
-from mpiml.devices.choice import KINDS, is_host
+from mpiml.devices.choice import KINDS, check_sharing
 from mpiml.errors import ConfigError
 
 
@@ -32,8 +32,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--share-devices", action="store_true", help="several ranks may use one GPU")
     parser.add_argument("--json", action="store_true", help="print facts and findings as JSON")
     chosen = parser.parse_args(arguments)
-    if chosen.share_devices and is_host(chosen.device):
-        raise ConfigError(f"--share-devices --device {chosen.device}: there are none; give --device cuda too")
+    check_sharing(chosen.device, chosen.share_devices)
     return chosen
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,10 +59,7 @@ class Devices:
 def examine_devices(comm: MPI.Intracomm, node: Sequence[int], kind: str, share: bool) -> Devices:
     """Look at the devices of all ranks, and measure them; collective, known to all. `node` has for each rank the first
     on its node; `share`: ranks may share devices."""
-    host, first = os.uname().nodename, node[comm.rank]
-    neighbours = [rank for rank, other in enumerate(node) if other == first]
-    own = choice.candidate(kind, host, f"{host} {first}", neighbours.index(comm.rank), len(neighbours))
-    everyone = comm.allgather(own)
+    everyone = comm.allgather(choice.candidate(kind, node, comm.rank))
     sharing = choice.sharers(everyone)
     found = [RankDevice(one.number, one.name, len(sharing[one.mark]), one.problem) for one in everyone]
     if not any(one.problem for one in everyone):

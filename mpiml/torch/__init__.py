@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from mpiml.devices import choice
 from mpiml.loop.checks import check_comm
 from mpiml.loop.guard import clock
@@ -31,10 +29,7 @@ def device() -> torch.device:
     Raises ConfigError, on all ranks alike, if there is none, or if ranks have GPUs of several types.
     """
     team = Team(check_comm(None), clock())
-    homes = nodes_of_ranks(team.comm)
-    node = [rank for rank, home in enumerate(homes) if home == homes[team.rank]]
-    host = os.uname().nodename
-    everyone = team.allgather(choice.candidate("cuda", host, f"{host} {node[0]}", node.index(team.rank), len(node)))
+    everyone = team.allgather(choice.candidate("cuda", nodes_of_ranks(team.comm), team.rank))
     team.together(lambda: choice.check("cuda", everyone, share=True))
     return torch.device("cuda", everyone[team.rank].number)
 

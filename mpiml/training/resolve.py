@@ -169,8 +169,7 @@ def check_together(config: Resolved) -> None:
         )
     if config.tf32 and choice.is_host(config.device):
         raise ConfigError(f"--tf32 --device {config.device}: is of GPUs; give --device cuda, or leave --tf32 out")
-    if config.share_devices and choice.is_host(config.device):
-        raise ConfigError(f"--share-devices --device {config.device}: there are none; give --device cuda too")
+    choice.check_sharing(config.device, config.share_devices)
     if config.recompute and config.model not in ("gpt", "resnet"):
         own = "; put mpiml.api.Recompute(...) around those of your own" if is_name(config.model) else ""
         raise ConfigError(f"--recompute --model {config.model}: gpt and resnet have blocks; leave it out{own}")

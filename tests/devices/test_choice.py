@@ -19,11 +19,12 @@ from mpiml.devices.fake import DEVICES, Fake
 
 def everyone(monkeypatch: pytest.MonkeyPatch, *nodes: str | tuple[str, int]) -> list[Candidate]:
     """Candidates of all ranks, where each node has these devices, one rank each or so many ranks."""
+    counted = [(node, len(node.split(","))) if isinstance(node, str) else node for node in nodes]
+    homes = [number for number, (_, ranks) in enumerate(counted) for _ in range(ranks)]
     found = []
-    for number, node in enumerate(nodes):
-        names, ranks = (node, len(node.split(","))) if isinstance(node, str) else node
-        monkeypatch.setenv(DEVICES, names)
-        found += [choice.candidate("fake", f"host{number}", f"node {number}", r, ranks) for r in range(ranks)]
+    for rank, home in enumerate(homes):
+        monkeypatch.setenv(DEVICES, counted[home][0])
+        found.append(choice.candidate("fake", homes, rank)._replace(host=f"host{home}"))
     return found
 
 
@@ -91,7 +92,7 @@ def test_more_ranks_than_devices(
 @pytest.mark.parametrize("kind", ["cuda", "fake"])
 def test_without_pytorch(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    one = choice.candidate(kind, "host", "node", 0, 1)
+    one = choice.candidate(kind, [0], 0)
     assert one.problem.startswith(f"--device {kind}: needs PyTorch, which cannot be imported here: ")
 
 

@@ -39,7 +39,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.skipif(torch.backends.cuda.is_built(), reason="PyTorch is built with CUDA")
 def test_pytorch_without_cuda() -> None:
-    one = choice.candidate("cuda", "host", "node", 0, 1)
+    one = choice.candidate("cuda", [0], 0)
     assert one.problem == (
         f"--device cuda: PyTorch {torch.__version__} is built without CUDA; install a build for GPUs, or leave "
         "--device out"
