@@ -135,11 +135,7 @@ class Average:
 
     def put_nothing(self, m: int) -> None:
         """Add zeros with weight 0 for a micro-batch."""
-        slot = self.slots[m - self.sum.own.start]
-        for view in (*slot.tensors, slot.flags):
-            view.zero_()
-        slot.written()
-        self.sum.put(m, weight=0.0)
+        self.sum.put(m, weight=0.0)  # which makes zeros of what is in the slot
 
     def write(self, slot: Slot) -> None:
         """Write this rank's gradients, buffers and flags into a slot."""
