@@ -43,11 +43,12 @@ class Optimizer:
 
     def _gradient(self, on: Operands, scale: float) -> None:
         """scratch[0] = scale * total + weight_decay * value. Overwrites scratch[1]."""
+        xp = on.xp
         grad, spare = on.scratch
-        on.xp.multiply(on.total, scale, out=grad)
+        xp.multiply(on.total, scale, out=grad)
         if self.weight_decay and on.decays:
-            on.xp.multiply(on.value, self.weight_decay, out=spare)
-            on.xp.add(grad, spare, out=grad)
+            xp.multiply(on.value, self.weight_decay, out=spare)
+            xp.add(grad, spare, out=grad)
 
 
 class SGD(Optimizer):
@@ -56,13 +57,14 @@ class SGD(Optimizer):
     default_rate = 0.1
 
     def update(self, on: Operands, scale: float, rate: float, step: int) -> None:
+        xp = on.xp
         grad, _ = on.scratch
         if self.weight_decay and on.decays:
             self._gradient(on, scale)
-            on.xp.multiply(grad, rate, out=grad)
+            xp.multiply(grad, rate, out=grad)
         else:
-            on.xp.multiply(on.total, scale * rate, out=grad)
-        on.xp.subtract(on.value, grad, out=on.value)
+            xp.multiply(on.total, scale * rate, out=grad)
+        xp.subtract(on.value, grad, out=on.value)
 
 
 class Momentum(Optimizer):
@@ -80,17 +82,18 @@ class Momentum(Optimizer):
         self.momentum, self.nesterov = momentum, nesterov
 
     def update(self, on: Operands, scale: float, rate: float, step: int) -> None:
+        xp = on.xp
         value, (velocity,), (grad, spare) = on.value, on.states, on.scratch
         self._gradient(on, scale)
-        on.xp.multiply(velocity, self.momentum, out=velocity)
-        on.xp.add(velocity, grad, out=velocity)
+        xp.multiply(velocity, self.momentum, out=velocity)
+        xp.add(velocity, grad, out=velocity)
         if self.nesterov:
-            on.xp.multiply(velocity, self.momentum, out=spare)
-            on.xp.add(grad, spare, out=grad)
-            on.xp.multiply(grad, rate, out=grad)
+            xp.multiply(velocity, self.momentum, out=spare)
+            xp.add(grad, spare, out=grad)
+            xp.multiply(grad, rate, out=grad)
         else:
-            on.xp.multiply(velocity, rate, out=grad)
-        on.xp.subtract(value, grad, out=value)
+            xp.multiply(velocity, rate, out=grad)
+        xp.subtract(value, grad, out=value)
 
 
 class Adam(Optimizer):
@@ -115,33 +118,35 @@ class Adam(Optimizer):
         self.betas, self.epsilon, self.decoupled = betas, epsilon, decoupled
 
     def update(self, on: Operands, scale: float, rate: float, step: int) -> None:
+        xp = on.xp
         value, (grad, spare) = on.value, on.scratch
         if self.decoupled:
-            on.xp.multiply(on.total, scale, out=grad)
+            xp.multiply(on.total, scale, out=grad)
             if self.weight_decay and on.decays:
-                on.xp.multiply(value, 1.0 - rate * self.weight_decay, out=value)
+                xp.multiply(value, 1.0 - rate * self.weight_decay, out=value)
         else:
             self._gradient(on, scale)
         self._divide(on, step)
-        on.xp.multiply(spare, rate / (1.0 - self.betas[0] ** step), out=spare)
-        on.xp.subtract(value, spare, out=value)
+        xp.multiply(spare, rate / (1.0 - self.betas[0] ** step), out=spare)
+        xp.subtract(value, spare, out=value)
 
     def _divide(self, on: Operands, step: int) -> None:
         """Add the gradient in scratch[0] to the averages; scratch[1] = mean / (sqrt(variance) + epsilon), where only
         the variance is corrected."""
+        xp = on.xp
         (mean, variance), (grad, spare) = on.states, on.scratch
         first, second = self.betas
-        on.xp.multiply(mean, first, out=mean)
-        on.xp.multiply(grad, 1.0 - first, out=spare)
-        on.xp.add(mean, spare, out=mean)
-        on.xp.multiply(grad, grad, out=grad)
-        on.xp.multiply(grad, 1.0 - second, out=grad)
-        on.xp.multiply(variance, second, out=variance)
-        on.xp.add(variance, grad, out=variance)
-        on.xp.sqrt(variance, out=spare)
-        on.xp.multiply(spare, 1.0 / math.sqrt(1.0 - second**step), out=spare)
-        on.xp.add(spare, self.epsilon, out=spare)
-        on.xp.divide(mean, spare, out=spare)
+        xp.multiply(mean, first, out=mean)
+        xp.multiply(grad, 1.0 - first, out=spare)
+        xp.add(mean, spare, out=mean)
+        xp.multiply(grad, grad, out=grad)
+        xp.multiply(grad, 1.0 - second, out=grad)
+        xp.multiply(variance, second, out=variance)
+        xp.add(variance, grad, out=variance)
+        xp.sqrt(variance, out=spare)
+        xp.multiply(spare, 1.0 / math.sqrt(1.0 - second**step), out=spare)
+        xp.add(spare, self.epsilon, out=spare)
+        xp.divide(mean, spare, out=spare)
 
 
 class LARS(Momentum):
@@ -163,8 +168,9 @@ class LARS(Momentum):
         return self.coefficient * value / (total * scale + self.weight_decay * value + self.epsilon)
 
     def _gradient(self, on: Operands, scale: float) -> None:
+        xp = on.xp
         super()._gradient(on, scale)
-        on.xp.multiply(on.scratch[0], on.trust, out=on.scratch[0])
+        xp.multiply(on.scratch[0], on.trust, out=on.scratch[0])
 
 
 class LAMB(Adam):
@@ -185,21 +191,23 @@ class LAMB(Adam):
         super().__init__(weight_decay, betas, epsilon)
 
     def prepare(self, on: Operands, scale: float, step: int) -> None:
+        xp = on.xp
         direction, (grad, spare) = on.total, on.scratch
-        on.xp.multiply(on.total, scale, out=grad)
+        xp.multiply(on.total, scale, out=grad)
         self._divide(on, step)
-        on.xp.multiply(spare, 1.0 / (1.0 - self.betas[0] ** step), out=direction)
+        xp.multiply(spare, 1.0 / (1.0 - self.betas[0] ** step), out=direction)
         if self.weight_decay and on.decays:
-            on.xp.multiply(on.value, self.weight_decay, out=spare)
-            on.xp.add(direction, spare, out=direction)
+            xp.multiply(on.value, self.weight_decay, out=spare)
+            xp.add(direction, spare, out=direction)
 
     def trust_ratio(self, value: float, total: float, scale: float) -> float:
         return value / total if 0 < value < LARGEST * total else 1.0
 
     def update(self, on: Operands, scale: float, rate: float, step: int) -> None:
+        xp = on.xp
         _, spare = on.scratch
-        on.xp.multiply(on.total, rate * on.trust, out=spare)
-        on.xp.subtract(on.value, spare, out=on.value)
+        xp.multiply(on.total, rate * on.trust, out=spare)
+        xp.subtract(on.value, spare, out=on.value)
 
 
 def build(name: str, momentum: float, weight_decay: float, betas: Sequence[float] = (0.9, 0.999)) -> Optimizer:
