@@ -83,6 +83,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def eventually(condition: Callable[[], object], limit: float = 30) -> bool:
+    """Wait until a condition holds, `limit` seconds at most. Returns whether it does."""
+    end = time.monotonic() + limit
+    while not (holds := condition()) and time.monotonic() < end:
+        time.sleep(0.01)
+    return bool(holds)
+
+
 def launch_all(ranks: int, commands: Commands, **environment: str) -> list[Job]:
     """Run mpiml.train several times, each with a run directory and flags, in ONE MPI job of `ranks` ranks.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from tests.chaos.shim import RANK
-from tests.conftest import mpirun
+from tests.conftest import eventually, mpirun
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "CHAOS_JOB"  # in the environment of every process of a job, whoever its parent is by now
@@ -114,7 +114,7 @@ class Job:
         began = time.monotonic()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(limit)
-        until(lambda: not self.processes(), limit - (time.monotonic() - began))
+        eventually(lambda: not self.processes(), limit - (time.monotonic() - began))
         left, seconds = len(self.processes()), time.monotonic() - began
         code = self.process.poll()
         self.end()
@@ -133,11 +133,3 @@ def kill(process: int, number: int) -> None:
     """Send a signal to a process that may be gone."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(process, number)
-
-
-def until(condition, limit: float) -> bool:
-    """Wait until a condition holds, `limit` seconds at most. Returns whether it does."""
-    end = time.monotonic() + limit
-    while not (holds := condition()) and time.monotonic() < end:
-        time.sleep(PAUSE)
-    return bool(holds)

@@ -11,8 +11,9 @@ from pathlib import Path
 from random import Random
 
 from tests.chaos.campaign import Case, Verdict
-from tests.chaos.jobs import Ended, Job, until
+from tests.chaos.jobs import Ended, Job
 from tests.chaos.runs import COMMON, LIMIT, Lab, Reference, records_differ, result, strange, weights_differ
+from tests.conftest import eventually
 
 SETTINGS = f"{COMMON} --hidden 8 --dropout 0.1 --steps 40"
 KINDS = ("new", "new", "resumed", "resumed", "lock removed", "without --out")
@@ -55,7 +56,7 @@ def at_once(path: Path, reference: Reference, case: Together) -> Iterator[Verdic
         for ranks, pause in zip(case.ranks, case.pauses, strict=True):
             time.sleep(pause)
             if case.kind == "lock removed" and jobs:
-                until(lambda: (run / "metrics.jsonl").exists() or jobs[0].process.poll() is not None, LIMIT)
+                eventually(lambda: (run / "metrics.jsonl").exists() or jobs[0].process.poll() is not None, LIMIT)
                 (run / ".lock").unlink(missing_ok=True)
             jobs.append(stack.enter_context(Job(ranks, *reference.arguments, *more, "--out", run)))
         ends = [job.wait(LIMIT) for job in jobs]

@@ -11,8 +11,9 @@ from pathlib import Path
 from random import Random
 
 from tests.chaos.campaign import Case, Verdict
-from tests.chaos.jobs import Ended, Job, kill, until
+from tests.chaos.jobs import Ended, Job, kill
 from tests.chaos.runs import Lab, newest, result
+from tests.conftest import eventually
 
 SETTINGS = "--hidden 32,32,32 --microbatches 12 --batch 256 --log-every 1 --eval-every 0 --save-every 0 --steps 1000000"
 LAYOUTS = ((3, 1), (4, 2), (1, 1))
@@ -67,7 +68,7 @@ def trial(path: Path, case: Signal) -> Iterator[Verdict]:
     run, (ranks, stages) = path / "run", case.layout
     settings = [*SETTINGS.split(), "--pipe", stages, "--stall-timeout", STALL, "--out", run]
     with Job(ranks, *settings) as job:
-        if case.started and not until((run / "metrics.jsonl").exists, LIMIT):
+        if case.started and not eventually((run / "metrics.jsonl").exists, LIMIT):
             yield "a long job starts", job.wait(0).last
             return
         time.sleep(case.moment)

@@ -8,15 +8,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.conftest import Job, launch, launch_all, mpirun
+from tests.conftest import Job, eventually, launch, launch_all, mpirun
 
 pytestmark = pytest.mark.contract
 
@@ -119,13 +117,6 @@ def result_of(run: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
         return dict(json.loads((run / "result.json").read_text()))
     return {}
-
-
-def eventually(condition: Callable[[], bool], seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
 
 
 def ranks(run: Path) -> list[int]:
@@ -293,8 +284,7 @@ def test_of_two_jobs_on_one_directory_one_wins(tmp_path: Path) -> None:
     command = [sys.executable, SCRIPT, "0", "evaluation", "sleep", "--out", str(tmp_path / "run")]
     first = subprocess.Popen([*command, "--steps", "3"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        while not (tmp_path / "run" / "metrics.jsonl").exists():
-            time.sleep(0.05)
+        assert eventually((tmp_path / "run" / "metrics.jsonl").exists)
         second = launch(2, "-m", "mpiml.train", "--out", str(tmp_path / "run"), "--resume")
     finally:
         (rank,) = json.loads((tmp_path / "run" / "environment.json").read_text())["ranks"]
@@ -347,13 +337,11 @@ def test_full_disk_is_everybodys_error_and_old_checkpoints_stay(tmp_path: Path) 
 def test_killed_from_outside(tmp_path: Path) -> None:
     command = [*mpirun(3), sys.executable, "-m", "mpiml.train", "--out", str(tmp_path / "run"), "--steps", "100000"]
     job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "run" / "metrics.jsonl").exists():
-        time.sleep(0.05)
+    assert eventually((tmp_path / "run" / "metrics.jsonl").exists)
     pids = [rank["pid"] for rank in json.loads((tmp_path / "run" / "environment.json").read_text())["ranks"]]
     os.kill(pids[2], signal.SIGKILL)
     job.wait(10)
-    time.sleep(0.5)
-    assert not any(alive(pid) for pid in pids)
+    assert eventually(lambda: not any(alive(pid) for pid in pids), 5)
 
 
 def alive(pid: int) -> bool:

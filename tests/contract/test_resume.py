@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from mpiml.config import Config
 from mpiml.errors import ConfigError
 from mpiml.train import train
-from tests.conftest import Job, launch, launch_all, mpirun
+from tests.conftest import Job, eventually, launch, launch_all, mpirun
 
 pytestmark = pytest.mark.contract
 
@@ -107,7 +107,7 @@ def test_killed_in_full_flight(whole: Job, train: Any, tmp_path: Path) -> None:
     command = [*mpirun(4), sys.executable, "-m", "mpiml.train", "--out", str(tmp_path / "run"), *BASE.split()]
     job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoints = tmp_path / "run" / "checkpoints"
-    wait_until(lambda: checkpoints.is_dir() and len(list(checkpoints.glob("step-*"))) >= 3)
+    assert eventually(lambda: checkpoints.is_dir() and len(list(checkpoints.glob("step-*"))) >= 3)
     pids = [rank["pid"] for rank in json.loads((tmp_path / "run" / "environment.json").read_text())["ranks"]]
     for pid in pids:
         try_kill(pid)
@@ -261,7 +261,7 @@ def test_signal_saves_and_stops(train: Any, unstopped: Job, tmp_path: Path, numb
     run = tmp_path / "run"
     command = [*mpirun(3), sys.executable, "-m", "mpiml.train", "--out", str(run), *STOPPED.split()]
     job = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    wait_until((run / "metrics.jsonl").exists)
+    assert eventually((run / "metrics.jsonl").exists)
     pid = json.loads((run / "environment.json").read_text())["ranks"][1]["pid"]
     subprocess.run(["kill", f"-{number.value}", str(pid)], check=True)
     job.communicate(timeout=30)
@@ -333,7 +333,7 @@ def test_signal_before_mpi_is_up_stops_too(tmp_path: Path) -> None:
     job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     handled = 1 << (signal.SIGUSR1 - 1)
     status = Path(f"/proc/{job.pid}/status")
-    wait_until(lambda: int(status.read_text().split("SigCgt:")[1].split()[0], 16) & handled)
+    assert eventually(lambda: int(status.read_text().split("SigCgt:")[1].split()[0], 16) & handled)
     mapped = Path(f"/proc/{job.pid}/maps").read_text()
     while job.poll() is None:
         job.send_signal(signal.SIGUSR1)
@@ -367,13 +367,6 @@ def test_time_limit_saves_and_stops_in_time(train: Any, tmp_path: Path, limit: s
     assert "time-limit" not in (job.run / "config.toml").read_text()
     whole = train(0, f"{flags} --steps {step}", out="whole", PYTHONPATH=own)
     assert job.result["weights_sha256"] == whole.result["weights_sha256"]
-
-
-def wait_until(condition: Any, limit: float = 30) -> None:
-    deadline = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 def try_kill(pid: int) -> None:

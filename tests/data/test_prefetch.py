@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mpiml.data.prefetch import ReadAhead, in_memory, steps_ahead
 from mpiml.data.shards import Shards
 from mpiml.data.sources import ArraySource
 from mpiml.errors import DataError
+from tests.conftest import eventually
 from tests.data.samples import FORMATS, OPTIONS, plain_idx
 
 ROWS, MICROBATCHES, BATCH, STEPS = 50, 7, 9, 14  # two epochs and two steps; some micro-batches are empty
@@ -51,6 +53,14 @@ def ahead(steps: int, x: bool = True, y: bool = True) -> tuple[ReadAhead, Watche
 
 def readers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("reading ahead")]
+
+
+@pytest.fixture(autouse=True)
+def no_reader_stays() -> Iterator[None]:
+    """After an error of the rank, its reader ends a moment later: also that of a test before these."""
+    assert eventually(lambda: not readers())
+    yield
+    assert eventually(lambda: not readers())
 
 
 def taken(of: ReadAhead, first: int = 1) -> list[list[Any]]:
@@ -94,9 +104,7 @@ def test_it_reads_so_many_steps_ahead_and_no_further(steps: int) -> None:
     per_step = [sum(b.rows > 0 for b in of.shards.batches(step)) for step in range(1, STEPS + 1)]
     with of:
         of.batches(1)
-        deadline = time.monotonic() + 10
-        while x.reads < sum(per_step[: 1 + steps]) and time.monotonic() < deadline:
-            time.sleep(0.001)
+        assert eventually(lambda: x.reads >= sum(per_step[: 1 + steps]))
         time.sleep(0.02)
         assert x.reads == sum(per_step[: 1 + steps])
         of.batches(STEPS - 1)
@@ -109,10 +117,6 @@ def test_an_error_is_raised_where_the_rows_are_wanted() -> None:
     x.fails_at = 12
     with pytest.raises(DataError, match="row 3 cannot be read"):
         taken(of)
-    deadline = time.monotonic() + 10
-    while readers() and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert not readers()
 
 
 def test_sys_exit_in_the_thread_is_not_lost() -> None:

@@ -19,7 +19,7 @@ from mpiml.errors import ConfigError
 from mpiml.parallel import memory as memories
 from mpiml.parallel.memory import PAGE, FencedMemory, PrivateMemory, SharedMemory, share
 from mpiml.vectors import bytes_of
-from tests.conftest import mpirun
+from tests.conftest import eventually, mpirun
 
 COMM = MPI.COMM_WORLD
 KINDS = [SharedMemory, FencedMemory]
@@ -195,10 +195,7 @@ def test_nothing_stays_behind_after_kill_9(tmp_path: Path) -> None:
     before = set(os.listdir("/dev/shm"))
     command = [*mpirun(3), sys.executable, "-m", "mpiml.train", "--steps", "100000", "--out", str(tmp_path / "run")]
     job = subprocess.Popen([*command, "--memory", "shared"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 30
-    while not (tmp_path / "run" / "metrics.jsonl").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    assert eventually((tmp_path / "run" / "metrics.jsonl").exists)
     ranks = [
         int(pid)
         for pid in subprocess.run(

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from mpiml.run import alarm
+from tests.conftest import eventually
 
 SOON = "from mpiml.run import alarm; alarm.GRACE = 0.1; alarm.TURN = 0.0; import sys, time, ctypes\n"
 ALIVE = (
@@ -89,7 +90,7 @@ def test_it_waits_in_a_thread_only_while_it_is_on() -> None:
         "for _ in range(3):",
         "    alarm.during('one thing')",
         "    alarm.off()",
-        "time.sleep(0.1)",
+        "for _ in range(500): threading.active_count() > 1 and time.sleep(0.01)",
     ]
     done = ended(
         "\n".join([*lines, "print(threading.active_count(), flush=True)", "alarm.during('another')", "time.sleep(9)"])
@@ -102,11 +103,17 @@ def test_it_is_off_while_others_watch() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def waiting() -> list[threading.Thread]:
+    """The threads of alarms in this process."""
+    return [thread for thread in threading.enumerate() if thread.name == "mpiml-alarm"]
+
+
 def test_a_program_without_one_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(alarm, "_alarm", None)  # whatever other tests have given this process
+    assert eventually(lambda: not waiting())
     alarm.during("nothing")
+    assert not waiting()
     alarm.off()
-    assert not [thread for thread in threading.enumerate() if thread.name == "mpiml-alarm"]
 
 
 def test_within_returns_what_there_is_in_time() -> None:
