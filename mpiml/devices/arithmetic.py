@@ -48,8 +48,9 @@ class OnDevice:
         """The sum of squares of vector[start:stop], in float64, for each block (start, stop)."""
         sums: list[Tensor] = []
         for start, length, count in _runs(list(blocks)):
-            squares = vector[start : start + count * length].view(count, length).double().square()
-            sums.append(sums_of_rows(squares))
+            rows = vector[start : start + count * length].view(count, length)
+            parts = rows.split(max(1, PIECE // max(length, 1)))  # which are in memory twice, as float64
+            sums += (sums_of_rows(part.double().square()) for part in parts)
         return [] if not sums else torch.cat(sums).tolist()
 
 

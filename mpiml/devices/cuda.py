@@ -113,8 +113,8 @@ class Cuda(Device):
     def _lock(self, address: int, size: int) -> bool:
         if int(torch.cuda.cudart().cudaHostRegister(address, size, ANY_CONTEXT)) == 0:
             return True
-        with suppress(RuntimeError):  # CUDA lets the next operation raise this error, and forgets it then
-            torch.zeros(1, device=self.torch)
+        with suppress(RuntimeError):  # CUDA lets the next kernel that starts raise this error, and forgets it then
+            torch.ones(1, device=self.torch).add_(1)
         return False
 
     def _unlock(self, address: int) -> None:

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("torch")
 
 from mpiml import vectors
+from mpiml.devices import arithmetic
 from mpiml.devices.arithmetic import LEAF, OnDevice
 from mpiml.devices.fake import Fake
 from mpiml.vectors import BLOCK
@@ -68,7 +69,11 @@ def test_sums_of_squares_of_any_length(device: Fake, dtype: str) -> None:
         [(number * 777, number * 777 + 770) for number in range(20)],  # each with padding behind it
     ],
 )
-def test_sums_of_squares_of_blocks_in_their_order(device: Fake, dtype: str, blocks: list[tuple[int, int]]) -> None:
+@pytest.mark.parametrize("piece", [1, 2000, arithmetic.PIECE])
+def test_sums_of_squares_of_blocks_in_their_order(
+    device: Fake, monkeypatch: pytest.MonkeyPatch, dtype: str, blocks: list[tuple[int, int]], piece: int
+) -> None:
+    monkeypatch.setattr(arithmetic, "PIECE", piece)  # so many at once
     vector = numbers(20 * 777, dtype)
     assert device.vectors.square_sums(device.tensor(vector), blocks) == vectors.square_sums(vector, blocks)
 

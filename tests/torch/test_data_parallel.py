@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -71,9 +72,24 @@ def with_a_penalty(net: Any) -> None:
     (slope.square().sum() + net(x).square().sum() + sum(p.square().sum() for p in net.parameters())).backward()
 
 
+def in_a_thread(net: Any) -> None:
+    """As where the module is on a GPU: autograd has a thread of its own for it, in which hooks are called."""
+    loss = net(rows()).square().sum()
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(loss.backward).result()
+
+
 @pytest.mark.parametrize(
     "act",
-    [accumulated, several_forwards, not_synchronised, in_checkpoint(True), in_checkpoint(False), with_a_penalty],
+    [
+        accumulated,
+        in_a_thread,
+        several_forwards,
+        not_synchronised,
+        in_checkpoint(True),
+        in_checkpoint(False),
+        with_a_penalty,
+    ],
 )
 def test_ways_to_a_gradient(act: Callable[[Any], None]) -> None:
     check(perceptron(), act)
