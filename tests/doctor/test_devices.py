@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mpiml.doctor.devices import Devices, RankDevice
+from mpiml.doctor.devices import Devices, RankDevice, _Examination
 from mpiml.doctor.judge_devices import judge_devices
 from tests.conftest import launch
 from tests.doctor.test_judge import facts, not_ok
@@ -81,6 +81,33 @@ def test_a_pretended_device_may_be_slow() -> None:
 def test_somebody_else_uses_a_device() -> None:
     verdict, advice = not_ok(judged({}, {"free": 50 << 30}))["devices n0"]
     assert (verdict, "30.0 GiB of device 1: nvidia-smi" in advice) == ("note", True)
+
+
+def test_what_is_timed_is_a_vector_there_and_back_that_leaves_others_their_memory() -> None:
+    pytest.importorskip("torch")
+    from mpiml.devices.fake import Fake
+
+    moved = set[tuple[str, int]]()
+
+    class Watched(Fake):
+        def put(self, source: Any, target: Any) -> None:
+            moved.add(("put", source.nbytes))
+            super().put(source, target)
+
+        def fetch(self, source: Any, target: Any) -> None:
+            moved.add(("fetch", target.nbytes))
+            super().fetch(source, target)
+
+    own = RankDevice(0, "a:64", ranks=2)
+    examination = _Examination(own, lambda: Watched(0, "a:64", alone=False))
+    examination.open()
+    examination.look()
+    examination.prepare()
+    examination.put()
+    assert moved == {("put", 8_000_000)}  # of 64 MB a quarter for both
+    examination.fetch()
+    assert moved == {("put", 8_000_000), ("fetch", 8_000_000)}
+    examination.close()
 
 
 @pytest.mark.contract
