@@ -6,7 +6,7 @@ import mmap
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch.nn import Module
 from mpiml import vectors
 from mpiml.devices.arithmetic import OnDevice
 from mpiml.devices.host import Host
+from mpiml.devices.modes import CheckedIndices
 from mpiml.errors import ConfigError
 
 Array = NDArray[Any]
@@ -118,6 +119,9 @@ class Device(Host, ABC):
 
     def array(self, array: Any) -> Any:
         return self.on_host(array).numpy() if isinstance(array, Tensor) else array
+
+    def checked_indices(self) -> AbstractContextManager[object]:
+        return CheckedIndices()
 
     def check_memory(self, needed: int, what: str) -> None:
         free, total = self.memory()

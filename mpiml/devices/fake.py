@@ -1,7 +1,8 @@
 """A pretended device, for tests on machines without GPUs: its memory is apart from the host's, and that is enforced.
 
 What a GPU would do wrong shows here too: memory that has not been written holds NaN; a transfer takes place as late as
-it may, when it is waited for; and an operation of tensors on both sides is refused, as PyTorch refuses it for a GPU.
+it may, when it is waited for; an operation of tensors on both sides is refused, as PyTorch refuses it for a GPU; and
+after an index out of range nothing works any more.
 
 `MPIML_FAKE_DEVICES` says which devices a process sees, by their types: "a,a" are two of one type, "a:64" is one with
 64 MB, "" are none. By default each rank sees one for each rank of a node.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,11 +23,11 @@ from numpy.typing import DTypeLike
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpiml.devices.arithmetic import OnDevice
 from mpiml.devices.device import Array, Device, dtype_of
 from mpiml.devices.host import HOST, Host
+from mpiml.devices.modes import Mode
 from mpiml.errors import ConfigError
 
 DEVICES = "MPIML_FAKE_DEVICES"
@@ -33,6 +35,8 @@ UNLOCKED = "MPIML_FAKE_UNLOCKED"  # if set, no memory of the host can be locked
 MEMORY = 4e9  # bytes, unless the name of a device says so
 COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._foreach_copy_.default)
 ARRAYS = (torch.Tensor.numpy, torch.Tensor.__array__)
+OUT_OF_RANGE = re.compile(r"(?<!Dimension )out of (range|bounds)|not in the valid range")
+BROKEN = "an index is out of range: the device does nothing more"
 VIEWS = (
     torch.Tensor.to,
     torch.as_tensor,
@@ -127,7 +131,7 @@ class OnFake(OnDevice):
         return out
 
 
-class Sides(TorchDispatchMode):  # type: ignore[misc]
+class Sides(Mode):
     """Knows which tensors lie on the device, and refuses operations that mix them with others.
 
     What an operation makes lies where its arguments do; if it has none, on the host, unless the call names a device, as
@@ -141,6 +145,7 @@ class Sides(TorchDispatchMode):  # type: ignore[misc]
         super().__init__()
         self.calls = Calls(self)
         self._there: dict[int, StorageWeakRef] = {}
+        self._broken = False
         self._limit = 1024  # of entries, before those of freed memory are dropped
 
     @classmethod
@@ -193,11 +198,6 @@ class Sides(TorchDispatchMode):  # type: ignore[misc]
     def is_there(self, tensor: Tensor) -> bool:
         return any(storage._cdata in self._there for storage in _storages(tensor))
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """PyTorch asks. To skip it would be to load it first, which takes seconds."""
-        return False
-
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
@@ -210,11 +210,23 @@ class Sides(TorchDispatchMode):  # type: ignore[misc]
                 f"{func}: expected all tensors to be on the same device, but some are on the host and some on the fake "
                 "device"
             )
-        made = func(*args, **kwargs)
+        made = self._made_there(func, args, kwargs) if any(there) else func(*args, **kwargs)
         if func not in COPIES and (any(there) or (not given and self.calls.there)):
             for tensor in _tensors(made):
                 self.put(tensor)
         return made
+
+    def _made_there(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What an operation makes of tensors on the device. As on a GPU, an index out of range is its last."""
+        try:
+            if self._broken:
+                raise IndexError(BROKEN)
+            return func(*args, **kwargs)
+        except (IndexError, RuntimeError) as error:
+            if OUT_OF_RANGE.search(str(error)):
+                self._broken = True
+                raise RuntimeError(f"{func}: {BROKEN}") from None
+            raise
 
 
 class Calls(TorchFunctionMode):  # type: ignore[misc]

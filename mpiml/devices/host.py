@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from mpiml import vectors
@@ -35,6 +35,11 @@ class Host:
     def lent(self, module: Any) -> Iterator[None]:
         """Within the block the module is there."""
         yield
+
+    def checked_indices(self) -> AbstractContextManager[object]:
+        """Within the block, an index out of range is an IndexError of PyTorch's, which leaves the device as it is. For
+        code that is tried; it takes time."""
+        return nullcontext()
 
     def check_memory(self, needed: int, what: str) -> None:
         """Raise ConfigError unless each rank that uses it can have so many bytes there, for `what`."""

@@ -121,7 +121,8 @@ class OwnLoss:
         labels = sample.labels.copy()
         labels[0] = -1
         try:
-            loss(sample.y, labels)
+            with sample.device.checked_indices():
+                loss(sample.y, labels)
         except Exception as error:
             raise ConfigError(
                 f"{self.flag}: it gets labels of {sample.ignored} as -1, by --ignore {sample.ignored}, and fails: "
@@ -130,7 +131,8 @@ class OwnLoss:
 
     def _tried(self, attempt: Callable[[], T], sample: Sample) -> T:
         try:
-            return attempt()
+            with sample.device.checked_indices():
+                return attempt()
         except ConfigError:
             raise
         except Exception as error:

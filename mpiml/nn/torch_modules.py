@@ -210,7 +210,7 @@ class TorchLayer(Layer):
             try:
                 with keyed(global_generators(), 0), torch.no_grad(), self.device.lent(self.module):
                     ids = tensor_on(self.device, np.full((ROWS[0], *shape), tokens - 1))
-                    with Buffers(self.module).copied():
+                    with Buffers(self.module).copied(), self.device.checked_indices():
                         uncompiled(self.module)(ids)
             except IndexError as error:
                 tables = [m for m in self.module.modules() if isinstance(m, torch.nn.Embedding)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -142,6 +142,11 @@ class _Tried:
     def _there(self, rows: Tensor) -> Tensor:
         return self.device.tensor(rows) if isinstance(self.device, Device) else rows
 
+    def _indices(self) -> AbstractContextManager[object]:
+        """What calls run in, so that values which the module cannot take as indices are an error and not the end. A
+        compiled module, which is called as it is first, would not be compiled in it."""
+        return self.device.checked_indices() if self.module is uncompiled(self.module) else nullcontext()
+
     def call(self, source: Tensor, training: bool = True, key: int = 0, leaf: bool = True, learn: bool = True) -> _Call:
         """Forward, and if `learn` backward too, as training does it, or forward as evaluation does it. `leaf`: the rows
         need a gradient. Raises ValueError for what is no output of a layer."""
@@ -152,7 +157,7 @@ class _Tried:
             for name in own.keys() - self.checksums.keys():
                 self.checksums[name] = checksum(own[name])
             before = Snapshot(map(self.buffers.place, own), self.checksums)
-            with Draws(key, "trial") as draws, torch.set_grad_enabled(training):
+            with Draws(key, "trial") as draws, torch.set_grad_enabled(training), self._indices():
                 y = self.module(x)
             after, changed = self.buffers.tensors(), {name for name, _ in before.changed()}
             sums = self.checksums | {name: checksum(after[name]) for name in changed}

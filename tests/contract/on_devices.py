@@ -114,6 +114,36 @@ class Error:
     def value(self, totals):
         return totals[0] / totals[1]
 """
+# Several inputs, of which one are ids; and a number among others by which the model itself chooses rows of a table.
+CHOICES = """
+import numpy as np
+import torch
+from torch import nn
+from mpiml.api import Dataset
+
+
+def rows():
+    rng = np.random.default_rng(0)
+    words, amounts = rng.integers(0, 7, (90, 25)), rng.random((90, 3), np.float32)
+    x = {"words": words, "amounts": amounts + rng.integers(0, 2, (90, 1))}
+    y = (words[:, 0] > 3).astype(int)
+    return Dataset.from_arrays(*({name: part[these] for name, part in x.items()} if of is x else of[these]
+        for these in (slice(60), slice(60, 90)) for of in (x, y)))
+
+
+class Net(nn.Module):
+    def __init__(self, outputs):
+        super().__init__()
+        self.words, self.kinds, self.out = nn.Embedding(7, 6), nn.Embedding(2, 6), nn.Linear(9, outputs)
+
+    def forward(self, words, amounts):
+        kinds = self.kinds(amounts[:, 0].long())
+        return self.out(torch.cat([self.words(words).mean(1) * kinds, amounts], 1))
+
+
+def net(shape, outputs):
+    return Net(outputs)
+"""
 # Blocks that PyTorch computes again, in both of its ways, one of which draws other numbers then.
 AGAIN = """
 import torch
@@ -222,5 +252,8 @@ ON_DEVICES = {
     ),
     "there-values": feature("own:net", OWN, f"{ROWS} --data there_own:values", "owners-grid", "sharers"),
     "there-bits": feature("own:net", OWN, f"{ROWS} --data there_own:bits --loss bce", "owners-pipe", "sharers"),
+    "there-choices": feature(
+        *("choices:net", CHOICES, f"{ROWS} --data there_choices:rows --metric accuracy"), *("owners", "sharers")
+    ),
     "there-masks": feature("masks:net", "", ROWS, "owners", "sharers-pipe", data=DATA, write=masks),
 }
