@@ -50,24 +50,19 @@ def global_generators() -> dict[str, Global]:
         torch.set_rng_state(torch.from_numpy(state))
 
     seed = torch.default_generator.manual_seed
-    of_host = Global(seed, lambda: torch.get_rng_state().numpy(), restore)
-    return own | {"PyTorch": _with_gpu(of_host, torch) if torch.cuda.is_initialized() else of_host}
-
-
-def _with_gpu(of_host: Global, torch: Any) -> Global:
-    """PyTorch's generator and that of the GPU which it uses, as one."""
-    cuda = torch.cuda
-
-    def seed(number: int) -> None:
-        of_host.seed(number)
-        cuda.manual_seed(number)
-
-    def restore(states: Any) -> None:
-        of_host.restore(states[0])
-        cuda.set_rng_state(torch.from_numpy(states[1]))
-
     # As arrays, because pickles of equal tensors differ, and by these `Draws` knows whether something has been drawn.
-    return Global(seed, lambda: (of_host.state(), cuda.get_rng_state().numpy()), restore)
+    of_host = Global(seed, lambda: torch.get_rng_state().numpy(), restore)
+    return own | {"PyTorch": of_host} | ({"CUDA": _of_gpu(torch)} if torch.cuda.is_initialized() else {})
+
+
+def _of_gpu(torch: Any) -> Global:
+    """PyTorch's generator of the GPU that it uses."""
+    cuda = torch.cuda
+    return Global(
+        cuda.manual_seed,
+        lambda: cuda.get_rng_state().numpy(),
+        lambda state: cuda.set_rng_state(torch.from_numpy(state)),
+    )
 
 
 def keyed(which: Collection[str], seed: int, *purpose: str | int) -> AbstractContextManager[None]:

@@ -107,11 +107,12 @@ def test_the_generator_of_a_gpu_is_keyed_with_that_of_pytorch(monkeypatch: pytes
     expected = drawn()
     torch.default_generator.manual_seed(1)
     gpu.manual_seed(2)
-    with keyed(["PyTorch"], 7, "forward", 3):
+    both = ["PyTorch", "CUDA"]
+    with keyed(both, 7, "forward", 3):
         first = drawn()
-    with keyed(["PyTorch"], 7, "forward", 4):
+    with keyed(both, 7, "forward", 4):
         other = drawn()
-    with keyed(["PyTorch"], 7, "forward", 3):
+    with keyed(both, 7, "forward", 3):
         assert drawn() == first
     assert all(one != two for one, two in zip(first, other, strict=True))
     assert drawn() == expected
@@ -126,4 +127,4 @@ def test_draws_knows_what_is_drawn_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> 
     assert draws.which == frozenset()
     with Draws(0) as draws:
         torch.rand((), generator=gpu.generator)
-    assert draws.which == {"PyTorch"}
+    assert draws.which == {"CUDA"}

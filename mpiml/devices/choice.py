@@ -99,8 +99,8 @@ def opened(kind: str, everyone: Sequence[Candidate], rank: int, tf32: bool) -> H
         from mpiml.devices.fake import Fake
 
         device = Fake(own.number, own.name, alone)
-    device.ranks = ranks
-    device.fix_arithmetic(tf32)
+    device.ranks, device.tf32 = ranks, tf32
+    device.fix_arithmetic()
     return device
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import suppress
 
 import numpy as np
@@ -69,11 +70,13 @@ class Cuda(Device):
         except RuntimeError as error:
             raise ConfigError(f"--device cuda: {name} cannot be used: {' '.join(str(error).split())}") from None
 
-    def fix_arithmetic(self, tf32: bool | None = None) -> None:
+    def fix_arithmetic(self) -> None:
         torch.backends.cudnn.benchmark = False  # which chooses algorithms by how fast they are this time
         torch.backends.cudnn.deterministic = True
-        if tf32 is not None:
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        if self.tf32 is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # of names to come, which older versions do not have
+                torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.tf32
 
     def tensor(self, given: Tensor | Array) -> Tensor:
         if isinstance(given, Tensor):
@@ -109,6 +112,9 @@ class Cuda(Device):
         self._copies.wait_stream(torch.cuda.current_stream(self.torch))
         with torch.cuda.stream(self._copies):
             target.copy_(source, non_blocking=True)
+
+    def _pinned(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
     def _lock(self, address: int, size: int) -> bool:
         if int(torch.cuda.cudart().cudaHostRegister(address, size, ANY_CONTEXT)) == 0:

@@ -45,7 +45,7 @@ class Device(Host, ABC):
         self.kind, self.number, self.name, self.alone = kind, number, name, alone
         self.vectors = OnDevice(self)
         self._locked: list[tuple[int, int]] = []  # ranges of addresses
-        self._staging: Array | None = None
+        self._staging: Tensor | None = None
 
     def place(self, module: Module) -> None:
         """Move what the module keeps besides the parameters that are trained: buffers, and parameters that require no
@@ -90,8 +90,8 @@ class Device(Host, ABC):
             self.settle()
 
     def lock(self, *arrays: Array) -> None:
-        """Lock the pages of arrays in memory, neighbours at once, so that the device reads and writes them by itself.
-        Where the system does not allow that, they travel through memory that is locked."""
+        """Lock the pages of arrays in memory, those that share a page at once, so that the device reads and writes them
+        by itself. Where the system does not allow that, they travel through memory that is locked."""
         for start, stop in _joined(sorted(_pages(array) for array in arrays if array.nbytes)):
             first = max([start, *(last for begin, last in self._locked if begin <= start < last)])
             end = min([stop, *(begin for begin, last in self._locked if begin < stop <= last)])
@@ -137,7 +137,10 @@ class Device(Host, ABC):
     def named_memory(self, what: str) -> Iterator[None]:
         try:
             yield
-        except torch.cuda.OutOfMemoryError as error:
+        except RuntimeError as error:
+            of_cublas = "ALLOC_FAILED" in str(error)
+            if not (isinstance(error, torch.cuda.OutOfMemoryError) or of_cublas):
+                raise
             free, total = self.memory()
             reason = " ".join(str(error).split()).partition(". ")[0]
             raise ConfigError(
@@ -152,12 +155,11 @@ class Device(Host, ABC):
     def _staged(self, array: Array) -> Iterator[tuple[slice, Tensor]]:
         """Parts of an array, each with locked memory of its size; one after another."""
         if self._staging is None:
-            self._staging = np.empty(STAGING, np.uint8)
-            self.lock(self._staging)
-        staging = self._staging.view(array.dtype)
+            self._staging = self._pinned(STAGING)
+        staging = self._staging.view(dtype_of(array.dtype))
         for start in range(0, len(array), len(staging)):
             part = slice(start, min(start + len(staging), len(array)))
-            yield part, torch.from_numpy(staging[: part.stop - start])
+            yield part, staging[: part.stop - start]
 
     # What kinds of devices do.
 
@@ -189,6 +191,10 @@ class Device(Host, ABC):
         """Begin to copy between tensors of one type, one of which is here."""
 
     @abstractmethod
+    def _pinned(self, size: int) -> Tensor:
+        """So many bytes of the host in memory that is locked."""
+
+    @abstractmethod
     def _lock(self, address: int, size: int) -> bool:
         """Whether so many bytes are now locked."""
 
@@ -216,10 +222,10 @@ def _pages(array: Array) -> tuple[int, int]:
 
 
 def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sorted ranges, in one where they touch."""
+    """Sorted ranges, in one where they overlap: others may be of different kinds of memory."""
     joined: list[tuple[int, int]] = []
     for start, stop in ranges:
-        if joined and start <= joined[-1][1]:
+        if joined and start < joined[-1][1]:
             joined[-1] = joined[-1][0], max(stop, joined[-1][1])
         else:
             joined.append((start, stop))

@@ -110,6 +110,10 @@ class Fake(Device):
             target.fill_(math.nan)
         self._waiting.append((source, target))
 
+    def _pinned(self, size: int) -> Tensor:
+        with self._sides.off():
+            return torch.empty(size, dtype=torch.uint8)
+
     def _lock(self, address: int, size: int) -> bool:
         return UNLOCKED not in os.environ
 

@@ -18,6 +18,7 @@ class Host:
         there: whether it has memory of its own.
         vectors: functions on flat vectors that lie there (mpiml.vectors).
         torch: PyTorch's name for it.
+        tf32: whether products of float32 may round their factors to TF32; None: as the process has it.
         boundary: bytes on a multiple of which tensors begin between modules, so that all grids compute the same.
     """
 
@@ -25,6 +26,7 @@ class Host:
     alone, ranks, there = True, 1, False
     vectors: Any = vectors
     torch: Any = "cpu"
+    tf32: bool | None = None
     boundary = vectors.ALIGNMENT
 
     def array(self, array: Any) -> Any:
@@ -44,9 +46,8 @@ class Host:
     def check_memory(self, needed: int, what: str) -> None:
         """Raise ConfigError unless each rank that uses it can have so many bytes there, for `what`."""
 
-    def fix_arithmetic(self, tf32: bool | None = None) -> None:
-        """Let it compute the same bits in each call. `tf32`: whether products of float32 may round their factors to
-        TF32; None: as it is."""
+    def fix_arithmetic(self) -> None:
+        """Let it compute the same bits in each call, whatever a user's code has set."""
 
     def wait(self) -> None:
         """Return when all that has been computed and copied is there; for measurements."""

@@ -107,6 +107,11 @@ class Sum:
         """For each of this rank's micro-batches, in order, arrays in the form of `like` to write into; see `Slots`."""
         return Slots(self)
 
+    @property
+    def total(self) -> Any:
+        """Where `sum` and `mean` leave what they return without `copy`."""
+        return trees.rebuilt(self._form, self._flat.totals)
+
     def rank_of(self, m: int) -> int:
         """The rank that puts micro-batch m, as the launcher numbers ranks."""
         team = self._grid.team
@@ -173,7 +178,7 @@ class Sum:
             raise self._not_finite()
         clock()("compute")
         if not copy:
-            return trees.rebuilt(self._form, self._flat.totals)
+            return self.total
         pairs = zip(self._flat.totals, self._is_number, strict=True)
         return trees.rebuilt(self._form, [float(view) if number else view.copy() for view, number in pairs])
 

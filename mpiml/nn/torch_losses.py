@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from mpiml.devices.device import Device
 from mpiml.devices.host import HOST, Host
 from mpiml.errors import ConfigError
 from mpiml.nn.base import Array
@@ -135,7 +136,7 @@ class TorchLoss:
         self.moves, self.flat = moves and self.classes is not None, moves
         self.single = False  # whether the function returns a single number
         self.summed = getattr(function, "reduction", None) == "sum"
-        prepare_torch(threads)
+        prepare_torch(threads, device)
         if isinstance(function, torch.nn.Module) and any(
             parameter.requires_grad for parameter in function.parameters()
         ):
@@ -145,6 +146,8 @@ class TorchLoss:
         """Learn what the function returns, of outputs of two rows at least. Raises ConfigError for what is no loss."""
         if isinstance(self.function, torch.nn.Module):
             self.function.to(torch.from_numpy(np.empty(0, y.dtype)).dtype)
+            if isinstance(self._device, Device):
+                self._device.place(self.function)
         _, values = self._values(y, labels)
         what = f"{self.flag}: returns"
         if not isinstance(values, Tensor):

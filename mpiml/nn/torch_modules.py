@@ -322,13 +322,12 @@ def as_layers(
     """The layers of a user's model, with a TorchLayer for each torch module; a model without any is returned unchanged.
 
     The first takes `inputs`, with integers within `bounds`, if rows have several. `device`, `autocast` as of
-    TorchLayer. Raises ConfigError for modules that
-    cannot be trained as layers.
+    TorchLayer. Raises ConfigError for modules that cannot be trained as layers.
     """
     roots = [root for root in ([model] if is_module(model) else parts_of(model)) if is_module(root)]
     if not roots:
         return model
-    prepare_torch(threads)
+    prepare_torch(threads, device)
     flags, parts = flags_of(roots), parts_of(model)
     names = torch_state.names_of(model) if is_module(model) else {}
     if inputs and is_module(parts[0]):

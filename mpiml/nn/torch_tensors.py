@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mpiml import vectors
 from mpiml.devices.device import Device
-from mpiml.devices.host import Host
+from mpiml.devices.host import HOST, Host
 from mpiml.errors import ConfigError
 from mpiml.nn.base import Array
 from mpiml.nn.parameters import Init, Shape
@@ -43,8 +43,9 @@ def naming(what: str, call: Callable[[], object], errors: Any = WRONG) -> None:
         raise ConfigError(f"{what} {one_line(error)}") from error
 
 
-def prepare_torch(threads: int) -> None:
-    """Make torch use `threads` threads and deterministic algorithms."""
+def prepare_torch(threads: int, device: Host = HOST) -> None:
+    """Make torch use `threads` threads and deterministic algorithms, on the host and on the device."""
+    device.fix_arithmetic()
     torch.set_num_threads(threads)
     with suppress(RuntimeError):  # raised if it has been set, or such threads have been started, before
         torch.set_num_interop_threads(1)

@@ -34,8 +34,7 @@ class _Fetched:
         self._device, self._sum, self._slots, self.plan = device, sum_, sum_.slots, sum_.plan
         size, dtype = sum_.values.summed, sum_.values.dtype
         self.gradients: list[Any] = like.gradients if like else [device.vectors.zeros(size, dtype) for _ in self._slots]
-        device.lock(sum_.values.vector)
-        device.lock(*self._slots)
+        device.lock(sum_.values.vector, *self._slots)
         self._left = sum(1 - merged for merged in self.plan.counts)  # partial sums
 
     def accumulate(self, index: int) -> None:
@@ -51,8 +50,7 @@ class _Fetched:
 
     def free(self) -> None:
         self._sum.free()
-        self._device.unlock(self._sum.values.vector)
-        self._device.unlock(*self._slots)
+        self._device.unlock(self._sum.values.vector, *self._slots)
 
 
 class SumOnHost(_Fetched):

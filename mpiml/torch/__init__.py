@@ -11,11 +11,14 @@ from mpiml.team import Team
 try:
     import torch
 
+    from mpiml.devices import cuda
     from mpiml.torch.data_parallel import DataParallel as DataParallel
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
     raise ModuleNotFoundError("mpiml.torch needs PyTorch: pip install 'mpiml[torch]'", name="torch") from None
+
+cuda.set_environment()  # before a program's first product on a GPU
 
 
 def rank() -> int:

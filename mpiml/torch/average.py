@@ -265,7 +265,7 @@ class Average:
         device.unlock()  # the slots before
         self._there = self._places.there(device) if isinstance(device, Device) else None
         if self._there:
-            self._there.lock(*slots)
+            self._there.lock(*slots, self.sum.total)
         slot = self._there.slot if self._there else self._places.slot
         self.slots = [slot(arrays) for arrays in slots]
         self._total = None

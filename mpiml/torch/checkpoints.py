@@ -103,8 +103,10 @@ class Checkpoints:
         for name, part in parts.items():
             part.load_state_dict(state[name])
         if len(state["generators"]) == self._team.size:
+            states = state["generators"][self._team.rank]
             for name, generator in global_generators().items():
-                generator.restore(state["generators"][self._team.rank][name])
+                if name in states:  # that of a GPU is only where one was used
+                    generator.restore(states[name])
         self.meta = saved.meta["meta"]
         return saved.step
 

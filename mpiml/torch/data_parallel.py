@@ -184,8 +184,7 @@ class DataParallel(Module):  # type: ignore[misc]
         if self._step is not None and not self._step.done:
             where = f"steps() within step {self._step.number}"
             raise ConfigError(f"{where}: call net.step(optimizer) before, or leave the loop that the step is of")
-        prepare_torch(threads)
-        self._average.device.fix_arithmetic()
+        prepare_torch(threads, self._average.device)
         step = None
         try:
             for step in exact.steps(self._average, rows, start, last):

@@ -103,15 +103,25 @@ class Vectors:
 
 def copy(into: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
     """Copy tensors into views of flat vectors."""
-    if into:
-        torch._foreach_copy_(into, [as_real(t) if t.is_complex() else t for t in tensors])
+    _copy_alike(into, [as_real(t) if t.is_complex() else t for t in tensors])
 
 
 def take(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """The reverse: give tensors values of flat vectors; integers get the nearest."""
-    if tensors:
-        alike = all(t.dtype == v.dtype for t, v in zip(tensors, values, strict=True))
-        torch._foreach_copy_(tensors, values if alike else list(map(as_kind_of, tensors, values)))
+    alike = all(t.dtype == v.dtype for t, v in zip(tensors, values, strict=True))
+    _copy_alike(tensors, values if alike else list(map(as_kind_of, tensors, values)))
+
+
+def _copy_alike(into: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    """Copy tensors into others of their shapes, those of the same types at once: on GPUs, PyTorch before 2.11 takes the
+    types of all for those of the first."""
+    pairs: dict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(into, tensors, strict=True):
+        targets, sources = pairs.setdefault((target.dtype, source.dtype), ([], []))
+        targets.append(target)
+        sources.append(source)
+    for targets, sources in pairs.values():
+        torch._foreach_copy_(targets, sources)
 
 
 def _kind(tensor: Tensor) -> np.dtype[Any]:

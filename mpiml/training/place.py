@@ -95,6 +95,7 @@ def build_stage(
             layers = model_for(config, task, model, device)
             times = _times(config, layers, task, team, device) if is_measured(config) else None
             scoring = build_scoring(config, task, layers, weighted, device)
+            device.fix_arithmetic()  # once more: by now all of the user's code has been imported
             return scoring, layers, times, described(layers, config.seed)
         except MemoryError as error:
             what = f"rows of {task.shape} and {task.outputs:,} outputs"

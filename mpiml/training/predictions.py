@@ -76,12 +76,14 @@ class Predictions:
         self.dtype: DTypeLike = np.int64 if labels else here.dtype
         self.words = task.words if classes else ()
         self._kept: list[Rows] = []
+        self._array = here.array
         self._score, here.objective = here.objective, self._objective
 
     def _objective(
         self, y: Rows, labels: Rows, weights: Rows | None, measured: bool, at: Any
     ) -> tuple[list[float], Rows]:
-        self._kept.append(np.ascontiguousarray(self._predicted(y), self.dtype).reshape(len(y), *self.shape))
+        predicted = np.ascontiguousarray(self._predicted(self._array(y)), self.dtype)
+        self._kept.append(predicted.reshape(len(y), *self.shape))
         return self._score(y, labels, weights, measured, at)
 
     def _predicted(self, y: Rows) -> Rows:
