@@ -114,7 +114,8 @@ class Error:
     def value(self, totals):
         return totals[0] / totals[1]
 """
-# Several inputs, of which one are ids; and a number among others by which the model itself chooses rows of a table.
+# Several inputs, of which one are ids; and a number among others by which the model itself chooses rows of a table. The
+# loss has a tensor of its own.
 CHOICES = """
 import numpy as np
 import torch
@@ -143,6 +144,9 @@ class Net(nn.Module):
 
 def net(shape, outputs):
     return Net(outputs)
+
+
+weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0]), reduction="none")
 """
 # Blocks that PyTorch computes again, in both of its ways, one of which draws other numbers then.
 AGAIN = """
@@ -253,7 +257,10 @@ ON_DEVICES = {
     "there-values": feature("own:net", OWN, f"{ROWS} --data there_own:values", "owners-grid", "sharers"),
     "there-bits": feature("own:net", OWN, f"{ROWS} --data there_own:bits --loss bce", "owners-pipe", "sharers"),
     "there-choices": feature(
-        *("choices:net", CHOICES, f"{ROWS} --data there_choices:rows --metric accuracy"), *("owners", "sharers")
+        "choices:net",
+        CHOICES,
+        f"{ROWS} --data there_choices:rows --metric accuracy --loss there_choices:weighted",
+        *("owners", "sharers"),
     ),
     "there-masks": feature("masks:net", "", ROWS, "owners", "sharers-pipe", data=DATA, write=masks),
 }

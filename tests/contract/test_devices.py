@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -111,5 +112,11 @@ def test_a_run_on_a_device_is_scored_without_one_or_there(plain: str, train: Any
     assert scored(0)["test_loss"] == pytest.approx(last["loss"], rel=1e-5)
     there = scored(2, "--device", "fake", "--share-devices", devices="a")
     assert (there["test_loss"], there["accuracy"]) == (last["loss"], last["accuracy"])
+    for more in ([], ["--probabilities"]):
+        files = [str(job.run / f"{name}.npy") for name in ("plain", "there")]
+        scored(0, "--predictions", files[0], *more)
+        assert scored(2, "--device", "fake", "--predictions", files[1], *more, devices="a,a") == there
+        plain_ones, those_there = map(np.load, files)
+        np.testing.assert_allclose(those_there, plain_ones, rtol=1e-4)
     assert "2 ranks for 1 device" in scored(2, "--device", "fake", devices="a")
     assert scored(0, "--share-devices").startswith("mpiml.evaluate: --share-devices --device cpu: there are none")

@@ -61,6 +61,27 @@ def test_no_driver_is_said_in_one_line(built: Any, kind: type[Exception]) -> Non
         cuda.seen("node")
 
 
+@pytest.mark.parametrize("asked", [None, False, True])
+def test_what_a_users_code_has_set_does_not_decide_the_bits(
+    asked: bool | None,
+) -> None:
+    """But of TF32, where nothing is said of it, as in a loop of one's own."""
+    cudnn, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    device = object.__new__(cuda.Cuda)
+    device.tf32 = asked
+    try:
+        for precision in ("highest", "high"):
+            cudnn.benchmark, cudnn.deterministic = True, False
+            torch.set_float32_matmul_precision(precision)
+            device.fix_arithmetic()
+            assert (cudnn.benchmark, cudnn.deterministic) == (False, True)
+            assert products.allow_tf32 is (precision == "high" if asked is None else asked)
+    finally:
+        cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = before[:3]
+        torch.set_float32_matmul_precision(before[3])
+
+
 def test_gpus_are_told_apart_also_by_processes_that_see_others(built: Any) -> None:
     built(SimpleNamespace(name="H", uuid="GPU-7"), SimpleNamespace(name="H"))
     assert cuda.seen("node") == [("H", "GPU-7"), ("H", "node, GPU 1")]

@@ -52,6 +52,8 @@ def trained(kind: str, name: str, dtype: str) -> list[bytes]:
         sum_ = SumOnHost(device, sum_)
     elif kind == "library":
         sum_ = SumOnHost(device, LibrarySum(MPI.COMM_SELF, values(), MICROBATCHES))
+    if kind in ("owners", "sharers", "library"):
+        assert all(device._is_locked(array) for array in (sum_._sum.values.vector, *sum_._slots))
     update = Update(team, 0, sum_, optimizer, 2.0, lambda step: 10 + step, ema=0.9)
     there = kind in ("alone", "owners")
     mirror = Mirror(device, sum_.values, update.states) if there else None

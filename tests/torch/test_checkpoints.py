@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
+from mpiml import random
 from mpiml.errors import ConfigError, OutputError, RunError
 from mpiml.loop.rows import Rows
 from tests.conftest import launch
@@ -16,7 +17,7 @@ from tests.conftest import launch
 torch = pytest.importorskip("torch")
 nn = torch.nn
 
-from mpiml.torch import DataParallel  # noqa: E402
+from mpiml.torch import DataParallel, checkpoints  # noqa: E402
 from mpiml.torch.packed import unpack  # noqa: E402
 from tests.torch.modules import LAST, WORLD, rows, several_ranks  # noqa: E402
 
@@ -151,6 +152,27 @@ def test_generators_stay_on_another_number_of_ranks(tmp_path: Path) -> None:
     torch.rand(1 + WORLD.rank)
     before = torch.get_rng_state()
     assert single.restore() == 1
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("gpu_is_used", ["before", "after"])
+def test_a_loop_goes_on_where_there_are_other_generators(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu_is_used: str
+) -> None:
+    """As from a GPU to processors, and back. Those that both have are restored."""
+    own = random.global_generators()
+    gpu = own | {"CUDA": random.Global(print, lambda: np.arange(3), lambda state: pytest.fail("nothing to restore"))}
+
+    def used(when: str) -> None:
+        monkeypatch.setattr(checkpoints, "global_generators", lambda: gpu if gpu_is_used == when else own)
+
+    saved = DataParallel(nn.Linear(5, 3), comm=MPI.COMM_SELF).checkpoints(tmp_path)
+    used("before")
+    saved.save(1)
+    before = torch.get_rng_state()
+    torch.rand(3)
+    used("after")
+    assert saved.restore() == 1
     assert torch.equal(torch.get_rng_state(), before)
 
 

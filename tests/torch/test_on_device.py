@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.conftest import launch
@@ -11,7 +13,8 @@ pytest.importorskip("torch")
 import torch
 
 from mpiml.devices.fake import Fake
-from mpiml.torch import alike, keywords, packed
+from mpiml.loop.rows import Rows
+from mpiml.torch import DataParallel, alike, flat, keywords, packed
 from mpiml.torch.flat import Places
 
 pytestmark = pytest.mark.contract
@@ -89,6 +92,43 @@ def test_a_forgotten_transfer_is_not_a_number() -> None:
     arrays[0] += 1
     total = there.total(arrays)
     assert [view.tolist() for view in total.tensors] == [[2, 2, 2], [2, 2]]
+
+
+@pytest.mark.parametrize("types", ["float32 float32", "bfloat16 float32 bfloat16", "float64 float32", "float16"])
+def test_tensors_of_one_type_are_copied_at_once(monkeypatch: pytest.MonkeyPatch, types: str) -> None:
+    """PyTorch may take the types of all for those of the first on a GPU, as it is made to do here."""
+    copied = torch._foreach_copy_
+
+    def alike(into: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
+        assert len({(a.dtype, b.dtype) for a, b in zip(into, tensors, strict=True)}) == 1
+        copied(into, tensors)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", alike)
+    own = [torch.full((3,), 1.5 + n, dtype=getattr(torch, kind)) for n, kind in enumerate(types.split())]
+    own.append(torch.tensor([7, 8]))
+    places = Places(own, 1)
+    slot = places.slot([array.copy() for array in places.like])
+    flat.copy(slot.tensors, own)
+    back = [torch.zeros_like(tensor) for tensor in own]
+    flat.take(back, slot.tensors)
+    assert all(map(torch.equal, back, own))
+    flat.copy([], [])
+
+
+def test_what_travels_in_every_step_is_locked() -> None:
+    device, net = Fake(0, "fake", alone=True), torch.nn.Linear(3, 2)
+    for tensor in net.parameters():
+        tensor.data = device.tensor(tensor.data)
+    parallel = DataParallel(net)
+    average: Any = parallel._average
+    for step in parallel.steps(Rows(8, 8, 2), last=2):
+        for m in step:
+            parallel.backward(net(device.tensor(torch.ones(len(m), 3))).sum(), m)
+        parallel.step(torch.optim.SGD(net.parameters(), 0.1))
+        own: Any = average.device
+        assert all(own._is_locked(array) for arrays in (*average.sum.slots.trees, average._arrays) for array in arrays)
+        assert own._staging is None
+    parallel.close()
 
 
 def test_gpus_that_a_module_is_on_may_be_named() -> None:

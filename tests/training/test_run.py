@@ -135,3 +135,32 @@ def test_each_step_of_a_round_is_seen_when_it_is_done(run: Run) -> None:
     run.advance(5, moved=seen.append)
     run.advance(9, moved=seen.append)
     assert seen == [*range(1, 10)]
+
+
+def test_arithmetic_is_fixed_after_a_users_code_has_had_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before a module is tried, and when loss and metric have been made, whose code comes last."""
+    torch = pytest.importorskip("torch")
+    from mpiml.devices.fake import Fake
+    from mpiml.nn import torch_modules
+
+    done = list[str]()
+
+    def net(shape: Any, outputs: int) -> Any:
+        done.append("model")
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, outputs))
+
+    def loss(y: Any, labels: Any) -> Any:
+        done.append("loss")
+        return torch.nn.functional.cross_entropy(y, labels, ignore_index=-1, reduction="none")
+
+    def noted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments, **named: (done.append(name), real(*arguments, **named))[1]
+
+    monkeypatch.setattr(Fake, "fix_arithmetic", noted("fixed", Fake.fix_arithmetic))
+    monkeypatch.setattr(torch_modules, "attempt", noted("tried", torch_modules.attempt))
+    monkeypatch.setattr("tests.usercode.noted_loss", loss, raising=False)
+    config = Config(device="fake", microbatches=1, steps=1, eval_every=0, loss="tests.usercode:noted_loss")
+    with freed(unsaved(MPI.COMM_SELF, config, open_dataset("digits"), net), 1):
+        order = [name for index, name in enumerate(done) if index == 0 or done[index - 1] != name]
+    assert order[-1] == "fixed"
+    assert order.index("model") < order.index("fixed", 1) < order.index("tried")
