@@ -26,7 +26,7 @@ NO_MPI = [
 ]
 JOBS = ("mpiml.scaling.timing", "mpiml.predict.calibration")  # which those start
 TORCH = [  # need an extra, PyTorch: loaded only where it is
-    *(f"mpiml.devices.{name}" for name in ("arithmetic", "cuda", "device", "fake")),
+    *(f"mpiml.devices.{name}" for name in ("arithmetic", "cuda", "device", "fake", "modes")),
     *(
         f"mpiml.nn.torch_{name}"
         for name in (

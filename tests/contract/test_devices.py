@@ -72,6 +72,8 @@ def test_weights_that_are_not_saved_are_those_of_the_device(plain: str, train_al
     flags = "--device fake --model plain:net --microbatches 2 --steps 3 --quiet --save-every"
     saved, not_saved = train_all(2, f"{flags} 3", f"{flags} 0", PYTHONPATH=plain)
     assert (saved.code, not_saved.code) == (0, 0), not_saved.err
+    ranks = json.loads((saved.run / "environment.json").read_text())["ranks"]
+    assert [rank["device"] for rank in ranks] == ["fake", "fake"]
     assert saved.result["weights_sha256"] == not_saved.result["weights_sha256"]
 
 
@@ -118,5 +120,6 @@ def test_a_run_on_a_device_is_scored_without_one_or_there(plain: str, train: Any
         assert scored(2, "--device", "fake", "--predictions", files[1], *more, devices="a,a") == there
         plain_ones, those_there = map(np.load, files)
         np.testing.assert_allclose(those_there, plain_ones, rtol=1e-4)
+    assert "too little memory on a:0.001 for " in scored(0, "--device", "fake", devices="a:0.001")
     assert "2 ranks for 1 device" in scored(2, "--device", "fake", devices="a")
     assert scored(0, "--share-devices").startswith("mpiml.evaluate: --share-devices --device cpu: there are none")
