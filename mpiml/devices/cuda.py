@@ -8,10 +8,9 @@ from contextlib import suppress
 
 import numpy as np
 import torch
-from numpy.typing import DTypeLike
 from torch import Tensor
 
-from mpiml.devices.device import Array, Device, dtype_of
+from mpiml.devices.device import Array, Device
 from mpiml.errors import ConfigError
 
 # Products of cuBLAS have the same bits in each call only with work areas of fixed sizes; and cuDNN chooses algorithms
@@ -92,10 +91,6 @@ class Cuda(Device):
         torch.cuda.current_stream(self.torch).synchronize()
         return host
 
-    def empty(self, size: int, dtype: DTypeLike) -> Tensor:
-        with self.named_memory(f"a vector of {size:,} elements"):
-            return torch.empty(size, dtype=dtype_of(dtype), device=self.torch)
-
     def memory(self) -> tuple[int, int]:
         free, total = torch.cuda.mem_get_info(self.torch)
         kept = torch.cuda.memory_reserved(self.torch) - torch.cuda.memory_allocated(self.torch)
@@ -112,6 +107,9 @@ class Cuda(Device):
         self._copies.wait_stream(torch.cuda.current_stream(self.torch))
         with torch.cuda.stream(self._copies):
             target.copy_(source, non_blocking=True)
+
+    def _empty(self, size: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=self.torch)
 
     def _pinned(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)

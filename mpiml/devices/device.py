@@ -148,6 +148,11 @@ class Device(Host, ABC):
                 f"{free / 1e9:.3g} of {total / 1e9:.3g} GB are free; {LESS}"
             ) from None
 
+    def empty(self, size: int, dtype: DTypeLike) -> Tensor:
+        """A vector here of `size` elements, not initialised. Raises ConfigError if memory is not free."""
+        with self.named_memory(f"a vector of {size:,} elements"):
+            return self._empty(size, dtype_of(dtype))
+
     def _is_locked(self, array: Array) -> bool:
         start, stop = array.ctypes.data, array.ctypes.data + array.nbytes
         return any(first <= start and stop <= last for first, last in self._locked)
@@ -172,10 +177,6 @@ class Device(Host, ABC):
         """The same on the host."""
 
     @abstractmethod
-    def empty(self, size: int, dtype: DTypeLike) -> Tensor:
-        """A vector here of `size` elements, not initialised. Raises ConfigError if memory is not free."""
-
-    @abstractmethod
     def memory(self) -> tuple[int, int]:
         """Bytes that are free here, those that this process keeps for itself included, and bytes in all."""
 
@@ -189,6 +190,10 @@ class Device(Host, ABC):
     @abstractmethod
     def _begin(self, source: Tensor, target: Tensor) -> None:
         """Begin to copy between tensors of one type, one of which is here."""
+
+    @abstractmethod
+    def _empty(self, size: int, dtype: torch.dtype) -> Tensor:
+        """A vector here, not initialised. Raises torch.cuda.OutOfMemoryError."""
 
     @abstractmethod
     def _pinned(self, size: int) -> Tensor:

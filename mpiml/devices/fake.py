@@ -19,13 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import DTypeLike
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from mpiml.devices.arithmetic import OnDevice
-from mpiml.devices.device import Array, Device, dtype_of
+from mpiml.devices.device import Array, Device
 from mpiml.devices.host import HOST, Host
 from mpiml.devices.modes import Mode
 from mpiml.errors import ConfigError
@@ -81,13 +80,13 @@ class Fake(Device):
         with self._sides.off():
             return tensor.detach().clone()
 
-    def empty(self, size: int, dtype: DTypeLike) -> Tensor:
-        needed = size * np.dtype(dtype).itemsize
+    def _empty(self, size: int, dtype: torch.dtype) -> Tensor:
+        needed = size * dtype.itemsize
         if needed > self.memory()[0]:
             raise torch.cuda.OutOfMemoryError(f"a vector of {size:,} elements does not fit")
         self._used += needed
         with self._sides.off():
-            vector = torch.full((size,), math.nan, dtype=dtype_of(dtype))
+            vector = torch.full((size,), math.nan, dtype=dtype)
         return self._sides.put(vector)
 
     def free(self) -> None:
