@@ -8,6 +8,8 @@ from typing import Any
 
 from mpiml import vectors
 
+NOTHING = nullcontext()  # made once: steps enter it
+
 
 class Host:
     """The processor. A device of a rank is used alike (mpiml.devices.device.Device).
@@ -41,7 +43,7 @@ class Host:
     def checked_indices(self) -> AbstractContextManager[object]:
         """Within the block, an index out of range is an IndexError of PyTorch's, which leaves the device as it is. For
         code that is tried; it takes time."""
-        return nullcontext()
+        return NOTHING
 
     def check_memory(self, needed: int, what: str) -> None:
         """Raise ConfigError unless each rank that uses it can have so many bytes there, for `what`."""
@@ -58,10 +60,9 @@ class Host:
     def free(self) -> None:
         """Give back what the device holds of the host. It is not used any more."""
 
-    @contextmanager
-    def named_memory(self, what: str) -> Iterator[None]:
+    def named_memory(self, what: str) -> AbstractContextManager[object]:
         """Within the block, errors of too little memory on the device say `what` needs it."""
-        yield
+        return NOTHING
 
 
 HOST = Host()
