@@ -165,7 +165,9 @@ class Loop:
 
     def _there(self, source: Any, index: np.ndarray) -> Any:
         rows = self._torch.from_numpy(source.rows(index))
-        return rows.pin_memory().to(self._device.torch, non_blocking=True) if self._device.kind == "cuda" else rows
+        if self._device.kind == "cuda":
+            return rows.pin_memory().to(self._device.torch, non_blocking=True)
+        return self._device.tensor(rows)
 
 
 def speeds(kind: str, *precisions: str) -> list[Check]:

@@ -40,6 +40,15 @@ def test_the_gradients_are_those_of_plain_pytorch(tmp_path: Path) -> None:
     assert [row.value for row in rows if "gradients" in row.text] == ["equal bits"] * 2
 
 
+@pytest.mark.contract
+def test_speed_and_transfers_are_measured_there_without_marks(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    runs = Runs("fake", 1, tmp_path)
+    rows = [*gpu_check.speed(runs), *gpu_check.transfers(runs)]
+    assert len(rows) == 3 * 3 + 2 * 2, rows
+    assert all(row.figures["median"] > 0 and row.reached is None for row in rows)
+
+
 def test_a_difference_is_named() -> None:
     run = Ended("a", LINES, 1.0)
     assert run.differs(Ended("a", LINES, 2.0)) == ""
