@@ -221,15 +221,14 @@ class Sides(Mode):
 
     def _made_there(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What an operation makes of tensors on the device. As on a GPU, an index out of range is its last."""
-        try:
-            if self._broken:
-                raise IndexError(BROKEN)
-            return func(*args, **kwargs)
-        except (IndexError, RuntimeError) as error:
-            if OUT_OF_RANGE.search(str(error)):
+        if not self._broken:
+            try:
+                return func(*args, **kwargs)
+            except (IndexError, RuntimeError) as error:
+                if not OUT_OF_RANGE.search(str(error)):
+                    raise
                 self._broken = True
-                raise RuntimeError(f"{func}: {BROKEN}") from None
-            raise
+        raise RuntimeError(f"{func}: {BROKEN}")
 
 
 class Calls(TorchFunctionMode):  # type: ignore[misc]

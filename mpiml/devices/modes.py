@@ -61,10 +61,8 @@ def _ranges(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Tensor, int, in
     elif name in LISTS:
         axis = 0
         for index in named["indices"]:
-            if index is None or index.is_floating_point() or index.element_size() > 1:
-                if index is not None:
-                    size = named["self"].shape[axis]
-                    yield index, -size, size
-                axis += 1
-            else:  # a mask, of as many axes as it has
-                axis += index.ndim
+            is_mask = index is not None and index.element_size() == 1
+            if index is not None and not is_mask:
+                size = named["self"].shape[axis]
+                yield index, -size, size
+            axis += index.ndim if is_mask else 1
