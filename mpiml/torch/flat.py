@@ -113,8 +113,8 @@ def take(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 def _copy_alike(into: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-    """Copy tensors into others of their shapes, those of the same types at once: on GPUs, PyTorch before 2.11 takes the
-    types of all for those of the first."""
+    """Copy tensors into others of their shapes, those of the same types at once: on GPUs, some versions of PyTorch take
+    the types of all for those of the first (its issue 173383)."""
     pairs: dict[tuple[torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in zip(into, tensors, strict=True):
         targets, sources = pairs.setdefault((target.dtype, source.dtype), ([], []))
