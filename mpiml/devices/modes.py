@@ -14,7 +14,6 @@ ALONG = ("gather", "index_select", "index_add", "index_copy", "index_reduce", "i
 SCATTERED = ("scatter", "scatter_add", "scatter_reduce")
 LISTS = ("index", "index_put", "index_put_impl", "unsafe_index", "unsafe_index_put")
 TARGETS = ("nll_loss_forward", "nll_loss2d_forward")
-NEGATIVE = ("index_fill", *LISTS)  # take indices from the end, too
 
 
 class Mode(TorchDispatchMode):  # type: ignore[misc]
@@ -52,7 +51,7 @@ def _ranges(func: Any, args: Any, kwargs: Any) -> Iterator[tuple[Tensor, int, in
         yield named["indices"], 0, len(named["weight"])
     elif name in ALONG or name in SCATTERED:
         size = named["self"].shape[named["dim"]] if named["self"].ndim else 1
-        yield named["index"], -size if name in NEGATIVE else 0, size
+        yield named["index"], -size if name == "index_fill" else 0, size  # which counts from the end, too
     elif name == "take":
         yield named["index"], -named["self"].numel(), named["self"].numel()
     elif name in TARGETS:

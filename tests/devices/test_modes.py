@@ -27,6 +27,7 @@ OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
     "index_select": lambda x, i: x.index_select(0, i),
     "index_add": lambda x, i: x.index_add(0, i, x[:2]),
     "index_copy": lambda x, i: x.index_copy(0, i, x[:2]),
+    "index_fill": lambda x, i: x.index_fill(0, i, 1.0),
     "scatter": lambda x, i: x.scatter(0, i[:, None], 1.0),
     "scatter_add": lambda x, i: x.scatter_add(0, i[:, None], x),
     "scatter_reduce": lambda x, i: x.scatter_reduce(0, i[:, None], x, "amax"),
@@ -36,7 +37,7 @@ OPERATIONS: dict[str, Callable[[Any, Any], Any]] = {
         x[:2].repeat(1, 2)[:, :, None, None], i[:, None, None]
     ),
 }
-FROM_THE_END = ("index", "index of the second axis", "index after a mask", "index_put", "take")
+FROM_THE_END = ("index", "index of the second axis", "index after a mask", "index_put", "index_fill", "take")
 
 
 def rows(device: Fake, *indices: int) -> Any:
