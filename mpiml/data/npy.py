@@ -81,8 +81,11 @@ def npz_member(path: Path, key: str) -> Source:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
     except zipfile.BadZipFile as error:
         raise DataError(f"{path} is not an .npz file: {error}") from None
-    except (RuntimeError, NotImplementedError, zlib.error) as error:  # encrypted, unknown compression, damaged
+    except zlib.error as error:
         raise DataError(f"{name}: damaged: {error}") from None
+    except RuntimeError as error:  # encrypted, or compressed in a way that Python does not know
+        how = "save it with numpy.savez or numpy.savez_compressed"
+        raise DataError(f"{name} cannot be read: {error}; {how}") from None
     if info.compress_type == zipfile.ZIP_STORED:
         offset = _stored_offset(path, info) + header
         return mapped(path, name, shape, dtype, offset, info.file_size - header, "F" if columns else "C")

@@ -120,8 +120,8 @@ def flipped(raw: bytes, where: int) -> bytes:
 
 
 def misstated(raw: bytes, field: int, change: int) -> bytes:
-    """The directory of the archive gives its member's checksum (field 16), or its size in the file (20) or
-    out of it (24), wrongly."""
+    """The directory of the archive gives its member's flags (field 8), compression (10), checksum (16), or its size in
+    the file (20) or out of it (24), wrongly."""
     at = raw.rindex(b"PK\x01\x02") + field
     (value,) = struct.unpack_from("<I", raw, at)
     return raw[:at] + struct.pack("<I", value + change) + raw[at + 4 :]
@@ -154,6 +154,8 @@ BAD = {
     "stream too short": (misstated(WHOLE, 20, -LONG), "x: damaged"),
     "less than the directory says": (misstated(archive(npy((LONG,), LONG - 9)), 24, 72), "x: ends too early"),
     "stream damaged": (flipped(WHOLE, LONG), "x: damaged"),
+    "encrypted": (misstated(WHOLE, 8, 1), "x cannot be read: .*is encrypted.*; save it with numpy.savez"),
+    "compressed otherwise": (misstated(WHOLE, 10, 89), "x cannot be read: .*compression.*; save it with numpy.savez"),
     "checksum": (misstated(WHOLE, 16, -1), "x: damaged: Bad CRC-32"),
 }
 
